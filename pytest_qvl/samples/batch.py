@@ -1,0 +1,98 @@
+"""Samples in, model inputs out, by way of the real processor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from pytest_qvl.samples.sample import Sample
+
+IGNORE = -100
+END_OF_TURN = "<|im_end|>"
+PaddingSide = Literal["left", "right"]
+
+
+def messages(sample: Sample) -> list[dict[str, Any]]:
+    """The sample as a one-turn conversation: its pictures, then its question."""
+    content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
+    content.append({"type": "text", "text": sample.question})
+    return [{"role": "user", "content": content}]
+
+
+def prompt(processor: Any, sample: Sample) -> str:
+    """The prompt's text up to where the answer begins; one placeholder per picture, not yet expanded."""
+    text: str = processor.apply_chat_template(messages(sample), tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def answer_ids(processor: Any, sample: Sample) -> list[int]:
+    """The tokens a model should produce: the answer and the closing ``<|im_end|>``."""
+    ids: list[int] = processor.tokenizer(sample.answer + END_OF_TURN, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def make_batch(
+    processor: Any,
+    samples: Sequence[Sample],
+    *,
+    padding_side: PaddingSide = "left",
+    answers: bool = False,
+    device: str | torch.device = "cpu",
+    pixel_dtype: torch.dtype | None = None,
+) -> dict[str, torch.Tensor]:
+    """Model inputs for samples, made by the processor itself: chat template, placeholders, patches, padding.
+
+    Rows may differ in their number of pictures, none included. What the processor returns is handed on whole,
+    so ``mm_token_type_ids`` is there exactly on releases whose processor makes it (Transformers 5).
+
+    Args:
+        processor: A Qwen-VL processor (:func:`pytest_qvl.models.processors.load_processor`, or a user's own).
+        samples: At least one.
+        padding_side: Left for generation, right or left for a forward pass.
+        answers: Append each answer with its ``<|im_end|>``, and add `labels`.
+        device: Where the tensors go.
+        pixel_dtype: Cast of ``pixel_values``; None leaves the processor's float32.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` (samples, length) int64; with pictures ``pixel_values`` (patches,
+        values per patch) float and ``image_grid_thw`` (pictures, 3) int64; with `answers` ``labels``
+        (samples, length) int64, -100 everywhere but on the answer's tokens and the closing ``<|im_end|>``.
+
+    Raises:
+        ValueError: No samples, or an answer whose tokens do not stand at the end of its row as they stand
+            alone (it begins with white space that melts into the prompt).
+    """
+    if not samples:
+        raise ValueError("make_batch needs at least one sample")
+    texts = [prompt(processor, sample) for sample in samples]
+    if answers:
+        texts = [text + sample.answer + END_OF_TURN for text, sample in zip(texts, samples, strict=True)]
+    images = [image for sample in samples for image in sample.images]
+    made = processor(
+        text=texts, images=images or None, padding=True, padding_side=padding_side, return_tensors="pt"
+    )
+    batch: dict[str, torch.Tensor] = dict(made)
+    if answers:
+        batch["labels"] = _labels(processor, samples, batch)
+    if pixel_dtype is not None and images:
+        batch["pixel_values"] = batch["pixel_values"].to(pixel_dtype)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _labels(processor: Any, samples: Sequence[Sample], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORE)
+    for row, sample in enumerate(samples):
+        expected = answer_ids(processor, sample)
+        places = batch["attention_mask"][row].nonzero().flatten()[-len(expected) :]
+        found = batch["input_ids"][row, places]
+        if found.tolist() != expected:
+            raise ValueError(
+                f"sample {sample.id!r}: the answer {sample.answer!r} is {expected} alone "
+                f"but {found.tolist()} at the end of its prompt; start it with a letter or a digit"
+            )
+        labels[row, places] = found
+    return labels

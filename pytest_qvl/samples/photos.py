@@ -1,0 +1,75 @@
+"""A few real photographs with questions that a released Qwen-VL answers at sight.
+
+The photographs are those that scikit-image carries inside its wheel; nothing is downloaded. The embedded
+model knows rendered shapes only: these are for released checkpoints.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pytest_qvl.samples.sample import Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+EXTRA = "pip install 'pytest-qvl[photos]'"
+SIDE = 280
+
+# Photograph: file and box (left, top, right, bottom) in px that is cut out and scaled to SIDE x SIDE; the
+# boxes are square and what is asked about fills them.
+PHOTOS = {
+    "cat": ("chelsea.png", (76, 0, 376, 300)),
+    "cup": ("coffee.png", (100, 0, 500, 400)),
+    "astronaut": ("astronaut.png", (0, 0, 512, 512)),
+    "rocket": ("rocket.jpg", (106, 0, 533, 427)),
+}
+# Photograph, question, answer, and the photograph that turns a yes into a no or back.
+QUESTIONS = (
+    ("cat", "Is there a cat in this picture? Answer yes or no.", "Yes", "rocket"),
+    ("rocket", "Is there a cat in this picture? Answer yes or no.", "No", "cat"),
+    ("cup", "Is there a cup in this picture? Answer yes or no.", "Yes", "astronaut"),
+    ("astronaut", "Is there a person in this picture? Answer yes or no.", "Yes", "cup"),
+)
+OPPOSITE = {"Yes": "No", "No": "Yes"}
+
+
+def photo_samples() -> list[Sample]:
+    """Real photographs (RGB, 280 x 280 px) with known answers and swaps, skill ``photo``.
+
+    Raises:
+        RuntimeError: scikit-image is not installed (the ``photos`` extra), or its wheel no longer has a
+        photograph.
+    """
+    pictures = _pictures()
+    return [
+        Sample(
+            images=(pictures[name],),
+            question=question,
+            answer=answer,
+            skill="photo",
+            id=f"photo-{name}",
+            swapped=(pictures[swap],),
+            swapped_answer=OPPOSITE[answer],
+        )
+        for name, question, answer, swap in QUESTIONS
+    ]
+
+
+def _pictures() -> dict[str, Image]:
+    from PIL import Image
+
+    spec = find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise RuntimeError(f"photo_samples needs the photographs of scikit-image: {EXTRA}")
+    folder = Path(spec.origin).parent / "data"
+    pictures = {}
+    for name, (file, box) in PHOTOS.items():
+        path = folder / file
+        if not path.is_file():
+            raise RuntimeError(f"scikit-image at {folder} has no {file}; reinstall it: {EXTRA}")
+        with Image.open(path) as image:
+            pictures[name] = image.convert("RGB").crop(box).resize((SIDE, SIDE))
+    return pictures

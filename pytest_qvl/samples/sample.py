@@ -1,0 +1,75 @@
+"""One probe: pictures, a question, and the answer that is known to be right."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MID_GREY = (128, 128, 128)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures, a question and its right answer.
+
+    Attributes:
+        images: Pictures in the order of the prompt (RGB); empty for a text-only probe.
+        question: What the user asks about them.
+        answer: The right answer, word for word.
+        skill: What it takes to answer, for grouping (one of :data:`pytest_qvl.samples.ALL_SKILLS` for
+            rendered scenes).
+        id: Unique within one call of the function that made the sample.
+        swapped: Pictures of the same number and sizes for which the same question has a different right
+            answer, by construction; None where there are none.
+        swapped_answer: The right answer for :attr:`swapped`.
+    """
+
+    images: tuple[Image, ...]
+    question: str
+    answer: str
+    skill: str
+    id: str
+    swapped: tuple[Image, ...] | None = None
+    swapped_answer: str | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def blank(self) -> Sample:
+        """The same question and answer over uniform mid-grey pictures of the same sizes."""
+        from PIL import Image
+
+        return self._over(tuple(Image.new("RGB", image.size, MID_GREY) for image in self.images), "blank")
+
+    def noise(self, seed: int) -> Sample:
+        """The same question and answer over uniform noise; deterministic in `seed` and :attr:`id`."""
+        from PIL import Image
+
+        rng = random.Random(zlib.crc32(self.id.encode()) ^ seed)
+        pictures = tuple(
+            Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
+            for image in self.images
+        )
+        return self._over(pictures, f"noise-{seed}")
+
+    def with_swapped(self) -> Sample:
+        """The same question and *answer* over :attr:`swapped`, for which that answer is wrong.
+
+        Like the other ablations it keeps the original answer, so that one can measure how much of its
+        probability came from the pictures. :attr:`swapped_answer` of the original sample is what a model
+        should say now.
+
+        Raises:
+            ValueError: The sample has no swapped pictures.
+        """
+        if self.swapped is None:
+            raise ValueError(f"sample {self.id!r} ({self.skill}) has no swapped pictures")
+        return self._over(self.swapped, "swapped")
+
+    def _over(self, images: tuple[Image, ...], ablation: str) -> Sample:
+        return replace(self, images=images, id=f"{self.id}/{ablation}", swapped=None, swapped_answer=None)
