@@ -1,0 +1,1 @@
+"""Everything that knows what is inside Transformers, PEFT and bitsandbytes objects."""

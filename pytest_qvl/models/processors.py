@@ -75,9 +75,7 @@ def save_processor(processor: Any, folder: str | Path) -> None:
     path = Path(folder) / PREPROCESSOR_FILE
     settings = json.loads(path.read_text(encoding="utf-8"))
     # The Pillow class exists in Transformers 5 only; the plain name is the one that every release resolves.
-    settings["image_processor_type"] = (
-        str(settings["image_processor_type"]).removesuffix("Pil").removesuffix("Fast")
-    )
+    settings["image_processor_type"] = str(settings["image_processor_type"]).removesuffix("Pil").removesuffix("Fast")
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,0 +1,245 @@
+"""What a check measured, with the limit it was held to.
+
+Standard library only: the plugin, the reports and the record read evidence without importing torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Relation = Literal["<=", ">=", "==", ""]
+Value = float | int | str | bool
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number a check measured.
+
+    Args:
+        name: What was measured, in words ("NF4 language linears").
+        value: The measured value.
+        limit: What it is held to; ``None`` for a figure that is only reported.
+        relation: How value and limit relate when all is well; ``""`` for a figure that is only reported.
+        unit: Unit of value and limit ("nat", "GiB", "s"); empty for counts and ratios.
+    """
+
+    name: str
+    value: Value
+    limit: Value | None = None
+    relation: Relation = ""
+    unit: str = ""
+
+    @property
+    def holds(self) -> bool:
+        """Whether the value is inside its limit; a NaN never is, a figure without a limit always is."""
+        if not self.relation:
+            return True
+        if isinstance(self.value, float) and math.isnan(self.value):
+            return False
+        if self.relation == "==":
+            return self.value == self.limit
+        assert isinstance(self.value, int | float)
+        assert isinstance(self.limit, int | float)
+        return self.value <= self.limit if self.relation == "<=" else self.value >= self.limit
+
+    @property
+    def strain(self) -> float:
+        """How near the value is to its limit, for choosing the worst figure: 1 is at the limit, above is broken."""
+        if not self.relation:
+            return -1.0
+        if not self.holds:
+            return math.inf
+        if self.relation == "==" or not isinstance(self.value, int | float):
+            return 0.0
+        assert isinstance(self.limit, int | float)
+        small, large = (self.value, self.limit) if self.relation == "<=" else (self.limit, self.value)
+        return abs(small) / abs(large) if large else 0.0
+
+    def __str__(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        shown = f"{self.name} {show(self.value)}{unit}"
+        return f"{shown} ({self.relation} {show(self.limit)}{unit})" if self.relation else shown
+
+
+def show(value: Any) -> str:
+    """A number short enough for one line: four significant digits, integers with thousands separators."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A short table that explains a verdict."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Value | None, ...], ...]
+
+    def __str__(self) -> str:
+        cells = [self.columns, *(tuple("" if c is None else show(c) for c in row) for row in self.rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The result of one check.
+
+    Args:
+        check: Name of the check function ("quantization_census").
+        promise: What the check proves, in a few words, as shown in the summary.
+        figures: What was measured.
+        problems: One sentence per defect: what broke, where, by how much, against what limit.
+        notes: What a reader should know although it is no defect.
+        table: Optional details.
+    """
+
+    check: str
+    promise: str
+    figures: tuple[Figure, ...] = ()
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    table: Table | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether the promise is kept."""
+        return not self.problems
+
+    @property
+    def worst(self) -> Figure | None:
+        """The figure nearest to (or beyond) its limit."""
+        return max(self.figures, key=lambda f: f.strain, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for the JSON record and for the way from an xdist worker to the controller."""
+        return {
+            "check": self.check,
+            "promise": self.promise,
+            "figures": [vars(f) for f in self.figures],
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "table": None if self.table is None else {"columns": self.table.columns, "rows": self.table.rows},
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Evidence:
+        """Inverse of :meth:`as_dict`."""
+        table = data.get("table")
+        return cls(
+            check=data["check"],
+            promise=data["promise"],
+            figures=tuple(Figure(**f) for f in data["figures"]),
+            problems=tuple(data["problems"]),
+            notes=tuple(data["notes"]),
+            table=table and Table(tuple(table["columns"]), tuple(tuple(r) for r in table["rows"])),
+        )
+
+
+class CheckFailed(AssertionError):
+    """A promise is broken; the first line says what, where, by how much and against what limit.
+
+    Attributes:
+        evidence: Everything the check measured.
+    """
+
+    def __init__(self, evidence: Evidence) -> None:
+        first, *more = evidence.problems
+        lines = [first, *(f"also: {p}" for p in more[:7])]
+        if len(more) > 7:
+            lines.append(f"also: {len(more) - 7} more problems of the same kind")
+        lines += [f"note: {n}" for n in evidence.notes]
+        if evidence.table:
+            lines += ["", str(evidence.table)]
+        super().__init__("\n".join(lines))
+        self.evidence = evidence
+
+
+class CannotJudge(RuntimeError):
+    """The inputs cannot decide the question (a uniform picture for a routing check, no CUDA for a VRAM check).
+
+    Not a pass: the suite reports it as a skip with this reason and counts it.
+    """
+
+
+@dataclass
+class Judge:
+    """Collects figures and problems while a check runs; :meth:`verdict` returns the evidence or raises.
+
+    Args:
+        check: Name of the check function.
+        promise: What the check proves, in a few words.
+    """
+
+    check: str
+    promise: str
+    figures: list[Figure] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def report(self, name: str, value: Value, unit: str = "") -> None:
+        """Record a figure that has no limit."""
+        self.figures.append(Figure(name, value, unit=unit))
+
+    def equal(self, name: str, value: Value, expected: Value, *, else_say: str, unit: str = "") -> bool:
+        """Hold ``value == expected``; otherwise ``else_say`` becomes a problem."""
+        return self._hold(Figure(name, value, expected, "==", unit), else_say)
+
+    def at_most(self, name: str, value: float, limit: float, *, else_say: str, unit: str = "") -> bool:
+        """Hold ``value <= limit`` (a NaN fails)."""
+        return self._hold(Figure(name, value, limit, "<=", unit), else_say)
+
+    def at_least(self, name: str, value: float, limit: float, *, else_say: str, unit: str = "") -> bool:
+        """Hold ``value >= limit`` (a NaN fails)."""
+        return self._hold(Figure(name, value, limit, ">=", unit), else_say)
+
+    def problem(self, sentence: str) -> None:
+        """Record a defect that no single figure expresses."""
+        self.problems.append(sentence)
+
+    def note(self, sentence: str) -> None:
+        """Record something worth knowing that is no defect."""
+        self.notes.append(sentence)
+
+    def _hold(self, figure: Figure, else_say: str) -> bool:
+        self.figures.append(figure)
+        if not figure.holds:
+            self.problems.append(f"{else_say} [{figure}]")
+        return figure.holds
+
+    def verdict(self, columns: Sequence[str] = (), rows: Iterable[Sequence[Value | None]] = ()) -> Evidence:
+        """The evidence, or :class:`CheckFailed` if there is any problem.
+
+        Raises:
+            CheckFailed: With the evidence attached.
+        """
+        table = Table(tuple(columns), tuple(tuple(row) for row in rows)) if columns else None
+        evidence = Evidence(
+            self.check, self.promise, tuple(self.figures), tuple(self.problems), tuple(self.notes), table
+        )
+        collected = _collected.get()
+        if collected is not None:
+            collected.append(evidence)
+        if evidence.problems:
+            raise CheckFailed(evidence)
+        return evidence
+
+
+_collected: ContextVar[list[Evidence] | None] = ContextVar("qvl_evidence", default=None)
+
+
+@contextmanager
+def collecting() -> Iterator[list[Evidence]]:
+    """Collect the evidence of every verdict inside the block, kept promises and broken ones alike."""
+    collected: list[Evidence] = []
+    token = _collected.set(collected)
+    try:
+        yield collected
+    finally:
+        _collected.reset(token)

@@ -1,0 +1,161 @@
+"""Where things are inside a Qwen-VL model: the only place that knows attribute paths of the families.
+
+Module trees differ by release (Transformers 4.52 moved the vision tower from ``visual`` to ``model.visual``) and
+by wrapping (PEFT adds ``base_model.model``). Everything else in this package asks :func:`anatomy`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Group = Literal["language", "vision", "merger", "lm_head", "embeddings", "other"]
+GROUPS: tuple[Group, ...] = ("language", "vision", "merger", "lm_head", "embeddings", "other")
+FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
+
+
+class UnknownModelError(TypeError):
+    """The object is not a Qwen-VL model that this package knows."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The named parts of one model, wrapped by PEFT or not.
+
+    Attributes:
+        wrapped: The object that was given; call this one.
+        base: The ``...ForConditionalGeneration`` inside it.
+        core: The multimodal model without the head (``base.model``); owns ``rope_deltas``.
+        vision_tower: Patches in, merged visual tokens out.
+        patch_embed: First layer of the vision tower.
+        blocks: The vision blocks.
+        merger: The multimodal projector.
+        language_backbone: Embeddings in, hidden states out.
+        embeddings: Text embedding table.
+        lm_head: Output head.
+        family: ``"Qwen2.5-VL"`` and so on.
+        image_token_id: Placeholder token of images (``<|image_pad|>``).
+        video_token_id: Placeholder token of videos.
+        vision_token_ids: All ids that stand for vision and must never be generated.
+        merge_size: Patches per visual token along each side.
+        roots: Dotted name in ``base`` of each group's root module, the most specific first.
+    """
+
+    wrapped: nn.Module
+    base: Any
+    core: Any
+    vision_tower: nn.Module
+    patch_embed: nn.Module
+    blocks: nn.ModuleList
+    merger: nn.Module
+    language_backbone: Any
+    embeddings: nn.Embedding
+    lm_head: nn.Module
+    family: str
+    image_token_id: int
+    video_token_id: int
+    vision_token_ids: tuple[int, ...]
+    merge_size: int
+    roots: dict[Group, str]
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.base.config
+
+    @property
+    def text_config(self) -> Any:
+        """The language backbone's part of the configuration."""
+        return self.base.config.get_text_config()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the text embeddings live."""
+        return self.embeddings.weight.device
+
+    @property
+    def is_peft(self) -> bool:
+        """Whether PEFT wraps the model."""
+        return self.wrapped is not self.base
+
+    def group_of(self, name: str) -> Group:
+        """The group that a module or parameter of :attr:`base` belongs to, by its dotted name in ``base``."""
+        for group, prefix in self.roots.items():
+            if name == prefix or name.startswith(prefix + "."):
+                return group
+        return "other"
+
+    def named_linears(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every linear layer by its dotted name in :attr:`base`; an adapted layer's base layer, not its adapter."""
+        from torch import nn
+
+        for name, module in self.base.named_modules():
+            if isinstance(module, nn.Linear) and not _inside_adapter(name):
+                yield name.removesuffix(".base_layer"), module
+
+
+def _inside_adapter(name: str) -> bool:
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def unwrap(model: Any) -> Any:
+    """The ``...ForConditionalGeneration`` inside a PEFT wrapper, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
+def anatomy(model: Any) -> Parts:
+    """Name the parts of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, bare or wrapped.
+
+    Raises:
+        UnknownModelError: The object is no such model.
+    """
+    base = unwrap(model)
+    config: Any = getattr(base, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", ""))
+    core = getattr(base, "model", None)
+    if family is None or core is None or not hasattr(core, "language_model"):
+        raise UnknownModelError(
+            f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}) is not a model this package "
+            f"knows; expected {', '.join(FAMILIES.values())} for conditional generation on Transformers >= 4.57"
+        )
+    vision = core.visual
+    text_ids = (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+        "vision_token_id",
+    )
+    names = {id(module): name for name, module in base.named_modules()}
+    roots: dict[Group, str] = {
+        "merger": names[id(vision.merger)],
+        "vision": names[id(vision)],
+        "embeddings": names[id(core.language_model.embed_tokens)],
+        "language": names[id(core.language_model)],
+        "lm_head": names[id(base.lm_head)],
+    }
+    vision_ids = sorted({i for name in text_ids if isinstance(i := getattr(config, name, None), int)})
+    return Parts(
+        wrapped=model,
+        base=base,
+        core=core,
+        vision_tower=vision,
+        patch_embed=vision.patch_embed,
+        blocks=vision.blocks,
+        merger=vision.merger,
+        language_backbone=core.language_model,
+        embeddings=core.language_model.embed_tokens,
+        lm_head=base.lm_head,
+        family=family,
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        vision_token_ids=tuple(vision_ids),
+        merge_size=config.vision_config.spatial_merge_size,
+        roots=roots,
+    )

@@ -1,0 +1,77 @@
+"""Leave the model as it was found."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pytest_qvl.models.adapters import adapted_layers
+from pytest_qvl.models.anatomy import anatomy
+
+_HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+@contextmanager
+def preserved(model: Any, *, training: bool | None = None, seed: int | None = None) -> Iterator[None]:
+    """Run a block and put the model's state back, whatever happens inside.
+
+    Put back: train/eval mode and gradient-checkpointing flag of every module, ``requires_grad`` and ``.grad`` of every
+    parameter, forward and backward hooks, active and switched-off adapters, ``use_cache``, the generation config,
+    ``rope_deltas``, and the random states of Python-independent generators (CPU and CUDA). Weights are not copied:
+    a check that trains restores them itself.
+
+    Args:
+        model: The model, wrapped or not.
+        training: Put the model into train (``True``) or eval (``False``) mode for the block.
+        seed: Seed torch for the block.
+    """
+    import torch
+
+    parts = anatomy(model)
+    modules = list(parts.wrapped.modules())
+    modes = [m.training for m in modules]
+    checkpointing = [vars(m).get("gradient_checkpointing") for m in modules]
+    hooks = [{t: dict(vars(m)[t]) for t in _HOOK_TABLES if t in vars(m)} for m in modules]
+    parameters = [(p, p.requires_grad, p.grad) for p in parts.wrapped.parameters()]
+    layers = [
+        (layer, layer._disable_adapters, copy.copy(layer._active_adapter)) for layer in adapted_layers(parts).values()
+    ]
+    generation, use_cache = copy.deepcopy(parts.base.generation_config), parts.text_config.use_cache
+    deltas = parts.core.rope_deltas
+    devices = [parts.device] if parts.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        if training is not None:
+            parts.wrapped.train(training)
+        parts.core.rope_deltas = None
+        try:
+            yield
+        finally:
+            for module, mode, flag, tables in zip(modules, modes, checkpointing, hooks, strict=True):
+                module.training = mode
+                if flag is not None:
+                    module.gradient_checkpointing = flag
+                for table, before in tables.items():
+                    live = vars(module)[table]
+                    for key in [k for k in live if k not in before]:
+                        del live[key]
+                    for key, hook in before.items():
+                        live.setdefault(key, hook)
+            for parameter, requires_grad, grad in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = grad
+            for layer, disabled, active in layers:
+                layer._disable_adapters, layer._active_adapter = disabled, active
+            parts.base.generation_config = generation
+            parts.text_config.use_cache = use_cache
+            parts.core.rope_deltas = deltas

@@ -1,0 +1,188 @@
+"""What a real training step on a QLoRA model needs, and how to undo it."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
+from pytest_qvl.models.quantized import linear_states
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import torch
+    from torch import nn
+
+    from pytest_qvl.models.anatomy import Parts
+
+_CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
+_MISSING = object()
+# torch.amp.GradScaler's first scale; halved, as it does, while gradients overflow.
+FIRST_FLOAT16_SCALE = 2.0**16
+
+
+def is_checkpointing(parts: Parts) -> bool:
+    """Whether any layer recomputes its activations in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in parts.base.modules())
+
+
+@contextmanager
+def checkpointing(parts: Parts, enabled: bool) -> Iterator[None]:
+    """Run a block with gradient checkpointing on or off, and put every layer's flag back.
+
+    A model that already checkpoints keeps its own way of doing so. Otherwise the flags of all layers that
+    support it are set, non-reentrant, and nothing else happens: ``gradient_checkpointing_enable`` would also
+    hook embeddings and (Transformers 5) the vision patch embed, which the non-reentrant kind does not need.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    layers = [module for module in parts.base.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [{name: vars(layer).get(name, _MISSING) for name in _CHECKPOINTING} for layer in layers]
+    if enabled != is_checkpointing(parts):
+        for layer in layers:
+            layer.gradient_checkpointing = enabled
+            if enabled:
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer, values in zip(layers, before, strict=True):
+            for name, value in values.items():
+                if value is not _MISSING:
+                    setattr(layer, name, value)
+                elif name in vars(layer):
+                    delattr(layer, name)
+
+
+def trained_copies(parts: Parts) -> dict[str, nn.Parameter]:
+    """What PEFT trains besides its adapters, by dotted name: copies for ``modules_to_save`` and the like."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: dict[str, nn.Parameter] = {}
+    adapters = {id(parameter) for parameter in adapter_parameters(parts).values()}
+    for name, module in parts.base.named_modules():
+        if not isinstance(module, AuxiliaryTrainingWrapper):
+            continue
+        original = {id(parameter) for parameter in module.original_module.parameters()}
+        for key, parameter in module.named_parameters():
+            if id(parameter) not in original and id(parameter) not in adapters:
+                found[f"{name}.{key}"] = parameter
+    return found
+
+
+@contextmanager
+def originals_instead_of_copies(parts: Parts) -> Iterator[None]:
+    """Let ``modules_to_save`` and their like compute with the base model's own weights inside the block."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrappers = [module for module in parts.base.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    before = [wrapper._disable_adapters for wrapper in wrappers]
+    try:
+        for wrapper in wrappers:
+            wrapper._disable_adapters = True
+        yield
+    finally:
+        for wrapper, flag in zip(wrappers, before, strict=True):
+            wrapper._disable_adapters = flag
+
+
+@contextmanager
+def weights_restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Put parameters back bitwise after a block that trains them; the copies wait in host memory."""
+    import torch
+
+    kept = [(parameter, parameter.detach().to("cpu", copy=True)) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)
+
+
+def largest_gain(parts: Parts) -> float:
+    """What one unit in every element of B adds to an adapter's output, for an input of root mean square 1.
+
+    ``scaling * sum over ranks of E|A x|`` with ``E|A x| = sqrt(2 / pi) * norm(row of A)`` for normally
+    distributed ``x``; the largest over the adapted linear layers, and 1 where there are none.
+    """
+    gains = [
+        layer.scaling[name]
+        * math.sqrt(2 / math.pi)
+        * float(layer.lora_A[name].weight.detach().float().norm(dim=1).sum())
+        for layer in adapted_layers(parts).values()
+        for name in layer.active_adapters
+        if name in getattr(layer, "lora_A", {})
+    ]
+    return max(gains, default=1.0)
+
+
+def loss_floor(parts: Parts, token: int) -> float:
+    """A lower bound, in nats, of the loss on one token that a frozen head allows, whatever precedes the head.
+
+    The head sees ``h`` with ``|h| <= max|gain| * sqrt(width)``, by the RMS norm before it. For head rows
+    ``w``, the loss ``log sum_j exp((w_j - w_token) h)`` is at least ``ln V - |mean(w) - w_token| |h|`` by
+    Jensen's inequality. Zero for any model of practical size; a random model a few dozen wide cannot get near
+    it.
+    """
+    import torch
+
+    head, gain = next(parts.lm_head.parameters()), parts.language_backbone.norm.weight
+    if not head.is_floating_point():
+        return 0.0
+    with torch.no_grad():
+        away = float((head.mean(0, dtype=torch.float32) - head[token].float()).norm())
+        longest = float(gain.abs().max()) * math.sqrt(gain.numel())
+    return max(0.0, math.log(head.shape[0]) - away * longest)
+
+
+def is_reentrant(parts: Parts) -> bool:
+    """Whether the checkpointing is torch's reentrant kind, which needs inputs that require grad."""
+    functions = [vars(module).get("_gradient_checkpointing_func") for module in parts.base.modules()]
+    return any(getattr(function, "keywords", {}).get("use_reentrant", True) for function in functions if function)
+
+
+def computes_in_float16(parts: Parts) -> bool:
+    """Whether activations or matrix products are in float16, whose gradients need a loss scale."""
+    import torch
+
+    dtypes = {state.compute_dtype or state.storage for state in linear_states(parts)}
+    return parts.embeddings.weight.dtype == torch.float16 or "float16" in dtypes
+
+
+def backward(
+    loss_of: Callable[[], torch.Tensor], parameters: list[nn.Parameter], *, scale: float
+) -> tuple[float, float]:
+    """One forward and backward with a loss scale, leaving unscaled gradients in ``parameters``.
+
+    A scale above 1 is halved until every gradient is finite, as ``torch.amp.GradScaler`` does over its first
+    steps. Scales are powers of two, so that scaling and unscaling are exact for float32 gradients.
+
+    Args:
+        loss_of: Runs the forward and returns the loss.
+        parameters: Trainable parameters; their old gradients are dropped, and stay dropped if the loss has no
+            path to any of them.
+        scale: First loss scale; 1 for no scaling.
+
+    Returns:
+        The loss, and the scale that was used.
+    """
+    import torch
+
+    while True:
+        for parameter in parameters:
+            parameter.grad = None
+        loss: Any = loss_of()
+        if not loss.requires_grad:
+            return float(loss), scale
+        (loss * scale).backward()
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if scale <= 1 or not torch.isfinite(loss) or all(bool(torch.isfinite(grad).all()) for grad in grads):
+            break
+        scale /= 2
+    for grad in grads:
+        grad.div_(scale)
+    return float(loss.detach()), scale

@@ -1,0 +1,94 @@
+"""Random weights of an exact architecture: here cut to a few layers, everything else as released."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from transformers import BitsAndBytesConfig
+
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.quantized import base_tensors, keep_quantized_weights_in_place, linear_states
+from pytest_qvl.models.released import released_config
+from pytest_qvl.models.synthetic import build_synthetic
+from pytest_qvl.models.synthetic_processor import synthetic_processor
+from pytest_qvl.models.taps import tapped
+from pytest_qvl.samples import make_batch, scenes
+
+
+def small(name: str) -> Any:
+    config = released_config(name)
+    text, vision = config.get_text_config(), config.vision_config
+    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 2, 512, 1024
+    text.num_attention_heads, text.num_key_value_heads = 4, 2
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:2]
+    vision.depth, vision.fullatt_block_indexes, vision.out_hidden_size = 4, [1, 3], 512
+    return config
+
+
+def nf4(skip: list[str]) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skip,
+    )
+
+
+@pytest.fixture(scope="module", params=["qwen2.5-vl-3b", "qwen2.5-vl-7b"])
+def built(request: pytest.FixtureRequest) -> tuple[str, Any]:
+    quantization = nf4(["model.visual", "lm_head"])
+    model = build_synthetic(small(request.param), quantization, "cpu", torch.bfloat16)
+    keep_quantized_weights_in_place(model)
+    return request.param, model
+
+
+def test_placement_is_decided_by_transformers(built: tuple[str, Any]) -> None:
+    _, model = built
+    found = Counter((state.group, state.storage) for state in linear_states(anatomy(model)))
+    assert found == {
+        ("language", "nf4"): 14,
+        ("vision", "bfloat16"): 20,
+        ("merger", "bfloat16"): 2,
+        ("lm_head", "bfloat16"): 1,
+    }
+
+
+def test_nothing_stays_on_the_meta_device(built: tuple[str, Any]) -> None:
+    _, model = built
+    assert {tensor.device.type for _, tensor in base_tensors(anatomy(model))} == {"cpu"}
+
+
+def test_activations_neither_explode_nor_collapse(built: tuple[str, Any]) -> None:
+    name, model = built
+    batch = make_batch(synthetic_processor(name), scenes(0, 1))
+    with torch.no_grad(), tapped(anatomy(model)) as tap:
+        logits = model(**batch).logits.float()
+    features = tap.vision[0].features.float()
+    assert 0.1 < features.std() < 10
+    assert 0.1 < logits.std() < 10, "of order one, or 16-bit rounding of logits drowns what is compared"
+    assert len(features.unique(dim=0)) == len(features), "visual tokens must differ for routing to be judged"
+
+
+def test_the_same_seed_gives_the_same_weights() -> None:
+    one, same = (build_synthetic(small("qwen2.5-vl-7b"), None, "cpu", torch.bfloat16, seed=3) for _ in range(2))
+    for (name, a), (_, b) in zip(base_tensors(anatomy(one)), base_tensors(anatomy(same)), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_silent_skip_list_is_silent_here_too() -> None:
+    model = build_synthetic(small("qwen2.5-vl-7b"), nf4(["visual", "lm_head"]), "cpu", torch.bfloat16)
+    quantized = {state.group for state in linear_states(anatomy(model)) if state.is_4bit}
+    assert "vision" in quantized, "Transformers 5 matches from the start of the name"
+
+
+def test_the_processor_has_the_released_special_ids() -> None:
+    tokenizer = synthetic_processor("qwen2.5-vl-7b").tokenizer
+    ids = {text: tokenizer.convert_tokens_to_ids(text) for text in ("<|endoftext|>", "<|im_end|>", "<|image_pad|>")}
+    assert ids == {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|image_pad|>": 151655}
+    text = "What colour is the shape?"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
