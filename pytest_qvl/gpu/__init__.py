@@ -1,0 +1,1 @@
+"""Which GPU this process may use, and what the driver says about it."""

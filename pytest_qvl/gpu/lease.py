@@ -1,0 +1,397 @@
+"""The right to use one GPU, held by one process: a file lock under the GPU's UUID.
+
+Two processes that load a 7B model onto one card both die, whichever tool started them. So every process that
+will compute takes a lease before CUDA starts: xdist workers, separate CI jobs of one machine and children
+that run another backend all follow the same rule. The lock is the kernel's (``flock``): it ends with the
+process that holds it, however that process ends, and a forked child (a data loader's worker) does not prolong
+it.
+
+The holder's process number, command and start are written into the lock file, for whoever waits. They are
+hints from whoever could write there, shown and never trusted; only the lock itself decides.
+
+POSIX only: elsewhere :func:`acquire` says so. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shlex
+import stat
+import sys
+import time
+import weakref
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.gpu.visible import VISIBLE_DEVICES, Visible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, MutableMapping, Sequence
+
+    from pytest_qvl.gpu.nvml import Gpu
+
+# Fixed, because a CI job's TMPDIR is its own and the lease must meet every other job of the machine.
+DIRECTORY = Path("/tmp/pytest-qvl-gpus")
+DIRECTORY_VARIABLE = "QVL_GPU_LEASES"
+TOKEN_VARIABLE = "QVL_GPU_LEASE"
+SESSION_VARIABLE = "QVL_GPU_SESSION"
+# A CI job that waits longer for somebody else's run is better started again than kept.
+PATIENCE_S = 1800.0
+REMIND_S = 30.0
+# Holders come and go in minutes; polling faster than once a second only costs.
+_SLOWEST_POLL_S = 1.0
+_FASTEST_POLL_S = 0.02
+_NOTE_BYTES = 4096
+
+
+class LeaseError(RuntimeError):
+    """No lease can be had, for a reason that waiting does not mend."""
+
+
+class NoGpu(LeaseError):
+    """The caller allows no GPU, or there is none; the message says which."""
+
+
+class LeaseTimeout(LeaseError):
+    """Others held every allowed GPU for longer than the patience; the message names them."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lease, by its own account.
+
+    Attributes:
+        pid: Process number, as the holder sees it.
+        command: Its command line, shortened.
+        since: Seconds since the epoch.
+        session: The run it belongs to; equal for the processes that one ``pytest`` command started.
+        token: What its descendants inherit.
+    """
+
+    pid: int
+    command: str
+    since: float
+    session: str
+    token: str
+
+    def __str__(self) -> str:
+        since = time.strftime("%H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} ({self.command}) since {since}"
+
+
+def join_session(environ: MutableMapping[str, str] | None = None) -> str:
+    """The name of this run, made by the first process that asks and inherited by all it starts."""
+    environ = os.environ if environ is None else environ
+    return environ.setdefault(SESSION_VARIABLE, secrets.token_hex(8))
+
+
+class Lease:
+    """A GPU this process may use, and the only one CUDA will show it; from :func:`acquire`.
+
+    Attributes:
+        gpu: The device.
+        inherited: Whether an ancestor holds the lock, so that releasing here leaves it held.
+        waited: Seconds spent waiting.
+    """
+
+    def __init__(
+        self, gpu: Gpu, lock: _Lock | None, waited: float, environ: MutableMapping[str, str], token: str
+    ) -> None:
+        self.gpu, self.inherited, self.waited = gpu, lock is None, waited
+        self._lock, self._environ, self._pid = lock, environ, os.getpid()
+        mine = {VISIBLE_DEVICES: gpu.uuid, TOKEN_VARIABLE: token}
+        self._before = {name: environ.get(name) for name in mine}
+        environ.update(mine)
+
+    def release(self) -> None:
+        """Let the next one in and put the environment back; does nothing twice, or in a forked child."""
+        if self._pid != os.getpid():
+            return
+        self._pid = -1
+        for name, value in self._before.items():
+            if value is None:
+                self._environ.pop(name, None)
+            else:
+                self._environ[name] = value
+        if self._lock:
+            self._lock.unlock()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+    def verify(self) -> None:
+        """Compare with the device CUDA really shows, once CUDA has started; before that nothing can be said.
+
+        Raises:
+            LeaseError: CUDA computes on another device: it had been asked for its devices (``is_available``
+                is enough) before the lease was taken, and never reads ``CUDA_VISIBLE_DEVICES`` again.
+        """
+        if not _cuda_started() or not self.gpu.uuid.startswith("GPU-"):
+            return
+        properties = sys.modules["torch"].cuda.get_device_properties(0)
+        actual = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else self.gpu.uuid
+        if not actual.casefold().startswith(self.gpu.uuid.casefold()):
+            raise LeaseError(
+                f"this process holds the lease of {self.gpu} but CUDA computes on {actual}: something asked "
+                f"CUDA for its devices before the lease was taken (a conftest or plugin that calls "
+                f"torch.cuda.is_available() at import); ask later, or set {VISIBLE_DEVICES} yourself"
+            )
+
+
+def acquire(
+    visible: Visible,
+    *,
+    directory: Path | None = None,
+    patience: float = PATIENCE_S,
+    say: Callable[[str], None] | None = None,
+    environ: MutableMapping[str, str] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Lease:
+    """Take one of the allowed GPUs, waiting for it where all are held.
+
+    Free GPUs are tried in the caller's order, except that one with less free memory (by tenths of its total)
+    comes later, so that a card busy with work that takes no leases is the last choice. A descendant of a
+    holder gets the holder's GPU at once. ``CUDA_VISIBLE_DEVICES`` of this process then names the leased
+    device alone.
+
+    Args:
+        visible: The GPUs the caller allows.
+        directory: Folder of the lock files; by default ``QVL_GPU_LEASES``, else one that all users of the
+            machine share.
+        patience: Seconds to wait while every allowed GPU is held by other runs. Time in which a process of
+            this very run holds one of them is not counted: that one is waited for as long as it runs.
+        say: Told, in whole sentences, when waiting starts, every half minute, and when it ends.
+        environ: The environment to read and change; by default this process's.
+        clock: Seconds, monotonic.
+        sleep: Waits.
+
+    Raises:
+        NoGpu: Nothing is allowed.
+        LeaseTimeout: The patience is used up.
+        LeaseError: CUDA already runs in this process, the lock folder cannot be used, or the platform has no
+            ``flock``.
+    """
+    environ = os.environ if environ is None else environ
+    if not visible.gpus:
+        raise NoGpu(visible.reason)
+    token = environ.get(TOKEN_VARIABLE, "")
+    session = join_session(environ)
+    folder = _usable(directory or Path(environ.get(DIRECTORY_VARIABLE, DIRECTORY)))
+    locks = {gpu: _Lock(folder / (re.sub(r"[^\w-]", "_", gpu.uuid) + ".lock")) for gpu in _emptiest_first(visible.gpus)}
+    started = last = clock()
+    outside, pause, next_word = 0.0, _FASTEST_POLL_S, started
+    while True:
+        holders: dict[Gpu, Holder | None] = {}
+        for gpu, lock in locks.items():
+            if lock.try_lock():
+                mine = _sign(lock, session, own_environment=environ is os.environ)
+                if say and next_word > started:
+                    say(f"got {gpu} after {clock() - started:.0f} s")
+                return Lease(gpu, lock, clock() - started, environ, mine)
+            holders[gpu] = holder = lock.holder()
+            if token and holder and holder.token == token:
+                return Lease(gpu, None, clock() - started, environ, token)
+        now = clock()
+        own = any(holder and holder.session == session for holder in holders.values())
+        outside += 0.0 if own else now - last
+        last = now
+        if outside >= patience:
+            raise LeaseTimeout(
+                f"no GPU became free within {patience:.0f} s: {_told(holders)}; wait for them to end, "
+                f"allow more GPUs in {VISIBLE_DEVICES}, or raise the patience"
+            )
+        if say and now >= next_word:
+            bound = "a process of this run, waited for as long as it runs" if own else f"at most {patience:.0f} s"
+            say(f"waiting for a GPU ({bound}; {now - started:.0f} s so far): {_told(holders)}")
+            next_word = now + REMIND_S
+        sleep(pause if own else min(pause, max(patience - outside, 0.0)))
+        pause = min(pause * 2, _SLOWEST_POLL_S)
+
+
+def _sign(lock: _Lock, session: str, *, own_environment: bool) -> str:
+    """Write down who holds the lock; the token that descendants inherit."""
+    # Another environment than this process's own chooses nothing for its CUDA.
+    if own_environment and _cuda_started():
+        lock.drop()
+        raise LeaseError(
+            "CUDA already runs in this process, so a lease can no longer choose its GPU; take the lease "
+            "first (something computed on the GPU while pytest was starting: a conftest or plugin at import)"
+        )
+    holder = Holder(os.getpid(), _command(sys.argv), time.time(), session, secrets.token_hex(16))
+    try:
+        lock.sign(holder)
+    except OSError as error:
+        lock.drop()
+        raise LeaseError(_unusable(lock.path, error)) from None
+    return holder.token
+
+
+def _emptiest_first(gpus: Sequence[Gpu]) -> list[Gpu]:
+    return sorted(gpus, key=lambda gpu: int(10 * gpu.used / gpu.total) if gpu.total else 0)
+
+
+def _told(holders: dict[Gpu, Holder | None]) -> str:
+    return "; ".join(
+        f"{gpu} is held by {holder or 'a process that has not said who it is'}" for gpu, holder in holders.items()
+    )
+
+
+def _command(argv: Sequence[str]) -> str:
+    program = Path(argv[0]).name if argv and argv[0] not in ("", "-c", "-m") else "python"
+    return shlex.join([program, *argv[1:]])[:200]
+
+
+def _cuda_started() -> bool:
+    torch = sys.modules.get("torch")
+    return bool(torch and getattr(torch, "cuda", None) and torch.cuda.is_initialized())
+
+
+def _usable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True)
+        # Any user of the machine may lease, and nobody may take away another's lock file.
+        folder.chmod(0o1777)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise LeaseError(_unusable(folder, error)) from None
+    if not stat.S_ISDIR(folder.lstat().st_mode):
+        raise LeaseError(_unusable(folder, "it is no directory (a link is not followed)"))
+    return folder
+
+
+def _unusable(path: Path, why: object) -> str:
+    return (
+        f"GPU leases need {path}, which cannot be used: {why}; mend it, or set {DIRECTORY_VARIABLE} to another folder"
+    )
+
+
+class _Lock:
+    """One lock file; never deleted, since a deleted file that is still locked lets two in."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._fd = -1
+
+    def try_lock(self) -> bool:
+        """Whether the lock was free and is now held."""
+        try:
+            import fcntl
+        except ImportError:
+            raise LeaseError("GPU leases need flock, which this platform does not have") from None
+        while True:
+            fd = self._open()
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                return False
+            except OSError as error:
+                os.close(fd)
+                raise LeaseError(_unusable(self.path, error)) from None
+            if self._still_named(fd):
+                break
+            os.close(fd)
+        self._fd = fd
+        _held.add(self)
+        return True
+
+    def sign(self, holder: Holder) -> None:
+        """Say who holds it."""
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps(asdict(holder)).encode(), 0)
+
+    def holder(self) -> Holder | None:
+        """Who signed; ``None`` where nobody has (yet), or what is there is not a signature."""
+        try:
+            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            return _parse(os.read(fd, _NOTE_BYTES))
+        finally:
+            os.close(fd)
+
+    def unlock(self) -> None:
+        """Erase the signature and let go."""
+        os.ftruncate(self._fd, 0)
+        self.drop()
+
+    def drop(self) -> None:
+        """Close this process's handle; the lock itself ends with its last handle."""
+        _held.discard(self)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _open(self) -> int:
+        # O_NOFOLLOW, the link count and the file type: the folder is everybody's, and this process will
+        # write. Without O_CREAT first: the kernel refuses that on other people's files in such a folder.
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            try:
+                fd = os.open(self.path, flags)
+            except FileNotFoundError:
+                fd = self._create(flags)
+        except OSError as error:
+            raise LeaseError(_unusable(self.path, error)) from None
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(fd)
+            raise LeaseError(_unusable(self.path, "it is no plain file of its own"))
+        return fd
+
+    def _create(self, flags: int) -> int:
+        try:
+            fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            return os.open(self.path, flags)
+        os.fchmod(fd, 0o666)
+        return fd
+
+    def _still_named(self, fd: int) -> bool:
+        # Somebody tidied the folder between open and lock: the lock is then on a file that nobody else will
+        # find.
+        try:
+            return os.path.samestat(os.fstat(fd), self.path.lstat())
+        except FileNotFoundError:
+            return False
+
+
+def _parse(note: bytes) -> Holder | None:
+    try:
+        data: Any = json.loads(note)
+        holder = Holder(
+            int(data["pid"]),
+            str(data["command"]),
+            float(data["since"]),
+            str(data["session"]),
+            str(data["token"]),
+        )
+        time.localtime(holder.since)
+    except (ValueError, KeyError, TypeError, OverflowError, OSError):
+        return None
+    # Shown on a terminal, and anybody may have written it.
+    return Holder(**{**asdict(holder), "command": "".join(c if c.isprintable() else "?" for c in holder.command)[:200]})
+
+
+_held: weakref.WeakSet[_Lock] = weakref.WeakSet()
+
+
+def _drop_in_child() -> None:
+    # A fork shares the lock: left open there, an orphaned child would hold the GPU after its parent was
+    # killed.
+    for lock in list(_held):
+        lock.drop()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_in_child)
