@@ -1,0 +1,86 @@
+"""The checks: plain functions that prove one promise each, usable in a test, a notebook or a training callback.
+
+Each returns :class:`pytest_qvl.evidence.Evidence` or raises :class:`pytest_qvl.evidence.CheckFailed`. Modules load
+when a name is first used, so that collecting the suite imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_qvl.checks.adapter import adapter_census as adapter_census
+    from pytest_qvl.checks.adapter import adapter_neutrality as adapter_neutrality
+    from pytest_qvl.checks.alignment import alignment as alignment
+    from pytest_qvl.checks.frozen import frozen_vision as frozen_vision
+    from pytest_qvl.checks.generation import generation_batch_invariance as generation_batch_invariance
+    from pytest_qvl.checks.generation import generation_cache_invariance as generation_cache_invariance
+    from pytest_qvl.checks.generation import generation_repeatable as generation_repeatable
+    from pytest_qvl.checks.generation import generation_wellformed as generation_wellformed
+    from pytest_qvl.checks.generation import greedy_is_argmax as greedy_is_argmax
+    from pytest_qvl.checks.positions import decode_positions as decode_positions
+    from pytest_qvl.checks.positions import mrope_oracle as mrope_oracle
+    from pytest_qvl.checks.positions import mrope_positions as mrope_positions
+    from pytest_qvl.checks.positions import position_state as position_state
+    from pytest_qvl.checks.quantization import QuantizationPolicy as QuantizationPolicy
+    from pytest_qvl.checks.quantization import quantization_census as quantization_census
+    from pytest_qvl.checks.reference import Reference as Reference
+    from pytest_qvl.checks.reference import record_reference as record_reference
+    from pytest_qvl.checks.routing import causality as causality
+    from pytest_qvl.checks.routing import feature_scatter as feature_scatter
+    from pytest_qvl.checks.routing import image_isolation as image_isolation
+    from pytest_qvl.checks.routing import malformed_inputs as malformed_inputs
+    from pytest_qvl.checks.routing import picture_pairing as picture_pairing
+    from pytest_qvl.checks.routing import placeholder_counts as placeholder_counts
+    from pytest_qvl.checks.routing import validate_batch as validate_batch
+    from pytest_qvl.checks.routing import visual_token_order as visual_token_order
+    from pytest_qvl.checks.training import label_mask as label_mask
+    from pytest_qvl.checks.training import training_step as training_step
+    from pytest_qvl.checks.training import vision_not_backpropagated as vision_not_backpropagated
+    from pytest_qvl.checks.vision import vision_stability as vision_stability
+    from pytest_qvl.checks.vram import peak_vram as peak_vram
+    from pytest_qvl.evidence import CannotJudge as CannotJudge
+    from pytest_qvl.evidence import CheckFailed as CheckFailed
+    from pytest_qvl.evidence import Evidence as Evidence
+
+_HOMES = {
+    "adapter": ("adapter_census", "adapter_neutrality"),
+    "alignment": ("alignment",),
+    "frozen": ("frozen_vision",),
+    "generation": (
+        "generation_batch_invariance",
+        "generation_cache_invariance",
+        "generation_repeatable",
+        "generation_wellformed",
+        "greedy_is_argmax",
+    ),
+    "positions": ("decode_positions", "mrope_oracle", "mrope_positions", "position_state"),
+    "quantization": ("QuantizationPolicy", "quantization_census"),
+    "reference": ("Reference", "record_reference"),
+    "routing": (
+        "causality",
+        "feature_scatter",
+        "image_isolation",
+        "malformed_inputs",
+        "picture_pairing",
+        "placeholder_counts",
+        "validate_batch",
+        "visual_token_order",
+    ),
+    "training": ("label_mask", "training_step", "vision_not_backpropagated"),
+    "vision": ("vision_stability",),
+    "vram": ("peak_vram",),
+}
+_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
+_HOME_OF |= dict.fromkeys(("CannotJudge", "CheckFailed", "Evidence"), "pytest_qvl.evidence")
+__all__ = sorted(_HOME_OF)  # noqa: PLE0605
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Bound here at once: importing the module `alignment` would otherwise shadow the function of that name.
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,552 @@
+"""Where the adapter sits, how large it is, and that it changes nothing before it has learned something."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.quantization import hold_packing
+from pytest_qvl.checks.wording import some, tally
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters
+from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
+from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.quantized import dtype_name
+from pytest_qvl.models.state import preserved
+from pytest_qvl.models.training import checkpointing, originals_instead_of_copies, trained_copies
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Batch = Mapping[str, torch.Tensor]
+
+TEXT_SIDE: tuple[Group, ...] = ("language", "lm_head", "embeddings")
+# The matrices that PEFT starts at zero, so that a fresh adapter adds nothing: B, but A where it adapts an
+# embedding.
+_GATES = ("lora_B", "lora_embedding_A")
+_COUNTED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_MAGNITUDE = "lora_magnitude_vector"
+# Initialisations that write into the base weights when they attach (PEFT's LoraConfig, "init_lora_weights").
+_REWRITES_BASE = ("olora", "pissa", "corda", "loftq", "lora_ga")
+_SEED = 20_311
+
+
+def gates(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The adapter matrices (of :func:`pytest_qvl.models.adapters.adapter_parameters`) that start at zero."""
+    return {name: p for name, p in parameters.items() if matrix_of(name) in _GATES}
+
+
+def matrix_of(name: str) -> str:
+    """``"lora_A"``, ``"lora_B"`` and so on from an adapter parameter's name; empty if no LoRA matrix."""
+    _, dot, rest = name.partition(".lora_")
+    return f"lora_{rest.split('.')[0]}" if dot else ""
+
+
+def adapter_census(
+    model: Any,
+    lora_config: Any,
+    optimizer: Any = None,
+    *,
+    groups: tuple[Group, ...] = TEXT_SIDE,
+) -> Evidence:
+    """Prove that LoRA sits where it was asked for and nowhere else, and that nothing else is trained.
+
+    The set of modules to expect is worked out here from the model's linear layers and the configuration's
+    request (list of names, regular expression or ``"all-linear"``; ``exclude_modules``,
+    ``layers_to_transform``, ``layers_pattern`` and ``modules_to_save`` included), not taken from PEFT. A
+    rank-``r`` adapter on a linear layer has exactly ``r * (in + out)`` parameters (LoRA, arXiv:2106.09685,
+    section 4.1), plus ``out`` with DoRA and ``out`` with ``lora_bias``; ``rank_pattern`` is honoured. All
+    comparisons are exact.
+
+    Args:
+        model: The model wrapped by PEFT, its adapter trainable.
+        lora_config: The ``peft.LoraConfig`` that was asked for.
+        optimizer: A ``torch.optim.Optimizer`` that must hold exactly what is trainable, by identity.
+        groups: Parts of the model where an adapter may sit. Head and embeddings are in it because no request
+            reaches them but by name.
+
+    Raises:
+        CheckFailed: An adapter in another part, a module without one, another number of trainable parameters,
+            anything else that requires grad, or an optimizer that holds too much, too little or something
+            twice.
+        CannotJudge: The configuration adapts parameters and not modules (``target_parameters``).
+        TypeError: No ``LoraConfig``, or no optimizer.
+        ValueError: The model has no adapter, or the configuration names no target.
+    """
+    parts = anatomy(model)
+    _check_census_arguments(lora_config, optimizer, groups)
+    adapters = adapter_parameters(parts)
+    if not adapters:
+        raise ValueError("the model carries no adapter; wrap it with peft.get_peft_model first")
+    judge = Judge("adapter_census", "where LoRA sits, and what is trained")
+
+    candidates = _candidates(parts)
+    asked = {name for name in candidates if _is_asked_for(lora_config, name, candidates[name])}
+    expected = {name for name in asked if parts.group_of(name) in groups}
+    actual = {name.partition(".lora_")[0] for name in adapters if matrix_of(name)}
+    copies = trained_copies(parts)
+
+    _judge_placement(judge, parts, groups=groups, expected=expected, actual=actual, config=lora_config)
+    _judge_copies(judge, parts, groups, copies, lora_config)
+    _judge_counts(judge, adapters, copies, {name: candidates[name] for name in expected}, lora_config)
+    _judge_nothing_else(judge, parts, adapters, copies, lora_config)
+    if optimizer is not None:
+        _judge_optimizer(judge, parts, optimizer)
+    judge.report("adapter dtype", tally(dtype_name(p.dtype) for p in adapters.values()))
+    rows = [
+        (group, *(sum(parts.group_of(name) == group for name in names) for names in (asked, actual)))
+        for group in GROUPS
+    ]
+    return judge.verdict(("group", "modules asked for", "modules with LoRA"), [row for row in rows if any(row[1:])])
+
+
+def _check_census_arguments(lora_config: Any, optimizer: Any, groups: Iterable[str]) -> None:
+    if not hasattr(lora_config, "rank_pattern") or not hasattr(lora_config, "target_modules"):
+        raise TypeError(f"expected a peft.LoraConfig, got {type(lora_config).__name__}")
+    if getattr(lora_config, "target_parameters", None):
+        raise CannotJudge("the LoRA config adapts bare parameters (target_parameters); only modules are counted here")
+    if not lora_config.target_modules:
+        raise ValueError("the LoRA config names no target_modules, so there is nothing to compare the adapter with")
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+    for group in groups:
+        if group not in GROUPS:
+            raise ValueError(f"part {group!r} is unknown; known: {', '.join(GROUPS)}")
+
+
+def _candidates(parts: Parts) -> dict[str, nn.Module]:
+    """Every module that LoRA can adapt, by the name it has without an adapter."""
+    from torch import nn
+
+    found: dict[str, nn.Module] = {}
+    for name, module in parts.base.named_modules():
+        inside_adapter = any(part.startswith("lora_") for part in name.split("."))
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d) and not inside_adapter:
+            found[name.removesuffix(".base_layer")] = module
+    return found
+
+
+def _is_asked_for(config: Any, name: str, module: nn.Module) -> bool:
+    """PEFT's documented matching: a regex fits the whole name, a list entry its dotted end or all of it."""
+    from torch import nn
+
+    if config.exclude_modules and _matches(config.exclude_modules, name):
+        return False
+    if any(re.match(rf"(.*\.)?{saved}(\..*)?$", name) for saved in config.modules_to_save or ()):
+        return False
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        return isinstance(module, nn.Linear) and name != "lm_head"
+    if not _matches(config.target_modules, name):
+        return False
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = config.layers_pattern or r"[^.]*"
+    index = next(
+        (
+            int(found.group(1))
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+            if (found := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name))
+        ),
+        None,
+    )
+    return index in ([layers] if isinstance(layers, int) else layers)
+
+
+def _matches(request: str | Iterable[str], name: str) -> bool:
+    if isinstance(request, str):
+        return re.fullmatch(request, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in request)
+
+
+def _judge_placement(
+    judge: Judge,
+    parts: Parts,
+    *,
+    groups: tuple[Group, ...],
+    expected: set[str],
+    actual: set[str],
+    config: Any,
+) -> None:
+    leaks = sorted(name for name in actual if parts.group_of(name) not in groups)
+    by_group = tally(parts.group_of(name) for name in leaks)
+    ends = "|".join(sorted({name.rpartition(".")[2] for name in expected})) or "q_proj|v_proj"
+    judge.equal(
+        "adapters outside the text side" if groups == TEXT_SIDE else "adapters in other parts",
+        len(leaks),
+        0,
+        else_say=(
+            f"LoRA leaked into {by_group}: target_modules {_short(config.target_modules)} also match "
+            f"{some(leaks)}; name the language backbone, "
+            f'target_modules=r".*{parts.roots["language"].rpartition(".")[2]}.*\\.({ends})"'
+        ),
+    )
+    missing = sorted(expected - actual)
+    judge.equal(
+        "modules asked for that have an adapter",
+        len(expected) - len(missing),
+        len(expected),
+        else_say=f"{len(missing)} modules that were asked for have no adapter: {some(missing)}",
+    )
+    surplus = sorted(name for name in actual - expected if parts.group_of(name) in groups)
+    judge.equal(
+        "adapters that were not asked for",
+        len(surplus),
+        0,
+        else_say=(f"{len(surplus)} modules have an adapter that the LoRA config does not ask for: {some(surplus)}"),
+    )
+    if not expected:
+        judge.problem(
+            f"target_modules {_short(config.target_modules)} match nothing in {', '.join(groups)}: "
+            "the text side is not adapted at all"
+        )
+
+
+def _judge_copies(
+    judge: Judge, parts: Parts, groups: tuple[Group, ...], copies: Mapping[str, nn.Parameter], config: Any
+) -> None:
+    asked = config.modules_to_save or ()
+    idle = [name for name in asked if not any(f".{name}." in f".{copy}" for copy in copies)]
+    if idle:
+        judge.problem(f"modules_to_save {', '.join(idle)}: no trained copy of such a module exists")
+    astray = sorted(name for name in copies if parts.group_of(name) not in groups)
+    if astray:
+        judge.problem(
+            f"{len(astray)} trained copies (modules_to_save) are in {parts.group_of(astray[0])}: "
+            f"{some(astray)}; if that part is to be trained, pass groups with it"
+        )
+
+
+def _expected_size(config: Any, name: str, module: nn.Module) -> int:
+    """Parameters of the adapter on one module."""
+    import torch
+
+    rank = next((r for key, r in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), config.r)
+    if isinstance(module, torch.nn.Linear):
+        fan_in, fan_out = module.in_features, module.out_features
+    elif isinstance(module, torch.nn.Embedding):
+        fan_in, fan_out = module.num_embeddings, module.embedding_dim
+    else:
+        weight: Any = module.weight
+        fan_in, fan_out = weight[0].numel(), weight.shape[0]
+    vectors = bool(config.use_dora) + bool(getattr(config, "lora_bias", False))
+    return int(rank * (fan_in + fan_out) + vectors * fan_out)
+
+
+def _judge_counts(
+    judge: Judge,
+    adapters: Mapping[str, nn.Parameter],
+    copies: Mapping[str, nn.Parameter],
+    expected: Mapping[str, nn.Module],
+    config: Any,
+) -> None:
+    trainable = {name: p for name, p in adapters.items() if p.requires_grad}
+    foreign = sorted(name for name in trainable if matrix_of(name) not in _COUNTED)
+    sizes = Counter[str]()
+    for name, parameter in trainable.items():
+        if matrix_of(name) in _COUNTED:
+            sizes[name.partition(".lora_")[0]] += parameter.numel()
+    wanted = {name: _expected_size(config, name, module) for name, module in expected.items()}
+    off = next((name for name in sorted({*wanted, *sizes}) if sizes[name] != wanted.get(name, 0)), "")
+    if not trainable:
+        story = (
+            "no adapter parameter requires grad: the adapter was loaded for inference (is_trainable=False) "
+            "or switched off when it was attached"
+        )
+    else:
+        story = (
+            f"the adapter does not have the size of its config (r={config.r}): first at {off}, which has "
+            f"{sizes[off]:,} trainable parameters instead of {wanted.get(off, 0):,}"
+        )
+    judge.equal("trainable LoRA parameters", sizes.total(), sum(wanted.values()), else_say=story)
+    if off and sizes.total() == sum(wanted.values()):
+        judge.problem(story)
+    extra = [*foreign, *(name for name, p in copies.items() if p.requires_grad)]
+    if extra:
+        count = sum(p.numel() for name, p in {**trainable, **copies}.items() if name in set(extra))
+        judge.note(f"{count:,} trainable parameters beside LoRA: {some(extra)}")
+
+
+def _judge_nothing_else(
+    judge: Judge,
+    parts: Parts,
+    adapters: Mapping[str, nn.Parameter],
+    copies: Mapping[str, nn.Parameter],
+    config: Any,
+) -> None:
+    own = {id(parameter) for parameter in (*adapters.values(), *copies.values())}
+    stray = [name for name, p in parts.base.named_parameters() if p.requires_grad and id(p) not in own]
+    hint = f"; bias={config.bias!r} in the LoRA config trains them" if config.bias != "none" else ""
+    judge.equal(
+        "other tensors that require grad",
+        len(stray),
+        0,
+        else_say=(
+            f"{len(stray)} tensors that are not the adapter's require grad "
+            f"({tally(parts.group_of(name) for name in stray)}): {some(stray)}{hint}"
+        ),
+    )
+
+
+def _judge_optimizer(judge: Judge, parts: Parts, optimizer: Any) -> None:
+    held = Counter(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    trainable = {id(p): name for name, p in parts.base.named_parameters() if p.requires_grad}
+    names = {id(p): name for name, p in parts.base.named_parameters()}
+    missing = [name for key, name in trainable.items() if key not in held]
+    foreign = [names.get(key, "a tensor that is not in the model") for key in held if key not in trainable]
+    twice = [names.get(key, "a tensor that is not in the model") for key, count in held.items() if count > 1]
+    judge.equal(
+        "trainable tensors in the optimizer",
+        len(trainable) - len(missing),
+        len(trainable),
+        else_say=(
+            f"the optimizer misses {len(missing)} of {len(trainable)} trainable tensors: {some(missing)}; "
+            "was it made before the adapter was attached?"
+        ),
+    )
+    judge.equal(
+        "other tensors in the optimizer",
+        len(foreign),
+        0,
+        else_say=f"the optimizer holds {len(foreign)} tensors that are not trainable: {some(foreign)}",
+    )
+    if twice:
+        judge.problem(f"the optimizer holds {len(twice)} tensors more than once: {some(twice)}")
+
+
+def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence:
+    """Prove that an adapter which has learned nothing, or is switched off, leaves the logits bitwise alone.
+
+    Three computations of the same logits, in eval and in train mode, over the same kernels:
+
+    - the base model, its own layers put back in place of PEFT's;
+    - the wrapped model inside PEFT's ``disable_adapter()``;
+    - the wrapped model with its adapter on and B = 0 (the adapter's own B is set aside and put back bitwise).
+
+    The second takes the same path as the first. The third adds ``B A x * scaling``, which is a zero of either
+    sign whatever A and dropout are, and adding a zero is exact in every format; so all three are compared for
+    equality (a zero equals a zero of the other sign), with no tolerance. The base model is run twice: where
+    its own kernels do not repeat themselves, equality proves nothing and the check says so.
+
+    What is said and not judged: that initialisations which write into the base weights (OLoRA, PiSSA, CorDA,
+    LoftQ, LoRA-GA) leave a base model that is no longer the one loaded; how far the adapter as found moves
+    the logits; and B = 0 with DoRA, whose output is the base's times magnitude over norm: PEFT rounds the
+    magnitude to the weights' dtype and computes the norm in another, so that even a fresh one is not neutral
+    bitwise.
+
+    Args:
+        model: The model wrapped by PEFT; its adapter may be fresh or trained.
+        batches: Model inputs, at least one with ``pixel_values``; labels are ignored.
+
+    Raises:
+        CheckFailed: Logits differ; names the first adapted layer whose output does.
+        CannotJudge: No pictures in any batch, a merged adapter, repacked weights or kernels that do not
+            repeat.
+        ValueError: The model is not wrapped, or has no adapter.
+    """
+    import torch
+
+    parts = anatomy(model)
+    parameters = adapter_parameters(parts)
+    if not parts.is_peft or not parameters:
+        raise ValueError("the model carries no adapter; wrap it with peft.get_peft_model first")
+    given = [batches] if isinstance(batches, Mapping) else list(batches)
+    if not any("pixel_values" in batch for batch in given):
+        raise CannotJudge("no batch has pictures (pixel_values), so the adapter would only be seen on text")
+    if any(layer.merged for layer in adapted_layers(parts).values()):
+        raise CannotJudge("the adapter is merged into the base weights, so there is no base model to compare with")
+    hold_packing(parts)
+    judge = Judge("adapter_neutrality", "an untrained or disabled adapter changes nothing")
+    found = {name: p.detach().to("cpu", copy=True) for name, p in gates(parameters).items()}
+    fresh = not any(bool(value.any()) for value in found.values())
+    probe = _Probe(parts, given, gates(parameters), found)
+    modes = _modes(judge, parts)
+    dora = any(matrix_of(name) == _MAGNITUDE for name in parameters)
+    with preserved(model), torch.no_grad(), checkpointing(parts, False), originals_instead_of_copies(parts):
+        _peft(parts).base_model.enable_adapter_layers()
+        for mode in modes:
+            for number in range(len(given)):
+                probe.judge_disabled(judge, mode, number)
+                if not dora:
+                    probe.judge_zero(judge, mode, number)
+        if dora or not fresh:
+            judge.report("adapter as found: largest logit change", probe.effect())
+    if dora:
+        judge.note(
+            "DoRA: B = 0 is not judged, because the magnitude vector scales the base output, by a ratio "
+            "that rounding keeps from 1 even before training"
+        )
+    _note_initialisation(judge, parts, fresh=fresh)
+    return judge.verdict()
+
+
+class _Probe:
+    """Runs one model as base, disabled and with B = 0 on the same inputs."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        batches: Sequence[Batch],
+        gate_parameters: Mapping[str, nn.Parameter],
+        found: Mapping[str, torch.Tensor],
+    ) -> None:
+        self._parts = parts
+        self._inputs = [{k: v for k, v in batch.items() if k != "labels"} for batch in batches]
+        self._gates = gate_parameters
+        self._found = found
+        self._slot = AdapterSlot.of(parts.wrapped)
+        self._places = list(adapted_layers(parts))
+        self._base: dict[tuple[str, int], torch.Tensor] = {}
+
+    def judge_disabled(self, judge: Judge, mode: str, number: int) -> None:
+        self._compare(judge, "disabled adapter", self._disabled, mode, number)
+
+    def judge_zero(self, judge: Judge, mode: str, number: int) -> None:
+        self._compare(judge, "adapter with B = 0", self._zeroed, mode, number)
+
+    def effect(self) -> float:
+        """Largest change of a logit in eval mode by the adapter as it was found."""
+        return max(
+            _largest(self._run(number, "eval"), self._reference("eval", number)) for number in range(len(self._inputs))
+        )
+
+    def _run(self, number: int, mode: str) -> torch.Tensor:
+        import torch
+
+        # The wrapper passes everything through, so base layers and PEFT's layers are reached by the same
+        # call.
+        self._parts.wrapped.train(mode == "train")
+        torch.manual_seed(_SEED)
+        self._parts.core.rope_deltas = None
+        logits: torch.Tensor = self._parts.wrapped(**self._inputs[number], use_cache=False).logits
+        return logits.cpu()
+
+    def _bare(self, number: int, mode: str) -> torch.Tensor:
+        self._slot.take_off()
+        try:
+            return self._run(number, mode)
+        finally:
+            self._slot.put_back()
+
+    def _disabled(self, number: int, mode: str) -> torch.Tensor:
+        with warnings.catch_warnings():
+            # PEFT's tuners_utils.py; what it says about trained biases is said by adapter_census.
+            warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
+            with _peft(self._parts).disable_adapter():
+                return self._run(number, mode)
+
+    def _zeroed(self, number: int, mode: str) -> torch.Tensor:
+        try:
+            for parameter in self._gates.values():
+                parameter.zero_()
+            return self._run(number, mode)
+        finally:
+            for name, parameter in self._gates.items():
+                parameter.copy_(self._found[name])
+
+    def _reference(self, mode: str, number: int) -> torch.Tensor:
+        if (mode, number) not in self._base:
+            first, second = self._bare(number, mode), self._bare(number, mode)
+            if not _same(first, second):
+                raise CannotJudge(
+                    f"two forwards of the base model alone ({mode} mode, batch {number}) differ by up to "
+                    f"{_largest(first, second):.4g}: this device's kernels do not repeat themselves bitwise"
+                )
+            self._base[mode, number] = first
+        return self._base[mode, number]
+
+    def _compare(self, judge: Judge, what: str, run: Any, mode: str, number: int) -> None:
+        base, logits = self._reference(mode, number), run(number, mode)
+        if logits.dtype != base.dtype:
+            judge.problem(f"{what} ({mode} mode): logits are {logits.dtype} but {base.dtype} in the base model")
+        same = _same(base, logits)
+        name = f"{what}, {mode} mode: largest logit change"
+        if same:
+            judge.equal(name, 0.0, 0.0, else_say="")
+            return
+        differ = int((base != logits).sum())
+        judge.equal(
+            name,
+            _largest(base, logits) or float("nan"),
+            0.0,
+            else_say=(
+                f"{what} ({mode} mode, batch {number}) changes {differ:,} of {base.numel():,} logits of the "
+                f"base model; {self._first_difference(run, mode, number)}"
+            ),
+        )
+
+    def _first_difference(self, run: Any, mode: str, number: int) -> str:
+        base = self._layer_outputs(self._bare, mode, number)
+        for place, value in self._layer_outputs(run, mode, number).items():
+            if base.get(place) != value:
+                return f"first at the output of {place}"
+        return "no adapted layer's output differs, so it comes from elsewhere in the model"
+
+    def _layer_outputs(self, run: Any, mode: str, number: int) -> dict[str, int]:
+        """Digest of each adapted layer's output in order of the calls, whichever layer is in its place."""
+        seen: dict[str, int] = {}
+        handles = []
+
+        def watch(place: str) -> Any:
+            def hook(_module: Any, _args: Any, output: torch.Tensor) -> None:
+                seen[place] = digests([("", output + 0)])[""]  # + 0 turns a negative zero into a positive one
+
+            return hook
+
+        layers = {place: layer for place, (_, _, layer) in zip(self._places, self._slot.layers, strict=True)}
+        for place, layer in layers.items():
+            module = layer.get_base_layer() if run == self._bare else layer
+            handles.append(module.register_forward_hook(watch(place)))
+        try:
+            run(number, mode)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality of every element; NaN equals NaN, and zeros are equal whatever their sign."""
+    import torch
+
+    return a.dtype == b.dtype and bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
+
+
+def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.float() - b.float()).abs().max())
+
+
+def _peft(parts: Parts) -> Any:
+    return parts.wrapped
+
+
+def _modes(judge: Judge, parts: Parts) -> tuple[str, ...]:
+    dropout = float(getattr(parts.text_config, "attention_dropout", 0.0) or 0.0)
+    if dropout:
+        judge.note(f"eval mode only: the base model's own attention dropout ({dropout}) draws other numbers under LoRA")
+        return ("eval",)
+    return ("eval", "train")
+
+
+def _note_initialisation(judge: Judge, parts: Parts, *, fresh: bool) -> None:
+    for config in _peft(parts).peft_config.values():
+        kind = getattr(config, "init_lora_weights", True)
+        if isinstance(kind, str) and kind.lower().startswith(_REWRITES_BASE):
+            judge.note(
+                f"init_lora_weights={kind!r} wrote into the base weights when it attached: with the adapter "
+                "off this is not the model that was loaded, and what was judged holds for the rewritten "
+                "weights"
+            )
+        elif kind is False and not fresh:
+            judge.note("init_lora_weights=False starts with a random B: as attached, the adapter is not neutral")
+
+
+def _short(request: str | Iterable[str]) -> str:
+    if isinstance(request, str):
+        return repr(request)
+    names = sorted(request)
+    return repr(names) if len(names) <= 12 else f"({len(names)} names, {names[0]} first)"

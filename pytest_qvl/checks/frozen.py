@@ -1,0 +1,268 @@
+"""Frozen vision: real training steps on pictures move the adapter and nothing else, bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.adapter import matrix_of
+from pytest_qvl.checks.quantization import hold_packing
+from pytest_qvl.checks.teaching import adamw, check_labels, forward, taught_wrong, trainable_parameters
+from pytest_qvl.checks.wording import some, tally
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import adapter_parameters
+from pytest_qvl.models.anatomy import GROUPS, Parts, anatomy
+from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.quantized import base_tensors, dtype_name
+from pytest_qvl.models.state import preserved
+from pytest_qvl.models.taps import tapped
+from pytest_qvl.models.training import (
+    FIRST_FLOAT16_SCALE,
+    backward,
+    computes_in_float16,
+    trained_copies,
+    weights_restored,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from pytest_qvl.checks.teaching import Batch, MakeOptimizer
+
+_SEED = 20_311
+
+
+def frozen_vision(
+    model: Any,
+    batches: Batch | Sequence[Batch],
+    *,
+    steps: int = 2,
+    learning_rate: float = 1e-3,
+    make_optimizer: MakeOptimizer | None = None,
+) -> Evidence:
+    """Prove that training on pictures leaves the vision tower and the rest of the base bitwise as it was.
+
+    Takes real optimizer steps in train mode on everything that requires grad, then compares
+
+    - every tensor of the base model (parameters, buffers, and packed data, absmax, code book, offset and
+      nested statistics of each 4-bit weight, base layers under adapters included), by position-sensitive
+      64-bit digests, so that no second copy of the model is needed;
+    - the visual tokens of each batch, bitwise, in eval mode;
+    - every trainable adapter tensor, which must have moved.
+
+    No tolerance anywhere. "Before" is taken after one warm-up forward, because bitsandbytes casts the biases
+    of its linears in place to the compute dtype at the first forward; such a cast is verified (new value
+    equals the old one after the same cast) and reported as a note. Weights are put back bitwise afterwards;
+    what changed outside the trained tensors cannot be, and the model is then to be loaded again.
+
+    The limits of the defaults: two steps, because with B = 0 the gradient of A is zero in the first. 1e-3,
+    because AdamW's first step moves each element with a gradient by the learning rate, and a bfloat16 weight
+    below 1/4 moves if that exceeds half a unit in the last place, 2**-11 / 2 * 4 = 2**-10. No weight decay,
+    which moves weights that have no gradient. The labels are replaced by wrong answers, because on right ones
+    a well-trained model has gradients that round to nothing. With float16 compute the loss is scaled as
+    ``torch.amp.GradScaler`` does.
+
+    Args:
+        model: The model wrapped by PEFT, its adapter trainable, checkpointing as the user has it.
+        batches: Model inputs with ``labels``, at least one with ``pixel_values``; used in turn.
+        steps: Optimizer steps, at least 2.
+        learning_rate: For the default optimizer.
+        make_optimizer: Makes another optimizer from the list of trainable parameters.
+
+    Raises:
+        CheckFailed: Names the tensors that moved and should not have, or the reverse.
+        CannotJudge: No pictures, repacked weights, or a vision tower whose kernels do not repeat themselves.
+        ValueError: No adapter, nothing trainable, no labels, or fewer than two steps.
+    """
+    parts = anatomy(model)
+    given = [batches] if isinstance(batches, Mapping) else list(batches)
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, got {steps}: with B = 0 the first step leaves A where it is")
+    trained = trainable_parameters(parts)
+    check_labels(given)
+    hold_packing(parts)
+    adapters = {**adapter_parameters(parts), **trained_copies(parts)}
+    judge = Judge("frozen_vision", "training moves the adapter and nothing else")
+    with preserved(model, seed=_SEED), weights_restored(trained.values()):
+        _warm_up(judge, parts, given, adapters)
+        if judge.problems:
+            judge.verdict()
+        features = _features(parts, given)
+        if features != _features(parts, given):
+            raise CannotJudge("two forwards of the vision tower differ: this device's kernels do not repeat bitwise")
+        base_before = digests(_frozen_tensors(parts, adapters))
+        adapter_before = digests(adapters.items())
+
+        optimizer = (make_optimizer or adamw(learning_rate))(list(trained.values()))
+        wrong = [taught_wrong(parts, batch) for batch in given]
+        loss = _train(parts, wrong, list(trained.values()), optimizer, steps)
+        judge.report("loss at the first step", loss, "nat")
+
+        base_after = digests(_frozen_tensors(parts, adapters))
+        adapter_after = digests(adapters.items())
+        own = {id(parameter) for parameter in adapters.values()}
+        not_own = sorted(n.replace(".base_layer", "") for n, p in trained.items() if id(p) not in own)
+        _judge_base(judge, parts, base_before, base_after, not_own)
+        _judge_adapter(judge, adapters, adapter_before, adapter_after, steps)
+        _judge_features(judge, features, _features(parts, given))
+    all_of = Counter(parts.group_of(name) for name in base_before)
+    moved = Counter(parts.group_of(name) for name in _changed(base_before, base_after))
+    rows = [(group, all_of[group], moved[group]) for group in GROUPS if all_of[group]]
+    return judge.verdict(("group", "tensors", "moved"), rows)
+
+
+def _frozen_tensors(parts: Parts, adapters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    own = {id(parameter) for parameter in adapters.values()}
+    return ((name, tensor) for name, tensor in base_tensors(parts) if id(tensor) not in own)
+
+
+def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
+    return sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
+
+
+def _warm_up(judge: Judge, parts: Parts, batches: Sequence[Batch], adapters: Mapping[str, nn.Parameter]) -> None:
+    """One forward per batch; whatever it changes in place must be a cast and nothing else."""
+    import torch
+
+    before = digests(_frozen_tensors(parts, adapters))
+    vectors = {
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in _frozen_tensors(parts, adapters)
+        if tensor.ndim == 1 and tensor.is_floating_point() and name.endswith(".bias")
+    }
+    parts.wrapped.train()
+    with torch.no_grad():
+        for batch in batches:
+            forward(parts, batch)
+    changed = set(_changed(before, digests(_frozen_tensors(parts, adapters))))
+    if not changed:
+        return
+    now = {name: tensor for name, tensor in _frozen_tensors(parts, adapters) if name in changed}
+    cast = [
+        name
+        for name in sorted(changed & vectors.keys() & now.keys())
+        if now[name].dtype != vectors[name].dtype and torch.equal(vectors[name].to(now[name].dtype), now[name].cpu())
+    ]
+    if cast:
+        dtypes = f"{dtype_name(vectors[cast[0]].dtype)} to {dtype_name(now[cast[0]].dtype)}"
+        judge.note(
+            f"{len(cast)} biases were cast in place from {dtypes} by bitsandbytes at the first forward "
+            f"(first: {cast[0]}); equal after the same cast"
+        )
+    other = sorted(changed - set(cast))
+    judge.equal(
+        "base tensors changed by a forward alone",
+        len(other),
+        0,
+        else_say=f"a forward without any training step changed {len(other)} base tensors: {some(other)}",
+    )
+
+
+def _features(parts: Parts, batches: Sequence[Batch]) -> dict[str, int]:
+    """Digest of the visual tokens of each batch with pictures, in eval mode."""
+    import torch
+
+    parts.wrapped.eval()
+    found: dict[str, int] = {}
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            if "pixel_values" not in batch:
+                continue
+            with tapped(parts) as tap:
+                forward(parts, batch)
+            found |= digests((f"batch {number}, call {n}", call.features) for n, call in enumerate(tap.vision))
+    return found
+
+
+def _train(
+    parts: Parts,
+    batches: Sequence[Batch],
+    trained: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+) -> float:
+    """Take the steps; returns the loss of the first."""
+    parts.wrapped.train()
+    scale = FIRST_FLOAT16_SCALE if computes_in_float16(parts) else 1.0
+    losses = []
+    for step in range(steps):
+        loss, scale = backward(partial(_loss, parts, batches[step % len(batches)]), trained, scale=scale)
+        losses.append(loss)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return losses[0]
+
+
+def _loss(parts: Parts, batch: Batch) -> torch.Tensor:
+    loss: torch.Tensor = forward(parts, batch).loss
+    return loss
+
+
+def _judge_base(
+    judge: Judge, parts: Parts, before: Mapping[str, int], after: Mapping[str, int], trained_base: list[str]
+) -> None:
+    judge.equal(
+        "base tensors that are trained",
+        len(trained_base),
+        0,
+        else_say=(
+            f"{len(trained_base)} base tensors require grad and go to the optimizer, in "
+            f"{tally(map(parts.group_of, trained_base))}: {some(trained_base)}; freeze the base "
+            "(requires_grad_(False)) before the adapter is attached"
+        ),
+    )
+    moved = _changed(before, after)
+    written = [name for name in moved if name not in trained_base]
+    why = (
+        f"{len(written)} of them do not require grad, so something wrote into them; load the model again"
+        if written
+        else "all of them require grad"
+    )
+    judge.equal(
+        "base tensors that moved",
+        len(moved),
+        0,
+        else_say=(
+            f"{len(moved)} of {len(before)} base tensors moved, in {tally(map(parts.group_of, moved))}: "
+            f"{some(written or moved)}; {why}"
+        ),
+    )
+
+
+def _judge_adapter(
+    judge: Judge,
+    adapters: Mapping[str, nn.Parameter],
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    steps: int,
+) -> None:
+    trainable = [name for name, parameter in adapters.items() if parameter.requires_grad]
+    moved = set(_changed(before, after))
+    # A trained copy of an embedding moves only where the batch has its tokens.
+    lora = [name for name in trainable if matrix_of(name)]
+    still = [name for name in lora if name not in moved]
+    judge.equal(
+        "adapter tensors that moved",
+        len(lora) - len(still),
+        len(lora),
+        else_say=(
+            f"{len(still)} of {len(lora)} adapter tensors did not move in {steps} steps: {some(still)}; no "
+            "gradient reaches them, or the optimizer does not hold them"
+        ),
+    )
+    astray = sorted(moved - set(trainable))
+    if astray:
+        judge.problem(f"{len(astray)} adapter tensors that do not require grad moved: {some(astray)}")
+
+
+def _judge_features(judge: Judge, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+    changed = _changed(before, after)
+    judge.equal(
+        "batches whose visual tokens changed",
+        len(changed),
+        0,
+        else_say=f"the vision tower's output is not bitwise what it was before training: {some(changed)}",
+    )

@@ -1,0 +1,148 @@
+"""Each row of a batch against the question and the pictures it was made of."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.placeholders import attended, model_inputs, show_grid
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from pytest_qvl.samples import Sample
+
+
+def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch: Mapping[str, Any]) -> Evidence:
+    """Every row of the batch holds its own sample's question and pictures, in the sample's order.
+
+    Pixel rows and grid of each picture are compared, bitwise, with what the image processor makes of that
+    picture alone. Pictures swapped before the model, or a grid with height and width exchanged, fit
+    everywhere and raise nothing. No forward pass.
+
+    Args:
+        model: Qwen-VL model, wrapped or not; only its token ids and merge size are read.
+        processor: The processor the batch was made with.
+        samples: What the batch was made of, row by row.
+        batch: What the processor returned, on any device and in any floating dtype (a cast is repeated here).
+
+    Raises:
+        CheckFailed: Names sample and picture, and whose pixels stand there, or both grids.
+        CannotJudge: No picture among the samples.
+        ValueError: Not one sample per row.
+    """
+    judge = Judge("picture_pairing", "each row holds its own question and pictures, in order")
+    parts, inputs = anatomy(model), model_inputs(batch)
+    ids = inputs["input_ids"]
+    if len(samples) != len(ids):
+        raise ValueError(f"picture_pairing needs the sample of each row: {len(samples)} samples, {len(ids)} rows")
+    pictures = [
+        _processed(processor, row, sample, number)
+        for row, sample in enumerate(samples)
+        for number in range(len(sample.images))
+    ]
+    if not pictures:
+        raise CannotJudge("no sample has a picture")
+    judge.report("pictures", len(pictures))
+    misplaced = []
+    for row in range(len(ids)):
+        promised = sum(len(each.pixels) for each in pictures if each.row == row) // parts.merge_size**2
+        placeholders = int((ids[row] == parts.image_token_id).sum())
+        if placeholders != promised:
+            misplaced.append(
+                f"row {row} has {placeholders} placeholders, the pictures of its sample "
+                f"{samples[row].id!r} make {promised} visual tokens"
+            )
+    judge.equal("rows with another sample's placeholders", len(misplaced), 0, else_say="; ".join(misplaced[:3]))
+    strangers = [
+        f"row {row} does not hold the question of sample {sample.id!r} ({sample.question!r})"
+        for row, sample in enumerate(samples)
+        if _plain(sample.question) not in _plain(_decoded(processor, ids[row][attended(inputs)[row]]))
+    ]
+    judge.equal("rows with another question", len(strangers), 0, else_say="; ".join(strangers[:3]))
+    complete = "image_grid_thw" in inputs and "pixel_values" in inputs
+    grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()] if complete else []
+    if not judge.equal(
+        "pictures in the batch",
+        len(grids),
+        len(pictures),
+        else_say=f"the batch has {len(grids)} pictures, its samples have {len(pictures)}",
+    ):
+        return judge.verdict()
+    wrong_grids = [
+        _grid_sentence(picture, grid, pictures)
+        for picture, grid in zip(pictures, grids, strict=True)
+        if picture.grid != grid
+    ]
+    judge.equal("wrong grids", len(wrong_grids), 0, else_say="; ".join(wrong_grids[:3]))
+    wrong_pixels = _wrong_pixels(inputs["pixel_values"], grids, pictures)
+    judge.equal("pictures with wrong pixels", len(wrong_pixels), 0, else_say="; ".join(wrong_pixels[:3]))
+    return judge.verdict()
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """What the image processor makes of one picture alone."""
+
+    name: str
+    row: int
+    pixels: torch.Tensor
+    grid: tuple[int, ...]
+
+
+def _processed(processor: Any, row: int, sample: Sample, number: int) -> _Picture:
+    made = processor.image_processor(images=[sample.images[number]], return_tensors="pt")
+    name = f"row {row}, image {number} (sample {sample.id!r})"
+    return _Picture(name, row, made["pixel_values"], tuple(made["image_grid_thw"][0].tolist()))
+
+
+def _decoded(processor: Any, ids: torch.Tensor) -> str:
+    text: str = processor.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _plain(text: str) -> str:
+    """Text as tokenizers of this family normalise it."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _grid_sentence(picture: _Picture, grid: tuple[int, ...], pictures: Sequence[_Picture]) -> str:
+    sentence = f"{picture.name}: grid {show_grid(grid)}, but alone it makes {show_grid(picture.grid)}"
+    if grid == (picture.grid[0], picture.grid[2], picture.grid[1]):
+        return f"{sentence} (height and width are transposed)"
+    others = [other.name for other in pictures if other.grid == grid]
+    return f"{sentence} (the grid of {others[0]})" if others else sentence
+
+
+def _wrong_pixels(pixels: torch.Tensor, grids: Sequence[tuple[int, ...]], pictures: Sequence[_Picture]) -> list[str]:
+    """One sentence per picture whose own rows do not hold its own pixels."""
+    import torch
+
+    problems: list[str] = []
+    start, start_by_grid = 0, 0
+    for picture, (frames, rows, columns) in zip(pictures, grids, strict=True):
+        own = picture.pixels.to(pixels)
+        here = pixels[start : start + len(own)]
+        by_grid = pixels[start_by_grid : start_by_grid + frames * rows * columns]
+        start, start_by_grid = start + len(own), start_by_grid + frames * rows * columns
+        if torch.equal(here, own):
+            continue
+        twins = [
+            other.name
+            for other in pictures
+            if other is not picture and any(torch.equal(found, other.pixels.to(pixels)) for found in (here, by_grid))
+        ]
+        if twins:
+            problems.append(f"{picture.name}: holds the pixels of {twins[0]}")
+        elif here.shape != own.shape:
+            problems.append(f"{picture.name}: {len(here)} patches are left for its {len(own)}")
+        else:
+            patch = int((here != own).any(dim=1).nonzero()[0])
+            gap = float((here - own).abs().max())
+            problems.append(f"{picture.name}: patch {patch} differs from the picture's own by up to {gap:.3g}")
+    return problems

@@ -1,0 +1,235 @@
+"""Where the pictures of a batch sit among its tokens, and whether batch and pictures agree at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.anatomy import Parts, anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+ALIGNED = ("attention_mask", "mm_token_type_ids", "labels")
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Span:
+    """The placeholders of one picture.
+
+    Attributes:
+        image: Number of the picture in the batch (its row of ``image_grid_thw``).
+        row: Batch row.
+        in_row: Number of the picture within its row.
+        start: Token index of its first placeholder, padding counted.
+        length: Number of placeholders, which is its number of visual tokens.
+        first: Number of its first visual token within the batch.
+    """
+
+    image: int
+    row: int
+    in_row: int
+    start: int
+    length: int
+    first: int
+
+    @property
+    def stop(self) -> int:
+        """Token index after its last placeholder."""
+        return self.start + self.length
+
+    def __str__(self) -> str:
+        return f"row {self.row}, image {self.in_row}"
+
+
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch without its labels, ready for ``model(**inputs)`` and ``model.generate(**inputs)``.
+
+    Raises:
+        ValueError: No two-dimensional ``input_ids``.
+    """
+    ids = batch.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        raise ValueError("the batch needs input_ids of shape (rows, length)")
+    return {name: value for name, value in batch.items() if name != "labels" and value is not None}
+
+
+def attended(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Which tokens are no padding, ``(rows, length)`` bool; all of them without an ``attention_mask``."""
+    import torch
+
+    mask = inputs.get("attention_mask")
+    return torch.ones_like(inputs["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def visual_tokens(grid: Sequence[int], merge_size: int) -> int:
+    """Visual tokens of one picture: frames x rows x columns of patches, merged both ways."""
+    frames, rows, columns = grid
+    return frames * (rows // merge_size) * (columns // merge_size)
+
+
+def show_grid(grid: Sequence[int]) -> str:
+    """``1x8x6``: frames, rows and columns in patches."""
+    return "x".join(map(str, grid))
+
+
+def validate_batch(model: Any, batch: Mapping[str, Any]) -> list[str]:
+    """What is wrong between the placeholders and the pictures of a batch, found without running the model.
+
+    Transformers notices only a wrong total, and nothing at all where ``pixel_values`` are missing or where
+    ``TRANSFORMERS_DISABLE_TORCH_CHECK=1`` is set. Here each picture's run of placeholders is held to its own
+    grid.
+
+    Args:
+        model: The model the batch is for, wrapped or not; only its token ids and merge size are read.
+        batch: ``input_ids`` (rows, length) int64 and whatever else the processor returned.
+
+    Returns:
+        One sentence per defect with row, image and token index; empty for a sound batch.
+
+    Raises:
+        ValueError: No two-dimensional ``input_ids``.
+        CannotJudge: The batch holds a video.
+    """
+    return _match(anatomy(model), batch)[1]
+
+
+def spans(parts: Parts, batch: Mapping[str, Any]) -> list[Span]:
+    """The placeholders of each picture, in the order of the pictures.
+
+    Raises:
+        ValueError: The batch is malformed; :func:`validate_batch` lists everything that is wrong.
+        CannotJudge: The batch holds a video or no picture.
+    """
+    found, problems = _match(parts, batch)
+    if problems:
+        raise ValueError(f"the batch is malformed: {problems[0]}")
+    if not found:
+        raise CannotJudge("the batch has no picture; give at least one sample with a picture")
+    return found
+
+
+def describe(found: Sequence[Span], row: int, token: int) -> str:
+    """Where a token stands, in words: ``row 2, token 17 (image 1, visual token 3)``."""
+    for span in found:
+        if span.row == row and span.start <= token < span.stop:
+            return f"row {row}, token {token} (image {span.in_row}, visual token {token - span.start})"
+    return f"row {row}, token {token} (text)"
+
+
+def describe_visual(found: Sequence[Span], visual: int) -> str:
+    """A visual token by its number in the batch, in words: ``visual token 3 of row 2, image 1``."""
+    for span in found:
+        if span.first <= visual < span.first + span.length:
+            return f"visual token {visual - span.first} of {span}"
+    return f"visual token {visual}, which belongs to no picture"
+
+
+def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str]]:
+    model_inputs(batch)
+    ids = batch["input_ids"].cpu()
+    if batch.get("pixel_values_videos") is not None or bool((ids == parts.video_token_id).any()):
+        raise CannotJudge("routing is judged for pictures; the batch holds a video")
+    problems = [
+        f"{name} has shape {tuple(batch[name].shape)}, input_ids {tuple(ids.shape)}: cut and pad together"
+        for name in ALIGNED
+        if batch.get(name) is not None and batch[name].shape != ids.shape
+    ]
+    runs = _runs(ids, parts.image_token_id)
+    pixels, grids = batch.get("pixel_values"), _grids(batch)
+    if runs and pixels is None:
+        row, start, length = runs[0]
+        problems.append(
+            f"row {row}, token {start}: {length} placeholders ({sum(run[2] for run in runs)} in all) but no "
+            "pixel_values; the model reads the placeholder's own embedding there and raises nothing"
+        )
+        return [], problems
+    if pixels is not None:
+        problems += _pixel_problems(pixels, grids, parts.merge_size)
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape == ids.shape:
+        hidden = ((ids == parts.image_token_id) & (mask.cpu() == 0)).nonzero().tolist()
+        if hidden:
+            problems.append(
+                f"row {hidden[0][0]}, token {hidden[0][1]}: a placeholder under padding "
+                f"({len(hidden)} in the batch); its visual token is never attended to"
+            )
+    found, mismatches = _assign(runs, grids, parts.merge_size)
+    return found, problems + mismatches
+
+
+def _grids(batch: Mapping[str, Any]) -> list[Grid]:
+    grids = batch.get("image_grid_thw")
+    return [] if grids is None else [(t, h, w) for t, h, w in grids.tolist()]
+
+
+def _runs(ids: torch.Tensor, placeholder: int) -> list[tuple[int, int, int]]:
+    """Unbroken runs of placeholders: (row, first token, length), in reading order."""
+    runs: list[tuple[int, int, int]] = []
+    for row, token in (ids == placeholder).nonzero().tolist():
+        if runs and runs[-1][0] == row and runs[-1][1] + runs[-1][2] == token:
+            runs[-1] = (row, runs[-1][1], runs[-1][2] + 1)
+        else:
+            runs.append((row, token, 1))
+    return runs
+
+
+def _pixel_problems(pixels: torch.Tensor, grids: Sequence[Grid], merge_size: int) -> list[str]:
+    if not grids:
+        return [f"pixel_values has {pixels.shape[0]} patches but there is no image_grid_thw"]
+    problems = [
+        f"image {number} of the batch: grid {show_grid(grid)} is no multiple of the merge size {merge_size}"
+        for number, grid in enumerate(grids)
+        if grid[1] % merge_size or grid[2] % merge_size
+    ]
+    promised = sum(t * h * w for t, h, w in grids)
+    if promised != pixels.shape[0]:
+        problems.append(f"pixel_values has {pixels.shape[0]} patches, the grids of the batch promise {promised}")
+    return problems
+
+
+def _assign(
+    runs: Sequence[tuple[int, int, int]], grids: Sequence[Grid], merge_size: int
+) -> tuple[list[Span], list[str]]:
+    """Deal the pictures out to the runs in order; a run may hold several pictures that fit it exactly."""
+    sizes = [visual_tokens(grid, merge_size) for grid in grids]
+    placeholders = sum(length for _, _, length in runs)
+    totals = f"the batch has {placeholders} placeholders for {sum(sizes)} visual tokens"
+    found: list[Span] = []
+    problems: list[str] = []
+    image, visual = 0, 0
+    row_before, in_row = -1, 0
+    for row, token, length in runs:
+        in_row = in_row if row == row_before else 0
+        row_before, start = row, token
+        tokens = f"row {row}, image {in_row}, tokens {start} to {start + length - 1}"
+        if image == len(sizes):
+            problems.append(f"{tokens}: {length} placeholders but no picture is left for them; {totals}")
+            continue
+        fitting = _fitting(sizes[image:], length)
+        if not fitting:
+            problems.append(
+                f"{tokens}: {length} placeholders, but grid {show_grid(grids[image])} of image {image} of "
+                f"the batch makes {sizes[image]} visual tokens; {totals}"
+            )
+        for size in sizes[image : image + fitting]:
+            found.append(Span(image, row, in_row, start, size, visual))
+            image, in_row, start, visual = image + 1, in_row + 1, start + size, visual + size
+        if not fitting:
+            image, in_row, visual = image + 1, in_row + 1, visual + sizes[image]
+    if image < len(sizes):
+        left = f"image {image}" if image == len(sizes) - 1 else f"images {image} to {len(sizes) - 1}"
+        problems.append(f"{left} of the batch: pixels but no placeholders; {totals}")
+    return found, problems
+
+
+def _fitting(sizes: Sequence[int], length: int) -> int:
+    """How many of the next pictures fill a run exactly; 0 if none do."""
+    for count in range(1, len(sizes) + 1):
+        if sum(sizes[:count]) >= length:
+            return count if sum(sizes[:count]) == length else 0
+    return 0

@@ -1,0 +1,302 @@
+"""Quantization census: which parts of the model really are NF4, and how."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
+from pytest_qvl.models.quantized import (
+    LinearState,
+    dtype_name,
+    keep_quantized_weights_in_place,
+    linear_states,
+)
+from pytest_qvl.models.skips import skip_list, skipped_by
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+QUANT_TYPES = ("nf4", "fp4")
+MIB = 2**20
+_COLUMNS = ("group", "linears", "quantized", "stored as", "double quantized", "block size", "compute")
+
+
+@dataclass(frozen=True)
+class QuantizationPolicy:
+    """What must be quantized, how, and what must not.
+
+    Attributes:
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        double_quant: Whether the block statistics are quantized too.
+        blocksize: Weights per block statistic (64 in the QLoRA paper, arXiv:2305.14314, section 3).
+        compute_dtype: Dtype of the matrix products: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        quantized: Parts whose every linear layer must be quantized.
+        kept: Parts of which nothing may be quantized.
+
+    Raises:
+        ValueError: An unknown type or part, or a part that is both quantized and kept.
+    """
+
+    quant_type: str = "nf4"
+    double_quant: bool = True
+    blocksize: int = 64
+    compute_dtype: str = "bfloat16"
+    quantized: tuple[Group, ...] = ("language",)
+    kept: tuple[Group, ...] = ("vision", "merger", "lm_head", "embeddings")
+
+    def __post_init__(self) -> None:
+        if self.quant_type not in QUANT_TYPES:
+            raise ValueError(f"quant_type {self.quant_type!r} is unknown; known: {', '.join(QUANT_TYPES)}")
+        for group in (*self.quantized, *self.kept):
+            if group not in GROUPS:
+                raise ValueError(f"part {group!r} is unknown; known: {', '.join(GROUPS)}")
+        both = set(self.quantized) & set(self.kept)
+        if both:
+            raise ValueError(f"{', '.join(sorted(both))}: either quantized or kept, not both")
+
+    @classmethod
+    def from_config(cls, config: Any) -> QuantizationPolicy:
+        """The policy that a ``transformers.BitsAndBytesConfig`` asks for.
+
+        Only type, double quantization and compute dtype are read. Where the layers are is this policy's own
+        default, because the configuration's skip list is exactly what may not work.
+
+        Raises:
+            TypeError: No ``BitsAndBytesConfig``.
+            ValueError: The configuration does not ask for 4 bits.
+        """
+        if not hasattr(config, "bnb_4bit_quant_type"):
+            raise TypeError(f"expected a transformers.BitsAndBytesConfig, got {type(config).__name__}")
+        if not config.load_in_4bit:
+            raise ValueError("the BitsAndBytesConfig does not ask for 4 bits (load_in_4bit=True)")
+        return cls(
+            quant_type=config.bnb_4bit_quant_type,
+            double_quant=config.bnb_4bit_use_double_quant,
+            compute_dtype=dtype_name(config.bnb_4bit_compute_dtype) or "float32",
+        )
+
+
+@dataclass
+class _Census:
+    """The linears of one part of the model."""
+
+    states: list[LinearState] = field(default_factory=list)
+
+    @property
+    def quantized(self) -> list[LinearState]:
+        return [state for state in self.states if state.is_quantized]
+
+    def row(self, group: Group) -> tuple[str | int, ...]:
+        four_bit = [state for state in self.states if state.is_4bit]
+        return (
+            group,
+            len(self.states),
+            len(self.quantized),
+            _counted(state.storage for state in self.states),
+            _counted("yes" if state.nested else "no" for state in four_bit),
+            _counted(str(state.blocksize) for state in four_bit),
+            _counted(str(state.compute_dtype) for state in four_bit),
+        )
+
+
+def _counted(values: Any) -> str:
+    counts = Counter(values)
+    if len(counts) == 1:
+        return str(next(iter(counts)))
+    return ", ".join(f"{value} x{count}" for value, count in counts.most_common())
+
+
+def quantization_census(model: Any, policy: QuantizationPolicy | None = None) -> Evidence:
+    """Prove that exactly the parts which should be quantized are, in the way they should.
+
+    Read from the type and the quantization state of every linear layer, never from a configuration: on
+    Transformers 5 the skip list ``["visual", "lm_head"]`` sits in the configuration and does nothing
+    (patterns are matched from the start of a module's name or as its end, and the tower is ``model.visual``).
+    Nothing is computed; no limit is needed, because counts are exact.
+
+    What stays out of the quantization is judged as "not quantized"; its dtype is reported, since
+    ``prepare_model_for_kbit_training`` casts it to float32 in healthy use.
+
+    Args:
+        model: The model, bare or wrapped by PEFT.
+        policy: What must be quantized and how; NF4 with double quantization, blocks of 64 and bfloat16
+            compute, in the language backbone only, if not given.
+
+    Raises:
+        CheckFailed: A part leaked into the quantization or out of it, or is quantized in another way, or a
+            CPU kernel has rewritten the weights.
+    """
+    policy = policy or QuantizationPolicy()
+    parts = anatomy(model)
+    judge = Judge("quantization_census", "what is quantized, and how")
+    found: dict[Group, _Census] = {group: _Census() for group in GROUPS}
+    for state in linear_states(parts):
+        found[state.group].states.append(state)
+
+    for group in policy.quantized:
+        _judge_quantized(judge, group, found[group], policy)
+    leaked = [group for group in policy.kept if found[group].quantized]
+    for group in policy.kept:
+        cause = _cause(parts, leaked) if group in leaked[:1] else "for the same reason"
+        _judge_kept(judge, group, found[group], cause)
+    if "embeddings" in policy.kept:
+        _judge_embeddings(judge, parts)
+    _judge_tie(judge, parts)
+    _note_wide_parts(judge, parts, policy)
+    return judge.verdict(_COLUMNS, [census.row(group) for group, census in found.items() if census.states])
+
+
+def hold_packing(parts: Parts) -> None:
+    """Make sure that a forward does not rewrite the quantized weights, before a check runs one.
+
+    Raises:
+        CannotJudge: They have been rewritten already, so nothing can be compared bitwise.
+    """
+    repacked = [state.name for state in linear_states(parts) if state.repacked]
+    if repacked:
+        raise CannotJudge(_repacked(repacked))
+    keep_quantized_weights_in_place(parts.base)
+
+
+def _repacked(names: Sequence[str]) -> str:
+    return (
+        f"{len(names)} quantized weights were rewritten in place for a CPU kernel by an earlier eval forward "
+        f"(first: {names[0]}), which loses their double quantization and breaks training: load the model "
+        "again and call pytest_qvl.models.quantized.keep_quantized_weights_in_place(model) before any "
+        "forward"
+    )
+
+
+def _judge_quantized(judge: Judge, group: Group, census: _Census, policy: QuantizationPolicy) -> None:
+    total = len(census.states)
+    if not total:
+        judge.problem(f"{group}: there is no linear layer to quantize")
+        return
+    wrong = [state for state in census.states if state.storage != policy.quant_type]
+    kinds = _counted(state.storage for state in wrong)
+    where = f"{group}: {len(wrong)} of {total} linears are"
+    if not census.quantized:
+        story = (
+            f"nothing is quantized: {where} {kinds} instead of {policy.quant_type} (first: "
+            f"{census.states[0].name}); the quantization config was not given, or was dropped on the way"
+        )
+    elif wrong:
+        hint = "; BitsAndBytesConfig defaults to fp4: pass bnb_4bit_quant_type='nf4'" if kinds == "fp4" else ""
+        story = f"{where} {kinds} instead of {policy.quant_type} (first: {wrong[0].name}){hint}"
+    else:
+        story = ""
+    judge.equal(f"{group} linears in {policy.quant_type}", total - len(wrong), total, else_say=story)
+
+    four_bit = [state for state in census.states if state.is_4bit]
+    repacked = [state.name for state in four_bit if state.repacked]
+    if repacked:
+        judge.problem(f"{group}: {_repacked(repacked)}")
+    # Rewriting changes the statistics and their dtype, so those figures would only repeat the finding above.
+    intact = [state for state in four_bit if not state.repacked]
+    wanted: tuple[tuple[str, str, Any, str], ...] = (
+        ("double-quantized", "nested", policy.double_quant, "bnb_4bit_use_double_quant"),
+        (f"in blocks of {policy.blocksize}", "blocksize", policy.blocksize, "the loader"),
+        (
+            f"computing in {policy.compute_dtype}",
+            "compute_dtype",
+            policy.compute_dtype,
+            "bnb_4bit_compute_dtype",
+        ),
+    )
+    for words, attribute, value, setting in wanted:
+        off = [state for state in intact if getattr(state, attribute) != value]
+        have = _counted(str(getattr(state, attribute)) for state in off)
+        label = words if attribute != "nested" or value else "without double quantization"
+        judge.equal(
+            f"{group} linears {label}",
+            len(intact) - len(off),
+            len(intact),
+            else_say=(
+                f"{group}: {len(off)} of {len(intact)} quantized linears have {attribute} {have} instead of "
+                f"{value} (first: {off[0].name if off else ''}); it is set by {setting}"
+            ),
+        )
+
+
+def _judge_kept(judge: Judge, group: Group, census: _Census, cause: str) -> None:
+    leaks = census.quantized
+    if not census.states:
+        return
+    kinds = _counted(state.storage.upper() for state in leaks)
+    judge.equal(
+        f"{group} linears quantized",
+        len(leaks),
+        0,
+        else_say=(
+            f"{group}: {len(leaks)} of {len(census.states)} linears are {kinds} but must stay 16-bit "
+            f"(first: {leaks[0].name if leaks else ''}); {cause}"
+        ),
+    )
+
+
+def _judge_embeddings(judge: Judge, parts: Parts) -> None:
+    weight = next(parts.embeddings.parameters())
+    judge.equal(
+        "embeddings quantized",
+        not weight.is_floating_point(),
+        False,
+        else_say=(
+            f"embeddings: {parts.roots['embeddings']} is stored as {dtype_name(weight.dtype)} "
+            f"({type(parts.embeddings).__name__}) but must stay 16-bit"
+        ),
+    )
+
+
+def _judge_tie(judge: Judge, parts: Parts) -> None:
+    """Where the configuration ties head and embeddings, they must be one tensor in memory."""
+    if not getattr(parts.config, "tie_word_embeddings", False):
+        return
+    head, table = next(parts.lm_head.parameters()), next(parts.embeddings.parameters())
+    judge.equal(
+        "lm_head shares the embeddings' storage",
+        head.data_ptr() == table.data_ptr(),
+        True,
+        else_say=(
+            "lm_head and embeddings are tied by the configuration but are two tensors "
+            f"({dtype_name(head.dtype)} and {dtype_name(table.dtype)}, {head.nbytes / MIB:.4g} MiB more): a "
+            "quantized or copied head"
+        ),
+    )
+
+
+def _note_wide_parts(judge: Judge, parts: Parts, policy: QuantizationPolicy) -> None:
+    """Say what float32 costs where 16 bits would do; no defect, since k-bit preparation casts so."""
+    extra: Counter[Group] = Counter()
+    for name, parameter in parts.base.named_parameters():
+        group = parts.group_of(name)
+        if group in policy.kept and dtype_name(parameter.dtype) == "float32" and "lora_" not in name:
+            extra[group] += parameter.nbytes // 2
+    if extra and policy.compute_dtype != "float32":
+        judge.note(
+            f"{', '.join(extra)}: not quantized, float32, {sum(extra.values()) / MIB:.4g} MiB more than in "
+            "16 bits (prepare_model_for_kbit_training casts all that is not quantized)"
+        )
+
+
+def _cause(parts: Parts, leaked: Sequence[Group]) -> str:
+    """Why the skip list did not protect these parts, and the list that does."""
+    import transformers
+
+    works = [parts.roots["vision"], parts.roots["lm_head"]]
+    given = skip_list(parts)
+    if given is None:
+        return f"no skip list was given: pass llm_int8_skip_modules={works}"
+    names = [name for name, _ in parts.named_linears()]
+    idle = [pattern for pattern in given if not any(skipped_by(pattern, name) for name in names)]
+    if idle:
+        return (
+            f"the skip list {given} in the model's config has entries that match no module on Transformers "
+            f"{transformers.__version__} ({', '.join(map(repr, idle))}; a pattern has to match from the "
+            f"start of the module's name): use {works}"
+        )
+    if "lm_head" in leaked and not any(skipped_by(pattern, parts.roots["lm_head"]) for pattern in given):
+        return f"the skip list {given} replaces the default one, so the head has to be in it too: use {works}"
+    return f"the skip list {given} in the model's config does not cover it: use {works}"

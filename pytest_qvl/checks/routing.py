@@ -1,0 +1,335 @@
+"""Placeholder routing: every picture's visual tokens stand at its own placeholders.
+
+Routing moves numbers without computing with them, so every comparison is bitwise. :mod:`isolation
+<pytest_qvl.checks.isolation>` looks at what a picture moves from there on, :mod:`pairing
+<pytest_qvl.checks.pairing>` at whether it is the right picture; their checks are named here too.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.bitwise import bits_of, differs
+from pytest_qvl.checks.isolation import causality, image_isolation
+from pytest_qvl.checks.pairing import picture_pairing
+from pytest_qvl.checks.placeholders import (
+    attended,
+    describe,
+    describe_visual,
+    model_inputs,
+    spans,
+    validate_batch,
+)
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.state import preserved
+from pytest_qvl.models.taps import tapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+
+    from pytest_qvl.checks.placeholders import Span
+    from pytest_qvl.models.anatomy import Parts
+
+
+__all__ = [
+    "causality",
+    "feature_scatter",
+    "image_isolation",
+    "malformed_inputs",
+    "picture_pairing",
+    "placeholder_counts",
+    "validate_batch",
+    "visual_token_order",
+]
+
+
+def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
+    """Each picture has as many placeholders as its grid makes visual tokens, neither comes alone.
+
+    The grid formula: frames x rows x columns of patches, divided by the square of the merge size (Qwen2-VL,
+    arXiv:2409.12191, section 2.1). Reads the batch only; see :func:`validate_batch` for all that is looked
+    at.
+
+    Args:
+        model: Qwen-VL model, wrapped or not.
+        batch: What the processor returned, ``labels`` included if there are any.
+
+    Raises:
+        CheckFailed: Names row, image and tokens, and both numbers.
+        CannotJudge: Neither pictures nor placeholders in the batch, or a video.
+        ValueError: No two-dimensional ``input_ids``.
+    """
+    judge = Judge("placeholder_counts", "placeholders of each picture = visual tokens by the grid formula")
+    parts, inputs = anatomy(model), model_inputs(batch)
+    placeholders = int((inputs["input_ids"] == parts.image_token_id).sum())
+    grids = inputs.get("image_grid_thw")
+    pictures = 0 if grids is None else len(grids)
+    if not placeholders and not pictures and "pixel_values" not in inputs:
+        raise CannotJudge("the batch has no picture; give at least one sample with a picture")
+    problems = validate_batch(model, batch)
+    promised = 0 if grids is None else int(grids.prod(dim=1).sum()) // parts.merge_size**2
+    equal = judge.equal("placeholders", placeholders, promised, else_say=problems[0] if problems else "totals differ")
+    for problem in problems[0 if equal else 1 :]:
+        judge.problem(problem)
+    judge.report("pictures", pictures)
+    return judge.verdict()
+
+
+def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
+    """Each visual token lands bitwise at its own placeholder, and the text's own embeddings everywhere else.
+
+    One forward pass: what the vision tower put out (cast to the dtype of the embeddings, as the model does)
+    against what the language backbone received. All visual tokens of the batch must differ from one another,
+    or a wrong order would look right: a plain picture makes one visual token many times over.
+
+    Args:
+        model: Qwen-VL model, wrapped or not.
+        batch: What the processor returned, any padding side, rows without a picture allowed.
+
+    Raises:
+        CheckFailed: Names row and token, and what stands there instead.
+        CannotJudge: No picture in the batch, or visual tokens that equal each other (``sample.noise(seed)``
+            makes pictures whose visual tokens all differ).
+        ValueError: The batch is malformed.
+    """
+    import torch
+
+    judge = Judge("feature_scatter", "each visual token stands at its own placeholder, text everywhere else")
+    parts, inputs = anatomy(model), model_inputs(batch)
+    found = spans(parts, inputs)
+    ids, mask = inputs["input_ids"], attended(inputs)
+    with preserved(model, training=False), torch.no_grad():
+        with tapped(parts) as tap:
+            parts.wrapped(**inputs, logits_to_keep=1)
+        text = parts.embeddings(ids)
+    seen = tap.language[0].inputs_embeds
+    text = text.to(seen.dtype)
+    places = ids == parts.image_token_id
+    features = torch.cat([call.features for call in tap.vision]) if tap.vision else seen.new_empty(0, seen.shape[-1])
+    features = features.to(seen.dtype)
+    count = int(places.sum())
+    if not judge.equal(
+        "visual tokens", len(features), count, else_say=f"the vision tower made {len(features)} visual tokens"
+    ):
+        return judge.verdict()
+    distinct = len(torch.unique(bits_of(features), dim=0))
+    if distinct < count:
+        raise CannotJudge(
+            f"only {distinct} of {count} visual tokens differ from each other in {str(seen.dtype)[6:]}: a "
+            "wrong order could look right; give pictures with more in them, such as sample.noise(seed)"
+        )
+    judge.report("visual tokens that differ from each other", distinct)
+    wrong = differs(seen, text.masked_scatter(places.unsqueeze(-1), features)) & mask
+    for name, where in (("placeholders", places), ("text tokens", ~places)):
+        bad = (wrong & where).nonzero().tolist()
+        judge.equal(
+            f"{name} with a wrong embedding",
+            len(bad),
+            0,
+            else_say=_scatter_sentence(found, bad, seen, text, features) if bad else "",
+        )
+    return judge.verdict()
+
+
+def _scatter_sentence(
+    found: Sequence[Span],
+    bad: Sequence[Sequence[int]],
+    seen: torch.Tensor,
+    text: torch.Tensor,
+    features: torch.Tensor,
+) -> str:
+    row, token = bad[0]
+    here = bits_of(seen[row, token])
+    same = (bits_of(features) == here).all(dim=-1).nonzero().flatten().tolist()
+    if same:
+        holds = f"holds {describe_visual(found, same[0])}"
+    elif bool((bits_of(text[row, token]) == here).all()):
+        holds = "still holds the placeholder's own text embedding"
+    else:
+        holds = "holds neither a visual token of this batch nor its text embedding"
+    rows = len({row for row, _ in bad})
+    return f"{describe(found, row, token)} {holds}; {len(bad)} tokens in {rows} rows are wrong"
+
+
+def visual_token_order(model: Any, batch: Mapping[str, Any]) -> Evidence:
+    """The vision tower puts its visual tokens out in the order of the patches that went in.
+
+    This is what :func:`feature_scatter` takes at its word. The tower sorts patches into windows and must sort
+    its output back. Here its blocks pass their input on unchanged, so that each visual token depends on the
+    ``merge_size ** 2`` patch rows it is merged from and on no others, whatever the order in between. The
+    numbers of the patch groups are written in binary: for each bit the groups that have it are replaced by
+    noise, then those that have it not. A visual token that moves in just one of the two runs of every bit is
+    made of the one group whose number these bits spell; one made of several groups moves in both runs of some
+    bit, since two numbers differ somewhere. The language backbone does not run.
+
+    Args:
+        model: Qwen-VL model, wrapped or not.
+        batch: What the processor returned, any padding side, rows without a picture allowed; plain pictures
+            do too.
+
+    Raises:
+        CheckFailed: Names the first visual token in a wrong place, and whose patches it is made of.
+        CannotJudge: No picture in the batch.
+        ValueError: The batch is malformed.
+    """
+    import torch
+
+    judge = Judge("visual_token_order", "visual tokens leave the tower in the order of their patches")
+    parts, inputs = anatomy(model), model_inputs(batch)
+    found = spans(parts, inputs)
+    pixels = inputs["pixel_values"]
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)).to(pixels)
+    group = torch.arange(len(pixels), device=pixels.device) // parts.merge_size**2
+    groups = sum(span.length for span in found)
+    bits = max(1, (groups - 1).bit_length())
+    with preserved(model, training=False), torch.no_grad(), _blocks_bypassed(parts):
+        before = _features(parts, inputs)
+        if not judge.equal(
+            "visual tokens",
+            len(before),
+            groups,
+            else_say=f"the vision tower made {len(before)} visual tokens",
+        ):
+            return judge.verdict()
+        with_bit, without_bit = (torch.zeros(groups, dtype=torch.int64, device=before.device) for _ in range(2))
+        for bit in range(bits):
+            noisy = (group >> bit & 1).bool()
+            for where, moved in ((noisy, with_bit), (~noisy, without_bit)):
+                changed = {**inputs, "pixel_values": torch.where(where[:, None], noise, pixels)}
+                moved.bitwise_or_(differs(before, _features(parts, changed)).long() << bit)
+    numbers = torch.arange(groups, device=before.device)
+    one_group = (with_bit ^ without_bit) == 2**bits - 1
+    wrong = (~one_group | (with_bit != numbers)).nonzero().flatten().tolist()
+    sentence = ""
+    if wrong:
+        first = wrong[0]
+        if one_group[first]:
+            made_of = f"is made of the patches of {describe_visual(found, int(with_bit[first]))}"
+        elif with_bit[first] or without_bit[first]:
+            made_of = "is made of several patch groups"
+        else:
+            made_of = "depends on no patch"
+        sentence = f"{describe_visual(found, first)} {made_of}; {len(wrong)} of {groups} visual tokens are wrong"
+    judge.equal("visual tokens made of other patches", len(wrong), 0, else_say=sentence)
+    judge.report("runs of the vision tower", 2 * bits + 1)
+    return judge.verdict()
+
+
+def malformed_inputs(model: Any, batch: Mapping[str, Any]) -> Evidence:
+    """Batches whose placeholders and pixels do not belong together are noticed, however silent the model is.
+
+    Made from a sound batch: one placeholder too few, one too many, placeholders without pixels, pixels
+    without placeholders. :func:`validate_batch` must find each. The model itself must refuse one placeholder
+    too few and pixels without placeholders, as every release of Transformers does unless its check was
+    switched off (``TRANSFORMERS_DISABLE_TORCH_CHECK=1``) or patched away. It is never shown more placeholders
+    than visual tokens: without that check this kills the CUDA context of the process.
+
+    Args:
+        model: Qwen-VL model, wrapped or not.
+        batch: A sound batch with at least one picture of two visual tokens or more.
+
+    Raises:
+        CheckFailed: Names the malformed batch that went through.
+        CannotJudge: No picture in the batch.
+        ValueError: The batch is malformed already.
+    """
+    import torch
+
+    judge = Judge("malformed_inputs", "batches whose placeholders and pixels do not fit are noticed")
+    parts, inputs = anatomy(model), model_inputs(batch)
+    span = max(spans(parts, inputs), key=lambda each: each.length)
+    ids = inputs["input_ids"]
+    places = ids == parts.image_token_id
+    text = ids[attended(inputs) & ~torch.isin(ids, ids.new_tensor(parts.vision_token_ids))][-1]
+    fewer, more = ids.clone(), ids.clone()
+    fewer[span.row, span.stop - 1] = text
+    more[(~places & attended(inputs)).nonzero()[-1].unbind()] = parts.image_token_id
+    cases = {
+        "one placeholder too few": ({**inputs, "input_ids": fewer}, True),
+        "one placeholder too many": ({**inputs, "input_ids": more}, False),
+        "placeholders without pixels": (
+            {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_grid_thw")},
+            False,
+        ),
+        "pixels without placeholders": ({**inputs, "input_ids": torch.where(places, text, ids)}, True),
+    }
+    rows, overlooked, accepted = [], [], []
+    with preserved(model, training=False):
+        for name, (broken, must_refuse) in cases.items():
+            problems = validate_batch(model, broken)
+            overlooked += [] if problems else [name]
+            refusal = _refusal(parts, broken) if must_refuse else "not asked"
+            accepted += [name] if refusal is None else []
+            rows.append((name, refusal or "accepted", problems[0] if problems else "overlooked"))
+    judge.equal(
+        "malformed batches overlooked",
+        len(overlooked),
+        0,
+        else_say=f"validate_batch overlooks: {', '.join(overlooked)}",
+    )
+    judge.equal(
+        "malformed batches the model accepts",
+        len(accepted),
+        0,
+        else_say=(
+            f"the model takes {' and '.join(accepted)} without an error: its count check is off "
+            "(TRANSFORMERS_DISABLE_TORCH_CHECK=1, or a patched forward)"
+        ),
+    )
+    return judge.verdict(("batch", "model", "validate_batch"), rows)
+
+
+def _refusal(parts: Parts, inputs: Mapping[str, Any]) -> str | None:
+    import torch
+
+    try:
+        with torch.no_grad():
+            parts.wrapped(**inputs, logits_to_keep=1)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        return type(error).__name__
+    return None
+
+
+class _Reached(Exception):
+    """The language backbone was reached; nothing after it is of interest."""
+
+
+def _features(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """What the vision tower puts out, ``(visual tokens, hidden)``, without running the language backbone."""
+    import torch
+
+    def before_language(*_: Any) -> None:
+        raise _Reached
+
+    handle = parts.language_backbone.register_forward_pre_hook(before_language)
+    try:
+        with suppress(_Reached), tapped(parts) as tap:
+            parts.wrapped(**inputs)
+    finally:
+        handle.remove()
+    return torch.cat([call.features for call in tap.vision])
+
+
+@contextmanager
+def _blocks_bypassed(parts: Parts) -> Iterator[None]:
+    """Let every vision block return its input inside the block, without computing anything."""
+    before = [vars(block).get("forward") for block in parts.blocks]
+
+    def unchanged(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+    for block in parts.blocks:
+        vars(block)["forward"] = unchanged
+    try:
+        yield
+    finally:
+        for block, own in zip(parts.blocks, before, strict=True):
+            del vars(block)["forward"]
+            if own is not None:
+                vars(block)["forward"] = own

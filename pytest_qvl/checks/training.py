@@ -1,0 +1,474 @@
+"""The training step: gradients reach the adapter, all of it and nothing else, and it learns."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.adapter import gates, matrix_of
+from pytest_qvl.checks.quantization import hold_packing
+from pytest_qvl.checks.teaching import (
+    IGNORED,
+    adamw,
+    check_labels,
+    forward,
+    taught_wrong,
+    trainable_parameters,
+)
+from pytest_qvl.checks.wording import some, tally
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import adapter_parameters
+from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.state import preserved
+from pytest_qvl.models.taps import tapped
+from pytest_qvl.models.training import (
+    FIRST_FLOAT16_SCALE,
+    backward,
+    checkpointing,
+    computes_in_float16,
+    is_checkpointing,
+    is_reentrant,
+    largest_gain,
+    loss_floor,
+    trained_copies,
+    weights_restored,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+    from torch import nn
+
+    from pytest_qvl.checks.teaching import Batch, MakeOptimizer
+
+ANSWER_HEADER = "<|im_start|>assistant\n"
+END_OF_TURN = "<|im_end|>"
+MIB = 2**20
+_MOVE_PER_STEP = 0.2
+_SEED = 20_311
+
+
+def training_step(
+    model: Any,
+    batch: Batch,
+    *,
+    gradient_checkpointing: bool,
+    steps_to_halve: int = 40,
+    learning_rate: float | None = None,
+    make_optimizer: MakeOptimizer | None = None,
+) -> Evidence:
+    """Prove that a training step reaches every adapter tensor and nothing else, and that the adapter learns.
+
+    Starts from B = 0 (the adapter's own B is set aside), in train mode:
+
+    - first backward: every gradient is finite; every B has a gradient that is not zero; every A has one that
+      is exactly zero, because it is multiplied by B;
+    - second backward, after one optimizer step: no A and no B without a gradient;
+    - nothing else receives a gradient, and nothing is trained in float16, where AdamW divides by zero;
+    - the loss on deliberately wrong answers, which begins at 1 nat per token or above (by construction at
+      ``ln 3``, see :func:`pytest_qvl.checks.teaching.taught_wrong`), halves within `steps_to_halve` steps.
+      Right answers would show nothing: a trained model is already on the floor there. Where the frozen head
+      of a very narrow model cannot go to zero (:func:`pytest_qvl.models.training.loss_floor`), what halves is
+      the distance to what it can.
+
+    The learning rate is derived from the model. AdamW's first steps move every element of B by the learning
+    rate, so an adapted layer's output moves by ``rate * gain`` of the input's root mean square
+    (:func:`pytest_qvl.models.training.largest_gain`), and the residual stream by at most that times the
+    number of layers. The rate makes this a fifth of the stream per step: after 5 steps an adapter can have
+    turned the hidden state into any other, and `steps_to_halve` allows eight times as many, for layers that
+    do not pull together; it stops as soon as the loss has halved. With float16
+    compute the loss is scaled as ``torch.amp.GradScaler`` does. All trained weights are put back bitwise.
+
+    Args:
+        model: The model wrapped by PEFT, its adapter trainable.
+        batch: Model inputs with ``labels`` and ``pixel_values``.
+        gradient_checkpointing: Train with it or without. A model that already checkpoints keeps its own kind
+            (reentrant or not); otherwise it is switched on without reentry.
+        steps_to_halve: Optimizer steps within which the loss must halve, at least 2.
+        learning_rate: For the default optimizer; derived as above if not given.
+        make_optimizer: Makes another optimizer from the list of trainable parameters.
+
+    Raises:
+        CheckFailed: Names the parameter without a path, the gradient that is not finite, or the loss that
+            stays.
+        CannotJudge: No pictures, or weights repacked for the CPU.
+        ValueError: No adapter, nothing trainable, no labels, or fewer than two steps.
+    """
+    import torch
+
+    parts = anatomy(model)
+    if steps_to_halve < 2:
+        raise ValueError(f"steps_to_halve must be at least 2, got {steps_to_halve}")
+    trained = trainable_parameters(parts)
+    check_labels([batch])
+    hold_packing(parts)
+    how = "with" if gradient_checkpointing else "without"
+    judge = Judge("training_step", f"a training step {how} gradient checkpointing teaches the adapter")
+    _judge_trained(judge, parts, trained)
+    scale = FIRST_FLOAT16_SCALE if computes_in_float16(parts) else 1.0
+    rate = learning_rate
+    if rate is None:
+        rate = _MOVE_PER_STEP / (largest_gain(parts) * parts.text_config.num_hidden_layers)
+    with (
+        preserved(model, seed=_SEED),
+        weights_restored(trained.values()),
+        checkpointing(parts, gradient_checkpointing),
+    ):
+        with torch.no_grad():
+            for gate in gates(trained).values():
+                gate.zero_()
+        wrong = taught_wrong(parts, batch)
+        floor = loss_floor(parts, int(wrong["labels"].max()))
+        parts.wrapped.train()
+        weights = list(trained.values())
+        optimizer = (make_optimizer or adamw(rate))(weights)
+        losses: list[float] = []
+        for step in range(steps_to_halve + 1):
+            loss, scale = backward(lambda: forward(parts, wrong).loss, weights, scale=scale)
+            losses.append(loss)
+            if step < 2:
+                _judge_gradients(judge, trained, step, _hint(parts))
+            if step and (judge.problems or not math.isfinite(loss) or loss <= _half(losses[0], floor)):
+                break
+            optimizer.step()
+    if judge.problems:
+        judge.note("learning was not judged, because the gradients are not right")
+    else:
+        _judge_learning(judge, losses, floor, steps_to_halve, rate if make_optimizer is None else None)
+    if scale != 1:
+        judge.report("loss scale", scale)
+    return judge.verdict()
+
+
+def _judge_trained(judge: Judge, parts: Parts, trained: Mapping[str, nn.Parameter]) -> None:
+    import torch
+
+    own = {id(p) for p in (*adapter_parameters(parts).values(), *trained_copies(parts).values())}
+    stray = [name for name, parameter in trained.items() if id(parameter) not in own]
+    judge.equal(
+        "other tensors that are trained",
+        len(stray),
+        0,
+        else_say=(
+            f"{len(stray)} tensors that are not the adapter's take gradients, in "
+            f"{tally(map(parts.group_of, stray))}: {some(stray)}"
+        ),
+    )
+    half = [name for name, parameter in trained.items() if parameter.dtype == torch.float16]
+    judge.equal(
+        "trained tensors in float16",
+        len(half),
+        0,
+        else_say=(
+            f"{len(half)} of {len(trained)} trained tensors are float16: {some(half)}; there AdamW's epsilon "
+            "of 1e-8 is zero, and torch.amp.GradScaler refuses their gradients: train them in float32"
+        ),
+    )
+
+
+def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: int, hint: str) -> None:
+    import torch
+
+    peaks: dict[str, float | None] = dict.fromkeys(trained)
+    with_grad = {name: p.grad for name, p in trained.items() if p.grad is not None and p.grad.numel()}
+    if with_grad:
+        values = torch.stack([grad.abs().amax().float() for grad in with_grad.values()]).tolist()
+        peaks |= dict(zip(with_grad, values, strict=True))
+    when = ("first step (B = 0)", "second step")[step]
+
+    wild = [name for name, peak in peaks.items() if peak is not None and not math.isfinite(peak)]
+    judge.equal(
+        f"{when}: gradients not finite",
+        len(wild),
+        0,
+        else_say=f"{when}: {len(wild)} of {len(peaks)} gradients are not finite, first {some(wild)}",
+    )
+    lora = [name for name in peaks if matrix_of(name)]
+    # A times B: while B is zero, nothing but B itself (and DoRA's magnitude) can have a gradient.
+    starts_at_zero = gates(trained)
+    silent = [name for name in lora if step == 0 and name not in starts_at_zero and _is_matrix(name)]
+    expected = [name for name in lora if name not in silent]
+    unreached = [name for name in expected if not peaks[name]]
+    pathless = [name for name in unreached if peaks[name] is None]
+    kind = "has no path to" if pathless else "is exactly zero at"
+    named = pathless or unreached
+    judge.equal(
+        f"{when}: adapter tensors reached",
+        len(expected) - len(unreached),
+        len(expected),
+        else_say=(f"{when}: the gradient {kind} {len(named)} of {len(expected)} adapter tensors: {some(named)}{hint}"),
+    )
+    if step == 0:
+        loud = [name for name in silent if peaks[name]]
+        judge.equal(
+            f"{when}: A matrices with a gradient",
+            len(loud),
+            0,
+            else_say=(
+                f"{when}: {len(loud)} A matrices have a gradient although it is multiplied by B = 0, first "
+                f"{some(loud)}: the forward does not compute B A x"
+            ),
+        )
+        judge.report("largest gradient at B = 0", max((p for p in peaks.values() if p is not None), default=0.0))
+
+
+def _is_matrix(name: str) -> bool:
+    return matrix_of(name) in ("lora_A", "lora_embedding_B")
+
+
+def _hint(parts: Parts) -> str:
+    if is_checkpointing(parts) and is_reentrant(parts):
+        return (
+            "; reentrant checkpointing drops the gradient where no input requires grad: pass "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or call enable_input_require_grads()"
+        )
+    return ""
+
+
+def _half(loss: float, floor: float) -> float:
+    return floor + (loss - floor) / 2
+
+
+def _judge_learning(judge: Judge, losses: Sequence[float], floor: float, steps: int, rate: float | None) -> None:
+    judge.at_least(
+        "loss on wrong answers at first",
+        losses[0],
+        1.0,
+        unit="nat",
+        else_say="the loss on answers that the model finds wrong does not begin at 1 nat per token or above",
+    )
+    judge.at_most(
+        f"smallest loss within {steps} steps",
+        min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss),
+        _half(losses[0], floor),
+        unit="nat",
+        else_say=(
+            f"the loss did not halve in {len(losses) - 1} optimizer steps"
+            + (f" at learning rate {rate:.3g}" if rate is not None else "")
+            + f": it went {', '.join(f'{loss:.3g}' for loss in losses[:5])} ... {losses[-1]:.3g}"
+        ),
+    )
+    judge.report("optimizer steps taken", len(losses) - 1)
+    if floor:
+        judge.report("smallest loss that the frozen head allows", floor, "nat")
+
+
+def vision_not_backpropagated(model: Any, batch: Batch, *, gradient_checkpointing: bool) -> Evidence:
+    """Prove that autograd does not follow the frozen vision tower in a training forward.
+
+    Seen at the tower's output in train mode (``requires_grad``), with the model as the user prepared it.
+    Parameter gradients would not tell: a hook that makes the patch embedding's output require grad gives no
+    vision parameter a ``.grad``, and yet the whole tower is kept and walked back through. On Transformers 5
+    ``gradient_checkpointing_enable`` and ``prepare_model_for_kbit_training`` register such hooks. On
+    Qwen2.5-VL-7B in NF4 on an H200 they cost 1.7 (1,024 visual tokens) to 2.8 (4,096) times the step time,
+    and 5.7 GiB more memory at 1,024 visual tokens without checkpointing.
+
+    Args:
+        model: The model, bare or wrapped, prepared for training.
+        batch: Model inputs with ``pixel_values``; labels are not needed.
+        gradient_checkpointing: Judge with it or without; hooks stay as they are found.
+
+    Raises:
+        CheckFailed: Autograd follows the tower; names the hooks and what they cost on this batch.
+        CannotJudge: No pictures, a tower that was not called, or one that is trained on purpose.
+    """
+    import torch
+
+    parts = anatomy(model)
+    if "pixel_values" not in batch:
+        raise CannotJudge("the batch has no pictures (pixel_values), so the vision tower would not run")
+    trained = [
+        name
+        for name, parameter in parts.base.named_parameters()
+        if parameter.requires_grad and parts.group_of(name) in ("vision", "merger")
+    ]
+    if trained:
+        raise CannotJudge(
+            f"the vision tower is not frozen: {len(trained)} of its tensors require grad (first: "
+            f"{trained[0]}), so back-propagation through it is asked for"
+        )
+    hold_packing(parts)
+    how = "with" if gradient_checkpointing else "without"
+    judge = Judge("vision_not_backpropagated", f"training {how} checkpointing spares the frozen vision tower")
+    with preserved(model, training=True, seed=_SEED), torch.enable_grad():
+        with checkpointing(parts, gradient_checkpointing), tapped(parts) as tap:
+            forward(parts, batch)
+        followed = sum(call.requires_grad for call in tap.vision)
+        cost = _kept_bytes(parts, batch) if followed else 0
+    if not tap.vision:
+        raise CannotJudge("the forward did not call the vision tower")
+    judge.equal(
+        "vision tower calls that autograd follows",
+        followed,
+        0,
+        else_say=(
+            "the frozen vision tower is back-propagated through: its output requires grad in train "
+            f"mode{_why_followed(parts, batch)}. On this batch {cost / MIB:.3g} MiB of its activations are "
+            "kept (without checkpointing) for gradients that train nothing; on Qwen2.5-VL-7B steps took 1.7 "
+            "to 2.8 times as long"
+        ),
+    )
+    return judge.verdict()
+
+
+def _why_followed(parts: Parts, batch: Batch) -> str:
+    if batch["pixel_values"].requires_grad:
+        return " because pixel_values do"
+    hooks = [
+        getattr(hook, "__name__", type(hook).__name__)
+        for module in (parts.vision_tower, parts.patch_embed)
+        for hook in vars(module)["_forward_hooks"].values()
+    ]
+    if not hooks:
+        return ""
+    return (
+        f"; forward hooks on the patch embedding: {tally(hooks)}, registered by "
+        "gradient_checkpointing_enable or prepare_model_for_kbit_training; remove them from there, all of "
+        "them (pytest_qvl.models.backends.transformers.remove_vision_grad_hooks), and keep those on the "
+        "text embeddings"
+    )
+
+
+def _kept_bytes(parts: Parts, batch: Batch) -> int:
+    """Bytes of activations that autograd keeps of the vision tower in one forward without checkpointing."""
+    weights = {parameter.data_ptr() for parameter in parts.base.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with checkpointing(parts, False), _saved_tensors_of(parts.vision_tower, keep):
+        forward(parts, batch)
+    return sum(kept.values())
+
+
+@contextmanager
+def _saved_tensors_of(module: nn.Module, keep: Any) -> Iterator[None]:
+    """Pass what autograd saves during `module`'s own forward through `keep`."""
+    import torch
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    before = module.register_forward_pre_hook(lambda _module, _args: hooks.__enter__())
+    after = module.register_forward_hook(lambda _module, _args, _output: hooks.__exit__())
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
+def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
+    """Prove that the loss counts answers only: no prompt, no placeholder or other vision token, no padding.
+
+    Works on the ids alone; all comparisons are exact. An answer is what follows ``<|im_start|>assistant`` and
+    a line break, up to and with ``<|im_end|>`` (the ChatML of every Qwen-VL release); the line break that the
+    template puts behind it may be supervised too.
+
+    Args:
+        model: Gives the ids of the vision tokens.
+        batch: ``input_ids``, ``attention_mask`` and ``labels``, (rows, length) int64, labels not shifted.
+        processor: The processor (or tokenizer) that made the batch.
+
+    Raises:
+        CheckFailed: Names row, place and token: supervised outside an answer, a label that is another token
+            than the one at its place, a row that teaches nothing, or an answer whose end is not taught.
+        CannotJudge: A row has no answer in it that can be found.
+        ValueError: No labels, or of another shape than the ids.
+    """
+    parts = anatomy(model)
+    if "labels" not in batch:
+        raise ValueError("the batch needs labels (make_batch(..., answers=True))")
+    if batch["labels"].shape != batch["input_ids"].shape:
+        raise ValueError(
+            f"labels are {tuple(batch['labels'].shape)} but input_ids are {tuple(batch['input_ids'].shape)}"
+        )
+    tokenizer = getattr(processor, "tokenizer", processor)
+    judge = Judge("label_mask", "only answers are learned")
+    reader = _LabelReader(parts, tokenizer)
+    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True)
+    for row, (ids, labels, mask) in enumerate(rows):
+        reader.read(row, ids, labels, mask)
+    reader.judge(judge)
+    return judge.verdict()
+
+
+class _LabelReader:
+    """Sorts the supervised tokens of each row by what they are."""
+
+    _KINDS: Mapping[str, str] = {
+        "vision": "are vision tokens, which a model then learns to write",
+        "padding": "are padding",
+        "prompt": "belong to the prompt",
+        "other token": "are labelled with another token than the one at their place (labels must not be shifted)",
+        "no answer token": "rows have no supervised token, so they teach nothing",
+        "no end": "answers end without a supervised <|im_end|>, so the model does not learn to stop",
+    }
+
+    def __init__(self, parts: Parts, tokenizer: Any) -> None:
+        self._vision = set(parts.vision_token_ids)
+        self._tokenizer = tokenizer
+        self._header: list[int] = tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"]
+        self._end: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self._break = set(tokenizer("\n", add_special_tokens=False)["input_ids"])
+        self._found: dict[str, list[str]] = {kind: [] for kind in self._KINDS}
+        self._supervised = 0
+
+    def read(self, row: int, ids: list[int], labels: list[int], mask: list[int]) -> None:
+        answers = self._answers(row, ids, mask)
+        inside = {place for answer in answers for place in answer}
+        after = {answer[-1] + 1 for answer in answers if answer and ids[answer[-1]] == self._end}
+        supervised = [place for place, label in enumerate(labels) if label != IGNORED]
+        self._supervised += len(supervised)
+        for place in supervised:
+            kind = self._kind(ids[place], labels[place], mask[place])
+            if kind is None and place not in inside and not (place in after and ids[place] in self._break):
+                kind = "prompt"
+            if kind is not None:
+                token = self._tokenizer.convert_ids_to_tokens(ids[place])
+                self._found[kind].append(f"row {row}, token {place} {token!r}")
+        if not supervised:
+            self._found["no answer token"].append(f"row {row}")
+        elif not any(ids[place] == self._end and place in inside for place in supervised[-2:]):
+            self._found["no end"].append(f"row {row}")
+
+    def judge(self, judge: Judge) -> None:
+        judge.report("supervised tokens", self._supervised)
+        for kind, story in self._KINDS.items():
+            places = self._found[kind]
+            of_tokens = "" if kind.startswith("no ") else " supervised tokens"
+            judge.equal(
+                f"supervised: {kind}" if of_tokens else f"rows with {kind}",
+                len(places),
+                0,
+                else_say=f"{len(places)}{of_tokens} {story}: {some(places, '; ')}",
+            )
+
+    def _kind(self, token: int, label: int, attended: int) -> str | None:
+        if not attended:
+            return "padding"
+        if token in self._vision or label in self._vision:
+            return "vision"
+        return "other token" if label != token else None
+
+    def _answers(self, row: int, ids: list[int], mask: list[int]) -> list[list[int]]:
+        """Places of each answer with its closing token; an answer that is cut off ends with its row."""
+        length = len(self._header)
+        starts = [at + length for at in range(len(ids) - length + 1) if ids[at : at + length] == self._header]
+        if not starts:
+            raise CannotJudge(f"row {row} has no {ANSWER_HEADER!r} in it, so where its answer begins is unknown")
+        answers = []
+        for start in starts:
+            places: list[int] = []
+            for place in range(start, len(ids)):
+                if not mask[place]:
+                    break
+                places.append(place)
+                if ids[place] == self._end:
+                    break
+            answers.append(places)
+        return answers

@@ -1,0 +1,154 @@
+"""Peak VRAM of what a QLoRA user does with the model, phase by phase."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.quantized import base_tensors
+from pytest_qvl.models.state import preserved
+from pytest_qvl.models.training import backward, checkpointing, computes_in_float16
+from pytest_qvl.vram.meter import Meter, Number, Usage
+from pytest_qvl.vram.units import GiB, format_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+DECODE_STEPS = 8
+RESIDENT_SHARE = 0.01
+SMALL_THINGS = 64 * 2**20
+
+
+def peak_vram(
+    model: Any,
+    batch: Mapping[str, Any],
+    training_batch: Mapping[str, Any],
+    meter: Meter,
+    *,
+    limit: int | None = None,
+    of: Number = "fit",
+) -> Evidence:
+    """Measure vision encoding, prefill, decoding and a checkpointed training step, and hold each to a limit.
+
+    The resident part is always judged: bytes that torch has handed out beyond the tensors of the model itself (base,
+    quantization states, adapter) stay within 1 % of the model plus 64 MiB. Nothing of QLoRA's needs more between
+    calls; a 16-bit copy that survived quantization is hundreds of MiB even of a 2B model, and 64 MiB covers workspaces
+    and the batches of a test. Peaks are held to ``limit`` where one is given, and reported otherwise.
+
+    Args:
+        model: A LoRA model on CUDA.
+        batch: Inputs with pictures, left-padded.
+        training_batch: Inputs with pictures and labels.
+        meter: The session's meter.
+        limit: Bytes that no phase may exceed.
+        of: Which number the limit bounds.
+
+    Raises:
+        CannotJudge: The model is not on CUDA, or the number to bound was not measured.
+        CheckFailed: Something beside the model stays resident, or a phase is above the limit.
+    """
+    parts = anatomy(model)
+    if parts.device.type != "cuda":
+        raise CannotJudge("VRAM needs CUDA: the model is on the CPU")
+    judge = Judge("peak_vram", "peak VRAM within its limit")
+    _judge_resident(judge, parts)
+    rows = []
+    for name, work in _phases(parts, batch, training_batch).items():
+        with preserved(model), meter.phase(name) as phase:
+            work()
+        usage = phase.usage
+        assert usage is not None
+        rows.append(_row(usage))
+        _judge_phase(judge, usage, limit, of)
+    return judge.verdict(("phase", "allocated GiB", "reserved GiB", "process GiB", "seconds"), rows)
+
+
+def _judge_resident(judge: Judge, parts: Parts) -> None:
+    import torch
+
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for _, tensor in (*base_tensors(parts), *parts.base.named_parameters())
+        if tensor.is_cuda
+    }
+    own = sum(storages.values())
+    requested = torch.cuda.memory_stats(parts.device)["requested_bytes.all.current"]
+    limit = RESIDENT_SHARE * own + SMALL_THINGS
+    judge.report("model", own / GiB, unit="GiB")
+    judge.at_most(
+        "resident beside the model",
+        (requested - own) / GiB,
+        limit / GiB,
+        unit="GiB",
+        else_say=(
+            f"{format_bytes(requested - own)} are allocated beside the model's own {format_bytes(own)}: something "
+            "keeps tensors alive (a 16-bit copy of the weights, a kept loss or cache)"
+        ),
+    )
+
+
+def _phases(parts: Parts, batch: Mapping[str, Any], training_batch: Mapping[str, Any]) -> dict[str, Callable[[], None]]:
+    import torch
+
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+
+    def vision() -> None:
+        with torch.no_grad():
+            parts.core.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+
+    def prefill() -> None:
+        with torch.no_grad():
+            parts.wrapped(**inputs, logits_to_keep=1)
+
+    def decode() -> None:
+        generate: Any = parts.wrapped.generate
+        generate(**inputs, do_sample=False, min_new_tokens=DECODE_STEPS, max_new_tokens=DECODE_STEPS)
+
+    def train() -> None:
+        parts.wrapped.train()
+        trainable = [p for p in parts.wrapped.parameters() if p.requires_grad]
+
+        def loss_of() -> torch.Tensor:
+            loss: torch.Tensor = parts.wrapped(**training_batch).loss
+            return loss
+
+        with checkpointing(parts, True), _inputs_require_grad(parts):
+            backward(loss_of, trainable, scale=2.0**16 if computes_in_float16(parts) else 1.0)
+
+    return {"vision": vision, "prefill": prefill, f"decode {DECODE_STEPS}": decode, "train step": train}
+
+
+@contextmanager
+def _inputs_require_grad(parts: Parts) -> Iterator[None]:
+    """As users train: checkpointed layers need an input that requires grad where the adapter starts above them."""
+    embeddings: Any = parts.embeddings
+    handle = embeddings.register_forward_hook(lambda _m, _i, output: output.requires_grad_(True))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _judge_phase(judge: Judge, usage: Usage, limit: int | None, of: Number) -> None:
+    for number in ("allocated", "reserved"):
+        judge.report(f"{usage.name}: peak {number}", (usage.number(number) or 0) / GiB, unit="GiB")
+    if limit is None:
+        return
+    value = usage.number(of)
+    if value is None:
+        raise CannotJudge(f"{usage.name}: {usage.missing(of)}")
+    judge.at_most(
+        f"{usage.name}: {of}",
+        value / GiB,
+        limit / GiB,
+        unit="GiB",
+        else_say=f"{usage.name} needs {format_bytes(value)} ({of}), {format_bytes(value - limit)} above the limit",
+    )
+
+
+def _row(usage: Usage) -> tuple[str | float | None, ...]:
+    process = None if usage.process is None else usage.process / GiB
+    return usage.name, usage.allocated / GiB, usage.reserved / GiB, process, usage.seconds

@@ -1,0 +1,133 @@
+"""Tiny real Qwen2.5-VL models for the tests of the checks, loaded, quantized and adapted on the CPU.
+
+Session fixtures; ``fresh_model`` and ``lora_config`` are factories. A test that damages a model takes its own
+from ``fresh_model(...)``; ``lora_model`` is shared and has to be left as it was found.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pytest
+
+from pytest_qvl.data import embedded_model_dir
+from pytest_qvl.models.processors import load_processor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LANGUAGE_ONLY = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+KEEP_16BIT = ("model.visual", "lm_head")
+
+
+class LoraConfigFactory(Protocol):
+    def __call__(self, **overrides: Any) -> Any:
+        """A `LoraConfig`, rank 8 on the language linears, with any field overridden."""
+
+
+class ModelFactory(Protocol):
+    def __call__(
+        self,
+        *,
+        quantized: bool = True,
+        dtype: str = "bfloat16",
+        skip: tuple[str, ...] | None = KEEP_16BIT,
+        lora: Any = None,
+        seed: int = 0,
+        in_place: bool = True,
+        **quantization: Any,
+    ) -> Any:
+        """A new model in eval mode, nothing shared with any other.
+
+        Args:
+            quantized: NF4 with double quantization, or full precision.
+            dtype: Load dtype, and compute dtype unless `quantization` has another.
+            skip: Modules kept out of the quantization.
+            lora: True for the usual adapter, a dictionary of `LoraConfig` overrides, or a `LoraConfig`.
+            seed: Seed of the adapter's initial weights.
+            in_place: Keep bitsandbytes from repacking weights for the CPU (what every backend does after
+                loading).
+            quantization: Fields of `BitsAndBytesConfig` to override.
+        """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir() -> Path:
+    """Folder of the embedded checkpoint."""
+    return embedded_model_dir()
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_dir: Path) -> Any:
+    """The embedded checkpoint's processor."""
+    return load_processor(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def lora_config() -> LoraConfigFactory:
+    from peft import LoraConfig
+
+    def make(**overrides: Any) -> Any:
+        return LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_ONLY, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fresh_model(tiny_dir: Path, lora_config: LoraConfigFactory) -> ModelFactory:
+    import torch
+    from peft import get_peft_model
+    from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
+
+    from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+
+    def load(
+        *,
+        quantized: bool = True,
+        dtype: str = "bfloat16",
+        skip: tuple[str, ...] | None = KEEP_16BIT,
+        lora: Any = None,
+        seed: int = 0,
+        in_place: bool = True,
+        **quantization: Any,
+    ) -> Any:
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": getattr(torch, dtype),
+            "llm_int8_skip_modules": None if skip is None else list(skip),
+            **quantization,
+        }
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            tiny_dir,
+            quantization_config=BitsAndBytesConfig(**settings) if quantized else None,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+        )
+        if in_place:
+            keep_quantized_weights_in_place(model)
+        model.requires_grad_(False)
+        model.eval()
+        if lora is None or lora is False:
+            return model
+        overrides = {} if lora is True else lora
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, lora_config(**overrides) if isinstance(overrides, dict) else overrides)
+        return adapted.eval()
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def lora_model(fresh_model: ModelFactory) -> Any:
+    """NF4 and bfloat16 with a fresh LoRA on the language backbone; shared, so leave it as it was found."""
+    return fresh_model(lora=True)

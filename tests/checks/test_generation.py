@@ -1,0 +1,330 @@
+"""Generation checks hold on healthy models in every dtype, and each fails on the defect it is for."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from pytest_qvl.checks.generation import (
+    generation_batch_invariance,
+    generation_cache_invariance,
+    generation_repeatable,
+    generation_wellformed,
+    greedy_is_argmax,
+)
+from pytest_qvl.checks.greedy import Reply, greedy
+from pytest_qvl.checks.reference import Reference, noise_floor, record_reference
+from pytest_qvl.checks.scoring import text_of
+from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.taps import positions_changed
+from pytest_qvl.samples import make_batch, scenes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAMPLES = scenes(seed=7, per_skill=2)
+ONE_EACH = SAMPLES[:10]
+IMAGE_PAD, EOS = 402, (398, 396)
+
+
+@pytest.fixture(scope="module")
+def reference(fresh_model: Any, processor: Any) -> Reference:
+    return record_reference(fresh_model(quantized=False), processor, SAMPLES)
+
+
+@pytest.fixture(scope="module")
+def batch(processor: Any) -> dict[str, torch.Tensor]:
+    return make_batch(processor, ONE_EACH)
+
+
+def fails(check: Callable[..., Evidence], *args: Any, **options: Any) -> str:
+    with pytest.raises(CheckFailed) as caught:
+        check(*args, **options)
+    return str(caught.value)
+
+
+def figure(evidence: Evidence, name: str) -> float:
+    return float(next(f.value for f in evidence.figures if f.name == name))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_healthy(fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], dtype: str) -> None:
+    model = fresh_model(dtype=dtype, lora=True)
+    floor = noise_floor(fresh_model(quantized=False, dtype=dtype), processor, ONE_EACH)
+    assert figure(greedy_is_argmax(model, batch), "tokens") >= 2 * len(ONE_EACH)
+    generation_repeatable(model, batch)
+    alone = generation_batch_invariance(model, processor, ONE_EACH, floor)
+    cached = generation_cache_invariance(model, batch, floor)
+    # bitwise equality would mean that the same computation was compared with itself
+    assert figure(alone, "alone against batch") > 0
+    assert figure(cached, "generation with cache against plain forward") > 0
+
+
+def test_healthy_replies_are_wellformed(lora_model: Any, processor: Any, reference: Reference) -> None:
+    form = generation_wellformed(lora_model, processor, SAMPLES, reference)
+    assert figure(form, "replies judged for their form") >= 0.9 * len(SAMPLES)
+
+
+def test_random_weights_are_judged_where_they_can_be(
+    fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor]
+) -> None:
+    model = fresh_model(quantized=False)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.04)
+    recorded = record_reference(model, processor, SAMPLES)
+    assert not recorded.has_knowledge
+    greedy_is_argmax(model, batch)
+    generation_repeatable(model, batch)
+    assert figure(generation_batch_invariance(model, processor, ONE_EACH, recorded), "alone against batch") > 0
+    generation_cache_invariance(model, batch, recorded)
+    evidence = generation_wellformed(model, processor, ONE_EACH, recorded, max_new_tokens=16)
+    assert any("knows nothing about the pictures" in note for note in evidence.notes)
+    assert not any(f.name == "replies without an end" for f in evidence.figures)
+
+
+def test_the_models_own_generation_config_is_set_aside(
+    fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
+) -> None:
+    model = fresh_model(lora=True)
+    before = [reply.ids for reply in greedy(model, batch, max_new_tokens=8)]
+    config = anatomy(model).base.generation_config
+    config.do_sample, config.temperature, config.top_p, config.top_k = True, 5.0, 0.9, 50
+    config.repetition_penalty, config.no_repeat_ngram_size = 9.0, 1
+    own = config.to_dict()
+    evidence = greedy_is_argmax(model, batch)
+    assert any("has repetition_penalty=9.0, no_repeat_ngram_size=1" in note for note in evidence.notes)
+    assert [reply.ids for reply in greedy(model, batch, max_new_tokens=8)] == before
+    generation_repeatable(model, batch)
+    generation_cache_invariance(model, batch, reference)
+    assert anatomy(model).base.generation_config.to_dict() == own
+
+
+def with_processor(model: Any, processor: Any) -> Any:
+    """What a wrapper does that adds its own logits processor to every call."""
+    from transformers import LogitsProcessorList
+
+    generate = model.generate
+
+    def adding(*args: Any, logits_processor: Any = (), **options: Any) -> Any:
+        return generate(*args, logits_processor=LogitsProcessorList([*logits_processor, processor]), **options)
+
+    model.generate = adding
+    return model
+
+
+def test_a_wrapper_that_forbids_repetition(fresh_model: Any, batch: dict[str, torch.Tensor]) -> None:
+    from transformers import NoRepeatNGramLogitsProcessor
+
+    said = fails(greedy_is_argmax, with_processor(fresh_model(), NoRepeatNGramLogitsProcessor(1)), batch)
+    assert said.startswith("something samples or penalises although all of that is switched off: row ")
+    assert "which occurs earlier in the row: a repetition penalty would do that" in said
+    assert "tokens that are not the argmax" in said
+
+
+def test_a_penalty_too_small_to_tip_a_token(fresh_model: Any, batch: dict[str, torch.Tensor]) -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    said = fails(greedy_is_argmax, with_processor(fresh_model(), RepetitionPenaltyLogitsProcessor(1.05)), batch)
+    assert said.startswith("a logits processor changes logits although none is configured, most in row ")
+
+
+def test_a_wrapper_that_samples(fresh_model: Any, batch: dict[str, torch.Tensor]) -> None:
+    model = fresh_model()
+    generate = model.generate
+
+    def sampling(*args: Any, generation_config: Any, **options: Any) -> Any:
+        generation_config.do_sample, generation_config.temperature = True, 3.0
+        return generate(*args, generation_config=generation_config, **options)
+
+    model.generate = sampling
+    assert "samples or penalises although all of that is switched off" in fails(greedy_is_argmax, model, batch)
+    assert "choose different tokens" in fails(generation_repeatable, model, batch)
+
+
+def test_dropout_that_stays_on(fresh_model: Any, batch: dict[str, torch.Tensor]) -> None:
+    model = fresh_model()
+    last = anatomy(model).language_backbone.layers[3].mlp
+    last.register_forward_hook(lambda _m, _a, out: torch.nn.functional.dropout(out, 0.1, training=True))
+    said = fails(generation_repeatable, model, batch)
+    assert said.startswith("logits of two runs on the same inputs differ, most at row ")
+    assert "dropout that stays on" in said
+
+
+def test_positions_of_padded_rows_while_decoding(
+    fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
+) -> None:
+    """Transformers 4.54.0 to 4.56.2: prefill right, decoded tokens of padded rows off by their padding."""
+    model = fresh_model()
+    padding = (batch["attention_mask"] == 0).sum(dim=1)[:, None]
+
+    def too_far(positions: torch.Tensor) -> torch.Tensor:
+        decoding = positions.shape[-1] == 1 and positions.shape[1] == len(padding)
+        return positions + padding if decoding else positions
+
+    with positions_changed(anatomy(model), too_far):
+        said = fails(generation_batch_invariance, model, processor, ONE_EACH, reference)
+        assert "with cache against plain forward" in fails(generation_cache_invariance, model, batch, reference)
+    assert said.startswith("alone against batch: logits differ by ")
+    assert "step 1" in said or "step 2" in said
+    assert "where the noise floor is" in said
+    assert "positions and mask of padded rows" in said
+
+
+def test_padding_that_is_attended(fresh_model: Any, processor: Any, reference: Reference) -> None:
+    model = fresh_model()
+
+    def unmasked(_module: Any, args: Any, options: dict[str, Any]) -> Any:
+        if options.get("attention_mask") is not None:
+            options["attention_mask"] = torch.ones_like(options["attention_mask"])
+        return args, options
+
+    anatomy(model).language_backbone.register_forward_pre_hook(unmasked, with_kwargs=True)
+    said = fails(generation_batch_invariance, model, processor, ONE_EACH, reference)
+    assert "step 0" in said
+    assert "sample '" in said
+
+
+def test_decode_positions_off_by_one(
+    fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
+) -> None:
+    model = fresh_model()
+    with positions_changed(anatomy(model), lambda p: p + 1 if p.shape[-1] == 1 else p):
+        # alone and in a batch alike, so that only the plain forward tells
+        generation_batch_invariance(model, processor, ONE_EACH, reference)
+        said = fails(generation_cache_invariance, model, batch, reference)
+    assert said.startswith("generation with cache against plain forward: logits differ by")
+    assert "look at positions and cache of the decode steps" in said
+    assert "without cache against plain forward: logits" not in said
+
+
+def test_pictures_lost_after_the_first_step_without_cache(
+    fresh_model: Any, batch: dict[str, torch.Tensor], reference: Reference
+) -> None:
+    model = fresh_model()
+    prepare, prompt = model.prepare_inputs_for_generation, batch["input_ids"].shape[1]
+
+    @wraps(prepare)
+    def forgetful(input_ids: torch.Tensor, *args: Any, **options: Any) -> Any:
+        made = prepare(input_ids, *args, **options)
+        if made["input_ids"].shape[1] > prompt:
+            # the pictures themselves, or what newer releases encoded of them once for all steps
+            made |= dict.fromkeys(made.keys() & {"pixel_values", "image_grid_thw", "mm_encoder_outputs"})
+        return made
+
+    model.prepare_inputs_for_generation = forgetful
+    said = fails(generation_cache_invariance, model, batch, reference)
+    assert said.startswith("generation without cache against plain forward: logits differ by")
+    assert "look at pictures, positions and mask of every step after the first" in said
+
+
+def test_not_finite_logits_are_traced_to_their_module(fresh_model: Any, processor: Any, reference: Reference) -> None:
+    model = fresh_model(quantized=False)
+    with torch.no_grad():
+        anatomy(model).language_backbone.layers[2].mlp.down_proj.weight[3, 5] = float("inf")
+    said = fails(generation_wellformed, model, processor, ONE_EACH, reference)
+    assert said.startswith("logits of sample '")
+    assert "not finite from step 0 on; this begins at model.language_model.layers.2.mlp.down_proj" in said
+    assert "with runs of token 0" in said
+
+
+def test_end_of_sequence_forgotten(fresh_model: Any, processor: Any, reference: Reference) -> None:
+    model = fresh_model()
+    with torch.no_grad():
+        model.lm_head.weight[list(EOS)] = -model.lm_head.weight[EOS[0]]
+    said = fails(generation_wellformed, model, processor, ONE_EACH, reference, max_new_tokens=24)
+    assert "and 24 tokens without one of 398, 396" in said
+    assert "forgets to" in said
+    assert said.startswith("sample '")
+
+
+def lure(model: Any, processor: Any, token: int) -> None:
+    """Make the head prefer `token` wherever it would say the first token of "red"."""
+    [red, *_] = processor.tokenizer("red", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.lm_head.weight[token] = 2 * model.lm_head.weight[red]
+
+
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [(IMAGE_PAD, f"with vision token {IMAGE_PAD}"), (440, "with id 440 of 404")],
+)
+def test_tokens_that_are_no_words(
+    fresh_model: Any, processor: Any, reference: Reference, token: int, message: str
+) -> None:
+    model = fresh_model(quantized=False)
+    red = [s for s in SAMPLES if s.answer == "red"]
+    assert red
+    lure(model, processor, token)
+    said = fails(generation_wellformed, model, processor, SAMPLES, reference, max_new_tokens=16)
+    assert message in said
+    assert "sample '" in said
+
+
+def test_runs_of_token_0(fresh_model: Any, processor: Any, reference: Reference) -> None:
+    model = fresh_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    said = fails(generation_wellformed, model, processor, ONE_EACH, reference, max_new_tokens=16)
+    assert "says '!!!!" in said
+    assert "argmax of logits that are broken [replies with runs of token 0" in said
+    assert "and repeats its last 1 tokens" in said
+
+
+def test_loops_are_found_at_the_end_only() -> None:
+    from pytest_qvl.checks.generation import _loop
+
+    assert _loop(Reply((1, 2, 3, 2, 3, 2, 3), stopped=False, not_finite=None)) == 2
+    assert _loop(Reply((1, 5, 5, 5, 9), stopped=True, not_finite=None)) == 1
+    assert _loop(Reply((5, 5, 5, 1, 2), stopped=False, not_finite=None)) is None
+    assert _loop(Reply((5, 5, 9), stopped=True, not_finite=None)) is None
+
+
+def test_without_a_reference_the_form_is_not_judged(lora_model: Any, processor: Any) -> None:
+    evidence = generation_wellformed(lora_model, processor, ONE_EACH)
+    assert any("not judged: no reference" in note for note in evidence.notes)
+
+
+def test_inputs_that_cannot_decide(
+    fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
+) -> None:
+    model = fresh_model()
+    right = make_batch(processor, ONE_EACH, padding_side="right")
+    for check in (greedy_is_argmax, generation_repeatable):
+        with pytest.raises(ValueError, match="pad the batch on the left"):
+            check(model, right)
+    with pytest.raises(ValueError, match="pad the batch on the left"):
+        generation_cache_invariance(model, right, reference)
+    with pytest.raises(CannotJudge, match="no row of the batch is padded"):
+        generation_batch_invariance(model, processor, ONE_EACH[:1], reference)
+    with pytest.raises(CannotJudge, match="no step was decoded from the cache"):
+        generation_cache_invariance(model, batch, reference, max_new_tokens=1)
+    other = noise_floor(fresh_model(dtype="float32"), processor, ONE_EACH)
+    for check in (
+        lambda: generation_cache_invariance(model, batch, other),
+        lambda: generation_batch_invariance(model, processor, ONE_EACH, other),
+    ):
+        with pytest.raises(ValueError, match="was measured in float32, the model computes in bfloat16"):
+            check()
+
+
+def test_greedy_replies(lora_model: Any, processor: Any, batch: dict[str, torch.Tensor]) -> None:
+    lora_model.train()
+    replies = greedy(lora_model, batch, max_new_tokens=8, keep_logits=True)
+    assert all(module.training for module in lora_model.modules())
+    lora_model.eval()
+    right = sum(text_of(processor, r) == s.answer for r, s in zip(replies, ONE_EACH, strict=True))
+    assert right >= 8
+    for reply in replies:
+        assert reply.logits is not None
+        assert reply.logits.shape == (len(reply.ids), 448)
+        assert reply.stopped == (reply.ids[-1] in EOS)
+        assert reply.not_finite is None
+    hidden = greedy(lora_model, batch, max_new_tokens=8, suppress=EOS)
+    assert all(not reply.stopped and reply.not_finite is None and len(reply.ids) == 8 for reply in hidden)

@@ -1,0 +1,220 @@
+"""The quantization census sees what bitsandbytes really did, group by group, and says how to mend it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from pytest_qvl.checks.quantization import QuantizationPolicy, hold_packing, quantization_census
+from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.samples import make_batch, scenes
+
+LAYER = "model.language_model.layers.0.self_attn.q_proj"
+
+
+def refused(model: Any, policy: QuantizationPolicy | None = None) -> str:
+    with pytest.raises(CheckFailed) as caught:
+        quantization_census(model, policy)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("lora", [None, True])
+def test_healthy_models_pass_in_every_compute_dtype(fresh_model: Any, dtype: str, lora: bool | None) -> None:
+    evidence = quantization_census(fresh_model(dtype=dtype, lora=lora), QuantizationPolicy(compute_dtype=dtype))
+    assert evidence.ok
+    figures = {figure.name: figure.value for figure in evidence.figures}
+    assert figures["language linears in nf4"] == 28
+    assert figures["language linears double-quantized"] == 28
+    assert figures["vision linears quantized"] == figures["merger linears quantized"] == 0
+
+
+def test_adapters_on_head_and_vision_do_not_hide_the_layers_below(fresh_model: Any) -> None:
+    model = fresh_model(lora={"target_modules": "all-linear", "modules_to_save": ["lm_head"]})
+    assert quantization_census(model).ok
+
+
+def test_the_popular_skip_list_that_does_nothing(fresh_model: Any) -> None:
+    model = fresh_model(skip=("visual", "lm_head"))
+    if transformers.__version__.startswith("4."):
+        assert quantization_census(model).ok  # there a pattern was a substring
+        return
+    message = refused(model)
+    first = message.splitlines()[0]
+    assert "vision: 20 of 20 linears are NF4 but must stay 16-bit" in first
+    assert "first: model.visual.blocks.0.attn.qkv" in first
+    assert "'visual'" in first
+    assert "use ['model.visual', 'lm_head']" in first
+    assert "merger: 2 of 2 linears are NF4" in message
+
+
+def test_no_skip_list(fresh_model: Any) -> None:
+    message = refused(fresh_model(skip=None))
+    assert "no skip list was given: pass llm_int8_skip_modules=['model.visual', 'lm_head']" in message
+
+
+def test_a_skip_list_replaces_the_default_and_loses_the_head(fresh_model: Any) -> None:
+    message = refused(fresh_model(skip=("model.visual",)))
+    assert message.startswith("lm_head: 1 of 1 linears are NF4")
+    assert "replaces the default one" in message
+
+
+def test_a_skip_list_that_covers_only_part_of_the_tower(fresh_model: Any) -> None:
+    message = refused(fresh_model(skip=("model.visual.blocks", "lm_head")))
+    assert message.startswith("merger: 2 of 2 linears are NF4")
+    assert "does not cover it: use ['model.visual', 'lm_head']" in message
+
+
+def test_a_skip_list_that_reaches_into_the_backbone(fresh_model: Any) -> None:
+    message = refused(fresh_model(skip=("model.visual", "lm_head", "o_proj")))
+    assert message.startswith("language: 4 of 28 linears are bfloat16 instead of nf4 (first: model.language_model")
+
+
+def test_one_vision_linear_alone_is_seen(fresh_model: Any) -> None:
+    model, donor = fresh_model(), fresh_model(skip=None)
+    model.model.visual.merger.mlp[2] = donor.model.visual.merger.mlp[2]
+    assert refused(model).startswith(
+        "merger: 1 of 2 linears are NF4 but must stay 16-bit (first: model.visual.merger.mlp.2)"
+    )
+
+
+def test_one_backbone_linear_left_out_is_seen(fresh_model: Any) -> None:
+    model, donor = fresh_model(), fresh_model(quantized=False)
+    model.model.language_model.layers[3].mlp.up_proj = donor.model.language_model.layers[3].mlp.up_proj
+    assert "1 of 28 linears are bfloat16 instead of nf4 (first: model.language_model.layers.3.mlp.up_proj)" in refused(
+        model
+    )
+
+
+def test_nothing_quantized_at_all(fresh_model: Any) -> None:
+    assert refused(fresh_model(quantized=False)).startswith("nothing is quantized: language: 28 of 28 linears are")
+
+
+def test_the_defaults_of_bitsandbytes_are_named(fresh_model: Any) -> None:
+    message = refused(
+        fresh_model(
+            bnb_4bit_quant_type="fp4",
+            bnb_4bit_use_double_quant=False,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    )
+    assert "28 of 28 linears are fp4 instead of nf4" in message
+    assert "pass bnb_4bit_quant_type='nf4'" in message
+    assert "have nested False instead of True" in message
+    assert "have compute_dtype float32 instead of bfloat16" in message
+
+
+def test_one_layer_with_other_blocks_or_compute(fresh_model: Any) -> None:
+    model = fresh_model()
+    layers = model.model.language_model.layers
+    layers[1].mlp.down_proj.compute_dtype = torch.float32
+    quantize(layers[2].mlp.down_proj, blocksize=128)
+    message = refused(model)
+    assert "1 of 28 quantized linears have blocksize 128 instead of 64" in message
+    assert "first: model.language_model.layers.2.mlp.down_proj" in message
+    assert "1 of 28 quantized linears have compute_dtype float32 instead of bfloat16" in message
+    assert "first: model.language_model.layers.1.mlp.down_proj" in message
+
+
+def quantize(linear: Any, *, blocksize: int) -> None:
+    import bitsandbytes as bnb
+
+    dense = torch.randn(linear.out_features, linear.in_features, dtype=torch.bfloat16)
+    linear.weight = bnb.nn.Params4bit(dense, requires_grad=False, blocksize=blocksize, quant_type="nf4").to("cpu")
+
+
+def test_weights_rewritten_for_the_cpu_are_named_as_such(fresh_model: Any, processor: Any) -> None:
+    from bitsandbytes.nn.modules import has_avx512bf16
+
+    if not has_avx512bf16():
+        pytest.skip("bitsandbytes rewrites weights only on CPUs with AVX512-BF16")
+    model = fresh_model(in_place=False)
+    with torch.no_grad():
+        model(**make_batch(processor, scenes(seed=1, per_skill=1)[:1]))
+    message = refused(model)
+    assert "28 quantized weights were rewritten in place for a CPU kernel" in message
+    assert "keep_quantized_weights_in_place(model)" in message
+    assert "nested" not in message.splitlines()[0]
+    with pytest.raises(CannotJudge, match="rewritten in place"):
+        hold_packing(anatomy(model))
+
+
+def test_float32_leftovers_of_kbit_preparation_are_a_note(fresh_model: Any) -> None:
+    from peft import prepare_model_for_kbit_training
+
+    evidence = quantization_census(prepare_model_for_kbit_training(fresh_model(), use_gradient_checkpointing=False))
+    assert evidence.ok
+    assert "not quantized, float32" in evidence.notes[0]
+    assert "vision" in evidence.notes[0]
+    assert "MiB more than in 16 bits" in evidence.notes[0]
+
+
+def test_quantized_embeddings_are_seen(fresh_model: Any) -> None:
+    import bitsandbytes as bnb
+
+    model = fresh_model()
+    table = model.model.language_model.embed_tokens
+    small = bnb.nn.EmbeddingNF4(table.num_embeddings, table.embedding_dim)
+    small.weight = bnb.nn.Params4bit(table.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+    model.model.language_model.embed_tokens = small
+    message = refused(model)
+    assert message.startswith("embeddings: model.language_model.embed_tokens is stored as uint8 (EmbeddingNF4)")
+
+
+def test_a_tied_head_must_share_its_storage(fresh_model: Any) -> None:
+    model = fresh_model()
+    model.config.tie_word_embeddings = True
+    assert refused(model).startswith("lm_head and embeddings are tied by the configuration but are two tensors")
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    assert quantization_census(model).ok
+
+
+def test_other_policies(fresh_model: Any) -> None:
+    everything = QuantizationPolicy(quantized=("language", "vision", "merger"), kept=("lm_head", "embeddings"))
+    assert quantization_census(fresh_model(skip=None), everything).ok
+    assert "nothing is quantized: vision: 20 of 20 linears" in refused(fresh_model(), everything)
+    single = QuantizationPolicy(quant_type="fp4", double_quant=False)
+    assert quantization_census(fresh_model(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False), single).ok
+    assert "have nested True instead of False" in refused(fresh_model(bnb_4bit_quant_type="fp4"), single)
+
+
+def test_the_policy_of_a_config_reads_how_and_not_where() -> None:
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+        llm_int8_skip_modules=["visual"],
+    )
+    assert QuantizationPolicy.from_config(config) == QuantizationPolicy(compute_dtype="float16")
+    bare = QuantizationPolicy.from_config(BitsAndBytesConfig(load_in_4bit=True))
+    assert (bare.quant_type, bare.double_quant, bare.compute_dtype) == ("fp4", False, "float32")
+
+
+def test_wrong_arguments() -> None:
+    from transformers import BitsAndBytesConfig
+
+    with pytest.raises(ValueError, match="does not ask for 4 bits"):
+        QuantizationPolicy.from_config(BitsAndBytesConfig(load_in_8bit=True))
+    with pytest.raises(TypeError, match=r"expected a transformers\.BitsAndBytesConfig, got NoneType"):
+        QuantizationPolicy.from_config(None)
+    with pytest.raises(ValueError, match="quant_type 'int4' is unknown"):
+        QuantizationPolicy(quant_type="int4")
+    with pytest.raises(ValueError, match="part 'visual' is unknown"):
+        QuantizationPolicy(kept=("visual",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="vision: either quantized or kept"):
+        QuantizationPolicy(quantized=("language", "vision"))
+
+
+def test_nothing_is_changed(fresh_model: Any) -> None:
+    model = fresh_model(lora=True)
+    before = {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
+    quantization_census(model)
+    assert before == {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
+    assert anatomy(model).base.get_submodule(LAYER) is not None
