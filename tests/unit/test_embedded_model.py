@@ -27,9 +27,7 @@ SEED, PER_SKILL = 7, 12
 def model() -> Any:
     from transformers import Qwen2_5_VLForConditionalGeneration
 
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        embedded_model_dir(), dtype=torch.bfloat16
-    ).eval()
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(embedded_model_dir(), dtype=torch.bfloat16).eval()
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +141,7 @@ def test_it_answers_held_out_scenes(model: Any, processor: Any, probes: list[Sam
     assert min(right.values()) >= PER_SKILL - 1, right
 
 
-def test_without_rows_and_columns_it_no_longer_knows_places(
-    model: Any, processor: Any, probes: list[Sample]
-) -> None:
+def test_without_rows_and_columns_it_no_longer_knows_places(model: Any, processor: Any, probes: list[Sample]) -> None:
     """The model needs M-RoPE: with plain counting it finds no place, yet still answers text.
 
     Of the place skills, ``side`` has two answers and ``colour_at`` two shapes to choose from, so a guess is
@@ -163,9 +159,7 @@ def test_it_generates_whole_answers_and_stops(model: Any, processor: Any) -> Non
     probes = scenes(SEED, 4, ["list", "nth_shape", "text"])
     batch = make_batch(processor, probes)
     with torch.inference_mode():
-        out = model.generate(
-            **batch, max_new_tokens=8, do_sample=False, repetition_penalty=1.0, temperature=None
-        )
+        out = model.generate(**batch, max_new_tokens=8, do_sample=False, repetition_penalty=1.0, temperature=None)
     said = processor.tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=False)
     wrong = [
         (probe.answer, text)
@@ -181,9 +175,7 @@ def test_the_training_script_writes_a_complete_checkpoint(tmp_path: Path) -> Non
     if not script.is_file():
         pytest.skip("not in a checkout")
     command = [sys.executable, str(script), "--out", str(tmp_path), "--steps", "2", "--tower-steps", "1"]
-    subprocess.run(
-        [*command, "--batch", "4", "--workers", "0", "--device", "cpu"], check=True, capture_output=True
-    )
+    subprocess.run([*command, "--batch", "4", "--workers", "0", "--device", "cpu"], check=True, capture_output=True)
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)

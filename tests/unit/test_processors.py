@@ -66,9 +66,7 @@ def test_with_torchvision_auto_processor_decides(monkeypatch: pytest.MonkeyPatch
 def test_a_folder_with_everything_in_processor_config_is_read(processor: Any, tmp_path: Path) -> None:
     """Transformers 5 saves a whole processor that way, without a preprocessor_config.json."""
     folder = tmp_path / "checkpoint"
-    shutil.copytree(
-        embedded_model_dir(), folder, ignore=shutil.ignore_patterns("*.safetensors", "chat_template*")
-    )
+    shutil.copytree(embedded_model_dir(), folder, ignore=shutil.ignore_patterns("*.safetensors", "chat_template*"))
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     whole = {"processor_class": settings.pop("processor_class"), "image_processor": settings}
     (folder / "processor_config.json").write_text(json.dumps(whole))
@@ -93,9 +91,7 @@ def test_nothing_is_fetched_for_a_folder(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("missing", ["preprocessor_config.json", "tokenizer.json"])
 def test_a_folder_that_lacks_a_file_is_named(tmp_path: Path, missing: str) -> None:
     folder = tmp_path / "checkpoint"
-    shutil.copytree(
-        embedded_model_dir(), folder, ignore=shutil.ignore_patterns(missing, "vocab.json", "*.safetensors")
-    )
+    shutil.copytree(embedded_model_dir(), folder, ignore=shutil.ignore_patterns(missing, "vocab.json", "*.safetensors"))
     with pytest.raises(MissingProcessorError) as caught:
         load_processor(folder)
     assert missing in str(caught.value)
@@ -153,9 +149,7 @@ def test_the_chat_template_is_chatml_with_pictures_first(processor: Any, samples
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_only_the_answer_and_its_end_are_supervised(
-    processor: Any, samples: list[Sample], side: PaddingSide
-) -> None:
+def test_only_the_answer_and_its_end_are_supervised(processor: Any, samples: list[Sample], side: PaddingSide) -> None:
     batch = make_batch(processor, samples, padding_side=side, answers=True)
     for row, sample in enumerate(samples):
         ids, labels = batch["input_ids"][row], batch["labels"][row]
@@ -170,9 +164,7 @@ def test_only_the_answer_and_its_end_are_supervised(
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_row_is_the_same_alone_and_among_others(
-    processor: Any, samples: list[Sample], side: PaddingSide
-) -> None:
+def test_a_row_is_the_same_alone_and_among_others(processor: Any, samples: list[Sample], side: PaddingSide) -> None:
     batch = make_batch(processor, samples, padding_side=side, answers=True)
     pixels, picture = 0, 0
     for row, sample in enumerate(samples):

@@ -239,9 +239,7 @@ GOOD = {"image": "red.png", "question": "Colour?", "answer": "red"}
         ({**GOOD, "swapped": "wide.png", "swapped_answer": "blue"}, "sizes"),
     ],
 )
-def test_a_bad_line_is_named(
-    folder: Path, tmp_path_factory: pytest.TempPathFactory, line: object, named: str
-) -> None:
+def test_a_bad_line_is_named(folder: Path, tmp_path_factory: pytest.TempPathFactory, line: object, named: str) -> None:
     outside = tmp_path_factory.mktemp("outside") / "outside.png"
     Image.new("RGB", (56, 56)).save(outside)
     (folder / "link.png").symlink_to(outside)

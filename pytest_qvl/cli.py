@@ -1,0 +1,45 @@
+"""The command ``pytest-qvl``: what can be asked without a test run.
+
+Each subcommand is added by one function and sets ``run`` to one that takes the parsed options and returns the
+exit code. Nonsense (a ``ValueError``) becomes one line on stderr and exit code 2, as for a mistyped option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, TypeAlias
+
+from pytest_qvl import __version__
+from pytest_qvl.vram.forecast.command import add_forecast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (add_forecast,)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line with all subcommands."""
+    top = argparse.ArgumentParser(prog="pytest-qvl", description="Checks and forecasts for quantized Qwen-VL models.")
+    top.add_argument("--version", action="version", version=f"pytest-qvl {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in SUBCOMMANDS:
+        add(commands)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code (2 for nonsense)."""
+    options = parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except ValueError as error:
+        print(f"pytest-qvl {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

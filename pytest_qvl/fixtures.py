@@ -1,0 +1,195 @@
+"""The public fixtures: a chain of small session fixtures, each of which any conftest may override.
+
+``qvl_model`` → ``qvl_quantization_config``, ``qvl_backend`` → ``qvl_quantized_model`` → ``qvl_lora_config`` →
+``qvl_lora_model``. The two models are two views of one object in memory, so a test takes one of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl.options import SETTINGS_KEY
+from pytest_qvl.session import STATE_KEY, one_clear_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from pytest_qvl.checks import Reference
+    from pytest_qvl.models.backends import LoadRequest
+    from pytest_qvl.samples import Sample
+    from pytest_qvl.targets import Target
+    from pytest_qvl.vram.meter import Meter
+
+LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+KEEP_16BIT = ["model.visual", "lm_head"]
+
+
+@pytest.fixture(scope="session")
+def qvl_target(request: pytest.FixtureRequest) -> Target:
+    """The model and device of this test, chosen by ``--qvl-model`` and ``--qvl-device``."""
+    target: Target = request.param
+    if target.device == "cuda":
+        request.config.stash[STATE_KEY].need_cuda()
+    return target
+
+
+@pytest.fixture(scope="session")
+def qvl_model(qvl_target: Target) -> str:
+    """What to test: ``"embedded"``, a folder, a hub id, or ``"synthetic:qwen2.5-vl-7b"``."""
+    return qvl_target.model
+
+
+@pytest.fixture(scope="session")
+def qvl_backend(pytestconfig: pytest.Config) -> str:
+    """How to load and adapt: ``"transformers"`` or ``"unsloth"``."""
+    backends: tuple[str, ...] = pytestconfig.stash[SETTINGS_KEY].backend
+    return backends[0]
+
+
+@pytest.fixture(scope="session")
+def qvl_compute_dtype(pytestconfig: pytest.Config, qvl_target: Target) -> str:
+    """Name of the dtype of 4-bit matrix products and of everything that is not quantized."""
+    chosen: str = pytestconfig.stash[SETTINGS_KEY].compute_dtype
+    return pytestconfig.stash[STATE_KEY].default_dtype(qvl_target.device) if chosen == "auto" else chosen
+
+
+@pytest.fixture(scope="session")
+def qvl_quantization_config(qvl_compute_dtype: str) -> Any:
+    """A ``transformers.BitsAndBytesConfig``: NF4, nested; vision tower, merger and head in 16 bits.
+
+    ``"model.visual"`` and not ``"visual"``: Transformers 5 matches from the start of a module's name.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, qvl_compute_dtype),
+        llm_int8_skip_modules=KEEP_16BIT,
+    )
+
+
+@pytest.fixture(scope="session")
+def qvl_lora_config(pytestconfig: pytest.Config) -> Any:
+    """A ``peft.LoraConfig``: rank 16 on every linear of the language backbone and on nothing else.
+
+    With ``--qvl-adapter``, the configuration saved in that folder.
+    """
+    from peft import LoraConfig
+
+    adapter = pytestconfig.stash[SETTINGS_KEY].adapter
+    if adapter is not None:
+        return LoraConfig.from_pretrained(str(adapter))
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, bias="none", target_modules=LANGUAGE_ONLY)
+
+
+@pytest.fixture(scope="session")
+def qvl_processor(qvl_model: str) -> Any:
+    """The model's real processor, with or without torchvision, left-padding."""
+    from pytest_qvl.models.synthetic_processor import processor_for
+    from pytest_qvl.models.weights import parse_model
+
+    with one_clear_error("qvl_processor"):
+        return processor_for(parse_model(qvl_model))
+
+
+@pytest.fixture(scope="session")
+def _qvl_load_request(
+    qvl_model: str, qvl_target: Target, qvl_quantization_config: Any, qvl_compute_dtype: str
+) -> LoadRequest:
+    from pytest_qvl.models.backends import LoadRequest
+    from pytest_qvl.models.weights import parse_model
+
+    with one_clear_error("qvl_model"):
+        source = parse_model(qvl_model)
+    return LoadRequest(source, qvl_quantization_config, qvl_target.device, qvl_compute_dtype)
+
+
+@pytest.fixture(scope="session")
+def qvl_quantized_model(request: pytest.FixtureRequest, _qvl_load_request: LoadRequest, qvl_backend: str) -> Any:
+    """The 4-bit base model without an adapter: frozen, in eval mode at the start of every test."""
+    state = request.config.stash[STATE_KEY]
+    state.refuse_unannounced(request, "qvl_quantized_model")
+    state.record_reference_first(request)
+    with one_clear_error("qvl_quantized_model"):
+        return state.owner.base(_qvl_load_request, qvl_backend)
+
+
+@pytest.fixture(scope="session")
+def qvl_lora_model(
+    request: pytest.FixtureRequest, qvl_quantized_model: Any, qvl_backend: str, qvl_lora_config: Any
+) -> Iterator[Any]:
+    """The 4-bit base model wrapped with LoRA in place: a ``PeftModel``, in eval mode when a test starts."""
+    state, settings = request.config.stash[STATE_KEY], request.config.stash[SETTINGS_KEY]
+    state.refuse_unannounced(request, "qvl_lora_model")
+    adapter = None if settings.adapter is None else str(settings.adapter)
+    with one_clear_error("qvl_lora_model"):
+        model = state.owner.adapted(qvl_quantized_model, qvl_backend, qvl_lora_config, adapter, settings.seed)
+    yield model
+    del model
+    state.owner.drop_adapter()
+
+
+@pytest.fixture(scope="session")
+def qvl_image_samples(pytestconfig: pytest.Config) -> list[Sample]:
+    """Pictures with questions and known answers: rendered scenes, or the folder given by ``--qvl-images``."""
+    from pytest_qvl.samples import folder_samples, scenes
+
+    settings = pytestconfig.stash[SETTINGS_KEY]
+    if settings.images is not None:
+        with one_clear_error("qvl_image_samples"):
+            return folder_samples(settings.images)
+    return scenes(settings.seed, settings.samples)
+
+
+@pytest.fixture(scope="session")
+def qvl_batch(qvl_processor: Any, qvl_target: Target) -> Callable[..., dict[str, torch.Tensor]]:
+    """A factory: ``qvl_batch(samples, padding_side="left", answers=False)`` → model inputs on the device.
+
+    ``input_ids`` and ``attention_mask`` ``(batch, length)``, ``pixel_values`` ``(patches, 1176)``,
+    ``image_grid_thw`` ``(images, 3)``; with ``answers=True`` also ``labels`` ``(batch, length)``, −100
+    everywhere but on the answer.
+    """
+    from functools import partial
+
+    from pytest_qvl.samples import make_batch
+
+    return partial(make_batch, qvl_processor, device=qvl_target.device)
+
+
+@pytest.fixture(scope="session")
+def qvl_reference(
+    request: pytest.FixtureRequest,
+    _qvl_load_request: LoadRequest,
+    qvl_backend: str,
+    qvl_processor: Any,
+    qvl_image_samples: list[Sample],
+) -> Reference:
+    """What the same model answers in full precision: recorded in one pass that ends before the 4-bit load."""
+    from pytest_qvl.checks import record_reference
+
+    state = request.config.stash[STATE_KEY]
+    with (
+        one_clear_error("qvl_reference"),
+        state.owner.full_precision(_qvl_load_request, qvl_backend) as model,
+    ):
+        return record_reference(model, qvl_processor, qvl_image_samples)
+
+
+@pytest.fixture(scope="session")
+def qvl_vram(pytestconfig: pytest.Config) -> Meter:
+    """The session's VRAM meter: ``with qvl_vram.phase("prefill") as phase: ...``, then ``phase.usage``."""
+    return pytestconfig.stash[STATE_KEY].meter
+
+
+@pytest.fixture(scope="session")
+def qvl_vram_limit(pytestconfig: pytest.Config) -> int | None:
+    """Bytes that no phase of the suite may need (``--qvl-vram-limit``), or ``None``."""
+    limit: int | None = pytestconfig.stash[SETTINGS_KEY].vram_limit
+    return limit

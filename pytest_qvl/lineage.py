@@ -1,0 +1,98 @@
+"""What a fixture's value was made from, read from pytest's fixture definitions.
+
+pytest caches the value of a session fixture once, whatever was overridden underneath it: a test in another
+folder, which sees other overrides, silently gets the value made for the first. Here is how to tell. The only
+module that knows pytest's fixture internals.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+BASE_FIXTURE = "qvl_quantized_model"
+LORA_FIXTURE = "qvl_lora_model"
+MODEL_FIXTURES = frozenset({BASE_FIXTURE, LORA_FIXTURE})
+
+Definition = Any  # `pytest.FixtureDef`; its attributes used here are not all public
+Lineage = frozenset[tuple[str, tuple[Definition, ...]]]
+
+
+def fixture_names(item: Any) -> Sequence[str]:
+    """Every fixture that a test uses, directly or through others, as known before it runs."""
+    names: Sequence[str] = getattr(item, "fixturenames", ())
+    return names
+
+
+def definitions(item: Any, name: str) -> Sequence[Definition]:
+    """The definitions of a fixture that a test sees, the most specific last."""
+    info = getattr(item, "_fixtureinfo", None)
+    if info is None:
+        return ()
+    found = info.name2fixturedefs.get(name)
+    if found is None:  # not among the names known before the test runs
+        found = item.session._fixturemanager.getfixturedefs(name, item)
+    return found or ()
+
+
+def in_play(item: Any, name: str) -> list[Definition]:
+    """The definitions that take part for a test: the most specific, and what it builds on."""
+    taking_part = []
+    for definition in reversed(definitions(item, name)):
+        taking_part.append(definition)
+        if name not in stands_on(definition, item):
+            break
+    return taking_part
+
+
+def stands_on(definition: Definition, item: Any) -> frozenset[str]:
+    """Names of all fixtures that a definition is made from; its own too if it builds on what it overrides."""
+    return frozenset(_walk(definition.argnames, item))
+
+
+def lineage(definition: Definition, item: Any) -> Lineage:
+    """Every fixture that a definition is made from, with the definitions of it that a test sees."""
+    return frozenset((name, tuple(definitions(item, name))) for name in stands_on(definition, item))
+
+
+def views(item: Any) -> frozenset[str]:
+    """Which of the two model fixtures a test asks for, directly or through fixtures of its own.
+
+    What this package's fixtures are made from does not count: the LoRA model stands on the base model, and a
+    LoRA configuration may be made by looking at it.
+    """
+    if not MODEL_FIXTURES & set(fixture_names(item)):
+        return frozenset()
+    return MODEL_FIXTURES & set(_walk(item._fixtureinfo.initialnames, item, through_ours=False))
+
+
+def asked_while_running(item: Any) -> frozenset[str]:
+    """Model fixtures that a test got by ``request.getfixturevalue``, which nothing announced beforehand."""
+    request = getattr(item, "_request", None)
+    got = set(getattr(request, "_fixture_defs", ()))
+    return frozenset((MODEL_FIXTURES & got) - set(fixture_names(item)))
+
+
+def finish(definition: Definition, item: Any) -> None:
+    """Tear a fixture down, with everything made from it; the next test that asks for it makes it anew."""
+    definition.finish(request=item._request)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a fixture is one of this package's, or overrides one."""
+    return name.startswith(("qvl_", "_qvl_"))
+
+
+def _walk(names: Iterable[str], item: Any, *, through_ours: bool = True) -> Iterator[str]:
+    found: set[str] = set()
+    todo = [name for name in names if name != "request"]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        found.add(name)
+        yield name
+        if through_ours or not is_ours(name):
+            todo += [n for definition in definitions(item, name) for n in definition.argnames if n != "request"]

@@ -1,0 +1,99 @@
+"""What a test found out, taken from the test to the report and from there to whoever writes it down.
+
+Everything on a report is plain data: under xdist it travels from the worker to the controller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, collecting
+from pytest_qvl.report.promises import promise_of
+from pytest_qvl.shipped import check_name, is_shipped
+from pytest_qvl.targets import NEEDS_CUDA, target_of
+
+CHECKS = "pytest_qvl.checks"
+
+
+@dataclass
+class Outcome:
+    """What one phase of a test found out.
+
+    Attributes:
+        evidence: Verdicts of the checks it called.
+        not_judged: Check and reason, where a check could not decide.
+    """
+
+    evidence: list[Evidence] = field(default_factory=list)
+    not_judged: list[tuple[str, str]] = field(default_factory=list)
+
+
+OUTCOME_KEY = pytest.StashKey[Outcome]()
+
+
+@contextmanager
+def judging(item: pytest.Item) -> Iterator[None]:
+    """Collect evidence; a check that cannot judge becomes a skip with its reason."""
+    outcome = item.stash[OUTCOME_KEY] = Outcome()
+    with collecting() as collected:
+        outcome.evidence = collected
+        try:
+            yield
+        except CannotJudge as reason:
+            outcome.not_judged.append((_check_in(reason, item), str(reason)))
+            raise pytest.skip.Exception(f"not judged: {reason}", _use_item_location=True) from reason
+
+
+def _check_in(reason: CannotJudge, item: pytest.Item) -> str:
+    """The check that could not judge: the outermost one that the exception went through."""
+    trace = reason.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        if module.startswith(CHECKS) and promise_of(code.co_name) is not None:
+            return code.co_name
+        trace = trace.tb_next
+    return check_name(item)
+
+
+def shorten(excinfo: pytest.ExceptionInfo[BaseException], item: pytest.Item) -> None:
+    """End the traceback of a failed check where the test called it: its message says the rest."""
+    if isinstance(excinfo.value, CheckFailed) and not item.config.getoption("fulltrace", False):
+        own = excinfo.traceback.filter(lambda entry: not _inside_package(entry))
+        if own:
+            excinfo.traceback = own
+
+
+def _inside_package(entry: Any) -> bool:
+    module: str = entry.frame.f_globals.get("__name__", "")
+    return module.startswith((CHECKS, "pytest_qvl.evidence"))
+
+
+def attach(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Put what was found out on the report."""
+    target = target_of(item)
+    shipped = is_shipped(item)
+    found = item.stash.get(OUTCOME_KEY, Outcome())
+    item.stash[OUTCOME_KEY] = Outcome()
+    if target is None and not shipped and not (found.evidence or found.not_judged):
+        return
+    reason = skip_reason(report) if report.skipped and not found.not_judged else ""
+    report.qvl = {  # type: ignore[attr-defined]
+        "target": None if target is None else str(target),
+        "check": check_name(item) if shipped else None,
+        "evidence": [e.as_dict() for e in found.evidence],
+        "not_judged": found.not_judged,
+        # In a user's own test, every other skip is the test's own affair.
+        "skipped": reason if shipped or reason.startswith(NEEDS_CUDA) else None,
+    }
+
+
+def skip_reason(report: pytest.TestReport) -> str:
+    """Why a test was skipped."""
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")

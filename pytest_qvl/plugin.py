@@ -1,0 +1,197 @@
+"""The pytest hooks, and nothing else; imports the standard library and pytest only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
+
+from pytest_qvl import fixtures, lineage, outcome, third_party  # noqa: E402 - after assertion rewriting
+from pytest_qvl.gpu_required import GpuRequired  # noqa: E402
+from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits  # noqa: E402
+from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa: E402
+from pytest_qvl.report.terminal import Summary  # noqa: E402
+from pytest_qvl.session import STATE_KEY, State, release_frames  # noqa: E402
+from pytest_qvl.shipped import ShippedSuite  # noqa: E402
+from pytest_qvl.targets import parametrize, target_of  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+LIMITS_KEY = pytest.StashKey[VramLimits]()
+ERRORS_KEY = pytest.StashKey[list[BaseException]]()
+MARKERS = ("gpu: the test executes on CUDA", LIMIT_VRAM_HELP)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register flags and ini names."""
+    add_options(parser)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Resolve settings and start the session's state."""
+    for line in MARKERS:
+        config.addinivalue_line("markers", line)
+    third_party.register(config)
+    settings = read_settings(config)
+    config.stash[SETTINGS_KEY] = settings
+    config.stash[STATE_KEY] = State(config, settings)
+    register = config.pluginmanager.register
+    register(fixtures, "qvl-fixtures")
+    register(ShippedSuite(), "qvl-suite")
+    register(Summary(), "qvl-summary")
+    limits = VramLimits(
+        config, config.stash[STATE_KEY].meter, default=settings.vram_limit, required=settings.require_gpu
+    )
+    config.stash[LIMITS_KEY] = limits
+    register(limits, "qvl-vram-limits")
+    if settings.record is not None and not hasattr(config, "workerinput"):
+        from pytest_qvl.report.record import Record
+
+        register(Record(settings.record, settings.described()), "qvl-record")
+    if settings.require_gpu:
+        register(GpuRequired(), "qvl-require-gpu")
+    _let_plugins_override(config)
+
+
+def _let_plugins_override(config: pytest.Config) -> None:
+    """Let fixtures of a module given with ``-p`` override ours, wherever it stands on the command line.
+
+    Of two plugins' fixtures pytest takes those registered last, and entry points come after ``-p``.
+    It learns of plugins by replaying their registrations at session start, and there ours comes first.
+    """
+    history = config.pluginmanager.hook.pytest_plugin_registered._call_history
+    if history is not None:
+        history.sort(key=lambda call: call[0]["plugin"] is not fixtures)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """What was chosen, and by whom."""
+    return "qvl: " + ", ".join(config.stash[SETTINGS_KEY].described())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run every test that uses a model once per model and device."""
+    parametrize(metafunc, metafunc.config.stash[SETTINGS_KEY])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, object, object]:
+    """Note what a fixture is made from, what it trained, and which test met its error first."""
+    __tracebackhide__ = True
+    state, item = request.config.stash[STATE_KEY], request._pyfuncitem
+    state.note(fixturedef, item)
+    try:
+        value = yield
+    except (Exception, pytest.fail.Exception) as error:
+        state.note_failure(fixturedef, error, item)
+        raise
+    state.note_trainer(fixturedef, item)
+    return value
+
+
+def pytest_fixture_post_finalizer(fixturedef: Any, request: Any) -> None:
+    """What a fixture trained goes with it."""
+    request.config.stash[STATE_KEY].note_end(fixturedef)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let go of what the frames of a failure hold, once everybody has seen it."""
+    errors = item.stash.setdefault(ERRORS_KEY, [])
+    result = yield
+    for error in errors:
+        release_frames(error)
+    return result
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
+    """Point to the first test that met a fixture's error; from the end of set-up on, the test is watched."""
+    __tracebackhide__ = True
+    state = item.config.stash[STATE_KEY]
+    if any(map(lineage.is_ours, lineage.fixture_names(item))):
+        third_party.hush()
+    try:
+        with outcome.judging(item):
+            result = yield
+    except (Exception, pytest.fail.Exception) as error:
+        pointer = state.pointer(error, item)
+        if pointer is None:
+            raise
+        __tracebackhide__ = False  # pytest complains where all is hidden
+        raise pointer from None
+    state.settle(item)
+    return result
+
+
+@pytest.hookimpl(specname="pytest_runtest_setup")
+def pytest_runtest_setup_model(item: pytest.Item) -> None:
+    """Put the model into the state that the test asks for, unless a mark has skipped it by now."""
+    item.config.stash[STATE_KEY].prepare(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """Collect the evidence of every check that the test calls."""
+    __tracebackhide__ = True
+    state = item.config.stash[STATE_KEY]
+    with outcome.judging(item), state.kept_as_found():
+        result = yield
+    state.check_announced(item)
+    return result
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
+    """Name the test that changed the shared model."""
+    verdict = None
+    try:
+        result = yield
+    finally:
+        verdict = item.config.stash[STATE_KEY].judge(item)
+    if verdict is not None:
+        pytest.fail(verdict, pytrace=False)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Put evidence, target and check on the report."""
+    if call.excinfo is not None:
+        outcome.shorten(call.excinfo, item)
+        if target_of(item) is not None:
+            item.stash.setdefault(ERRORS_KEY, []).append(call.excinfo.value)
+    report = yield
+    outcome.attach(item, report)
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """What became of the limits on VRAM."""
+    for line in config.stash[LIMITS_KEY].summary():
+        terminalreporter.line(f"qvl: {line}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hold the limits on the whole session, which no single test is to blame for."""
+    broken = [e for e in session.config.stash[LIMITS_KEY].session_evidence() if not e.ok]
+    if broken and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """Let go of what the interrupted frames hold: the model, or half of one."""
+    release_frames(excinfo.value)
+
+
+@pytest.hookimpl(specname="pytest_sessionfinish", trylast=True)
+def pytest_sessionfinish_memory(session: pytest.Session) -> None:
+    """Give the model's memory back, after the fixtures are torn down."""
+    session.config.stash[STATE_KEY].close()

@@ -1,0 +1,58 @@
+"""The promises that the suite proves, and which checks prove each of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One line of the summary.
+
+    Attributes:
+        title: What is promised.
+        checks: Names of the check functions that prove it.
+    """
+
+    title: str
+    checks: tuple[str, ...]
+
+
+PROMISES = (
+    Promise("quantized where it should be", ("quantization_census",)),
+    Promise("LoRA on the language backbone", ("adapter_census",)),
+    Promise("fresh or disabled adapter is neutral", ("adapter_neutrality",)),
+    Promise("vision stays frozen", ("frozen_vision",)),
+    Promise(
+        "features land on their placeholders",
+        (
+            "placeholder_counts",
+            "feature_scatter",
+            "visual_token_order",
+            "causality",
+            "image_isolation",
+            "picture_pairing",
+            "malformed_inputs",
+        ),
+    ),
+    Promise("M-RoPE positions", ("mrope_positions", "decode_positions", "position_state")),
+    Promise("vision and merger are stable", ("vision_stability",)),
+    Promise(
+        "generation is stable",
+        (
+            "greedy_is_argmax",
+            "generation_repeatable",
+            "generation_batch_invariance",
+            "generation_cache_invariance",
+            "generation_wellformed",
+        ),
+    ),
+    Promise("answers come from the pictures", ("alignment",)),
+    Promise("training step", ("training_step", "vision_not_backpropagated", "label_mask")),
+    Promise("peak VRAM within its limit", ("peak_vram",)),
+)
+
+
+def promise_of(check: str) -> int | None:
+    """Index in :data:`PROMISES` of the promise that a check proves; ``None`` for somebody else's check."""
+    return next((i for i, promise in enumerate(PROMISES) if check in promise.checks), None)

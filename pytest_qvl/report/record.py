@@ -1,0 +1,150 @@
+"""The JSON record of one run: what was measured, and on what.
+
+Schema ``pytest-qvl/record/1``. Checks are keyed by model, device, check and parameters, not by node id, which changes
+with the folder that pytest was started in. Written atomically, also when tests fail.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCHEMA = "pytest-qvl/record/1"
+PACKAGES = (
+    "pytest-qvl",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "unsloth",
+    "unsloth_zoo",
+    "triton",
+    "tokenizers",
+    "pillow",
+    "numpy",
+    "pytest",
+)
+
+
+class Record:
+    """Listens to reports (on the controller under xdist) and writes the file at the end of the run."""
+
+    def __init__(self, path: Path, settings: list[str]) -> None:
+        self._path = path
+        self._settings = settings
+        self._checks: list[dict[str, Any]] = []
+        self._tests: dict[str, int] = {}
+        self._skipped: dict[str, int] = {}
+        self._started = datetime.now(timezone.utc)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take outcome, seconds and evidence off a report."""
+        if report.when == "call" or report.outcome != "passed":
+            outcome = report.outcome if report.when == "call" or report.skipped else "error"
+            self._tests[outcome] = self._tests.get(outcome, 0) + 1
+        if report.skipped:
+            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            self._skipped[reason] = self._skipped.get(reason, 0) + 1
+        data = getattr(report, "qvl", None)
+        if data is None:
+            return
+        common = {
+            "target": data["target"],
+            "test": report.nodeid.rsplit("::", 1)[-1],
+            "outcome": report.outcome,
+            "seconds": round(report.duration, 3),
+        }
+        for evidence in data["evidence"]:
+            self._checks.append({**common, **evidence})
+        for check, reason in data["not_judged"]:
+            self._checks.append({**common, "check": check, "not_judged": reason})
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        """Write the file."""
+        finished = datetime.now(timezone.utc)
+        write_json(
+            self._path,
+            {
+                "schema": SCHEMA,
+                "started": self._started.isoformat(timespec="seconds"),
+                "seconds": round((finished - self._started).total_seconds(), 1),
+                "exit_status": int(exitstatus),
+                "command": ["pytest", *map(str, session.config.invocation_params.args)],
+                "settings": self._settings,
+                "environment": environment(session.config.rootpath),
+                "tests": self._tests,
+                "skipped": self._skipped,
+                "checks": self._checks,
+            },
+        )
+
+
+def environment(folder: Path) -> dict[str, Any]:
+    """Versions, machine, GPUs and the commit of ``folder``; nothing that names a host or a user."""
+    from pytest_qvl.gpu.nvml import driver
+
+    inventory = driver().inventory()
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "driver": inventory.driver or None,
+        "gpus": [
+            {"name": gpu.name, "total": gpu.total, "compute_capability": list(gpu.compute_capability)}
+            for gpu in inventory.gpus
+        ],
+        "commit": _commit(folder),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit(folder: Path) -> str | None:
+    """The commit that a CI service names (a checkout may have no history there), else what git says of the folder."""
+    named = next((os.environ[name] for name in ("GITHUB_SHA", "CI_COMMIT_SHA") if os.environ.get(name)), None)
+    if named:
+        return named
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one.
+
+    A folder that cannot be written is said on stderr: a finished run is not lost for it.
+    """
+    text = json.dumps(data, indent=1, sort_keys=False, default=str, allow_nan=True) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(name).replace(path)
+    except OSError as error:
+        print(f"qvl_record: {path} could not be written: {error}", file=sys.stderr)

@@ -1,0 +1,167 @@
+"""The terminal summary: one line per promise, its worst figure with the limit, and the verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from pytest_qvl.evidence import Evidence
+from pytest_qvl.report.promises import PROMISES, promise_of
+
+TITLE = "does QLoRA leave the model seeing?"
+TITLE_WIDTH = max(len(promise.title) for promise in PROMISES)
+STATES = ("kept", "BROKEN", "error", "not judged", "skipped", "not run")
+STATE_WIDTH = max(map(len, STATES))
+YELLOW = {"yellow": True}
+COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "error": {"red": True}}
+OWN_MODELS = "models of the tests' own"
+Said = tuple[str, str]  # check, and what was said about it
+
+
+@dataclass
+class Results:
+    """What was found out about one model on one device, by the suite or by a user's own tests.
+
+    Attributes:
+        evidence: Verdicts of checks.
+        not_judged: Check and reason, where a check could not decide.
+        errors: Check and first line, where a test of the suite failed without a verdict.
+        skipped: Check and reason, where a test was skipped.
+        seconds: Time in set-up, call and tear-down.
+    """
+
+    evidence: list[Evidence] = field(default_factory=list)
+    not_judged: list[Said] = field(default_factory=list)
+    errors: list[Said] = field(default_factory=list)
+    skipped: list[Said] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Summary:
+    """Listens to reports (on the controller under xdist) and writes the section at the end of the run."""
+
+    def __init__(self) -> None:
+        self._suite: dict[str, Results] = {}
+        self._own: dict[str, Results] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take what was found out off a report."""
+        data = getattr(report, "qvl", None)
+        if data is None:
+            return
+        target, check = data["target"] or OWN_MODELS, data["check"]
+        results = (self._own if check is None else self._suite).setdefault(target, Results())
+        found = [Evidence.from_dict(item) for item in data["evidence"]]
+        # A broken promise that a passing test expected (with pytest.raises, or xfail) is no finding.
+        results.evidence += found if report.failed else [e for e in found if e.ok]
+        results.not_judged += [(name, reason) for name, reason in data["not_judged"]]
+        results.seconds += report.duration
+        if report.skipped and data["skipped"] is not None:
+            results.skipped.append((check, data["skipped"]))
+        if check is not None and report.failed and all(e.ok for e in found):
+            results.errors.append((check, _first_line(report)))
+
+    def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
+        """Write a table for each model that the suite ran on, and a line for whatever else was found."""
+        if terminalreporter.config.get_verbosity() < -1:
+            return
+        stopped = exitstatus in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
+        ran = {t: r for t, r in self._suite.items() if r.evidence or r.errors or r.not_judged}
+        if ran:
+            terminalreporter.section(TITLE, sep="=", bold=True)
+        for target, results in ran.items():
+            _write_table(terminalreporter, target, results, stopped)
+        lines = [_skip_line(t, r) for t, r in self._suite.items() if t not in ran]
+        lines += [_own_line(target, results) for target, results in self._own.items()]
+        for line in filter(None, lines):
+            terminalreporter.line(f"qvl: {line}")
+
+
+def _write_table(terminal: Any, target: str, results: Results, stopped: bool) -> None:
+    terminal.line(target, bold=True)
+    states: Counter[str] = Counter()
+    for index, promise in enumerate(PROMISES):
+        found = [e for e in results.evidence if promise_of(e.check) == index]
+        errors, not_judged, skipped = (
+            [(check, said) for check, said in pairs if promise_of(check) == index]
+            for pairs in (results.errors, results.not_judged, results.skipped)
+        )
+        state, detail = _state(found, errors, not_judged, skipped)
+        states[state] += 1
+        line = f"   {index + 1:>2}  {promise.title:<{TITLE_WIDTH}}  {state:<{STATE_WIDTH}}  {detail}"
+        terminal.line(line.rstrip(), **COLOURS.get(state, YELLOW))
+        for check, said in dict.fromkeys(errors):
+            terminal.line(f"       error: {check}: {said}", **COLOURS["error"])
+        for check, said in dict.fromkeys(not_judged):
+            terminal.line(f"       not judged: {check}: {said}", **YELLOW)
+    verdict = _verdict(states, stopped)
+    counts = "".join(f", {states[state]} {state}" for state in STATES[1:] if states[state])
+    terminal.line(
+        f"   verdict: {verdict}: {states['kept']} of {len(PROMISES)} promises kept{counts}; "
+        f"{len(results.evidence)} checks in {results.seconds:.0f} s",
+        bold=True,
+        **COLOURS.get("error" if states["error"] else verdict, YELLOW),
+    )
+
+
+def _state(found: list[Evidence], errors: list[Said], not_judged: list[Said], skipped: list[Said]) -> tuple[str, str]:
+    """State of a promise, and its worst figure or the reason there is none."""
+    bad = [e for e in found if not e.ok]
+    figures = [f for e in (bad or found) for f in e.figures if f.relation]
+    worst = str(max(figures, key=lambda f: f.strain)) if figures else ""
+    if bad:
+        return "BROKEN", worst or bad[0].problems[0]
+    if errors:
+        return "error", ""
+    if found:
+        return "kept", worst
+    if not_judged:
+        return "not judged", ""
+    reasons = dict.fromkeys(reason for _, reason in skipped)
+    return ("skipped", "; ".join(reasons)) if reasons else ("not run", "")
+
+
+def _verdict(states: Counter[str], stopped: bool) -> str:
+    if states["BROKEN"]:
+        return "BROKEN"
+    if stopped:
+        return "stopped early"
+    if states["error"]:
+        return "could not be judged"
+    return "kept" if states["kept"] else "not judged"
+
+
+def _skip_line(target: str, results: Results) -> str:
+    reasons = Counter(reason for _, reason in results.skipped)
+    if not reasons:
+        return ""
+    said = "; ".join(reason if len(reasons) == 1 else f"{reason} ({n})" for reason, n in reasons.items())
+    return f"{target}: {_tests(reasons.total())} not run: {said}"
+
+
+def _own_line(target: str, results: Results) -> str:
+    parts = []
+    broken = sorted({e.check for e in results.evidence if not e.ok})
+    if broken:
+        parts.append(f"BROKEN: {', '.join(broken)}")
+    kept = sum(e.ok for e in results.evidence)
+    if kept:
+        parts.append(f"{kept} {'check' if kept == 1 else 'checks'} kept")
+    if results.not_judged:
+        reasons = dict.fromkeys(f"{check}: {why}" for check, why in results.not_judged)
+        parts.append(f"{len(results.not_judged)} not judged ({'; '.join(reasons)})")
+    skipped = _skip_line("", results).removeprefix(": ")
+    return f"{target}: {', '.join([*parts, *([skipped] if skipped else [])])}" if parts or skipped else ""
+
+
+def _tests(count: int) -> str:
+    return f"{count} {'test' if count == 1 else 'tests'}"
+
+
+def _first_line(report: pytest.TestReport) -> str:
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = str(report.longrepr) if crash is None else crash.message
+    return text.strip().splitlines()[0] if text.strip() else report.when or ""

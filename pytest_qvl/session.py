@@ -1,0 +1,318 @@
+"""What one pytest session knows: the owner of the model, what each value was made from, what failed where.
+
+Imports nothing heavy; the model side is imported when the first test needs it.
+"""
+
+from __future__ import annotations
+
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl import lineage
+from pytest_qvl.lineage import BASE_FIXTURE, LORA_FIXTURE, MODEL_FIXTURES, Definition, Lineage
+from pytest_qvl.targets import NEEDS_CUDA
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qvl.models.owner import ModelOwner
+    from pytest_qvl.options import Settings
+    from pytest_qvl.vram.meter import Meter
+
+REFERENCE_FIXTURE = "qvl_reference"
+BF16_CAPABILITY = (8, 0)  # `is_bf16_supported()` is True on a T4, by emulation at a quarter of the speed
+NAMED_CHANGES = 3
+
+
+class Refusal(pytest.fail.Exception):  # type: ignore[name-defined,misc]
+    """What a user can mend, said in one line without a traceback."""
+
+    __module__ = "builtins"  # pytest shows the name of the class alone
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, pytrace=False)
+
+
+@contextmanager
+def one_clear_error(fixture: str) -> Iterator[None]:
+    """Turn an error that a user can mend into a :class:`Refusal`; others keep their traceback."""
+    from pytest_qvl.models.backends import ModelLoadError
+
+    try:
+        yield
+    except (ModelLoadError, ValueError, OSError) as error:
+        raise Refusal(f"{fixture}: {error}") from None
+
+
+@dataclass
+class State:
+    """The session's state; one per process."""
+
+    config: pytest.Config
+    settings: Settings
+    _made_from: dict[Definition, Lineage] = field(default_factory=dict)
+    _first_met: dict[BaseException, str] = field(default_factory=dict)
+    _torn_down: list[Definition] = field(default_factory=list)
+    _watched: frozenset[str] = frozenset()
+    _changed_in_setup: bool = False
+    _got_unannounced: bool = False
+
+    @cached_property
+    def owner(self) -> ModelOwner:
+        """The owner of the model; made when the first test needs it."""
+        from pytest_qvl.models.owner import ModelOwner
+
+        return ModelOwner(self.progress)
+
+    @cached_property
+    def meter(self) -> Meter:
+        """The one meter of this process."""
+        from pytest_qvl.vram.meter import Meter
+
+        return Meter()
+
+    def _watch_process(self) -> None:
+        """Let the meter read the driver from before CUDA starts on, so that it sees the context come."""
+        from pytest_qvl.gpu.nvml import ProcessMemory
+        from pytest_qvl.gpu.visible import visible_gpus
+
+        gpus = visible_gpus().gpus
+        if gpus and self.meter.process is None:
+            self.meter.process = ProcessMemory(gpus[0].uuid)
+
+    def progress(self, line: str) -> None:
+        """Show a line of progress on a terminal, past captured output; silent under ``-q`` and in workers."""
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is None or self.config.get_verbosity() < 0 or not reporter.isatty:
+            return
+        capture: Any = self.config.pluginmanager.get_plugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(f"qvl: {line}")
+
+    def need_cuda(self) -> None:
+        """Skip the test, with the reason, unless CUDA can be used."""
+        import torch
+
+        if torch.version.cuda is None:
+            pytest.skip(f"{NEEDS_CUDA}this PyTorch is a CPU build")
+        self._watch_process()
+        if not torch.cuda.is_available():
+            pytest.skip(f"{NEEDS_CUDA}no CUDA device is visible")
+
+    def default_dtype(self, device: str) -> str:
+        """bfloat16 where the hardware has it, else float16."""
+        if device == "cuda":
+            import torch
+
+            if torch.cuda.get_device_capability() < BF16_CAPABILITY:
+                return "float16"
+        return "bfloat16"
+
+    def record_reference_first(self, request: pytest.FixtureRequest) -> None:
+        """Record the reference before the 4-bit load if any collected test will ask for it.
+
+        A reference that fails here is reported by the tests that ask for it, not by this one: pytest keeps
+        the fixture's exception.
+        """
+        if not any(REFERENCE_FIXTURE in lineage.fixture_names(item) for item in request.session.items):
+            return
+        try:
+            request.getfixturevalue(REFERENCE_FIXTURE)
+        except (Exception, pytest.skip.Exception, pytest.fail.Exception) as error:
+            release_frames(error)  # they hold the full-precision model
+
+    # ---- what fixtures were made from, and what became of them -------------------------------------------
+
+    def note(self, definition: Definition, item: Any) -> None:
+        """Remember what the value that a session fixture is about to make stands on."""
+        names = (definition.argname, *lineage.stands_on(definition, item))
+        if definition.scope != "function" and any(map(lineage.is_ours, names)):
+            self._made_from[definition] = lineage.lineage(definition, item)
+
+    def note_trainer(self, definition: Definition, item: Any) -> None:
+        """If a fixture of a wider scope than one test has just trained the model, the weights are its own."""
+        if "owner" in vars(self) and definition.scope != "function" and _stands_on_model(definition, item):
+            self.owner.adopt(definition)
+
+    def note_failure(self, definition: Definition, error: BaseException, item: pytest.Item) -> None:
+        """Remember which test met a fixture's error first; pytest raises it again for every other test."""
+        if definition in self._made_from:
+            self._first_met.setdefault(error, item.nodeid)
+
+    def pointer(self, error: BaseException, item: pytest.Item) -> Refusal | None:
+        """For every test but the one that met an error first: one line that points to it."""
+        first = self._first_met.get(error, item.nodeid)
+        return None if first == item.nodeid else Refusal(f"not run: see the error of {first}")
+
+    def note_end(self, definition: Definition) -> None:
+        """A fixture is torn down: what it trained is forgotten once the running test has been judged."""
+        self._made_from.pop(definition, None)
+        self._torn_down.append(definition)
+
+    def refuse_unannounced(self, request: pytest.FixtureRequest, name: str) -> None:
+        """Refuse ``request.getfixturevalue`` for a model: nobody could put it into the right state before."""
+        item = request._pyfuncitem
+        if name not in lineage.fixture_names(item):
+            self._got_unannounced = True
+            raise Refusal(_unannounced(item))
+
+    # ---- before a test -----------------------------------------------------------------------------------
+
+    def prepare(self, item: pytest.Item) -> None:
+        """Drop what was made for tests that see other overrides, and show the model that this test asks for.
+
+        Raises:
+            Refusal: The test asks for the base and the LoRA model at once.
+        """
+        self._watched = frozenset()
+        self._changed_in_setup = self._got_unannounced = False
+        wanted = lineage.views(item)
+        if wanted == MODEL_FIXTURES:
+            raise Refusal(
+                f"{item.nodeid} asks for {BASE_FIXTURE} and {LORA_FIXTURE}: both show one model; take "
+                f"{LORA_FIXTURE} and run the base model inside `with model.disable_adapter():`"
+            )
+        self._finish_stale(item)
+        if "owner" not in vars(self) or not wanted:
+            return
+        (name,) = wanted
+        used = _used_by(item)
+        made = any(definition.cached_result is not None for definition in lineage.in_play(item, name))
+        if not self.owner.fit_for(used):
+            self._finish_models(item)
+        elif not made:
+            self.owner.drop_adapter()
+        elif not (self.owner.show_base() if name == BASE_FIXTURE else self.owner.show_adapted(self.owner.latest(used))):
+            self._finish_models(item)
+
+    def settle(self, item: pytest.Item) -> None:
+        """After set-up: from here on the test answers for what becomes of the model.
+
+        Raises:
+            Refusal: A fixture of the test got a model by ``request.getfixturevalue``.
+        """
+        self.check_announced(item)
+        for name in lineage.views(item):
+            maker = lineage.in_play(item, name)[0]
+            if maker.cached_result is None or not self.owner.take(maker.cached_result[0], maker):
+                continue
+            self._watched = frozenset({name})
+            # What a function fixture does to the model ends with this test, and is not the test's doing.
+            own = [d for d in _used_by(item) if d.scope == "function" and _stands_on_model(d, item)]
+            self._changed_in_setup = bool(own and (self.owner.adapter_changes() or self.owner.base_changes()))
+
+    def check_announced(self, item: pytest.Item) -> None:
+        """Refuse a test that got a model by ``request.getfixturevalue``: it may be in another test's state.
+
+        Raises:
+            Refusal: It has.
+        """
+        if lineage.asked_while_running(item):
+            raise Refusal(_unannounced(item))
+
+    @contextmanager
+    def kept_as_found(self) -> Iterator[None]:
+        """Put modes, hooks, ``requires_grad``, active adapters and random state back after a test's body."""
+        if not self._watched:
+            yield
+            return
+        from pytest_qvl.models.state import preserved
+
+        with preserved(self.owner.resident):
+            yield
+
+    def _finish_stale(self, item: Any) -> None:
+        names = set(lineage.fixture_names(item))
+        for definition, made_from in list(self._made_from.items()):
+            name = definition.argname
+            if name not in names:
+                continue
+            visible = definition in lineage.definitions(item, name)
+            # One model at a time: a definition that takes no part here would hold a second one in memory.
+            beside = name in MODEL_FIXTURES and definition not in lineage.in_play(item, name)
+            if beside or (visible and lineage.lineage(definition, item) != made_from):
+                lineage.finish(definition, item)
+        self._forget_torn_down()
+
+    def _finish_models(self, item: Any) -> None:
+        """Nothing of the model that is resident may reach the next test."""
+        for definition in list(self._made_from):
+            if definition.argname in MODEL_FIXTURES:
+                lineage.finish(definition, item)
+        self._forget_torn_down()
+        self.owner.release()
+
+    def _forget_torn_down(self) -> None:
+        if "owner" in vars(self):
+            for definition in self._torn_down:
+                self.owner.forget(definition)
+        self._torn_down.clear()
+
+    # ---- after a test ------------------------------------------------------------------------------------
+
+    def judge(self, item: pytest.Item) -> str | None:
+        """After tear-down: say if the test changed the shared model, and give the next test a clean one."""
+        base: list[str] = []
+        adapter: list[str] = []
+        if self._watched:
+            base, adapter = self.owner.base_changes(), self.owner.adapter_changes()
+        if base or (adapter and not self.owner.restore_adapter()) or self._got_unannounced:
+            self._finish_models(item)
+        self._forget_torn_down()
+        self._watched = frozenset()
+        changed = [*base, *adapter]
+        if not changed or self._changed_in_setup:
+            return None
+        more = f" and {len(changed) - NAMED_CHANGES} more tensors" if len(changed) > NAMED_CHANGES else ""
+        return (
+            f"{item.nodeid} changed the shared model and did not put it back: "
+            f"{', '.join(changed[:NAMED_CHANGES])}{more}. Train in a fixture of module or class scope that "
+            f"takes {LORA_FIXTURE}, or restore what the test changes"
+        )
+
+    def close(self) -> None:
+        """Give the model's memory back."""
+        self._first_met.clear()
+        if "owner" in vars(self):
+            self.owner.release()
+
+
+def _used_by(item: Any) -> frozenset[Definition]:
+    return frozenset(d for name in lineage.fixture_names(item) for d in lineage.definitions(item, name))
+
+
+def _stands_on_model(definition: Definition, item: Any) -> bool:
+    return bool(MODEL_FIXTURES & lineage.stands_on(definition, item))
+
+
+def _unannounced(item: pytest.Item) -> str:
+    return (
+        f"{item.nodeid} gets a model by request.getfixturevalue, which nobody knows before the test runs, so the model "
+        f"may be in the state of another test. Name the fixture as an argument, or with "
+        f"@pytest.mark.usefixtures({LORA_FIXTURE!r})"
+    )
+
+
+def release_frames(error: BaseException | None) -> None:
+    """A kept exception pins every local of its frames, half-built models too (pytest-dev/pytest#12198)."""
+    seen: set[int] = set()
+    todo = [error]
+    while todo:
+        current = todo.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        traceback.clear_frames(current.__traceback__)
+        for frame, _line in traceback.walk_tb(current.__traceback__):
+            # Before Python 3.13, showing a frame's locals leaves a dictionary of them on it; reading it again updates it.
+            frame.f_locals  # noqa: B018
+        todo += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
+
+
+STATE_KEY = pytest.StashKey[State]()

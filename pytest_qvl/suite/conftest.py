@@ -1,0 +1,34 @@
+"""Inputs that several tests of the suite share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_qvl.samples import Sample
+
+
+@pytest.fixture(scope="session")
+def one_of_each(qvl_image_samples: list[Sample]) -> list[Sample]:
+    """The first sample of every skill: several images, one image, no image, different resolutions."""
+    return list({sample.skill: sample for sample in reversed(qvl_image_samples)}.values())
+
+
+@pytest.fixture(scope="session")
+def mixed_batch(qvl_batch: Any, one_of_each: list[Sample]) -> Any:
+    """One left-padded batch of :func:`one_of_each`."""
+    return qvl_batch(one_of_each)
+
+
+@pytest.fixture(scope="session")
+def noise_pictures(one_of_each: list[Sample]) -> list[Sample]:
+    """The same prompts over noise, so that no two visual tokens of the batch are alike."""
+    return [sample.noise(seed=0) for sample in one_of_each]
+
+
+@pytest.fixture(scope="session")
+def training_batch(qvl_batch: Any, one_of_each: list[Sample]) -> Any:
+    """The same rows with answers and labels, right-padded as collators do."""
+    return qvl_batch(one_of_each, padding_side="right", answers=True)

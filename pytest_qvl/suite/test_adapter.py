@@ -1,0 +1,17 @@
+"""Promises 2 and 3: the adapter is where it should be, and changes nothing until it is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytest_qvl import checks
+
+
+def test_adapter_census(qvl_lora_model: Any, qvl_lora_config: Any) -> None:
+    """LoRA on the language backbone only, on every module asked for, with the exact parameter count."""
+    checks.adapter_census(qvl_lora_model, qvl_lora_config)
+
+
+def test_adapter_neutrality(qvl_lora_model: Any, mixed_batch: Any) -> None:
+    """A fresh adapter (B = 0) and a disabled one give bitwise the base model's logits, with images."""
+    checks.adapter_neutrality(qvl_lora_model, mixed_batch)

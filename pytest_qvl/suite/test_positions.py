@@ -1,0 +1,25 @@
+"""Promise 6: M-RoPE positions are those of the paper, at prefill and while decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pytest_qvl import checks
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_mrope_positions(qvl_quantized_model: Any, qvl_batch: Any, one_of_each: Any, padding_side: str) -> None:
+    """Position ids at prefill equal the oracle's."""
+    checks.mrope_positions(qvl_quantized_model, qvl_batch(one_of_each, padding_side=padding_side))
+
+
+def test_decode_positions(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+    """Position ids of every decode step inside ``generate`` equal the oracle's."""
+    checks.decode_positions(qvl_quantized_model, mixed_batch)
+
+
+def test_position_state(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+    """``rope_deltas`` of an earlier call do not leak into the next."""
+    checks.position_state(qvl_quantized_model, mixed_batch)

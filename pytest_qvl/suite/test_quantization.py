@@ -1,0 +1,13 @@
+"""Promise 1: quantized where it should be, 16 bits where it must be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytest_qvl import checks
+
+
+def test_quantization_census(qvl_quantized_model: Any, qvl_quantization_config: Any) -> None:
+    """Language linears are NF4 as asked; vision tower, merger, head and embeddings are not."""
+    policy = checks.QuantizationPolicy.from_config(qvl_quantization_config)
+    checks.quantization_census(qvl_quantized_model, policy)

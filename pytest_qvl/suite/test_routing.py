@@ -1,0 +1,48 @@
+"""Promise 5: every visual token lands on its own placeholder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pytest_qvl import checks
+
+both_sides = pytest.mark.parametrize("padding_side", ["left", "right"])
+
+
+@both_sides
+def test_placeholder_counts(qvl_quantized_model: Any, qvl_batch: Any, one_of_each: Any, padding_side: str) -> None:
+    """As many placeholders per image as its grid has visual tokens."""
+    checks.placeholder_counts(qvl_quantized_model, qvl_batch(one_of_each, padding_side=padding_side))
+
+
+@both_sides
+def test_feature_scatter(qvl_quantized_model: Any, qvl_batch: Any, noise_pictures: Any, padding_side: str) -> None:
+    """Each visual token sits bitwise at its own placeholder, text embeddings everywhere else."""
+    checks.feature_scatter(qvl_quantized_model, qvl_batch(noise_pictures, padding_side=padding_side))
+
+
+def test_visual_token_order(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+    """The vision tower gives its visual tokens back in the order of the patches."""
+    checks.visual_token_order(qvl_quantized_model, mixed_batch)
+
+
+def test_causality(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+    """Changing one visual token moves its own placeholder's embedding and no logit before it."""
+    checks.causality(qvl_quantized_model, mixed_batch)
+
+
+def test_image_isolation(qvl_quantized_model: Any, qvl_processor: Any, one_of_each: Any) -> None:
+    """Changing one image moves no row, image span or earlier position that does not see it."""
+    checks.image_isolation(qvl_quantized_model, qvl_processor, one_of_each)
+
+
+def test_picture_pairing(qvl_quantized_model: Any, qvl_processor: Any, one_of_each: Any, mixed_batch: Any) -> None:
+    """Pixel rows and grids are those of each picture alone, in the order of the prompt."""
+    checks.picture_pairing(qvl_quantized_model, qvl_processor, one_of_each, mixed_batch)
+
+
+def test_malformed_inputs(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+    """Count mismatches, placeholders without pixels and pixels without placeholders do not pass unnoticed."""
+    checks.malformed_inputs(qvl_quantized_model, mixed_batch)

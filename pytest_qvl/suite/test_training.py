@@ -1,0 +1,28 @@
+"""Promise 10: a training step reaches every adapter, and only adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pytest_qvl import checks
+
+checkpointing = pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointing"])
+
+
+@checkpointing
+def test_training_step(qvl_lora_model: Any, training_batch: Any, gradient_checkpointing: bool) -> None:
+    """Loss falls, gradients are finite and on adapters only, every adapter is reached."""
+    checks.training_step(qvl_lora_model, training_batch, gradient_checkpointing=gradient_checkpointing)
+
+
+@checkpointing
+def test_vision_not_backpropagated(qvl_lora_model: Any, training_batch: Any, gradient_checkpointing: bool) -> None:
+    """Autograd does not follow the frozen vision tower."""
+    checks.vision_not_backpropagated(qvl_lora_model, training_batch, gradient_checkpointing=gradient_checkpointing)
+
+
+def test_label_mask(qvl_lora_model: Any, training_batch: Any, qvl_processor: Any) -> None:
+    """Only answer tokens are supervised: no image, vision, prompt or pad token."""
+    checks.label_mask(qvl_lora_model, training_batch, qvl_processor)

@@ -1,0 +1,66 @@
+"""Inner pytest runs: light ones with stand-ins for the model, and a few with the real one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _nobody_has_spoken(monkeypatch):
+    """No setting of whoever runs these tests reaches an inner run."""
+    for name in list(os.environ):
+        if name.startswith(("QVL_", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(scope="session")
+def with_torch():
+    """Import torch once: it cannot be loaded twice, and an inner run in this process drops what it imports."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_stack(with_torch):
+    """Import all that a real model needs, once."""
+    import torch
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    from pytest_qvl.data import embedded_model_dir
+    from pytest_qvl.models.backends import LoadRequest
+    from pytest_qvl.models.owner import ModelOwner
+    from pytest_qvl.models.processors import load_processor
+    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.samples import make_batch, scenes
+
+    owner = ModelOwner(print)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    base = owner.base(LoadRequest(parse_model("embedded"), quantization, "cpu", "bfloat16"), "transformers")
+    model = owner.adapted(base, "transformers", LoraConfig(r=2, target_modules=["q_proj"]), None, 0)
+    batch = make_batch(load_processor(embedded_model_dir()), scenes(0, 1)[:1])
+    model.generate(**batch, max_new_tokens=2, do_sample=False)
+    owner.release()
+
+
+@pytest.fixture
+def run_real(pytester, real_stack):
+    """Run pytest in this process, with the real model on the CPU."""
+
+    def run(*args, **kwargs):
+        return pytester.runpytest_inprocess("--qvl-device", "cpu", "-p", "no:cacheprovider", *args, **kwargs)
+
+    return run
+
+
+@pytest.fixture
+def run_light(pytester):
+    """Run pytest in this process, on CPU targets only, so that nothing asks torch for a GPU."""
+
+    def run(*args, **kwargs):
+        return pytester.runpytest_inprocess("--qvl-device", "cpu", *args, **kwargs)
+
+    return run

@@ -1,0 +1,120 @@
+"""The shipped suite is collected whatever the user's ini says, and says which overrides do not reach it."""
+
+from __future__ import annotations
+
+import pytest
+
+SUITE = ("--pyargs", "pytest_qvl.suite")
+
+
+def suite_tests(result):
+    return [line for line in result.outlines if "::test_" in line]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Names of the suite's test functions, read from its files."""
+    import re
+    from pathlib import Path
+
+    import pytest_qvl.suite
+
+    (folder,) = map(Path, pytest_qvl.suite.__path__)
+    texts = [file.read_text(encoding="utf-8") for file in folder.glob("test_*.py")]
+    return {name for text in texts for name in re.findall(r"^def (test_\w+)", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize(
+    "ini",
+    [
+        "",
+        'python_files = ["check_*.py"]',
+        'python_functions = ["check_*"]\npython_classes = ["Check*"]',
+        'strict = true\nfilterwarnings = ["error"]\nnorecursedirs = ["suite", "site-packages"]',
+        'addopts = ["--import-mode=importlib"]\ntestpaths = ["elsewhere"]',
+    ],
+)
+def test_the_suite_is_collected_under_any_ini(pytester, run_light, expected, ini):
+    pytester.makepyprojecttoml(f"[tool.pytest]\n{ini}\n")
+    result = run_light("--collect-only", "-q", *SUITE)
+    assert result.ret == 0
+    found = suite_tests(result)
+    assert {line.partition("::")[2].partition("[")[0] for line in found} == expected
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("arguments", [["{folder}"], ["{folder}/test_vision.py"], ["--pyargs", "pytest_qvl.suite.test_vision"]])
+def test_named_by_path_or_module_nothing_is_collected_twice(pytester, run_light, arguments):
+    from pytest_qvl.shipped import FOLDER
+
+    pytester.makeini("[pytest]\npython_files = check_*.py")
+    result = run_light("--collect-only", "-q", *(a.format(folder=FOLDER) for a in arguments), "-k", "vision_stability")
+    assert len(suite_tests(result)) == 1
+
+
+def test_an_empty_suite_is_an_error(pytester, run_light):
+    pytester.makepyfile("def test_own(): pass")
+    empty = ("--ignore-glob", "/*/suite/test_*", ".", *SUITE)
+    result = run_light(*empty)
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["pytest_qvl.suite: nothing was collected here, so nothing would be proved; *"])
+    result = pytester.runpytest_subprocess(*empty, "-n", "2")
+    result.assert_outcomes(errors=1, passed=1)
+    assert result.ret != 0
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
+@pytest.mark.parametrize("selection", [["-k", "own"], ["-m", "gpu"], ["--deselect", "{suite}"], ["--lf"]], ids=str)
+def test_what_the_user_deselects_is_no_error(pytester, run_light, selection):
+    from pytest_qvl.shipped import FOLDER
+
+    pytester.makepyfile("def test_own(): assert False")
+    run_light("test_what_the_user_deselects_is_no_error.py")
+    arguments = [argument.format(suite=FOLDER) for argument in selection]
+    result = run_light("--collect-only", *arguments, ".", *SUITE)
+    assert result.ret in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+STAND_IN = """
+    import pytest
+    @pytest.fixture(scope="session")
+    def qvl_quantized_model(): return object()
+    @pytest.fixture(scope="session")
+    def qvl_processor(): return "{where}"
+    @pytest.fixture(scope="session")
+    def one_of_each(): return []
+"""
+ONE = ("-k", "quantization_census or test_own", "--tb=line")
+
+
+def test_overrides_reach_the_suite_from_the_rootdir_and_from_a_module(pytester, run_light):
+    see = "    def pytest_fixture_setup(fixturedef): print('SETUP', fixturedef.argname, fixturedef.func.__module__)\n"
+    pytester.makeini("[pytest]")
+    pytester.makeconftest(STAND_IN + see)
+    result = run_light("-s", *ONE, *SUITE)
+    result.stdout.fnmatch_lines(["*SETUP qvl_quantized_model conftest*"])
+    pytester.makeconftest("")
+    pytester.makepyfile(overriding=STAND_IN + see)
+    pytester.syspathinsert()
+    result = run_light("-s", "-p", "overriding", *ONE, *SUITE)
+    result.stdout.fnmatch_lines(["*SETUP qvl_quantized_model overriding*"])
+
+
+@pytest.mark.parametrize("order", [("own", *SUITE), (*SUITE, "own")], ids=["before", "after"])
+def test_an_override_that_does_not_reach_the_suite_is_named(pytester, run_light, order):
+    pytester.makeini("[pytest]")
+    pytester.makeconftest(STAND_IN)
+    pytester.makepyfile(**{"own/conftest": STAND_IN, "own/test_own": "def test_own(qvl_quantized_model): pass"})
+    result = run_light(*ONE, *order, "-W", "default")
+    lines = [line for line in result.outlines if "overrides qvl_quantized_model" in line]
+    assert len(lines) == 1
+    assert f"{pytester.path}/own/conftest.py overrides qvl_quantized_model for the tests below it, but not" in lines[0]
+    result = run_light(*ONE, *order, "-W", "error")
+    result.stdout.fnmatch_lines(["E * OverrideWarning: *own/conftest.py overrides qvl_quantized_model*"])
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")
+
+
+def test_an_override_in_a_test_module_is_its_own_affair(pytester, run_light):
+    pytester.makeconftest(STAND_IN)
+    pytester.makepyfile(test_own=STAND_IN + "    def test_own(qvl_quantized_model): pass\n")
+    assert "overrides" not in run_light(*ONE, ".", *SUITE).stdout.str()

@@ -1,0 +1,66 @@
+"""What starting pytest with the plugin costs: no heavy import, no subprocess."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "PIL", "numpy", "safetensors")
+
+SPY = """
+import json, sys
+
+started = []
+STARTS = ("subprocess.Popen", "os.posix_spawn", "os.fork", "os.exec", "os.system", "os.spawn", "pty.spawn")
+sys.addaudithook(lambda event, args: started.append(str((event, args[:2]))) if event in STARTS else None)
+
+def pytest_unconfigure(config):
+    heavy = [name for name in {heavy!r} if name in sys.modules]
+    plugin = "pytest_qvl.plugin" in sys.modules
+    print("SPY", json.dumps({{"heavy": heavy, "started": started, "plugin": plugin}}))
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["-p", "qvl", "test_unrelated.py"], id="by its entry point"),
+        pytest.param(["-p", "pytest_qvl.plugin", "test_unrelated.py"], id="by its module"),
+        pytest.param(["-p", "qvl", "--collect-only", "--pyargs", "pytest_qvl.suite"], id="collecting the suite"),
+        pytest.param(["-p", "qvl", "--help"], id="help"),
+    ],
+)
+def test_starting_imports_nothing_heavy_and_starts_no_process(pytester, monkeypatch, arguments):
+    pytester.makepyfile(spy=SPY.format(heavy=HEAVY), test_unrelated="def test_it(tmp_path): pass")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path))
+    result = pytester.runpytest_subprocess("-p", "spy", "-s", *arguments)
+    assert result.ret == 0
+    (line,) = [line for line in result.outlines if line.startswith("SPY ")]
+    assert json.loads(line.removeprefix("SPY ")) == {"heavy": [], "started": [], "plugin": True}
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    modules = (
+        "pytest_qvl, pytest_qvl.plugin, pytest_qvl.options, pytest_qvl.evidence, pytest_qvl.checks, "
+        "pytest_qvl.report.terminal, pytest_qvl.models.weights"
+    )
+    code = f"import sys, {modules}; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_cost_of_importing_the_plugin(benchmark):
+    """Milliseconds on top of pytest itself, in a fresh process; recorded, not judged: other load would decide it."""
+    code = "import time, pytest; t = time.perf_counter(); import pytest_qvl.plugin; print(time.perf_counter() - t)"
+
+    def start():
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return float(done.stdout)
+
+    seconds = benchmark.pedantic(start, rounds=3)
+    benchmark.extra_info["seconds_on_top_of_pytest"] = seconds
+    assert seconds > 0
