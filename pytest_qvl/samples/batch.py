@@ -72,9 +72,7 @@ def make_batch(
     if answers:
         texts = [text + sample.answer + END_OF_TURN for text, sample in zip(texts, samples, strict=True)]
     images = [image for sample in samples for image in sample.images]
-    made = processor(
-        text=texts, images=images or None, padding=True, padding_side=padding_side, return_tensors="pt"
-    )
+    made = processor(text=texts, images=images or None, padding=True, padding_side=padding_side, return_tensors="pt")
     batch: dict[str, torch.Tensor] = dict(made)
     if answers:
         batch["labels"] = _labels(processor, samples, batch)

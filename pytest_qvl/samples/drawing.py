@@ -67,9 +67,7 @@ class Scene:
         return replace(self, things=tuple(replace(thing, cell=cells[thing.cell]) for thing in self.things))
 
 
-def random_thing(
-    rng: random.Random, cell: Cell, shape: str | None = None, colour: str | None = None
-) -> Thing:
+def random_thing(rng: random.Random, cell: Cell, shape: str | None = None, colour: str | None = None) -> Thing:
     """A thing in `cell`; what is not given is drawn at random."""
     shape = shape or rng.choice(SHAPES)
     colour = colour or rng.choice(tuple(COLOURS))

@@ -28,9 +28,7 @@ class _Line:
                 f"not JSON ({error.msg} at column {error.colno})", "write one JSON object per line"
             ) from None
         if not isinstance(fields, dict):
-            raise self.error(
-                f"{_short(fields)} is not an object", 'write {"image": …, "question": …, "answer": …}'
-            )
+            raise self.error(f"{_short(fields)} is not an object", 'write {"image": …, "question": …, "answer": …}')
         if unknown := [name for name in fields if name not in FIELDS]:
             raise self.error(f"unknown field {unknown[0]!r}", f"known fields are {', '.join(FIELDS)}")
         self.fields: dict[str, Any] = fields
@@ -72,9 +70,7 @@ class _Line:
             with Image.open(path) as image:
                 return image.convert("RGB")
         except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise self.error(
-                f"{field} {value!r} cannot be read ({error})", "save it as PNG or JPEG"
-            ) from None
+            raise self.error(f"{field} {value!r} cannot be read ({error})", "save it as PNG or JPEG") from None
 
     def sample(self) -> Sample:
         if "image" in self.fields and "images" in self.fields:
@@ -99,14 +95,10 @@ class _Line:
         if not swapped or swapped_answer is None:
             raise self.error("one of swapped and swapped_answer is missing", "give both or neither")
         if swapped_answer == answer:
-            raise self.error(
-                f"swapped_answer {answer!r} is the answer itself", "swap in pictures with another answer"
-            )
+            raise self.error(f"swapped_answer {answer!r} is the answer itself", "swap in pictures with another answer")
         sizes, swapped_sizes = [image.size for image in images], [image.size for image in swapped]
         if sizes != swapped_sizes:
-            raise self.error(
-                f"swapped has sizes {swapped_sizes}, not {sizes}", "give pictures of the same sizes"
-            )
+            raise self.error(f"swapped has sizes {swapped_sizes}, not {sizes}", "give pictures of the same sizes")
         return swapped, swapped_answer
 
 
@@ -124,9 +116,7 @@ def folder_samples(path: str | Path) -> list[Sample]:
     folder = Path(path).resolve()
     file = folder / SAMPLES_FILE
     if not file.is_file():
-        raise ValueError(
-            f"{file} does not exist; write one JSON object per line with image, question and answer"
-        )
+        raise ValueError(f"{file} does not exist; write one JSON object per line with image, question and answer")
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -139,15 +129,11 @@ def folder_samples(path: str | Path) -> list[Sample]:
         line = _Line(folder, number, text)
         sample = line.sample()
         if sample.id in seen:
-            raise line.error(
-                f"id {sample.id!r} was given in line {seen[sample.id]}", "make every id different"
-            )
+            raise line.error(f"id {sample.id!r} was given in line {seen[sample.id]}", "make every id different")
         seen[sample.id] = number
         samples.append(sample)
     if not samples:
-        raise ValueError(
-            f"{file} has no samples; write one JSON object per line with image, question and answer"
-        )
+        raise ValueError(f"{file} has no samples; write one JSON object per line with image, question and answer")
     return samples
 
 

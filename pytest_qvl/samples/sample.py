@@ -52,8 +52,7 @@ class Sample:
 
         rng = random.Random(zlib.crc32(self.id.encode()) ^ seed)
         pictures = tuple(
-            Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height))
-            for image in self.images
+            Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height)) for image in self.images
         )
         return self._over(pictures, f"noise-{seed}")
 

@@ -188,17 +188,11 @@ def scenes(seed: int, per_skill: int, skills: Sequence[str] = ALL_SKILLS) -> lis
     """
     unknown = [skill for skill in skills if skill not in SKILLS]
     if unknown or len(set(skills)) != len(skills):
-        raise ValueError(
-            f"skills must be different names of {', '.join(ALL_SKILLS)}; got {', '.join(skills)}"
-        )
+        raise ValueError(f"skills must be different names of {', '.join(ALL_SKILLS)}; got {', '.join(skills)}")
     if per_skill < 0:
         raise ValueError(f"per_skill must not be negative, got {per_skill}")
     streams = {skill: random.Random(f"held-out {seed} {skill}") for skill in skills}
-    return [
-        _sample(streams[skill], skill, f"{skill}-{seed}-{index}")
-        for index in range(per_skill)
-        for skill in skills
-    ]
+    return [_sample(streams[skill], skill, f"{skill}-{seed}-{index}") for index in range(per_skill) for skill in skills]
 
 
 def _sample(rng: random.Random, skill: str, name: str) -> Sample:
