@@ -64,9 +64,7 @@ def capped(card: Card, device: int = 0) -> Iterator[Cap]:
     import torch
 
     if not torch.cuda.is_available():
-        raise CannotJudge(
-            f"the memory of {card.name} can only be simulated on a GPU, and there is no CUDA here"
-        )
+        raise CannotJudge(f"the memory of {card.name} can only be simulated on a GPU, and there is no CUDA here")
     total = torch.cuda.mem_get_info(device)[1]
     allowed = allocator_bytes(card)
     if allowed > total:
@@ -94,9 +92,7 @@ def attention_kernels(compute_capability: tuple[int, int]) -> tuple[str, ...]:
     cuDNN's is left out everywhere: where it exists (Hopper and later) torch prefers it, and changing the
     kernel alone moves the logits of a 7B model by 0.3.
     """
-    return (
-        ("flash", "efficient", "math") if compute_capability >= _FLASH_CAPABILITY else ("efficient", "math")
-    )
+    return ("flash", "efficient", "math") if compute_capability >= _FLASH_CAPABILITY else ("efficient", "math")
 
 
 @contextmanager

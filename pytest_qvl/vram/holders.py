@@ -39,9 +39,7 @@ def holders_at_peak(events: Iterable[Event], alive_before: int, before: str) -> 
         before: How to name those bytes.
     """
     changes = list(events)
-    levels = list(
-        itertools.accumulate((e.size if e.action == "take" else -e.size for e in changes), initial=0)
-    )
+    levels = list(itertools.accumulate((e.size if e.action == "take" else -e.size for e in changes), initial=0))
     until = levels.index(max(levels))
     alive: dict[int, Event] = {}
     for event in changes[:until]:

@@ -355,7 +355,7 @@ class Meter:
         if phase._recording:
             self._allocator.stop_history()
         if phase.history:
-            # A history begun for this phase is all its own; the two clocks of a longer one differ by a little.
+            # A history begun for this phase is all its own; of a longer one, the two clocks differ a little.
             own = phase._recording
             events = [e for e in phase.history.events if own or e.time >= phase._began_us]
             before = "what was alive before (fixtures)"
@@ -389,9 +389,7 @@ def hold_limit(phase: Phase, limit: int, of: Number) -> Evidence:
             f"{format_bytes(limit)} in {usage.name}"
         ),
     )
-    judge.note(
-        f"{format_bytes(usage.alive_allocated)} were allocated before it began (fixtures and earlier code)"
-    )
+    judge.note(f"{format_bytes(usage.alive_allocated)} were allocated before it began (fixtures and earlier code)")
     for line in tell_holders(phase) if value > limit else ():
         judge.note(line)
     inner = sorted(phase.inner, key=lambda u: -(u.number(of) or 0))[:_SHOWN_PHASES]
@@ -416,11 +414,7 @@ def _spelled(usage: Usage, of: Number) -> str:
         context = format_bytes(usage.context or 0)
         return f"fit {value} (peak reserved {format_bytes(usage.reserved)} + context {context})"
     if of == "process":
-        source = (
-            "by the driver's process list"
-            if usage.process_source == "process"
-            else "gained by the whole device"
-        )
+        source = "by the driver's process list" if usage.process_source == "process" else "gained by the whole device"
         return f"process {value} ({source})"
     return f"peak {of} {value}"
 

@@ -332,7 +332,7 @@ def _training(**changes: Any) -> int:
 def test_what_takes_more_memory_is_forecast_to_take_more() -> None:
     base = _training()
     assert _training(gradient_checkpointing=False) > base
-    assert _training(vision_hook=True) > base
+    assert TRANSFORMERS_4 or _training(vision_hook=True) > base
     assert _training(batch=2) > base
     assert _training(images=2, tokens=44) > base
     assert _training(tokens=200) > base

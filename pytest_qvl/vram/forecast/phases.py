@@ -1,0 +1,32 @@
+"""Names of the phases of a forecast, in the order in which they run. Standard library only."""
+
+from __future__ import annotations
+
+LOAD = "load"
+PREPARE = "k-bit preparation"
+ATTACH = "attach adapter"
+VISION = "vision"
+PREFILL = "prefill"
+DECODE = "decode"
+STATES = "optimizer states"
+TRAIN_VISION = "train: vision"
+FORWARD = "train: forward"
+LOSS = "train: loss"
+BACKWARD = "train: backward"
+OPTIMIZER = "train: optimizer"
+
+TRAINING = (TRAIN_VISION, FORWARD, LOSS, BACKWARD, OPTIMIZER)
+EXPLAIN = {
+    LOAD: "weights arrive and become NF4",
+    PREPARE: "16-bit parameters raised to fp32",
+    ATTACH: "LoRA parameters created",
+    VISION: "pictures through the vision tower",
+    PREFILL: "the whole prompt through the language model",
+    DECODE: "new tokens, one by one",
+    STATES: "created by the first update",
+    TRAIN_VISION: "pictures through the vision tower",
+    FORWARD: "decoder layers",
+    LOSS: "logits and cross-entropy",
+    BACKWARD: "gradients",
+    OPTIMIZER: "update of the adapter",
+}

@@ -1,0 +1,224 @@
+"""Forecasts, and the search for what still fits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Protocol
+
+from pytest_qvl.vram.cards import Card
+from pytest_qvl.vram.cards import card as find_card
+from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.record import Rehearsal
+from pytest_qvl.vram.forecast.result import Dimension, Forecast, Largest, Timeline, Verdict
+from pytest_qvl.vram.forecast.source import Source, find_source
+from pytest_qvl.vram.forecast.tape import Tape, replay
+
+if TYPE_CHECKING:
+    from pytest_qvl.vram.forecast.request import Request
+
+# Share of the card's free memory at which the search looks first; the rest is for gaps between the
+# allocator's blocks. It only saves forecasts: what is reported was confirmed by one.
+SEARCH_TARGET = 0.95
+SEARCH_STEPS = 4
+# Visual tokens of a whole batch beyond which the search for the largest batch does not go: a forecast's time grows with
+# them (some 20 s here), and cards that hold more are not the ones people ask about.
+SEARCH_VISUAL_TOKENS = 16384
+
+
+class Forecaster:
+    """Forecasts for one model and one way of training it; the model is built once.
+
+    Args:
+        request: What to forecast; :meth:`forecast` may vary picture size, pictures, batch, tokens and new
+            tokens.
+        card: The card to judge, if any.
+
+    Raises:
+        ValueError: The model is neither a released name nor a folder with the configuration of a Qwen-VL.
+    """
+
+    def __init__(self, request: Request, card: Card | None = None) -> None:
+        self.source: Source = find_source(request.model)
+        self.card = card
+        self._rehearsal = Rehearsal(request, self.source)
+
+    def forecast(self, request: Request, *, inference: bool = True) -> Forecast:
+        """The forecast for ``request``.
+
+        Args:
+            request: What to forecast.
+            inference: Whether to make the inference pass too.
+
+        Raises:
+            ValueError: A picture the processor refuses.
+        """
+        visual = request.images * self.source.sizes.visual_tokens(*request.image)
+        tape = self._rehearsal.run(request, inference=inference)
+        points: list[tuple[str, tuple[int, ...]]] = []
+
+        def watch(phase: str, live: tuple[int, ...]) -> None:
+            if phase in phases.TRAINING:
+                points.append((phase, live))
+
+        found = replay(tape, watch=watch).phases
+        ready = found.get(phases.PREPARE) or found[phases.LOAD]
+        return Forecast(
+            request=request,
+            label=self.source.label,
+            visual_tokens=visual,
+            sequence=visual + request.tokens,
+            resident=ready.end_allocated,
+            phases=tuple(found.values()),
+            timeline=Timeline(tuple(p for p, _ in points), tuple(v for _, v in points)),
+            verdict=self._judge(tape, max(phase.peak_reserved for phase in found.values())),
+        )
+
+    def _judge(self, tape: Tape, reserved: int) -> Verdict | None:
+        if self.card is None:
+            return None
+        available = self.card.usable_bytes - self.card.context_bytes
+        failure = replay(tape, limit=available).failure if reserved > available else None
+        return Verdict(self.card, available, reserved, failure)
+
+
+def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> Largest:
+    """Search the largest picture (same aspect ratio) or batch that fits the forecaster's card.
+
+    The peak is nearly linear in the number of tokens, so a line through two forecasts gives a guess, and a
+    forecast of its own confirms or refutes it; then the gap is halved, until the largest that fits and the
+    smallest that does not are neighbours (for pictures: within 5 % of their tokens) or :data:`SEARCH_STEPS`
+    forecasts were made.
+
+    Args:
+        forecaster: Has a card.
+        first: A forecast already made.
+        dimension: What to vary.
+
+    Raises:
+        ValueError: The forecaster has no card.
+    """
+    if forecaster.card is None or first.verdict is None:
+        raise ValueError("the largest that fits needs a card")
+    ladder: _Ladder = _Pictures(forecaster, first.request) if dimension == "image" else _Batches(first)
+    known = {ladder.size_of(first.request): first}
+    target = SEARCH_TARGET * first.verdict.available
+    for steps_left in reversed(range(SEARCH_STEPS)):
+        best, refused = _bracket(known)
+        low = ladder.smallest if best is None else ladder.above(best)
+        high = ladder.largest if refused is None else refused - 1
+        if low > high:
+            break
+        if best is None and steps_left == 0:
+            guess: float = ladder.smallest
+        elif best is not None and refused is not None:
+            guess = (low + refused) / 2
+        else:
+            guess = min(max(low, _crossing(known, target)), high)
+        request = ladder.request(guess)
+        if ladder.size_of(request) in known:
+            break
+        known[ladder.size_of(request)] = forecaster.forecast(request, inference=first.peak is not first.training_peak)
+    best, refused = _bracket(known)
+    return Largest(
+        dimension,
+        forecast=None if best is None else known[best],
+        refused=None if refused is None else known[refused],
+        bounded=dimension == "image" and best is not None and best >= ladder.largest,
+    )
+
+
+def _bracket(known: dict[int, Forecast]) -> tuple[int | None, int | None]:
+    """The largest size that fits and the smallest above it that does not."""
+    best = max((size for size, found in known.items() if found.verdict and found.verdict.fits), default=None)
+    return best, min((size for size in known if best is None or size > best), default=None)
+
+
+def _crossing(known: dict[int, Forecast], target: float) -> float:
+    """Where the peak reaches ``target`` bytes, by the line through the two nearest forecasts.
+
+    With one forecast only, its loaded weights are the other point.
+    """
+    points = [(float(size), found.peak.peak_allocated) for size, found in known.items()]
+    if len(points) == 1:
+        points.append((0.0, next(iter(known.values())).resident))
+    (x0, y0), (x1, y1) = sorted(points, key=lambda point: abs(point[1] - target))[:2]
+    return x0 + (target - y0) * (x1 - x0) / (y1 - y0) if y1 != y0 else x0
+
+
+class _Ladder(Protocol):
+    """Requests in order of one size."""
+
+    smallest: int
+    largest: int
+
+    def above(self, size: int) -> int:
+        """The next size worth telling apart from ``size``."""
+
+    def request(self, size: float) -> Request:
+        """The request nearest to ``size`` from below."""
+
+    def size_of(self, request: Request) -> int:
+        """The size of a request."""
+
+
+class _Batches:
+    smallest: int = 1
+
+    def __init__(self, first: Forecast) -> None:
+        self._request = first.request
+        self.largest: int = max(first.request.batch, SEARCH_VISUAL_TOKENS // first.visual_tokens)
+
+    def above(self, size: int) -> int:
+        return size + 1
+
+    def request(self, size: float) -> Request:
+        return replace(self._request, batch=max(1, int(size)))
+
+    def size_of(self, request: Request) -> int:
+        return request.batch
+
+
+class _Pictures:
+    """Pictures of one aspect ratio, ordered by their visual tokens."""
+
+    def __init__(self, forecaster: Forecaster, request: Request) -> None:
+        self._sizes = forecaster.source.sizes
+        self._request = request
+        step = self._sizes.patch_size * self._sizes.merge_size
+        self._pixels_per_token = step * step
+        self.smallest = max(1, self._sizes.min_pixels // self._pixels_per_token)
+        self.largest: int = self.size_of(self.request(self._sizes.max_pixels // self._pixels_per_token))
+
+    def above(self, size: int) -> int:
+        return size + max(1, size // 20)
+
+    def request(self, size: float) -> Request:
+        height, width = self._request.image
+        tokens = min(max(size, self.smallest), self._sizes.max_pixels // self._pixels_per_token)
+        scale = (tokens * self._pixels_per_token / (height * width)) ** 0.5
+        return replace(self._request, image=(max(1, int(height * scale)), max(1, int(width * scale))))
+
+    def size_of(self, request: Request) -> int:
+        return self._sizes.visual_tokens(*request.image)
+
+
+def make_forecaster(request: Request, card: str | Card | None, compute_dtype: str | None) -> tuple[Forecaster, Request]:
+    """A forecaster, and ``request`` completed with what the card decides: compute dtype and kernels.
+
+    Args:
+        request: What to forecast; its ``compute_dtype`` and ``capability`` are replaced.
+        card: The card to judge; ``None`` for none.
+        compute_dtype: ``None`` for bfloat16 where the card has it, else float16.
+
+    Raises:
+        ValueError: Unknown card or model; bfloat16 on a card without it.
+    """
+    from pytest_qvl.vram.cap import compute_dtype as dtype_for
+
+    known = find_card(card) if isinstance(card, str) else card
+    if known is None:
+        request = replace(request, compute_dtype=compute_dtype or "bfloat16")  # type: ignore[arg-type]
+    else:
+        dtype = dtype_for(known, compute_dtype or "auto")
+        request = replace(request, compute_dtype=dtype, capability=known.compute_capability)  # type: ignore[arg-type]
+    return Forecaster(request, known), request

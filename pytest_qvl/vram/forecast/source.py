@@ -1,0 +1,78 @@
+"""From a model's name or folder to its configuration and picture sizes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pytest_qvl.models.anatomy import FAMILIES
+from pytest_qvl.models.released import PictureSizes, picture_sizes, released_config, released_names
+
+# Whose processor a folder without preprocessor_config.json is taken to have.
+_TYPICAL = {"qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-7b", "qwen3_vl": "qwen3-vl-8b"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to forecast.
+
+    Attributes:
+        label: What to call it.
+        config: The Transformers configuration.
+        sizes: What its processor does with picture sizes.
+    """
+
+    label: str
+    config: Any
+    sizes: PictureSizes
+
+
+def find_source(model: str) -> Source:
+    """The configuration of a released name or of a local folder; nothing is downloaded.
+
+    Raises:
+        ValueError: Neither; or the folder's configuration is no Qwen-VL with a vision tower.
+    """
+    if model in released_names():
+        return Source(model, released_config(model), picture_sizes(model))
+    file = Path(model).expanduser() / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"model {model!r} is neither a released configuration ({', '.join(released_names())}) "
+            "nor a folder with a config.json"
+        )
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    fields = fields if isinstance(fields, dict) else {}
+    has_vision = isinstance(fields.get("vision_config"), dict)
+    if fields.get("model_type") not in FAMILIES or not has_vision:
+        raise ValueError(
+            f"{file} describes no vision-language model that this package knows (model_type "
+            f"{fields.get('model_type')!r}, vision_config {'present' if has_vision else 'missing'}); known: "
+            f"{', '.join(FAMILIES)}"
+        )
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
+    return Source(file.parent.resolve().name, config, _folder_sizes(file.parent, config))
+
+
+def _folder_sizes(folder: Path, config: Any) -> PictureSizes:
+    vision = config.vision_config
+    known = asdict(picture_sizes(_TYPICAL[config.model_type]))
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            fields = json.loads((folder / name).read_text(encoding="utf-8"))
+            fields = fields.get("image_processor", fields)
+            size = fields.get("size") or {}
+            known["min_pixels"] = fields.get("min_pixels") or size.get("shortest_edge") or known["min_pixels"]
+            known["max_pixels"] = fields.get("max_pixels") or size.get("longest_edge") or known["max_pixels"]
+            break
+    known["patch_size"] = vision.patch_size
+    known["merge_size"] = vision.spatial_merge_size
+    known["temporal_patch_size"] = vision.temporal_patch_size
+    return PictureSizes(**known)
