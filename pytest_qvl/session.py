@@ -310,7 +310,7 @@ def release_frames(error: BaseException | None) -> None:
         seen.add(id(current))
         traceback.clear_frames(current.__traceback__)
         for frame, _line in traceback.walk_tb(current.__traceback__):
-            # Before Python 3.13, showing a frame's locals leaves a dictionary of them on it; reading it again updates it.
+            # Before Python 3.13, showing a frame's locals leaves a dictionary of them on it; reading it updates that.
             frame.f_locals  # noqa: B018
         todo += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
 

@@ -59,12 +59,6 @@ def adapters_disabled(parts: Parts) -> Iterator[None]:
             layer._disable_adapters = flag
 
 
-def _copy_wrappers(parts: Parts) -> dict[str, Any]:
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    return {n: m for n, m in parts.base.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
-
-
 @dataclass
 class AdapterSlot:
     """One LoRA-wrapped view of a base model that can be taken off and put back with its weights.
@@ -74,8 +68,7 @@ class AdapterSlot:
 
     Attributes:
         peft_model: The wrapper that tests see.
-        layers: Tuner layer, or wrapper of a trained copy (``modules_to_save``), with its place: parent module, attribute
-            name.
+        layers: Tuner layer with its place: parent module, attribute name.
         attached: Whether the base model now runs through the tuner layers.
         marks: What PEFT noted on the base model, while the adapter is off.
     """
@@ -90,7 +83,7 @@ class AdapterSlot:
         """Note where PEFT put its tuner layers."""
         parts = anatomy(peft_model)
         places = []
-        for name, layer in {**adapted_layers(parts), **_copy_wrappers(parts)}.items():
+        for name, layer in adapted_layers(parts).items():
             parent, _, child = name.rpartition(".")
             places.append((parts.base.get_submodule(parent) if parent else parts.base, child, layer))
         return cls(peft_model, places)
@@ -102,9 +95,7 @@ class AdapterSlot:
     def take_off(self) -> None:
         """Let the base model run on its own layers; the adapter's weights stay in this slot."""
         for parent, child, layer in self.layers:
-            setattr(
-                parent, child, layer.original_module if hasattr(layer, "original_module") else layer.get_base_layer()
-            )
+            setattr(parent, child, layer.get_base_layer())
         self.marks = {name: vars(self._base).pop(name) for name in _PEFT_MARKS if name in vars(self._base)}
         self.attached = False
 

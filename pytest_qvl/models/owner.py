@@ -307,8 +307,8 @@ class ModelOwner:
 
     def _adapter_parameters(self) -> dict[str, Any]:
         from pytest_qvl.models.adapters import adapter_parameters
-        from pytest_qvl.models.training import trained_copies
         from pytest_qvl.models.anatomy import anatomy
+        from pytest_qvl.models.training import trained_copies
 
         assert self._adapted is not None
         parts = anatomy(self._adapted.slot.peft_model)

@@ -114,9 +114,7 @@ def test_all_nonsense_is_told_at_once(run):
 
 def test_nonsense_in_a_worker_is_an_error_of_its_test(run, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    result = run(
-        "@mark('15')\ndef test_wrong(): pass\ndef test_fine(): pass\n", "-n1", "-p", "xdist", subprocess=True
-    )
+    result = run("@mark('15')\ndef test_wrong(): pass\ndef test_fine(): pass\n", "-n1", "-p", "xdist", subprocess=True)
     result.assert_outcomes(errors=1, passed=1)
     result.stdout.fnmatch_lines(["*::test_wrong: limit_vram('15'): '15' is not a size*"])
     assert "INTERNALERROR" not in result.stdout.str()
@@ -139,9 +137,7 @@ def test_wrong(limited, card): pass
 
 def test_the_marker_is_documented(run):
     result = run("", "--markers")
-    result.stdout.fnmatch_lines(
-        ["@pytest.mark.limit_vram(limit, [*], of='fit', scope='call'): fail the test*"]
-    )
+    result.stdout.fnmatch_lines(["@pytest.mark.limit_vram(limit, [*], of='fit', scope='call'): fail the test*"])
 
 
 # -- what a limit measures -----------------------------------------------------------------------------------
@@ -153,9 +149,7 @@ def test_a_limit_is_inclusive(run, peak):
     result.assert_outcomes(passed=int(peak <= 400), failed=int(peak > 400))
 
 
-@pytest.mark.parametrize(
-    ("of", "value"), [("allocated", 300), ("reserved", 400), ("process", 1000), ("fit", 1000)]
-)
+@pytest.mark.parametrize(("of", "value"), [("allocated", 300), ("reserved", 400), ("process", 1000), ("fit", 1000)])
 def test_each_number_can_be_bounded(run, of, value):
     body = f"(card): card.free(card.take({300 if of == 'allocated' else 400} * MiB))"
     result = run(
@@ -163,9 +157,7 @@ def test_each_number_can_be_bounded(run, of, value):
         f"@mark('{value - 1} MiB', of='{of}')\ndef test_over{body}\n"
     )
     result.assert_outcomes(passed=1, failed=1)
-    result.stdout.fnmatch_lines(
-        [f"*{of} {value} MiB*is 1 MiB above the limit of {value - 1} MiB in *::test_over *"]
-    )
+    result.stdout.fnmatch_lines([f"*{of} {value} MiB*is 1 MiB above the limit of {value - 1} MiB in *::test_over *"])
 
 
 def test_a_failure_names_phase_number_limit_and_holders(run, pytester):
@@ -283,9 +275,7 @@ def test_deselected(): pass
     )
     result.assert_outcomes(passed=2, deselected=1)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
-    result.stdout.fnmatch_lines(
-        ["*SESSION fit 1.46 GiB * is 100 MiB above the limit of 1.37 GiB in session *"]
-    )
+    result.stdout.fnmatch_lines(["*SESSION fit 1.46 GiB * is 100 MiB above the limit of 1.37 GiB in session *"])
 
 
 # -- where a limit comes from --------------------------------------------------------------------------------
@@ -423,9 +413,7 @@ def test_where_a_gpu_is_required_an_unmeasured_mark_is_an_error(run):
         started=False,
     )
     result.assert_outcomes(passed=2, errors=1)
-    result.stdout.fnmatch_lines(
-        ["*::test_marked: its limit_vram was not measured, and a GPU is required: CUDA was*"]
-    )
+    result.stdout.fnmatch_lines(["*::test_marked: its limit_vram was not measured, and a GPU is required: CUDA was*"])
 
 
 def test_a_skipped_body_is_no_verdict(run):
@@ -471,9 +459,7 @@ def test_it(card, meter):
 
 
 def test_an_expected_failure_stays_expected(run):
-    run("@pytest.mark.xfail(strict=True)\n@mark('1 MiB')\ndef test_it(card): card.take(MiB)").assert_outcomes(
-        xfailed=1
-    )
+    run("@pytest.mark.xfail(strict=True)\n@mark('1 MiB')\ndef test_it(card): card.take(MiB)").assert_outcomes(xfailed=1)
 
 
 def test_a_broken_device_fails_the_test_that_broke_it(run):

@@ -45,12 +45,16 @@ def test_who_is_heard(pytester, monkeypatch, arguments, environment, ini, seen):
 
 
 def test_the_header_says_what_was_chosen_and_by_whom(pytester, monkeypatch):
-    pytester.makeini("[pytest]\nqvl_samples = 8\nqvl_require_gpu = no\nqvl_model =\n  embedded\n  synthetic:qwen2.5-vl-7b")
+    pytester.makeini(
+        "[pytest]\nqvl_samples = 8\nqvl_require_gpu = no\nqvl_model =\n  embedded\n  synthetic:qwen2.5-vl-7b"
+    )
     monkeypatch.setenv("QVL_DEVICE", "cpu")
     result = pytester.runpytest_inprocess("--qvl-seed", "7")
     result.stdout.fnmatch_lines(
-        ["qvl: model embedded, synthetic:qwen2.5-vl-7b (tox.ini), device cpu (QVL_DEVICE), seed 7 (--qvl-seed), "
-         "samples 8 (tox.ini), require gpu False (tox.ini)"]
+        [
+            "qvl: model embedded, synthetic:qwen2.5-vl-7b (tox.ini), device cpu (QVL_DEVICE), seed 7 (--qvl-seed), "
+            "samples 8 (tox.ini), require gpu False (tox.ini)"
+        ]
     )
     result = pytester.runpytest_inprocess("-o", "qvl_model=embedded", "--no-qvl-require-gpu")
     result.stdout.fnmatch_lines(["qvl: model embedded (-o), *require gpu False (--qvl-require-gpu)"])

@@ -43,7 +43,9 @@ def test_the_suite_is_collected_under_any_ini(pytester, run_light, expected, ini
     assert len(found) == len(set(found))
 
 
-@pytest.mark.parametrize("arguments", [["{folder}"], ["{folder}/test_vision.py"], ["--pyargs", "pytest_qvl.suite.test_vision"]])
+@pytest.mark.parametrize(
+    "arguments", [["{folder}"], ["{folder}/test_vision.py"], ["--pyargs", "pytest_qvl.suite.test_vision"]]
+)
 def test_named_by_path_or_module_nothing_is_collected_twice(pytester, run_light, arguments):
     from pytest_qvl.shipped import FOLDER
 

@@ -90,7 +90,9 @@ def test_a_required_gpu_makes_a_run_without_gpu_tests_fail(pytester):
     assert pytester.runpytest_inprocess("-k", "nothing").ret == pytest.ExitCode.TESTS_FAILED
 
 
-@pytest.mark.parametrize("listing", ["--collect-only", "--help", "--markers", "--fixtures", "--setup-plan", "--version"])
+@pytest.mark.parametrize(
+    "listing", ["--collect-only", "--help", "--markers", "--fixtures", "--setup-plan", "--version"]
+)
 def test_a_required_gpu_is_silent_where_nothing_runs(pytester, monkeypatch, listing):
     monkeypatch.setenv("QVL_REQUIRE_GPU", "1")
     pytester.makepyfile("def test_plain(): pass")

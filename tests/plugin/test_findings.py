@@ -1,0 +1,130 @@
+"""What checks find out on its way from a test to the terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+KEEPS = """
+    def judge(name, value):
+        from pytest_qvl.evidence import Judge
+        judge = Judge(name, "promise")
+        judge.at_most("drift", value, 1.0, else_say="the logits drift")
+        return judge.verdict()
+"""
+
+
+def test_a_users_own_checks_take_one_line_per_model(pytester, run_light):
+    pytester.makepyfile(
+        KEEPS
+        + """
+    import pytest
+    from pytest_qvl.evidence import CannotJudge, CheckFailed
+    def test_kept(qvl_target): judge("alignment", 0.5); judge("causality", 0.5)
+    def test_broken(qvl_target): judge("label_mask", 2.0)
+    def test_expected(qvl_target):
+        with pytest.raises(CheckFailed): judge("adapter_census", 2.0)
+    @pytest.mark.xfail
+    def test_known(qvl_target): judge("adapter_neutrality", 2.0)
+    def test_undecided(qvl_target): raise CannotJudge("a uniform picture")
+    def test_own_skip(qvl_target): pytest.skip("not today")
+    def test_own_failure(qvl_target): assert False
+    def test_without_target(): judge("alignment", 0.5)
+    def test_unrelated(): pass
+    """
+    )
+    result = run_light()
+    result.assert_outcomes(passed=4, failed=2, skipped=2, xfailed=1)
+    assert [line for line in result.outlines if line.startswith("qvl: ")][1:] == [
+        "qvl: embedded on cpu: BROKEN: label_mask, 2 checks kept, 1 not judged (undecided: a uniform picture)",
+        "qvl: models of the tests' own: 1 check kept",
+    ]
+    result.stdout.no_fnmatch_line("*does QLoRA*")
+
+
+def test_nothing_is_said_where_nothing_was_found(pytester, run_light):
+    pytester.makepyfile("def test_it(qvl_model): pass\ndef test_unrelated(): pass")
+    result = run_light()
+    assert [line for line in result.outlines if line.startswith("qvl: ")][1:] == []
+    result.stdout.no_fnmatch_line("*does QLoRA*")
+
+
+def test_what_cannot_be_judged_is_a_skip_with_its_reason_wherever_it_shows(pytester, run_light):
+    pytester.makepyfile(
+        """
+    import pytest
+    from pytest_qvl.evidence import CannotJudge
+    @pytest.fixture(scope="session")
+    def qvl_reference(): raise CannotJudge("the reference needs 16.6 GiB")
+    def test_one(qvl_reference): pass
+    def test_other(qvl_reference): pass
+    """
+    )
+    result = run_light("-rs")
+    result.assert_outcomes(skipped=2)
+    result.stdout.fnmatch_lines(["SKIPPED [[]*not judged: the reference needs 16.6 GiB"])
+
+
+def test_a_failed_check_ends_its_traceback_where_the_test_called_it(pytester, run_real):
+    pytester.makepyfile(
+        """
+    def test_it(qvl_lora_model):
+        from peft import LoraConfig
+        from pytest_qvl import checks
+        checks.adapter_census(qvl_lora_model, LoraConfig(target_modules=["q_proj"]))
+    """
+    )
+    result = run_real()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [">   *checks.adapter_census(*", "E   pytest_qvl.evidence.CheckFailed: *", "*.py:4: CheckFailed"]
+    )
+    assert "verdict(" not in result.stdout.str()
+    assert "verdict(" in run_real("--full-trace").stdout.str()
+
+
+def test_evidence_travels_from_workers(pytester):
+    pytester.makepyfile(
+        KEEPS
+        + "    def test_a(qvl_target): judge('alignment', 0.5)\n    def test_b(qvl_target): judge('causality', 2.0)\n"
+    )
+    result = pytester.runpytest_subprocess("-n", "2", "--qvl-device", "cpu", "--qvl-record", "record.json")
+    result.stdout.fnmatch_lines(["qvl: embedded on cpu: BROKEN: causality, 1 check kept"])
+    assert '"drift"' in (pytester.path / "record.json").read_text()
+
+
+SHOWS = """
+    from pytest_qvl.session import STATE_KEY
+    def test_it(pytestconfig): pytestconfig.stash[STATE_KEY].progress("loading the model")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [([], True), (["-s"], True), (["-p", "no:terminal"], False), (["-q"], False), (["--capture=sys"], True)],
+    ids=str,
+)
+def test_progress_shows_on_a_terminal(pytester, arguments, shown):
+    pytester.makepyfile(SHOWS)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=pytester.path) as process:
+        os.close(theirs)
+        text = b""
+        try:
+            while piece := os.read(ours, 4096):
+                text += piece
+        except OSError:  # the other end is closed
+            pass
+        assert process.wait() == 0
+    os.close(ours)
+    assert (b"qvl: loading the model\r\n" in text) == shown
+
+
+def test_progress_is_silent_where_there_is_no_terminal(pytester, run_light):
+    pytester.makepyfile(SHOWS)
+    assert "loading" not in run_light("-rA").stdout.str()
