@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 
@@ -61,17 +60,18 @@ def _check_in(reason: CannotJudge, item: pytest.Item) -> str:
     return check_name(item)
 
 
-def shorten(excinfo: pytest.ExceptionInfo[BaseException], item: pytest.Item) -> None:
-    """End the traceback of a failed check where the test called it: its message says the rest."""
-    if isinstance(excinfo.value, CheckFailed) and not item.config.getoption("fulltrace", False):
-        own = excinfo.traceback.filter(lambda entry: not _inside_package(entry))
-        if own:
-            excinfo.traceback = own
+def shorten(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
+    """End the traceback of a failed check where the test called it, except with ``--full-trace``."""
+    if isinstance(excinfo.value, CheckFailed):
+        for entry in excinfo.traceback:
+            names = entry.frame.f_globals
+            if names.get("__name__", "").startswith((CHECKS, "pytest_qvl.evidence")):
+                names.setdefault("__tracebackhide__", _says_all)
 
 
-def _inside_package(entry: Any) -> bool:
-    module: str = entry.frame.f_globals.get("__name__", "")
-    return module.startswith((CHECKS, "pytest_qvl.evidence"))
+def _says_all(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Whether an exception's message tells all there is to know: not where a check itself has a bug."""
+    return isinstance(excinfo.value, CheckFailed)
 
 
 def attach(item: pytest.Item, report: pytest.TestReport) -> None:

@@ -163,7 +163,7 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put evidence, target and check on the report."""
     if call.excinfo is not None:
-        outcome.shorten(call.excinfo, item)
+        outcome.shorten(call.excinfo)
         if target_of(item) is not None:
             item.stash.setdefault(ERRORS_KEY, []).append(call.excinfo.value)
     report = yield

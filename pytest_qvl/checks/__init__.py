@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytest_qvl.checks.adapter import adapter_census as adapter_census
     from pytest_qvl.checks.adapter import adapter_neutrality as adapter_neutrality
-    from pytest_qvl.checks.alignment import alignment as alignment
+    from pytest_qvl.checks.answers import alignment as alignment
     from pytest_qvl.checks.frozen import frozen_vision as frozen_vision
     from pytest_qvl.checks.generation import generation_batch_invariance as generation_batch_invariance
     from pytest_qvl.checks.generation import generation_cache_invariance as generation_cache_invariance
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapter": ("adapter_census", "adapter_neutrality"),
-    "alignment": ("alignment",),
+    "answers": ("alignment",),
     "frozen": ("frozen_vision",),
     "generation": (
         "generation_batch_invariance",
@@ -80,7 +80,7 @@ __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # Bound here at once: importing the module `alignment` would otherwise shadow the function of that name.
+    # Bound at once, so that the next use finds it.
     value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value

@@ -351,9 +351,11 @@ def _differences(before: dict[str, int], now: dict[str, int]) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of what it says."""
-    said = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+    """An exception's type and the first line of what it says; the second too where the first only announces it."""
+    first, *more = str(error).strip().splitlines() or [""]
+    if first.endswith(":") and more:
+        first = f"{first} {more[0].strip()}"
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def remove_adapter_layers(model: Any) -> None:

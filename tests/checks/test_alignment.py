@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_qvl.checks.alignment import AlignmentLimits, alignment
+from pytest_qvl.checks.answers import AlignmentLimits, alignment
 from pytest_qvl.checks.reference import Reference, record_reference
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.adapters import adapter_parameters

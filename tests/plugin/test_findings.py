@@ -81,7 +81,7 @@ def test_a_failed_check_ends_its_traceback_where_the_test_called_it(pytester, ru
     result = run_real()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        [">   *checks.adapter_census(*", "E   pytest_qvl.evidence.CheckFailed: *", "*.py:4: CheckFailed"]
+        [">   *checks.adapter_census(*", "E   *pytest_qvl.evidence.CheckFailed: *", "*.py:4: CheckFailed"]
     )
     assert "verdict(" not in result.stdout.str()
     assert "verdict(" in run_real("--full-trace").stdout.str()

@@ -1,3 +1,5 @@
+"""The driver's answers, from a scripted driver library, and from the real one where it is missing."""
+
 from __future__ import annotations
 
 import subprocess

@@ -1,0 +1,103 @@
+"""Every setting is told once and read the same way, whoever speaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pytest_qvl.options import SETTINGS, SETTINGS_KEY, Choice, Settings
+
+# A value that each setting takes, and what comes of it; `folder` and `adapter` stand for folders made by a fixture.
+VALID = {
+    "qvl_model": ("embedded", "embedded"),
+    "qvl_adapter": ("{adapter}", "{adapter}"),
+    "qvl_backend": ("transformers", "transformers"),
+    "qvl_device": ("cuda", "cuda"),
+    "qvl_compute_dtype": ("float16", "float16"),
+    "qvl_seed": ("7", "7"),
+    "qvl_samples": ("9", "9"),
+    "qvl_images": ("{folder}", "{folder}"),
+    "qvl_card": ("t4", "*"),
+    "qvl_record": ("{folder}/record.json", "{folder}/record.json"),
+    "qvl_vram_limit": ("15 GiB", str(15 * 2**30)),
+    "qvl_require_gpu": ("true", "True"),
+}
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+@pytest.fixture
+def settings(pytester, monkeypatch):
+    """The settings of a run with these arguments and environment."""
+    for setting in SETTINGS:
+        monkeypatch.delenv(setting.env, raising=False)
+
+    def read(*arguments, **environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return pytester.parseconfigure(*arguments).stash[SETTINGS_KEY]
+
+    return read
+
+
+@pytest.fixture
+def places(pytester):
+    """Folders to fill into :data:`VALID`."""
+    adapter = pytester.mkdir("adapter")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
+    return {"adapter": str(adapter), "folder": str(pytester.mkdir("folder"))}
+
+
+def test_every_setting_has_an_example_here():
+    assert set(VALID) >= set(BY_NAME)
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize("by", ["flag", "environment", "ini", "toml"])
+def test_every_setting_is_heard_from_everybody(pytester, settings, places, name, by):
+    setting = BY_NAME[name]
+    text, expected = (value.format(**places) for value in VALID[name])
+    if by == "flag":
+        chosen, source = settings(*([setting.flag] if setting.switch else [setting.flag, text])), setting.flag
+    elif by == "environment":
+        chosen, source = settings(**{setting.env: text}), setting.env
+    elif by == "ini":
+        pytester.makeini(f"[pytest]\n{name} = {text}\n")
+        chosen, source = settings(), "tox.ini"
+    else:
+        native = {"linelist": f'["{text}"]', "int": text, "bool": text, "string": f'"{text}"'}[setting.ini_type]
+        pytester.makepyprojecttoml(f"[tool.pytest]\n{name} = {native}\n")
+        chosen, source = settings(), "pyproject.toml"
+    value = getattr(chosen, name.removeprefix("qvl_"))
+    shown = ", ".join(map(str, value)) if setting.many else str(value)
+    assert shown == expected or expected == "*"
+    assert chosen.source(name.removeprefix("qvl_")) == source
+
+
+def test_defaults_are_not_shown_but_for_the_model(settings):
+    assert settings().described() == ["model embedded (default)"]
+
+
+def test_a_repeated_flag_and_a_comma_separated_variable_are_lists_without_doubles(settings):
+    several = settings("--qvl-model", "embedded", "--qvl-model", "a/b", "--qvl-model", "embedded")
+    assert [str(source) for source in several.model] == ["embedded", "hub:a/b"]
+    assert [str(s) for s in settings(QVL_MODEL=" a/b , embedded").model] == ["hub:a/b", "embedded"]
+
+
+def test_relative_folders_of_a_flag_start_where_pytest_was_called(pytester, settings, monkeypatch):
+    folder = pytester.mkdir("pictures")
+    assert settings("--qvl-images", "pictures").images == folder
+    monkeypatch.setenv("HOME", str(pytester.path))
+    assert settings("--qvl-images", "~/pictures").images == folder
+    assert settings("--qvl-record", "out/record.json").record == Path(pytester.path) / "out" / "record.json"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("ON", True), ("yes", True), ("0", False), ("no", False)])
+def test_truth_in_the_environment(settings, text, value):
+    assert settings(QVL_REQUIRE_GPU=text).require_gpu is value
+
+
+def test_an_unknown_setting_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nothing"):
+        Settings({"qvl_seed": Choice(0, "default")}).nothing  # noqa: B018
