@@ -179,15 +179,20 @@ class ModelOwner:
         """Take the adapter off, keeping its weights.
 
         Returns:
-            Whether it is off; not if somebody put adapter layers into the model past this owner.
+            Whether it is off; not if PEFT left something else in the model: ``modules_to_save``, or adapter layers
+            that somebody put there past this owner.
         """
         from pytest_qvl.models.adapters import adapted_layers
         from pytest_qvl.models.anatomy import anatomy
+        from pytest_qvl.models.training import trained_copies
 
+        if self._model is None:
+            return True
         if self._adapted is not None and self._adapted.slot.attached:
             self._adapted.slot.take_off()
         self._rest()
-        return self._model is None or not adapted_layers(anatomy(self._model))
+        parts = anatomy(self._model)
+        return not (adapted_layers(parts) or trained_copies(parts))
 
     def show_adapted(self, version: Hashable) -> bool:
         """Put the adapter on, with the weights that ``version`` left (:data:`FRESH`: as attached).
@@ -320,11 +325,16 @@ class ModelOwner:
         return digests(self._adapter_parameters().items())
 
     def _base_digests(self) -> dict[str, int]:
+        """Digests under the names that the tensors have without PEFT, whatever PEFT has wrapped by now."""
         from pytest_qvl.models.anatomy import anatomy
         from pytest_qvl.models.fingerprint import digests
         from pytest_qvl.models.quantized import base_tensors
+        from pytest_qvl.models.training import trained_copies
 
-        return digests(base_tensors(anatomy(self._model)))
+        parts = anatomy(self._model)
+        copies = trained_copies(parts)
+        tensors = ((name, tensor) for name, tensor in base_tensors(parts) if name not in copies)
+        return digests((name.replace(".original_module", ""), tensor) for name, tensor in tensors)
 
     def _version(self) -> _Version:
         weights = {n: p.detach().to("cpu", copy=True) for n, p in self._adapter_parameters().items()}

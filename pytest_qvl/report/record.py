@@ -12,7 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Record:
         self._checks: list[dict[str, Any]] = []
         self._tests: dict[str, int] = {}
         self._skipped: dict[str, int] = {}
-        self._started = datetime.now(timezone.utc)
+        self._started = datetime.now(UTC)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take outcome, seconds and evidence off a report."""
@@ -72,7 +72,7 @@ class Record:
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Write the file."""
-        finished = datetime.now(timezone.utc)
+        finished = datetime.now(UTC)
         write_json(
             self._path,
             {

@@ -1,0 +1,179 @@
+"""What a session knows about its fixtures, and how errors are said once and then let go."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+
+from pytest_qvl import lineage
+from pytest_qvl.session import Refusal, State, one_clear_error, release_frames
+
+
+class Big:
+    """Stands for a model that a frame holds."""
+
+
+def fails_holding(big):
+    held = big
+    raise ValueError(type(held).__name__)
+
+
+@pytest.mark.parametrize("locals_shown", [False, True])
+def test_frames_of_an_error_are_let_go(locals_shown):
+    big = Big()
+    gone = weakref.ref(big)
+    try:
+        fails_holding(big)
+    except ValueError as error:
+        caught = error
+    del big
+    if locals_shown:  # what pytest does to print the arguments of a failed test
+        frame = caught.__traceback__.tb_next.tb_frame
+        assert "held" in frame.f_locals
+        del frame
+    gc.collect()
+    assert gone() is not None
+    release_frames(caught)
+    gc.collect()
+    assert gone() is None
+    assert str(caught) == "Big"
+
+
+def test_frames_are_let_go_through_causes_contexts_and_groups():
+    big = Big()
+    gone = weakref.ref(big)
+    try:
+        try:
+            try:
+                fails_holding(big)
+            except ValueError as error:
+                raise RuntimeError("in between") from error
+        except RuntimeError:
+            raise KeyError("at last")  # noqa: B904 - its context is what is tested
+    except KeyError as error:
+        caught = error
+    caught.__context__.__context__ = caught  # a cycle must not hang
+    del big
+    release_frames(BaseExceptionGroup("all", [caught]))
+    gc.collect()
+    assert gone() is None
+    release_frames(None)
+
+
+@pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("gone"), OSError("offline")])
+def test_what_a_user_can_mend_is_one_line(error):
+    with pytest.raises(Refusal) as caught, one_clear_error("qvl_model"):
+        raise error
+    assert caught.value.msg == f"qvl_model: {error}"
+    assert not caught.value.pytrace
+    assert caught.value.__suppress_context__
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError), one_clear_error("qvl_model"):
+        _ = 1 / 0
+
+
+def test_bfloat16_is_the_default_without_a_card(pytestconfig):
+    assert State(pytestconfig, None).default_dtype("cpu") == "bfloat16"
+
+
+CONFTEST = """
+    import pytest
+    @pytest.fixture(scope="session")
+    def trained(qvl_lora_model): return qvl_lora_model
+    @pytest.fixture
+    def measured(trained): return trained
+"""
+
+
+@pytest.fixture
+def items(pytester):
+    """Collected tests by name, below a conftest with fixtures that stand on the model."""
+    pytester.makeconftest(CONFTEST)
+    pytester.makepyfile(
+        **{
+            "a/conftest": """
+    import pytest
+    @pytest.fixture(scope="session")
+    def qvl_lora_config(): pass
+    """,
+            "a/test_a": "def test_in_a(qvl_lora_model): pass\ndef test_trained_in_a(trained): pass",
+            "b/test_b": """
+    import pytest
+    def test_plain(tmp_path): pass
+    def test_base(qvl_quantized_model): pass
+    def test_lora(qvl_lora_model): pass
+    def test_through(measured): pass
+    def test_both(measured, qvl_quantized_model): pass
+    def test_config(qvl_lora_config, qvl_processor): pass
+    @pytest.mark.usefixtures("qvl_quantized_model")
+    def test_used(): pass
+
+    class TestWrapped:
+        @pytest.fixture
+        def qvl_lora_model(self, qvl_lora_model): return qvl_lora_model
+        def test_wrapped(self, qvl_lora_model): pass
+
+    class TestOwn:
+        @pytest.fixture
+        def qvl_lora_model(self, qvl_quantized_model): return qvl_quantized_model
+        def test_own(self, qvl_lora_model): pass
+
+    class TestLooks:
+        @pytest.fixture(scope="session")
+        @staticmethod
+        def qvl_lora_config(qvl_quantized_model): pass
+        def test_looks(self, qvl_lora_model, qvl_lora_config): pass
+    """,
+        }
+    )
+    found, _ = pytester.inline_genitems("--qvl-device", "cpu", "-p", "no:cacheprovider")
+    return {getattr(item, "originalname", item.name): item for item in found}
+
+
+BASE, LORA = "qvl_quantized_model", "qvl_lora_model"
+
+
+@pytest.mark.parametrize(
+    ("test", "views"),
+    [
+        ("test_plain", set()),
+        ("test_config", set()),
+        ("test_base", {BASE}),
+        ("test_used", {BASE}),
+        ("test_lora", {LORA}),
+        ("test_through", {LORA}),
+        ("test_wrapped", {LORA}),
+        ("test_own", {LORA}),
+        ("test_looks", {LORA}),
+        ("test_both", {BASE, LORA}),
+    ],
+)
+def test_which_views_a_test_asks_for(items, test, views):
+    assert lineage.views(items[test]) == views
+
+
+def test_which_definitions_take_part(items):
+    def modules(test):
+        return [d.func.__module__.rpartition(".")[2] for d in lineage.in_play(items[test], LORA)]
+
+    assert modules("test_lora") == ["fixtures"]
+    assert modules("test_wrapped") == ["test_b", "fixtures"]
+    assert modules("test_own") == ["test_b"]
+
+
+def test_the_same_definition_has_another_lineage_where_something_below_it_is_overridden(items):
+    (lora,) = lineage.in_play(items["test_lora"], LORA)
+    assert lineage.in_play(items["test_in_a"], LORA) == [lora]
+    assert lineage.lineage(lora, items["test_lora"]) == lineage.lineage(lora, items["test_through"])
+    assert lineage.lineage(lora, items["test_lora"]) == lineage.lineage(lora, items["test_plain"])
+    assert lineage.lineage(lora, items["test_lora"]) != lineage.lineage(lora, items["test_in_a"])
+    (trained,) = lineage.in_play(items["test_through"], "trained")
+    assert lineage.lineage(trained, items["test_through"]) != lineage.lineage(trained, items["test_trained_in_a"])
+    (base,) = lineage.in_play(items["test_base"], BASE)
+    assert lineage.lineage(base, items["test_base"]) == lineage.lineage(base, items["test_in_a"])
+    assert LORA in lineage.stands_on(trained, items["test_through"])
+    assert LORA not in lineage.stands_on(base, items["test_through"])

@@ -1,0 +1,185 @@
+"""The summary: a table where the suite ran, one line where it did not, nothing where there is nothing to say."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from pytest_qvl.evidence import Evidence, Figure
+from pytest_qvl.report.promises import PROMISES, promise_of
+from pytest_qvl.report.terminal import TITLE, Summary
+
+CPU, CUDA = "embedded on cpu", "embedded on cuda"
+
+
+class Terminal:
+    """Keeps what the summary writes, with its colours."""
+
+    def __init__(self, verbosity=0):
+        self.config = SimpleNamespace(get_verbosity=lambda: verbosity)
+        self.lines = []
+        self.colours = {}
+
+    def section(self, title, **_):
+        self.lines.append(title)
+
+    def line(self, text, **markup):
+        self.lines.append(text)
+        self.colours[text] = {name for name, on in markup.items() if on} - {"bold"}
+
+
+def report(check=None, outcome="passed", *, target=CPU, evidence=(), not_judged=(), skipped=None, longrepr=None):
+    made = pytest.TestReport(
+        "test_x.py::test_x", ("test_x.py", 0, "test_x"), {}, outcome, longrepr, "call", duration=2.0
+    )
+    made.qvl = {
+        "target": target,
+        "check": check,
+        "evidence": [e.as_dict() for e in evidence],
+        "not_judged": [list(pair) for pair in not_judged],
+        "skipped": skipped,
+    }
+    return made
+
+
+def kept(check, value=0.5):
+    return Evidence(check, "p", (Figure("drift", value, 1.0, "<="), Figure("seen", 7)))
+
+
+def broken(check, value=2.0):
+    return Evidence(check, "p", (Figure("drift", value, 1.0, "<="),), ("the logits drift",))
+
+
+def written(*reports, exitstatus=pytest.ExitCode.OK, verbosity=0):
+    summary, terminal = Summary(), Terminal(verbosity)
+    for one in reports:
+        summary.pytest_runtest_logreport(one)
+    summary.pytest_terminal_summary(terminal, exitstatus)
+    return terminal
+
+
+def row(terminal, number):
+    return next(line for line in terminal.lines if line.startswith(f"   {number:>2}  "))
+
+
+def test_every_promise_has_checks_and_every_check_one_promise():
+    checks = [check for promise in PROMISES for check in promise.checks]
+    assert len(checks) == len(set(checks))
+    assert all(promise_of(check) is not None for check in checks)
+    assert promise_of("somebody_elses") is None
+
+
+def test_every_check_of_the_suite_belongs_to_a_promise():
+    import re
+
+    from pytest_qvl.shipped import FOLDER
+
+    for file in FOLDER.glob("test_*.py"):
+        for name in re.findall(r"^def test_(\w+)", file.read_text(encoding="utf-8"), re.MULTILINE):
+            assert promise_of(name) is not None, f"{file.name}: test_{name}"
+
+
+def test_a_whole_run_is_kept():
+    reports = [report(check, evidence=[kept(check)]) for promise in PROMISES for check in promise.checks]
+    terminal = written(*reports)
+    assert terminal.lines[:2] == [TITLE, CPU]
+    assert all(" kept " in line for line in terminal.lines[2:-1])
+    checks = sum(len(promise.checks) for promise in PROMISES)
+    verdict = f"   verdict: kept: {len(PROMISES)} of {len(PROMISES)} promises kept; {checks} checks in {2 * checks} s"
+    assert terminal.lines[-1] == verdict
+    assert terminal.colours[verdict] == {"green"}
+
+
+def test_a_promise_shows_its_worst_figure_with_the_limit():
+    terminal = written(*(report("causality", evidence=[kept("causality", value)]) for value in (0.2, 0.9, 0.4)))
+    assert row(terminal, 5).endswith("kept        drift 0.9 (<= 1)")
+
+
+def test_a_broken_promise_shows_what_broke_it_and_turns_the_verdict():
+    terminal = written(
+        report("causality", evidence=[kept("causality", 0.9)]),
+        report("feature_scatter", "failed", evidence=[broken("feature_scatter")]),
+        report("alignment", "failed", evidence=[Evidence("alignment", "p", problems=("blind",))]),
+        report("label_mask", "failed", longrepr="ValueError: no labels\nmore"),
+    )
+    assert row(terminal, 5).endswith("BROKEN      drift 2 (<= 1)")
+    assert row(terminal, 9).endswith("BROKEN      blind")
+    assert row(terminal, 10).endswith(" error")
+    assert "       error: label_mask: ValueError: no labels" in terminal.lines
+    assert terminal.lines[-1].startswith(f"   verdict: BROKEN: 0 of {len(PROMISES)} promises kept, 2 BROKEN, 1 error, ")
+    assert terminal.colours[terminal.lines[-1]] == {"red"}
+
+
+def test_an_error_without_verdict_is_no_verdict():
+    terminal = written(
+        report("causality", evidence=[kept("causality")]),
+        report("label_mask", "failed", longrepr=SimpleNamespace(reprcrash=SimpleNamespace(message="no\nlabels"))),
+    )
+    assert "       error: label_mask: no" in terminal.lines
+    assert terminal.lines[-1].startswith("   verdict: could not be judged: 1 of ")
+    assert terminal.colours[terminal.lines[-1]] == {"red"}
+
+
+def test_what_could_not_be_judged_is_said_under_its_promise():
+    terminal = written(
+        report("causality", evidence=[kept("causality")]),
+        report("feature_scatter", "skipped", not_judged=[("feature_scatter", "a uniform picture")]),
+        report("feature_scatter", "skipped", not_judged=[("feature_scatter", "a uniform picture")]),
+        report("alignment", "skipped", not_judged=[("alignment", "no knowledge")]),
+        report("peak_vram", "skipped", skipped="needs CUDA: none"),
+    )
+    assert " kept " in row(terminal, 5)
+    assert terminal.lines.count("       not judged: feature_scatter: a uniform picture") == 1
+    assert row(terminal, 9).endswith(" not judged")
+    assert "       not judged: alignment: no knowledge" in terminal.lines
+    assert row(terminal, 11).endswith("skipped     needs CUDA: none")
+    assert "1 not judged, 1 skipped, " in terminal.lines[-1]
+
+
+@pytest.mark.parametrize("status", [pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR])
+def test_a_run_that_was_stopped_is_not_called_kept(status):
+    terminal = written(report("causality", evidence=[kept("causality")]), exitstatus=status)
+    assert terminal.lines[-1].startswith("   verdict: stopped early: 1 of ")
+
+
+def test_a_model_that_was_only_skipped_takes_one_line():
+    reports = [report("causality", "skipped", target=CUDA, skipped="needs CUDA: none") for _ in range(3)]
+    assert written(*reports).lines == ["qvl: embedded on cuda: 3 tests not run: needs CUDA: none"]
+    reports.append(report("alignment", "skipped", target=CUDA, skipped="no room"))
+    assert written(*reports).lines == ["qvl: embedded on cuda: 4 tests not run: needs CUDA: none (3); no room (1)"]
+
+
+def test_models_are_told_apart():
+    terminal = written(
+        report("causality", evidence=[kept("causality")]),
+        report("causality", "failed", target=CUDA, evidence=[broken("causality")]),
+    )
+    assert [line for line in terminal.lines if "verdict" in line][0].startswith("   verdict: kept: 1 of")
+    assert [line for line in terminal.lines if "verdict" in line][1].startswith("   verdict: BROKEN: 0 of")
+
+
+def test_own_tests_beside_the_suite_do_not_enter_its_table():
+    terminal = written(
+        report("causality", evidence=[kept("causality")]),
+        report(None, "failed", evidence=[broken("label_mask"), kept("alignment")]),
+        report(None, "failed"),
+    )
+    assert row(terminal, 10).endswith("not run")
+    assert terminal.lines[-1] == "qvl: embedded on cpu: BROKEN: label_mask, 1 check kept"
+
+
+def test_a_broken_promise_that_a_passing_test_expects_is_none():
+    assert written(report(None, evidence=[broken("label_mask")])).lines == []
+
+
+def test_nothing_to_say_is_not_said():
+    assert written().lines == []
+    assert written(report(None), report(None, "failed"), report(None, "skipped")).lines == []
+    plain = pytest.TestReport("x", ("x", 0, "x"), {}, "passed", None, "call")
+    assert written(plain).lines == []
+
+
+def test_quieter_than_quiet_is_silent():
+    assert written(report("causality", evidence=[kept("causality")]), verbosity=-1).lines
+    assert not written(report("causality", evidence=[kept("causality")]), verbosity=-2).lines
