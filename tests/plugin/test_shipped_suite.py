@@ -112,7 +112,7 @@ def test_an_override_that_does_not_reach_the_suite_is_named(pytester, run_light,
     assert len(lines) == 1
     assert f"{pytester.path}/own/conftest.py overrides qvl_quantized_model for the tests below it, but not" in lines[0]
     result = run_light(*ONE, *order, "-W", "error")
-    result.stdout.fnmatch_lines(["E * OverrideWarning: *own/conftest.py overrides qvl_quantized_model*"])
+    result.stdout.fnmatch_lines(["E *OverrideWarning: *own/conftest.py overrides qvl_quantized_model*"])
     result.stdout.no_fnmatch_line("*INTERNALERROR*")
 
 
