@@ -9,20 +9,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 BASE_FIXTURE = "qvl_quantized_model"
 LORA_FIXTURE = "qvl_lora_model"
 MODEL_FIXTURES = frozenset({BASE_FIXTURE, LORA_FIXTURE})
+NAMES_KEY = pytest.StashKey[frozenset[str]]()
 
 Definition = Any  # `pytest.FixtureDef`; its attributes used here are not all public
 Lineage = frozenset[tuple[str, tuple[Definition, ...]]]
 
 
-def fixture_names(item: Any) -> Sequence[str]:
-    """Every fixture that a test uses, directly or through others, as known before it runs."""
-    names: Sequence[str] = getattr(item, "fixturenames", ())
+def fixture_names(item: Any) -> frozenset[str]:
+    """Every fixture that a test uses, directly or through others, as known before it runs.
+
+    pytest's own list is short of what an overridden fixture stands on in some releases (9.0, once a test is
+    parametrised).
+    """
+    info = getattr(item, "_fixtureinfo", None)
+    if info is None:
+        return frozenset()
+    if NAMES_KEY not in item.stash:
+        item.stash[NAMES_KEY] = frozenset({*item.fixturenames, *_walk(info.initialnames, item)})
+    names: frozenset[str] = item.stash[NAMES_KEY]
     return names
 
 
@@ -63,7 +75,7 @@ def views(item: Any) -> frozenset[str]:
     What this package's fixtures are made from does not count: the LoRA model stands on the base model, and a
     LoRA configuration may be made by looking at it.
     """
-    if not MODEL_FIXTURES & set(fixture_names(item)):
+    if not MODEL_FIXTURES & fixture_names(item):
         return frozenset()
     return MODEL_FIXTURES & set(_walk(item._fixtureinfo.initialnames, item, through_ours=False))
 
@@ -72,7 +84,7 @@ def asked_while_running(item: Any) -> frozenset[str]:
     """Model fixtures that a test got by ``request.getfixturevalue``, which nothing announced beforehand."""
     request = getattr(item, "_request", None)
     got = set(getattr(request, "_fixture_defs", ()))
-    return frozenset((MODEL_FIXTURES & got) - set(fixture_names(item)))
+    return frozenset((MODEL_FIXTURES & got) - fixture_names(item))
 
 
 def finish(definition: Definition, item: Any) -> None:

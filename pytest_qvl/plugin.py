@@ -25,6 +25,11 @@ ERRORS_KEY = pytest.StashKey[list[BaseException]]()
 MARKERS = ("gpu: the test executes on CUDA", LIMIT_VRAM_HELP)
 
 
+def _beside_the_point(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Whether to leave a hook's frame out of a traceback; where only a message is shown, pytest wants one frame."""
+    return bool(getattr(excinfo.value, "pytrace", True))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Register flags and ini names."""
     add_options(parser)
@@ -80,7 +85,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, object, object]:
     """Note what a fixture is made from, what it trained, and which test met its error first."""
-    __tracebackhide__ = True
+    __tracebackhide__ = _beside_the_point
     state, item = request.config.stash[STATE_KEY], request._pyfuncitem
     state.note(fixturedef, item)
     try:
@@ -101,16 +106,22 @@ def pytest_fixture_post_finalizer(fixturedef: Any, request: Any) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Let go of what the frames of a failure hold, once everybody has seen it."""
     errors = item.stash.setdefault(ERRORS_KEY, [])
-    result = yield
-    for error in errors:
-        release_frames(error)
-    return result
+    try:
+        return (yield)
+    except BaseException:
+        # An interrupt: before 9.2, pytest leaves its arguments to a test that did not come to its end.
+        if hasattr(item, "funcargs"):
+            item.funcargs = None
+        raise
+    finally:
+        for error in errors:
+            release_frames(error)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     """Point to the first test that met a fixture's error; from the end of set-up on, the test is watched."""
-    __tracebackhide__ = True
+    __tracebackhide__ = _beside_the_point
     state = item.config.stash[STATE_KEY]
     if any(map(lineage.is_ours, lineage.fixture_names(item))):
         third_party.hush()
@@ -121,7 +132,6 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
         pointer = state.pointer(error, item)
         if pointer is None:
             raise
-        __tracebackhide__ = False  # pytest complains where all is hidden
         raise pointer from None
     state.settle(item)
     return result
@@ -136,7 +146,7 @@ def pytest_runtest_setup_model(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Collect the evidence of every check that the test calls."""
-    __tracebackhide__ = True
+    __tracebackhide__ = _beside_the_point
     state = item.config.stash[STATE_KEY]
     with outcome.judging(item), state.kept_as_found():
         result = yield

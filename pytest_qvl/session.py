@@ -130,9 +130,11 @@ class State:
     # ---- what fixtures were made from, and what became of them -------------------------------------------
 
     def note(self, definition: Definition, item: Any) -> None:
-        """Remember what the value that a session fixture is about to make stands on."""
+        """Remember what the value stands on that a fixture of a wider scope than one test is about to make."""
+        if definition.scope == "function":
+            return
         names = (definition.argname, *lineage.stands_on(definition, item))
-        if definition.scope != "function" and any(map(lineage.is_ours, names)):
+        if any(map(lineage.is_ours, names)):
             self._made_from[definition] = lineage.lineage(definition, item)
 
     def note_trainer(self, definition: Definition, item: Any) -> None:
@@ -228,7 +230,7 @@ class State:
             yield
 
     def _finish_stale(self, item: Any) -> None:
-        names = set(lineage.fixture_names(item))
+        names = lineage.fixture_names(item)
         for definition, made_from in list(self._made_from.items()):
             name = definition.argname
             if name not in names:

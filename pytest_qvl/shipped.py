@@ -120,7 +120,7 @@ def unreached_overrides(items: Sequence[pytest.Item], shipped: Sequence[pytest.I
 def _overrides(item: pytest.Item) -> list[lineage.Definition]:
     return [
         definition
-        for name in lineage.fixture_names(item)
+        for name in sorted(lineage.fixture_names(item))
         if lineage.is_ours(name)
         for definition in lineage.definitions(item, name)
     ]

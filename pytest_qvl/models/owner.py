@@ -265,6 +265,10 @@ class ModelOwner:
         collect()
 
     def _hold(self, model: Any, key: Key | None) -> None:
+        from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+
+        # A first forward must not change the model: the test that runs it would be named for it.
+        keep_quantized_weights_in_place(model)
         cast_quantized_biases(model)
         self._model, self._base_key = model, key
         self._pristine = self._base_digests()
@@ -383,8 +387,7 @@ def remove_adapter_layers(model: Any) -> None:
 def cast_quantized_biases(model: Any) -> None:
     """Cast the biases of 4-bit layers to the compute dtype, as their first forward would do in place.
 
-    Where the dtypes differ (``Linear4bit.forward`` in bitsandbytes), the first test to run the model would
-    otherwise be named as the one that changed it.
+    It does so where the dtypes differ (``Linear4bit.forward`` in bitsandbytes).
     """
     import bitsandbytes as bnb
 

@@ -29,9 +29,9 @@ def test_three_lines_pass_under_warnings_as_errors(pytester):
     pytester.makepyfile(
         """
     from pytest_qvl import checks
+    def test_fails(qvl_lora_model): assert False  # loads the model: what that prints would be shown
     def test_adapter_sits_on_the_language_backbone(qvl_lora_model, qvl_lora_config):
         checks.adapter_census(qvl_lora_model, qvl_lora_config)
-    def test_fails(qvl_lora_model): assert False
     """
     )
     result = pytester.runpytest_subprocess("-W", "error")

@@ -197,6 +197,49 @@ def test_both_views_or_an_unannounced_one_are_refused_without_losing_the_rest(py
     assert "hidden" not in said
 
 
+def test_overrides_of_the_model_itself_and_by_parameters(pytester, run_real):
+    pytester.makepyfile(
+        **{
+            "own/conftest": """
+    import pytest
+    @pytest.fixture(scope="session")
+    def qvl_quantized_model():
+        import torch
+        from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+        from pytest_qvl.data import embedded_model_dir
+        config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.visual", "lm_head"])
+        folder = embedded_model_dir()
+        model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+        model.mine = True
+        return model
+    """,
+            "own/test_own": """
+    def test_lora(qvl_lora_model): assert qvl_lora_model.get_base_model().mine
+    def test_base(qvl_quantized_model):
+        assert qvl_quantized_model.mine
+        assert not any("lora" in name for name, _ in qvl_quantized_model.named_modules())
+    def test_forward(qvl_lora_model, qvl_batch, qvl_image_samples): qvl_lora_model(**qvl_batch(qvl_image_samples[:1]))
+    """,
+            "test_rank": """
+    import pytest
+    from peft import LoraConfig
+    RANKS = [LoraConfig(r=rank, target_modules=r".*language_model.*q_proj") for rank in (2, 3)]
+    @pytest.mark.parametrize("qvl_lora_config", RANKS, ids=["two", "three"], scope="session")
+    def test_rank(qvl_lora_model, qvl_lora_config):
+        assert qvl_lora_model.peft_config["default"].r == qvl_lora_config.r
+        assert not hasattr(qvl_lora_model.get_base_model(), "mine")
+    def test_default(qvl_lora_model): assert qvl_lora_model.peft_config["default"].r == 16
+    @pytest.mark.parametrize("qvl_lora_config", RANKS, ids=["two", "three"])
+    def test_needs_a_scope(qvl_lora_model, qvl_lora_config): pass
+    """,
+        }
+    )
+    result = run_real("test_rank.py", "own")
+    result.assert_outcomes(passed=6, errors=2)
+    result.stdout.fnmatch_lines(["ScopeMismatch: *function scoped fixture qvl_lora_config with a session scoped*"])
+    result.stdout.no_fnmatch_line("*entries are hidden*")
+
+
 def test_a_load_that_fails_is_told_once_and_not_tried_again(pytester, run_real):
     pytester.makeconftest(
         """

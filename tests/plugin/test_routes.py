@@ -54,7 +54,9 @@ def test_without_the_plugin_nothing_of_it_is_left(pytester, unrelated):
 def test_unrelated_tests_pass_by_every_route(pytester, unrelated, monkeypatch, autoload, arguments):
     if not autoload:
         monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    result = pytester.runpytest_inprocess(*arguments, "--doctest-modules", "-W", "error")
+    # By its module the plugin is already imported here, which pytest 9.0 warns of.
+    strict = [] if "pytest_qvl.plugin" in arguments else ["-W", "error"]
+    result = pytester.runpytest_inprocess(*arguments, *strict, "--doctest-modules")
     result.assert_outcomes(passed=3, skipped=1)
     result.stdout.fnmatch_lines(["qvl: model embedded (default)"])
     result.stdout.no_fnmatch_line("*does QLoRA*")
@@ -87,3 +89,29 @@ def test_two_workers(pytester, unrelated):
 def test_a_benchmark_beside(pytester, run_light):
     pytester.makepyfile("def test_it(benchmark, qvl_model): assert benchmark(len, qvl_model) == 8")
     run_light().assert_outcomes(passed=1)
+
+
+def test_noise_of_other_packages_is_silenced_narrowly(pytester, run_light):
+    pytester.makepyfile(
+        """
+    import logging, warnings, pytest
+    def noise(message="`torch.jit.script_method` is deprecated. Please", module="torch.jit._script"):
+        warnings.warn_explicit(message, DeprecationWarning, "x.py", 1, module=module)
+    def test_beside_a_model(qvl_model, caplog):
+        noise()
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load CPU gemm_4bit_forward from %s", 1)
+        assert not caplog.records
+        logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Failed to load anything else")
+        assert len(caplog.records) == 1
+    def test_another_message(qvl_model): noise(message="`torch.jit.load` is deprecated")
+    def test_another_module(qvl_model): noise(module="mine")
+    def test_no_model(): noise()
+    """
+    )
+    result = run_light("-W", "error", "-rf")
+    result.assert_outcomes(passed=1, failed=3)
+    result.stdout.fnmatch_lines_random(
+        [f"FAILED *::test_{n}*" for n in ("another_message", "another_module", "no_model")]
+    )
+    pytester.makepyprojecttoml('[tool.pytest]\nfilterwarnings = ["error"]')
+    run_light().assert_outcomes(passed=2, failed=2)

@@ -89,7 +89,7 @@ STAND_IN = """
 ONE = ("-k", "quantization_census or test_own", "--tb=line")
 
 
-def test_overrides_reach_the_suite_from_the_rootdir_and_from_a_module(pytester, run_light):
+def test_overrides_reach_the_suite_from_the_rootdir_and_from_a_module(pytester, run_light, real_stack):
     see = "    def pytest_fixture_setup(fixturedef): print('SETUP', fixturedef.argname, fixturedef.func.__module__)\n"
     pytester.makeini("[pytest]")
     pytester.makeconftest(STAND_IN + see)
@@ -103,7 +103,7 @@ def test_overrides_reach_the_suite_from_the_rootdir_and_from_a_module(pytester, 
 
 
 @pytest.mark.parametrize("order", [("own", *SUITE), (*SUITE, "own")], ids=["before", "after"])
-def test_an_override_that_does_not_reach_the_suite_is_named(pytester, run_light, order):
+def test_an_override_that_does_not_reach_the_suite_is_named(pytester, run_light, real_stack, order):
     pytester.makeini("[pytest]")
     pytester.makeconftest(STAND_IN)
     pytester.makepyfile(**{"own/conftest": STAND_IN, "own/test_own": "def test_own(qvl_quantized_model): pass"})
@@ -116,7 +116,7 @@ def test_an_override_that_does_not_reach_the_suite_is_named(pytester, run_light,
     result.stdout.no_fnmatch_line("*INTERNALERROR*")
 
 
-def test_an_override_in_a_test_module_is_its_own_affair(pytester, run_light):
+def test_an_override_in_a_test_module_is_its_own_affair(pytester, run_light, real_stack):
     pytester.makeconftest(STAND_IN)
     pytester.makepyfile(test_own=STAND_IN + "    def test_own(qvl_quantized_model): pass\n")
     assert "overrides" not in run_light(*ONE, ".", *SUITE).stdout.str()

@@ -230,6 +230,24 @@ def test_a_first_forward_is_not_a_change_although_dtypes_differ(owner, request_f
     assert owner.base_changes() == []
 
 
+def test_a_first_forward_of_a_model_that_somebody_else_loaded_is_no_change(owner, request_for):
+    """On CPUs with AVX512-BF16, bitsandbytes repacks quantized weights in place when they first run."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from pytest_qvl.models.processors import load_processor
+    from pytest_qvl.samples import make_batch, scenes
+
+    model = AutoModelForImageTextToText.from_pretrained(
+        embedded_model_dir(), quantization_config=request_for().quantization_config, dtype=torch.float32
+    )
+    assert owner.take(model, "somebody")
+    assert owner.resident is model
+    with torch.no_grad():
+        model.eval()(**make_batch(load_processor(embedded_model_dir()), scenes(0, 1)[:1]))
+    assert owner.base_changes() == []
+
+
 def test_every_show_starts_from_rest(owner, adapted):
     adapted.train()
     lora_b(adapted)[0].grad = lora_b(adapted)[0].detach().clone()
