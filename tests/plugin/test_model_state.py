@@ -148,7 +148,7 @@ def test_who_changes_the_shared_model_is_named_and_the_next_test_gets_a_clean_on
     def test_clean_6(qvl_lora_model): clean(qvl_lora_model)
     """
     )
-    result = run_real("-rE")
+    result = run_real("-rN")
     result.assert_outcomes(passed=12, errors=4)
     said = [line for line in result.outlines if "changed the shared model and did not put it back" in line]
     assert [line.partition("::")[2].partition("[")[0] for line in said] == [
@@ -188,7 +188,7 @@ def test_both_views_or_an_unannounced_one_are_refused_without_losing_the_rest(py
         return LoraConfig(r=2, target_modules=sorted(names))
     """
     )
-    result = run_real()
+    result = run_real("-rN")
     result.assert_outcomes(errors=2, failed=4, passed=3, skipped=1)
     said = result.stdout.str()
     for test in ("test_both", "test_both_through_a_fixture"):
@@ -269,7 +269,7 @@ def test_a_load_that_fails_is_told_once_and_not_tried_again(pytester, run_real):
     def test_processor(qvl_processor): pass
     """
     )
-    result = run_real()
+    result = run_real("-rN")
     result.assert_outcomes(errors=4, passed=1)
     first = "test_a_load_that_fails_is_told_once_and_not_tried_again.py::test_first[[]embedded-cpu]"
     result.stdout.fnmatch_lines(
