@@ -11,13 +11,14 @@ import sys
 from typing import TYPE_CHECKING, TypeAlias
 
 from pytest_qvl import __version__
+from pytest_qvl.faults.cli import add_faults
 from pytest_qvl.vram.forecast.command import add_forecast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (add_forecast,)
+SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (add_forecast, add_faults)
 
 
 def parser() -> argparse.ArgumentParser:

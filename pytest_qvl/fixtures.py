@@ -15,6 +15,7 @@ from pytest_qvl.session import STATE_KEY, one_clear_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     import torch
 
@@ -76,16 +77,15 @@ def qvl_quantization_config(qvl_compute_dtype: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def qvl_lora_config(pytestconfig: pytest.Config) -> Any:
+def qvl_lora_config(qvl_adapter: Path | None) -> Any:
     """A ``peft.LoraConfig``: rank 16 on every linear of the language backbone and on nothing else.
 
     With ``--qvl-adapter``, the configuration saved in that folder.
     """
     from peft import LoraConfig
 
-    adapter = pytestconfig.stash[SETTINGS_KEY].adapter
-    if adapter is not None:
-        return LoraConfig.from_pretrained(str(adapter))
+    if qvl_adapter is not None:
+        return LoraConfig.from_pretrained(str(qvl_adapter))
     return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, bias="none", target_modules=LANGUAGE_ONLY)
 
 
@@ -123,17 +123,43 @@ def qvl_quantized_model(request: pytest.FixtureRequest, _qvl_load_request: LoadR
 
 @pytest.fixture(scope="session")
 def qvl_lora_model(
-    request: pytest.FixtureRequest, qvl_quantized_model: Any, qvl_backend: str, qvl_lora_config: Any
+    request: pytest.FixtureRequest,
+    qvl_quantized_model: Any,
+    qvl_backend: str,
+    qvl_lora_config: Any,
+    qvl_adapter: Path | None,
 ) -> Iterator[Any]:
     """The 4-bit base model wrapped with LoRA in place: a ``PeftModel``, in eval mode when a test starts."""
     state, settings = request.config.stash[STATE_KEY], request.config.stash[SETTINGS_KEY]
     state.refuse_unannounced(request, "qvl_lora_model")
-    adapter = None if settings.adapter is None else str(settings.adapter)
+    adapter = None if qvl_adapter is None else str(qvl_adapter)
     with one_clear_error("qvl_lora_model"):
         model = state.owner.adapted(qvl_quantized_model, qvl_backend, qvl_lora_config, adapter, settings.seed)
     yield model
     del model
     state.owner.drop_adapter()
+
+
+@pytest.fixture(scope="session")
+def qvl_adapter(pytestconfig: pytest.Config) -> Path | None:
+    """Folder of the saved adapter under test (``--qvl-adapter``), or ``None`` for a fresh one."""
+    folder: Path | None = pytestconfig.stash[SETTINGS_KEY].adapter
+    return folder
+
+
+@pytest.fixture(scope="session")
+def qvl_make_optimizer() -> Callable[[list[Any]], Any] | None:
+    """Makes the optimizer that the training checks step with from the list of trainable parameters.
+
+    ``None``: the checks' own AdamW, at a rate derived from the model. Override it with the optimizer you train with.
+    """
+    return None
+
+
+@pytest.fixture
+def qvl_optimizer() -> Any:
+    """Your own optimizer over ``qvl_lora_model``, to prove that it holds exactly the adapter; ``None`` for none."""
+    return None
 
 
 @pytest.fixture(scope="session")

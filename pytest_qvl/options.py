@@ -84,6 +84,12 @@ def _folder(text: str, folder: Path) -> Path:
     return path.resolve()
 
 
+def _fault(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is called alike
+    from pytest_qvl.faults.catalogue import find
+
+    return find(text).name
+
+
 def _file(text: str, folder: Path) -> Path:
     path = folder / Path(text).expanduser()
     if path.is_dir():
@@ -161,6 +167,7 @@ SETTINGS = (
         "or auto (bfloat16, float16 where the card lacks it)",
         "DTYPE",
     ),
+    Setting("qvl_fault", _fault, None, "damage the embedded model and see which checks notice", "NAME"),
     Setting("qvl_seed", _whole(0), "0", "seed of scenes, adapters and training", "N", ini_type="int"),
     Setting("qvl_samples", _whole(2), "6", "rendered scenes per skill in the probe set", "N", ini_type="int"),
     Setting("qvl_images", _folder, None, "folder with your own pictures and samples.jsonl", "FOLDER"),

@@ -9,6 +9,7 @@ import pytest
 pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
 
 from pytest_qvl import fixtures, lineage, outcome, third_party  # noqa: E402 - after assertion rewriting
+from pytest_qvl.faulted import Faulted, refuse_other_models  # noqa: E402
 from pytest_qvl.gpu_required import GpuRequired  # noqa: E402
 from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits  # noqa: E402
 from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa: E402
@@ -58,6 +59,9 @@ def pytest_configure(config: pytest.Config) -> None:
         register(Record(settings.record, settings.described()), "qvl-record")
     if settings.require_gpu:
         register(GpuRequired(), "qvl-require-gpu")
+    if settings.fault is not None:
+        refuse_other_models(settings)
+        register(Faulted(settings), "qvl-fault")
     _let_plugins_override(config)
 
 

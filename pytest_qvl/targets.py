@@ -38,7 +38,9 @@ def targets(settings: Settings) -> Iterator[Target]:
     """Every model on every device that this run asked for."""
     for source in settings.model:
         devices = [settings.device]
-        if settings.device == "auto":
+        if settings.fault is not None:  # faults are made for the CPU
+            devices = ["cpu"]
+        elif settings.device == "auto":
             devices = ["cpu", "cuda"] if source.kind == "embedded" else ["cuda"]
         for device in devices:
             yield Target(str(source), device, source.label)

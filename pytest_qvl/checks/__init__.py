@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.quantization import quantization_census as quantization_census
     from pytest_qvl.checks.reference import Reference as Reference
     from pytest_qvl.checks.reference import record_reference as record_reference
+    from pytest_qvl.checks.roundtrip import adapter_roundtrip as adapter_roundtrip
     from pytest_qvl.checks.routing import causality as causality
     from pytest_qvl.checks.routing import feature_scatter as feature_scatter
     from pytest_qvl.checks.routing import image_isolation as image_isolation
@@ -58,6 +59,7 @@ _HOMES = {
     "positions": ("decode_positions", "mrope_oracle", "mrope_positions", "position_state"),
     "quantization": ("QuantizationPolicy", "quantization_census"),
     "reference": ("Reference", "record_reference"),
+    "roundtrip": ("adapter_roundtrip",),
     "routing": (
         "causality",
         "feature_scatter",

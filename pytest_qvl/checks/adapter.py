@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
-from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters
+from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters, chosen_adapter
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.fingerprint import digests
 from pytest_qvl.models.quantized import dtype_name
@@ -33,11 +34,19 @@ _MAGNITUDE = "lora_magnitude_vector"
 # Initialisations that write into the base weights when they attach (PEFT's LoraConfig, "init_lora_weights").
 _REWRITES_BASE = ("olora", "pissa", "corda", "loftq", "lora_ga")
 _SEED = 20_311
+# One division of two numbers, done here and in PEFT: equal up to the rounding of a square root.
+_SAME_FACTOR = 1e-12
 
 
 def gates(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """The adapter matrices (of :func:`pytest_qvl.models.adapters.adapter_parameters`) that start at zero."""
     return {name: p for name, p in parameters.items() if matrix_of(name) in _GATES}
+
+
+def rewrites_base(config: Any) -> bool:
+    """Whether attaching an adapter of this ``LoraConfig`` writes into the base weights."""
+    kind = getattr(config, "init_lora_weights", True)
+    return isinstance(kind, str) and kind.lower().startswith(_REWRITES_BASE)
 
 
 def matrix_of(name: str) -> str:
@@ -59,8 +68,9 @@ def adapter_census(
     request (list of names, regular expression or ``"all-linear"``; ``exclude_modules``,
     ``layers_to_transform``, ``layers_pattern`` and ``modules_to_save`` included), not taken from PEFT. A
     rank-``r`` adapter on a linear layer has exactly ``r * (in + out)`` parameters (LoRA, arXiv:2106.09685,
-    section 4.1), plus ``out`` with DoRA and ``out`` with ``lora_bias``; ``rank_pattern`` is honoured. All
-    comparisons are exact.
+    section 4.1), plus ``out`` with DoRA and ``out`` with ``lora_bias``, and is applied with the factor
+    ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA (arXiv:2312.03732); ``rank_pattern`` and
+    ``alpha_pattern`` are honoured. All comparisons are exact.
 
     Args:
         model: The model wrapped by PEFT, its adapter trainable.
@@ -71,8 +81,8 @@ def adapter_census(
 
     Raises:
         CheckFailed: An adapter in another part, a module without one, another number of trainable parameters,
-            anything else that requires grad, or an optimizer that holds too much, too little or something
-            twice.
+            another scaling, anything else that requires grad, or an optimizer that holds too much, too
+            little or something twice.
         CannotJudge: The configuration adapts parameters and not modules (``target_parameters``).
         TypeError: No ``LoraConfig``, or no optimizer.
         ValueError: The model has no adapter, or the configuration names no target.
@@ -93,6 +103,7 @@ def adapter_census(
     _judge_placement(judge, parts, groups=groups, expected=expected, actual=actual, config=lora_config)
     _judge_copies(judge, parts, groups, copies, lora_config)
     _judge_counts(judge, adapters, copies, {name: candidates[name] for name in expected}, lora_config)
+    _judge_scaling(judge, parts, lora_config)
     _judge_nothing_else(judge, parts, adapters, copies, lora_config)
     if optimizer is not None:
         _judge_optimizer(judge, parts, optimizer)
@@ -221,11 +232,36 @@ def _judge_copies(
         )
 
 
+def _patterned(pattern: Mapping[str, int], name: str, default: int) -> int:
+    """PEFT's documented matching of ``rank_pattern`` and ``alpha_pattern``: a key fits the end of the name."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _judge_scaling(judge: Judge, parts: Parts, config: Any) -> None:
+    adapter = chosen_adapter(parts)
+    off: list[str] = []
+    for name, layer in adapted_layers(parts).items():
+        rank = _patterned(config.rank_pattern, name, config.r)
+        alpha = _patterned(config.alpha_pattern, name, config.lora_alpha)
+        factor = alpha / (rank**0.5 if config.use_rslora else rank)
+        if not math.isclose(layer.scaling.get(adapter, factor), factor, rel_tol=_SAME_FACTOR):
+            off.append(f"{name} ({layer.scaling[adapter]:g} instead of {factor:g})")
+    judge.equal(
+        "adapted layers with another scaling",
+        len(off),
+        0,
+        else_say=(
+            f"{len(off)} adapted layers are not applied with the factor that the LoRA config gives (r={config.r}, "
+            f"lora_alpha={config.lora_alpha}): {some(off)}"
+        ),
+    )
+
+
 def _expected_size(config: Any, name: str, module: nn.Module) -> int:
     """Parameters of the adapter on one module."""
     import torch
 
-    rank = next((r for key, r in config.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), config.r)
+    rank = _patterned(config.rank_pattern, name, config.r)
     if isinstance(module, torch.nn.Linear):
         fan_in, fan_out = module.in_features, module.out_features
     elif isinstance(module, torch.nn.Embedding):
@@ -535,7 +571,7 @@ def _modes(judge: Judge, parts: Parts) -> tuple[str, ...]:
 def _note_initialisation(judge: Judge, parts: Parts, *, fresh: bool) -> None:
     for config in _peft(parts).peft_config.values():
         kind = getattr(config, "init_lora_weights", True)
-        if isinstance(kind, str) and kind.lower().startswith(_REWRITES_BASE):
+        if rewrites_base(config):
             judge.note(
                 f"init_lora_weights={kind!r} wrote into the base weights when it attached: with the adapter "
                 "off this is not the model that was loaded, and what was judged holds for the rewritten "

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import Parts, anatomy
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
+ADAPTER_FILE = "adapter_model.safetensors"
 _PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")
 
 
@@ -40,6 +43,35 @@ def active_adapters(parts: Parts) -> tuple[str, ...]:
     if layer is None or layer.disable_adapters:
         return ()
     return tuple(layer.active_adapters)
+
+
+def chosen_adapter(parts: Parts) -> str:
+    """Name of the adapter that is active, or would be if adapters were not switched off; empty without one."""
+    layer = next(iter(adapted_layers(parts).values()), None)
+    return "" if layer is None else str(layer.active_adapters[0])
+
+
+def name_on_disk(name: str, adapter: str) -> str:
+    """The name under which PEFT saves an adapter tensor, less its prefix and a closing ``.weight``.
+
+    PEFT leaves the adapter's name out; where it keeps ``.weight`` depends on the kind of tensor.
+    """
+    bare = name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".").removesuffix(f".{adapter}")
+    return bare.removesuffix(".weight")
+
+
+def saved_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved adapter, on the CPU, named as :func:`name_on_disk` does."""
+    from safetensors.torch import load_file
+
+    loaded: dict[str, torch.Tensor] = load_file(folder / ADAPTER_FILE)
+    return {name.removeprefix("base_model.model.").removesuffix(".weight"): value for name, value in loaded.items()}
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Save the active adapter of a PEFT model the way training scripts do, the embeddings left out."""
+    adapter = chosen_adapter(anatomy(model))
+    model.save_pretrained(folder, selected_adapters=[adapter], save_embedding_layers=False, safe_serialization=True)
 
 
 @contextmanager

@@ -7,9 +7,14 @@ from typing import Any
 from pytest_qvl import checks
 
 
-def test_adapter_census(qvl_lora_model: Any, qvl_lora_config: Any) -> None:
+def test_adapter_census(qvl_lora_model: Any, qvl_lora_config: Any, qvl_optimizer: Any) -> None:
     """LoRA on the language backbone only, on every module asked for, with the exact parameter count."""
-    checks.adapter_census(qvl_lora_model, qvl_lora_config)
+    checks.adapter_census(qvl_lora_model, qvl_lora_config, qvl_optimizer)
+
+
+def test_adapter_roundtrip(qvl_lora_model: Any, qvl_adapter: Any) -> None:
+    """The adapter is bitwise what ``--qvl-adapter`` holds; a fresh one survives saving and loading."""
+    checks.adapter_roundtrip(qvl_lora_model, qvl_adapter)
 
 
 def test_adapter_neutrality(qvl_lora_model: Any, mixed_batch: Any) -> None:

@@ -12,9 +12,16 @@ checkpointing = pytest.mark.parametrize("gradient_checkpointing", [False, True],
 
 
 @checkpointing
-def test_training_step(qvl_lora_model: Any, training_batch: Any, gradient_checkpointing: bool) -> None:
+def test_training_step(
+    qvl_lora_model: Any, training_batch: Any, gradient_checkpointing: bool, qvl_make_optimizer: Any
+) -> None:
     """Loss falls, gradients are finite and on adapters only, every adapter is reached."""
-    checks.training_step(qvl_lora_model, training_batch, gradient_checkpointing=gradient_checkpointing)
+    checks.training_step(
+        qvl_lora_model,
+        training_batch,
+        gradient_checkpointing=gradient_checkpointing,
+        make_optimizer=qvl_make_optimizer,
+    )
 
 
 @checkpointing

@@ -1,0 +1,250 @@
+"""Adapters in the wrong place, of the wrong size, or not the only thing that is trained."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import after, attribute, values
+from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@contextmanager
+def another_adapter(case: Case, config: Any, *, asked: Any = None) -> Iterator[None]:
+    """Wrap the same base model with another adapter; `asked` is what the checks are told (else the same)."""
+    from peft import get_peft_model
+
+    slot, old = AdapterSlot.of(case.model), case.model
+    base = anatomy(old).base
+    slot.take_off()
+    # A copy, because PEFT writes into it: "all-linear" becomes a list of names.
+    made = AdapterSlot.of(get_peft_model(base, deepcopy(config)))
+    case.model, case.lora_config = made.peft_model.eval(), config if asked is None else asked
+    try:
+        yield
+    finally:
+        made.take_off()
+        slot.put_back()
+
+
+def _config(case: Case, **changed: Any) -> Any:
+    from dataclasses import replace
+
+    return replace(case.lora_config, **changed)
+
+
+@fault(
+    "seven-names-hit-vision",
+    "Seven target names also match gate_proj, up_proj and down_proj of the vision blocks.",
+    damages="adapter",
+    check="adapter_census",
+    says=("LoRA leaked into vision (12)", "name the language backbone"),
+    source="yiqiao-yin/deepspeed-course#31, sgl-project/sglang#11519",
+)
+def _seven_names(case: Case) -> Iterator[None]:
+    with another_adapter(case, _config(case, target_modules=SEVEN)):
+        yield
+
+
+@fault(
+    "all-linear",
+    'target_modules="all-linear" adapts vision tower and merger too.',
+    damages="adapter",
+    check="adapter_census",
+    says=("LoRA leaked into vision (20), merger (2)", "all-linear"),
+    source="huggingface/peft#2267, 2U1/Qwen-VL-Series-Finetune#61",
+)
+def _all_linear(case: Case) -> Iterator[None]:
+    with another_adapter(case, _config(case, target_modules="all-linear")):
+        yield
+
+
+@fault(
+    "adapter-on-one-merger-layer",
+    "One LoRA too many, on one layer of the merger.",
+    damages="adapter",
+    check="adapter_census",
+    says=("LoRA leaked into merger (1)", "model.visual.merger.mlp.2"),
+)
+def _one_merger_layer(case: Case) -> Iterator[None]:
+    regex = case.lora_config.target_modules + r"|.*merger\.mlp\.2"
+    with another_adapter(case, _config(case, target_modules=regex)):
+        yield
+
+
+@fault(
+    "regex-matches-half",
+    "After a rename the regex matches only some of the modules that were meant.",
+    damages="adapter",
+    check="adapter_census",
+    says=("14 modules that were asked for have no adapter", "layers.2."),
+    source="axolotl-ai-cloud/axolotl#2792, #2735",
+)
+def _regex_matches_half(case: Case) -> Iterator[None]:
+    regex = case.lora_config.target_modules.replace("language_model.*", r"language_model\.layers\.[01]\..*")
+    with another_adapter(case, _config(case, target_modules=regex), asked=case.lora_config):
+        yield
+
+
+@fault(
+    "head-target-dropped",
+    "lm_head is asked for, and silently dropped from target_modules.",
+    damages="adapter",
+    check="adapter_census",
+    says=("1 modules that were asked for have no adapter: lm_head",),
+    source="unslothai/unsloth#9326",
+)
+def _head_target_dropped(case: Case) -> Iterator[None]:
+    case.lora_config = _config(case, target_modules=case.lora_config.target_modules + "|lm_head")
+    yield
+
+
+@fault(
+    "merger-adapter-dropped",
+    "The merger is asked for, and the framework leaves it out.",
+    damages="adapter",
+    check="adapter_census",
+    says=("match nothing in language",),
+    source="hiyouga/LlamaFactory#6754, #8900",
+)
+def _merger_adapter_dropped(case: Case) -> Iterator[None]:
+    case.lora_config = _config(case, target_modules=r".*merger\.mlp\.(0|2)")
+    yield
+
+
+@fault(
+    "rank-halved",
+    "The adapter has rank 4 where 8 was asked for.",
+    damages="adapter",
+    check="adapter_census",
+    says=("does not have the size of its config (r=8)", "trainable parameters instead of"),
+)
+def _rank_halved(case: Case) -> Iterator[None]:
+    with another_adapter(case, _config(case, r=4), asked=case.lora_config):
+        yield
+
+
+@fault(
+    "freeze-flag-inverted",
+    "The merger is trained in full beside the adapter: ten times the parameters.",
+    damages="model",
+    check="adapter_census",
+    says=("tensors that are not the adapter's require grad", "merger (5)"),
+    source="modelscope/ms-swift#6079, #7318",
+)
+def _freeze_flag(case: Case) -> Iterator[None]:
+    for parameter in anatomy(case.model).merger.parameters():
+        parameter.requires_grad_(True)
+    yield
+
+
+@fault(
+    "biases-trained",
+    'bias="all" trains every bias of the base model, the vision tower\'s too.',
+    damages="adapter",
+    check="adapter_census",
+    says=("bias='all' in the LoRA config trains them", "vision"),
+)
+def _biases_trained(case: Case) -> Iterator[None]:
+    with another_adapter(case, _config(case, bias="all")):
+        yield
+
+
+def _trainable(case: Case) -> list[Any]:
+    return [p for p in case.model.parameters() if p.requires_grad]
+
+
+@fault(
+    "optimizer-before-adapter",
+    "The optimizer was made before the adapter was attached and holds none of it.",
+    damages="run",
+    check="adapter_census",
+    says=("the optimizer misses 56 of 56", "made before the adapter was attached"),
+)
+def _optimizer_before(case: Case) -> Iterator[None]:
+    import torch
+
+    case.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    yield
+
+
+@fault(
+    "optimizer-holds-vision",
+    "The optimizer was made from all parameters, weight decay included.",
+    damages="run",
+    check="adapter_census",
+    says=("the optimizer holds", "tensors that are not trainable", "model.visual"),
+)
+def _optimizer_holds_vision(case: Case) -> Iterator[None]:
+    import torch
+
+    vision = list(anatomy(case.model).vision_tower.parameters())
+    case.optimizer = torch.optim.AdamW([*_trainable(case), *vision])
+    yield
+
+
+@fault(
+    "adapter-ignores-disabling",
+    "One adapted layer keeps its adapter inside disable_adapter(): a wrong reference for DPO.",
+    damages="adapter",
+    check="adapter_neutrality",
+    says=("disabled adapter", "first at the output of model.language_model.layers.1.mlp.up_proj"),
+    source="huggingface/trl#6591, unslothai/unsloth#2736",
+)
+def _ignores_disabling(case: Case) -> Iterator[None]:
+    name = "model.language_model.layers.1.mlp.up_proj"
+    layer = adapted_layers(anatomy(case.model))[name]
+
+    def forward(x: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        low = b(a(x.to(a.weight.dtype))) * layer.scaling["default"]
+        made: torch.Tensor = layer.base_layer(x) + low.to(x.dtype)
+        return made
+
+    weight = layer.lora_B["default"].weight
+    with attribute(layer, "forward", forward), values(weight, lambda b: b + 0.05):
+        yield
+
+
+@fault(
+    "adapter-not-neutral",
+    "A patched LoRA layer rounds its output once more than the base layer does.",
+    damages="adapter",
+    check="adapter_neutrality",
+    says=("adapter with B = 0", "first at the output of model.language_model.layers.0.self_attn.q_proj"),
+    source="huggingface/transformers#33294",
+)
+def _not_neutral(case: Case) -> Iterator[None]:
+    layer = adapted_layers(anatomy(case.model))["model.language_model.layers.0.self_attn.q_proj"]
+
+    def rounded(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1 + 2**-7)
+
+    with after([layer], rounded):
+        yield
+
+
+@fault(
+    "adapter-for-inference",
+    "The adapter was loaded with is_trainable=False: nothing is trained.",
+    damages="adapter",
+    check="adapter_census",
+    says=("no adapter parameter requires grad", "is_trainable=False"),
+    silent=False,
+)
+def _for_inference(case: Case) -> Iterator[None]:
+    for parameter in adapter_parameters(anatomy(case.model)).values():
+        parameter.requires_grad_(False)
+    yield

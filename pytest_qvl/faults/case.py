@@ -1,0 +1,184 @@
+"""One healthy QLoRA set-up with everything that checks look at; faults change it for the length of a block."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import find
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from pytest_qvl.checks import QuantizationPolicy, Reference
+    from pytest_qvl.samples import Sample
+    from pytest_qvl.samples.batch import PaddingSide
+
+    Batch = dict[str, torch.Tensor]
+    Collator = Callable[[Batch, Sequence[Sample]], Batch]
+
+LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+KEEP_16BIT = ["model.visual", "lm_head"]
+ROW_SKILLS = ("nth_colour", "text", "side", "list")
+PROBES_PER_SKILL = 3
+SEED = 0
+
+
+@dataclass
+class Case:
+    """What the checks are given.
+
+    Attributes:
+        model: The QLoRA model, wrapped by PEFT.
+        processor: Its processor.
+        lora_config: The ``peft.LoraConfig`` that was asked for.
+        policy: The quantization that was asked for.
+        rows: Samples of the batches: several pictures, one, none; different lengths and grids.
+        probes: Samples with known answers; `reference` was recorded for them.
+        reference: What full precision makes of `probes`.
+        load: Loads another model, see :func:`load`.
+        adapter_folder: Where the adapter was loaded from, or ``None`` for a fresh one.
+        collators: Change a batch after the processor made it, in order.
+        optimizer: The user's optimizer, or ``None``.
+        make_optimizer: Makes the optimizer of a training step from the trainable parameters, or ``None``.
+    """
+
+    model: Any
+    processor: Any
+    lora_config: Any
+    policy: QuantizationPolicy
+    rows: list[Sample]
+    probes: list[Sample]
+    reference: Reference
+    load: Callable[..., Any]
+    adapter_folder: Path | None = None
+    collators: list[Collator] = field(default_factory=list)
+    optimizer: Any = None
+    make_optimizer: Any = None
+
+    def batch(
+        self,
+        samples: Sequence[Sample] | None = None,
+        *,
+        padding_side: PaddingSide = "left",
+        answers: bool = False,
+    ) -> Batch:
+        """Model inputs of `samples` (of :attr:`rows` if not given), as this set-up collates them."""
+        from pytest_qvl.samples import make_batch
+
+        given = self.rows if samples is None else samples
+        batch = make_batch(self.processor, given, padding_side=padding_side, answers=answers)
+        for change in self.collators:
+            batch = change(batch, given)
+        return batch
+
+
+@contextmanager
+def apply(name: str, case: Case) -> Iterator[Case]:
+    """Damage a case for the length of a block, and put everything back on leaving.
+
+    Args:
+        name: Name of a fault in the catalogue.
+        case: A healthy case. A fault may damage its model in place, or put another model in its place.
+
+    Yields:
+        The damaged case; the one that was given stays as it was.
+
+    Raises:
+        ValueError: No such fault.
+    """
+    from pytest_qvl.faults.tools import attributes_restored
+    from pytest_qvl.models.state import preserved
+
+    damaged = replace(case, collators=list(case.collators))
+    with preserved(case.model), attributes_restored(case.model), find(name).damage(damaged):
+        yield damaged
+
+
+def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED) -> Case:
+    """The embedded model in NF4 with a fresh LoRA, its processor, probes and full-precision reference.
+
+    Args:
+        dtype: Load and compute dtype.
+        seed: Which held-out scenes to take.
+    """
+    from pytest_qvl import checks
+    from pytest_qvl.samples import scenes
+
+    base = load(dtype=dtype, quantized=False, lora=None)
+    processor = _processor()
+    probes = scenes(seed, PROBES_PER_SKILL)
+    reference = checks.record_reference(base, processor, probes)
+    del base
+    return Case(
+        model=load(dtype=dtype),
+        processor=processor,
+        lora_config=lora_config(),
+        policy=checks.QuantizationPolicy(compute_dtype=dtype),
+        rows=[sample for sample in scenes(seed, 1) if sample.skill in ROW_SKILLS],
+        probes=probes,
+        reference=reference,
+        load=load,
+    )
+
+
+def lora_config(**overrides: Any) -> Any:
+    """Rank 8 on every linear of the language backbone."""
+    from peft import LoraConfig
+
+    return LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_ONLY, **overrides})
+
+
+def load(
+    *,
+    dtype: str = "bfloat16",
+    quantized: bool = True,
+    skip: list[str] | None = KEEP_16BIT,
+    lora: Any = "",
+    seed: int = SEED,
+    **quantization: Any,
+) -> Any:
+    """The embedded model, loaded and adapted the way the backend does it.
+
+    Args:
+        dtype: Load dtype, and compute dtype unless `quantization` has another.
+        quantized: NF4 with double quantization, or full precision.
+        skip: Modules kept out of the quantization.
+        lora: A ``LoraConfig``; ``None`` for no adapter; the default adapter if not given.
+        seed: Seed of the adapter's weights.
+        quantization: Fields of ``BitsAndBytesConfig`` to override.
+    """
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from pytest_qvl.models.backends import LoadRequest
+    from pytest_qvl.models.backends.transformers import TransformersBackend
+    from pytest_qvl.models.weights import parse_model
+
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": getattr(torch, dtype),
+        "llm_int8_skip_modules": skip,
+        **quantization,
+    }
+    backend = TransformersBackend()
+    config = BitsAndBytesConfig(**settings) if quantized else None
+    base = backend.load(LoadRequest(parse_model("embedded"), config, "cpu", dtype))
+    if lora is None:
+        return base
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return backend.attach(base, lora or lora_config(), None).peft_model.eval()
+
+
+def _processor() -> Any:
+    from pytest_qvl.data import embedded_model_dir
+    from pytest_qvl.models.processors import load_processor
+
+    return load_processor(embedded_model_dir())

@@ -1,0 +1,134 @@
+"""What a fault is, and the list of all of them. Reading the list imports no torch."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from pytest_qvl.faults.case import Case
+
+    Damage = Callable[[Case], Iterator[None]]
+
+FAMILIES = {
+    "quantization": "quantization placement",
+    "preparation": "k-bit preparation",
+    "adapters": "adapter placement",
+    "frozen": "frozen weights",
+    "routing": "placeholders and routing",
+    "positions": "positions",
+    "padding": "padding and batching",
+    "attention": "vision attention",
+    "pictures": "processor",
+    "numerics": "numerics",
+    "generation": "generation",
+    "training": "training",
+    "disk": "adapters on disk",
+    "session": "session state",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One deliberate defect.
+
+    Attributes:
+        name: What the command line calls it.
+        family: One of :data:`FAMILIES`.
+        summary: What is wrong, in one sentence.
+        damages: What is changed: ``"load"``, ``"model"``, ``"adapter"``, ``"batch"``, ``"processor"`` or ``"run"``.
+        check: The check that must catch it.
+        says: Words that the check's message must contain: they point at the cause.
+        source: Public thread of the bug it stands for; empty if it stands for none.
+        silent: Whether Transformers accepts it: forward, backward and ``generate`` raise nothing.
+        transformers: Smallest release of Transformers in which the defect exists.
+        damage: Context manager over a :class:`pytest_qvl.faults.case.Case`; everything is put back on leaving.
+        needs: Returns why the defect cannot be made on this machine, or nothing.
+    """
+
+    name: str
+    family: str
+    summary: str
+    damages: str
+    check: str
+    says: tuple[str, ...]
+    source: str
+    silent: bool
+    transformers: tuple[int, ...]
+    damage: Callable[[Case], AbstractContextManager[None]]
+    needs: Callable[[], str | None]
+
+    def missing(self) -> str | None:
+        """Why this fault cannot be made here; ``None`` where it can."""
+        import transformers
+
+        have = tuple(int(n) for n in re.findall(r"\d+", transformers.__version__)[:3])
+        if have < self.transformers:
+            return f"Transformers {'.'.join(map(str, self.transformers))} and later only"
+        return self.needs()
+
+
+_FAULTS: dict[str, Fault] = {}
+
+
+def fault(
+    name: str,
+    summary: str,
+    *,
+    damages: str,
+    check: str,
+    says: tuple[str, ...],
+    source: str = "",
+    silent: bool = True,
+    transformers: tuple[int, ...] = (4, 57),
+    needs: Callable[[], str | None] = lambda: None,
+) -> Callable[[Damage], Damage]:
+    """Enter a generator over a case into the catalogue; see :class:`Fault` for the arguments.
+
+    Raises:
+        ValueError: The name is taken, or the module is of no known family.
+    """
+
+    def enter(damage: Damage) -> Damage:
+        family = FAMILIES.get(damage.__module__.rpartition(".")[2])
+        if name in _FAULTS or family is None:
+            raise ValueError(f"fault {name!r} is defined twice, or its module is none of {', '.join(FAMILIES)}")
+        _FAULTS[name] = Fault(
+            name, family, summary, damages, check, says, source, silent, transformers,
+            contextmanager(damage), needs,
+        )  # fmt: skip
+        return damage
+
+    return enter
+
+
+@cache
+def catalogue() -> dict[str, Fault]:
+    """Every fault by name, family by family."""
+    for module in FAMILIES:
+        import_module(f"pytest_qvl.faults.{module}")
+    return dict(_FAULTS)
+
+
+def find(name: str) -> Fault:
+    """The fault of that name.
+
+    Raises:
+        ValueError: There is none; names the nearest ones.
+    """
+    from difflib import get_close_matches
+
+    faults = catalogue()
+    if name not in faults:
+        near = " or ".join(map(repr, get_close_matches(name, faults)))
+        raise ValueError(
+            f"no fault is called {name!r}; " + (f"did you mean {near}?" if near else "`pytest-qvl faults` lists them")
+        )
+    return faults[name]

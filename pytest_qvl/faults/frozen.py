@@ -1,0 +1,166 @@
+"""Training that moves what must stay, or leaves what must move."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import after, before, values
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+
+def stepping(meddle: Callable[[], None]) -> Any:
+    """Makes an AdamW that also does something else after every step."""
+    import torch
+
+    class Meddling(torch.optim.AdamW):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            done = super().step(*args, **kwargs)
+            meddle()
+            return done
+
+    return lambda parameters: Meddling(parameters, lr=1e-3, weight_decay=0.0)
+
+
+@fault(
+    "vision-tower-unfrozen",
+    "The base model was not frozen: the vision tower is trained with the adapter.",
+    damages="model",
+    check="frozen_vision",
+    says=("base tensors require grad and go to the optimizer, in vision", "before the adapter is attached"),
+    source="modelscope/ms-swift#7318",
+)
+def _unfrozen(case: Case) -> Iterator[None]:
+    for parameter in anatomy(case.model).blocks.parameters():
+        parameter.requires_grad_(True)
+    yield
+
+
+@fault(
+    "one-bit-flips-in-training",
+    "Something writes one bit of one vision weight while the adapter is trained.",
+    damages="run",
+    check="frozen_vision",
+    says=("base tensors moved, in vision (1): model.visual.blocks.3.mlp.down_proj.weight", "wrote into them"),
+)
+def _one_bit(case: Case) -> Iterator[None]:
+    block: Any = anatomy(case.model).blocks[3]
+    weight = block.mlp.down_proj.weight
+    flips = 0
+
+    def flip() -> None:
+        nonlocal flips
+        flips += 1
+        if flips == 1:
+            weight.data.view(-1)[7:8].view(_int16()).bitwise_xor_(1)
+
+    case.make_optimizer = stepping(flip)
+    with values(weight, lambda w: w):
+        yield
+
+
+def _int16() -> torch.dtype:
+    import torch
+
+    return torch.int16
+
+
+@fault(
+    "weight-decay-on-the-base",
+    "An optimizer that decays every parameter of the model shrinks the frozen ones.",
+    damages="run",
+    check="frozen_vision",
+    says=("base tensors moved, in", "embeddings", "so something wrote into them"),
+)
+def _weight_decay(case: Case) -> Iterator[None]:
+    table = anatomy(case.model).embeddings.weight
+
+    def decay() -> None:
+        table.data.mul_(1 - 0.01)
+
+    case.make_optimizer = stepping(decay)
+    with values(table, lambda w: w):
+        yield
+
+
+@fault(
+    "permuted-rows",
+    "Two rows of one vision weight change places in training: every sum stays the same.",
+    damages="run",
+    check="frozen_vision",
+    says=("base tensors moved, in vision (1): model.visual.blocks.0.mlp.up_proj.weight",),
+)
+def _permuted_rows(case: Case) -> Iterator[None]:
+    block: Any = anatomy(case.model).blocks[0]
+    weight = block.mlp.up_proj.weight
+    swaps = 0
+
+    def swap() -> None:
+        nonlocal swaps
+        swaps += 1
+        if swaps == 1:
+            weight.data[[0, 1]] = weight.data[[1, 0]]
+
+    case.make_optimizer = stepping(swap)
+    with values(weight, lambda w: w):
+        yield
+
+
+@fault(
+    "optimizer-forgets-one-tensor",
+    "The optimizer of the training run leaves one adapter matrix out.",
+    damages="run",
+    check="frozen_vision",
+    says=("1 of 56 adapter tensors did not move", "the optimizer does not hold them"),
+)
+def _forgets(case: Case) -> Iterator[None]:
+    import torch
+
+    case.make_optimizer = lambda parameters: torch.optim.AdamW(parameters[1:], lr=1e-3, weight_decay=0.0)
+    yield
+
+
+@fault(
+    "forward-writes-statistics",
+    "A layer of the tower keeps running statistics: a forward in train mode alone changes it.",
+    damages="model",
+    check="frozen_vision",
+    says=("a forward without any training step changed 1 base tensors", "model.visual.blocks.1.norm2.weight"),
+)
+def _writes_statistics(case: Case) -> Iterator[None]:
+    parts = anatomy(case.model)
+    block: Any = parts.blocks[1]
+    weight = block.norm2.weight
+
+    def write(module: Any, _args: Any, _kwargs: Any) -> None:
+        if module.training:
+            weight.data.mul_(1.01)
+
+    with values(weight, lambda w: w), before([parts.vision_tower], write):
+        yield
+
+
+@fault(
+    "features-follow-training",
+    "No weight moves, but the tower's output depends on how many steps were taken.",
+    damages="run",
+    check="frozen_vision",
+    says=("the vision tower's output is not bitwise what it was before training",),
+)
+def _features_follow(case: Case) -> Iterator[None]:
+    steps = 0
+
+    def count() -> None:
+        nonlocal steps
+        steps += 1
+
+    case.make_optimizer = stepping(count)
+    with after([anatomy(case.model).merger], lambda _m, _a, out: out * (1 + steps / 64)):
+        yield

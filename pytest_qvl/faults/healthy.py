@@ -1,0 +1,212 @@
+"""Healthy variations: whatever is no fault must not be called one."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.case import LANGUAGE_ONLY, SEED, healthy_case, load, lora_config
+from pytest_qvl.faults.tools import attribute
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qvl.faults.case import Case
+    from pytest_qvl.samples import Sample
+
+DTYPES = ("bfloat16", "float32", "bfloat16", "float16")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "fresh": {},
+    "trained": {"init_lora_weights": False},
+    "rslora": {"use_rslora": True},
+    "dropout": {"lora_dropout": 0.1},
+    "dora": {"use_dora": True},
+    "rank pattern": {"rank_pattern": {"down_proj": 2}},
+    "head adapted": {"target_modules": LANGUAGE_ONLY + "|lm_head"},
+}
+ALWAYS = (
+    "quantization_census",
+    "adapter_census",
+    "adapter_roundtrip",
+    "adapter_neutrality",
+    "placeholder_counts",
+    "feature_scatter",
+    "visual_token_order",
+    "causality",
+    "image_isolation",
+    "picture_pairing",
+    "malformed_inputs",
+    "mrope_positions",
+    "decode_positions",
+    "greedy_is_argmax",
+    "vision_not_backpropagated",
+    "label_mask",
+)
+IN_TURN = (
+    ("training_step",),
+    ("frozen_vision",),
+    ("position_state",),
+    ("generation_repeatable",),
+    ("generation_batch_invariance", "generation_cache_invariance"),
+)
+KNOWLEDGE = ("vision_stability", "generation_wellformed", "alignment")
+KNOWLEDGE_EVERY = 8
+RANDOM_EVERY = 5
+SIDES = tuple(range(56, 197, 28))  # px
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A healthy set-up.
+
+    Attributes:
+        number: Its place in the list, and the seed of everything random in it.
+        dtype: Load and compute dtype.
+        adapter: A key of :data:`ADAPTERS`.
+        eager: Eager attention instead of SDPA.
+        family: Random weights of this family (``model_type``), or empty for the embedded model.
+        prepared: Prepared for k-bit training (16-bit parts become float32), its vision hooks removed.
+        checks: Which checks have to pass.
+    """
+
+    number: int
+    dtype: str
+    adapter: str
+    eager: bool
+    family: str
+    prepared: bool
+    checks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        weights = f"random {self.family}" if self.family else "embedded"
+        words = [weights, self.dtype, f"{self.adapter} adapter", "eager" if self.eager else "sdpa"]
+        return f"#{self.number}: {', '.join([*words, *(['k-bit prepared'] if self.prepared else [])])}"
+
+
+def variations(count: int) -> list[Variation]:
+    """The first `count` healthy variations; the same ones every time."""
+    from pytest_qvl.faults.random_models import RANDOM_FAMILIES
+
+    made = []
+    for number in range(count):
+        family, knowledge = "", False
+        if number % RANDOM_EVERY == RANDOM_EVERY - 1:
+            family = RANDOM_FAMILIES[number // RANDOM_EVERY % len(RANDOM_FAMILIES)]
+        else:
+            knowledge = number % KNOWLEDGE_EVERY == 0
+        adapter = "fresh" if knowledge else list(ADAPTERS)[number % len(ADAPTERS)]
+        turn = number // (RANDOM_EVERY if family else 2) % len(IN_TURN)
+        checks = (*ALWAYS, *IN_TURN[turn], *(KNOWLEDGE if knowledge else ()))
+        made.append(
+            Variation(
+                number,
+                DTYPES[number % len(DTYPES)],
+                adapter,
+                eager=number % 7 == 3 and not family,
+                family=family,
+                prepared=number % 11 == 6 and not family,
+                checks=checks,
+            )
+        )
+    return made
+
+
+class Healthy:
+    """Makes the case of each variation; full-precision references are recorded once and shared."""
+
+    def __init__(self) -> None:
+        self._cases: dict[tuple[str, int], Case] = {}
+
+    @contextmanager
+    def case(self, variation: Variation) -> Iterator[Case]:
+        """The case of a variation, its model in the wanted state."""
+        from pytest_qvl.models.anatomy import anatomy
+        from pytest_qvl.models.attention import other_attention
+
+        knows = "alignment" in variation.checks
+        base = self._base(variation.dtype, variation.number if knows else SEED)
+        changed = replace(base, collators=[], rows=_rows(variation.number))
+        changed.lora_config = lora_config(**ADAPTERS[variation.adapter])
+        if variation.family:
+            with _random_case(changed, variation) as made:
+                yield made
+            return
+        changed.model = self._model(variation, changed.lora_config)
+        if not variation.eager:
+            yield changed
+            return
+        with other_attention(anatomy(changed.model)):
+            yield changed
+
+    def _base(self, dtype: str, seed: int) -> Case:
+        if (dtype, seed) not in self._cases:
+            self._cases[dtype, seed] = healthy_case(dtype=dtype, seed=seed)
+        return self._cases[dtype, seed]
+
+    def _model(self, variation: Variation, config: Any) -> Any:
+        if not variation.prepared:
+            return load(dtype=variation.dtype, lora=config, seed=variation.number)
+        from peft import get_peft_model, prepare_model_for_kbit_training
+
+        from pytest_qvl.models.anatomy import anatomy
+        from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+
+        base = prepare_model_for_kbit_training(
+            load(dtype=variation.dtype, lora=None),
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+        model = get_peft_model(base, config).eval()
+        remove_vision_grad_hooks(anatomy(model).patch_embed)
+        return model
+
+
+@contextmanager
+def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
+    import torch
+    from peft import get_peft_model
+    from transformers import BitsAndBytesConfig
+
+    from pytest_qvl import checks
+    from pytest_qvl.checks.reference import noise_floor
+    from pytest_qvl.faults.random_models import PATCH, random_model
+
+    dtype = getattr(torch, variation.dtype)
+    model = random_model(
+        variation.family,
+        seed=variation.number,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=["model.visual", "lm_head"],
+        ),
+    )
+    patch = PATCH[variation.family]
+    processor: Any = case.processor.image_processor
+    with attribute(processor, "patch_size", patch):
+        floor: Any = case.reference.floor
+        if "generation_batch_invariance" in variation.checks:
+            floor = noise_floor(model, case.processor, case.probes)
+        model = get_peft_model(model, case.lora_config).eval()
+        policy = checks.QuantizationPolicy(compute_dtype=variation.dtype)
+        yield replace(case, model=model, policy=policy, reference=floor)
+
+
+def _rows(seed: int) -> list[Sample]:
+    """Two or three samples of random skills; every other time over pictures of other sizes."""
+    from pytest_qvl.samples import ALL_SKILLS, TEXT_ONLY_SKILLS, scenes
+
+    rng = random.Random(f"healthy {seed}")
+    chosen = rng.sample(ALL_SKILLS, rng.randint(2, 3))
+    if rng.random() < 0.5 and TEXT_ONLY_SKILLS[0] not in chosen:
+        chosen[-1] = TEXT_ONLY_SKILLS[0]
+    rows = scenes(seed, 1, chosen)
+    if seed % 2:
+        rows = [
+            replace(s, images=tuple(i.resize((rng.choice(SIDES), rng.choice(SIDES))) for i in s.images)) for s in rows
+        ]
+    return rows

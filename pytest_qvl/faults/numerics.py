@@ -1,0 +1,140 @@
+"""Numbers that overflow, or weights that are not the checkpoint's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import all_of, values
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+
+@fault(
+    "vision-nan",
+    "One weight of the tower is NaN.",
+    damages="model",
+    check="vision_stability",
+    says=("visual features are not finite", "beginning at model.visual.blocks.1.mlp.up_proj"),
+    source="vllm-project/vllm#14126",
+)
+def _vision_nan(case: Case) -> Iterator[None]:
+    def spoil(weight: torch.Tensor) -> torch.Tensor:
+        weight[0, 0] = float("nan")
+        return weight
+
+    block: Any = anatomy(case.model).blocks[1]
+    with values(block.mlp.up_proj.weight, spoil):
+        yield
+
+
+def _half_tower(case: Case, factor: float) -> Iterator[None]:
+    import torch
+
+    case.model = case.load(dtype="float16")
+    case.policy = type(case.policy)(compute_dtype="float16")
+    block: Any = anatomy(case.model).blocks[3]
+    down = block.mlp.down_proj
+    peak = [0.0]
+    handle = down.register_forward_hook(lambda _m, _a, out: peak.append(float(out.abs().max())))
+    with torch.no_grad():
+        for start in range(0, len(case.probes), 10):
+            case.model(**case.batch(case.probes[start : start + 10]))
+    handle.remove()
+    down.weight.data.mul_(factor * torch.finfo(torch.float16).max / max(peak))
+    down.bias.data.mul_(factor * torch.finfo(torch.float16).max / max(peak))
+    yield
+
+
+@fault(
+    "float16-overflow",
+    "A vision activation exceeds 65,504 in float16 and becomes infinite.",
+    damages="load",
+    check="vision_stability",
+    says=("visual features are not finite", "model.visual.blocks.3.mlp.down_proj", "its dtype ends at 65504"),
+    source="ggml-org/llama.cpp#17534, huggingface/transformers#33294",
+)
+def _overflow(case: Case) -> Iterator[None]:
+    yield from _half_tower(case, 4.0)
+
+
+@fault(
+    "float16-near-overflow",
+    "A vision activation reaches three quarters of what float16 holds: other pictures will overflow it.",
+    damages="load",
+    check="vision_stability",
+    says=("other pictures can overflow", "model.visual.blocks.3"),
+    source="ggml-org/llama.cpp#17534",
+)
+def _near_overflow(case: Case) -> Iterator[None]:
+    yield from _half_tower(case, 0.75)
+
+
+@fault(
+    "language-overflow",
+    "A norm of the language backbone overflows: NaN logits, a reply of token 0.",
+    damages="model",
+    check="generation_wellformed",
+    says=("are not finite from step 0 on", "begins at model.language_model.layers.2"),
+    source="huggingface/transformers#33294",
+)
+def _language_overflow(case: Case) -> Iterator[None]:
+    norm = anatomy(case.model).language_backbone.layers[2].input_layernorm
+    with values(norm.weight, lambda w: w * 1e38):
+        yield
+
+
+@fault(
+    "vision-weights-lost",
+    "The weights of one vision block were not found in the checkpoint and are random.",
+    damages="model",
+    check="vision_stability",
+    says=("moved away from full precision", "its weights are not those of the reference"),
+    source="2U1/Qwen-VL-Series-Finetune#37, QwenLM/Qwen3-VL#1033",
+)
+def _vision_lost(case: Case) -> Iterator[None]:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    block = anatomy(case.model).blocks[2]
+
+    def random(weight: torch.Tensor) -> torch.Tensor:
+        return torch.randn(weight.shape, generator=generator).mul(0.02).to(weight.dtype)
+
+    with all_of([values(p, random) for p in block.parameters() if p.ndim == 2]):
+        yield
+
+
+@fault(
+    "language-weights-lost",
+    "The statistics of one quantized layer belong to another layer.",
+    damages="model",
+    check="alignment",
+    says=("answers are right",),
+    source="huggingface/transformers#38489",
+)
+def _language_lost(case: Case) -> Iterator[None]:
+    layers = anatomy(case.model).language_backbone.layers
+    state = layers[0].self_attn.o_proj.base_layer.weight
+    with values(state, lambda w: w.flip(0)):
+        yield
+
+
+@fault(
+    "head-rows-shifted",
+    "The head's rows are off by one against the vocabulary.",
+    damages="model",
+    check="alignment",
+    says=("answers are right", "text-only control"),
+    source="hiyouga/LlamaFactory#8823",
+)
+def _head_shifted(case: Case) -> Iterator[None]:
+    head: Any = anatomy(case.model).lm_head
+    with values(head.weight, lambda w: w.roll(1, dims=0)):
+        yield

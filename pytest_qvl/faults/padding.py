@@ -1,0 +1,144 @@
+"""Rows of a batch that know of each other, or of their padding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import after, before, on_first
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+
+def _flipped(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+    """Left padding moved to the right; what belongs to tokens moves along."""
+    import torch
+
+    mask = batch["attention_mask"]
+    names = [name for name, tensor in batch.items() if tensor.shape == mask.shape]
+    out = dict(batch)
+    for name in names:
+        rows = zip(batch[name], mask.bool(), strict=True)
+        out[name] = torch.stack([torch.cat([row[keep], row[~keep]]) for row, keep in rows])
+    return out
+
+
+@fault(
+    "right-padded-generation",
+    "Prompts are padded on the right: generation goes on after the padding.",
+    damages="batch",
+    check="greedy_is_argmax",
+    says=("pad the batch on the left",),
+    source="JIA-Lab-research/Seg-Zero#10, EvolvingLMMs-Lab/lmms-eval#830",
+)
+def _right_padded(case: Case) -> Iterator[None]:
+    case.collators.append(_flipped)
+    yield
+
+
+@fault(
+    "padding-attended",
+    "The model ignores the attention mask: padding takes part in attention.",
+    damages="model",
+    check="generation_batch_invariance",
+    says=("alone against batch: logits differ by", "mask of padded rows"),
+    source="EvolvingLMMs-Lab/lmms-eval#889, QwenLM/Qwen3-VL#1296",
+)
+def _attended(case: Case) -> Iterator[None]:
+    import torch
+
+    def drop(_module: Any, args: Any, kwargs: Any) -> Any:
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            return None
+        return args, {**kwargs, "attention_mask": torch.ones_like(mask)}
+
+    with before([anatomy(case.model).language_backbone], drop):
+        yield
+
+
+@fault(
+    "rows-blend",
+    "A row's hidden states take in a little of the row before it.",
+    damages="model",
+    check="causality",
+    says=("it must move no output of another row",),
+    source="EvolvingLMMs-Lab/lmms-eval#648, QwenLM/Qwen3-VL#1956",
+)
+def _rows_blend(case: Case) -> Iterator[None]:
+    def blend(_module: Any, _args: Any, output: Any) -> Any:
+        return on_first(output, lambda h: h + h.roll(1, dims=0) / 32)
+
+    with after([anatomy(case.model).language_backbone.layers[1]], blend):
+        yield
+
+
+@fault(
+    "batch-dependent-scale",
+    "A layer is scaled by statistics of the whole batch, as dynamic quantization per tensor does.",
+    damages="model",
+    check="generation_batch_invariance",
+    says=("alone against batch: logits differ by", "depends on the rows beside it"),
+    source="QwenLM/Qwen3-VL#1956",
+)
+def _batch_scale(case: Case) -> Iterator[None]:
+    def scale(_module: Any, _args: Any, output: Any) -> Any:
+        def change(hidden: torch.Tensor) -> torch.Tensor:
+            step = hidden.abs().amax() / 8
+            return (hidden / step).round() * step
+
+        return on_first(output, change)
+
+    with after([anatomy(case.model).language_backbone.layers[1]], scale):
+        yield
+
+
+@fault(
+    "several-rows-take-another-path",
+    "A layer computes something slightly else as soon as a batch has more than one row.",
+    damages="model",
+    check="generation_batch_invariance",
+    says=("alone against batch: logits differ by", "depends on the rows beside it"),
+    source="QwenLM/Qwen3-VL#1956",
+)
+def _several_rows(case: Case) -> Iterator[None]:
+    def other(_module: Any, _args: Any, output: Any) -> Any:
+        return on_first(output, lambda h: h * 0.8 if h.shape[0] > 1 else h)
+
+    layers: Any = anatomy(case.model).language_backbone.layers
+    with after([layers[2].mlp], other):
+        yield
+
+
+@fault(
+    "attention-not-causal",
+    "The prompt's attention lost its causal mask.",
+    damages="model",
+    check="causality",
+    says=("it must move no output before it; is attention causal?",),
+)
+def _not_causal(case: Case) -> Iterator[None]:
+    import torch
+
+    def see_all(_module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows, length = hidden.shape[:2]
+        if length == 1:
+            return None
+        mask = kwargs.get("attention_mask")
+        seen = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        if mask is not None:
+            columns = mask[:, :, -1:, -length:]
+            seen = seen & (columns if mask.dtype == torch.bool else columns == 0)
+        return args, {**kwargs, "attention_mask": torch.zeros(seen.shape, dtype=hidden.dtype).masked_fill(
+            ~seen, torch.finfo(hidden.dtype).min
+        )}  # fmt: skip
+
+    with before(list(anatomy(case.model).language_backbone.layers), see_all):
+        yield

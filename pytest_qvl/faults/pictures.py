@@ -1,0 +1,234 @@
+"""Pictures that are not what the samples show, before they reach the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import attribute
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_qvl.faults.case import Case
+
+_MOVED = ("visual features before the merger moved away", "its inputs or kernels differ")
+
+
+def _collated(case: Case, change: Callable[[dict[str, Any], Any], dict[str, Any]]) -> None:
+    case.collators.append(lambda batch, samples: change(dict(batch), samples) if "pixel_values" in batch else batch)
+
+
+def _chunks(batch: dict[str, Any]) -> list[Any]:
+    return list(batch["pixel_values"].split(batch["image_grid_thw"].prod(dim=1).tolist()))
+
+
+@fault(
+    "pictures-exchanged",
+    "The first two pictures of the batch are handed over in the wrong order, grids included.",
+    damages="batch",
+    check="picture_pairing",
+    says=("the grid of row 1, image 0", "holds the pixels of row 1, image 0"),
+    source="Blaizzy/mlx-vlm#1941",
+    silent=False,
+)
+def _exchanged(case: Case) -> Iterator[None]:
+    import torch
+
+    def swap(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        pixels, grids = _chunks(batch), batch["image_grid_thw"]
+        order = [1, 0, *range(2, len(pixels))] if len(pixels) > 1 else [0]
+        return {**batch, "pixel_values": torch.cat([pixels[i] for i in order]), "image_grid_thw": grids[order]}
+
+    _collated(case, swap)
+    yield
+
+
+@fault(
+    "equal-pictures-exchanged",
+    "Pictures of equal grids change places: nothing raises, the wrong picture is described.",
+    damages="batch",
+    check="picture_pairing",
+    says=("holds the pixels of",),
+    source="EricLBuehler/mistral.rs#1950, huggingface/transformers#41721",
+)
+def _equal_exchanged(case: Case) -> Iterator[None]:
+    import torch
+
+    def swap(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        pixels, sizes = _chunks(batch), [chunk.shape[0] for chunk in _chunks(batch)]
+        pairs = [(i, j) for i in range(len(sizes)) for j in range(i) if sizes[i] == sizes[j]]
+        grids = batch["image_grid_thw"].tolist()
+        for i, j in pairs:
+            if grids[i] == grids[j]:
+                pixels[i], pixels[j] = pixels[j], pixels[i]
+                break
+        return {**batch, "pixel_values": torch.cat(pixels)}
+
+    _collated(case, swap)
+    yield
+
+
+@fault(
+    "grid-transposed",
+    "Height and width of every grid are exchanged: the placeholder count stays right.",
+    damages="batch",
+    check="picture_pairing",
+    says=("(height and width are transposed)", "but alone it makes"),
+    source="vllm-project/vllm#45244",
+)
+def _transposed(case: Case) -> Iterator[None]:
+    _collated(case, lambda b, _: {**b, "image_grid_thw": b["image_grid_thw"][:, [0, 2, 1]]})
+    yield
+
+
+@fault(
+    "patches-in-raster-order",
+    "Patches are handed over row by row, not in groups of two by two.",
+    damages="batch",
+    check="picture_pairing",
+    says=("differs from the picture's own",),
+    source="Blaizzy/mlx-vlm#565",
+)
+def _raster(case: Case) -> Iterator[None]:
+    import torch
+
+    def reorder(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        pictures = []
+        for pixels, (t, h, w) in zip(_chunks(batch), batch["image_grid_thw"].tolist(), strict=True):
+            grouped = pixels.reshape(t, h // 2, w // 2, 2, 2, -1)
+            pictures.append(grouped.permute(0, 1, 3, 2, 4, 5).reshape(pixels.shape))
+        return {**batch, "pixel_values": torch.cat(pictures)}
+
+    _collated(case, reorder)
+    yield
+
+
+@fault(
+    "normalised-twice",
+    "A collator normalises pixel_values that the processor has normalised already.",
+    damages="batch",
+    check="picture_pairing",
+    says=("differs from the picture's own by up to",),
+    source="sgl-project/sglang#12390",
+)
+def _normalised_twice(case: Case) -> Iterator[None]:
+    _collated(case, lambda b, _: {**b, "pixel_values": (b["pixel_values"] - 0.5) / 0.25})
+    yield
+
+
+@fault(
+    "questions-exchanged",
+    "Two text rows change places; the pictures stay.",
+    damages="batch",
+    check="picture_pairing",
+    says=("does not hold the question of sample",),
+    source="Blaizzy/mlx-vlm#1941",
+)
+def _questions(case: Case) -> Iterator[None]:
+    def exchange(batch: dict[str, Any], samples: Any) -> dict[str, Any]:
+        if len(samples) < 2:
+            return batch
+        tokenizer = case.processor.tokenizer
+        ids = batch["input_ids"].clone()
+        asked = [tokenizer(s.question, add_special_tokens=False)["input_ids"] for s in samples]
+        for row, own in enumerate(asked):
+            other = asked[(row + 1) % len(asked)]
+            tokens = ids[row].tolist()
+            at = next(i for i in range(len(tokens)) if tokens[i : i + len(own)] == own)
+            n = min(len(own), len(other))
+            ids[row, at : at + n] = ids.new_tensor(other[:n])
+        return {**batch, "input_ids": ids}
+
+    _collated(case, exchange)
+    yield
+
+
+def _image_processor(case: Case, **settings: Any) -> Any:
+    from pytest_qvl.faults.tools import all_of
+
+    return all_of([attribute(case.processor.image_processor, name, v) for name, v in settings.items()])
+
+
+@fault(
+    "mean-and-deviation-wrong",
+    "Pictures are normalised with 0.5 and 0.5 instead of the checkpoint's own values.",
+    damages="processor",
+    check="vision_stability",
+    says=_MOVED,
+    source="unslothai/unsloth#4671",
+)
+def _mean(case: Case) -> Iterator[None]:
+    half = [0.5, 0.5, 0.5]
+    with _image_processor(case, image_mean=half, image_std=half):
+        yield
+
+
+@fault(
+    "rescaling-lost",
+    "Pixels stay between 0 and 255 before they are normalised.",
+    damages="processor",
+    check="vision_stability",
+    says=_MOVED,
+)
+def _rescaling(case: Case) -> Iterator[None]:
+    with _image_processor(case, do_rescale=False):
+        yield
+
+
+@fault(
+    "channels-reversed",
+    "Pictures are read as BGR.",
+    damages="processor",
+    check="vision_stability",
+    says=_MOVED,
+)
+def _channels(case: Case) -> Iterator[None]:
+    with _repainted(case, lambda image: _merged(image.convert("RGB").split()[::-1])):
+        yield
+
+
+@fault(
+    "pictures-grey",
+    "Pictures lose their colour on the way.",
+    damages="processor",
+    check="alignment",
+    says=("answers are right", "colour"),
+)
+def _grey(case: Case) -> Iterator[None]:
+    with _repainted(case, lambda image: image.convert("L").convert("RGB")):
+        yield
+
+
+@fault(
+    "resized-twice",
+    "A second resizing step makes other grids: as many visual tokens, or more, or fewer.",
+    damages="processor",
+    check="vision_stability",
+    says=("visual tokens", "recorded with another processor"),
+    source="sgl-project/sglang#12390, QwenLM/Qwen3-VL#1960",
+)
+def _resized(case: Case) -> Iterator[None]:
+    with _repainted(case, lambda image: image.resize((image.width + 28, image.height + 28))):
+        yield
+
+
+def _merged(bands: Any) -> Any:
+    from PIL import Image
+
+    return Image.merge("RGB", bands)
+
+
+def _repainted(case: Case, paint: Callable[[Any], Any]) -> Any:
+    """Change every picture before the image processor sees it."""
+    processor = case.processor.image_processor
+    original = processor.preprocess
+
+    def preprocess(images: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(_each(images, paint), *args, **kwargs)
+
+    return attribute(processor, "preprocess", preprocess)
+
+
+def _each(images: Any, paint: Callable[[Any], Any]) -> Any:
+    return [_each(i, paint) for i in images] if isinstance(images, list | tuple) else paint(images)

@@ -1,0 +1,272 @@
+"""Positions that are not those of the papers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import attribute, before
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.taps import positions_changed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+    Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def at_pictures(case: Case, change: Change) -> AbstractContextManager[None]:
+    """Pass positions ``(3, rows, length)`` of every prompt through ``change(positions, image places)``."""
+    parts = anatomy(case.model)
+    seen: dict[str, Any] = {}
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        seen["places"] = None if ids is None else ids == parts.image_token_id
+
+    def changed(positions: torch.Tensor) -> torch.Tensor:
+        places = seen.get("places")
+        if places is None or positions.shape[-1] == 1 or places.shape != positions.shape[1:]:
+            return positions
+        return change(positions.clone(), places)
+
+    from pytest_qvl.faults.tools import all_of
+
+    return all_of([before([parts.core], note), positions_changed(parts, changed)])
+
+
+@fault(
+    "type-ids-dropped",
+    "A collator drops mm_token_type_ids: plain 1-D positions, and nothing raised.",
+    damages="batch",
+    check="mrope_positions",
+    says=("plain 1-D positions", "no mm_token_type_ids", "pass on every key"),
+    source="ModelTC/LightX2V#1416, NVIDIA-NeMo/Megatron-Bridge#3040",
+    transformers=(5, 3),
+)
+def _type_ids(case: Case) -> Iterator[None]:
+    case.collators.append(lambda batch, _: {k: v for k, v in batch.items() if k != "mm_token_type_ids"})
+    yield
+
+
+@fault(
+    "one-dimensional-in-training",
+    "The training forward counts 1-D positions; evaluation is right.",
+    damages="model",
+    check="mrope_positions",
+    says=("plain 1-D positions",),
+    source="huggingface/transformers#33487, linkedin/Liger-Kernel#276",
+)
+def _training_1d(case: Case) -> Iterator[None]:
+    parts = anatomy(case.model)
+
+    def flat(positions: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if not parts.base.training:
+            return positions
+        return torch.arange(positions.shape[-1]).expand_as(positions)
+
+    with positions_changed(parts, flat):
+        yield
+
+
+@fault(
+    "axis-off-by-one",
+    "Image tokens are one column too far to the right.",
+    damages="model",
+    check="mrope_positions",
+    says=("(image 0, visual token 0): w is", "tokens in"),
+    source="QwenLM/Qwen-VL#515",
+)
+def _axis(case: Case) -> Iterator[None]:
+    def move(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        positions[2][places] += 1
+        return positions
+
+    with at_pictures(case, move):
+        yield
+
+
+@fault(
+    "height-and-width-exchanged",
+    "Rows are counted as columns.",
+    damages="model",
+    check="mrope_positions",
+    says=("visual token 1): h is",),
+    source="vllm-project/vllm#45244",
+)
+def _exchanged(case: Case) -> Iterator[None]:
+    with at_pictures(case, lambda positions, _: positions[[0, 2, 1]]):
+        yield
+
+
+@fault(
+    "one-visual-token-misplaced",
+    "One visual token of the batch is off by one on one axis; every logit stays within rounding.",
+    damages="model",
+    check="mrope_positions",
+    says=("1 tokens in 1 of", "w is"),
+)
+def _one_token(case: Case) -> Iterator[None]:
+    def move(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        if places.any():
+            row, token = places.nonzero()[-1].tolist()
+            positions[2, row, token] += 1
+        return positions
+
+    with at_pictures(case, move):
+        yield
+
+
+@fault(
+    "text-counts-visual-tokens",
+    "Text goes on after the number of visual tokens, not after the largest id.",
+    damages="model",
+    check="mrope_positions",
+    says=("(text): t is", "should be"),
+    source="vllm-project/vllm#37055",
+)
+def _text_counts(case: Case) -> Iterator[None]:
+    def move(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        seen = places.long().cumsum(dim=1).masked_fill(places, 0)
+        return positions + seen
+
+    with at_pictures(case, move):
+        yield
+
+
+@fault(
+    "padding-counted-while-decoding",
+    "Decode steps of left-padded rows count the padding: first tokens right, the rest worse.",
+    damages="model",
+    check="decode_positions",
+    says=("decode step 1", "padding tokens on the left", "should be"),
+    source="huggingface/transformers#40136, #40154, #41180",
+)
+def _padding_counted(case: Case) -> Iterator[None]:
+    parts = anatomy(case.model)
+    seen: dict[str, Any] = {}
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        mask = kwargs.get("attention_mask")
+        seen["padding"] = (mask == 0).sum(dim=1)[None, :, None] if mask is not None and mask.ndim == 2 else 0
+
+    def counted(positions: torch.Tensor) -> torch.Tensor:
+        return positions + seen.get("padding", 0) if positions.shape[-1] == 1 else positions
+
+    with before([parts.core], note), positions_changed(parts, counted):
+        yield
+
+
+@fault(
+    "one-axis-off-while-decoding",
+    "New tokens are one column too far to the right; their logits stay within rounding.",
+    damages="model",
+    check="decode_positions",
+    says=("decode step 1", "w is", "(+1)"),
+    source="huggingface/transformers#41180",
+)
+def _decode_axis(case: Case) -> Iterator[None]:
+    def move(positions: torch.Tensor) -> torch.Tensor:
+        if positions.shape[-1] == 1:
+            positions = positions.clone()
+            positions[2] += 1
+        return positions
+
+    with positions_changed(anatomy(case.model), move):
+        yield
+
+
+@fault(
+    "decoding-stands-still",
+    "Decode steps ignore rope_deltas: new text is placed among the picture's own positions.",
+    damages="model",
+    check="decode_positions",
+    says=("decode step 1", "should be"),
+    source="QwenLM/Qwen-VL#515",
+)
+def _stands_still(case: Case) -> Iterator[None]:
+    def still(positions: torch.Tensor) -> torch.Tensor:
+        return positions + 4 if positions.shape[-1] == 1 else positions
+
+    with positions_changed(anatomy(case.model), still):
+        yield
+
+
+@fault(
+    "stale-rope-deltas",
+    "A forward reuses the rope_deltas that an earlier call left in the model.",
+    damages="model",
+    check="position_state",
+    says=("after generate() on", "should be"),
+    source="huggingface/transformers#36009, #36013",
+)
+def _stale(case: Case) -> Iterator[None]:
+    import torch
+
+    parts = anatomy(case.model)
+    seen: dict[str, Any] = {"last": 0}
+
+    def reused(positions: torch.Tensor) -> torch.Tensor:
+        if positions.shape[-1] == 1:
+            return positions
+        pictures = bool((positions != positions[:1]).any())
+        stale, seen["last"] = seen["last"], pictures
+        if pictures and stale == "text":
+            return torch.arange(positions.shape[-1]).expand_as(positions)
+        seen["last"] = "pictures" if pictures else "text"
+        return positions
+
+    with positions_changed(parts, reused), attribute(parts.core, "rope_deltas", parts.core.rope_deltas):
+        yield
+
+
+@fault(
+    "crash-after-another-batch-size",
+    "A forward after generate() with another number of rows breaks on the old rope_deltas.",
+    damages="model",
+    check="position_state",
+    says=("crashed", "after generate() on"),
+    source="huggingface/transformers#44873, #43952",
+)
+def _crash(case: Case) -> Iterator[None]:
+    parts = anatomy(case.model)
+    seen: dict[str, int] = {}
+
+    def demand(_module: Any, _args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        deltas = parts.core.rope_deltas
+        if ids is not None and deltas is not None and ids.shape[1] > 1 and len(deltas) > len(ids):
+            raise RuntimeError(f"The size of tensor a ({len(ids)}) must match tensor b ({len(deltas)})")
+        seen["rows"] = 0 if ids is None else len(ids)
+
+    with before([parts.core], demand):
+        yield
+
+
+@fault(
+    "rotary-base-wrong",
+    "The rotary embedding's base is 1,000 times too large: right ids, wrong angles.",
+    damages="model",
+    check="alignment",
+    says=("answers are right",),
+)
+def _rotary_base(case: Case) -> Iterator[None]:
+    from pytest_qvl.faults.tools import values
+
+    rotary = anatomy(case.model).language_backbone.rotary_emb
+    count = len(rotary.inv_freq)
+
+    def slower(frequencies: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return frequencies * 1000.0 ** (-torch.arange(count) / count)
+
+    with values(rotary.inv_freq, slower):
+        yield

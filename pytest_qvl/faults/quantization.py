@@ -1,0 +1,245 @@
+"""What is quantized and must not be, or the reverse, or in another way than asked."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+    from pytest_qvl.faults.case import Case
+
+
+def _loaded(case: Case, **options: Any) -> None:
+    case.model = case.load(**{"dtype": case.policy.compute_dtype, **options})
+
+
+@fault(
+    "skip-list-visual",
+    'The skip list ["visual", "lm_head"] matches no module on Transformers 5.',
+    damages="load",
+    check="quantization_census",
+    says=("vision: 20 of 20 linears are NF4", "entries that match no module", "model.visual"),
+    source="1038lab/ComfyUI-JoyCaption#53, unslothai/unsloth#4208",
+    transformers=(5,),
+)
+def _skip_list_visual(case: Case) -> Iterator[None]:
+    _loaded(case, skip=["visual", "lm_head"])
+    yield
+
+
+@fault(
+    "skip-list-missing",
+    "No skip list at all: vision tower and merger are quantized.",
+    damages="load",
+    check="quantization_census",
+    says=("vision: 20 of 20", "merger: 2 of 2", "no skip list was given"),
+    source="unslothai/unsloth#3639, unslothai/unsloth#1347",
+)
+def _skip_list_missing(case: Case) -> Iterator[None]:
+    _loaded(case, skip=None)
+    yield
+
+
+@fault(
+    "skip-list-without-head",
+    "A skip list replaces the default one, so the head is quantized unless it is named.",
+    damages="load",
+    check="quantization_census",
+    says=("lm_head: 1 of 1 linears are NF4", "replaces the default one"),
+    source="huggingface/transformers#45674",
+)
+def _skip_list_without_head(case: Case) -> Iterator[None]:
+    _loaded(case, skip=["model.visual"])
+    yield
+
+
+@fault(
+    "skip-list-without-merger",
+    "The skip list names the vision blocks only: the merger is quantized.",
+    damages="load",
+    check="quantization_census",
+    says=("merger: 2 of 2 linears are NF4", "does not cover it"),
+    source="vllm-project/llm-compressor#1766",
+)
+def _skip_list_without_merger(case: Case) -> Iterator[None]:
+    _loaded(case, skip=["model.visual.blocks", "lm_head"])
+    yield
+
+
+@fault(
+    "skip-list-too-greedy",
+    'An entry "o_proj" keeps the attention outputs of the language backbone out of the quantization.',
+    damages="load",
+    check="quantization_census",
+    says=("language: 4 of 28 linears are bfloat16 instead of nf4", "o_proj"),
+)
+def _skip_list_too_greedy(case: Case) -> Iterator[None]:
+    _loaded(case, skip=["model.visual", "lm_head", "o_proj"])
+    yield
+
+
+@fault(
+    "quantization-dropped",
+    "The quantization config is lost on the way: everything is 16-bit.",
+    damages="load",
+    check="quantization_census",
+    says=("nothing is quantized", "28 of 28"),
+    source="NVIDIA-NeMo/Automodel#2358",
+)
+def _quantization_dropped(case: Case) -> Iterator[None]:
+    _loaded(case, quantized=False)
+    yield
+
+
+@fault(
+    "type-fp4",
+    "BitsAndBytesConfig's default type, fp4, instead of nf4.",
+    damages="load",
+    check="quantization_census",
+    says=("28 of 28 linears are fp4 instead of nf4", "bnb_4bit_quant_type"),
+    source="bitsandbytes-foundation/bitsandbytes#2077",
+)
+def _type_fp4(case: Case) -> Iterator[None]:
+    _loaded(case, bnb_4bit_quant_type="fp4")
+    yield
+
+
+@fault(
+    "double-quantization-off",
+    "Block statistics stay in float32: 0.37 bits more per weight.",
+    damages="load",
+    check="quantization_census",
+    says=("nested False instead of True", "bnb_4bit_use_double_quant"),
+    source="bitsandbytes-foundation/bitsandbytes#2077",
+)
+def _double_quantization_off(case: Case) -> Iterator[None]:
+    _loaded(case, bnb_4bit_use_double_quant=False)
+    yield
+
+
+@fault(
+    "compute-float32",
+    "Compute dtype float32, the config's default: slow and hungry, and without a warning.",
+    damages="load",
+    check="quantization_census",
+    says=("compute_dtype float32 instead of bfloat16", "bnb_4bit_compute_dtype"),
+    source="bitsandbytes-foundation/bitsandbytes#2077, #1177",
+)
+def _compute_float32(case: Case) -> Iterator[None]:
+    import torch
+
+    _loaded(case, bnb_4bit_compute_dtype=torch.float32)
+    yield
+
+
+@fault(
+    "eight-bits",
+    "LLM.int8 instead of NF4.",
+    damages="load",
+    check="quantization_census",
+    says=("28 of 28 linears are int8 instead of nf4",),
+    source="bitsandbytes-foundation/bitsandbytes#1634",
+)
+def _eight_bits(case: Case) -> Iterator[None]:
+    # In float16, which LLM.int8 computes in: it casts anything else, and says so at every product.
+    _loaded(case, dtype="float16", load_in_4bit=False, load_in_8bit=True)
+    yield
+
+
+@contextmanager
+def four_bit(model: Any, name: str, *, blocksize: int = 64) -> Iterator[None]:
+    """Quantize one linear of the base model in place, and put the old layer back."""
+    import bitsandbytes as bnb
+    import torch
+
+    base = anatomy(model).base
+    parent = base.get_submodule(name.rpartition(".")[0])
+    old: nn.Linear = base.get_submodule(name)
+    new: Any = bnb.nn.Linear4bit(
+        old.in_features,
+        old.out_features,
+        bias=old.bias is not None,
+        compute_dtype=torch.bfloat16,
+        quant_type="nf4",
+    )
+    weight = bnb.nn.Params4bit(
+        old.weight.detach().cpu().clone(), requires_grad=False, quant_type="nf4", blocksize=blocksize
+    )
+    new.weight, new.bias = weight, old.bias
+    new = new.to(old.weight.device)
+    new.support_avx512bf16_for_cpu = False
+    setattr(parent, name.rpartition(".")[2], new)
+    try:
+        yield
+    finally:
+        setattr(parent, name.rpartition(".")[2], old)
+
+
+@fault(
+    "one-vision-linear-quantized",
+    "A single linear of one vision block is NF4.",
+    damages="model",
+    check="quantization_census",
+    says=("vision: 1 of 20 linears are NF4", "model.visual.blocks.2.attn.qkv"),
+    source="vllm-project/llm-compressor#1939",
+)
+def _one_vision_linear(case: Case) -> Iterator[None]:
+    with four_bit(case.model, "model.visual.blocks.2.attn.qkv"):
+        yield
+
+
+@fault(
+    "one-block-size-off",
+    "One language linear is quantized in blocks of 128, and without double quantization.",
+    damages="model",
+    check="quantization_census",
+    says=("1 of 28 quantized linears have blocksize 128 instead of 64", "layers.1.mlp.up_proj"),
+)
+def _one_block_size(case: Case) -> Iterator[None]:
+    name = "model.language_model.layers.1.mlp.up_proj.base_layer"
+    parts = anatomy(case.model)
+    plain = case.load(dtype=case.policy.compute_dtype, quantized=False, lora=None)
+    layer = parts.base.get_submodule(name.removesuffix(".base_layer"))
+    full = plain.get_submodule(name.removesuffix(".base_layer"))
+    old, layer.base_layer = layer.base_layer, full
+    try:
+        with four_bit(case.model, name, blocksize=128):
+            yield
+    finally:
+        layer.base_layer = old
+
+
+def _no_repacking() -> str | None:
+    from bitsandbytes.nn import modules
+
+    has = getattr(modules, "has_avx512bf16", None)
+    return None if has is not None and has() else "only CPUs with AVX512-BF16 repack quantized weights"
+
+
+@fault(
+    "repacked-for-the-cpu",
+    "An eval forward rewrites the quantized weights in place for a CPU kernel.",
+    damages="load",
+    check="quantization_census",
+    says=("28 quantized weights were rewritten in place", "keep_quantized_weights_in_place"),
+    silent=False,
+    needs=_no_repacking,
+)
+def _repacked(case: Case) -> Iterator[None]:
+    import bitsandbytes as bnb
+    import torch
+
+    _loaded(case)
+    for module in case.model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = True
+    with torch.no_grad():
+        case.model(**case.batch())
+    yield

@@ -1,0 +1,354 @@
+"""Placeholders, visual tokens and pictures that do not belong together."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import attribute, before
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.taps import embeddings_changed, features_replaced
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids", "labels")
+
+
+def _images(case: Case, batch: dict[str, Any]) -> torch.Tensor:
+    places: torch.Tensor = batch["input_ids"] == anatomy(case.model).image_token_id
+    return places
+
+
+@fault(
+    "truncated-placeholders",
+    "max_length cuts placeholders off; pixel_values stay whole.",
+    damages="batch",
+    check="placeholder_counts",
+    says=("placeholders", "visual tokens"),
+    source="huggingface/trl#4289, #5927, hiyouga/LlamaFactory#8329",
+    silent=False,
+)
+def _truncated(case: Case) -> Iterator[None]:
+    def cut(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        keep = int(_images(case, batch).any(dim=0).nonzero()[-1])
+        return {name: t[:, :keep] if name in SEQUENCES else t for name, t in batch.items()}
+
+    case.collators.append(cut)
+    yield
+
+
+@fault(
+    "one-placeholder-too-many",
+    "The text carries one placeholder more than the picture has visual tokens.",
+    damages="batch",
+    check="placeholder_counts",
+    says=("placeholders, but grid", "visual tokens"),
+    source="verl-project/verl#3469, 2U1/Qwen-VL-Series-Finetune#128",
+    silent=False,
+)
+def _one_too_many(case: Case) -> Iterator[None]:
+    def add(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        row, token = _images(case, batch).nonzero()[-1].tolist()
+        ids = batch["input_ids"].clone()
+        ids[row, token + 1] = anatomy(case.model).image_token_id
+        return {**batch, "input_ids": ids}
+
+    case.collators.append(add)
+    yield
+
+
+@fault(
+    "pictures-lost",
+    "A collator drops pixel_values; the placeholders stay and are read as text.",
+    damages="batch",
+    check="placeholder_counts",
+    says=("but no pixel_values", "raises nothing"),
+    source="hiyouga/LlamaFactory#7157, hiyouga/EasyR1#530",
+)
+def _pictures_lost(case: Case) -> Iterator[None]:
+    gone = ("pixel_values", "image_grid_thw")
+    case.collators.append(lambda batch, _: {k: v for k, v in batch.items() if k not in gone})
+    yield
+
+
+@fault(
+    "side-inputs-not-cut",
+    "input_ids are truncated, mm_token_type_ids are not.",
+    damages="batch",
+    check="placeholder_counts",
+    says=("mm_token_type_ids has shape", "cut and pad together"),
+    source="huggingface/trl#5283",
+    silent=False,
+    transformers=(5, 3),
+)
+def _side_inputs(case: Case) -> Iterator[None]:
+    def lengthen(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        import torch
+
+        types = batch["mm_token_type_ids"]
+        return {**batch, "mm_token_type_ids": torch.cat([types, types[:, -1:]], dim=1)}
+
+    case.collators.append(lengthen)
+    yield
+
+
+@fault(
+    "placeholder-moved-to-the-next-picture",
+    "One placeholder of the first picture stands at the second: the total is right.",
+    damages="batch",
+    check="placeholder_counts",
+    says=("placeholders, but grid", "makes"),
+    source="Blaizzy/mlx-vlm#1941, EricLBuehler/mistral.rs#1950",
+)
+def _moved_placeholder(case: Case) -> Iterator[None]:
+    def move(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        places = _images(case, batch)
+        ids = batch["input_ids"].clone()
+        for row, token in places.nonzero().tolist():
+            following = places[row, token + 1 :].nonzero().flatten().tolist()
+            if not places[row, token + 1] and following:
+                start = token + 1 + following[0]
+                ids[row, token], ids[row, start - 1] = ids[row, start - 1].item(), ids[row, token].item()
+                break
+        return {**batch, "input_ids": ids}
+
+    case.collators.append(move)
+    yield
+
+
+def _unchecked_mask(parts: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    def get_placeholder_mask(input_ids: torch.Tensor, **_kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = change(input_ids == parts.image_token_id)
+        return mask.unsqueeze(-1), (input_ids == parts.video_token_id).unsqueeze(-1)
+
+    return attribute(parts.core, "get_placeholder_mask", get_placeholder_mask)
+
+
+@contextmanager
+def _expanding(parts: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """As `_unchecked_mask`, on releases that want the mask as wide as the embeddings too."""
+    with _unchecked_mask(parts, change):
+        yield
+
+
+@fault(
+    "count-check-disabled",
+    "The check of features against placeholders is commented out, and it works.",
+    damages="model",
+    check="malformed_inputs",
+    says=("the model takes one placeholder too few", "its count check is off"),
+    source="huggingface/transformers#34625",
+)
+def _count_check(case: Case) -> Iterator[None]:
+    with _expanding(anatomy(case.model), lambda mask: mask):
+        yield
+
+
+@fault(
+    "scatter-off-by-one",
+    "Every visual token lands one place to the right of its placeholder.",
+    damages="model",
+    check="feature_scatter",
+    says=("still holds the placeholder's own text embedding", "tokens in"),
+    source="verl-project/verl#3469",
+)
+def _off_by_one(case: Case) -> Iterator[None]:
+    with _expanding(anatomy(case.model), lambda mask: mask.roll(1, dims=1)):
+        yield
+
+
+@contextmanager
+def _features_regrouped(parts: Any, change: Callable[[list[Any]], Any]) -> Iterator[None]:
+    """Change the list of pictures' visual tokens on its way from the tower to the placeholders."""
+    original = parts.core.get_image_features
+
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        made = original(*args, **kwargs)
+        if hasattr(made, "pooler_output"):
+            made.pooler_output = tuple(change(list(made.pooler_output)))
+            return made
+        return tuple(change(list(made)))
+
+    with attribute(parts.core, "get_image_features", get_image_features):
+        yield
+
+
+@fault(
+    "pictures-exchanged-after-the-tower",
+    "The visual tokens of the first two pictures are dealt out in the wrong order.",
+    damages="model",
+    check="feature_scatter",
+    says=("(image 0, visual token 0) holds visual token 0 of row 1, image 0",),
+    source="Blaizzy/mlx-vlm#565, EricLBuehler/mistral.rs#1950",
+)
+def _exchanged(case: Case) -> Iterator[None]:
+    with _features_regrouped(anatomy(case.model), lambda f: [*f[1:2], *f[:1], *f[2:]]):
+        yield
+
+
+@fault(
+    "padded-with-zeros",
+    "The last visual token is cut and replaced by zeros to make the counts agree.",
+    damages="model",
+    check="feature_scatter",
+    says=("holds neither a visual token of this batch nor its text embedding", "1 tokens in 1 rows"),
+    source="verl-project/verl#3469",
+)
+def _zero_padded(case: Case) -> Iterator[None]:
+    def pad(pictures: list[Any]) -> list[Any]:
+        last = pictures[-1].clone()
+        last[-1] = 0
+        return [*pictures[:-1], last]
+
+    with _features_regrouped(anatomy(case.model), pad):
+        yield
+
+
+@fault(
+    "features-scaled",
+    "The embedding scale is applied to visual tokens as well.",
+    damages="model",
+    check="feature_scatter",
+    says=("holds neither a visual token of this batch nor its text embedding",),
+)
+def _scaled(case: Case) -> Iterator[None]:
+    with _features_regrouped(anatomy(case.model), lambda pictures: [p * 2 for p in pictures]):
+        yield
+
+
+@fault(
+    "only-the-first-row-sees",
+    "Pictures are scattered into the first row of a batch only.",
+    damages="model",
+    check="feature_scatter",
+    says=("still holds the placeholder's own text embedding",),
+    source="EvolvingLMMs-Lab/lmms-eval#648",
+)
+def _first_row(case: Case) -> Iterator[None]:
+    def keep_first(mask: torch.Tensor) -> torch.Tensor:
+        mask = mask.clone()
+        mask[1:] = False
+        return mask
+
+    with _expanding(anatomy(case.model), keep_first):
+        yield
+
+
+@fault(
+    "visual-token-leaks-back",
+    "Each visual token also leaks into the text token before its picture.",
+    damages="model",
+    check="causality",
+    says=("changing visual token 0", "(text)", "its own placeholder only"),
+    source="huggingface/transformers#34625",
+)
+def _leaks_back(case: Case) -> Iterator[None]:
+    def leak(embeds: torch.Tensor) -> torch.Tensor:
+        return embeds if embeds.shape[1] == 1 else embeds + embeds.roll(-1, dims=1) / 128
+
+    with embeddings_changed(anatomy(case.model), leak):
+        yield
+
+
+@fault(
+    "mixed-batch-misorders",
+    "Where a batch also has rows without a picture, the first two visual tokens change places.",
+    damages="model",
+    check="visual_token_order",
+    says=("visual token 0 of row 0, image 0 is made of the patches of visual token 1",),
+    source="2U1/Qwen-VL-Series-Finetune#17, modelscope/ms-swift#2147",
+)
+def _mixed_batch(case: Case) -> Iterator[None]:
+    import torch
+
+    parts = anatomy(case.model)
+    mixed = [False]
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        mixed[0] = ids is not None and bool((ids != parts.image_token_id).all(dim=1).any())
+
+    def exchange(features: torch.Tensor) -> torch.Tensor:
+        return torch.cat([features[1:2], features[:1], features[2:]]) if mixed[0] else features
+
+    with before([parts.core], note), features_replaced(parts, exchange):
+        yield
+
+
+@fault(
+    "two-visual-tokens-exchanged",
+    "The first two visual tokens leave the tower in each other's place.",
+    damages="model",
+    check="visual_token_order",
+    says=("visual token 0 of row 0, image 0 is made of the patches of visual token 1",),
+)
+def _two_exchanged(case: Case) -> Iterator[None]:
+    import torch
+
+    with features_replaced(anatomy(case.model), lambda f: torch.cat([f[1:2], f[:1], f[2:]])):
+        yield
+
+
+@fault(
+    "tokens-rolled-by-one",
+    "All visual tokens leave the tower one place late.",
+    damages="model",
+    check="visual_token_order",
+    says=("is made of the patches of visual token", "visual tokens are wrong"),
+)
+def _rolled(case: Case) -> Iterator[None]:
+    with features_replaced(anatomy(case.model), lambda f: f.roll(1, dims=0)):
+        yield
+
+
+@fault(
+    "window-order-not-undone",
+    "The tower sorts patches into attention windows and does not sort its output back.",
+    damages="model",
+    check="visual_token_order",
+    says=("is made of the patches of visual token", "visual tokens are wrong"),
+    source="Blaizzy/mlx-swift-lm#238",
+)
+def _window_order(case: Case) -> Iterator[None]:
+    import torch
+
+    parts = anatomy(case.model)
+
+    def sort(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        order, start = [], 0
+        for _, height, width in (grids // torch.tensor([1, parts.merge_size, parts.merge_size])).tolist():
+            places = [(r // 2, c // 2, r, c) for r in range(height) for c in range(width)]
+            order += [start + r * width + c for _, _, r, c in sorted(places)]
+            start += height * width
+        if hasattr(output, "pooler_output"):
+            output.pooler_output = output.pooler_output[order]
+            return output
+        return output[order]
+
+    handle = parts.vision_tower.register_forward_hook(sort, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@fault(
+    "merger-mixes-neighbours",
+    "The merger groups patches shifted by one: each visual token is made of two groups.",
+    damages="model",
+    check="visual_token_order",
+    says=("is made of several patch groups",),
+)
+def _merger_mixes(case: Case) -> Iterator[None]:
+    def shift(_module: Any, args: Any, kwargs: Any) -> Any:
+        return (args[0].roll(1, dims=0), *args[1:]), kwargs
+
+    with before([anatomy(case.model).merger], shift):
+        yield

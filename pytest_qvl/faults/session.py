@@ -1,0 +1,82 @@
+"""What an earlier test, cell or callback leaves on the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import after, before, on_first
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.taps import features_replaced
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qvl.faults.case import Case
+
+
+@fault(
+    "ablation-hook-left-on",
+    "A hook of an earlier experiment still blanks the visual tokens.",
+    damages="model",
+    check="alignment",
+    says=("answers are right", "text-only control"),
+)
+def _ablation(case: Case) -> Iterator[None]:
+    # Faint, not zero: the features stay distinct, so that routing can still be judged.
+    with features_replaced(anatomy(case.model), lambda f: f / 64):
+        yield
+
+
+@fault(
+    "steering-hook-left-on",
+    "A hook of an earlier experiment still scales one language layer.",
+    damages="model",
+    check="alignment",
+    says=("the model looks less than before",),
+)
+def _steering(case: Case) -> Iterator[None]:
+    def steer(_module: Any, _args: Any, output: Any) -> Any:
+        return on_first(output, lambda h: h * 0.1)
+
+    with after([anatomy(case.model).language_backbone.layers[3].mlp], steer):
+        yield
+
+
+@fault(
+    "adapter-left-switched-off",
+    "disable_adapter_layers() was not undone: training would teach nothing.",
+    damages="adapter",
+    check="adapter_census",
+    says=("no adapter parameter requires grad", "switched off"),
+    source="huggingface/trl#6591",
+    silent=False,
+)
+def _switched_off(case: Case) -> Iterator[None]:
+    model: Any = case.model
+    model.base_model.disable_adapter_layers()
+    try:
+        yield
+    finally:
+        model.base_model.enable_adapter_layers()
+
+
+@fault(
+    "pictures-replaced-by-the-first",
+    "A cached vision output is served again: every call sees the pictures of the first one.",
+    damages="model",
+    check="causality",
+    says=("its own placeholder only", "moves no output"),
+)
+def _cached(case: Case) -> Iterator[None]:
+    kept: dict[tuple[int, ...], Any] = {}
+
+    def serve(_module: Any, args: Any, kwargs: Any) -> Any:
+        embeds = kwargs["inputs_embeds"]
+        if embeds.shape[1] == 1:
+            return None
+        found = kept.setdefault(tuple(embeds.shape), embeds.detach())
+        return args, {**kwargs, "inputs_embeds": found}
+
+    with before([anatomy(case.model).language_backbone], serve):
+        yield

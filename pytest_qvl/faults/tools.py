@@ -1,0 +1,87 @@
+"""Small changes that undo themselves; what the faults are made of."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+    from torch import nn
+
+_ABSENT = object()
+
+
+@contextmanager
+def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Set an attribute on an object itself, its class untouched; a module's own registries are respected."""
+    before = vars(owner).get(name, _ABSENT)
+    object.__setattr__(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            object.__delattr__(owner, name)
+        else:
+            object.__setattr__(owner, name, before)
+
+
+@contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Put every attribute of every module back as it was, the ones that appeared included; weights are not copied."""
+    kept = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, own in kept:
+            vars(module).clear()
+            vars(module).update(own)
+
+
+@contextmanager
+def values(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Write ``change(tensor)`` into a tensor, and the old bits back on leaving."""
+    before = tensor.detach().clone()
+    tensor.data.copy_(change(before.clone()))
+    try:
+        yield
+    finally:
+        tensor.data.copy_(before)
+
+
+@contextmanager
+def before(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Run ``hook(module, args, kwargs) -> (args, kwargs) | None`` before each of the modules."""
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def after(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Run ``hook(module, args, output) -> output | None`` after each of the modules."""
+    handles = [module.register_forward_hook(hook) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def all_of(contexts: Sequence[Any]) -> Iterator[None]:
+    """Several changes at once."""
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def on_first(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A layer's output with its hidden states changed, whether it is a tensor or a tuple."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)

@@ -1,0 +1,202 @@
+"""Training steps that teach nothing, or the wrong thing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import attribute
+from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+IGNORED = -100
+_LAYER = "model.language_model.layers.3.mlp.down_proj"
+
+
+@fault(
+    "one-adapter-detached",
+    "One adapted layer is computed without its adapter: no gradient reaches it.",
+    damages="adapter",
+    check="training_step",
+    says=("has no path to 1 of 28 adapter tensors", "layers.3.mlp.down_proj.lora_B"),
+    source="huggingface/peft#2880, unslothai/unsloth#5039",
+)
+def _detached(case: Case) -> Iterator[None]:
+    layer = adapted_layers(anatomy(case.model))[_LAYER]
+    with attribute(layer, "forward", layer.base_layer.forward):
+        yield
+
+
+@fault(
+    "one-adapter-scaled-by-zero",
+    "The scaling of one layer was lost on the way: its adapter is multiplied by 0.",
+    damages="adapter",
+    check="training_step",
+    says=("is exactly zero at 1 of 28 adapter tensors", "layers.3.mlp.down_proj.lora_B"),
+    source="vllm-project/vllm#55193",
+)
+def _scaling_zero(case: Case) -> Iterator[None]:
+    layer = adapted_layers(anatomy(case.model))[_LAYER]
+    with attribute(layer, "scaling", {"default": 0.0}):
+        yield
+
+
+@fault(
+    "float16-adapter",
+    "The adapter is trained in float16: AdamW divides by an epsilon that is zero there.",
+    damages="adapter",
+    check="training_step",
+    says=("56 of 56 trained tensors are float16", "train them in float32"),
+    source="2U1/Qwen-VL-Series-Finetune#184, huggingface/transformers#30559",
+)
+def _float16_adapter(case: Case) -> Iterator[None]:
+    import torch
+
+    before = [(p, p.data) for p in adapter_parameters(anatomy(case.model)).values()]
+    for parameter, data in before:
+        parameter.data = data.to(torch.float16)
+    try:
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data = data
+
+
+def _on_gradient(case: Case, change: Callable[[torch.Tensor], torch.Tensor], count: int | None) -> Any:
+    from contextlib import ExitStack
+
+    stack = ExitStack()
+    parameters: list[Any] = list(adapter_parameters(anatomy(case.model)).values())
+    for parameter in parameters[:count]:
+        stack.callback(parameter.register_hook(change).remove)
+    return stack
+
+
+@fault(
+    "gradient-overflows",
+    "The loss is finite, one gradient is not.",
+    damages="run",
+    check="training_step",
+    says=("gradients are not finite, first", "lora_A"),
+    source="unslothai/unsloth-zoo#866, LaVi-Lab/VG-LLM#21",
+)
+def _overflows(case: Case) -> Iterator[None]:
+    with _on_gradient(case, lambda grad: grad + float("inf"), 1):
+        yield
+
+
+@fault(
+    "gradient-sign-wrong",
+    "The step goes uphill.",
+    damages="run",
+    check="training_step",
+    says=("the loss did not halve in", "optimizer steps at learning rate", "it went"),
+)
+def _sign(case: Case) -> Iterator[None]:
+    with _on_gradient(case, lambda grad: -grad, None):
+        yield
+
+
+def _labels(case: Case, change: Callable[[dict[str, Any]], torch.Tensor]) -> None:
+    case.collators.append(lambda b, _: {**b, "labels": change(b)} if "labels" in b else b)
+
+
+@fault(
+    "prompt-in-the-loss",
+    "Labels are the ids with only padding masked, placeholders left out: the prompt is learned too.",
+    damages="batch",
+    check="label_mask",
+    says=("supervised tokens belong to the prompt", "row 0, token"),
+    source="unslothai/unsloth#3772, roboflow/maestro#129",
+)
+def _prompt(case: Case) -> Iterator[None]:
+    import torch
+
+    vision = anatomy(case.model).vision_token_ids
+
+    def all_text(batch: dict[str, Any]) -> torch.Tensor:
+        ids = batch["input_ids"]
+        hidden = torch.isin(ids, torch.tensor(vision)) | (batch["attention_mask"] == 0)
+        masked: torch.Tensor = ids.masked_fill(hidden, IGNORED)
+        return masked
+
+    _labels(case, all_text)
+    yield
+
+
+@fault(
+    "placeholders-in-the-loss",
+    "Image placeholders are supervised.",
+    damages="batch",
+    check="label_mask",
+    says=("supervised tokens are vision tokens", "<|image_pad|>"),
+    source="NielsRogge/Transformers-Tutorials#511, om-ai-lab/VLM-R1#123",
+)
+def _placeholders(case: Case) -> Iterator[None]:
+    image = anatomy(case.model).image_token_id
+    _labels(case, lambda b: b["labels"].where(b["input_ids"] != image, b["input_ids"]))
+    yield
+
+
+@fault(
+    "padding-in-the-loss",
+    "Padding is supervised.",
+    damages="batch",
+    check="label_mask",
+    says=("supervised tokens are padding",),
+    source="NielsRogge/Transformers-Tutorials#511",
+)
+def _padding(case: Case) -> Iterator[None]:
+    _labels(case, lambda b: b["labels"].where(b["attention_mask"] == 1, b["input_ids"]))
+    yield
+
+
+@fault(
+    "labels-shifted",
+    "Labels are shifted by the collator, and once more by the model.",
+    damages="batch",
+    check="label_mask",
+    says=("are labelled with another token", "labels must not be shifted"),
+)
+def _shifted(case: Case) -> Iterator[None]:
+    _labels(case, lambda b: b["labels"].roll(-1, dims=1))
+    yield
+
+
+@fault(
+    "end-not-taught",
+    "Truncation cuts <|im_end|> out of the targets: the model never learns to stop.",
+    damages="batch",
+    check="label_mask",
+    says=("answers end without a supervised <|im_end|>",),
+    source="shibing624/MedicalGPT#157, hiyouga/LlamaFactory#7943",
+)
+def _end(case: Case) -> Iterator[None]:
+    end = case.processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    _labels(case, lambda b: b["labels"].masked_fill(b["labels"] == end, IGNORED))
+    yield
+
+
+@fault(
+    "row-teaches-nothing",
+    "The answer of one row was cut off: all of its labels are -100.",
+    damages="batch",
+    check="label_mask",
+    says=("rows have no supervised token", "row 0"),
+    source="hiyouga/LlamaFactory#9313",
+)
+def _nothing(case: Case) -> Iterator[None]:
+    def empty(batch: dict[str, Any]) -> torch.Tensor:
+        labels: torch.Tensor = batch["labels"].clone()
+        labels[0] = IGNORED
+        return labels
+
+    _labels(case, empty)
+    yield

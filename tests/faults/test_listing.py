@@ -1,0 +1,56 @@
+"""What the command line says of the faults; the listing is light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from pytest_qvl.cli import main
+from pytest_qvl.faults import catalogue
+from pytest_qvl.faults.freshness import code_of
+
+
+def test_comments_and_docstrings_do_not_count() -> None:
+    one = 'def f(x):\n    """Doc.\n\n    More.\n    """\n    # Why.\n    return x + 1  # inline\n'
+    other = "def f(x):\n\n    return x + 1\n"
+    assert code_of(one) == code_of(other)
+    assert code_of(one) != code_of(other.replace("1", "2"))
+    assert code_of('x = "# no comment"\n') == 'x = "# no comment"'
+
+
+def test_listing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["faults"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in catalogue())
+    assert f"{len(catalogue())} faults" in out
+
+
+def test_explaining_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["faults", "scatter-off-by-one"]) == 0
+    out = capsys.readouterr().out
+    assert "caught by:  feature_scatter" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["scatter-of-by-one"],
+            "no fault is called 'scatter-of-by-one'; did you mean 'scatter-off-by-one' or 'axis-off-by-one'?",
+        ),
+        (["zzz"], "no fault is called 'zzz'; `pytest-qvl faults` lists them"),
+        (["--docs", "docs"], "--docs says where to write the page of --matrix: give both"),
+        (["--matrix", "scatter-off-by-one"], "--matrix takes every fault: drop 'scatter-off-by-one'"),
+    ],
+)
+def test_nonsense_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    assert main(["faults", *arguments]) == 2
+    assert capsys.readouterr().err == f"pytest-qvl faults: error: {says}\n"
+
+
+def test_listing_imports_no_torch() -> None:
+    code = "import sys; from pytest_qvl.faults.cli import listed; listed(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,109 @@
+"""Every fault is caught by the check that names it, in words that point at the cause; healthy models are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pytest_qvl.faults import apply, catalogue, healthy_case
+from pytest_qvl.faults.catalogue import find
+from pytest_qvl.faults.healthy import Healthy, variations
+from pytest_qvl.faults.panel import PASS, judge, judge_all, panel, smoke
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.fingerprint import digests
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:UserWarning:peft"),
+    pytest.mark.filterwarnings("ignore:torch.utils.checkpoint:UserWarning"),
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
+]
+HEALTHY = 10
+# Public functions that judge no model on a CPU: parts of checks, and what needs a card.
+NO_CHECKS = ("mrope_oracle", "record_reference", "validate_batch", "peak_vram")
+
+
+@pytest.fixture(scope="module")
+def case() -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+    return healthy_case()
+
+
+def state(case: Any) -> Any:
+    parts = anatomy(case.model)
+    tensors = dict((*case.model.named_parameters(), *case.model.named_buffers()))
+    settings = {n: v for n, v in vars(case.processor.image_processor).items() if not callable(v)}
+    modules = [
+        (n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(k for k in vars(m)))
+        for n, m in case.model.named_modules()
+    ]
+    grads = [p.requires_grad for p in case.model.parameters()]
+    return (
+        digests(tensors.items()),
+        modules,
+        grads,
+        repr(settings),
+        sorted(vars(case.processor.image_processor)),
+        parts.base.generation_config.to_dict(),
+        repr(case.lora_config),
+    )
+
+
+@pytest.mark.parametrize("name", catalogue())
+def test_fault_is_caught_by_the_named_check(case: Any, name: str) -> None:
+    fault = find(name)
+    if reason := fault.missing():
+        pytest.skip(reason)
+    with apply(name, case) as damaged:
+        verdict = judge(damaged, fault.check)
+    assert verdict.noticed, f"{fault.check} does not notice {name}: {verdict}"
+    for words in fault.says:
+        assert words in verdict.message
+
+
+def test_everything_is_put_back(case: Any) -> None:
+    before = state(case)
+    for name, fault in catalogue().items():
+        if fault.missing() is None and fault.damages != "load":
+            with apply(name, case):
+                pass
+            assert state(case) == before, name
+
+
+def test_the_healthy_case_passes_every_check_after_all_of_that(case: Any) -> None:
+    verdicts = judge_all(case)
+    assert {name: v for name, v in verdicts.items() if v.outcome != PASS} == {}
+    assert smoke(case).outcome == PASS
+
+
+@pytest.mark.parametrize("variation", variations(HEALTHY), ids=str)
+def test_healthy_variation_raises_no_alarm(variation: Any) -> None:
+    with HEALTHY_CASES.case(variation) as made:
+        verdicts = judge_all(made, variation.checks)
+    assert {name: v for name, v in verdicts.items() if v.outcome != PASS} == {}
+
+
+HEALTHY_CASES = Healthy()
+
+
+def test_every_check_has_a_fault_of_its_own() -> None:
+    from pytest_qvl import checks
+
+    named = {fault.check for fault in catalogue().values()}
+    assert named == set(panel())
+    functions = {name for name in checks.__all__ if name[0].islower()}
+    assert functions - set(NO_CHECKS) == set(panel())
+
+
+def test_the_catalogue_is_large_and_mostly_silent() -> None:
+    faults = catalogue().values()
+    assert len(faults) >= 60
+    assert sum(fault.silent for fault in faults) >= len(faults) / 2
+    assert len({fault.family for fault in faults}) == 14
+
+
+def test_an_unknown_fault_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'scatter-off-by-one'"):
+        find("scater-of-by-one")

@@ -1,0 +1,55 @@
+"""``--qvl-fault``: the shipped suite on a damaged model, as a user meets it."""
+
+from __future__ import annotations
+
+import pytest
+
+SUITE = ("--pyargs", "pytest_qvl.suite")
+
+
+def test_the_suite_shows_what_a_fault_looks_like(run_real):
+    result = run_real(*SUITE, "--qvl-fault", "scatter-off-by-one", "-k", "feature_scatter or placeholder_counts", "-rN")
+    result.assert_outcomes(failed=2, passed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "qvl: model embedded (default), device cpu (--qvl-device), fault scatter-off-by-one (--qvl-fault)",
+            "*still holds the placeholder's own text embedding*",
+            "*features land on their placeholders *BROKEN *",
+            "qvl: fault scatter-off-by-one: Every visual token lands one place to the right of its placeholder.",
+            "qvl: feature_scatter must catch it, and caught it; so did no other check",
+        ]
+    )
+
+
+def test_a_fault_in_the_users_own_optimizer_reaches_the_suite(run_real):
+    result = run_real(*SUITE, "--qvl-fault", "optimizer-holds-vision", "-k", "adapter_census", "-rN")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["qvl: adapter_census must catch it, and caught it; so did no other check"])
+
+
+def test_a_fault_whose_check_was_not_run_says_so(run_light, pytester):
+    pytester.makepyfile("def test_mine(): pass")
+    result = run_light("--qvl-fault", "scatter-off-by-one")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["qvl: feature_scatter must catch it, and was not run"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["scatter-of"], "--qvl-fault: no fault is called 'scatter-of'; did you mean *"),
+        (["scatter-off-by-one", "--qvl-model", "synthetic:qwen2.5-vl-7b"], "*drop qvl_model (--qvl-model)"),
+        (["scatter-off-by-one", "--qvl-device", "cuda"], "*on the CPU; drop qvl_device (--qvl-device)"),
+    ],
+)
+def test_nonsense_is_one_line(pytester, arguments, says):
+    result = pytester.runpytest_inprocess("--qvl-fault", *arguments)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: {says}"])
+
+
+def test_only_the_embedded_model_on_the_cpu_is_collected(pytester):
+    result = pytester.runpytest_inprocess(*SUITE, "--qvl-fault", "scatter-off-by-one", "--collect-only", "-q")
+    assert result.ret == 0
+    assert "embedded-cuda" not in result.stdout.str()
+    assert "test_feature_scatter[embedded-cpu-left]" in result.stdout.str()
