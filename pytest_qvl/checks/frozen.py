@@ -14,7 +14,7 @@ from pytest_qvl.checks.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Parts, anatomy
-from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.fingerprint import Fingerprint, digests
 from pytest_qvl.models.quantized import base_tensors, dtype_name
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import tapped
@@ -87,22 +87,23 @@ def frozen_vision(
     adapters = {**adapter_parameters(parts), **trained_copies(parts)}
     judge = Judge("frozen_vision", "training moves the adapter and nothing else")
     with preserved(model, seed=_SEED), weights_restored(trained.values()):
-        _warm_up(judge, parts, given, adapters)
+        base, adapter = Fingerprint(), Fingerprint()
+        _warm_up(judge, parts, given, adapters, base)
         if judge.problems:
             judge.verdict()
         features = _features(parts, given)
         if features != _features(parts, given):
             raise CannotJudge("two forwards of the vision tower differ: this device's kernels do not repeat bitwise")
-        base_before = digests(_frozen_tensors(parts, adapters))
-        adapter_before = digests(adapters.items())
+        base_before = base.read(_frozen_tensors(parts, adapters))
+        adapter_before = adapter.read(adapters.items())
 
         optimizer = (make_optimizer or adamw(learning_rate))(list(trained.values()))
         wrong = [taught_wrong(parts, batch) for batch in given]
         loss = _train(parts, wrong, list(trained.values()), optimizer, steps)
         judge.report("loss at the first step", loss, "nat")
 
-        base_after = digests(_frozen_tensors(parts, adapters))
-        adapter_after = digests(adapters.items())
+        base_after = base.read(_frozen_tensors(parts, adapters))
+        adapter_after = adapter.read(adapters.items())
         own = {id(parameter) for parameter in adapters.values()}
         not_own = sorted(n.replace(".base_layer", "") for n, p in trained.items() if id(p) not in own)
         _judge_base(judge, parts, base_before, base_after, not_own)
@@ -123,11 +124,17 @@ def _changed(before: Mapping[str, int], after: Mapping[str, int]) -> list[str]:
     return sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
 
 
-def _warm_up(judge: Judge, parts: Parts, batches: Sequence[Batch], adapters: Mapping[str, nn.Parameter]) -> None:
+def _warm_up(
+    judge: Judge,
+    parts: Parts,
+    batches: Sequence[Batch],
+    adapters: Mapping[str, nn.Parameter],
+    base: Fingerprint,
+) -> None:
     """One forward per batch; whatever it changes in place must be a cast and nothing else."""
     import torch
 
-    before = digests(_frozen_tensors(parts, adapters))
+    before = base.read(_frozen_tensors(parts, adapters))
     vectors = {
         name: tensor.detach().to("cpu", copy=True)
         for name, tensor in _frozen_tensors(parts, adapters)
@@ -137,7 +144,7 @@ def _warm_up(judge: Judge, parts: Parts, batches: Sequence[Batch], adapters: Map
     with torch.no_grad():
         for batch in batches:
             forward(parts, batch)
-    changed = set(_changed(before, digests(_frozen_tensors(parts, adapters))))
+    changed = set(_changed(before, base.read(_frozen_tensors(parts, adapters))))
     if not changed:
         return
     now = {name: tensor for name, tensor in _frozen_tensors(parts, adapters) if name in changed}

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError, backend
+from pytest_qvl.models.fingerprint import Fingerprint
 from pytest_qvl.models.weights import parameter_count
 
 if TYPE_CHECKING:
@@ -92,6 +93,7 @@ class ModelOwner:
         self._adapted: _Adapted | None = None
         self._pristine: dict[str, int] = {}
         self._changed_by: Hashable = None
+        self._new_fingerprints()
 
     @property
     def resident(self) -> Any:
@@ -262,7 +264,13 @@ class ModelOwner:
         self._base_key = None
         self._pristine = {}
         self._changed_by = None
+        self._new_fingerprints()
         collect()
+
+    def _new_fingerprints(self) -> None:
+        """Kept from test to test, because base and adapter are read after every one."""
+        self._base_fingerprint = Fingerprint()
+        self._adapter_fingerprint = Fingerprint()
 
     def _hold(self, model: Any, key: Key | None) -> None:
         from pytest_qvl.models.quantized import keep_quantized_weights_in_place
@@ -324,21 +332,18 @@ class ModelOwner:
         return {**adapter_parameters(parts), **trained_copies(parts)}
 
     def _adapter_digests(self) -> dict[str, int]:
-        from pytest_qvl.models.fingerprint import digests
-
-        return digests(self._adapter_parameters().items())
+        return self._adapter_fingerprint.read(self._adapter_parameters().items())
 
     def _base_digests(self) -> dict[str, int]:
         """Digests under the names that the tensors have without PEFT, whatever PEFT has wrapped by now."""
         from pytest_qvl.models.anatomy import anatomy
-        from pytest_qvl.models.fingerprint import digests
         from pytest_qvl.models.quantized import base_tensors
         from pytest_qvl.models.training import trained_copies
 
         parts = anatomy(self._model)
         copies = trained_copies(parts)
         tensors = ((name, tensor) for name, tensor in base_tensors(parts) if name not in copies)
-        return digests((name.replace(".original_module", ""), tensor) for name, tensor in tensors)
+        return self._base_fingerprint.read((name.replace(".original_module", ""), tensor) for name, tensor in tensors)
 
     def _version(self) -> _Version:
         weights = {n: p.detach().to("cpu", copy=True) for n, p in self._adapter_parameters().items()}

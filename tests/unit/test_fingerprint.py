@@ -7,7 +7,7 @@ import hashlib
 import pytest
 import torch
 
-from pytest_qvl.models.fingerprint import CHUNK_BYTES, digests
+from pytest_qvl.models.fingerprint import CHUNK_BYTES, Fingerprint, digests
 
 DTYPES = (
     torch.float32,
@@ -63,6 +63,15 @@ def test_order_counts_even_where_a_sum_would_not_see_it() -> None:
     assert len(two) == 3
 
 
+def test_flipped_signs_do_not_cancel() -> None:
+    """The top bit of a word is where a multiplication passes nothing on: the hardest pair of changes to see."""
+    values = torch.randn(2**13, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = digests((str(i), value) for i, value in enumerate(values))
+    flipped = digests((str(i), -value) for i, value in enumerate(values))
+    moved = [(flipped[name] - plain[name]) % 2**64 for name in plain]
+    assert len({*moved, *(2**64 - step for step in moved)}) == 2 * len(values)
+
+
 def test_swapping_rows_of_packed_weights_is_seen() -> None:
     packed = random_bits(128 * 64, torch.uint8).view(128, 64)
     swapped = packed[[1, 0, *range(2, 128)]]
@@ -85,6 +94,26 @@ def test_layout_does_not_count(dtype: torch.dtype) -> None:
     tensor = random_bits(60 * 70, dtype).view(60, 70)
     for view in (tensor.t(), tensor[::2, 3:], tensor.expand(2, 60, 70), tensor.flatten()[1:]):
         assert digest(view) == digest(view.contiguous().clone())
+
+
+def test_many_small_tensors_are_each_what_they_are_alone() -> None:
+    """They are mixed many at a time; the third does not fit into the chunk of the first two."""
+    counts = (1, 17, CHUNK_BYTES - 8, 3, 0, 24, 5 * 2**20, 5 * 2**20)
+    named = [(f"{n} {count}", random_bits(count, torch.uint8, n)) for n, count in enumerate(counts)]
+    assert digests(named) == {name: digest(tensor) for name, tensor in named}
+
+
+def test_reading_again_sees_values_and_tensors_that_changed() -> None:
+    tensors = {name: random_bits(33, torch.bfloat16, seed) for seed, name in enumerate("abc")}
+    fingerprint = Fingerprint()
+    before = fingerprint.read(tensors.items())
+    assert fingerprint.read(tensors.items()) == before
+    tensors["a"].view(torch.uint8)[5] ^= 1
+    tensors["b"] = tensors["b"].clone()
+    tensors["c"] = tensors["c"].float()
+    after = fingerprint.read(tensors.items())
+    assert {name for name in after if after[name] != before[name]} == {"a", "c"}
+    assert after == digests(tensors.items())
 
 
 def test_chunks_join_without_a_seam() -> None:
@@ -133,6 +162,7 @@ def test_equals_its_definition_written_out_in_plain_integers() -> None:
     expected = int.from_bytes(hashlib.blake2b(b"torch.bfloat16 (37,)", digest_size=8).digest(), "little")
     for position, word in enumerate(words, start=1):
         mixed = (word + position * 0x9E3779B97F4A7C15) % 2**64
+        mixed ^= mixed >> 32
         for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
             mixed = mixed * multiplier % 2**64
             mixed ^= mixed >> 32
