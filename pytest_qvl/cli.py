@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pytest_qvl import __version__
 from pytest_qvl.faults.cli import add_faults
+from pytest_qvl.models.synthesize import add_synthesize
 from pytest_qvl.vram.forecast.command import add_forecast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (add_forecast, add_faults)
+SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (add_forecast, add_faults, add_synthesize)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line with all subcommands."""
-    top = argparse.ArgumentParser(prog="pytest-qvl", description="Checks and forecasts for quantized Qwen-VL models.")
+    top = argparse.ArgumentParser(prog="pytest-qvl", description="What needs no test run.")
     top.add_argument("--version", action="version", version=f"pytest-qvl {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in SUBCOMMANDS:

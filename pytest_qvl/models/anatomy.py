@@ -103,6 +103,13 @@ def _inside_adapter(name: str) -> bool:
     return any(part.startswith("lora_") for part in name.split("."))
 
 
+def _near_the_root(module: nn.Module, name: str = "", depth: int = 3) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by dotted name, down to ``model.language_model.embed_tokens``: walking all layers takes milliseconds."""
+    yield name, module
+    for key, child in module.named_children() if depth else ():
+        yield from _near_the_root(child, f"{name}.{key}" if name else key, depth - 1)
+
+
 def unwrap(model: Any) -> Any:
     """The ``...ForConditionalGeneration`` inside a PEFT wrapper, or the model itself."""
     get_base_model = getattr(model, "get_base_model", None)
@@ -132,7 +139,7 @@ def anatomy(model: Any) -> Parts:
         "vision_end_token_id",
         "vision_token_id",
     )
-    names = {id(module): name for name, module in base.named_modules()}
+    names = {id(module): name for name, module in _near_the_root(base)}
     roots: dict[Group, str] = {
         "merger": names[id(vision.merger)],
         "vision": names[id(vision)],

@@ -13,7 +13,7 @@ import math
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.anatomy import Parts, anatomy
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: t
     """
     import torch
     from accelerate import init_empty_weights
-    from transformers import AutoModelForImageTextToText, GenerationConfig
+    from transformers import AutoModelForImageTextToText
 
     with init_empty_weights(include_buffers=False):
         model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", dtype=dtype)
@@ -56,11 +56,18 @@ def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: t
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
+    model.generation_config = generation_config(config)
+    return model.eval()
+
+
+def generation_config(config: Any) -> Any:
+    """A ``transformers.GenerationConfig``: greedy, with the special ids of the released checkpoint."""
+    from transformers import GenerationConfig
+
     text = config.get_text_config()
-    model.generation_config = GenerationConfig(
+    return GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.bos_token_id
     )
-    return model.eval()
 
 
 def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> None:
@@ -68,8 +75,6 @@ def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int)
     import torch
 
     parts = anatomy(model)
-    text_depth, vision_depth = parts.text_config.num_hidden_layers, len(parts.blocks)
-    tied = bool(parts.config.tie_word_embeddings)
     seen: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
         for key, parameter in list(module.named_parameters(recurse=False)):
@@ -77,8 +82,7 @@ def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int)
                 setattr(module, key, seen[id(parameter)])
                 continue
             name = f"{module_name}.{key}"
-            depth = vision_depth if parts.group_of(name) in ("vision", "merger") else text_depth
-            values = _draw(name, parameter, module, depth=depth, device=device, dtype=dtype, seed=seed, tied=tied)
+            values = draw(parts, name, device, dtype, seed)
             seen[id(parameter)] = _store(module, key, parameter, values, device)
         for key, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[key] = buffer.to(device)
@@ -86,20 +90,21 @@ def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int)
         torch.cuda.synchronize(device)
 
 
-def _draw(
-    name: str,
-    parameter: nn.Parameter,
-    module: nn.Module,
-    *,
-    depth: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int,
-    tied: bool,
-) -> torch.Tensor:
+def draw(parts: Parts, name: str, device: torch.device, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """The values of one parameter, of which only the shape need exist yet (meta device).
+
+    Args:
+        parts: The model.
+        name: Dotted name of the parameter in the model, which its own seed comes from.
+        device: Where to draw: CPU and CUDA give different values.
+        dtype: Of the values.
+        seed: Of the whole model.
+    """
     import torch
     from torch import nn
 
+    module = parts.base.get_submodule(name.rpartition(".")[0])
+    parameter = parts.base.get_parameter(name)
     generator = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
     shape = parameter.shape
     if isinstance(module, nn.Linear):
@@ -109,10 +114,12 @@ def _draw(
         if name.endswith("bias"):
             return values.normal_(0.0, BIAS_STD, generator=generator)
         return values.fill_(1.0)  # normalisation gains
-    if isinstance(module, nn.Embedding) and not tied:
+    if isinstance(module, nn.Embedding) and not parts.config.tie_word_embeddings:
         return values.normal_(0.0, 1.0, generator=generator)
     std = 1.0 / math.sqrt(math.prod(shape[1:]))
     if name.split(".")[-2] in RESIDUAL_WRITERS:
+        in_vision = parts.group_of(name) in ("vision", "merger")
+        depth = len(parts.blocks) if in_vision else parts.text_config.num_hidden_layers
         std /= math.sqrt(2 * depth)
     return values.normal_(0.0, std, generator=generator)
 
