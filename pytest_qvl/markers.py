@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pytest
 
+from pytest_qvl.numbers import tell
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
@@ -315,7 +317,7 @@ class VramLimits:
 
     def _hold(self, item: pytest.Item, phase: Phase, limits: list[Limit], *, failed: bool) -> None:
         from pytest_qvl.evidence import CheckFailed
-        from pytest_qvl.vram.meter import NUMBERS, hold_limit, tell_holders
+        from pytest_qvl.vram.meter import hold_limit, tell_holders
 
         failures: list[CheckFailed] = []
         for limit in limits:
@@ -329,10 +331,8 @@ class VramLimits:
             except CheckFailed as failure:
                 failures.append(failure)
         scope = limits[0].scope
-        usage = phase.usage
-        for of in NUMBERS if usage else ():
-            if usage and (value := usage.number(of)) is not None:
-                item.user_properties.append((f"qvl_vram_{scope}_{of}", value))
+        if phase.usage:
+            tell(item, scope, phase.usage)
         paragraphs = [str(failure) for failure in failures]
         if phase.history and not failures:
             paragraphs.append("\n".join([f"{phase.name}: ran out of memory", *tell_holders(phase)]))

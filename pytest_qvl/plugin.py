@@ -12,6 +12,7 @@ from pytest_qvl import fixtures, lineage, outcome, third_party  # noqa: E402 - a
 from pytest_qvl.faulted import Faulted, refuse_other_models  # noqa: E402
 from pytest_qvl.gpu_required import GpuRequired  # noqa: E402
 from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits  # noqa: E402
+from pytest_qvl.numbers import PhaseNumbers  # noqa: E402
 from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa: E402
 from pytest_qvl.report.terminal import Summary  # noqa: E402
 from pytest_qvl.session import STATE_KEY, State, release_frames  # noqa: E402
@@ -53,10 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.stash[LIMITS_KEY] = limits
     register(limits, "qvl-vram-limits")
+    register(PhaseNumbers(config.stash[STATE_KEY].meter), "qvl-vram-numbers")
     if settings.record is not None and not hasattr(config, "workerinput"):
         from pytest_qvl.report.record import Record
 
-        register(Record(settings.record, settings.described()), "qvl-record")
+        register(Record(settings.record, settings.described(), config.stash[STATE_KEY].vram), "qvl-record")
     if settings.require_gpu:
         register(GpuRequired(), "qvl-require-gpu")
     if settings.fault is not None:

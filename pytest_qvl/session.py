@@ -85,6 +85,12 @@ class State:
         if gpus and self.meter.process is None:
             self.meter.process = ProcessMemory(gpus[0].uuid)
 
+    def vram(self) -> dict[str, Any]:
+        """Usage of the whole process so far, and of each phase that has ended, as plain data."""
+        session = self.meter.session()
+        assert session.usage is not None
+        return {"session": session.usage.as_dict(), "phases": [usage.as_dict() for usage in session.inner]}
+
     def progress(self, line: str) -> None:
         """Show a line of progress on a terminal, past captured output; silent under ``-q`` and in workers."""
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")

@@ -1,7 +1,9 @@
 """The JSON record of one run: what was measured, and on what.
 
 Schema ``pytest-qvl/record/1``. Checks are keyed by model, device, check and parameters, not by node id, which changes
-with the folder that pytest was started in. Written atomically, also when tests fail.
+with the folder that pytest was started in. ``seconds_by_test`` has set-up, call and tear-down of every test that uses
+a model: shared fixtures count for the test that came first. ``vram`` has the peaks of the whole process and of each
+phase. Written atomically, also when tests fail.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SCHEMA = "pytest-qvl/record/1"
 PACKAGES = (
@@ -38,11 +43,19 @@ PACKAGES = (
 
 
 class Record:
-    """Listens to reports (on the controller under xdist) and writes the file at the end of the run."""
+    """Listens to reports (on the controller under xdist) and writes the file at the end of the run.
 
-    def __init__(self, path: Path, settings: list[str]) -> None:
+    Args:
+        path: The file.
+        settings: What was chosen, and by whom, in words.
+        vram: Usage of the whole process so far, and of each phase that has ended.
+    """
+
+    def __init__(self, path: Path, settings: list[str], vram: Callable[[], dict[str, Any]]) -> None:
         self._path = path
         self._settings = settings
+        self._vram = vram
+        self._seconds: dict[tuple[str | None, str], dict[str, float]] = {}
         self._checks: list[dict[str, Any]] = []
         self._tests: dict[str, int] = {}
         self._skipped: dict[str, int] = {}
@@ -59,9 +72,11 @@ class Record:
         data = getattr(report, "qvl", None)
         if data is None:
             return
+        test = report.nodeid.rsplit("::", 1)[-1]
+        self._seconds.setdefault((data["target"], test), {})[str(report.when)] = round(report.duration, 3)
         common = {
             "target": data["target"],
-            "test": report.nodeid.rsplit("::", 1)[-1],
+            "test": test,
             "outcome": report.outcome,
             "seconds": round(report.duration, 3),
         }
@@ -86,6 +101,10 @@ class Record:
                 "tests": self._tests,
                 "skipped": self._skipped,
                 "checks": self._checks,
+                "seconds_by_test": [
+                    {"target": target, "test": test, **seconds} for (target, test), seconds in self._seconds.items()
+                ],
+                "vram": self._vram(),
             },
         )
 

@@ -1,0 +1,38 @@
+"""The record says where the time of every test went, and what the process needed at its peak."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from pytest_qvl.report.record import Record
+
+CPU = "embedded on cpu"
+
+
+def report(test, when, seconds, target=CPU):
+    made = pytest.TestReport(f"suite/test_x.py::{test}", ("x", 0, test), {}, "passed", None, when, duration=seconds)
+    if target is not None:
+        made.qvl = {"target": target, "check": None, "evidence": [], "not_judged": [], "skipped": None}
+    return made
+
+
+def test_seconds_by_phase_of_each_test_and_vram_as_told(tmp_path):
+    vram = {"session": {"name": "session", "allocated": 7}, "phases": []}
+    record = Record(tmp_path / "r.json", [], lambda: vram)
+    for test in ("test_a", "test_b"):
+        for when, seconds in (("setup", 3.0), ("call", 0.25), ("teardown", 0.0004)):
+            record.pytest_runtest_logreport(report(test, when, seconds))
+    record.pytest_runtest_logreport(report("test_a", "setup", 1.0, target="embedded on cuda"))
+    record.pytest_runtest_logreport(report("test_of_something_else", "call", 9.0, target=None))
+    config = SimpleNamespace(rootpath=tmp_path, invocation_params=SimpleNamespace(args=[]))
+    record.pytest_sessionfinish(SimpleNamespace(config=config), 0)
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["seconds_by_test"] == [
+        {"target": CPU, "test": "test_a", "setup": 3.0, "call": 0.25, "teardown": 0.0},
+        {"target": CPU, "test": "test_b", "setup": 3.0, "call": 0.25, "teardown": 0.0},
+        {"target": "embedded on cuda", "test": "test_a", "setup": 1.0},
+    ]
+    assert written["vram"] == vram
