@@ -51,16 +51,3 @@ def test_importing_the_package_imports_nothing_heavy():
     code = f"import sys, {modules}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_cost_of_importing_the_plugin(benchmark):
-    """Milliseconds on top of pytest itself, in a fresh process; recorded, not judged: other load would decide it."""
-    code = "import time, pytest; t = time.perf_counter(); import pytest_qvl.plugin; print(time.perf_counter() - t)"
-
-    def start():
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        return float(done.stdout)
-
-    seconds = benchmark.pedantic(start, rounds=3)
-    benchmark.extra_info["seconds_on_top_of_pytest"] = seconds
-    assert seconds > 0
