@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.samples import Sample
     from pytest_qvl.targets import Target
+    from pytest_qvl.vram.cards import Card
     from pytest_qvl.vram.meter import Meter
 
 LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -101,13 +102,17 @@ def qvl_processor(qvl_model: str) -> Any:
 
 @pytest.fixture(scope="session")
 def _qvl_load_request(
-    qvl_model: str, qvl_target: Target, qvl_quantization_config: Any, qvl_compute_dtype: str
+    qvl_model: str, qvl_target: Target, qvl_quantization_config: Any, qvl_compute_dtype: str, qvl_card: Card | None
 ) -> LoadRequest:
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.vram.cap import compute_dtype
 
     with one_clear_error("qvl_model"):
         source = parse_model(qvl_model)
+    if qvl_card is not None and qvl_target.device == "cuda":
+        with one_clear_error("qvl_compute_dtype"):
+            compute_dtype(qvl_card, qvl_compute_dtype)
     return LoadRequest(source, qvl_quantization_config, qvl_target.device, qvl_compute_dtype)
 
 
@@ -212,6 +217,13 @@ def qvl_reference(
 def qvl_vram(pytestconfig: pytest.Config) -> Meter:
     """The session's VRAM meter: ``with qvl_vram.phase("prefill") as phase: ...``, then ``phase.usage``."""
     return pytestconfig.stash[STATE_KEY].meter
+
+
+@pytest.fixture(scope="session")
+def qvl_card(pytestconfig: pytest.Config) -> Card | None:
+    """The GPU card to behave like and to forecast for (``--qvl-card``), or ``None``."""
+    card: Card | None = pytestconfig.stash[SETTINGS_KEY].card
+    return card
 
 
 @pytest.fixture(scope="session")

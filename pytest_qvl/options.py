@@ -11,11 +11,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 from pytest_qvl.models.weights import check_adapter, parse_model
+
+if TYPE_CHECKING:
+    from pytest_qvl.vram.cards import Card
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
@@ -69,6 +72,12 @@ def _size(text: str, folder: Path) -> int:  # noqa: ARG001 - every parser is cal
     from pytest_qvl.vram.units import parse_bytes
 
     return parse_bytes(text)
+
+
+def _card(text: str, folder: Path) -> Card:  # noqa: ARG001 - every parser is called alike
+    from pytest_qvl.vram.cards import card
+
+    return card(text)
 
 
 def _adapter(text: str, folder: Path) -> Path:
@@ -171,6 +180,13 @@ SETTINGS = (
     Setting("qvl_seed", _whole(0), "0", "seed of scenes, adapters and training", "N", ini_type="int"),
     Setting("qvl_samples", _whole(2), "6", "rendered scenes per skill in the probe set", "N", ini_type="int"),
     Setting("qvl_images", _folder, None, "folder with your own pictures and samples.jsonl", "FOLDER"),
+    Setting(
+        "qvl_card",
+        _card,
+        None,
+        "behave like this GPU card, such as 't4': cap the memory of a bigger GPU, and forecast what fits",
+        "CARD",
+    ),
     Setting("qvl_vram_limit", _size, None, "default of limit_vram for every test, such as '15 GiB'", "SIZE"),
     Setting("qvl_record", _file, None, "write what was measured, and on what, to this JSON file", "FILE"),
     Setting(
@@ -244,7 +260,16 @@ def read_settings(config: pytest.Config) -> Settings:
     Raises:
         pytest.UsageError: A value is wrong; names the setting, who set it, the value and the mend.
     """
-    return Settings({setting.name: _choose(config, setting) for setting in SETTINGS})
+    settings = Settings({setting.name: _choose(config, setting) for setting in SETTINGS})
+    if settings.card is not None:
+        from pytest_qvl.vram.cap import compute_dtype
+
+        try:
+            compute_dtype(settings.card, settings.compute_dtype)
+        except ValueError as error:
+            who = f"qvl_compute_dtype ({settings.source('compute_dtype')}), qvl_card ({settings.source('card')})"
+            raise pytest.UsageError(f"{who}: {error}") from None
+    return settings
 
 
 def _choose(config: pytest.Config, setting: Setting) -> Choice:

@@ -17,10 +17,12 @@ from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa:
 from pytest_qvl.report.terminal import Summary  # noqa: E402
 from pytest_qvl.session import STATE_KEY, State, release_frames  # noqa: E402
 from pytest_qvl.shipped import ShippedSuite  # noqa: E402
-from pytest_qvl.targets import parametrize, target_of  # noqa: E402
+from pytest_qvl.targets import parametrize, target_of, targets  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    from pytest_qvl.options import Settings
 
 LIMITS_KEY = pytest.StashKey[VramLimits]()
 ERRORS_KEY = pytest.StashKey[list[BaseException]]()
@@ -58,7 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.record is not None and not hasattr(config, "workerinput"):
         from pytest_qvl.report.record import Record
 
-        register(Record(settings.record, settings.described(), config.stash[STATE_KEY].vram), "qvl-record")
+        chosen = [*settings.described(), *_simulated(settings)]
+        register(Record(settings.record, chosen, config.stash[STATE_KEY].vram), "qvl-record")
     if settings.require_gpu:
         register(GpuRequired(), "qvl-require-gpu")
     if settings.fault is not None:
@@ -78,9 +81,18 @@ def _let_plugins_override(config: pytest.Config) -> None:
         history.sort(key=lambda call: call[0]["plugin"] is not fixtures)
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_report_header(config: pytest.Config) -> list[str]:
     """What was chosen, and by whom."""
-    return "qvl: " + ", ".join(config.stash[SETTINGS_KEY].described())
+    settings = config.stash[SETTINGS_KEY]
+    return [f"qvl: {line}" for line in (", ".join(settings.described()), *_simulated(settings))]
+
+
+def _simulated(settings: Settings) -> list[str]:
+    if settings.card is None or all(target.device == "cpu" for target in targets(settings)):
+        return []
+    from pytest_qvl.vram.cap import told
+
+    return [told(settings.card)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

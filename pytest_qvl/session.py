@@ -6,7 +6,7 @@ Imports nothing heavy; the model side is imported when the first test needs it.
 from __future__ import annotations
 
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -61,6 +61,9 @@ class State:
     _watched: frozenset[str] = frozenset()
     _changed_in_setup: bool = False
     _got_unannounced: bool = False
+    _device_set_up: bool = False
+    _device_refused: Refusal | None = None
+    _undo_device: ExitStack = field(default_factory=ExitStack)
 
     @cached_property
     def owner(self) -> ModelOwner:
@@ -110,10 +113,41 @@ class State:
         self._watch_process()
         if not torch.cuda.is_available():
             pytest.skip(f"{NEEDS_CUDA}no CUDA device is visible")
+        self.set_up_device()
+
+    def set_up_device(self) -> None:
+        """Once, before the first load on CUDA: simulate ``--qvl-card``, or pin the GPU's own attention kernels.
+
+        :meth:`close` undoes it.
+
+        Raises:
+            Refusal: The card has more memory than the GPU; the same one every time.
+        """
+        if not self._device_set_up:
+            from pytest_qvl.vram.cap import capped, pinned_attention
+
+            card = self.settings.card
+            try:
+                if card is None:
+                    import torch
+
+                    self._undo_device.enter_context(pinned_attention(torch.cuda.get_device_capability()))
+                else:
+                    self._undo_device.enter_context(capped(card))
+                    self.meter.context = card.context_bytes
+            except ValueError as error:
+                self._device_refused = Refusal(f"{self.settings.source('card')}: {error}")
+            self._device_set_up = True
+        if self._device_refused is not None:
+            raise self._device_refused.with_traceback(None)
 
     def default_dtype(self, device: str) -> str:
-        """bfloat16 where the hardware has it, else float16."""
+        """bfloat16 where the hardware (or the card that it simulates) has it, else float16."""
         if device == "cuda":
+            if self.settings.card is not None:
+                from pytest_qvl.vram.cap import compute_dtype
+
+                return compute_dtype(self.settings.card)
             import torch
 
             if torch.cuda.get_device_capability() < BF16_CAPABILITY:
@@ -289,6 +323,7 @@ class State:
         self._first_met.clear()
         if "owner" in vars(self):
             self.owner.release()
+        self._undo_device.close()
 
 
 def _used_by(item: Any) -> frozenset[Definition]:

@@ -40,11 +40,7 @@ class Cap:
     attention: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (
-            f"memory cap of {self.card.name} simulated: the allocator may reserve "
-            f"{format_bytes(self.allocator)} of {format_bytes(self.device)}, attention kernels "
-            f"{', '.join(self.attention)}"
-        )
+        return f"{told(self.card)}; this GPU has {format_bytes(self.device)}"
 
 
 @contextmanager
@@ -79,6 +75,15 @@ def capped(card: Card, device: int = 0) -> Iterator[Cap]:
         torch.cuda.set_per_process_memory_fraction(allowed / total, device)
         kernels = undo.enter_context(pinned_attention(card.compute_capability))
         yield Cap(card, allowed, total, kernels)
+
+
+def told(card: Card) -> str:
+    """What a cap to this card means, in one line for people."""
+    allowed, usable, context = map(format_bytes, (allocator_bytes(card), card.usable_bytes, card.context_bytes))
+    return (
+        f"memory cap of {card.title} simulated on CUDA: the allocator may reserve {allowed} ({usable} less {context} "
+        f"for the CUDA context), attention kernels {', '.join(attention_kernels(card.compute_capability))}"
+    )
 
 
 def allocator_bytes(card: Card) -> int:

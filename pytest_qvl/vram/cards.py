@@ -8,6 +8,7 @@ and what the CUDA context and the loaded libraries take from that before the fir
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from pytest_qvl.vram.units import GiB, KiB, MiB
 
@@ -52,6 +53,9 @@ class Card:
     def bf16(self) -> bool:
         """Whether bfloat16 runs in hardware; torch also calls it supported where it is emulated."""
         return self.compute_capability >= (8, 0)
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def _card(  # noqa: PLR0917  (a table row)
@@ -116,9 +120,12 @@ def card(name: str) -> Card:
     """The card called ``name``, in any case.
 
     Raises:
-        ValueError: No such card; the message lists the known ones.
+        ValueError: No such card; the message lists the known ones and those that may have been meant.
     """
+    wanted = name.strip().lower()
     try:
-        return _BY_NAME[name.strip().lower()]
+        return _BY_NAME[wanted]
     except KeyError:
-        raise ValueError(f"card {name!r} is unknown; known: {', '.join(card_names())}") from None
+        near = get_close_matches(wanted, card_names(), cutoff=0.5)
+        meant = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"card {name!r} is unknown; known: {', '.join(card_names())}{meant}") from None

@@ -39,8 +39,10 @@ def test_an_h200_is_the_measured_one() -> None:
 
 def test_names_are_read_in_any_case_and_unknown_ones_refused_with_the_known() -> None:
     assert card(" T4 ") is card("t4")
-    with pytest.raises(ValueError, match=r"card 't5' is unknown; known: .*\bt4\b.*h200"):
+    with pytest.raises(ValueError, match=r"card 't5' is unknown; known: .*\bt4\b.*h200; did you mean t4\?$"):
         card("t5")
+    with pytest.raises(ValueError, match=r"card 'quadro' is unknown; known: .*h200$"):
+        card("quadro")
 
 
 def test_names_are_ordered_by_memory() -> None:
