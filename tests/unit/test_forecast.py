@@ -217,6 +217,20 @@ def test_attention_runs_the_kernel_the_card_has(device: Device, grouped: bool, k
         assert kept.start_allocated < scores
 
 
+def test_dropout_keeps_a_mask_of_one_byte_per_element() -> None:
+    tape = Tape()
+    recorder = Recorder(tape, HOPPER, vocabulary=10**9)
+    with recorder:
+        x = recorder.ghost((1024, 1024), torch.float32).requires_grad_()
+        assert nn.functional.dropout(x, 0.5, training=False) is x
+        tape.phase("dropout")
+        out = nn.functional.dropout(x, 0.1)
+        tape.phase("kept")
+        assert out.requires_grad
+    found = replay(tape).phases
+    assert found["kept"].start_allocated - found["dropout"].start_allocated == (4 + 1) * MiB
+
+
 # --- a small model, exactly --------------------------------------------------------------------------------------
 
 

@@ -58,8 +58,8 @@ def forecast(
         generate: New tokens to decode.
         pixel_dtype: Dtype in which pictures reach the device.
         all_logits: Whether inference keeps the logits of every position.
-        checkpoint: Whether a ``16bit`` checkpoint is quantized while loading or one saved in ``nf4`` is
-            loaded.
+        checkpoint: Whether a ``16bit`` checkpoint is quantized while loading, one saved in ``nf4`` is loaded, or
+            random weights are drawn layer by layer (``synthetic``).
         card: The card to judge, such as ``"t4"``.
 
     Raises:

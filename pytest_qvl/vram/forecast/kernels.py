@@ -163,6 +163,16 @@ def attention(  # noqa: PLR0917  (torch's own signature)
     return out[0]  # type: ignore[no-any-return]
 
 
+def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
+    """``torch.nn.functional.dropout`` as on CUDA: one kernel that keeps a mask of one byte per element.
+
+    Source: ``aten/src/ATen/native/Dropout.cpp``.
+    """
+    if not training or p == 0 or inplace:
+        return torch.nn.functional.dropout(input, p, training, inplace)
+    return aten.native_dropout(input, p, training)[0]  # type: ignore[no-any-return]
+
+
 def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
     if mask is None or mask.dtype != torch.bool:
         return mask

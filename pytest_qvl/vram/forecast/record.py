@@ -1,27 +1,27 @@
-"""The run whose memory is forecast: load, an inference pass, a training step, on tensors without data."""
+"""The run whose memory is forecast: load, an inference pass, training steps, on tensors without data."""
 
 from __future__ import annotations
 
 import gc
-from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pytest_qvl.models.adapters import adapter_parameters
-from pytest_qvl.models.anatomy import Parts, anatomy
-from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.kernels import Device
-from pytest_qvl.vram.forecast.planned import attach_lora, build_base, follow_gradients, make_optimizer
+from pytest_qvl.vram.forecast.planned import Recipe, attach_lora, build_base, follow_gradients, make_optimizer
 from pytest_qvl.vram.forecast.recorder import Recorder
+from pytest_qvl.vram.forecast.script import infer, prepare_training, train
 from pytest_qvl.vram.forecast.tape import Tape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
 
-    from pytest_qvl.vram.forecast.request import Request
+    from pytest_qvl.vram.forecast.request import Optimizer, Request
     from pytest_qvl.vram.forecast.source import Source
+    from pytest_qvl.vram.forecast.tape import Kind
 
 # ``torch.amp.GradScaler``'s initial scale; any other gives the same memory.
 LOSS_SCALE = 65536.0
@@ -36,15 +36,19 @@ class Rehearsal:
         request: What to build; later requests may differ in picture size, pictures, batch, tokens and new
             tokens.
         source: The model's configuration.
+        recipe: How it is quantized and adapted; by default every language linear, by ``request.lora_r``.
     """
 
-    def __init__(self, request: Request, source: Source) -> None:
+    def __init__(self, request: Request, source: Source, recipe: Recipe | None = None) -> None:
+        recipe = recipe or Recipe()
         self.source = source
         tape = Tape()
         device = Device(request.capability)
         self._recorder = Recorder(tape, device, source.config.get_text_config().vocab_size)
+        self._stage = GhostStage(self._recorder, scaled=request.compute_dtype == "float16")
         tape.phase(phases.LOAD)
-        model = build_base(source.config, getattr(torch, request.compute_dtype), request.checkpoint, self._recorder)
+        dtype = getattr(torch, request.compute_dtype)
+        model = build_base(source.config, dtype, request.checkpoint, self._recorder, recipe)
         if request.kbit_upcast:
             from peft import prepare_model_for_kbit_training
 
@@ -54,10 +58,10 @@ class Rehearsal:
             tape.empty_cache()
         if request.lora_r:
             tape.phase(phases.ATTACH)
-            model = attach_lora(model, request.lora_r, self._recorder)
+            model = attach_lora(model, request.lora_r, self._recorder, recipe)
         self._parts = anatomy(model)
         if request.lora_r:
-            prepare_training(self._parts, request, self._recorder)
+            prepare_training(self._parts, request, self._stage)
             follow_gradients(self._parts, self._recorder)
         self._beginning = tape
 
@@ -68,176 +72,123 @@ class Rehearsal:
             request: What to run.
             inference: Whether to make the inference pass before the training step.
         """
-        tape = self._beginning.fork()
-        self._recorder.continue_on(tape, self._beginning.allocations)
-        if inference:
-            with self._recorder, _autocast(request):
-                _infer(self._parts, request, self.source, self._recorder)
-        if request.lora_r:
-            _train(self._parts, request, self.source, self._recorder)
+        tape = self._begin()
+        with self._recorder:
+            if inference:
+                infer(self._parts, request, self.source, self._stage)
+            if request.lora_r:
+                train(self._parts, request, self.source, self._stage)
         tape.close()
         return tape
 
+    def run_work(
+        self,
+        batches: Sequence[Mapping[str, torch.Tensor]],
+        work_of: Callable[..., Mapping[str, Callable[[], None]]],
+    ) -> Tape:
+        """Run somebody else's work on batches of the same shapes and return what it did to device memory.
 
-def _autocast(request: Request) -> Any:
-    if not request.trains_under_autocast:
-        return nullcontext()
-    return torch.autocast("cpu", dtype=getattr(torch, request.compute_dtype))
+        Each piece of work is a phase of its own that begins as one of the meter's does: without garbage, library
+        workspaces and cached memory.
+
+        Args:
+            batches: Real inputs: ids, masks and grids keep their values, pictures their shape and dtype.
+            work_of: Given the model's parts and the batches, pieces of work by name.
+        """
+        tape = self._begin()
+        with self._recorder:
+            with self._recorder.labelled("inputs"):
+                placed = [{name: self._input(tensor) for name, tensor in batch.items()} for batch in batches]
+            for name, work in work_of(self._parts, *placed).items():
+                gc.collect()
+                self._recorder.drop_workspaces()
+                self._stage.empty_cache()
+                tape.phase(name)
+                work()
+        tape.close()
+        return tape
+
+    def _begin(self) -> Tape:
+        tape = self._beginning.fork()
+        self._recorder.continue_on(tape, self._beginning.allocations)
+        return tape
+
+    def _input(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            return self._recorder.ghost(tuple(tensor.shape), tensor.dtype)
+        return tensor.to("cpu", copy=True)
 
 
-def make_batch(parts: Parts, request: Request, source: Source, recorder: Recorder) -> dict[str, Any]:
-    """Model inputs of ``request``: token ids, masks and grids with values, pixels without.
+class GhostStage:
+    """A stage on which nothing has data; see :class:`~pytest_qvl.vram.forecast.script.Stage`.
 
-    ``input_ids``, ``attention_mask``, ``mm_token_type_ids``: (batch, sequence) int64; ``pixel_values``:
-    (patches of all pictures, values per patch); ``image_grid_thw``: (pictures, 3) int64.
+    Args:
+        recorder: Follows what happens.
+        scaled: Whether the loss is scaled, as for float16.
     """
-    config, vision = source.config, source.config.vision_config
-    grid = source.sizes.grid(*request.image)
-    patches = grid[0] * grid[1] * grid[2]
-    visual = patches // parts.merge_size**2
-    text = request.tokens - 2 * request.images
-    ids = [0] * (text - text // 2)
-    for _ in range(request.images):
-        ids += [config.vision_start_token_id, *[parts.image_token_id] * visual, config.vision_end_token_id]
-    ids += [0] * (text // 2)
-    pictures = request.images * request.batch
-    channels = getattr(vision, "in_channels", 3)
-    values = channels * vision.temporal_patch_size * vision.patch_size**2
-    with recorder.labelled("inputs"):
-        input_ids = torch.tensor([ids] * request.batch)
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "mm_token_type_ids": (input_ids == parts.image_token_id).long(),
-            "pixel_values": recorder.ghost((pictures * patches, values), getattr(torch, request.pixel_dtype)),
-            "image_grid_thw": torch.tensor([grid] * pictures),
-        }
 
+    autocast_device = "cpu"  # ghosts say that they are there
 
-def _infer(parts: Parts, request: Request, source: Source, recorder: Recorder) -> None:
-    tape = recorder.tape
-    model: Any = parts.wrapped
-    model.eval()
-    tape.empty_cache()
-    tape.phase(phases.VISION)
-    batch = _known(parts, make_batch(parts, request, source, recorder))
-    cache = _followed_cache(source, recorder)
+    def __init__(self, recorder: Recorder, *, scaled: bool) -> None:
+        self._recorder = recorder
+        self._scaled = scaled
 
-    def leave_vision(*_: Any) -> None:
-        tape.phase(phases.PREFILL)
+    def labelled(self, kind: Kind) -> AbstractContextManager[None]:
+        """Allocations inside count as ``kind``."""
+        return self._recorder.labelled(kind)
 
-    def enter_forward(_: Any, __: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs["input_ids"].shape[1] == 1:
-            tape.phase(phases.DECODE)
+    def phase(self, name: str) -> None:
+        """Everything from here on belongs to phase ``name``."""
+        self._recorder.tape.phase(name)
 
-    hooks = [
-        parts.vision_tower.register_forward_hook(leave_vision),
-        parts.base.register_forward_pre_hook(enter_forward, with_kwargs=True),
-    ]
-    try:
-        with torch.no_grad():
-            if request.generate:
-                model.generate(
-                    **batch,
-                    past_key_values=cache,
-                    max_new_tokens=request.generate,
-                    min_new_tokens=request.generate,
-                    do_sample=False,
-                )
-            else:
-                keep = {} if request.all_logits else {"logits_to_keep": 1}
-                model(**batch, past_key_values=cache, **keep)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    parts.core.rope_deltas = None
+    def empty_cache(self) -> None:
+        """Give cached memory back."""
+        self._recorder.tape.empty_cache()
 
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself: the recorder saw it come."""
+        return tensor
 
-def _followed_cache(source: Source, recorder: Recorder) -> Any:
-    """A ``DynamicCache`` whose keys and values count as ``"cache"`` from the moment they are in it."""
-    from transformers import DynamicCache
+    def pixels(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A ghost."""
+        return self._recorder.ghost(shape, dtype)
 
-    class FollowedCache(DynamicCache):  # type: ignore[misc]
-        def update(self, *args: Any, **kwargs: Any) -> Any:
-            states = super().update(*args, **kwargs)
-            for state in states:
-                recorder.relabel(state, "cache")
-            return states
+    def generation_arguments(self, source: Source) -> dict[str, Any]:
+        """A ``DynamicCache`` whose keys and values count as ``"cache"`` from the moment they are in it."""
+        from transformers import DynamicCache
 
-    return FollowedCache(config=source.config.get_text_config())
+        recorder = self._recorder
 
+        class FollowedCache(DynamicCache):  # type: ignore[misc]
+            def update(self, *args: Any, **kwargs: Any) -> Any:
+                states = super().update(*args, **kwargs)
+                for state in states:
+                    recorder.relabel(state, "cache")
+                return states
 
-def _train(parts: Parts, request: Request, source: Source, recorder: Recorder) -> None:
-    tape = recorder.tape
-    parts.wrapped.train()
-    adapters = list(adapter_parameters(parts).values())
-    with recorder:
-        batch = _known(parts, make_batch(parts, request, source, recorder))
-        batch["labels"] = batch["input_ids"].clone()
-        with recorder.labelled("optimizer"):
-            optimizer = make_optimizer(request.optimizer, adapters, recorder)
-        tape.phase(phases.STATES)
-        _first_update(adapters, optimizer, recorder)
-        # As a measurement begins: without garbage, from an empty cache.
-        gc.collect()
-        tape.empty_cache()
-        with _training_phases(parts, tape):
-            with _autocast(request):
-                loss = parts.wrapped(**batch).loss
-            tape.phase(phases.BACKWARD)
-            (loss * LOSS_SCALE if request.compute_dtype == "float16" else loss).backward()
-            del loss
-            tape.phase(phases.OPTIMIZER)
-            with recorder.labelled("optimizer"):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        return {"past_key_values": FollowedCache(config=source.config.get_text_config())}
 
+    def checkpoint_arguments(self) -> dict[str, Any]:
+        """Recompute under the recorder's rules."""
+        return {"context_fn": self._recorder.for_recomputation}
 
-def _first_update(adapters: list[Any], optimizer: Any, recorder: Recorder) -> None:
-    """What the first step leaves behind: optimizer states and library workspaces.
+    def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
+        """The real optimizer over ghosts."""
+        return make_optimizer(name, parameters, self._recorder)
 
-    The step that is forecast is the second one, which repeats for the rest of training.
-    """
-    recorder.keep_workspaces()
-    for parameter in adapters:
-        parameter.grad = recorder.ghost(tuple(parameter.shape), parameter.dtype)
-    with recorder.labelled("optimizer"):
+    def first_step(self, step: Callable[[], None], parameters: list[Any], optimizer: Any) -> None:  # noqa: ARG002
+        """An update alone: forward and backward of the step leave library workspaces behind and nothing else."""
+        self._recorder.keep_workspaces()
+        for parameter in parameters:
+            parameter.grad = self._recorder.ghost(tuple(parameter.shape), parameter.dtype)
+        with self.labelled("optimizer"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the scale, for float16."""
+        return loss * LOSS_SCALE if self._scaled else loss
+
+    def update(self, optimizer: Any) -> None:
+        """Update the parameters; taking the scale away needs no memory."""
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def _training_phases(parts: Parts, tape: Tape) -> Iterator[None]:
-    def enters(name: str) -> Any:
-        return lambda *_: tape.phase(name)
-
-    hooks = [
-        parts.vision_tower.register_forward_hook(enters(phases.FORWARD)),
-        parts.lm_head.register_forward_pre_hook(enters(phases.LOSS)),
-    ]
-    tape.phase(phases.TRAIN_VISION)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def prepare_training(parts: Parts, request: Request, recorder: Recorder) -> None:
-    """Set up checkpointing and the hooks that make inputs require gradients, as ``request`` wants them."""
-    if request.gradient_checkpointing:
-        # Transformers 5.23 renamed it and warns of the old name.
-        enable = getattr(parts.base, "activation_checkpointing_enable", parts.base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False, "context_fn": recorder.for_recomputation})
-    if request.gradient_checkpointing or request.vision_hook:
-        parts.base.enable_input_require_grads()
-    if not request.vision_hook:
-        remove_vision_grad_hooks(parts.patch_embed)
-
-
-def _known(parts: Parts, batch: dict[str, Any]) -> dict[str, Any]:
-    """``batch`` without what this Transformers does not know (4.x has no ``mm_token_type_ids``)."""
-    import inspect
-
-    known = inspect.signature(type(parts.base).forward).parameters
-    return {key: value for key, value in batch.items() if key in known}

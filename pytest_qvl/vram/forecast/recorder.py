@@ -91,7 +91,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._counting = True
         self._numbers: dict[int, int] = {}
         self._watches: dict[int, weakref.ref[Any]] = {}
-        self._workspaces: set[tuple[str, bool]] = set()
+        self._workspaces: dict[tuple[str, bool], int] = {}
         self._shapes = ShapeCache()
         self._functions = _PythonCalls(self)
 
@@ -242,6 +242,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for libraries in kernels.WORKSPACES_OF.values():
                 self._take_workspaces(libraries, backward)
 
+    def drop_workspaces(self) -> None:
+        """Every library gives its workspace back, as before a measurement, and takes a new one when it needs it."""
+        for number in self._workspaces.values():
+            self.tape.free(number)
+        self._workspaces.clear()
+
     def _count_workspace(self, func: Any) -> None:
         libraries = kernels.WORKSPACES_OF.get(func)
         if libraries is not None:
@@ -251,12 +257,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Backward runs on autograd's own thread on CUDA, and each thread has its own handle and workspace.
         for library in libraries:
             if (library, backward) not in self._workspaces:
-                self._workspaces.add((library, backward))
-                self.tape.alloc(self.device.workspaces[library], "workspace")
+                number = self.tape.alloc(self.device.workspaces[library], "workspace")
+                self._workspaces[library, backward] = number
 
 
 class _PythonCalls(TorchFunctionMode):
-    """The two Python-level calls whose CUDA behaviour is not what dispatch on CPU shows."""
+    """The Python-level calls whose CUDA behaviour is not what dispatch on CPU shows."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -265,6 +271,8 @@ class _PythonCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
             return kernels.attention(self._device, *args, **(kwargs or {}))
+        if func is torch.nn.functional.dropout:
+            return kernels.dropout(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
         if func == _SET_DATA and isinstance(args[0], Ghost):
             args[0].elem = args[1].elem

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
 Dtype = Literal["bfloat16", "float16"]
-Checkpoint = Literal["16bit", "nf4"]
+Checkpoint = Literal["16bit", "nf4", "synthetic"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 CHECKPOINTS: tuple[Checkpoint, ...] = get_args(Checkpoint)
@@ -37,7 +37,8 @@ class Request:
         pixel_dtype: Dtype in which pictures reach the device; processors give float32.
         all_logits: Whether the inference forward keeps the logits of every position (a plain
             ``model(**batch)``) rather than of the last one (``generate``).
-        checkpoint: Whether a 16-bit checkpoint is quantized while it loads, or one saved in NF4 is loaded.
+        checkpoint: Whether a 16-bit checkpoint is quantized while it loads, one saved in NF4 is loaded, or random
+            weights are drawn layer by layer (``synthetic:`` models).
         capability: CUDA compute capability, which decides attention kernels and library workspaces.
     """
 

@@ -14,6 +14,7 @@ from pytest_qvl.vram.forecast.source import Source, find_source
 from pytest_qvl.vram.forecast.tape import Tape, replay
 
 if TYPE_CHECKING:
+    from pytest_qvl.vram.forecast.planned import Recipe
     from pytest_qvl.vram.forecast.request import Request
 
 # Share of the card's free memory at which the search looks first; the rest is for gaps between the
@@ -32,15 +33,24 @@ class Forecaster:
         request: What to forecast; :meth:`forecast` may vary picture size, pictures, batch, tokens and new
             tokens.
         card: The card to judge, if any.
+        source: The model's configuration; by default what ``request.model`` names.
+        recipe: How it is quantized and adapted; by default every language linear, by ``request.lora_r``.
 
     Raises:
         ValueError: The model is neither a released name nor a folder with the configuration of a Qwen-VL.
     """
 
-    def __init__(self, request: Request, card: Card | None = None) -> None:
-        self.source: Source = find_source(request.model)
+    def __init__(
+        self,
+        request: Request,
+        card: Card | None = None,
+        *,
+        source: Source | None = None,
+        recipe: Recipe | None = None,
+    ) -> None:
+        self.source: Source = source or find_source(request.model)
         self.card = card
-        self._rehearsal = Rehearsal(request, self.source)
+        self._rehearsal = Rehearsal(request, self.source, recipe)
 
     def forecast(self, request: Request, *, inference: bool = True) -> Forecast:
         """The forecast for ``request``.
@@ -115,6 +125,8 @@ def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> La
         else:
             guess = min(max(low, _crossing(known, target)), high)
         request = ladder.request(guess)
+        if best is None and ladder.size_of(request) in known:
+            request = ladder.request((low + high) / 2)  # gaps between blocks, which no line through peaks knows of
         if ladder.size_of(request) in known:
             break
         known[ladder.size_of(request)] = forecaster.forecast(request, inference=first.peak is not first.training_peak)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.models.anatomy import FAMILIES
-from pytest_qvl.models.released import PictureSizes, picture_sizes, released_config, released_names
+from pytest_qvl.models.released import PictureSizes, hub_id, picture_sizes, released_config, released_names
+from pytest_qvl.models.weights import ModelSource
 
 # Whose processor a folder without preprocessor_config.json is taken to have.
 _TYPICAL = {"qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-7b", "qwen3_vl": "qwen3-vl-8b"}
@@ -59,6 +60,31 @@ def find_source(model: str) -> Source:
 
     config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
     return Source(file.parent.resolve().name, config, _folder_sizes(file.parent, config))
+
+
+def find_weights_source(weights: ModelSource) -> Source:
+    """The configuration that a source of weights has.
+
+    Of a hub id that is not built in, the configuration files are read from the hub (or its local cache).
+
+    Raises:
+        ValueError: The configuration is no Qwen-VL with a vision tower.
+        OSError: The hub does not answer, or has no such model.
+    """
+    if weights.kind != "hub":
+        return find_source(weights.location)
+    released = {hub_id(name): name for name in released_names()}
+    if weights.location in released:
+        return find_source(released[weights.location])
+    from transformers.utils.hub import cached_file
+
+    cached_file(weights.location, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    return find_source(str(Path(cached_file(weights.location, "config.json")).parent))
+
+
+def source_of(config: Any, label: str) -> Source:
+    """A source for a configuration at hand, with the picture sizes of its family's released processor."""
+    return Source(label, config, picture_sizes(_TYPICAL[config.model_type]))
 
 
 def _folder_sizes(folder: Path, config: Any) -> PictureSizes:
