@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.adapter import adapter_census as adapter_census
     from pytest_qvl.checks.adapter import adapter_neutrality as adapter_neutrality
     from pytest_qvl.checks.answers import alignment as alignment
+    from pytest_qvl.checks.forecast import forecast_agrees as forecast_agrees
+    from pytest_qvl.checks.forecast import forecast_fits_card as forecast_fits_card
     from pytest_qvl.checks.frozen import frozen_vision as frozen_vision
     from pytest_qvl.checks.generation import generation_batch_invariance as generation_batch_invariance
     from pytest_qvl.checks.generation import generation_cache_invariance as generation_cache_invariance
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapter": ("adapter_census", "adapter_neutrality"),
     "answers": ("alignment",),
+    "forecast": ("forecast_agrees", "forecast_fits_card"),
     "frozen": ("frozen_vision",),
     "generation": (
         "generation_batch_invariance",

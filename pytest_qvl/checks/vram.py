@@ -11,12 +11,11 @@ from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import base_tensors
 from pytest_qvl.models.state import preserved
-from pytest_qvl.models.training import backward, checkpointing, computes_in_float16
-from pytest_qvl.vram.meter import Meter, Number, Usage
+from pytest_qvl.models.training import FIRST_FLOAT16_SCALE, checkpointing, computes_in_float16
 from pytest_qvl.vram.units import GiB, format_bytes
 
 if TYPE_CHECKING:
-    import torch
+    from pytest_qvl.vram.meter import Meter, Number, Usage
 
 DECODE_STEPS = 8
 RESIDENT_SHARE = 0.01
@@ -55,25 +54,39 @@ def peak_vram(
     if parts.device.type != "cuda":
         raise CannotJudge("VRAM needs CUDA: the model is on the CPU")
     judge = Judge("peak_vram", "peak VRAM within its limit")
+    prepare_to_measure()
     _judge_resident(judge, parts)
     rows = []
-    for name, work in _phases(parts, batch, training_batch).items():
-        with preserved(model), meter.phase(name) as phase:
-            work()
-        usage = phase.usage
-        assert usage is not None
+    for usage in measure_work(model, batch, training_batch, meter):
         rows.append(_row(usage))
         _judge_phase(judge, usage, limit, of)
     return judge.verdict(("phase", "allocated GiB", "reserved GiB", "process GiB", "seconds"), rows)
 
 
-def _judge_resident(judge: Judge, parts: Parts) -> None:
+def prepare_to_measure() -> None:
+    """Leave nothing on the GPU but what somebody holds."""
     import torch
 
     gc.collect()
     # cuBLAS keeps 32 MiB for each of its handles (the backward pass has one of its own) in torch's allocator; torch's
     # own leak check gives them back in the same way (torch/testing/_internal/common_utils.py).
     torch._C._cuda_clearCublasWorkspaces()
+
+
+def measure_work(model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any], meter: Meter) -> list[Usage]:
+    """Do the work of :func:`work_of` phase by phase, leave the model as it was, and say what each phase used."""
+    usages = []
+    for name, work in work_of(anatomy(model), batch, training_batch).items():
+        with preserved(model), meter.phase(name) as phase:
+            work()
+        assert phase.usage is not None
+        usages.append(phase.usage)
+    return usages
+
+
+def _judge_resident(judge: Judge, parts: Parts) -> None:
+    import torch
+
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for _, tensor in (*base_tensors(parts), *parts.base.named_parameters())
@@ -95,7 +108,13 @@ def _judge_resident(judge: Judge, parts: Parts) -> None:
     )
 
 
-def _phases(parts: Parts, batch: Mapping[str, Any], training_batch: Mapping[str, Any]) -> dict[str, Callable[[], None]]:
+def work_of(
+    parts: Parts,
+    batch: Mapping[str, Any],
+    training_batch: Mapping[str, Any],
+    decode_steps: int = DECODE_STEPS,
+) -> dict[str, Callable[[], None]]:
+    """What a QLoRA user does with a model, by name; also run by the forecast, on tensors without data."""
     import torch
 
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -110,18 +129,14 @@ def _phases(parts: Parts, batch: Mapping[str, Any], training_batch: Mapping[str,
 
     def decode() -> None:
         generate: Any = parts.wrapped.generate
-        generate(**inputs, do_sample=False, min_new_tokens=DECODE_STEPS, max_new_tokens=DECODE_STEPS)
+        generate(**inputs, do_sample=False, min_new_tokens=decode_steps, max_new_tokens=decode_steps)
 
     def train() -> None:
         parts.wrapped.train()
-        trainable = [p for p in parts.wrapped.parameters() if p.requires_grad]
-
-        def loss_of() -> torch.Tensor:
-            loss: torch.Tensor = parts.wrapped(**training_batch).loss
-            return loss
-
         with checkpointing(parts, True), _inputs_require_grad(parts):
-            backward(loss_of, trainable, scale=2.0**16 if computes_in_float16(parts) else 1.0)
+            loss: Any = parts.wrapped(**training_batch).loss
+            # The memory of gradients that overflow is that of any others.
+            (loss * FIRST_FLOAT16_SCALE if computes_in_float16(parts) else loss).backward()
 
     return {"vision": vision, "prefill": prefill, f"decode {DECODE_STEPS}": decode, "train step": train}
 

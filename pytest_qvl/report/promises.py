@@ -49,7 +49,7 @@ PROMISES = (
     ),
     Promise("answers come from the pictures", ("alignment",)),
     Promise("training step", ("training_step", "vision_not_backpropagated", "label_mask")),
-    Promise("peak VRAM within its limit", ("peak_vram",)),
+    Promise("peak VRAM within its limit", ("peak_vram", "forecast_fits_card", "forecast_agrees")),
 )
 
 

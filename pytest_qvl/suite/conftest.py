@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl.options import SETTINGS_KEY
+
 if TYPE_CHECKING:
     from pytest_qvl.samples import Sample
 
@@ -26,6 +28,12 @@ def mixed_batch(qvl_batch: Any, one_of_each: list[Sample]) -> Any:
 def noise_pictures(one_of_each: list[Sample]) -> list[Sample]:
     """The same prompts over noise, so that no two visual tokens of the batch are alike."""
     return [sample.noise(seed=0) for sample in one_of_each]
+
+
+@pytest.fixture(scope="session")
+def own_pictures(pytestconfig: pytest.Config, qvl_image_samples: list[Sample]) -> list[Sample] | None:
+    """The user's own pictures (``--qvl-images``); ``None`` where the samples are rendered."""
+    return qvl_image_samples if pytestconfig.stash[SETTINGS_KEY].images else None
 
 
 @pytest.fixture(scope="session")

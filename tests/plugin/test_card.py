@@ -1,4 +1,4 @@
-"""``--qvl-card``: what is set on a GPU, once and undone; said in the header and the record."""
+"""``--qvl-card``: what is set on a GPU, once and undone; said in the header and the record; forecast on the CPU."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_the_header_and_the_record_say_what_is_simulated(gpu, pytester):
     record = json.loads((pytester.path / "out.json").read_text(encoding="utf-8"))
     assert "card t4 (--qvl-card)" in record["settings"]
     assert SIMULATED in record["settings"]
-    assert "simulated" not in pytester.runpytest_inprocess("--qvl-card", "t4", "--qvl-device", "cpu").stdout.str()
+    assert "memory cap" not in pytester.runpytest_inprocess("--qvl-card", "t4", "--qvl-device", "cpu").stdout.str()
 
 
 def test_a_dtype_that_the_card_lacks_is_refused_where_the_card_is_simulated(gpu, pytester, real_stack):
@@ -143,3 +143,15 @@ def test_a_dtype_that_the_card_lacks_is_refused_where_the_card_is_simulated(gpu,
     result = pytester.runpytest_inprocess("--qvl-card", "t4", "-k", "request")
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["qvl_compute_dtype: t4 has no bfloat16 *; use float16 or auto"])
+
+
+SUITE = ("--pyargs", "pytest_qvl.suite", "-k", "forecast_fits_card", "-rs")
+
+
+def test_the_suite_forecasts_for_the_card_on_the_cpu(pytester, run_real):
+    result = run_real(*SUITE)
+    result.assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*not judged: forecast_fits_card: no card was named: --qvl-card t4 forecasts for one"])
+    result = run_real(*SUITE, "--qvl-card", "t4")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*11  peak VRAM within its limit*kept*forecast for Tesla T4 0.* GiB (<= 14.03 GiB)"])
