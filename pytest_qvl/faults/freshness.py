@@ -11,7 +11,10 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1]
 # What only lists, prints or judges no model of the panel.
 ASIDE = frozenset(
-    {"faults/cli.py", "faults/page.py", "faults/freshness.py", "faults/unreproduced.py", "checks/vram.py"}
+    {
+        *("faults/cli.py", "faults/page.py", "faults/freshness.py", "faults/unreproduced.py", "faults/matrix.py"),
+        *("checks/__init__.py", "checks/vram.py", "checks/forecast.py"),
+    }
 )
 
 

@@ -50,7 +50,7 @@ def page(result: Result) -> str:
         f"`{COMMAND}`.",
         "",
         *(f"- {line}" for line in summary(result).splitlines()),
-        f"- Run with {versions}, on CPU, one thread: {minutes}.",
+        f"- Run with {versions}, on CPU, one thread; CPU time: {minutes}.",
         "",
         "See one for yourself: `pytest --pyargs pytest_qvl.suite --qvl-fault scatter-off-by-one`.",
         "",
