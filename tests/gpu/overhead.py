@@ -189,6 +189,7 @@ def replay(model, calls, tensors):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             continue
+        last = None  # a graph that nobody goes back through is let go before the next one grows
         inputs = {n: tensors[v["tensor"]] if isinstance(v, dict) else v for n, v in call["inputs"].items()}
         parts.core.rope_deltas = None
         model.train(call["training"])
