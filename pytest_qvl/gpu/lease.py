@@ -133,11 +133,10 @@ class Lease:
             LeaseError: CUDA computes on another device: it had been asked for its devices (``is_available``
                 is enough) before the lease was taken, and never reads ``CUDA_VISIBLE_DEVICES`` again.
         """
-        if not _cuda_started() or not self.gpu.uuid.startswith("GPU-"):
+        if not cuda_started() or not self.gpu.uuid.startswith("GPU-"):
             return
-        properties = sys.modules["torch"].cuda.get_device_properties(0)
-        actual = f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else self.gpu.uuid
-        if not actual.casefold().startswith(self.gpu.uuid.casefold()):
+        actual = _running_on()
+        if actual is not None and not actual.casefold().startswith(self.gpu.uuid.casefold()):
             raise LeaseError(
                 f"this process holds the lease of {self.gpu} but CUDA computes on {actual}: something asked "
                 f"CUDA for its devices before the lease was taken (a conftest or plugin that calls "
@@ -159,8 +158,9 @@ def acquire(
 
     Free GPUs are tried in the caller's order, except that one with less free memory (by tenths of its total)
     comes later, so that a card busy with work that takes no leases is the last choice. A descendant of a
-    holder gets the holder's GPU at once. ``CUDA_VISIBLE_DEVICES`` of this process then names the leased
-    device alone.
+    holder gets the holder's GPU at once. Where CUDA already runs in this process there is no choice left: only
+    the GPU it computes on can be had. ``CUDA_VISIBLE_DEVICES`` of this process then names the leased device
+    alone.
 
     Args:
         visible: The GPUs the caller allows.
@@ -176,8 +176,8 @@ def acquire(
     Raises:
         NoGpu: Nothing is allowed.
         LeaseTimeout: The patience is used up.
-        LeaseError: CUDA already runs in this process, the lock folder cannot be used, or the platform has no
-            ``flock``.
+        LeaseError: CUDA already runs in this process on a GPU that is not allowed, the lock folder cannot be
+            used, or the platform has no ``flock``.
     """
     environ = os.environ if environ is None else environ
     if not visible.gpus:
@@ -185,14 +185,16 @@ def acquire(
     token = environ.get(TOKEN_VARIABLE, "")
     session = join_session(environ)
     folder = _usable(directory or Path(environ.get(DIRECTORY_VARIABLE, DIRECTORY)))
-    locks = {gpu: _Lock(folder / (re.sub(r"[^\w-]", "_", gpu.uuid) + ".lock")) for gpu in _emptiest_first(visible.gpus)}
+    # Another environment than this process's own chooses nothing for its CUDA.
+    gpus = _open_to_cuda(visible.gpus) if environ is os.environ else visible.gpus
+    locks = {gpu: _Lock(folder / (re.sub(r"[^\w-]", "_", gpu.uuid) + ".lock")) for gpu in _emptiest_first(gpus)}
     started = last = clock()
     outside, pause, next_word = 0.0, _FASTEST_POLL_S, started
     while True:
         holders: dict[Gpu, Holder | None] = {}
         for gpu, lock in locks.items():
             if lock.try_lock():
-                mine = _sign(lock, session, own_environment=environ is os.environ)
+                mine = _sign(lock, session)
                 if say and next_word > started:
                     say(f"got {gpu} after {clock() - started:.0f} s")
                 return Lease(gpu, lock, clock() - started, environ, mine)
@@ -203,7 +205,7 @@ def acquire(
         own = any(holder and holder.session == session for holder in holders.values())
         outside += 0.0 if own else now - last
         last = now
-        if outside >= patience:
+        if not own and outside >= patience:
             raise LeaseTimeout(
                 f"no GPU became free within {patience:.0f} s: {_told(holders)}; wait for them to end, "
                 f"allow more GPUs in {VISIBLE_DEVICES}, or raise the patience"
@@ -216,15 +218,25 @@ def acquire(
         pause = min(pause * 2, _SLOWEST_POLL_S)
 
 
-def _sign(lock: _Lock, session: str, *, own_environment: bool) -> str:
-    """Write down who holds the lock; the token that descendants inherit."""
-    # Another environment than this process's own chooses nothing for its CUDA.
-    if own_environment and _cuda_started():
-        lock.drop()
+def _open_to_cuda(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
+    """The GPUs that this process can still compute on: all, or once CUDA runs the one that it runs on."""
+    if not cuda_started():
+        return gpus
+    running = _running_on()
+    same: tuple[Gpu, ...] = gpus if len(gpus) == 1 else ()
+    if running is not None and all(gpu.uuid.startswith("GPU-") for gpu in gpus):  # CUDA names no MIG slices
+        same = tuple(gpu for gpu in gpus if running.casefold().startswith(gpu.uuid.casefold()))
+    if not same:
         raise LeaseError(
-            "CUDA already runs in this process, so a lease can no longer choose its GPU; take the lease "
-            "first (something computed on the GPU while pytest was starting: a conftest or plugin at import)"
+            f"CUDA already runs in this process, on {running or 'a GPU that it does not name'}, so a lease can no "
+            f"longer choose among {', '.join(map(str, gpus))}; take the lease first (something computed on the GPU "
+            "while pytest was starting: a conftest or plugin at import)"
         )
+    return same
+
+
+def _sign(lock: _Lock, session: str) -> str:
+    """Write down who holds the lock; the token that descendants inherit."""
     holder = Holder(os.getpid(), _command(sys.argv), time.time(), session, secrets.token_hex(16))
     try:
         lock.sign(holder)
@@ -249,9 +261,16 @@ def _command(argv: Sequence[str]) -> str:
     return shlex.join([program, *argv[1:]])[:200]
 
 
-def _cuda_started() -> bool:
+def cuda_started() -> bool:
+    """Whether torch has started CUDA in this process."""
     torch = sys.modules.get("torch")
     return bool(torch and getattr(torch, "cuda", None) and torch.cuda.is_initialized())
+
+
+def _running_on() -> str | None:
+    """UUID of the GPU that CUDA calls its first; ``None`` where this torch does not tell."""
+    properties = sys.modules["torch"].cuda.get_device_properties(0)
+    return f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else None
 
 
 def _usable(folder: Path) -> Path:

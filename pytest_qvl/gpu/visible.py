@@ -82,8 +82,9 @@ def auto_workers(
 ) -> int | None:
     """How many pytest-xdist workers ``-n auto`` means when GPUs were asked for: one per allowed GPU.
 
-    ``None`` leaves the answer to pytest-xdist (its number of cores): when this run did not ask for GPUs, when
-    the caller fixed the number by ``PYTEST_XDIST_AUTO_NUM_WORKERS``, and when there is no GPU to count.
+    One where there is no GPU to count: every GPU test is then skipped, and one worker skips as fast as many.
+    ``None`` leaves the answer to pytest-xdist (its number of cores): when this run did not ask for GPUs, and when
+    the caller fixed the number by ``PYTEST_XDIST_AUTO_NUM_WORKERS``.
 
     Args:
         asked: Whether this run asked for GPUs; the driver is only asked if so.
@@ -96,7 +97,7 @@ def auto_workers(
     environ = os.environ if environ is None else environ
     if not asked or environ.get("PYTEST_XDIST_AUTO_NUM_WORKERS"):
         return None
-    return len(visible_gpus(inventory, environ).gpus) or None
+    return max(1, len(visible_gpus(inventory, environ).gpus))
 
 
 def _computable(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:

@@ -249,6 +249,17 @@ class ModelOwner:
         """Names of base tensors that are not bitwise what they were when the model was loaded."""
         return _differences(self._pristine, self._base_digests())
 
+    def storages(self) -> frozenset[int]:
+        """Addresses of the storages that the resident model is made of."""
+        from pytest_qvl.models.anatomy import anatomy
+        from pytest_qvl.models.quantized import base_tensors
+
+        if self.resident is None:
+            return frozenset()
+        parts = anatomy(self.resident)
+        tensors = (*base_tensors(parts), *parts.wrapped.named_parameters())
+        return frozenset(tensor.untyped_storage().data_ptr() for _, tensor in tensors)
+
     def drop_adapter(self) -> None:
         """Take the adapter off for good."""
         if self._adapted is not None and self._adapted.slot.attached:
@@ -452,5 +463,7 @@ def collect() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    # Asking is_available() would fix CUDA's devices, before a lease may have chosen one.
+    cuda: Any = torch.cuda
+    if cuda.is_initialized():
+        cuda.empty_cache()

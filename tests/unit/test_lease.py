@@ -13,6 +13,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -376,6 +377,50 @@ def test_the_environment_is_put_back(folder):
     lease.release()
     assert environ.pop("QVL_GPU_SESSION")
     assert environ == {"CUDA_VISIBLE_DEVICES": "0,1"}
+
+
+@pytest.fixture
+def cuda_runs_on(monkeypatch, folder):
+    """CUDA runs in this process already; the environment is this process's own."""
+    monkeypatch.setenv("QVL_GPU_SESSION", "ours")
+    for name in ("QVL_GPU_LEASE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+    def start(**properties):
+        cuda = SimpleNamespace(
+            is_initialized=lambda: True, get_device_properties=lambda _: SimpleNamespace(**properties)
+        )
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+
+    return start
+
+
+def test_once_cuda_runs_only_its_own_gpu_can_be_leased(folder, cuda_runs_on):
+    cuda_runs_on(uuid="bbbb")
+    with take(folder, TWO, environ=os.environ, patience=0) as lease:
+        assert lease.gpu == B
+        lease.verify()
+        with pytest.raises(LeaseTimeout, match="GPU-bbbb"):
+            take(folder, Visible((B,)), patience=0)
+    with pytest.raises(
+        LeaseError, match=r"CUDA already runs in this process, on GPU-bbbb, .* among NVIDIA T4 \(GPU-aaaa"
+    ):
+        take(folder, ONE, environ=os.environ)
+
+
+def test_where_torch_does_not_name_its_gpu_only_one_can_be_meant(folder, cuda_runs_on):
+    cuda_runs_on()
+    take(folder, ONE, environ=os.environ).release()
+    take(folder, Visible((Gpu("MIG-1"),)), environ=os.environ).release()
+    with pytest.raises(LeaseError, match="on a GPU that it does not name"):
+        take(folder, TWO, environ=os.environ)
+
+
+def test_no_patience_still_waits_for_this_very_run(folder):
+    run, clock = {"QVL_GPU_SESSION": "ours"}, Clock()
+    worker = take(folder, environ=dict(run))
+    clock.then[50] = worker.release
+    take(folder, environ=dict(run), patience=0, clock=clock, sleep=clock.sleep).release()
 
 
 def test_a_run_has_one_name():

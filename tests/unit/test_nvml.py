@@ -298,7 +298,7 @@ def test_without_a_driver_a_uuid_still_names_a_device():
     [
         (True, {}, 4),
         (True, {"CUDA_VISIBLE_DEVICES": "1,2"}, 2),
-        (True, {"CUDA_VISIBLE_DEVICES": ""}, None),
+        (True, {"CUDA_VISIBLE_DEVICES": ""}, 1),
         (True, {"PYTEST_XDIST_AUTO_NUM_WORKERS": "7"}, None),
         (False, {}, None),
     ],
