@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from pytest_qvl.evidence import Evidence
+    from pytest_qvl.options import Settings
+    from pytest_qvl.verdicts import Verdict
     from pytest_qvl.vram.meter import Meter, Number, Phase, Usage
 
 LIMIT_VRAM = "limit_vram"
@@ -58,6 +60,12 @@ def insists_on(mark: str, expression: str) -> bool:
         return compiled.evaluate(lambda name, /, **_: name in present)
 
     return any(selects(world | {mark}) for world in worlds) and not any(selects(world) for world in worlds)
+
+
+def asks_for_gpus(config: pytest.Config, settings: Settings) -> bool:
+    """Whether whoever started this run asked for GPUs: by ``-m gpu``, by requiring one, or by the device."""
+    insists = insists_on("gpu", config.getoption("markexpr", "") or "")
+    return insists or bool(settings.require_gpu) or settings.device == "cuda"
 
 
 @dataclass(frozen=True)
@@ -214,6 +222,18 @@ class VramLimits:
             except CheckFailed as failure:
                 verdicts.append(failure.evidence)
         return verdicts
+
+    def judge_session(self, session: pytest.Session) -> Iterator[Verdict]:  # noqa: ARG002 - as every judge
+        """The same as session verdicts."""
+        from pytest_qvl.evidence import CheckFailed
+        from pytest_qvl.verdicts import Verdict
+
+        for evidence in self.session_evidence():
+            (figure,) = evidence.figures
+            if evidence.ok:
+                yield Verdict(figure.name, "kept", str(figure))
+            else:
+                yield Verdict(figure.name, "BROKEN", str(CheckFailed(evidence)))
 
     # ---- collection ----------------------------------------------------------------------------------------
 

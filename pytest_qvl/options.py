@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from pytest_qvl.gpu.lease import PATIENCE_S
 from pytest_qvl.models.weights import check_adapter, parse_model
 
 if TYPE_CHECKING:
@@ -188,6 +189,14 @@ SETTINGS = (
         "CARD",
     ),
     Setting("qvl_vram_limit", _size, None, "default of limit_vram for every test, such as '15 GiB'", "SIZE"),
+    Setting(
+        "qvl_gpu_patience",
+        _whole(0),
+        f"{PATIENCE_S:.0f}",
+        "seconds to wait for a GPU that other runs hold",
+        "SECONDS",
+        ini_type="int",
+    ),
     Setting("qvl_record", _file, None, "write what was measured, and on what, to this JSON file", "FILE"),
     Setting(
         "qvl_require_gpu",

@@ -10,14 +10,19 @@ pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
 
 from pytest_qvl import fixtures, lineage, outcome, third_party  # noqa: E402 - after assertion rewriting
 from pytest_qvl.faulted import Faulted, refuse_other_models  # noqa: E402
+from pytest_qvl.gpu.lease import join_session  # noqa: E402
+from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
+from pytest_qvl.gpu_failures import GpuFailures  # noqa: E402
 from pytest_qvl.gpu_required import GpuRequired  # noqa: E402
-from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits  # noqa: E402
+from pytest_qvl.leasing import lease_lines, leases_for_record  # noqa: E402
+from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits, asks_for_gpus  # noqa: E402
 from pytest_qvl.numbers import PhaseNumbers  # noqa: E402
 from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa: E402
 from pytest_qvl.report.terminal import Summary  # noqa: E402
 from pytest_qvl.session import STATE_KEY, State, release_frames  # noqa: E402
 from pytest_qvl.shipped import ShippedSuite  # noqa: E402
 from pytest_qvl.targets import parametrize, target_of, targets  # noqa: E402
+from pytest_qvl.verdicts import SessionVerdicts  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from pytest_qvl.options import Settings
 
 LIMITS_KEY = pytest.StashKey[VramLimits]()
+VERDICTS_KEY = pytest.StashKey[SessionVerdicts]()
 ERRORS_KEY = pytest.StashKey[list[BaseException]]()
 MARKERS = ("gpu: the test executes on CUDA", LIMIT_VRAM_HELP)
 
@@ -46,22 +52,26 @@ def pytest_configure(config: pytest.Config) -> None:
     third_party.register(config)
     settings = read_settings(config)
     config.stash[SETTINGS_KEY] = settings
-    config.stash[STATE_KEY] = State(config, settings)
+    state = config.stash[STATE_KEY] = State(config, settings)
     register = config.pluginmanager.register
     register(fixtures, "qvl-fixtures")
     register(ShippedSuite(), "qvl-suite")
     register(Summary(), "qvl-summary")
-    limits = VramLimits(
-        config, config.stash[STATE_KEY].meter, default=settings.vram_limit, required=settings.require_gpu
-    )
+    limits = VramLimits(config, state.meter, default=settings.vram_limit, required=settings.require_gpu)
     config.stash[LIMITS_KEY] = limits
     register(limits, "qvl-vram-limits")
-    register(PhaseNumbers(config.stash[STATE_KEY].meter), "qvl-vram-numbers")
+    register(PhaseNumbers(state.meter), "qvl-vram-numbers")
+    failures = GpuFailures(state.access, state.meter)
+    register(failures, "qvl-gpu-failures")
+    verdicts = SessionVerdicts([limits.judge_session, state.judge_session], state.access.gpu.facts)
+    config.stash[VERDICTS_KEY] = verdicts
+    register(verdicts, "qvl-session-verdicts")
     if settings.record is not None and not hasattr(config, "workerinput"):
         from pytest_qvl.report.record import Record
 
         chosen = [*settings.described(), *_simulated(settings)]
-        register(Record(settings.record, chosen, config.stash[STATE_KEY].vram), "qvl-record")
+        parts = [verdicts.as_dict, failures.as_dict, lambda: leases_for_record(verdicts.facts), state.vram_for_record]
+        register(Record(settings.record, chosen, parts), "qvl-record")
     if settings.require_gpu:
         register(GpuRequired(), "qvl-require-gpu")
     if settings.fault is not None:
@@ -79,6 +89,22 @@ def _let_plugins_override(config: pytest.Config) -> None:
     history = config.pluginmanager.hook.pytest_plugin_registered._call_history
     if history is not None:
         history.sort(key=lambda call: call[0]["plugin"] is not fixtures)
+
+
+@pytest.hookimpl(tryfirst=True, optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """``-n auto`` is the number of GPUs where the run asked for GPUs; else the answer is xdist's."""
+    asked = config.getoption("numprocesses", None) == "auto" and asks_for_gpus(config, read_settings(config))
+    try:
+        return auto_workers(asked=asked)
+    except VisibleDevicesError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Workers inherit the name of this run, so that one waits for another as long as that one runs."""
+    join_session()
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
@@ -107,7 +133,8 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, objec
     state, item = request.config.stash[STATE_KEY], request._pyfuncitem
     state.note(fixturedef, item)
     try:
-        value = yield
+        with state.making(fixturedef):
+            value = yield
     except (Exception, pytest.fail.Exception) as error:
         state.note_failure(fixturedef, error, item)
         raise
@@ -151,14 +178,17 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
         if pointer is None:
             raise
         raise pointer from None
+    state.access.verify()
     state.settle(item)
     return result
 
 
 @pytest.hookimpl(specname="pytest_runtest_setup")
 def pytest_runtest_setup_model(item: pytest.Item) -> None:
-    """Put the model into the state that the test asks for, unless a mark has skipped it by now."""
-    item.config.stash[STATE_KEY].prepare(item)
+    """Give the test its GPU, and the model the state that it asks for, unless a mark has skipped it by now."""
+    state = item.config.stash[STATE_KEY]
+    state.access.enter(item)
+    state.prepare(item)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -174,12 +204,14 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, object, object]:
-    """Name the test that changed the shared model."""
-    verdict = None
+    """Name the test that changed the shared model, or left memory allocated."""
+    state, verdict = item.config.stash[STATE_KEY], None
+    state.begin_teardown(item, item.stash.get(ERRORS_KEY, []))
     try:
         result = yield
     finally:
-        verdict = item.config.stash[STATE_KEY].judge(item)
+        verdict = state.judge(item)
+    verdict = verdict or state.judge_memory()
     if verdict is not None:
         pytest.fail(verdict, pytrace=False)
     return result
@@ -192,7 +224,7 @@ def pytest_runtest_makereport(
     """Put evidence, target and check on the report."""
     if call.excinfo is not None:
         outcome.shorten(call.excinfo)
-        if target_of(item) is not None:
+        if target_of(item) is not None or lineage.views(item):
             item.stash.setdefault(ERRORS_KEY, []).append(call.excinfo.value)
     report = yield
     outcome.attach(item, report)
@@ -200,17 +232,9 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """What became of the limits on VRAM."""
-    for line in config.stash[LIMITS_KEY].summary():
+    """What became of the limits on VRAM, and which GPUs were used."""
+    for line in (*config.stash[LIMITS_KEY].summary(), *lease_lines(config.stash[VERDICTS_KEY].facts)):
         terminalreporter.line(f"qvl: {line}")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hold the limits on the whole session, which no single test is to blame for."""
-    broken = [e for e in session.config.stash[LIMITS_KEY].session_evidence() if not e.ok]
-    if broken and session.exitstatus == pytest.ExitCode.OK:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(trylast=True)
@@ -221,5 +245,5 @@ def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> N
 
 @pytest.hookimpl(specname="pytest_sessionfinish", trylast=True)
 def pytest_sessionfinish_memory(session: pytest.Session) -> None:
-    """Give the model's memory back, after the fixtures are torn down."""
+    """Give the model's memory and the GPU back, after the fixtures are torn down."""
     session.config.stash[STATE_KEY].close()

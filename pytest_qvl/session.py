@@ -5,8 +5,9 @@ Imports nothing heavy; the model side is imported when the first test needs it.
 
 from __future__ import annotations
 
+import sys
 import traceback
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qvl import lineage
+from pytest_qvl.gpu_access import GpuAccess
+from pytest_qvl.leaks import LeakWatch
 from pytest_qvl.lineage import BASE_FIXTURE, LORA_FIXTURE, MODEL_FIXTURES, Definition, Lineage
-from pytest_qvl.targets import NEEDS_CUDA
+from pytest_qvl.refusals import Refusal
+from pytest_qvl.verdicts import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from pytest_qvl.models.owner import ModelOwner
     from pytest_qvl.options import Settings
@@ -27,15 +32,7 @@ if TYPE_CHECKING:
 REFERENCE_FIXTURE = "qvl_reference"
 BF16_CAPABILITY = (8, 0)  # `is_bf16_supported()` is True on a T4, by emulation at a quarter of the speed
 NAMED_CHANGES = 3
-
-
-class Refusal(pytest.fail.Exception):  # type: ignore[name-defined,misc]
-    """What a user can mend, said in one line without a traceback."""
-
-    __module__ = "builtins"  # pytest shows the name of the class alone
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, pytrace=False)
+STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)  # with fixtures still alive
 
 
 @contextmanager
@@ -64,6 +61,8 @@ class State:
     _device_set_up: bool = False
     _device_refused: Refusal | None = None
     _undo_device: ExitStack = field(default_factory=ExitStack)
+    _tearing_down: tuple[pytest.Item, list[BaseException]] | None = None
+    _left: str = ""
 
     @cached_property
     def owner(self) -> ModelOwner:
@@ -79,40 +78,53 @@ class State:
 
         return Meter()
 
-    def _watch_process(self) -> None:
-        """Let the meter read the driver from before CUDA starts on, so that it sees the context come."""
-        from pytest_qvl.gpu.nvml import ProcessMemory
-        from pytest_qvl.gpu.visible import visible_gpus
+    @cached_property
+    def access(self) -> GpuAccess:
+        """The way to the GPU."""
+        return GpuAccess(self.config, self.settings, self.meter, self.announce)
 
-        gpus = visible_gpus().gpus
-        if gpus and self.meter.process is None:
-            self.meter.process = ProcessMemory(gpus[0].uuid)
+    @cached_property
+    def leaks(self) -> LeakWatch:
+        """What tests and session leave allocated."""
+        return LeakWatch(self.meter)
 
-    def vram(self) -> dict[str, Any]:
+    def vram_for_record(self) -> dict[str, Any]:
         """Usage of the whole process so far, and of each phase that has ended, as plain data."""
         session = self.meter.session()
         assert session.usage is not None
-        return {"session": session.usage.as_dict(), "phases": [usage.as_dict() for usage in session.inner]}
+        return {"vram": {"session": session.usage.as_dict(), "phases": [usage.as_dict() for usage in session.inner]}}
 
     def progress(self, line: str) -> None:
         """Show a line of progress on a terminal, past captured output; silent under ``-q`` and in workers."""
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is None or self.config.get_verbosity() < 0 or not reporter.isatty:
             return
-        capture: Any = self.config.pluginmanager.get_plugin("capturemanager")
-        with capture.global_and_fixture_disabled():
+        with self._uncaptured():
             reporter.ensure_newline()
             reporter.write_line(f"qvl: {line}")
 
-    def need_cuda(self) -> None:
-        """Skip the test, with the reason, unless CUDA can be used."""
-        import torch
+    def announce(self, line: str) -> None:
+        """Show what somebody may be waiting for at once, on a terminal or not.
 
-        if torch.version.cuda is None:
-            pytest.skip(f"{NEEDS_CUDA}this PyTorch is a CPU build")
-        self._watch_process()
-        if not torch.cuda.is_available():
-            pytest.skip(f"{NEEDS_CUDA}no CUDA device is visible")
+        A worker's terminal goes nowhere; its standard error is the controller's.
+        """
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        worker = getattr(self.config, "workerinput", {}).get("workerid", "")
+        with self._uncaptured():
+            if reporter is None or worker:
+                print(f"\nqvl: {f'{worker}: ' if worker else ''}{line}", file=sys.__stderr__, flush=True)
+            else:
+                reporter.ensure_newline()
+                reporter.write_line(f"qvl: {line}")
+                reporter.flush()
+
+    def _uncaptured(self) -> AbstractContextManager[object]:
+        capture: Any = self.config.pluginmanager.get_plugin("capturemanager")
+        return nullcontext() if capture is None else capture.global_and_fixture_disabled()
+
+    def need_cuda(self) -> None:
+        """Lease a GPU and start CUDA on it; skip the test, with the reason, where there is none to be had."""
+        self.access.need_cuda()
         self.set_up_device()
 
     def set_up_device(self) -> None:
@@ -140,6 +152,11 @@ class State:
             self._device_set_up = True
         if self._device_refused is not None:
             raise self._device_refused.with_traceback(None)
+
+    def making(self, definition: Definition) -> AbstractContextManager[object]:
+        """Around the set-up of a fixture: what one of a wider scope than one test allocates is no leak of a test."""
+        watched = definition.scope != "function" and "leaks" in vars(self)
+        return self.leaks.making() if watched else nullcontext()
 
     def default_dtype(self, device: str) -> str:
         """bfloat16 where the hardware (or the card that it simulates) has it, else float16."""
@@ -194,6 +211,8 @@ class State:
 
     def note_end(self, definition: Definition) -> None:
         """A fixture is torn down: what it trained is forgotten once the running test has been judged."""
+        if definition.scope != "function":
+            self._judge_memory()
         self._made_from.pop(definition, None)
         self._torn_down.append(definition)
 
@@ -221,7 +240,12 @@ class State:
                 f"{LORA_FIXTURE} and run the base model inside `with model.disable_adapter():`"
             )
         self._finish_stale(item)
-        if "owner" not in vars(self) or not wanted:
+        if wanted:
+            self._show(item, wanted)
+            self.leaks.begin()
+
+    def _show(self, item: pytest.Item, wanted: frozenset[str]) -> None:
+        if "owner" not in vars(self):
             return
         (name,) = wanted
         used = _used_by(item)
@@ -300,6 +324,9 @@ class State:
 
     def judge(self, item: pytest.Item) -> str | None:
         """After tear-down: say if the test changed the shared model, and give the next test a clean one."""
+        if self.access.broken:  # nothing can be read any more, and no later test will
+            self._watched = frozenset()
+            return None
         base: list[str] = []
         adapter: list[str] = []
         if self._watched:
@@ -318,12 +345,66 @@ class State:
             f"takes {LORA_FIXTURE}, or restore what the test changes"
         )
 
+    def begin_teardown(self, item: pytest.Item, errors: list[BaseException]) -> None:
+        """The test's own fixtures are torn down next, then perhaps wider ones.
+
+        Args:
+            item: The test.
+            errors: What it raised so far; their frames are let go if memory is missing.
+        """
+        self._left = ""
+        self._tearing_down = (item, errors) if lineage.views(item) else None
+
+    def judge_memory(self) -> str | None:
+        """After tear-down: say if a test that uses the model left memory allocated."""
+        self._judge_memory()
+        return self._left or None
+
+    def _judge_memory(self) -> None:
+        # Once per test: before the first wider fixture goes, whose memory would make up for what the test left.
+        if self._tearing_down is None or self.access.broken:
+            return
+        (item, errors), self._tearing_down = self._tearing_down, None
+
+        def let_go() -> None:
+            for error in errors:
+                release_frames(error)
+            if hasattr(item, "funcargs"):
+                item.funcargs.clear()  # pytest does it a moment later
+
+        left = self.leaks.left_by_test(let_go, lambda: self.owner.storages() if "owner" in vars(self) else frozenset())
+        if left:
+            failed = item.nodeid in self._first_met.values()
+            after = "a load that failed half-way" if failed else "the test and its tear-down"
+            amount, *holders = left.splitlines()
+            self._left = "\n".join([f"{item.nodeid} leaks: {amount}, after {after}", *holders])
+
+    def judge_session(self, session: pytest.Session) -> list[Verdict]:
+        """After all fixtures are torn down: is all memory of models free again?"""
+        if "leaks" not in vars(self) or session.exitstatus in STOPPED:
+            return []
+        self._release_model()
+        left = self.leaks.left_by_session() if self.meter.alive() else ""
+        if self.access.broken:
+            return [Verdict("leak", "not judged", f"CUDA was broken by {self.access.breaker}: {self.access.broken}")]
+        if not self.meter.alive():
+            return []
+        if left:
+            return [Verdict("leak", "BROKEN", left)]
+        return [Verdict("leak", "kept", "all memory of models is free again")]
+
     def close(self) -> None:
-        """Give the model's memory back."""
+        """Give the model's memory back, the device as it was, and then the GPU."""
+        self._release_model()
+        with suppress(RuntimeError) if self.access.broken else nullcontext():
+            self._undo_device.close()
+        self.access.gpu.release()
+
+    def _release_model(self) -> None:
         self._first_met.clear()
         if "owner" in vars(self):
-            self.owner.release()
-        self._undo_device.close()
+            with suppress(RuntimeError) if self.access.broken else nullcontext():
+                self.owner.release()
 
 
 def _used_by(item: Any) -> frozenset[Definition]:

@@ -52,6 +52,12 @@ def target_of(item: pytest.Item) -> Target | None:
     return None if callspec is None else callspec.params.get(FIXTURE)
 
 
+def on_cuda(item: pytest.Item) -> bool:
+    """Whether a test runs on a model on CUDA."""
+    target = target_of(item)
+    return target is not None and target.device == "cuda"
+
+
 def parametrize(metafunc: pytest.Metafunc, settings: Settings) -> None:
     """Run a test once per target if it uses a model fixture; CUDA targets carry the mark ``gpu``.
 

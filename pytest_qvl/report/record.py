@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 SCHEMA = "pytest-qvl/record/1"
 PACKAGES = (
@@ -47,14 +47,14 @@ class Record:
 
     Args:
         path: The file.
-        settings: What was chosen, and by whom, in words.
-        vram: Usage of the whole process so far, and of each phase that has ended.
+        settings: As the header shows them.
+        parts: Asked at the end for what else belongs into the record, by key.
     """
 
-    def __init__(self, path: Path, settings: list[str], vram: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, path: Path, settings: list[str], parts: Sequence[Callable[[], dict[str, Any]]] = ()) -> None:
         self._path = path
         self._settings = settings
-        self._vram = vram
+        self._parts = parts
         self._seconds: dict[tuple[str | None, str], dict[str, float]] = {}
         self._checks: list[dict[str, Any]] = []
         self._tests: dict[str, int] = {}
@@ -63,6 +63,8 @@ class Record:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take outcome, seconds and evidence off a report."""
+        if hasattr(report, "qvl_session_verdict"):  # has an entry of its own
+            return
         if report.when == "call" or report.outcome != "passed":
             outcome = report.outcome if report.when == "call" or report.skipped else "error"
             self._tests[outcome] = self._tests.get(outcome, 0) + 1
@@ -104,7 +106,7 @@ class Record:
                 "seconds_by_test": [
                     {"target": target, "test": test, **seconds} for (target, test), seconds in self._seconds.items()
                 ],
-                "vram": self._vram(),
+                **{key: value for part in self._parts for key, value in part().items()},
             },
         )
 

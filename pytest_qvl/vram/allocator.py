@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from pytest_qvl.vram.survivors import tensors_alive
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from pytest_qvl.vram.holders import Holder
 
 # Ring buffer of the allocation history: about ten 7B training steps, and some 100 MB of host memory at most.
 HISTORY_EVENTS = 100_000
@@ -83,6 +87,12 @@ class Allocator(Protocol):
             RuntimeError: The device reports an error of earlier work.
         """
 
+    def drop_workspaces(self) -> None:
+        """Let go of what libraries keep for their next call."""
+
+    def holders(self, besides: frozenset[int]) -> tuple[Holder, ...]:
+        """Who holds memory now, biggest first, but for the blocks at the addresses ``besides``."""
+
     def start_history(self) -> bool:
         """Record allocations; ``False`` where somebody else records already, whose history is then used."""
 
@@ -133,13 +143,20 @@ class TorchAllocator:
 
     def settle(self) -> None:
         """See :class:`Allocator`."""
-        torch = sys.modules["torch"]
+        self.drop_workspaces()
+        sys.modules["torch"].cuda.empty_cache()
+
+    def drop_workspaces(self) -> None:
+        """See :class:`Allocator`."""
         # cuBLAS keeps a workspace (32 MiB on Hopper) from the first matrix product on: left alone, it would
         # be charged to whichever test came first.
-        clear: Any = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+        clear: Any = getattr(sys.modules["torch"]._C, "_cuda_clearCublasWorkspaces", None)
         if clear:
             clear()
-        torch.cuda.empty_cache()
+
+    def holders(self, besides: frozenset[int]) -> tuple[Holder, ...]:
+        """See :class:`Allocator`; the tensors that Python knows."""
+        return tensors_alive(sys.modules["torch"], "cuda", besides)
 
     def start_history(self) -> bool:
         """See :class:`Allocator`."""

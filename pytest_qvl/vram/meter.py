@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -194,7 +194,8 @@ class Meter:
     Attributes:
         process: As given; may be set later, before CUDA starts.
         context: As given; may be set later.
-        broken: Why CUDA refuses to work in this process, once it does.
+        broken: Why CUDA refuses to work in this process, and when that was noticed, once it does.
+        cause: The same in CUDA's own words.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class Meter:
         self.context = context
         self._clock = clock
         self._overhead = 0.0
-        self.broken = ""
+        self.broken = self.cause = ""
         session = Phase("session", _always=True, _started=clock())
         self._open: list[Phase] = [session]
 
@@ -320,6 +321,35 @@ class Meter:
         session.usage = self._usage(session, self._clock() - session._started, None)
         return session
 
+    def alive(self) -> Reading | None:
+        """What is allocated and reserved now; ``None`` while nothing can be measured."""
+        return None if self.broken else self._allocator.read()
+
+    def at_rest(self) -> Reading | None:
+        """The same without cuBLAS's workspaces, which come with any matrix product and are soon taken again."""
+        if self.alive() is not None:
+            self._allocator.drop_workspaces()
+        return self.alive()
+
+    def reclaim(self, when: str) -> Reading | None:
+        """Collect garbage, give cached memory back, and say what is still there; ``None`` as for :meth:`alive`."""
+        if self.alive() is not None:
+            gc.collect()
+            with suppress(CudaBroken):
+                self._touch(self._allocator.settle, when)
+        return self.alive()
+
+    def holders(self, besides: frozenset[int] = frozenset()) -> tuple[Holder, ...]:
+        """Who holds memory now, biggest first, but for the blocks at the addresses ``besides``."""
+        return self._allocator.holders(besides)
+
+    def probe(self, when: str) -> str:
+        """Wait for the device; why CUDA refuses to work in this process, empty while it works."""
+        if self.alive() is not None:
+            with suppress(CudaBroken):
+                self._touch(self._allocator.synchronize, when)
+        return self.broken
+
     def _usage(self, phase: Phase, seconds: float, error: BaseException | None) -> Usage:
         name = type(error).__name__ if error is not None else ""
         return phase._finished(seconds, self._allocator.why_not(), self.context, name)
@@ -343,8 +373,8 @@ class Meter:
         try:
             action()
         except RuntimeError as error:
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            self.broken = f"CUDA broke {when}: {first}"
+            self.cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+            self.broken = f"CUDA broke {when}: {self.cause}"
             raise CudaBroken(f"{self.broken} (every later CUDA call of this process fails too)") from None
 
     def _keep_history(self, phase: Phase, usage: Usage) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.gpu.nvml import ProcessReading
 from pytest_qvl.vram.allocator import Event, History, Reading
+from pytest_qvl.vram.holders import Holder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,13 +25,16 @@ class ScriptedAllocator:
     Attributes:
         trouble: When set, what the device answers to everything that waits for it.
         settled: How often cached memory was given back.
+        workspaces: Addresses of blocks that a library keeps for its next call.
     """
 
     def __init__(self, *, started: bool = True, reason: str = "CUDA was never used") -> None:
         self.started, self.reason = started, reason
         self.trouble = ""
         self.settled = 0
+        self.workspaces: list[int] = []
         self._blocks: dict[int, int] = {}
+        self._names: dict[int, str] = {}
         self._addresses = itertools.count(1)
         self._allocated = self._reserved = self._peak_allocated = self._peak_reserved = 0
         self._events: list[Event] | None = None
@@ -44,7 +48,7 @@ class ScriptedAllocator:
         """
         self.started = True
         address = next(self._addresses)
-        self._blocks[address] = size
+        self._blocks[address], self._names[address] = size, where
         self._allocated += size
         self._reserved = max(self._reserved, self._allocated)
         self._peak_allocated = max(self._peak_allocated, self._allocated)
@@ -89,8 +93,19 @@ class ScriptedAllocator:
     def settle(self) -> None:
         """See :class:`pytest_qvl.vram.allocator.Allocator`."""
         self.synchronize()
+        self.drop_workspaces()
         self.settled += 1
         self._reserved = self._allocated
+
+    def drop_workspaces(self) -> None:
+        """See :class:`pytest_qvl.vram.allocator.Allocator`."""
+        while self.workspaces:
+            self.free(self.workspaces.pop())
+
+    def holders(self, besides: frozenset[int]) -> tuple[Holder, ...]:
+        """See :class:`pytest_qvl.vram.allocator.Allocator`."""
+        left = [Holder(self._names[a], size, 1) for a, size in self._blocks.items() if a not in besides]
+        return tuple(sorted(left, key=lambda holder: -holder.size))
 
     def start_history(self) -> bool:
         """See :class:`pytest_qvl.vram.allocator.Allocator`."""

@@ -174,7 +174,8 @@ def test_a_lease_is_what_cuda_shows(torch, tmp_path):
         f"""
         from pathlib import Path
         from pytest_qvl.gpu.lease import LeaseError, acquire
-        from pytest_qvl.gpu.visible import visible_gpus
+        from pytest_qvl.gpu.nvml import Gpu
+        from pytest_qvl.gpu.visible import Visible, visible_gpus
         lease = acquire(visible_gpus(), directory=Path({str(tmp_path / "leases")!r}))
         import torch
         lease.verify()
@@ -182,26 +183,27 @@ def test_a_lease_is_what_cuda_shows(torch, tmp_path):
         torch.ones(1, device="cuda")
         lease.verify()
         lease.release()
+        with acquire(visible_gpus(), directory=Path({str(tmp_path / "leases")!r})) as again:
+            assert again.gpu == lease.gpu
         try:
-            acquire(visible_gpus(), directory=Path({str(tmp_path / "leases")!r}))
+            acquire(Visible((Gpu("GPU-00000000"),)), directory=Path({str(tmp_path / "leases")!r}))
         except LeaseError as error:
             print(error)
         """
     )
-    assert "CUDA already runs in this process" in done.stdout, done.stderr
+    assert "CUDA already runs in this process, on GPU-" in done.stdout, done.stderr
 
 
 def test_a_lease_taken_too_late_is_noticed(torch, tmp_path):
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
     done = in_a_fresh_process(
         f"""
         import torch
         torch.cuda.is_available()
         from pathlib import Path
         from pytest_qvl.gpu.lease import LeaseError, acquire
-        from pytest_qvl.gpu.visible import Visible, visible_gpus
-        lease = acquire(Visible(visible_gpus().gpus[1:2]), directory=Path({str(tmp_path / "leases")!r}))
+        from pytest_qvl.gpu.nvml import Gpu
+        from pytest_qvl.gpu.visible import Visible
+        lease = acquire(Visible((Gpu("GPU-00000000"),)), directory=Path({str(tmp_path / "leases")!r}))
         torch.ones(1, device="cuda")
         try:
             lease.verify()

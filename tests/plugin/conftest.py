@@ -6,11 +6,15 @@ import os
 
 import pytest
 
+from pytest_qvl.gpu.lease import DIRECTORY_VARIABLE, SESSION_VARIABLE, TOKEN_VARIABLE
+
 
 @pytest.fixture(autouse=True)
 def _nobody_has_spoken(monkeypatch):
-    """No setting of whoever runs these tests reaches an inner run."""
+    """No setting of whoever runs these tests reaches an inner run; a GPU that they lease does."""
     for name in list(os.environ):
+        if name in {TOKEN_VARIABLE, SESSION_VARIABLE, DIRECTORY_VARIABLE}:
+            continue
         if name.startswith(("QVL_", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE")):
             monkeypatch.delenv(name)
 

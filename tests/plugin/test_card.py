@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from pytest_qvl.gpu_access import GpuAccess
 from pytest_qvl.session import Refusal, State
 from pytest_qvl.vram.cap import allocator_bytes
 from pytest_qvl.vram.cards import card
@@ -26,7 +27,8 @@ class Gpu:
         import torch
 
         self.asked = []
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        # Leasing a GPU and starting CUDA on it is the business of test_gpu_session.py.
+        monkeypatch.setattr(GpuAccess, "need_cuda", lambda access: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=0: (total, total))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -54,7 +56,7 @@ def gpu(monkeypatch, with_torch):
 @pytest.fixture
 def state(pytestconfig):
     def make(chosen):
-        return State(pytestconfig, SimpleNamespace(card=chosen, compute_dtype="auto", source=lambda name: "--qvl-card"))
+        return State(pytestconfig, SimpleNamespace(card=chosen, gpu_patience=0.0, source=lambda name: "--qvl-card"))
 
     return make
 
@@ -62,8 +64,8 @@ def state(pytestconfig):
 def test_a_card_is_set_up_once_and_undone(gpu, state):
     before, simulating = gpu.kernels(), state(T4)
     assert gpu.asked == []
-    simulating.need_cuda()
-    simulating.need_cuda()
+    simulating.set_up_device()
+    simulating.set_up_device()
     assert gpu.asked == [(allocator_bytes(T4) / (140 * GiB), 0)]
     assert gpu.kernels() == {"efficient", "math"}
     assert simulating.meter.context == T4.context_bytes
@@ -76,7 +78,7 @@ def test_a_card_is_set_up_once_and_undone(gpu, state):
 
 def test_without_a_card_the_kernels_of_the_gpu_itself_are_pinned(gpu, state):
     before, plain = gpu.kernels(), state(None)
-    plain.need_cuda()
+    plain.set_up_device()
     assert gpu.kernels() == {"flash", "efficient", "math"}
     assert gpu.asked == []
     assert plain.meter.context is None
@@ -89,9 +91,9 @@ def test_a_card_bigger_than_the_gpu_is_refused_and_nothing_is_set(monkeypatch, w
     gpu = Gpu(monkeypatch, 8 * GiB)
     before, too_big = gpu.kernels(), state(T4)
     with pytest.raises(Refusal, match="--qvl-card: t4 has 14.03 GiB for the allocator and this GPU only 8.00 GiB") as a:
-        too_big.need_cuda()
+        too_big.set_up_device()
     with pytest.raises(Refusal) as b:
-        too_big.need_cuda()
+        too_big.set_up_device()
     assert a.value is b.value  # so that the session points from the second test to the first
     too_big.close()
     assert (gpu.asked, gpu.kernels()) == ([], before)

@@ -105,7 +105,14 @@ SHOWS = """
 
 @pytest.mark.parametrize(
     ("arguments", "shown"),
-    [([], True), (["-s"], True), (["-p", "no:terminal"], False), (["-q"], False), (["--capture=sys"], True)],
+    [
+        ([], True),
+        (["-s"], True),
+        (["-p", "no:terminal"], False),
+        (["-q"], False),
+        (["--capture=sys"], True),
+        (["-n1"], False),
+    ],
     ids=str,
 )
 def test_progress_shows_on_a_terminal(pytester, arguments, shown):

@@ -20,6 +20,7 @@ VALID = {
     "qvl_samples": ("9", "9"),
     "qvl_images": ("{folder}", "{folder}"),
     "qvl_card": ("t4", "*"),
+    "qvl_gpu_patience": ("60", "60"),
     "qvl_record": ("{folder}/record.json", "{folder}/record.json"),
     "qvl_vram_limit": ("15 GiB", str(15 * 2**30)),
     "qvl_require_gpu": ("true", "True"),

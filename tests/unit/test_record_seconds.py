@@ -21,7 +21,7 @@ def report(test, when, seconds, target=CPU):
 
 def test_seconds_by_phase_of_each_test_and_vram_as_told(tmp_path):
     vram = {"session": {"name": "session", "allocated": 7}, "phases": []}
-    record = Record(tmp_path / "r.json", [], lambda: vram)
+    record = Record(tmp_path / "r.json", [], [lambda: {"vram": vram}])
     for test in ("test_a", "test_b"):
         for when, seconds in (("setup", 3.0), ("call", 0.25), ("teardown", 0.0004)):
             record.pytest_runtest_logreport(report(test, when, seconds))
