@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.options import SETTINGS_KEY
 from pytest_qvl.session import STATE_KEY, one_clear_error
 
@@ -26,13 +27,12 @@ if TYPE_CHECKING:
     from pytest_qvl.vram.cards import Card
     from pytest_qvl.vram.meter import Meter
 
-LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 KEEP_16BIT = ["model.visual", "lm_head"]
 
 
 @pytest.fixture(scope="session")
 def qvl_target(request: pytest.FixtureRequest) -> Target:
-    """The model and device of this test, chosen by ``--qvl-model`` and ``--qvl-device``."""
+    """Model, device and backend of this test (``--qvl-model``, ``--qvl-device``, ``--qvl-backend``)."""
     target: Target = request.param
     if target.device == "cuda":
         request.config.stash[STATE_KEY].need_cuda()
@@ -46,10 +46,9 @@ def qvl_model(qvl_target: Target) -> str:
 
 
 @pytest.fixture(scope="session")
-def qvl_backend(pytestconfig: pytest.Config) -> str:
-    """How to load and adapt: ``"transformers"`` or ``"unsloth"``."""
-    backends: tuple[str, ...] = pytestconfig.stash[SETTINGS_KEY].backend
-    return backends[0]
+def qvl_backend(qvl_target: Target) -> str:
+    """How to load and adapt, chosen by ``--qvl-backend``: a name in ``pytest_qvl.models.backends.BACKENDS``."""
+    return qvl_target.backend
 
 
 @pytest.fixture(scope="session")

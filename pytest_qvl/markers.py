@@ -235,6 +235,14 @@ class VramLimits:
             else:
                 yield Verdict(figure.name, "BROKEN", str(CheckFailed(evidence)))
 
+    def session_outcomes(self) -> list[dict[str, Any]]:
+        """What became of limits on the session, as plain data for another process's :meth:`add`."""
+        return [asdict(outcome) for outcome in self.outcomes if outcome.scope == "session"]
+
+    def add(self, outcomes: Iterable[dict[str, Any]]) -> None:
+        """Take over what became of limits in another process."""
+        self.outcomes += [Outcome(**data) for data in outcomes]
+
     # ---- collection ----------------------------------------------------------------------------------------
 
     @pytest.hookimpl(tryfirst=True)
@@ -317,7 +325,7 @@ class VramLimits:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Collect what was measured, from this process or a worker."""
-        self.outcomes += [Outcome(**data) for data in getattr(report, "qvl_vram", ())]
+        self.add(getattr(report, "qvl_vram", ()))
 
     # ---- the rest ------------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from pytest_qvl.gpu.lease import PATIENCE_S
+from pytest_qvl.models.backends import BASELINE, check_usable
 from pytest_qvl.models.weights import check_adapter, parse_model
 
 if TYPE_CHECKING:
@@ -79,6 +80,11 @@ def _card(text: str, folder: Path) -> Card:  # noqa: ARG001 - every parser is ca
     from pytest_qvl.vram.cards import card
 
     return card(text)
+
+
+def _backend(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is called alike
+    check_usable(text)
+    return text
 
 
 def _adapter(text: str, folder: Path) -> Path:
@@ -155,9 +161,9 @@ SETTINGS = (
     Setting("qvl_adapter", _adapter, None, "test this saved LoRA adapter instead of a fresh one", "FOLDER"),
     Setting(
         "qvl_backend",
-        _one_of("transformers"),
-        "transformers",
-        "how to load and adapt (repeatable)",
+        _backend,
+        BASELINE,
+        "how to load and adapt (repeatable: each runs in a process of its own)",
         "BACKEND",
         many=True,
         ini_type="linelist",
@@ -223,6 +229,10 @@ class Settings:
     def __init__(self, choices: dict[str, Choice]) -> None:
         self._choices = choices
 
+    def of_backend(self, name: str) -> Settings:
+        """The same settings for the process of one backend."""
+        return Settings({**self._choices, "qvl_backend": Choice((name,), self.source("backend"))})
+
     def __getattr__(self, name: str) -> Any:
         try:
             return self._choices[f"qvl_{name}"].value
@@ -279,6 +289,18 @@ def read_settings(config: pytest.Config) -> Settings:
             who = f"qvl_compute_dtype ({settings.source('compute_dtype')}), qvl_card ({settings.source('card')})"
             raise pytest.UsageError(f"{who}: {error}") from None
     return settings
+
+
+def backends_before_conftests(config: pytest.Config) -> tuple[str, ...]:
+    """Names of the backends chosen, unchecked, at a time when options are not settled yet; empty where they are bad."""
+    setting = next(setting for setting in SETTINGS if setting.name == "qvl_backend")
+    given = getattr(config.known_args_namespace, setting.name, None)
+    environment = os.environ.get(setting.env, "").strip()
+    try:
+        raw = given or (environment.split(",") if environment else config.getini(setting.name)) or [setting.default]
+        return tuple(dict.fromkeys(text.strip() for text in raw))
+    except (TypeError, ValueError, pytest.UsageError):
+        return ()
 
 
 def _choose(config: pytest.Config, setting: Setting) -> Choice:

@@ -85,6 +85,8 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
     reason = skip_reason(report) if report.skipped and not found.not_judged else ""
     report.qvl = {  # type: ignore[attr-defined]
         "target": None if target is None else str(target),
+        "subject": None if target is None else target.subject,
+        "backend": None if target is None else target.backend,
         "check": check_name(item) if shipped else None,
         "evidence": [e.as_dict() for e in found.evidence],
         "not_judged": found.not_judged,

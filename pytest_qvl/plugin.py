@@ -8,7 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
 
-from pytest_qvl import fixtures, lineage, outcome, third_party  # noqa: E402 - after assertion rewriting
+from pytest_qvl import child, early, fixtures, lineage, outcome, third_party  # noqa: E402 - after assertion rewriting
 from pytest_qvl.faulted import Faulted, refuse_other_models  # noqa: E402
 from pytest_qvl.gpu.lease import join_session  # noqa: E402
 from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
@@ -18,10 +18,11 @@ from pytest_qvl.leasing import lease_lines, leases_for_record  # noqa: E402
 from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits, asks_for_gpus  # noqa: E402
 from pytest_qvl.numbers import PhaseNumbers  # noqa: E402
 from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa: E402
+from pytest_qvl.report.comparison import Comparison  # noqa: E402
 from pytest_qvl.report.terminal import Summary  # noqa: E402
 from pytest_qvl.session import STATE_KEY, State, release_frames  # noqa: E402
 from pytest_qvl.shipped import ShippedSuite  # noqa: E402
-from pytest_qvl.targets import parametrize, target_of, targets  # noqa: E402
+from pytest_qvl.targets import check_devices, parametrize, target_of, targets  # noqa: E402
 from pytest_qvl.verdicts import SessionVerdicts  # noqa: E402
 
 if TYPE_CHECKING:
@@ -45,18 +46,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_options(parser)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
+    """Import what a backend needs to have imported before everything else."""
+    early.import_first(early_config)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Resolve settings and start the session's state."""
+    """Resolve settings and start the session's state; first, because xdist must not start workers in a parent."""
     for line in MARKERS:
         config.addinivalue_line("markers", line)
     third_party.register(config)
     settings = read_settings(config)
+    check_devices(settings)
+    early.refuse(config)
+    register = config.pluginmanager.register
+    child_of = child.backend_of(config)
+    if child_of is not None:
+        settings = settings.of_backend(child_of)
+        if hasattr(config, "workerinput"):
+            register(child.WorkerShare(), child.WORKER_NAME)
     config.stash[SETTINGS_KEY] = settings
     state = config.stash[STATE_KEY] = State(config, settings)
-    register = config.pluginmanager.register
+    if len(settings.backend) > 1:
+        from pytest_qvl import children
+
+        children.refuse_what_needs_a_terminal(config)
+        register(children.Children(config, settings.backend, state.progress), child.PARENT_NAME)
     register(fixtures, "qvl-fixtures")
     register(ShippedSuite(), "qvl-suite")
     register(Summary(), "qvl-summary")
+    comparison = Comparison()
+    register(comparison, "qvl-comparison")
     limits = VramLimits(config, state.meter, default=settings.vram_limit, required=settings.require_gpu)
     config.stash[LIMITS_KEY] = limits
     register(limits, "qvl-vram-limits")
@@ -66,11 +88,17 @@ def pytest_configure(config: pytest.Config) -> None:
     verdicts = SessionVerdicts([limits.judge_session, state.judge_session], state.access.gpu.facts)
     config.stash[VERDICTS_KEY] = verdicts
     register(verdicts, "qvl-session-verdicts")
-    if settings.record is not None and not hasattr(config, "workerinput"):
+    if settings.record is not None and child_of is None and not hasattr(config, "workerinput"):
         from pytest_qvl.report.record import Record
 
         chosen = [*settings.described(), *_simulated(settings)]
-        parts = [verdicts.as_dict, failures.as_dict, lambda: leases_for_record(verdicts.facts), state.vram_for_record]
+        parts = [
+            comparison.as_dict,
+            verdicts.as_dict,
+            failures.as_dict,
+            lambda: leases_for_record(verdicts.facts),
+            state.vram_for_record,
+        ]
         register(Record(settings.record, chosen, parts), "qvl-record")
     if settings.require_gpu:
         register(GpuRequired(), "qvl-require-gpu")
@@ -235,6 +263,14 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """What became of the limits on VRAM, and which GPUs were used."""
     for line in (*config.stash[LIMITS_KEY].summary(), *lease_lines(config.stash[VERDICTS_KEY].facts)):
         terminalreporter.line(f"qvl: {line}")
+
+
+@pytest.hookimpl
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A backend's process tells the one that was started what became of limits on its session."""
+    own: child.Child | None = session.config.pluginmanager.get_plugin(child.NAME)
+    if own is not None:
+        own.tell("limits", outcomes=session.config.stash[LIMITS_KEY].session_outcomes())
 
 
 @pytest.hookimpl(trylast=True)

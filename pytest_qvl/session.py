@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qvl import lineage
+from pytest_qvl.child import NAME as CHILD
 from pytest_qvl.gpu_access import GpuAccess
 from pytest_qvl.leaks import LeakWatch
 from pytest_qvl.lineage import BASE_FIXTURE, LORA_FIXTURE, MODEL_FIXTURES, Definition, Lineage
@@ -96,6 +97,10 @@ class State:
 
     def progress(self, line: str) -> None:
         """Show a line of progress on a terminal, past captured output; silent under ``-q`` and in workers."""
+        child = self.config.pluginmanager.get_plugin(CHILD)
+        if child is not None:
+            child.tell("progress", line=line)
+            return
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is None or self.config.get_verbosity() < 0 or not reporter.isatty:
             return

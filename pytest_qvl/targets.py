@@ -1,4 +1,4 @@
-"""Which model runs on which device: one target per parametrised test."""
+"""Which model runs on which device by which backend: one target per parametrised test."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
+
+from pytest_qvl.models.backends import BASELINE, registered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,24 +20,53 @@ NEEDS_CUDA = "needs CUDA: "  # how the reason of every skip for want of CUDA beg
 
 @dataclass(frozen=True)
 class Target:
-    """One model on one device.
+    """One model on one device by one backend.
+
+    The baseline is not named in ids and reports: they are the same whichever backends run beside it.
 
     Attributes:
         model: What the user typed or ``embedded``; overriding the fixture ``qvl_model`` wins over it.
         device: ``"cpu"`` or ``"cuda"``.
         label: Short name of the model, for test ids.
+        backend: How it is loaded; overriding the fixture ``qvl_backend`` wins over it.
     """
 
     model: str
     device: str
     label: str
+    backend: str = BASELINE
 
     def __str__(self) -> str:
+        return self.subject + ("" if self.backend == BASELINE else f" by {self.backend}")
+
+    @property
+    def subject(self) -> str:
+        """What several backends have in common: the model and the device."""
         return f"{self.model} on {self.device}"
+
+    @property
+    def id(self) -> str:
+        """How tests are called that run on it: ``embedded-cuda``, ``embedded-cuda-unsloth``."""
+        return f"{self.label}-{self.device}" + ("" if self.backend == BASELINE else f"-{self.backend}")
+
+
+def check_devices(settings: Settings) -> None:
+    """Refuse a backend that has no device to run on.
+
+    Raises:
+        pytest.UsageError: Names it and the mend.
+    """
+    for name in settings.backend:
+        devices = registered(name).devices
+        if settings.device not in ("auto", *devices):
+            raise pytest.UsageError(
+                f"{settings.source('device')}: backend {name!r} runs on {' and '.join(devices)} only, "
+                f"not on {settings.device!r}; choose another device or backend"
+            )
 
 
 def targets(settings: Settings) -> Iterator[Target]:
-    """Every model on every device that this run asked for."""
+    """Every model on every device by every backend that this run asked for."""
     for source in settings.model:
         devices = [settings.device]
         if settings.fault is not None:  # faults are made for the CPU
@@ -43,7 +74,9 @@ def targets(settings: Settings) -> Iterator[Target]:
         elif settings.device == "auto":
             devices = ["cpu", "cuda"] if source.kind == "embedded" else ["cuda"]
         for device in devices:
-            yield Target(str(source), device, source.label)
+            for backend in settings.backend:
+                if device in registered(backend).devices:
+                    yield Target(str(source), device, source.label, backend)
 
 
 def target_of(item: pytest.Item) -> Target | None:
@@ -68,7 +101,7 @@ def parametrize(metafunc: pytest.Metafunc, settings: Settings) -> None:
     params = []
     seen: dict[str, int] = {}
     for target in targets(settings):
-        name = f"{target.label}-{target.device}"
+        name = target.id
         seen[name] = seen.get(name, 0) + 1
         if seen[name] > 1:  # two folders of the same name; strict pytest refuses equal ids
             name += f"-{seen[name]}"

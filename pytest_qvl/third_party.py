@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,13 @@ WARNINGS: tuple[tuple[str, type[Warning], str], ...] = (
     # Importing PEFT or bitsandbytes brings in torch modules that are still scripted (torch/jit/_script.py,
     # torch 2.9 and later).
     (r"`torch\.jit\.script(_method)?` is (deprecated|not supported)", DeprecationWarning, r"torch\.jit\."),
+    # torchao 0.18, which Unsloth brings and PEFT then imports, where it is compiled for the first time
+    # (torchao/quantization/quant_api.py).
+    (
+        r"invalid escape sequence",
+        SyntaxWarning if sys.version_info >= (3, 12) else DeprecationWarning,
+        r".*torchao",
+    ),
     # PEFT 0.21 asks Transformers 5.23 by the old names when it wraps a model (peft/peft_model.py, peft/utils/other.py).
     (
         r"`?(is_gradient_checkpointing|gradient_checkpointing_enable)`? is deprecated",

@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from pytest_qvl.child import NAME as CHILD_NAME
+from pytest_qvl.child import PARENT_NAME
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+
+    from pytest_qvl.child import Child
 
 NODE = "qvl session"
 _OUTPUT = "qvl_session"
@@ -28,7 +33,7 @@ class Verdict:
         name: What is judged, ``leak``.
         state: As in the summary of the suite.
         text: What was found; the first line says it all.
-        process: The xdist worker; empty without xdist.
+        process: The backend's process or the xdist worker; empty where there is only one process.
     """
 
     name: str
@@ -65,14 +70,19 @@ class SessionVerdicts:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Judge, before JUnit's file and the record are written; under xdist send the verdicts to the controller."""
-        found = [asdict(verdict) for judge in self._judges for verdict in judge(session)]
-        output = {"verdicts": found, "facts": self._ask_facts()}
+        """Judge, before JUnit's file and the record are written; send the verdicts to whoever reports them."""
         config: Any = session.config
+        if not config.pluginmanager.has_plugin(PARENT_NAME):  # which runs no tests itself
+            found = [asdict(verdict) for judge in self._judges for verdict in judge(session)]
+            self.take({"verdicts": found, "facts": [facts] if (facts := self._ask_facts()) else []}, "")
+        output = {"verdicts": [asdict(verdict) for verdict in self.verdicts], "facts": self.facts}
         if hasattr(config, "workeroutput"):
             config.workeroutput[_OUTPUT] = output
             return
-        self._take(output, "")
+        own: Child | None = config.pluginmanager.get_plugin(CHILD_NAME)
+        if own is not None:
+            own.tell("session", output=output)
+            return
         self._report(config)
         if session.exitstatus == pytest.ExitCode.OK and any(v.state == "BROKEN" for v in self.verdicts):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -82,7 +92,7 @@ class SessionVerdicts:
         """Take a worker's verdicts; one that crashed leaves none."""
         output = getattr(node, "workeroutput", {}).get(_OUTPUT)
         if output is not None:
-            self._take(output, node.gateway.id)
+            self.take(output, node.gateway.id)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Broken verdicts count as failures; none of them is a test's letter in the progress."""
@@ -99,10 +109,14 @@ class SessionVerdicts:
         """Plain data for the record."""
         return {"session": [asdict(verdict) for verdict in self.verdicts]}
 
-    def _take(self, output: dict[str, Any], process: str) -> None:
-        self.verdicts += [Verdict(**{**data, "process": process}) for data in output["verdicts"]]
-        if output["facts"] is not None:
-            self.facts.append({**output["facts"], "process": process})
+    def take(self, output: dict[str, Any], process: str) -> None:
+        """Take over verdicts and facts, as plain data, of a process that this one started."""
+
+        def named(data: dict[str, Any]) -> dict[str, Any]:
+            return {**data, "process": " ".join(filter(None, (process, data.get("process", ""))))}
+
+        self.verdicts += [Verdict(**named(data)) for data in output["verdicts"]]
+        self.facts += map(named, output["facts"])
 
     def _report(self, config: pytest.Config) -> None:
         for name in dict.fromkeys(verdict.name for verdict in self.verdicts):

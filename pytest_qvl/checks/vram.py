@@ -15,9 +15,15 @@ from pytest_qvl.models.training import FIRST_FLOAT16_SCALE, checkpointing, compu
 from pytest_qvl.vram.units import GiB, format_bytes
 
 if TYPE_CHECKING:
+    import torch
+
     from pytest_qvl.vram.meter import Meter, Number, Usage
 
 DECODE_STEPS = 8
+COLUMNS = ("phase", "allocated GiB", "reserved GiB", "process GiB", "seconds", "tokens/s")
+TOP_TOKENS = "most probable tokens"
+SOME_LOGITS = "some logits"
+DIGEST_LOGITS = 64
 RESIDENT_SHARE = 0.01
 SMALL_THINGS = 64 * 2**20
 
@@ -57,10 +63,47 @@ def peak_vram(
     prepare_to_measure()
     _judge_resident(judge, parts)
     rows = []
-    for usage in measure_work(model, batch, training_batch, meter):
-        rows.append(_row(usage))
+    tokens = _tokens(parts, batch, training_batch)
+    for usage, result in measure_work(model, batch, training_batch, meter):
+        rows.append((*_row(usage), tokens[usage.name] / usage.seconds))
         _judge_phase(judge, usage, limit, of)
-    return judge.verdict(("phase", "allocated GiB", "reserved GiB", "process GiB", "seconds"), rows)
+        if result is not None:
+            for figure, value in logits_digest(result).items():
+                judge.report(f"{usage.name}: {figure}", value)
+        del result
+    return judge.verdict(COLUMNS, rows)
+
+
+def logits_digest(logits: torch.Tensor) -> dict[str, str]:
+    """What two runs are compared by: the most probable token of each row, and logits of some fixed tokens.
+
+    Args:
+        logits: ``(rows, vocabulary)``.
+
+    Returns:
+        Numbers separated by spaces: :data:`TOP_TOKENS` one per row, :data:`SOME_LOGITS` :data:`DIGEST_LOGITS` per
+        row.
+    """
+    import torch
+
+    vocabulary = logits.shape[-1]
+    some = torch.linspace(0, vocabulary - 1, min(DIGEST_LOGITS, vocabulary), device=logits.device).round().long()
+    values = logits.float()[:, some].flatten().tolist()
+    return {
+        TOP_TOKENS: " ".join(map(str, logits.argmax(-1).tolist())),
+        SOME_LOGITS: " ".join(f"{value:.6g}" for value in values),
+    }
+
+
+def _tokens(parts: Parts, batch: Mapping[str, Any], training_batch: Mapping[str, Any]) -> dict[str, int]:
+    """How many tokens each phase works on: visual, read, written, trained on."""
+    rows = len(batch["input_ids"])
+    return {
+        "vision": batch["pixel_values"].shape[0] // parts.merge_size**2,
+        "prefill": int(batch["attention_mask"].sum()),
+        f"decode {DECODE_STEPS}": rows * DECODE_STEPS,
+        "train step": int(training_batch["attention_mask"].sum()),
+    }
 
 
 def prepare_to_measure() -> None:
@@ -73,15 +116,16 @@ def prepare_to_measure() -> None:
     torch._C._cuda_clearCublasWorkspaces()
 
 
-def measure_work(model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any], meter: Meter) -> list[Usage]:
-    """Do the work of :func:`work_of` phase by phase, leave the model as it was, and say what each phase used."""
-    usages = []
+def measure_work(
+    model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any], meter: Meter
+) -> Iterator[tuple[Usage, Any]]:
+    """Do the work of :func:`work_of` phase by phase, leave the model as it was; what each phase used and returned."""
     for name, work in work_of(anatomy(model), batch, training_batch).items():
         with preserved(model), meter.phase(name) as phase:
-            work()
+            made = [work()]
         assert phase.usage is not None
-        usages.append(phase.usage)
-    return usages
+        # Popped, so that it is not alive beside the next phase's work.
+        yield phase.usage, made.pop()
 
 
 def _judge_resident(judge: Judge, parts: Parts) -> None:
@@ -113,8 +157,11 @@ def work_of(
     batch: Mapping[str, Any],
     training_batch: Mapping[str, Any],
     decode_steps: int = DECODE_STEPS,
-) -> dict[str, Callable[[], None]]:
-    """What a QLoRA user does with a model, by name; also run by the forecast, on tensors without data."""
+) -> dict[str, Callable[[], Any]]:
+    """What a QLoRA user does with a model, by name; also run by the forecast, on tensors without data.
+
+    Only prefill returns something: the logits of the last position, ``(rows, vocabulary)``.
+    """
     import torch
 
     inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -123,9 +170,10 @@ def work_of(
         with torch.no_grad():
             parts.core.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
 
-    def prefill() -> None:
+    def prefill() -> torch.Tensor:
         with torch.no_grad():
-            parts.wrapped(**inputs, logits_to_keep=1)
+            logits: torch.Tensor = parts.wrapped(**inputs, logits_to_keep=1).logits[:, -1]
+        return logits
 
     def decode() -> None:
         generate: Any = parts.wrapped.generate
@@ -133,7 +181,7 @@ def work_of(
 
     def train() -> None:
         parts.wrapped.train()
-        with checkpointing(parts, True), _inputs_require_grad(parts):
+        with checkpointing(parts, True, own_way=True), _inputs_require_grad(parts):
             loss: Any = parts.wrapped(**training_batch).loss
             # The memory of gradients that overflow is that of any others.
             (loss * FIRST_FLOAT16_SCALE if computes_in_float16(parts) else loss).backward()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import find
+from pytest_qvl.models.adapters import LANGUAGE_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     Batch = dict[str, torch.Tensor]
     Collator = Callable[[Batch, Sequence[Sample]], Batch]
 
-LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
 KEEP_16BIT = ["model.visual", "lm_head"]
 ROW_SKILLS = ("nth_colour", "text", "side", "list")
 PROBES_PER_SKILL = 3

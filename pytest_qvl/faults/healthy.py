@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.faults.case import LANGUAGE_ONLY, SEED, healthy_case, load, lora_config
+from pytest_qvl.faults.case import SEED, healthy_case, load, lora_config
 from pytest_qvl.faults.tools import attribute
+from pytest_qvl.models.adapters import LANGUAGE_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

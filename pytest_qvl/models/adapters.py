@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 
 ADAPTER_FILE = "adapter_model.safetensors"
+# The regular expression of every linear layer of the language backbone, and of nothing else.
+LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 _PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.models.backends import LoadRequest, ModelLoadError, backend
+from pytest_qvl.models.backends import BASELINE, Backend, LoadRequest, ModelLoadError, backend, one_line
 from pytest_qvl.models.fingerprint import Fingerprint
 from pytest_qvl.models.weights import parameter_count
 
@@ -90,6 +90,7 @@ class ModelOwner:
         self._notify = notify
         self._base_key: Key | None = None
         self._model: Any = None
+        self._backend: Backend | None = None
         self._adapted: _Adapted | None = None
         self._pristine: dict[str, int] = {}
         self._changed_by: Hashable = None
@@ -117,6 +118,7 @@ class ModelOwner:
             with no_progress_bars():
                 model = backend(backend_name).load(request)
             self._hold(model, key)
+            self._backend = backend(backend_name)
         return self._model
 
     def adapted(self, model: Any, backend_name: str, lora_config: Any, adapter: str | None, seed: int) -> Any:
@@ -271,7 +273,7 @@ class ModelOwner:
         if self._model is None:
             return
         self._adapted = None
-        self._model = None
+        self._model = self._backend = None
         self._base_key = None
         self._pristine = {}
         self._changed_by = None
@@ -329,7 +331,7 @@ class ModelOwner:
 
         model = self.resident
         if model is not None:
-            model.eval()
+            (self._backend or backend(BASELINE)).rest(model)
             model.zero_grad(set_to_none=True)
             forget_positions(anatomy(model))
 
@@ -378,14 +380,6 @@ class ModelOwner:
 def _differences(before: dict[str, int], now: dict[str, int]) -> list[str]:
     names = [*before, *(name for name in now if name not in before)]
     return [name for name in names if before.get(name) != now.get(name)]
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and the first line of what it says; the second too where the first only announces it."""
-    first, *more = str(error).strip().splitlines() or [""]
-    if first.endswith(":") and more:
-        first = f"{first} {more[0].strip()}"
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def remove_adapter_layers(model: Any) -> None:

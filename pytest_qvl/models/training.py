@@ -30,10 +30,11 @@ def is_checkpointing(parts: Parts) -> bool:
 
 
 @contextmanager
-def checkpointing(parts: Parts, enabled: bool) -> Iterator[None]:
+def checkpointing(parts: Parts, enabled: bool, *, own_way: bool = False) -> Iterator[None]:
     """Run a block with gradient checkpointing on or off, and put every layer's flag back.
 
-    A model that already checkpoints keeps its own way of doing so. Otherwise the flags of all layers that
+    A model that already checkpoints keeps its own way of doing so; with ``own_way`` also one that is prepared to
+    and has it switched off (Unsloth's layers at rest). Otherwise the flags of all layers that
     support it are set, non-reentrant, and nothing else happens: ``gradient_checkpointing_enable`` would also
     hook embeddings and (Transformers 5) the vision patch embed, which the non-reentrant kind does not need.
     """
@@ -44,7 +45,7 @@ def checkpointing(parts: Parts, enabled: bool) -> Iterator[None]:
     if enabled != is_checkpointing(parts):
         for layer in layers:
             layer.gradient_checkpointing = enabled
-            if enabled:
+            if enabled and not (own_way and "_gradient_checkpointing_func" in vars(layer)):
                 layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
     try:
         yield

@@ -419,3 +419,35 @@ def test_a_session_limit_is_a_verdict_of_the_session(machine, pytester, workers)
     for line in verdicts:
         assert "peak allocated: BROKEN: " in line
         assert "peak allocated 2.00 GiB is 1.00 GiB above the limit of 1.00 GiB in session" in line
+
+
+def test_verdicts_of_backends_processes_are_the_runs(machine, pytester):
+    pytester.makepyfile(
+        other="""
+from pytest_qvl.models import backends
+backends.BACKENDS["other"] = backends.Registration("other:Nothing", devices=("cuda",))
+""",
+        test_x=MODEL
+        + """
+KEPT = []
+def test_leaks(qvl_lora_model, qvl_backend):
+    if qvl_backend == "other":
+        KEPT.append(torch.Tensor(2 * GIB))
+@pytest.mark.limit_vram("1.5 GiB", of="allocated", scope="session")
+def test_limited(qvl_lora_model): pass
+""",
+    )
+    backends = ("--qvl-backend", "transformers", "--qvl-backend", "other")
+    result = machine("-p", "other", "--qvl-device", "cuda", "--junitxml", "junit.xml", *backends)
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    verdicts = {(v["name"], v["process"]): v["state"] for v in record(pytester)["session"]}
+    assert verdicts == {
+        ("leak", "transformers"): "kept",
+        ("leak", "other"): "BROKEN",
+        ("peak allocated", "transformers"): "kept",
+        ("peak allocated", "other"): "BROKEN",
+    }
+    assert [lease["process"] for lease in record(pytester)["leases"]] == ["transformers", "other"]
+    result.stdout.fnmatch_lines(["qvl: vram limits: 1 held, 1 exceeded, 0 not measured"])
+    names = [case.get("name") for case in ET.parse(pytester.path / "junit.xml").iter("testcase")]
+    assert sorted(name for name in names if not name.startswith("test_")) == ["leak", "peak allocated"]

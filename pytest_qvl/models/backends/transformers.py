@@ -51,6 +51,10 @@ class TransformersBackend:
             return AdapterSlot.of(get_peft_model(model, lora_config))
         return AdapterSlot.of(PeftModel.from_pretrained(model, adapter, config=lora_config, is_trainable=True))
 
+    def rest(self, model: Any) -> None:
+        """Eval mode."""
+        model.eval()
+
     def prepare_training(self, model: Any, *, gradient_checkpointing: bool) -> None:
         """Train mode, with non-reentrant checkpointing if asked, and the vision tower out of autograd's way.
 

@@ -84,7 +84,7 @@ class Rehearsal:
     def run_work(
         self,
         batches: Sequence[Mapping[str, torch.Tensor]],
-        work_of: Callable[..., Mapping[str, Callable[[], None]]],
+        work_of: Callable[..., Mapping[str, Callable[[], object]]],
     ) -> Tape:
         """Run somebody else's work on batches of the same shapes and return what it did to device memory.
 

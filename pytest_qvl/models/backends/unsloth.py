@@ -1,0 +1,204 @@
+"""Unsloth: ``FastVisionModel``, with the same sources, the same configurations and the same contract.
+
+Written by its source (2026.10.9); the process has imported it before everything else
+(:mod:`pytest_qvl.models.backends.unsloth_start`).
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.adapters import LANGUAGE_ONLY, AdapterSlot
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.backends import LoadRequest, ModelLoadError, one_line
+from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+from pytest_qvl.models.backends.unsloth_start import quiet
+from pytest_qvl.models.released import released_config
+from pytest_qvl.models.synthetic import build_synthetic
+from pytest_qvl.models.synthetic_processor import write_processor
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_LENGTH = 4096
+# What `get_peft_model` takes by the name that it has in `peft.LoraConfig`.
+SAME_NAME = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "use_rslora",
+    "modules_to_save",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+)
+# Set by PEFT, or without influence on what is trained.
+NOT_ASKED = {"peft_type", "task_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision"} | {
+    "inference_mode",
+    "runtime_config",
+    "loftq_config",
+    "target_modules",
+}
+
+
+class UnslothBackend:
+    """``FastVisionModel.from_pretrained``, then ``FastVisionModel.get_peft_model``.
+
+    Attributes:
+        vision_layers: Whether Unsloth may put adapters on the vision tower where it chooses the modules itself.
+        checkpointing: Its ``use_gradient_checkpointing``: its own kind, which keeps activations in host memory.
+    """
+
+    name = "unsloth"
+    vision_layers = False
+    checkpointing: bool | str = "unsloth"
+
+    def load(self, request: LoadRequest) -> Any:
+        """Load a frozen base model in eval mode; see :class:`pytest_qvl.models.backends.Backend`."""
+        import torch
+
+        fast = _fast_vision_model()
+        try:
+            model = _build(fast, request, getattr(torch, request.dtype), self.checkpointing)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            # `from None`, because the traceback's frames would keep the half-built model alive on the GPU.
+            raise ModelLoadError(f"{request.source} could not be loaded by Unsloth: {one_line(error)}") from None
+        model.requires_grad_(False)
+        self.rest(model)
+        return model
+
+    def attach(self, model: Any, lora_config: Any, adapter: str | None) -> AdapterSlot:
+        """Wrap the base model in place with a fresh adapter, or with the one saved in the folder ``adapter``.
+
+        Raises:
+            ValueError: The configuration asks for something that Unsloth has no flag for.
+        """
+        import torch
+
+        fast = _fast_vision_model()
+        with quiet():
+            if adapter is None:
+                seed = torch.initial_seed() % 2**32
+                wrapped = fast.get_peft_model(model, **self.flags(lora_config), random_state=seed)
+            else:
+                from peft import PeftModel
+
+                wrapped = PeftModel.from_pretrained(model, adapter, config=lora_config, is_trainable=True)
+                # As its own loader goes on with an adapter's folder.
+                wrapped = fast.post_patch_model(wrapped, use_gradient_checkpointing=self.checkpointing)
+        # Its preparation asks Transformers for inputs that require grad, which hooks the vision tower too.
+        remove_vision_grad_hooks(anatomy(wrapped).patch_embed)
+        return AdapterSlot.of(wrapped)
+
+    def rest(self, model: Any) -> None:
+        """Eval mode by ``for_inference``, which also turns checkpointing off and the cache on."""
+        with quiet():
+            _fast_vision_model().for_inference(model)
+        model.eval()
+
+    def prepare_training(self, model: Any, *, gradient_checkpointing: bool) -> None:
+        """Train mode by ``for_training``, with Unsloth's own checkpointing if asked."""
+        with quiet():
+            mode = self.checkpointing if gradient_checkpointing else False
+            _fast_vision_model().for_training(model, use_gradient_checkpointing=mode)
+        remove_vision_grad_hooks(anatomy(model).patch_embed)
+
+    def flags(self, lora_config: Any) -> dict[str, Any]:
+        """A ``peft.LoraConfig`` as arguments of ``get_peft_model``.
+
+        The default targets (every linear of the language backbone) become Unsloth's own choice of modules with
+        vision off; any other regular expression goes through as it is, and a list is held to what
+        :attr:`vision_layers` allows.
+
+        Raises:
+            ValueError: It asks for something else than Unsloth's defaults where Unsloth has no flag.
+        """
+        default = type(lora_config)()
+        unknown = [
+            f"{name}={value!r}"
+            for name, value in vars(lora_config).items()
+            if name not in {*SAME_NAME, *NOT_ASKED} and value != vars(default).get(name)
+        ]
+        if unknown:
+            raise ValueError(
+                f"Unsloth's get_peft_model has no flag for {', '.join(unknown)} of the LoraConfig; "
+                "leave it out, or use --qvl-backend transformers"
+            )
+        targets = lora_config.target_modules
+        if isinstance(targets, set):
+            targets = sorted(targets)
+        return {
+            **{name: getattr(lora_config, name) for name in SAME_NAME},
+            "target_modules": None if targets == LANGUAGE_ONLY else targets,
+            "finetune_vision_layers": self.vision_layers,
+            "finetune_language_layers": True,
+            "finetune_attention_modules": True,
+            "finetune_mlp_modules": True,
+            "use_gradient_checkpointing": self.checkpointing,
+        }
+
+
+def _fast_vision_model() -> Any:
+    # Importing it now would be too late: what it patches is imported.
+    if "unsloth" not in sys.modules:
+        raise ModelLoadError(
+            "Unsloth was not imported when pytest started: no GPU was visible then, or it runs outside pytest; "
+            "there, `import unsloth` before transformers and peft"
+        )
+    return sys.modules["unsloth"].FastVisionModel
+
+
+def _build(fast: Any, request: LoadRequest, dtype: torch.dtype, checkpointing: bool | str) -> Any:
+    source, quantization = request.source, request.quantization_config
+    if source.kind == "synthetic" and quantization is None:
+        return build_synthetic(released_config(source.location), None, request.device, dtype)
+    options: dict[str, Any] = {"load_in_4bit": quantization is not None}
+    if quantization is not None and not _is_what_unsloth_chooses(quantization, dtype):
+        options["quantization_config"] = quantization
+    with tempfile.TemporaryDirectory(prefix="qvl-synthetic-") as folder, quiet():
+        if source.kind == "synthetic":
+            write_synthetic(Path(folder), request, dtype)
+        model, _processor = fast.from_pretrained(
+            folder if source.kind == "synthetic" else source.pretrained,
+            max_seq_length=MAX_LENGTH,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_gradient_checkpointing=checkpointing,
+            offload_embedding=False,
+            # By default it loads another repository than the one named: Unsloth's quantization of that model.
+            use_exact_model_name=True,
+            local_files_only=source.kind != "hub",
+            use_safetensors=True,
+            **options,
+        )
+    return model
+
+
+def _is_what_unsloth_chooses(config: Any, dtype: torch.dtype) -> bool:
+    """Whether ``load_in_4bit=True`` means the same: Unsloth then keeps vision, merger and head out by its own list."""
+    skipped = set(config.llm_int8_skip_modules or ())
+    return (
+        config.bnb_4bit_quant_type == "nf4"
+        and bool(config.bnb_4bit_use_double_quant)
+        and config.bnb_4bit_compute_dtype == dtype
+        and skipped == {"model.visual", "lm_head"}
+    )
+
+
+def write_synthetic(folder: Path, request: LoadRequest, dtype: torch.dtype) -> None:
+    """Save a synthetic model in 4 bits with its processor, since Unsloth loads from folders only."""
+    import torch
+
+    name = request.source.location
+    model = build_synthetic(released_config(name), request.quantization_config, request.device, dtype)
+    model.save_pretrained(folder)
+    del model
+    if request.device == "cuda":
+        torch.cuda.empty_cache()
+    write_processor(folder, name)

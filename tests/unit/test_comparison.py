@@ -1,0 +1,72 @@
+"""What more than one backend has measured, side by side; nothing where only one has."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from pytest_qvl.checks import vram
+from pytest_qvl.evidence import Evidence, Figure, Table
+from pytest_qvl.report.comparison import SOME_LOGITS, TOP_TOKENS, Comparison
+
+
+def peaks(allocated, seconds, tokens="1 2", logits="0.5 -1.0", process=10.0):
+    rows = (("prefill", allocated, 9.0, process, seconds, 100 / seconds),)
+    figures = (Figure(TOP_TOKENS, tokens), Figure(SOME_LOGITS, logits))
+    return Evidence("peak_vram", "p", figures, table=Table(vram.COLUMNS, rows))
+
+
+def compared(**found):
+    comparison = Comparison()
+    for backend, evidence in found.items():
+        data = {"subject": "7b on cuda", "backend": backend, "evidence": [evidence.as_dict()]}
+        comparison.pytest_runtest_logreport(SimpleNamespace(qvl=data))
+    return comparison
+
+
+def test_memory_and_time_are_set_against_the_first_backend():
+    tables = compared(transformers=peaks(8.0, 1.0), unsloth=peaks(6.0, 0.5)).tables()
+    table = tables["7b on cuda: memory and time"]
+    assert table.columns[:3] == ("phase", "backend", "allocated GiB")
+    assert table.rows == (
+        ("prefill", "transformers", 8.0, 9.0, 10.0, 1.0, 100.0),
+        ("prefill", "unsloth", 6.0, 9.0, 10.0, 0.5, 200.0),
+        ("prefill", "unsloth / transformers", 0.75, 1.0, 1.0, 0.5, 2.0),
+    )
+
+
+def test_what_the_driver_did_not_tell_has_no_ratio():
+    tables = compared(transformers=peaks(8.0, 1.0, process=None), unsloth=peaks(6.0, 0.5)).tables()
+    assert tables["7b on cuda: memory and time"].rows[2][4] is None
+
+
+def test_logits_of_the_same_inputs():
+    tables = compared(transformers=peaks(8, 1), unsloth=peaks(6, 1, tokens="1 3", logits="0.75 -1.0")).tables()
+    assert tables["7b on cuda: logits of the same inputs"].rows == (
+        ("unsloth against transformers", "1 of 2", 0.25, 2),
+    )
+
+
+def test_inputs_of_another_size_are_not_compared():
+    tables = compared(transformers=peaks(8, 1), unsloth=peaks(6, 1, tokens="1", logits="0.5")).tables()
+    assert list(tables) == ["7b on cuda: memory and time"]
+
+
+def test_one_backend_is_no_comparison():
+    assert compared(transformers=peaks(8.0, 1.0)).tables() == {}
+    assert compared(transformers=Evidence("alignment", "p"), unsloth=Evidence("alignment", "p")).as_dict() == {
+        "comparison": []
+    }
+
+
+def test_the_digest_of_logits_is_what_the_comparison_reads():
+    import torch
+
+    logits = torch.zeros(2, 100)
+    logits[0, 3], logits[1, 99] = 2.0, 1.5
+    digest = {f"prefill: {name}": text for name, text in vram.logits_digest(logits).items()}
+    assert digest[TOP_TOKENS] == "3 99"
+    values = digest[SOME_LOGITS].split()
+    assert len(values) == 2 * vram.DIGEST_LOGITS
+    assert values[-1] == "1.5"
+    assert values[:3] == ["0", "0", "2"]
+    assert vram.logits_digest(torch.ones(1, 5, dtype=torch.bfloat16))[vram.SOME_LOGITS] == "1 1 1 1 1"
