@@ -244,7 +244,7 @@ def _judge_scaling(judge: Judge, parts: Parts, config: Any) -> None:
         rank = _patterned(config.rank_pattern, name, config.r)
         alpha = _patterned(config.alpha_pattern, name, config.lora_alpha)
         factor = alpha / (rank**0.5 if config.use_rslora else rank)
-        if not math.isclose(layer.scaling.get(adapter, factor), factor, rel_tol=_SAME_FACTOR):
+        if not math.isclose(getattr(layer, "scaling", {}).get(adapter, factor), factor, rel_tol=_SAME_FACTOR):
             off.append(f"{name} ({layer.scaling[adapter]:g} instead of {factor:g})")
     judge.equal(
         "adapted layers with another scaling",

@@ -190,7 +190,8 @@ def test_auto_means_one_worker_per_gpu_and_each_has_its_own(machine, pytester):
 def test_more_workers_than_gpus_take_turns_and_a_killed_one_gives_way(machine, pytester):
     pytester.makepyfile(CROWD)
     (pytester.path / "crash.txt").touch()
-    result = machine("-m", "gpu", "-n", "2", "--qvl-gpu-patience", "0")
+    # Some patience: a worker that has just got the lock has not yet written that it is one of this run.
+    result = machine("-m", "gpu", "-n", "2", "--qvl-gpu-patience", "20")
     assert result.parseoutcomes()["failed"] == 1
     assert result.parseoutcomes()["passed"] == 7
     result.stdout.fnmatch_lines(["*worker 'gw*' crashed while running *test_it*"])

@@ -80,7 +80,9 @@ def properties(pytester):
     return {c.get("name"): {p.get("name"): int(p.get("value")) for p in c.iter("property")} for c in cases}
 
 
-def test_numbers_go_to_junit_and_to_benchmarks(pytester):
+def test_numbers_go_to_junit_and_to_benchmarks(pytester, monkeypatch):
+    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # benchmarks write nothing in a worker
+        monkeypatch.delenv(name, raising=False)
     pytester.makeconftest(CONFTEST.format(started=True))
     pytester.makepyfile(TESTS)
     result = pytester.runpytest_inprocess("-p", "no:qvl", "--junitxml=out.xml", "--benchmark-json=out.json")
