@@ -226,6 +226,9 @@ class ChildRun:
     def _on_progress(self, line: str) -> None:
         self._config.stash[STATE_KEY].progress(line)
 
+    def _on_announce(self, line: str) -> None:
+        self._config.stash[STATE_KEY].announce(line)
+
     def _on_limits(self, outcomes: list[dict[str, Any]]) -> None:
         limits: Any = self._config.pluginmanager.get_plugin("qvl-vram-limits")
         limits.add(outcomes)

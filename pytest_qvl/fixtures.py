@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from pytest_qvl.vram.cards import Card
     from pytest_qvl.vram.meter import Meter
 
-KEEP_16BIT = ["model.visual", "lm_head"]
-
 
 @pytest.fixture(scope="session")
 def qvl_target(request: pytest.FixtureRequest) -> Target:
@@ -60,20 +58,12 @@ def qvl_compute_dtype(pytestconfig: pytest.Config, qvl_target: Target) -> str:
 
 @pytest.fixture(scope="session")
 def qvl_quantization_config(qvl_compute_dtype: str) -> Any:
-    """A ``transformers.BitsAndBytesConfig``: NF4, nested; vision tower, merger and head in 16 bits.
-
-    ``"model.visual"`` and not ``"visual"``: Transformers 5 matches from the start of a module's name.
-    """
+    """A ``transformers.BitsAndBytesConfig``: NF4, nested; vision tower, merger and head in 16 bits."""
     import torch
-    from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=getattr(torch, qvl_compute_dtype),
-        llm_int8_skip_modules=KEEP_16BIT,
-    )
+    from pytest_qvl.models.quantized import usual_quantization
+
+    return usual_quantization(getattr(torch, qvl_compute_dtype))
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pytest
 
-from pytest_qvl.numbers import tell
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
@@ -345,6 +343,7 @@ class VramLimits:
 
     def _hold(self, item: pytest.Item, phase: Phase, limits: list[Limit], *, failed: bool) -> None:
         from pytest_qvl.evidence import CheckFailed
+        from pytest_qvl.numbers import tell
         from pytest_qvl.vram.meter import hold_limit, tell_holders
 
         failures: list[CheckFailed] = []

@@ -265,7 +265,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.line(f"qvl: {line}")
 
 
-@pytest.hookimpl
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A backend's process tells the one that was started what became of limits on its session."""
     own: child.Child | None = session.config.pluginmanager.get_plugin(child.NAME)

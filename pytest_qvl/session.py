@@ -111,8 +111,12 @@ class State:
     def announce(self, line: str) -> None:
         """Show what somebody may be waiting for at once, on a terminal or not.
 
-        A worker's terminal goes nowhere; its standard error is the controller's.
+        A worker's terminal goes nowhere, its standard error is the controller's; that of a backend's process is silent.
         """
+        child = self.config.pluginmanager.get_plugin(CHILD)
+        if child is not None:
+            child.tell("announce", line=f"{child.backend}: {line}")
+            return
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         worker = getattr(self.config, "workerinput", {}).get("workerid", "")
         with self._uncaptured():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import find
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
+from pytest_qvl.models.quantized import KEEP_16BIT, usual_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     Collator = Callable[[Batch, Sequence[Sample]], Batch]
 
 
-KEEP_16BIT = ["model.visual", "lm_head"]
 ROW_SKILLS = ("nth_colour", "text", "side", "list")
 PROBES_PER_SKILL = 3
 SEED = 0
@@ -138,7 +138,7 @@ def load(
     *,
     dtype: str = "bfloat16",
     quantized: bool = True,
-    skip: list[str] | None = KEEP_16BIT,
+    skip: Sequence[str] | None = KEEP_16BIT,
     lora: Any = "",
     seed: int = SEED,
     **quantization: Any,
@@ -154,22 +154,16 @@ def load(
         quantization: Fields of ``BitsAndBytesConfig`` to override.
     """
     import torch
-    from transformers import BitsAndBytesConfig
 
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.backends.transformers import TransformersBackend
     from pytest_qvl.models.weights import parse_model
 
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": getattr(torch, dtype),
-        "llm_int8_skip_modules": skip,
-        **quantization,
-    }
     backend = TransformersBackend()
-    config = BitsAndBytesConfig(**settings) if quantized else None
+    kept = None if skip is None else list(skip)
+    config = None
+    if quantized:
+        config = usual_quantization(getattr(torch, dtype), **{"llm_int8_skip_modules": kept, **quantization})
     base = backend.load(LoadRequest(parse_model("embedded"), config, "cpu", dtype))
     if lora is None:
         return base

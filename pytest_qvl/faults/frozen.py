@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
@@ -29,6 +30,24 @@ def stepping(meddle: Callable[[], None]) -> Any:
     return lambda parameters: Meddling(parameters, lr=1e-3, weight_decay=0.0)
 
 
+def once(action: Callable[[], None]) -> Callable[[], None]:
+    """Does it the first time it is called, and nothing afterwards."""
+    actions = [action]
+
+    def act() -> None:
+        if actions:
+            actions.pop()()
+
+    return act
+
+
+@contextmanager
+def _written_in_training(case: Case, tensor: torch.Tensor, meddle: Callable[[], None]) -> Iterator[None]:
+    case.make_optimizer = stepping(meddle)
+    with values(tensor, lambda unchanged: unchanged):
+        yield
+
+
 @fault(
     "vision-tower-unfrozen",
     "The base model was not frozen: the vision tower is trained with the adapter.",
@@ -53,16 +72,11 @@ def _unfrozen(case: Case) -> Iterator[None]:
 def _one_bit(case: Case) -> Iterator[None]:
     block: Any = anatomy(case.model).blocks[3]
     weight = block.mlp.down_proj.weight
-    flips = 0
 
     def flip() -> None:
-        nonlocal flips
-        flips += 1
-        if flips == 1:
-            weight.data.view(-1)[7:8].view(_int16()).bitwise_xor_(1)
+        weight.data.view(-1)[7:8].view(_int16()).bitwise_xor_(1)
 
-    case.make_optimizer = stepping(flip)
-    with values(weight, lambda w: w):
+    with _written_in_training(case, weight, once(flip)):
         yield
 
 
@@ -85,8 +99,7 @@ def _weight_decay(case: Case) -> Iterator[None]:
     def decay() -> None:
         table.data.mul_(1 - 0.01)
 
-    case.make_optimizer = stepping(decay)
-    with values(table, lambda w: w):
+    with _written_in_training(case, table, decay):
         yield
 
 
@@ -100,16 +113,11 @@ def _weight_decay(case: Case) -> Iterator[None]:
 def _permuted_rows(case: Case) -> Iterator[None]:
     block: Any = anatomy(case.model).blocks[0]
     weight = block.mlp.up_proj.weight
-    swaps = 0
 
     def swap() -> None:
-        nonlocal swaps
-        swaps += 1
-        if swaps == 1:
-            weight.data[[0, 1]] = weight.data[[1, 0]]
+        weight.data[[0, 1]] = weight.data[[1, 0]]
 
-    case.make_optimizer = stepping(swap)
-    with values(weight, lambda w: w):
+    with _written_in_training(case, weight, once(swap)):
         yield
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.case import SEED, healthy_case, load, lora_config
 from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
+from pytest_qvl.models.quantized import usual_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,7 +168,6 @@ class Healthy:
 def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
     import torch
     from peft import get_peft_model
-    from transformers import BitsAndBytesConfig
 
     from pytest_qvl import checks
     from pytest_qvl.checks.reference import noise_floor
@@ -178,13 +178,7 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
         variation.family,
         seed=variation.number,
         dtype=dtype,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["model.visual", "lm_head"],
-        ),
+        quantization_config=usual_quantization(dtype),
     )
     patch = PATCH[variation.family]
     processor: Any = case.processor.image_processor

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.quantized import KEEP_16BIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +82,7 @@ def _skip_list_without_merger(case: Case) -> Iterator[None]:
     says=("language: 4 of 28 linears are bfloat16 instead of nf4", "o_proj"),
 )
 def _skip_list_too_greedy(case: Case) -> Iterator[None]:
-    _loaded(case, skip=["model.visual", "lm_head", "o_proj"])
+    _loaded(case, skip=[*KEEP_16BIT, "o_proj"])
     yield
 
 

@@ -54,18 +54,19 @@ def values(tensor: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor])
 @contextmanager
 def before(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
     """Run ``hook(module, args, kwargs) -> (args, kwargs) | None`` before each of the modules."""
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
-    try:
+    with _removed([module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def after(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
     """Run ``hook(module, args, output) -> output | None`` after each of the modules."""
-    handles = [module.register_forward_hook(hook) for module in modules]
+    with _removed([module.register_forward_hook(hook) for module in modules]):
+        yield
+
+
+@contextmanager
+def _removed(handles: Sequence[Any]) -> Iterator[None]:
     try:
         yield
     finally:

@@ -45,6 +45,8 @@ REMIND_S = 30.0
 # Holders come and go in minutes; polling faster than once a second only costs.
 _SLOWEST_POLL_S = 1.0
 _FASTEST_POLL_S = 0.02
+# Between taking a lock and saying who did lie microseconds, or a process that was not scheduled for a while.
+_SIGNING_S = 1.0
 _NOTE_BYTES = 4096
 
 
@@ -167,7 +169,8 @@ def acquire(
         directory: Folder of the lock files; by default ``QVL_GPU_LEASES``, else one that all users of the
             machine share.
         patience: Seconds to wait while every allowed GPU is held by other runs. Time in which a process of
-            this very run holds one of them is not counted: that one is waited for as long as it runs.
+            this very run holds one of them is not counted: that one is waited for as long as it runs; nor is
+            the first second in which a holder has not said yet who it is.
         say: Told, in whole sentences, when waiting starts, every half minute, and when it ends.
         environ: The environment to read and change; by default this process's.
         clock: Seconds, monotonic.
@@ -190,6 +193,7 @@ def acquire(
     locks = {gpu: _Lock(folder / (re.sub(r"[^\w-]", "_", gpu.uuid) + ".lock")) for gpu in _emptiest_first(gpus)}
     started = last = clock()
     outside, pause, next_word = 0.0, _FASTEST_POLL_S, started
+    unsigned_since: float | None = None
     while True:
         holders: dict[Gpu, Holder | None] = {}
         for gpu, lock in locks.items():
@@ -203,9 +207,14 @@ def acquire(
                 return Lease(gpu, None, clock() - started, environ, token)
         now = clock()
         own = any(holder and holder.session == session for holder in holders.values())
-        outside += 0.0 if own else now - last
+        if None not in holders.values():
+            unsigned_since = None
+        elif unsigned_since is None:
+            unsigned_since = now
+        counts = not own and (unsigned_since is None or now - unsigned_since >= _SIGNING_S)
+        outside += now - last if counts else 0.0
         last = now
-        if not own and outside >= patience:
+        if counts and outside >= patience:
             raise LeaseTimeout(
                 f"no GPU became free within {patience:.0f} s: {_told(holders)}; wait for them to end, "
                 f"allow more GPUs in {VISIBLE_DEVICES}, or raise the patience"
@@ -214,7 +223,7 @@ def acquire(
             bound = "a process of this run, waited for as long as it runs" if own else f"at most {patience:.0f} s"
             say(f"waiting for a GPU ({bound}; {now - started:.0f} s so far): {_told(holders)}")
             next_word = now + REMIND_S
-        sleep(pause if own else min(pause, max(patience - outside, 0.0)))
+        sleep(min(pause, max(patience - outside, 0.0)) if counts else pause)
         pause = min(pause * 2, _SLOWEST_POLL_S)
 
 

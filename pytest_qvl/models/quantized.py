@@ -13,6 +13,29 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# Transformers 5 matches from the start of a module's name, so that "visual" would keep nothing.
+KEEP_16BIT = ("model.visual", "lm_head")
+
+
+def usual_quantization(compute_dtype: torch.dtype, **overrides: Any) -> Any:
+    """A ``BitsAndBytesConfig``: NF4, nested statistics; vision tower, merger and head in 16 bits.
+
+    Args:
+        compute_dtype: Dtype of the 4-bit matrix products.
+        overrides: Other fields, or other values.
+    """
+    from transformers import BitsAndBytesConfig
+
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "llm_int8_skip_modules": list(KEEP_16BIT),
+    }
+    return BitsAndBytesConfig(**{**settings, **overrides})
+
+
 @dataclass(frozen=True)
 class LinearState:
     """How one linear layer is stored.

@@ -16,9 +16,9 @@ from pytest_qvl.checks import forecast_agrees, forecast_fits_card
 from pytest_qvl.checks.forecast import forecast_work, judge_agreement
 from pytest_qvl.checks.vram import work_of
 from pytest_qvl.evidence import CannotJudge, CheckFailed
-from pytest_qvl.models.adapters import adapter_parameters
+from pytest_qvl.models.adapters import LANGUAGE_ONLY, adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.quantized import base_tensors
+from pytest_qvl.models.quantized import base_tensors, usual_quantization
 from pytest_qvl.models.synthetic_processor import synthetic_processor
 from pytest_qvl.models.weights import ModelSource
 from pytest_qvl.samples import make_batch, scenes
@@ -37,14 +37,7 @@ from pytest_qvl.vram.meter import Meter, Usage
 from pytest_qvl.vram.units import GiB, MiB
 
 RECORDS = Path(__file__).parents[2] / "docs" / "records"
-LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-NF4 = BitsAndBytesConfig(
-    load_in_4bit=True,
-    bnb_4bit_quant_type="nf4",
-    bnb_4bit_use_double_quant=True,
-    bnb_4bit_compute_dtype=torch.bfloat16,
-    llm_int8_skip_modules=["model.visual", "lm_head"],
-)
+NF4 = usual_quantization(torch.bfloat16)
 LORA = LoraConfig(r=16, lora_alpha=32, target_modules=LANGUAGE_ONLY)
 SHORT = {"image": (112, 112), "tokens": 20, "generate": 2}
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
 
 from pytest_qvl.faults import apply, catalogue, healthy_case
 from pytest_qvl.faults.catalogue import find
-from pytest_qvl.faults.healthy import Healthy, variations
+from pytest_qvl.faults.healthy import ALWAYS, IN_TURN, KNOWLEDGE, Healthy, variations
 from pytest_qvl.faults.panel import PASS, judge, judge_all, panel, smoke
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.fingerprint import digests
@@ -98,6 +99,7 @@ def test_every_check_has_a_fault_of_its_own() -> None:
     assert named == set(panel())
     functions = {name for name in checks.__all__ if name[0].islower()}
     assert functions - set(NO_CHECKS) == set(panel())
+    assert {*ALWAYS, *chain(*IN_TURN), *KNOWLEDGE} == set(panel())
 
 
 def test_the_catalogue_is_large_and_mostly_silent() -> None:

@@ -114,21 +114,15 @@ def bare(source, device, tape):
 
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import BitsAndBytesConfig
 
-    from pytest_qvl.fixtures import KEEP_16BIT, LANGUAGE_ONLY
+    from pytest_qvl.models.adapters import LANGUAGE_ONLY
     from pytest_qvl.models.backends import LoadRequest, backend
+    from pytest_qvl.models.quantized import usual_quantization
     from pytest_qvl.models.weights import parse_model
 
     recorded = torch.load(tape, weights_only=True)
     calls = recorded["calls"]
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=KEEP_16BIT,
-    )
+    config = usual_quantization(torch.bfloat16)
     tensors = {key: value.to(device) for key, value in recorded["tensors"].items()}
 
     def load(quantization):

@@ -14,14 +14,6 @@ BYTES = [1, 7, 8, 9, 15, 16, 17, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 8, 5 * BLO
 BYTES += [STRETCH - 1, STRETCH, STRETCH + 1, STRETCH + 7, STRETCH + 8, 3 * STRETCH + 2 * BLOCK + 5, 2**20]
 
 
-@pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("needs CUDA: no CUDA device is visible")
-    return torch
-
-
 @pytest.fixture
 def tensors(torch):
     torch.manual_seed(0)

@@ -19,15 +19,6 @@ pytestmark = pytest.mark.gpu
 MiB = 1024**2
 
 
-@pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("needs CUDA: no CUDA device is visible")
-    torch.ones(1, device="cuda")
-    return torch
-
-
 @pytest.fixture
 def uuid(torch):
     return f"GPU-{torch.cuda.get_device_properties(0).uuid}"

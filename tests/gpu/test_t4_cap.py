@@ -13,8 +13,7 @@ from pytest_qvl.evidence import CannotJudge, Judge
 from pytest_qvl.vram.cap import allocator_bytes, capped, pinned_attention
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.forecast.predictions import Case, read_predictions
-from pytest_qvl.vram.meter import Meter
-from pytest_qvl.vram.units import GiB, MiB
+from pytest_qvl.vram.units import GiB
 
 pytestmark = pytest.mark.gpu
 PREDICTIONS = Path(__file__).parents[2] / "docs" / "records" / "forecast-predictions.json"
@@ -24,24 +23,18 @@ ENTRIES = [e for e in read_predictions(PREDICTIONS) if e["card"] is not None]
 EDGE = 0.03
 
 
-@pytest.fixture(scope="module")
-def torch():
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip("needs CUDA: no CUDA device is visible")
-    torch.ones(1, device="cuda")
-    return torch
-
-
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry["name"])
-def test_the_verdict_under_the_cap_is_the_forecasts(torch, entry):
+def test_the_verdict_under_the_cap_is_the_forecasts(torch, room, measure_case, side_by_side, entry):
     case = Case.from_dict(entry)
     card = find_card(case.card)
-    needed = max(phase["reserved"] for phase in entry["phases"].values()) + GiB
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < max(needed, card.usable_bytes):
+    if not room(entry, at_least=card.usable_bytes):
         raise CannotJudge(f"this GPU has no room for {card.title} or for what would not fit it")
-    ran_out_in, measured = measure_under_cap(torch, case, card)
+    ran_out_in, measured = "", None
+    try:
+        with capped(card):
+            measured = measure_case(case)
+    except torch.OutOfMemoryError as error:
+        ran_out_in = error.qvl_phase
     if measured is None:
         with pinned_attention(card.compute_capability):
             measured = measure_case(case)
@@ -62,31 +55,4 @@ def test_the_verdict_under_the_cap_is_the_forecasts(torch, entry):
     else:
         judge.report("fits", fits)
         judge.note("so near to the edge either answer is right")
-    judge.verdict(
-        ("phase", "allocated MiB: forecast", "measured", "reserved MiB: forecast", "measured"),
-        [
-            (
-                usage.name,
-                entry["phases"][usage.name]["allocated"] / MiB,
-                measured.peak(usage.name) / MiB,
-                entry["phases"][usage.name]["reserved"] / MiB,
-                usage.reserved / MiB,
-            )
-            for usage in measured.phases
-        ],
-    )
-
-
-def measure_under_cap(torch, case, card):
-    """The phase it ran out of memory in, if it did, and else what was measured."""
-    try:
-        with capped(card):
-            return "", measure_case(case)
-    except torch.OutOfMemoryError as error:
-        return error.qvl_phase, None
-
-
-def measure_case(case):
-    from pytest_qvl.vram.forecast.measured import measure
-
-    return measure(case.request, Meter(), inference=case.inference)
+    judge.verdict(*side_by_side(entry, measured))

@@ -190,8 +190,7 @@ def test_auto_means_one_worker_per_gpu_and_each_has_its_own(machine, pytester):
 def test_more_workers_than_gpus_take_turns_and_a_killed_one_gives_way(machine, pytester):
     pytester.makepyfile(CROWD)
     (pytester.path / "crash.txt").touch()
-    # Some patience: a worker that has just got the lock has not yet written that it is one of this run.
-    result = machine("-m", "gpu", "-n", "2", "--qvl-gpu-patience", "20")
+    result = machine("-m", "gpu", "-n", "2", "--qvl-gpu-patience", "0")
     assert result.parseoutcomes()["failed"] == 1
     assert result.parseoutcomes()["passed"] == 7
     result.stdout.fnmatch_lines(["*worker 'gw*' crashed while running *test_it*"])
@@ -422,12 +421,18 @@ def test_a_session_limit_is_a_verdict_of_the_session(machine, pytester, workers)
         assert "peak allocated 2.00 GiB is 1.00 GiB above the limit of 1.00 GiB in session" in line
 
 
-def test_verdicts_of_backends_processes_are_the_runs(machine, pytester):
-    pytester.makepyfile(
-        other="""
+# -- several backends ----------------------------------------------------------------------------------------
+
+OTHER = """
 from pytest_qvl.models import backends
 backends.BACKENDS["other"] = backends.Registration("other:Nothing", devices=("cuda",))
-""",
+"""
+BOTH_BACKENDS = ("--qvl-backend", "transformers", "--qvl-backend", "other")
+
+
+def test_verdicts_of_backends_processes_are_the_runs(machine, pytester):
+    pytester.makepyfile(
+        other=OTHER,
         test_x=MODEL
         + """
 KEPT = []
@@ -438,8 +443,7 @@ def test_leaks(qvl_lora_model, qvl_backend):
 def test_limited(qvl_lora_model): pass
 """,
     )
-    backends = ("--qvl-backend", "transformers", "--qvl-backend", "other")
-    result = machine("-p", "other", "--qvl-device", "cuda", "--junitxml", "junit.xml", *backends)
+    result = machine("-p", "other", "--qvl-device", "cuda", "--junitxml", "junit.xml", *BOTH_BACKENDS)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     verdicts = {(v["name"], v["process"]): v["state"] for v in record(pytester)["session"]}
     assert verdicts == {
@@ -452,3 +456,14 @@ def test_limited(qvl_lora_model): pass
     result.stdout.fnmatch_lines(["qvl: vram limits: 1 held, 1 exceeded, 0 not measured"])
     names = [case.get("name") for case in ET.parse(pytester.path / "junit.xml").iter("testcase")]
     assert sorted(name for name in names if not name.startswith("test_")) == ["leak", "peak allocated"]
+
+
+def test_waiting_in_a_backends_process_is_seen_in_the_one_that_was_started(machine, pytester, holder):
+    pytester.makepyfile(other=OTHER, test_x="def test_it(qvl_target): pass")
+    result = machine("-p", "other", "--qvl-device", "cuda", "--qvl-gpu-patience", "1", *BOTH_BACKENDS)
+    result.assert_outcomes(errors=2)
+    for backend in ("transformers", "other"):
+        waiting = (
+            f"qvl: {backend}: waiting for a GPU (at most 1 s; 0 s so far): NVIDIA T4 (GPU-aaaa) is held by process "
+        )
+        assert any(line.startswith(f"{waiting}{holder.pid} ") for line in result.outlines)

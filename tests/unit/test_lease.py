@@ -326,6 +326,16 @@ def test_a_holder_that_has_not_signed_counts_as_somebody_else(folder):
             take(folder, patience=0)
 
 
+def test_one_of_this_run_that_is_about_to_sign_is_waited_for(folder):
+    run, clock = {"QVL_GPU_SESSION": "ours"}, Clock()
+    worker = take(folder, environ=dict(run))
+    file = folder / "GPU-aaaa.lock"
+    signature = file.read_text()
+    file.write_text("")
+    clock.then |= {0.5: lambda: file.write_text(signature), 20: worker.release}
+    take(folder, environ=dict(run), patience=0, clock=clock, sleep=clock.sleep).release()
+
+
 def test_what_strangers_write_is_shown_harmlessly(folder):
     with take(folder):
         note = {"pid": 1, "command": "x\x1b[31m\n", "since": 0, "session": "", "token": ""}

@@ -16,6 +16,7 @@ from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError, one_line
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.backends.unsloth_start import quiet
+from pytest_qvl.models.quantized import KEEP_16BIT
 from pytest_qvl.models.released import released_config
 from pytest_qvl.models.synthetic import build_synthetic
 from pytest_qvl.models.synthetic_processor import write_processor
@@ -187,7 +188,7 @@ def _is_what_unsloth_chooses(config: Any, dtype: torch.dtype) -> bool:
         config.bnb_4bit_quant_type == "nf4"
         and bool(config.bnb_4bit_use_double_quant)
         and config.bnb_4bit_compute_dtype == dtype
-        and skipped == {"model.visual", "lm_head"}
+        and skipped == set(KEEP_16BIT)
     )
 
 

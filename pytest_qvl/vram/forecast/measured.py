@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+from pytest_qvl.models.quantized import keep_quantized_weights_in_place, usual_quantization
 from pytest_qvl.models.synthetic import build_synthetic
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.planned import usual_lora
@@ -91,18 +91,10 @@ def measure(request: Request, meter: Meter, device: str = "cuda", *, inference: 
 
 def _run(request: Request, stage: MeterStage, *, inference: bool) -> None:
     from peft import get_peft_model, prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
 
     source, dtype = find_source(request.model), getattr(torch, request.compute_dtype)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
     stage.begin()
-    model = build_synthetic(source.config, quantization, stage.device, dtype)
+    model = build_synthetic(source.config, usual_quantization(dtype), stage.device, dtype)
     keep_quantized_weights_in_place(model)
     model.requires_grad_(False)
     if request.kbit_upcast:
