@@ -10,7 +10,7 @@ import pytest
 from pytest_qvl.shipped import is_shipped
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
 
     from pytest_qvl.faults import Case
     from pytest_qvl.options import Settings
@@ -66,7 +66,7 @@ class Faulted:
             pytest.skip(f"the fault {self._fault.name} cannot be made here: {reason}")
         healthy = item.funcargs
         with apply(self._fault.name, self._case) as damaged:
-            item.funcargs = {**healthy, **_inputs(damaged)}
+            item.funcargs = {**healthy, **{name: make() for name, make in _inputs(damaged).items() if name in healthy}}
             try:
                 return (yield)
             finally:
@@ -74,8 +74,11 @@ class Faulted:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note which checks noticed it."""
-        check = getattr(report, "qvl", {}).get("check")
-        if check is not None and report.when == "call":
+        found = getattr(report, "qvl", {})
+        check = found.get("check")
+        if check is None or report.when != "call":
+            return
+        if not report.skipped or found["not_judged"]:  # a fault that cannot be made here proves nothing
             self._noticed[check] = self._noticed.get(check, False) or report.failed
 
     @pytest.hookimpl(trylast=True)
@@ -93,22 +96,21 @@ class Faulted:
         terminalreporter.line(line if caught or also else line.partition(";")[0], green=caught, red=not caught)
 
 
-def _inputs(case: Case) -> dict[str, Any]:
-    """What the suite's fixtures would be, had the fault been there from the start."""
-    noise = [sample.noise(seed=0) for sample in case.rows]
+def _inputs(case: Case) -> dict[str, Callable[[], Any]]:
+    """What makes each fixture of the suite, had the fault been there from the start."""
     return {
-        "qvl_quantized_model": case.model,
-        "qvl_lora_model": case.model,
-        "qvl_lora_config": case.lora_config,
-        "qvl_processor": case.processor,
-        "qvl_image_samples": case.probes,
-        "qvl_reference": case.reference,
-        "qvl_batch": case.batch,
-        "qvl_adapter": case.adapter_folder,
-        "qvl_optimizer": case.optimizer,
-        "qvl_make_optimizer": case.make_optimizer,
-        "one_of_each": case.rows,
-        "noise_pictures": noise,
-        "mixed_batch": case.batch(),
-        "training_batch": case.batch(padding_side="right", answers=True),
+        "qvl_quantized_model": lambda: case.model,
+        "qvl_lora_model": lambda: case.model,
+        "qvl_lora_config": lambda: case.lora_config,
+        "qvl_processor": lambda: case.processor,
+        "qvl_image_samples": lambda: case.probes,
+        "qvl_reference": lambda: case.reference,
+        "qvl_batch": lambda: case.batch,
+        "qvl_adapter": lambda: case.adapter_folder,
+        "qvl_optimizer": lambda: case.optimizer,
+        "qvl_make_optimizer": lambda: case.make_optimizer,
+        "one_of_each": lambda: case.rows,
+        "noise_pictures": lambda: [sample.noise(seed=0) for sample in case.rows],
+        "mixed_batch": case.batch,
+        "training_batch": lambda: case.batch(padding_side="right", answers=True),
     }
