@@ -258,7 +258,13 @@ def test_ctrl_c_ends_the_processes_and_shows_what_was_found(pytester):
     """
     )
     command = [sys.executable, "-m", "pytest", *BOTH]
-    with subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.PIPE, text=True) as process:
+
+    def heed_ctrl_c():  # a shell's background jobs, and all they start, ignore it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(
+        command, cwd=pytester.path, stdout=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c
+    ) as process:
         deadline = time.monotonic() + 60
         while not (pytester.path / "pid").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
