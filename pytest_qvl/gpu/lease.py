@@ -278,7 +278,10 @@ def cuda_started() -> bool:
 
 def _running_on() -> str | None:
     """UUID of the GPU that CUDA calls its first; ``None`` where this torch does not tell."""
-    properties = sys.modules["torch"].cuda.get_device_properties(0)
+    try:
+        properties = sys.modules["torch"].cuda.get_device_properties(0)
+    except AssertionError:  # torch counts devices by what the variable says now, CUDA by what it said at its start
+        return f"a GPU that {VISIBLE_DEVICES} does not name"
     return f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else None
 
 

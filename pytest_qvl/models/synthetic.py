@@ -51,8 +51,8 @@ def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: t
 
         quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
         quantizer.preprocess_model(model=model, device_map={"": device})
+    model.tie_weights()  # the skeleton has the head twice, and it would be drawn to be thrown away
     _fill(model, torch.device(device), dtype, seed)
-    model.tie_weights()
     if quantizer is not None:
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -96,6 +98,14 @@ def test_what_the_forecast_cannot_follow_is_not_judged(change: dict[str, Any], s
     asked = {"quantization_config": NF4, "lora_config": LORA, "card": "t4", **change}
     with pytest.raises(CannotJudge, match=says):
         forecast_fits_card("embedded", **asked)
+
+
+def test_what_unsloth_has_replaced_is_not_forecast(monkeypatch: pytest.MonkeyPatch, lora_model: Any) -> None:
+    monkeypatch.setitem(sys.modules, "unsloth", ModuleType("unsloth"))
+    with pytest.raises(CannotJudge, match="in this process Unsloth has put its own in place"):
+        forecast_fits_card("embedded", NF4, LORA, "t4")
+    with pytest.raises(NotFollowed, match="in this process Unsloth has put its own in place"):
+        recipe_from_model(lora_model)
 
 
 def test_an_unknown_card_or_model_is_an_error() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
+from pytest_qvl.models import synthetic
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import base_tensors, keep_quantized_weights_in_place, linear_states
 from pytest_qvl.models.released import released_config
-from pytest_qvl.models.synthetic import build_synthetic
+from pytest_qvl.models.synthetic import build_synthetic, draw
 from pytest_qvl.models.synthetic_processor import synthetic_processor
 from pytest_qvl.models.taps import tapped
 from pytest_qvl.samples import make_batch, scenes
@@ -61,6 +62,19 @@ def test_placement_is_decided_by_transformers(built: tuple[str, Any]) -> None:
 def test_nothing_stays_on_the_meta_device(built: tuple[str, Any]) -> None:
     _, model = built
     assert {tensor.device.type for _, tensor in base_tensors(anatomy(model))} == {"cpu"}
+
+
+def test_a_tied_head_is_the_table_and_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = Counter[str]()
+
+    def counting(parts: Any, name: str, *rest: Any) -> torch.Tensor:
+        drawn[name.rpartition(".")[0].rpartition(".")[2]] += 1
+        return draw(parts, name, *rest)
+
+    monkeypatch.setattr(synthetic, "draw", counting)
+    model = build_synthetic(small("qwen2.5-vl-3b"), None, "cpu", torch.bfloat16)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert (drawn["embed_tokens"], drawn["lm_head"]) == (1, 0), "600 MiB of a 3B model for nothing"
 
 
 def test_activations_neither_explode_nor_collapse(built: tuple[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,9 @@ def recipe_from_configs(config: Any, quantization_config: Any, lora_config: Any)
         lora_config: A ``peft.LoraConfig``.
 
     Raises:
-        NotFollowed: Not 4 bits, or a kind of LoRA that the forecast does not follow.
+        NotFollowed: Not 4 bits, a kind of LoRA that the forecast does not follow, or Unsloth's process.
     """
+    _runs_their_own_code()
     import bitsandbytes as bnb
     from transformers import AutoModelForImageTextToText
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -66,8 +68,9 @@ def recipe_from_model(model: Any) -> tuple[Request, Source, Recipe]:
         model: A LoRA model.
 
     Raises:
-        NotFollowed: Not 4 bits, no or several adapters, or a kind that the forecast does not follow.
+        NotFollowed: Not 4 bits, no or several adapters, a kind that the forecast does not follow, or Unsloth's process.
     """
+    _runs_their_own_code()
     parts = anatomy(model)
     states = [state for state in linear_states(parts) if state.is_quantized]
     if not states or not all(state.is_4bit for state in states):
@@ -95,6 +98,14 @@ def recipe_from_model(model: Any) -> tuple[Request, Source, Recipe]:
     config = deepcopy(parts.config)
     vars(config).pop("quantization_config", None)
     return request, source_of(config, parts.family), recipe
+
+
+def _runs_their_own_code() -> None:
+    if "unsloth" in sys.modules:
+        raise NotFollowed(
+            "the forecast follows Transformers' and PEFT's own code, and in this process Unsloth has put its own in "
+            "place: it keeps activations in host memory, and buffers for them on the GPU"
+        )
 
 
 def _followed(lora_config: Any) -> Any:
