@@ -191,12 +191,17 @@ def qvl_reference(
     qvl_processor: Any,
     qvl_image_samples: list[Sample],
 ) -> Reference:
-    """What the same model answers in full precision: recorded in one pass that ends before the 4-bit load."""
+    """What the same model answers in full precision: recorded in one pass that ends before the 4-bit load.
+
+    The card that ``--qvl-card`` names would not have to hold it, so its memory cap is lifted for that time.
+    """
     from pytest_qvl.checks import record_reference
+    from pytest_qvl.vram.cap import lifted
 
     state = request.config.stash[STATE_KEY]
     with (
         one_clear_error("qvl_reference"),
+        lifted(),
         state.owner.full_precision(_qvl_load_request, qvl_backend) as model,
     ):
         return record_reference(model, qvl_processor, qvl_image_samples)

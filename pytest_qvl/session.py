@@ -192,6 +192,7 @@ class State:
             request.getfixturevalue(REFERENCE_FIXTURE)
         except (Exception, pytest.skip.Exception, pytest.fail.Exception) as error:
             release_frames(error)  # they hold the full-precision model
+            self._first_met[error] = ""  # not by the test that runs now, which does not ask for it
 
     # ---- what fixtures were made from, and what became of them -------------------------------------------
 
@@ -216,6 +217,8 @@ class State:
     def pointer(self, error: BaseException, item: pytest.Item) -> Refusal | None:
         """For every test but the one that met an error first: one line that points to it."""
         first = self._first_met.get(error, item.nodeid)
+        if not first:
+            self._first_met[error] = first = item.nodeid
         return None if first == item.nodeid else Refusal(f"not run: see the error of {first}")
 
     def note_end(self, definition: Definition) -> None:
@@ -380,6 +383,8 @@ class State:
                 release_frames(error)
             if hasattr(item, "funcargs"):
                 item.funcargs.clear()  # pytest does it a moment later
+            if "owner" in vars(self):
+                self.owner.give_back()
 
         left = self.leaks.left_by_test(let_go, lambda: self.owner.storages() if "owner" in vars(self) else frozenset())
         if left:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ def add_faults(subparsers: Any) -> None:
     parser.add_argument(
         "--matrix",
         action="store_true",
-        help="apply every fault, run every check on it and on 200 healthy variations (some 20 minutes)",
+        help="apply every fault, run every check on it and on 200 healthy variations (some 40 minutes of one core)",
     )
+    parser.add_argument("--jobs", type=int, metavar="N", help="with --matrix: processes (default: one per core)")
     parser.add_argument(
         "--docs", type=Path, metavar="FOLDER", help="with --matrix: write faults.md and faults.svg here"
     )
@@ -40,17 +42,27 @@ def run(options: argparse.Namespace) -> int:
     if options.matrix:
         if options.name:
             raise ValueError(f"--matrix takes every fault: drop {options.name!r}")
-        return matrix(options.docs)
+        return matrix(options.docs, _jobs(options.jobs))
+    if options.jobs is not None:
+        raise ValueError("--jobs says over how many processes --matrix is spread: give both")
     sys.stdout.write((explain(options.name) if options.name else listed()) + "\n")
     return 0
 
 
-def matrix(docs: Path | None) -> int:
+def _jobs(given: int | None) -> int:
+    if given is None:
+        return os.cpu_count() or 1
+    if given < 1:
+        raise ValueError(f"--jobs is a number of processes from 1, not {given}")
+    return given
+
+
+def matrix(docs: Path | None, jobs: int) -> int:
     """Run the matrix, print its figures, and write its page and picture into the folder ``docs`` if given."""
     from pytest_qvl.faults.matrix import run as run_matrix
     from pytest_qvl.faults.matrix import summary
 
-    result = run_matrix()
+    result = run_matrix(jobs)
     if docs is not None:
         from pytest_qvl.faults.page import page, picture
 

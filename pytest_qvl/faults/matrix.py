@@ -1,19 +1,26 @@
-"""The cross matrix, the healthy variations and the graded doses: one command, one process, one loaded model."""
+"""The cross matrix, the healthy variations and the graded doses: one command, one loaded model per process."""
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.freshness import definitions_digest
 
 if TYPE_CHECKING:
-    pass
+    from collections.abc import Iterator, Sequence
+
+    from pytest_qvl.faults.case import Case
+    from pytest_qvl.faults.catalogue import Fault
+    from pytest_qvl.faults.healthy import Variation
 
 VARIATIONS = 200
 PROGRESS = 20
@@ -84,47 +91,73 @@ class Result:
         return [check for check in checks if not self.only(check)]
 
 
-def run() -> Result:
-    """Run everything; takes some minutes on one core."""
+def run(jobs: int = 1) -> Result:
+    """Run everything; takes some minutes.
+
+    Args:
+        jobs: Processes that share the work; each loads the model once and keeps one core busy.
+
+    Raises:
+        RuntimeError: The model without a fault fails a check: nothing could be told by the table.
+    """
+    if jobs == 1:
+        return _share(0, 1)
+    # Not forked: torch's threads do not survive a fork.
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return _joined(list(pool.map(_share, range(jobs), [jobs] * jobs)))
+
+
+def _share(index: int, count: int) -> Result:
+    """Every ``count``-th fault and healthy variation; the first share has the doses too."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from pytest_qvl.faults.case import apply, healthy_case
-    from pytest_qvl.faults.panel import PASS, UNDECIDED, judge, judge_all, smoke
+    from pytest_qvl.faults.case import healthy_case
+    from pytest_qvl.faults.doses import smallest_doses
+    from pytest_qvl.faults.healthy import variations
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     disable_progress_bar()
     result = Result(definitions_digest(), _versions())
-    began = time.process_time()
     case = healthy_case()
-    _demand_health(case, "before any fault")
-    for name, fault in catalogue().items():
-        row = result.rows[name] = Row(missing=fault.missing() or "")
-        if row.missing:
-            continue
-        with apply(name, case) as damaged:
-            verdicts = judge_all(damaged)
-            row.smoke = smoke(damaged).outcome
-        own = verdicts[fault.check]
-        row.outcomes = {check: verdict.outcome for check, verdict in verdicts.items()}
-        row.named = own.noticed and all(words in own.message for words in fault.says)
-        also = [check for check, verdict in verdicts.items() if verdict.noticed and check != fault.check]
-        _say(f"{'caught' if row.named else 'MISSED'} {name} by {fault.check}; also {', '.join(also) or 'none'}")
-    _demand_health(case, "after all faults")
-    result.seconds["faults"] = time.process_time() - began
+    with _timed(result, "faults"):
+        _demand_health(case, "before any fault")
+        for fault in list(catalogue().values())[index::count]:
+            result.rows[fault.name] = _row(fault, case)
+        _demand_health(case, "after all faults")
+    if index == 0:
+        with _timed(result, "doses"):
+            result.doses = [asdict(dose) for dose in smallest_doses(case)]
+    with _timed(result, "healthy variations"):
+        _vary(result, list(variations(VARIATIONS))[index::count])
+    return result
 
-    from pytest_qvl.faults.doses import smallest_doses
 
-    began = time.process_time()
-    result.doses = [asdict(dose) for dose in smallest_doses(case)]
-    result.seconds["doses"] = time.process_time() - began
+def _row(fault: Fault, case: Case) -> Row:
+    from pytest_qvl.faults.case import apply
+    from pytest_qvl.faults.panel import judge_all, smoke
 
-    from pytest_qvl.faults.healthy import Healthy, variations
+    row = Row(missing=fault.missing() or "")
+    if row.missing:
+        return row
+    with apply(fault.name, case) as damaged:
+        verdicts = judge_all(damaged)
+        row.smoke = smoke(damaged).outcome
+    own = verdicts[fault.check]
+    row.outcomes = {check: verdict.outcome for check, verdict in verdicts.items()}
+    row.named = own.noticed and all(words in own.message for words in fault.says)
+    also = [check for check, verdict in verdicts.items() if verdict.noticed and check != fault.check]
+    _say(f"{'caught' if row.named else 'MISSED'} {fault.name} by {fault.check}; also {', '.join(also) or 'none'}")
+    return row
 
-    began = time.process_time()
+
+def _vary(result: Result, chosen: Sequence[Variation]) -> None:
+    from pytest_qvl.faults.healthy import Healthy
+    from pytest_qvl.faults.panel import PASS, UNDECIDED, judge
+
     healthy, counts, undecided = Healthy(), Counter[str](), Counter[str]()
-    for variation in variations(VARIATIONS):
+    for variation in chosen:
         with healthy.case(variation) as made:
             for check in variation.checks:
                 verdict = judge(made, check)
@@ -135,13 +168,36 @@ def run() -> Result:
                     _say(f"FALSE ALARM {result.alarms[-1]}")
         result.variations += 1
         if result.variations % PROGRESS == 0:
-            _say(f"{result.variations} healthy variations, {len(result.alarms)} false alarms")
+            _say(f"{result.variations} of {len(chosen)} healthy variations, {len(result.alarms)} false alarms")
     result.healthy, result.undecided = dict(counts), {k: v for k, v in undecided.items() if v}
-    result.seconds["healthy variations"] = time.process_time() - began
-    return result
 
 
-def _demand_health(case: Any, when: str) -> None:
+def _joined(shares: Sequence[Result]) -> Result:
+    """One result of all shares, as if one process had done everything."""
+    rows = {name: row for share in shares for name, row in share.rows.items()}
+    seconds: dict[str, float] = {}
+    for share in shares:
+        for part, spent in share.seconds.items():
+            seconds[part] = seconds.get(part, 0.0) + spent
+    return replace(
+        shares[0],
+        rows={name: rows[name] for name in catalogue()},
+        healthy=dict(sum((Counter(share.healthy) for share in shares), Counter[str]())),
+        undecided=dict(sum((Counter(share.undecided) for share in shares), Counter[str]())),
+        variations=sum(share.variations for share in shares),
+        alarms=[alarm for share in shares for alarm in share.alarms],
+        seconds=seconds,
+    )
+
+
+@contextmanager
+def _timed(result: Result, part: str) -> Iterator[None]:
+    began = time.process_time()
+    yield
+    result.seconds[part] = time.process_time() - began
+
+
+def _demand_health(case: Case, when: str) -> None:
     from pytest_qvl.faults.panel import PASS, judge_all
 
     ill = {name: v for name, v in judge_all(case).items() if v.outcome != PASS}

@@ -272,6 +272,7 @@ class ModelOwner:
         """Drop everything and give the memory back."""
         if self._model is None:
             return
+        self.give_back()
         self._adapted = None
         self._model = self._backend = None
         self._base_key = None
@@ -279,6 +280,11 @@ class ModelOwner:
         self._changed_by = None
         self._new_fingerprints()
         collect()
+
+    def give_back(self) -> None:
+        """Let go of what the backend keeps on the device beside the model."""
+        if self._backend is not None:
+            self._backend.give_back()
 
     def _new_fingerprints(self) -> None:
         """Kept from test to test, because base and adapter are read after every one."""

@@ -40,3 +40,15 @@ def own_pictures(pytestconfig: pytest.Config, qvl_image_samples: list[Sample]) -
 def training_batch(qvl_batch: Any, one_of_each: list[Sample]) -> Any:
     """The same rows with answers and labels, right-padded as collators do."""
     return qvl_batch(one_of_each, padding_side="right", answers=True)
+
+
+@pytest.fixture(scope="session")
+def training_halves(qvl_batch: Any, one_of_each: list[Sample]) -> list[Any]:
+    """The same rows in two batches, for training that keeps all activations.
+
+    All rows at once would take 19 GiB for 7B by the forecast, more than the cards have that QLoRA is for; half of
+    them take 12.
+    """
+    middle = (len(one_of_each) + 1) // 2
+    halves = filter(None, (one_of_each[:middle], one_of_each[middle:]))
+    return [qvl_batch(half, padding_side="right", answers=True) for half in halves]

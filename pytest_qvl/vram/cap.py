@@ -77,6 +77,24 @@ def capped(card: Card, device: int = 0) -> Iterator[Cap]:
         yield Cap(card, allowed, total, kernels)
 
 
+@contextmanager
+def lifted(device: int = 0) -> Iterator[None]:
+    """No cap until the block ends, for what the card would not have to hold."""
+    import torch
+
+    cuda: Any = torch.cuda
+    asked = getattr(cuda, "get_per_process_memory_fraction", None)  # not in torch 2.6
+    before = asked(device) if asked and cuda.is_initialized() else 1.0
+    if before == 1.0:
+        yield
+        return
+    cuda.set_per_process_memory_fraction(1.0, device)
+    try:
+        yield
+    finally:
+        cuda.set_per_process_memory_fraction(before, device)
+
+
 def told(card: Card) -> str:
     """What a cap to this card means, in one line for people."""
     allowed, usable, context = map(format_bytes, (allocator_bytes(card), card.usable_bytes, card.context_bytes))

@@ -10,10 +10,8 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def run(pytester):
+def run(torch, pytester):  # torch first: pytester forgets what is imported after it, and torch cannot come twice
     """Run a test file on the embedded model on CUDA, in a process of its own that uses this one's lease."""
-    if not pytest.importorskip("torch").cuda.is_available():
-        pytest.skip("needs CUDA: no CUDA device is visible")
 
     def run_file(text):
         pytester.makepyfile(test_x="import pytest, torch\nMiB = 1 << 20\n" + text)

@@ -282,6 +282,22 @@ def test_a_load_that_fails_is_told_once_and_not_tried_again(pytester, run_real):
     assert result.stdout.str().count("could not be loaded") == 1
 
 
+def test_a_reference_that_fails_is_told_by_the_first_test_that_asks_for_it(pytester, run_real):
+    pytester.makepyfile(
+        """
+    import pytest
+    @pytest.fixture(scope="session")
+    def qvl_reference(): raise RuntimeError("no reference today")
+    def test_first(qvl_quantized_model): pass
+    def test_second(qvl_reference): pass
+    def test_third(qvl_quantized_model, qvl_reference): pass
+    """
+    )
+    result = run_real("-rN")
+    result.assert_outcomes(errors=2, passed=1)
+    result.stdout.fnmatch_lines(["E * RuntimeError: no reference today", "not run: see the error of *::test_third*"])
+
+
 def test_an_adapter_that_cannot_be_attached_leaves_the_base_model_clean(pytester, run_real):
     pytester.makeconftest(
         """

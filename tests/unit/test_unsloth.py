@@ -182,6 +182,20 @@ class FastVisionModel:
         return model.train()
 
 
+def test_buffers_of_its_checkpointing_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    UnslothBackend().give_back()  # where it was never imported there is nothing
+    zoo = ModuleType("unsloth_zoo.gradient_checkpointing")
+    made = []
+    zoo.initialize_unsloth_gradient_checkpointing = made.append
+    zoo.GPU_BUFFER_DTYPE = "float16"
+    monkeypatch.setitem(sys.modules, zoo.__name__, zoo)
+    UnslothBackend().give_back()
+    assert made == [], "before its first training it keeps none"
+    zoo.GPU_BUFFERS = [None]
+    UnslothBackend().give_back()
+    assert made == ["float16"]
+
+
 class OnCpu(UnslothBackend):
     """Registered under another name, for the CPU."""
 

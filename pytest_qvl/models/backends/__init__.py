@@ -61,6 +61,9 @@ class Backend(Protocol):
     def prepare_training(self, model: Any, *, gradient_checkpointing: bool) -> None:
         """Put an adapted model into the state this backend trains in, the vision tower out of autograd's way."""
 
+    def give_back(self) -> None:
+        """Give back what the backend itself keeps on the device from one training to the next."""
+
 
 @dataclass(frozen=True)
 class Registration:

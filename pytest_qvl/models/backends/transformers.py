@@ -70,6 +70,9 @@ class TransformersBackend:
             parts.base.enable_input_require_grads()
         remove_vision_grad_hooks(parts.patch_embed)
 
+    def give_back(self) -> None:
+        """It keeps nothing."""
+
 
 def _build(request: LoadRequest, dtype: torch.dtype) -> Any:
     source = request.source

@@ -110,6 +110,15 @@ class UnslothBackend:
             _fast_vision_model().for_training(model, use_gradient_checkpointing=mode)
         remove_vision_grad_hooks(anatomy(model).patch_embed)
 
+    def give_back(self) -> None:
+        """Let go of the GPU buffers of Unsloth's checkpointing, which it keeps for the life of the process.
+
+        Its own ``reset_unsloth_gradient_checkpointing_buffers`` leaves them at their size.
+        """
+        zoo = sys.modules.get("unsloth_zoo.gradient_checkpointing")
+        if zoo is not None and getattr(zoo, "GPU_BUFFERS", None):
+            zoo.initialize_unsloth_gradient_checkpointing(zoo.GPU_BUFFER_DTYPE)
+
     def flags(self, lora_config: Any) -> dict[str, Any]:
         """A ``peft.LoraConfig`` as arguments of ``get_peft_model``.
 
