@@ -1,11 +1,11 @@
 """More than one backend: each runs its tests in a process of its own, and this one collects and reports.
 
-Unsloth patches Transformers and PEFT for the whole process that imports it, so backends never share one. The
-processes run one after the other and each frees the GPU before the next starts; this process runs no test, so
-it never starts CUDA and never holds a GPU. Reports come back as xdist's do, serialised by pytest's own hooks,
-and are handed to this process's plugins: summary, JUnit, ``--lf``, the record and ``-x`` know no difference.
+Unsloth patches Transformers and PEFT for the whole process that imports it, so backends never share one. As many
+processes run at a time as there are GPUs for them, and each frees its GPU before the next starts; this process runs
+no test, so it never starts CUDA and never holds a GPU. Reports come back as xdist's do, serialised by pytest's own
+hooks, and are handed to this process's plugins: summary, JUnit, ``--lf``, the record and ``-x`` know no difference.
 
-POSIX only, as the GPU lease is. Imports stdlib and pytest only.
+POSIX only, as the GPU lease is. Imports stdlib and pytest only, and asks the driver how many GPUs there are.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import pytest
 
 from pytest_qvl import outcome
 from pytest_qvl.child import BOOT, Channel
+from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
 from pytest_qvl.session import STATE_KEY
 from pytest_qvl.targets import target_of
 
@@ -65,7 +66,8 @@ class Children:
         self._backends = backends
         self._progress = progress
         self.problems: list[str] = []
-        # xdist, if it is there, starts its workers in each backend's process.
+        # xdist, if it is there, starts its workers in each backend's process, and they share the GPUs.
+        self._with_workers = bool(getattr(config.option, "numprocesses", None) or getattr(config.option, "tx", None))
         for name, off in (("dist", "no"), ("tx", []), ("numprocesses", None)):
             if hasattr(config.option, name):
                 setattr(config.option, name, off)
@@ -76,16 +78,40 @@ class Children:
         options = session.config.option
         if options.collectonly or (session.testsfailed and not options.continue_on_collection_errors):
             return None
-        for backend in self._backends:
-            items = [item for item in session.items if self._backend_of(item) == backend]
-            if items:
-                self._progress(f"{backend}: {len(items)} tests in a process of its own")
-                self.problems += ChildRun(session, backend, items).run()
-            if session.shouldfail:
-                raise session.Failed(session.shouldfail)
-            if session.shouldstop:
-                raise session.Interrupted(session.shouldstop)
+        shares = {backend: [i for i in session.items if self._backend_of(i) == backend] for backend in self._backends}
+        waiting = [(backend, items) for backend, items in shares.items() if items]
+        at_once = self._at_once(session.items)
+        running: list[ChildRun] = []
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_once and not (session.shouldfail or session.shouldstop):
+                    backend, items = waiting.pop(0)
+                    self._progress(f"{backend}: {len(items)} tests in a process of its own")
+                    running.append(ChildRun(session, backend, items))
+                if not running:
+                    break
+                for run in ready(running):
+                    if not run.advance():
+                        running.remove(run)
+                        self.problems += run.conclude()
+        finally:
+            for run in running:
+                run.kill()
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
         return True
+
+    def _at_once(self, items: Sequence[pytest.Item]) -> int:
+        """How many processes may run together: each needs a GPU of its own, and the CPU is there once."""
+        targets = [target for item in items if (target := target_of(item)) is not None]
+        if self._with_workers or not targets or any(target.device != "cuda" for target in targets):
+            return 1
+        try:
+            return max(1, len(visible_gpus().gpus))
+        except VisibleDevicesError:  # told by the process that takes the lease
+            return 1
 
     def _backend_of(self, item: pytest.Item) -> str:
         target = target_of(item)
@@ -104,7 +130,7 @@ class Children:
 
 
 class ChildRun:
-    """One backend's tests in a process of their own.
+    """One backend's tests in a process of their own, which starts at once.
 
     Args:
         session: The parent's.
@@ -122,26 +148,50 @@ class ChildRun:
         self._ended = False
         self._why = ""
         self._exit: tuple[str, int | None] | None = None
+        self._process, self._channel = self._start()
 
-    def run(self) -> list[str]:
-        """Run them and replay what comes back; tests that the process did not live to run fail by name.
+    @property
+    def speaks(self) -> bool:
+        """Whether a message has come, or the process has closed its side."""
+        return bool(select.select([self._channel], [], [], 0)[0])
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process has not ended; something that it started may hold its socket open even then."""
+        return self._process.poll() is None
+
+    def fileno(self) -> int:
+        """Number of the socket."""
+        return self._channel.fileno()
+
+    def advance(self) -> bool:
+        """Replay the next message, if there is one; ``False`` once the process has nothing more to say."""
+        # Every message waits for its answer, so there is never one left in a buffer.
+        message = self._channel.receive() if self.speaks else None
+        if message is None:
+            return False
+        getattr(self, f"_on_{message.pop('kind')}")(**message)
+        sys.stdout.flush()
+        self._channel.send({"stop": self._stop_reason})
+        return self._channel.fileno() >= 0
+
+    def kill(self) -> None:
+        """End the process before its time."""
+        self._channel.close()
+        self._end(self._process)
+
+    def conclude(self) -> list[str]:
+        """After the last message: tests that the process did not live to run fail by name.
 
         Returns:
             What went wrong outside any test.
         """
-        process, channel = self._start()
+        self._channel.close()
         try:
-            while (message := _next_message(process, channel)) is not None:
-                getattr(self, f"_on_{message.pop('kind')}")(**message)
-                sys.stdout.flush()
-                channel.send({"stop": self._stop_reason})
-            status = process.wait()
+            status = self._process.wait()
         except BaseException:
-            channel.close()
-            self._end(process)
+            self._end(self._process)
             raise
-        finally:
-            channel.close()
         if self._exit is not None:
             raise pytest.exit.Exception(*self._exit)
         if self._stop_reason:
@@ -284,12 +334,15 @@ class ChildRun:
                 return
 
 
-def _next_message(process: subprocess.Popen[bytes], channel: Channel) -> dict[str, Any] | None:
-    # Every message waits for its answer, so there is never one left in a buffer.
-    while not select.select([channel], [], [], POLL_S)[0]:
-        if process.poll() is not None and not select.select([channel], [], [], 0)[0]:
-            return None
-    return channel.receive()
+def ready(runs: Sequence[ChildRun]) -> list[ChildRun]:
+    """Those that have something to say, or will never again; waits for the first."""
+    while True:
+        speaking: list[ChildRun] = select.select(runs, [], [], POLL_S)[0]
+        if speaking:
+            return speaking
+        ended = [run for run in runs if not run.lives and not run.speaks]
+        if ended:
+            return ended
 
 
 def _status(status: int) -> str:

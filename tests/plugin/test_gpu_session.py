@@ -178,6 +178,36 @@ def test_it(qvl_target, worker_id, n):
 """
 
 
+TWO_BACKENDS = """
+import os, pathlib, time
+HERE = pathlib.Path(__file__).parent
+def test_meets_the_other(qvl_target, qvl_backend):
+    assert os.environ["CUDA_VISIBLE_DEVICES"] in ("GPU-aaaa", "GPU-bbbb")
+    (HERE / f"{qvl_backend}.met").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+    until = time.monotonic() + 20
+    while len(list(HERE.glob("*.met"))) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    time.sleep(1)  # so that the other sees this one's file too
+    (HERE / f"{qvl_backend}.met").unlink()
+    assert time.monotonic() < until, "alone"
+"""
+OTHER_BACKEND = """
+from pytest_qvl.models import backends
+backends.BACKENDS["other"] = backends.Registration("other:Nothing")
+"""
+
+
+@pytest.mark.parametrize(("gpus", "together"), [(("GPU-aaaa", "GPU-bbbb"), True), (("GPU-aaaa",), False)])
+def test_backends_run_together_where_each_has_a_gpu(machine, pytester, gpus, together):
+    pytester.makepyfile(other=OTHER_BACKEND, test_two=TWO_BACKENDS if together else TWO_BACKENDS.replace("20", "1"))
+    both = ("-p", "other", "--qvl-backend", "transformers", "--qvl-backend", "other")
+    result = machine("-m", "gpu", *both, gpus=[(gpu, 0) for gpu in gpus])
+    result.assert_outcomes(**({"passed": 2} if together else {"failed": 2}))
+    leases = record(pytester)["leases"]
+    assert {lease["process"] for lease in leases} == {"transformers", "other"}
+    assert {lease["index"] for lease in leases} == set(range(len(gpus)))
+
+
 def test_auto_means_one_worker_per_gpu_and_each_has_its_own(machine, pytester):
     pytester.makepyfile(CROWD)
     result = machine("-m", "gpu", "-n", "auto", gpus=[["GPU-aaaa", 0], ["GPU-bbbb", 0]])

@@ -416,7 +416,9 @@ def test_the_forecast_is_what_an_h200_measured(
         pytest.skip("Transformers 4 puts no gradient hook on the vision tower")
     rows = {512: 16, 1024: 32}[visual]
     given_options = {"checkpoint": "nf4", "optimizer": "adamw_8bit", "pixel_dtype": "bfloat16", "tokens": 68, **options}
-    found = forecast(image=(rows * MERGED_PIXELS, visual // rows * MERGED_PIXELS), **given_options)
+    request = Request(image=(rows * MERGED_PIXELS, visual // rows * MERGED_PIXELS), **given_options)
+    forecaster, request = make_forecaster(request, None, None)
+    found = forecaster.forecast(request, inference=request.lora_r == 0)
     assert found.visual_tokens == visual
     phase = found.training_peak or found.phase(phases.PREFILL)
     expected = peak * MiB
@@ -448,7 +450,7 @@ def test_a_capped_gpu_runs_out_where_the_replay_says() -> None:
         vision_hook=True,
         capability=(7, 5),
     )
-    tape = Rehearsal(request, find_source(request.model)).run(request)
+    tape = Rehearsal(request, find_source(request.model)).run(request, inference=False)
     assert replay(tape, limit=10 * GiB).failure is None
     failure = replay(tape, limit=9 * GiB).failure
     assert failure is not None
@@ -456,7 +458,9 @@ def test_a_capped_gpu_runs_out_where_the_replay_says() -> None:
 
 
 def test_lora_parameters_are_the_released_count() -> None:
-    found = forecast("qwen2.5-vl-3b", image=(56, 56), tokens=8)
+    request = Request("qwen2.5-vl-3b", image=(56, 56), tokens=8)
+    forecaster, request = make_forecaster(request, None, None)
+    found = forecaster.forecast(request, inference=False)
     parameters = expectations("qwen2.5-vl-3b")["lora_r16_language_only"]
     adapters = found.phase(phases.STATES).by_kind["adapters"]
     # Two tensors per linear, each rounded to 512 bytes, and blocks that were not worth splitting.
