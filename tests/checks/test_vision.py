@@ -16,7 +16,7 @@ from pytest_qvl.models.attention import other_attention
 from pytest_qvl.models.taps import features_replaced
 from pytest_qvl.samples import Sample, scenes
 
-SAMPLES = scenes(seed=5, per_skill=2)
+SAMPLES = scenes(seed=5, per_skill=1)
 DRIFTS = [f"drift {stage}, {what}" for stage in ("before the merger", "merger output") for what in ("rms", "worst row")]
 
 

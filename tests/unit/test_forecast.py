@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,15 @@ HOPPER, TURING = Device((9, 0)), Device((7, 5))
 MERGED_PIXELS = 28
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 EMBEDDED = str(embedded_model_dir())
+
+
+@pytest.fixture(autouse=True)
+def _loggers_as_they_were() -> Iterator[None]:
+    """The command quietens other packages for its process, which here is everybody's."""
+    levels = {name: logging.getLogger(name).level for name in ("bitsandbytes", "transformers")}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 # --- the allocator -----------------------------------------------------------------------------------------------

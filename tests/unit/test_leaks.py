@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import suppress
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,6 @@ from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
 from pytest_qvl.vram.survivors import tensors_alive
 
 MiB = 1024**2
-KEPT = {}
 
 
 @pytest.fixture
@@ -134,24 +134,27 @@ def test_a_broken_device_is_no_leak(card, watch):
     assert left(watch) == ""
 
 
-def test_survivors_are_named_by_what_keeps_them():
+def test_survivors_are_named_by_what_keeps_them(monkeypatch):
     torch = pytest.importorskip("torch")
+    module = ModuleType("keeps_it")  # made now: the garbage collector does not show what was there when tests began
+    module.KEPT = kept = {}
+    monkeypatch.setitem(sys.modules, module.__name__, module)
     sizes = {"attribute": 101, "listed": 102, "local": 103, "global": 104}
     makes = {name: torch.empty(size * MiB, dtype=torch.uint8, device="cpu") for name, size in sizes.items()}
     keeper = SimpleNamespace(field=makes.pop("attribute"))
-    KEPT["deep"] = [makes.pop("listed")]
-    KEPT["flat"] = makes.pop("global")
-    view = KEPT["flat"][5:]
+    kept["deep"] = [makes.pop("listed")]
+    kept["flat"] = makes.pop("global")
+    view = kept["flat"][5:]
     local = makes.pop("local")
     try:
         told = {holder.size // MiB: holder.where for holder in tensors_alive(torch, "cpu")}
         assert told[101] == f"a tensor {101 * MiB} of uint8, kept by SimpleNamespace.field"
-        assert told[102].endswith(f"kept by a list in a dict in {__name__}.KEPT")
+        assert told[102].endswith("kept by a list in a dict in keeps_it.KEPT")
         assert told[103].startswith(f"a tensor {103 * MiB} of uint8")
-        assert told[104].endswith(f"kept by a dict in {__name__}.KEPT")
+        assert told[104].endswith("kept by a dict in keeps_it.KEPT")
         besides = frozenset({local.untyped_storage().data_ptr()})
         assert all(holder.size != 103 * MiB for holder in tensors_alive(torch, "cpu", besides))
         assert not tensors_alive(torch, "meta")
         assert keeper.field is not view
     finally:
-        KEPT.clear()
+        kept.clear()
