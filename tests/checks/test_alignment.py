@@ -19,14 +19,11 @@ from pytest_qvl.samples import scenes
 SKILLS = ("colour", "side", "list", "nth_colour", "text")
 SAMPLES = scenes(seed=11, per_skill=7, skills=SKILLS)
 SHORT = 12
-# What damages a model is damage in every dtype, and not every CPU multiplies 16-bit numbers in hardware. Healthy models
-# are judged in bfloat16 too: here by ``lora_model``, in all dtypes by tests/faults.
-FAST = "float32"
 
 
 @pytest.fixture(scope="module")
 def full(fresh_model: Any) -> Any:
-    return fresh_model(quantized=False, dtype=FAST)
+    return fresh_model(quantized=False)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +33,7 @@ def reference(full: Any, processor: Any) -> Reference:
 
 @pytest.fixture(scope="module")
 def base(fresh_model: Any) -> Any:
-    return fresh_model(dtype=FAST)
+    return fresh_model()
 
 
 def fails(model: Any, processor: Any, reference: Reference) -> str:
@@ -117,14 +114,14 @@ def test_lost_mrope(base: Any, processor: Any, reference: Reference) -> None:
 
 
 def test_not_a_number_is_no_pass(fresh_model: Any, processor: Any, reference: Reference) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     with torch.no_grad():
         model.lm_head.weight[5, 5] = float("nan")
     assert "[margin over blank pictures / reference nan (>= 0.9)]" in fails(model, processor, reference)
 
 
 def test_a_users_adapter_is_reported_not_judged(fresh_model: Any, processor: Any) -> None:
-    model = fresh_model(dtype=FAST, lora=True)
+    model = fresh_model(lora=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for name, parameter in adapter_parameters(anatomy(model)).items():
@@ -145,7 +142,7 @@ def test_limits_are_the_callers(base: Any, processor: Any, reference: Reference)
 
 
 def test_a_model_that_knows_nothing_cannot_be_judged(fresh_model: Any, processor: Any, reference: Reference) -> None:
-    model = fresh_model(quantized=False, dtype=FAST)
+    model = fresh_model(quantized=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(1)
         for parameter in model.parameters():

@@ -166,7 +166,7 @@ def test_a_model_of_another_kind_is_not_followed(fresh_model: Any) -> None:
     with pytest.raises(NotFollowed, match="not quantized to 4 bits"):
         recipe_from_model(fresh_model(quantized=False))
     with pytest.raises(NotFollowed, match="one active adapter, and this model has 0"):
-        recipe_from_model(fresh_model())
+        recipe_from_model(fresh_model(dtype="bfloat16"))
 
 
 # --- agrees with a measurement -----------------------------------------------------------------------------------

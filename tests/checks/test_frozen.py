@@ -258,7 +258,7 @@ def test_a_forward_that_writes_into_the_base(fresh_model: Any, batch: Any) -> No
 
 
 def test_a_cast_that_is_more_than_a_cast(fresh_model: Any, batch: Any) -> None:
-    model = fresh_model(lora=True)
+    model = fresh_model(dtype="bfloat16", lora=True)
     bias = core(model).language_model.layers[0].self_attn.q_proj.base_layer.bias
 
     def cast_and_change(*_: Any) -> None:

@@ -29,13 +29,11 @@ if TYPE_CHECKING:
 SAMPLES = scenes(seed=7, per_skill=2)
 ONE_EACH = SAMPLES[:10]
 IMAGE_PAD, EOS = 402, (398, 396)
-# Damage is damage in every dtype, and not every CPU multiplies 16-bit numbers in hardware.
-FAST = "float32"
 
 
 @pytest.fixture(scope="module")
 def reference(fresh_model: Any, processor: Any) -> Reference:
-    return record_reference(fresh_model(quantized=False, dtype=FAST), processor, SAMPLES)
+    return record_reference(fresh_model(quantized=False), processor, SAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def test_healthy_replies_are_wellformed(lora_model: Any, processor: Any, referen
 def test_random_weights_are_judged_where_they_can_be(
     fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor]
 ) -> None:
-    model = fresh_model(quantized=False, dtype=FAST)
+    model = fresh_model(quantized=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         for parameter in model.parameters():
@@ -94,7 +92,7 @@ def test_random_weights_are_judged_where_they_can_be(
 def test_the_models_own_generation_config_is_set_aside(
     fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
 ) -> None:
-    model = fresh_model(dtype=FAST, lora=True)
+    model = fresh_model(lora=True)
     before = [reply.ids for reply in greedy(model, batch, max_new_tokens=8)]
     config = anatomy(model).base.generation_config
     config.do_sample, config.temperature, config.top_p, config.top_k = True, 5.0, 0.9, 50
@@ -124,7 +122,7 @@ def with_processor(model: Any, processor: Any) -> Any:
 def test_a_wrapper_that_forbids_repetition(fresh_model: Any, batch: dict[str, torch.Tensor]) -> None:
     from transformers import NoRepeatNGramLogitsProcessor
 
-    said = fails(greedy_is_argmax, with_processor(fresh_model(dtype=FAST), NoRepeatNGramLogitsProcessor(1)), batch)
+    said = fails(greedy_is_argmax, with_processor(fresh_model(), NoRepeatNGramLogitsProcessor(1)), batch)
     assert said.startswith("something samples or penalises although all of that is switched off: row ")
     assert "which occurs earlier in the row: a repetition penalty would do that" in said
     assert "tokens that are not the argmax" in said
@@ -133,14 +131,12 @@ def test_a_wrapper_that_forbids_repetition(fresh_model: Any, batch: dict[str, to
 def test_a_penalty_too_small_to_tip_a_token(fresh_model: Any, batch: dict[str, torch.Tensor]) -> None:
     from transformers import RepetitionPenaltyLogitsProcessor
 
-    said = fails(
-        greedy_is_argmax, with_processor(fresh_model(dtype=FAST), RepetitionPenaltyLogitsProcessor(1.05)), batch
-    )
+    said = fails(greedy_is_argmax, with_processor(fresh_model(), RepetitionPenaltyLogitsProcessor(1.05)), batch)
     assert said.startswith("a logits processor changes logits although none is configured, most in row ")
 
 
 def test_a_wrapper_that_samples(fresh_model: Any, batch: dict[str, torch.Tensor]) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     generate = model.generate
 
     def sampling(*args: Any, generation_config: Any, **options: Any) -> Any:
@@ -153,7 +149,7 @@ def test_a_wrapper_that_samples(fresh_model: Any, batch: dict[str, torch.Tensor]
 
 
 def test_dropout_that_stays_on(fresh_model: Any, batch: dict[str, torch.Tensor]) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     last = anatomy(model).language_backbone.layers[3].mlp
     last.register_forward_hook(lambda _m, _a, out: torch.nn.functional.dropout(out, 0.1, training=True))
     said = fails(generation_repeatable, model, batch)
@@ -165,7 +161,7 @@ def test_positions_of_padded_rows_while_decoding(
     fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
 ) -> None:
     """Transformers 4.54.0 to 4.56.2: prefill right, decoded tokens of padded rows off by their padding."""
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     padding = (batch["attention_mask"] == 0).sum(dim=1)[:, None]
 
     def too_far(positions: torch.Tensor) -> torch.Tensor:
@@ -182,7 +178,7 @@ def test_positions_of_padded_rows_while_decoding(
 
 
 def test_padding_that_is_attended(fresh_model: Any, processor: Any, reference: Reference) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
 
     def unmasked(_module: Any, args: Any, options: dict[str, Any]) -> Any:
         if options.get("attention_mask") is not None:
@@ -198,7 +194,7 @@ def test_padding_that_is_attended(fresh_model: Any, processor: Any, reference: R
 def test_decode_positions_off_by_one(
     fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
 ) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     with positions_changed(anatomy(model), lambda p: p + 1 if p.shape[-1] == 1 else p):
         # alone and in a batch alike, so that only the plain forward tells
         generation_batch_invariance(model, processor, ONE_EACH, reference)
@@ -211,7 +207,7 @@ def test_decode_positions_off_by_one(
 def test_pictures_lost_after_the_first_step_without_cache(
     fresh_model: Any, batch: dict[str, torch.Tensor], reference: Reference
 ) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     prepare, prompt = model.prepare_inputs_for_generation, batch["input_ids"].shape[1]
 
     @wraps(prepare)
@@ -229,7 +225,7 @@ def test_pictures_lost_after_the_first_step_without_cache(
 
 
 def test_not_finite_logits_are_traced_to_their_module(fresh_model: Any, processor: Any, reference: Reference) -> None:
-    model = fresh_model(quantized=False, dtype=FAST)
+    model = fresh_model(quantized=False)
     with torch.no_grad():
         anatomy(model).language_backbone.layers[2].mlp.down_proj.weight[3, 5] = float("inf")
     said = fails(generation_wellformed, model, processor, ONE_EACH, reference)
@@ -239,7 +235,7 @@ def test_not_finite_logits_are_traced_to_their_module(fresh_model: Any, processo
 
 
 def test_end_of_sequence_forgotten(fresh_model: Any, processor: Any, reference: Reference) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     with torch.no_grad():
         model.lm_head.weight[list(EOS)] = -model.lm_head.weight[EOS[0]]
     said = fails(generation_wellformed, model, processor, ONE_EACH, reference, max_new_tokens=24)
@@ -262,7 +258,7 @@ def lure(model: Any, processor: Any, token: int) -> None:
 def test_tokens_that_are_no_words(
     fresh_model: Any, processor: Any, reference: Reference, token: int, message: str
 ) -> None:
-    model = fresh_model(quantized=False, dtype=FAST)
+    model = fresh_model(quantized=False)
     red = [s for s in SAMPLES if s.answer == "red"]
     assert red
     lure(model, processor, token)
@@ -272,7 +268,7 @@ def test_tokens_that_are_no_words(
 
 
 def test_runs_of_token_0(fresh_model: Any, processor: Any, reference: Reference) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     with torch.no_grad():
         model.lm_head.weight.zero_()
     said = fails(generation_wellformed, model, processor, ONE_EACH, reference, max_new_tokens=16)
@@ -298,7 +294,7 @@ def test_without_a_reference_the_form_is_not_judged(lora_model: Any, processor: 
 def test_inputs_that_cannot_decide(
     fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
 ) -> None:
-    model = fresh_model(dtype=FAST)
+    model = fresh_model()
     right = make_batch(processor, ONE_EACH, padding_side="right")
     for check in (greedy_is_argmax, generation_repeatable):
         with pytest.raises(ValueError, match="pad the batch on the left"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,13 @@ from pytest_qvl.checks.quantization import QuantizationPolicy, hold_packing, qua
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import make_batch, scenes
+
+
+@pytest.fixture(scope="module")
+def fresh_model(fresh_model: Any) -> Any:
+    """In the dtype that the policy asks for by default."""
+    return partial(fresh_model, dtype="bfloat16")
+
 
 LAYER = "model.language_model.layers.0.self_attn.q_proj"
 

@@ -21,13 +21,11 @@ from pytest_qvl.samples import Sample, make_batch, scenes
 
 SAMPLES = scenes(seed=3, per_skill=3)
 FEW = SAMPLES[:10]
-# For what does not depend on the dtype: not every CPU multiplies 16-bit numbers in hardware.
-FAST = "float32"
 
 
 @pytest.fixture(scope="module")
 def full(fresh_model: Any) -> Any:
-    return fresh_model(quantized=False, dtype=FAST)
+    return fresh_model(quantized=False)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +83,7 @@ def test_trained_weights_have_knowledge_and_random_ones_have_not(
 ) -> None:
     assert reference.has_knowledge
     assert any(probe.said.right for probe in reference.probes.values())
-    random = record_reference(randomised(fresh_model(quantized=False, dtype=FAST)), processor, SAMPLES)
+    random = record_reference(randomised(fresh_model(quantized=False)), processor, SAMPLES)
     assert not random.has_knowledge
     assert not any(probe.said.right or probe.said.stopped for probe in random.probes.values())
 
@@ -96,7 +94,7 @@ def test_quantized_model_is_refused(lora_model: Any, processor: Any) -> None:
 
 
 def test_adapter_disabled_is_the_base_whatever_the_adapter_holds(fresh_model: Any, processor: Any) -> None:
-    model = fresh_model(dtype=FAST, lora=True)
+    model = fresh_model(lora=True)
     before = record_reference(model, processor, FEW, adapter_disabled=True)
     with torch.no_grad():
         for parameter in adapter_parameters(anatomy(model)).values():

@@ -271,7 +271,7 @@ def test_attention_that_sees_the_future(model: Any, processor: Any, batch: Batch
     length = batch["input_ids"].shape[1]
 
     def bidirectional(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        open_mask = torch.zeros(len(SAMPLES), 1, length, length, dtype=torch.bfloat16)
+        open_mask = torch.zeros(len(SAMPLES), 1, length, length)
         return args, {**kwargs, "attention_mask": open_mask}
 
     handle = anatomy(model).language_backbone.register_forward_pre_hook(bidirectional, with_kwargs=True)

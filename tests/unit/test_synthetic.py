@@ -22,11 +22,11 @@ from pytest_qvl.samples import make_batch, scenes
 def small(name: str) -> Any:
     config = released_config(name)
     text, vision = config.get_text_config(), config.vision_config
-    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 2, 512, 1024
-    text.num_attention_heads, text.num_key_value_heads = 4, 2
+    text.num_hidden_layers, text.hidden_size, text.intermediate_size = 2, 256, 512
+    text.num_attention_heads, text.num_key_value_heads = 2, 1
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:2]
-    vision.depth, vision.fullatt_block_indexes, vision.out_hidden_size = 4, [1, 3], 512
+    vision.depth, vision.fullatt_block_indexes, vision.out_hidden_size = 4, [1, 3], 256
     return config
 
 
