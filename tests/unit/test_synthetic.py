@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import BitsAndBytesConfig
 
 from pytest_qvl.models import synthetic
@@ -94,6 +95,7 @@ def test_the_same_seed_gives_the_same_weights() -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="Transformers 4 matches parts of names")
 def test_the_silent_skip_list_is_silent_here_too() -> None:
     model = build_synthetic(small("qwen2.5-vl-7b"), nf4(["visual", "lm_head"]), "cpu", torch.bfloat16)
     quantized = {state.group for state in linear_states(anatomy(model)) if state.is_4bit}
