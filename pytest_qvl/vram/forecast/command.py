@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import re
@@ -85,13 +86,17 @@ def run_forecast(options: argparse.Namespace) -> int:
         raise ValueError("--timeline shows a training step, and --lora-r 0 has none")
     # About CPU kernels that no forecast uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from transformers.utils import logging as transformers_logging
+    gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time
+    try:
+        from transformers.utils import logging as transformers_logging
 
-    from pytest_qvl.vram.forecast.picture import draw_timeline
-    from pytest_qvl.vram.forecast.rules import render_rules, side_by_side
-    from pytest_qvl.vram.forecast.run import largest, make_forecaster
-    from pytest_qvl.vram.forecast.text import render
-
+        from pytest_qvl.vram.forecast.picture import draw_timeline
+        from pytest_qvl.vram.forecast.rules import render_rules, side_by_side
+        from pytest_qvl.vram.forecast.run import largest, make_forecaster
+        from pytest_qvl.vram.forecast.text import render
+    finally:
+        gc.freeze()
+        gc.enable()
     transformers_logging.set_verbosity_error()
     forecaster, request = make_forecaster(request, card, options.compute_dtype)
     forecast = forecaster.forecast(request)
