@@ -8,34 +8,30 @@ import pytest
 
 from pytest_qvl import checks
 
-# Without checkpointing every activation is kept, so half of the rows do.
 checkpointing = pytest.mark.parametrize("gradient_checkpointing", [False, True], ids=["plain", "checkpointing"])
 
 
+@pytest.fixture
+def rows(training_batch: Any, training_halves: Any, gradient_checkpointing: bool) -> Any:
+    """What a test trains on: without checkpointing every activation is kept, so half of the rows do."""
+    return training_batch if gradient_checkpointing else training_halves[0]
+
+
 @checkpointing
-def test_training_step(
-    qvl_lora_model: Any,
-    training_batch: Any,
-    training_halves: Any,
-    gradient_checkpointing: bool,
-    qvl_make_optimizer: Any,
-) -> None:
+def test_training_step(qvl_lora_model: Any, rows: Any, gradient_checkpointing: bool, qvl_make_optimizer: Any) -> None:
     """Loss falls, gradients are finite and on adapters only, every adapter is reached."""
     checks.training_step(
         qvl_lora_model,
-        training_batch if gradient_checkpointing else training_halves[0],
+        rows,
         gradient_checkpointing=gradient_checkpointing,
         make_optimizer=qvl_make_optimizer,
     )
 
 
 @checkpointing
-def test_vision_not_backpropagated(
-    qvl_lora_model: Any, training_batch: Any, training_halves: Any, gradient_checkpointing: bool
-) -> None:
+def test_vision_not_backpropagated(qvl_lora_model: Any, rows: Any, gradient_checkpointing: bool) -> None:
     """Autograd does not follow the frozen vision tower."""
-    batch = training_batch if gradient_checkpointing else training_halves[0]
-    checks.vision_not_backpropagated(qvl_lora_model, batch, gradient_checkpointing=gradient_checkpointing)
+    checks.vision_not_backpropagated(qvl_lora_model, rows, gradient_checkpointing=gradient_checkpointing)
 
 
 def test_label_mask(qvl_lora_model: Any, training_batch: Any, qvl_processor: Any) -> None:
