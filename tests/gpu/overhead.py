@@ -39,9 +39,11 @@ def main():
         return write(options.out, bare(options.model, options.device, options.bare))
     with tempfile.TemporaryDirectory(prefix="qvl-overhead-") as folder:
         tape = Path(folder) / "tape"
-        suite(options, Path(folder), {"QVL_OVERHEAD_TAPE": str(tape)})
+        taped = suite(options, Path(folder), {"QVL_OVERHEAD_TAPE": str(tape)})
+        print(f"1 of 3, the suite with a tape: {taped['seconds']:.1f} s", flush=True)
         script = timed([sys.executable, __file__, "--bare", tape, "--out", tape.with_suffix(".json"), *model(options)])
         script |= json.loads(tape.with_suffix(".json").read_text())
+        print(f"2 of 3, the bare script: {script['seconds']:.1f} s, {script['stages']}, {script['peaks']}", flush=True)
         result = compared(suite(options, Path(folder), {}), script)
     print(told(result))
     return write(options.out, {"model": options.model, "device": options.device, **result})
