@@ -29,11 +29,13 @@ def tensors_alive(torch: Any, device: str, besides: frozenset[int] = frozenset()
             continue
         try:
             storage = thing.untyped_storage()
+            # Of the storage: a tensor that torch.compile has traced with says "cuda" and has no data.
+            if storage.device.type != device:
+                continue
             address, size = storage.data_ptr(), storage.nbytes()
-            here = thing.device.type == device
         except (RuntimeError, NotImplementedError):  # tensors without data
             continue
-        if here and size and address not in besides:
+        if size and address not in besides:
             found.setdefault(address, (size, thing))
     biggest = sorted(found.values(), key=lambda pair: -pair[0])[:SHOWN]
     ours = {id(found), id(biggest), *map(id, biggest)}

@@ -80,7 +80,8 @@ def one_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("pytest_qvl.gpu.visible.visible_gpus", lambda: Visible((gpu,)))
     monkeypatch.setenv("QVL_GPU_LEASES", str(tmp_path / "leases"))
     monkeypatch.setattr(unsloth_start, "_kept", [])
-    for name in ("UNSLOTH_COMPILE_LOCATION", "UNSLOTH_COMPILE_DISABLE", "UNSLOTH_DISABLE_STATISTICS"):
+    switches = ("UNSLOTH_COMPILE_LOCATION", "UNSLOTH_COMPILE_DISABLE", "UNSLOTH_DISABLE_STATISTICS")
+    for name in (*switches, "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"):
         monkeypatch.setenv(name, "to be put back")
         monkeypatch.delenv(name)
     for name in unsloth_start.PATCHED:
@@ -103,6 +104,29 @@ def test_the_gpu_is_leased_before_the_import_and_an_import_that_fails_is_one_lin
     assert os.environ["CUDA_VISIBLE_DEVICES"] == one_gpu.uuid
     assert os.environ["UNSLOTH_COMPILE_DISABLE"] == "1"
     assert not Path(os.environ["UNSLOTH_COMPILE_LOCATION"]).is_relative_to(Path.cwd())
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_pytest_and_ci_change_nothing_of_what_is_compiled(pytester, monkeypatch, told):
+    monkeypatch.setenv("CI", "true")
+    for name in ("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "TORCH_TRACE"):
+        monkeypatch.delenv(name, raising=False)
+    pytester.makeconftest(
+        "from pytest_qvl.models.backends.unsloth_start import let_compiled_code_be\n"
+        f"if {told}: let_compiled_code_be()\nimport torch"
+    )
+    pytester.makepyfile(
+        """
+        def test_compiles(caplog):
+            import torch
+            from torch._functorch import config
+            assert torch.compile(torch.relu, backend="eager")(torch.ones(1)) == 1
+            traced = any(record.name == "torch.__trace" for record in caplog.records)
+            assert (traced, config.error_on_custom_op_aliasing) == (%r, %r)
+        """
+        % (not told, not told)
+    )
+    pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "ignore").assert_outcomes(passed=1)
 
 
 # ---- what it asks of Unsloth -------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ for the whole process.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import tempfile
@@ -97,6 +98,7 @@ def import_first(say: Callable[[str], None]) -> None:
     # Its own switches, by what its source reads. Compiled code is for figures: set the first to 0.
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    let_compiled_code_be()
     try:
         with quiet():
             __import__("unsloth")
@@ -121,6 +123,17 @@ def use_own_compile_folder() -> None:
             f"{COMPILE_LOCATION}={given} holds compiled code of an earlier run, which Unsloth would run as it is; "
             "empty that folder, or unset the variable and a new one is used"
         )
+
+
+def let_compiled_code_be() -> None:
+    """Compile under pytest and in CI as anywhere else; call before torch is imported."""
+    # Where CI is set, torch raises for what it otherwise warns of, an operator of its own among them
+    # (inductor::_alloc_from_pool, by torch/_functorch/config.py of 2.11).
+    os.environ.setdefault("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "0")
+    # pytest listens to loggers that do not propagate, and this one writes every step of a compilation, with the tensors
+    # in it, to whoever listens: thousands of lines in the report of a test that failed.
+    if "TORCH_TRACE" not in os.environ:
+        logging.getLogger("torch.__trace").disabled = True
 
 
 @contextmanager
