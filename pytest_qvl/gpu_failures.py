@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qvl.gpu_access import is_gpu
+from pytest_qvl.kept_errors import release_frames
 from pytest_qvl.leasing import others_on
 from pytest_qvl.refusals import NotRun
-from pytest_qvl.session import release_frames
 from pytest_qvl.vram.units import format_bytes
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class GpuFailures:
         for error in errors:
             release_frames(error)
         if errors:
+            errors.clear()
             self._meter.reclaim("after running out of memory")
         return (yield)
 

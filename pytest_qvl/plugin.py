@@ -14,13 +14,14 @@ from pytest_qvl.gpu.lease import join_session  # noqa: E402
 from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
 from pytest_qvl.gpu_failures import GpuFailures  # noqa: E402
 from pytest_qvl.gpu_required import GpuRequired  # noqa: E402
+from pytest_qvl.kept_errors import release_frames  # noqa: E402
 from pytest_qvl.leasing import lease_lines, leases_for_record  # noqa: E402
 from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits, asks_for_gpus  # noqa: E402
 from pytest_qvl.numbers import PhaseNumbers  # noqa: E402
 from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa: E402
 from pytest_qvl.report.comparison import Comparison  # noqa: E402
 from pytest_qvl.report.terminal import Summary  # noqa: E402
-from pytest_qvl.session import STATE_KEY, State, release_frames  # noqa: E402
+from pytest_qvl.session import STATE_KEY, State  # noqa: E402
 from pytest_qvl.shipped import ShippedSuite  # noqa: E402
 from pytest_qvl.targets import check_devices, parametrize, target_of, targets  # noqa: E402
 from pytest_qvl.verdicts import SessionVerdicts  # noqa: E402
@@ -189,6 +190,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     finally:
         for error in errors:
             release_frames(error)
+        errors.clear()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -6,7 +6,6 @@ Imports nothing heavy; the model side is imported when the first test needs it.
 from __future__ import annotations
 
 import sys
-import traceback
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ import pytest
 from pytest_qvl import lineage
 from pytest_qvl.child import NAME as CHILD
 from pytest_qvl.gpu_access import GpuAccess
+from pytest_qvl.kept_errors import forget, forget_last, release_frames
 from pytest_qvl.leaks import LeakWatch
 from pytest_qvl.lineage import BASE_FIXTURE, LORA_FIXTURE, MODEL_FIXTURES, Definition, Lineage
 from pytest_qvl.refusals import Refusal
@@ -381,6 +381,8 @@ class State:
         def let_go() -> None:
             for error in errors:
                 release_frames(error)
+                forget(error)
+            forget_last()
             if hasattr(item, "funcargs"):
                 item.funcargs.clear()  # pytest does it a moment later
             if "owner" in vars(self):
@@ -398,7 +400,7 @@ class State:
         if "leaks" not in vars(self) or session.exitstatus in STOPPED:
             return []
         self._release_model()
-        left = self.leaks.left_by_session() if self.meter.alive() else ""
+        left = self.leaks.left_by_session(forget_last) if self.meter.alive() else ""
         if self.access.broken:
             return [Verdict("leak", "not judged", f"CUDA was broken by {self.access.breaker}: {self.access.broken}")]
         if not self.meter.alive():
@@ -435,22 +437,6 @@ def _unannounced(item: pytest.Item) -> str:
         f"may be in the state of another test. Name the fixture as an argument, or with "
         f"@pytest.mark.usefixtures({LORA_FIXTURE!r})"
     )
-
-
-def release_frames(error: BaseException | None) -> None:
-    """A kept exception pins every local of its frames, half-built models too (pytest-dev/pytest#12198)."""
-    seen: set[int] = set()
-    todo = [error]
-    while todo:
-        current = todo.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        traceback.clear_frames(current.__traceback__)
-        for frame, _line in traceback.walk_tb(current.__traceback__):
-            # Before Python 3.13, showing a frame's locals leaves a dictionary of them on it; reading it updates that.
-            frame.f_locals  # noqa: B018
-        todo += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
 
 
 STATE_KEY = pytest.StashKey[State]()

@@ -37,8 +37,12 @@ def test_base(qvl_quantized_model): pass
 def test_fails(qvl_lora_model):
     kept = torch.empty(512 * MiB, dtype=torch.uint8, device="cuda")
     assert kept is None
+def test_fails_in_a_closure(qvl_lora_model):
+    kept = torch.empty(512 * MiB, dtype=torch.uint8, device="cuda")
+    def inner(): assert kept is qvl_lora_model
+    inner()
 """)
-    result.assert_outcomes(passed=3, failed=1)
+    result.assert_outcomes(passed=3, failed=2)
     assert session(pytester) == {"leak": "kept"}
 
 

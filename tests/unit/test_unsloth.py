@@ -80,8 +80,7 @@ def one_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("pytest_qvl.gpu.visible.visible_gpus", lambda: Visible((gpu,)))
     monkeypatch.setenv("QVL_GPU_LEASES", str(tmp_path / "leases"))
     monkeypatch.setattr(unsloth_start, "_kept", [])
-    switches = ("UNSLOTH_COMPILE_LOCATION", "UNSLOTH_COMPILE_DISABLE", "UNSLOTH_DISABLE_STATISTICS")
-    for name in (*switches, "TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING"):
+    for name in ("UNSLOTH_COMPILE_LOCATION", "UNSLOTH_COMPILE_DISABLE", "UNSLOTH_DISABLE_STATISTICS"):
         monkeypatch.setenv(name, "to be put back")
         monkeypatch.delenv(name)
     for name in unsloth_start.PATCHED:
@@ -113,18 +112,17 @@ def test_pytest_and_ci_change_nothing_of_what_is_compiled(pytester, monkeypatch,
         monkeypatch.delenv(name, raising=False)
     pytester.makeconftest(
         "from pytest_qvl.models.backends.unsloth_start import let_compiled_code_be\n"
-        f"if {told}: let_compiled_code_be()\nimport torch"
+        f"import torch\nif {told}: let_compiled_code_be()"
     )
     pytester.makepyfile(
-        """
+        f"""
         def test_compiles(caplog):
             import torch
             from torch._functorch import config
             assert torch.compile(torch.relu, backend="eager")(torch.ones(1)) == 1
             traced = any(record.name == "torch.__trace" for record in caplog.records)
-            assert (traced, config.error_on_custom_op_aliasing) == (%r, %r)
+            assert traced is config.error_on_custom_op_aliasing is {not told}
         """
-        % (not told, not told)
     )
     pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "ignore").assert_outcomes(passed=1)
 

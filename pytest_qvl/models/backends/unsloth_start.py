@@ -14,10 +14,11 @@ import sys
 import tempfile
 import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -98,10 +99,10 @@ def import_first(say: Callable[[str], None]) -> None:
     # Its own switches, by what its source reads. Compiled code is for figures: set the first to 0.
     os.environ.setdefault("UNSLOTH_COMPILE_DISABLE", "1")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    let_compiled_code_be()
     try:
         with quiet():
             __import__("unsloth")
+            let_compiled_code_be()
     except Exception as error:
         first = (str(error).strip() or "no reason given").splitlines()[0]
         raise UnslothStartError(f"Unsloth could not be imported: {type(error).__name__}: {first}") from None
@@ -126,10 +127,12 @@ def use_own_compile_folder() -> None:
 
 
 def let_compiled_code_be() -> None:
-    """Compile under pytest and in CI as anywhere else; call before torch is imported."""
-    # Where CI is set, torch raises for what it otherwise warns of, an operator of its own among them
-    # (inductor::_alloc_from_pool, by torch/_functorch/config.py of 2.11).
-    os.environ.setdefault("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "0")
+    """Compile under pytest and in CI as anywhere else; call once torch is imported."""
+    # Where CI is set, torch makes an error of what it warns of anywhere else, an operator of its own among it:
+    # inductor::_alloc_from_pool (https://github.com/pytorch/pytorch/issues/182006).
+    config: Any = import_module("torch._functorch.config")
+    if hasattr(config, "error_on_custom_op_aliasing"):
+        config.error_on_custom_op_aliasing = False
     # pytest listens to loggers that do not propagate, and this one writes every step of a compilation, with the tensors
     # in it, to whoever listens: thousands of lines in the report of a test that failed.
     if "TORCH_TRACE" not in os.environ:
