@@ -14,6 +14,7 @@ from pytest_qvl.checks.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters, chosen_adapter
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
+from pytest_qvl.models.compiled import uncompiled
 from pytest_qvl.models.fingerprint import digests
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved
@@ -365,8 +366,9 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
 
     The second takes the same path as the first. The third adds ``B A x * scaling``, which is a zero of either
     sign whatever A and dropout are, and adding a zero is exact in every format; so all three are compared for
-    equality (a zero equals a zero of the other sign), with no tolerance. The base model is run twice: where
-    its own kernels do not repeat themselves, equality proves nothing and the check says so.
+    equality (a zero equals a zero of the other sign), with no tolerance. What torch.compile has compiled is run
+    as it was written, since it rounds by what it fused. The base model is run twice: where its own kernels do
+    not repeat themselves, equality proves nothing and the check says so.
 
     What is said and not judged: that initialisations which write into the base weights (OLoRA, PiSSA, CorDA,
     LoftQ, LoRA-GA) leave a base model that is no longer the one loaded; how far the adapter as found moves
@@ -402,7 +404,13 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
     probe = _Probe(parts, given, gates(parameters), found)
     modes = _modes(judge, parts)
     dora = any(matrix_of(name) == _MAGNITUDE for name in parameters)
-    with preserved(model), torch.no_grad(), checkpointing(parts, False), originals_instead_of_copies(parts):
+    with (
+        preserved(model),
+        torch.no_grad(),
+        checkpointing(parts, False),
+        originals_instead_of_copies(parts),
+        uncompiled(),
+    ):
         _peft(parts).base_model.enable_adapter_layers()
         for mode in modes:
             for number in range(len(given)):

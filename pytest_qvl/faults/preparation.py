@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
@@ -39,7 +40,8 @@ def _prepared(case: Case, **options: Any) -> Any:
 
     base = case.load(dtype=case.policy.compute_dtype, lora=None)
     prepared = prepare_model_for_kbit_training(base, **options)
-    return get_peft_model(prepared, case.lora_config).eval()
+    # A copy, because PEFT writes into the configuration what it made of it.
+    return get_peft_model(prepared, deepcopy(case.lora_config)).eval()
 
 
 @fault(

@@ -296,6 +296,31 @@ def test_neutral_over_seeds_and_trained_weights(fresh_model: Any, processor: Any
     assert figure(evidence, "adapter as found: largest logit change") > 0
 
 
+def test_neutral_where_compiled_code_rounds_in_its_own_way(fresh_model: Any, batch: Any) -> None:
+    model = fresh_model(quantized=False, dtype="float32", lora=True)
+    layer = model.base_model.model.model.language_model.layers[0].self_attn.q_proj
+    runs = []
+
+    def rounds(graph: Any, _inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(graph)
+            return tuple(output * (1 + 2**-10) for output in graph(*args))
+
+        return run
+
+    try:
+        layer.forward = torch.compile(layer.forward, backend=rounds)
+        layer(torch.ones(1, layer.in_features))
+        assert runs
+        runs.clear()
+        assert adapter_neutrality(model, batch).ok
+        assert not runs
+        layer(torch.ones(1, layer.in_features))
+        assert runs
+    finally:
+        torch.compiler.reset()
+
+
 def test_neutrality_leaves_no_trace(fresh_model: Any, batch: Any) -> None:
     model = fresh_model(lora={"modules_to_save": ["lm_head"], "init_lora_weights": False})
     model.train()

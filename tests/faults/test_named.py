@@ -59,8 +59,7 @@ def state(case: Any) -> Any:
         repr(settings),
         sorted(vars(case.processor.image_processor)),
         parts.base.generation_config.to_dict(),
-        # PEFT fills in where the base came from, whenever it wraps one.
-        {**case.lora_config.to_dict(), "base_model_name_or_path": None},
+        case.lora_config.to_dict(),
     )
 
 

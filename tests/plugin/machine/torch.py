@@ -45,7 +45,8 @@ class Tensor:
         cuda.allocated -= self.shape[0]
 
     def untyped_storage(self):
-        return SimpleNamespace(data_ptr=lambda: id(self), nbytes=lambda: self.shape[0])
+        device = SimpleNamespace(type=self.device.type)
+        return SimpleNamespace(data_ptr=lambda: id(self), nbytes=lambda: self.shape[0], device=device)
 
 
 class Cuda:
