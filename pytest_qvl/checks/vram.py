@@ -28,7 +28,7 @@ SOME_LOGITS = "some logits"
 DIGEST_LOGITS = 64
 RESIDENT_SHARE = 0.01
 SMALL_THINGS = 64 * 2**20
-MOST_REPEATS = 2  # Unsloth compiles a step of decoding when a shape comes for the second time
+MOST_REPEATS = 2  # Unsloth compiles a step of decoding only when a shape comes for the second time
 
 
 def peak_vram(
@@ -120,24 +120,30 @@ def prepare_to_measure() -> None:
 
 
 def measure_work(
-    model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any], meter: Meter
+    model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any], meter: Meter, *, timed: bool = True
 ) -> Iterator[tuple[Usage, Any]]:
     """Do the work of :func:`work_of` phase by phase, leave the model as it was; what each phase used and returned.
 
-    Where torch.compile compiled something on the way, the work is done again, as a phase ``"NAME, compiled"`` of its
-    own: the peak is the highest of all times, the seconds are those of the last.
+    Args:
+        model: A LoRA model.
+        batch: Inputs with pictures, left-padded.
+        training_batch: Inputs with pictures and labels.
+        meter: The session's meter.
+        timed: Do the work again, as phases ``"NAME, again"`` of their own, until nothing is compiled on the way any
+            more: a first call loads kernels, and torch.compile compiles. The seconds are those of the last time, the
+            numbers the highest of all times.
     """
     for name, work in work_of(anatomy(model), batch, training_batch).items():
         used: list[Usage] = []
         made: list[Any] = []
-        for phase_name in (name, *[f"{name}, compiled"] * MOST_REPEATS):
+        for phase_name in (name, *[f"{name}, again"] * MOST_REPEATS) if timed else (name,):
             made.clear()
             before = compilations()
             with preserved(model), meter.phase(phase_name) as phase:
                 made.append(work())
             assert phase.usage is not None
             used.append(phase.usage)
-            if compilations() == before:
+            if phase_name != name and compilations() == before:
                 break
         # Popped, so that it is not alive beside the next phase's work.
         yield _together(used), made.pop()
