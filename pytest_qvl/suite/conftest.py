@@ -49,7 +49,11 @@ def training_halves(qvl_batch: Any, one_of_each: list[Sample]) -> list[Any]:
     All rows at once would take 19 GiB for 7B by the forecast, more than the cards have that QLoRA is for; half of
     them take 13.
     """
-    rows = sorted(one_of_each, key=lambda sample: not sample.images)  # the first half never lacks pictures
+    return [qvl_batch(half, padding_side="right", answers=True) for half in halves(one_of_each)]
+
+
+def halves(samples: list[Sample]) -> list[list[Sample]]:
+    """Two halves, the first of which never lacks pictures; one where there is one sample."""
+    rows = sorted(samples, key=lambda sample: not sample.images)
     middle = (len(rows) + 1) // 2
-    halves = filter(None, (rows[:middle], rows[middle:]))
-    return [qvl_batch(half, padding_side="right", answers=True) for half in halves]
+    return [half for half in (rows[:middle], rows[middle:]) if half]

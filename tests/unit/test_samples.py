@@ -292,3 +292,16 @@ def test_missing_photographs_name_the_extra(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(photos, "find_spec", lambda _name: spec)
     with pytest.raises(RuntimeError, match=r"has no chelsea.png"):
         photo_samples()
+
+
+@pytest.mark.parametrize("pictures", ["01", "10", "0001", "010", "1", "00110"])
+def test_the_half_that_keeps_all_activations_never_lacks_pictures(pictures):
+    from pytest_qvl.suite.conftest import halves
+
+    picture = Image.new("RGB", (28, 28))
+    samples = [Sample((picture,) * int(n), "?", "!", "own", str(i)) for i, n in enumerate(pictures)]
+    parts = halves(samples)
+    assert any(sample.images for sample in parts[0])
+    assert sorted(sample.id for part in parts for sample in part) == [sample.id for sample in samples]
+    assert len(parts) == min(2, len(samples))
+    assert len(parts[0]) - len(parts[-1]) in (0, 1)
