@@ -409,7 +409,7 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
         torch.no_grad(),
         checkpointing(parts, False),
         originals_instead_of_copies(parts),
-        uncompiled(),
+        uncompiled() as compiled,
     ):
         _peft(parts).base_model.enable_adapter_layers()
         for mode in modes:
@@ -419,6 +419,8 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
                     probe.judge_zero(judge, mode, number)
         if dora or not fresh:
             judge.report("adapter as found: largest logit change", probe.effect())
+    if compiled:
+        judge.note("what torch.compile has compiled was run as it was written, since compiled code rounds as it fuses")
     if dora:
         judge.note(
             "DoRA: B = 0 is not judged, because the magnitude vector scales the base output, by a ratio "

@@ -11,19 +11,19 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """Run what is compiled as it was written.
+def uncompiled() -> Iterator[bool]:
+    """Run what is compiled as it was written; tells whether anything in this process is compiled.
 
     A compiler fuses what it finds, a base layer and PEFT's layer around it in different ways, and rounds where it
     fused: two of its programs cannot be held to the same bits.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes seconds
-        yield
+    if not compilations():  # importing what follows takes seconds
+        yield False
         return
     import torch
 
     with torch.compiler.set_stance("force_eager"):
-        yield
+        yield True
 
 
 def compilations() -> int:

@@ -313,7 +313,9 @@ def test_neutral_where_compiled_code_rounds_in_its_own_way(fresh_model: Any, bat
         layer(torch.ones(1, layer.in_features))
         assert runs
         runs.clear()
-        assert adapter_neutrality(model, batch).ok
+        evidence = adapter_neutrality(model, batch)
+        assert evidence.ok
+        assert any("as it was written" in note for note in evidence.notes)
         assert not runs
         layer(torch.ones(1, layer.in_features))
         assert runs
