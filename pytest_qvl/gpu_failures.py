@@ -60,7 +60,10 @@ class GpuFailures:
             _conclude(report, f"{text}; no later GPU test of this process can run")
             _mark(report, "broken", text, by=item.nodeid)
         elif error is not None and ran_out(error):
-            item.stash.setdefault(OUT_OF_MEMORY, []).append(error)
+            if call.when == "teardown":
+                release_frames(error)
+            else:
+                item.stash.setdefault(OUT_OF_MEMORY, []).append(error)
             if report.failed:
                 text = self._told(error, call.when)
                 _conclude(report, text)

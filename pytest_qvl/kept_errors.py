@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,9 +28,14 @@ def forget(error: BaseException | None) -> None:
     ``torch.nn.Module`` calls a module that has hooks through a closure over that module.
     """
     for current in _all_of(error):
-        kept, current.__traceback__ = current.__traceback__, None
-        if kept is not None:
-            kept.tb_next = None  # a fixture's error is kept together with its traceback
+        current.with_traceback(None)
+
+
+def write_down(error: BaseException) -> None:
+    """Keep a traceback as lines of text, from below pytest's own frames, where it will be dropped but not yet shown."""
+    entries = traceback.extract_tb(error.__traceback__)
+    own = [i for i, entry in enumerate(entries) if not {"_pytest", "pluggy"}.isdisjoint(Path(entry.filename).parts)]
+    error.add_note("".join(traceback.format_list(entries[max(own, default=-1) + 1 :])).rstrip())
 
 
 def forget_last() -> None:
@@ -42,11 +48,13 @@ def forget_last() -> None:
 def _all_of(error: BaseException | None) -> Iterator[BaseException]:
     """The exception, its causes and contexts, and those of a group."""
     seen: set[int] = set()
-    todo = [error]
+    todo: list[BaseException | None] = [error]
     while todo:
         current = todo.pop()
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        todo += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]
+        todo += [current.__cause__, current.__context__]
+        if isinstance(current, BaseExceptionGroup):
+            todo += current.exceptions
         yield current

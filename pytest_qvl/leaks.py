@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.vram.units import MiB, format_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from pytest_qvl.vram.meter import Meter
 
@@ -62,18 +62,9 @@ class LeakWatch:
             own_storages: Addresses of the model's own storages, which are no leak.
         """
         # From cheap to dear: most tests leave nothing, and collecting garbage among a model's objects takes a while.
-        measures: tuple[Callable[[], object], ...] = (
-            lambda: None,
-            let_go,
-            lambda: self._meter.reclaim("after a test"),
-        )
-        left = 0
-        for measure in measures:
-            measure()
-            left = self._allocated() - self._before - self._made
-            if left <= TOLERANCE:
-                return ""
-        return self._told(left, own_storages())
+        measures = (lambda: None, let_go, lambda: self._meter.reclaim("after a test"))
+        left = self._left_after(measures, self._before + self._made)
+        return self._told(left, own_storages()) if left else ""
 
     def left_by_session(self, let_go: Callable[[], None]) -> str:
         """After everything is torn down: how much is left and who holds it; empty where nothing is.
@@ -81,15 +72,22 @@ class LeakWatch:
         Args:
             let_go: Drops what pytest itself still holds.
         """
-        measures: tuple[Callable[[], object], ...] = (lambda: None, let_go)
+
+        def reclaim() -> None:
+            self._meter.reclaim("after the session")
+
+        left = self._left_after((reclaim, let_go, reclaim), self._first or 0)
+        return self._told(left, frozenset()) if left else ""
+
+    def _left_after(self, measures: Iterable[Callable[[], object]], before: int) -> int:
+        """How much more is allocated than before, once a measure after another was taken; 0 as soon as nothing is."""
         left = 0
         for measure in measures:
             measure()
-            self._meter.reclaim("after the session")
-            left = self._allocated() - (self._first or 0)
+            left = self._allocated() - before
             if left <= TOLERANCE:
-                return ""
-        return self._told(left, frozenset())
+                return 0
+        return left
 
     def _allocated(self) -> int:
         reading = self._meter.at_rest()

@@ -92,6 +92,13 @@ def finish(definition: Definition, item: Any) -> None:
     definition.finish(request=item._request)
 
 
+def forget_traceback(definition: Definition) -> None:
+    """Let go of the frames of a fixture's error, which pytest keeps to raise it again for other tests."""
+    value, key, failed = definition.cached_result or (None, None, None)
+    if failed is not None:
+        definition.cached_result = (value, key, (failed[0], None))
+
+
 def is_ours(name: str) -> bool:
     """Whether a fixture is one of this package's, or overrides one."""
     return name.startswith(("qvl_", "_qvl_"))

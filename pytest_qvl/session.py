@@ -16,7 +16,7 @@ import pytest
 from pytest_qvl import lineage
 from pytest_qvl.child import NAME as CHILD
 from pytest_qvl.gpu_access import GpuAccess
-from pytest_qvl.kept_errors import forget, forget_last, release_frames
+from pytest_qvl.kept_errors import forget, forget_last, release_frames, write_down
 from pytest_qvl.leaks import LeakWatch
 from pytest_qvl.lineage import BASE_FIXTURE, LORA_FIXTURE, MODEL_FIXTURES, Definition, Lineage
 from pytest_qvl.refusals import Refusal
@@ -191,7 +191,9 @@ class State:
         try:
             request.getfixturevalue(REFERENCE_FIXTURE)
         except (Exception, pytest.skip.Exception, pytest.fail.Exception) as error:
-            release_frames(error)  # they hold the full-precision model
+            if isinstance(error, Exception):  # those of pytest are one line
+                write_down(error)
+            self._let_go_of([error])  # its frames hold the full-precision model
             self._first_met[error] = ""  # not by the test that runs now, which does not ask for it
 
     # ---- what fixtures were made from, and what became of them -------------------------------------------
@@ -379,9 +381,7 @@ class State:
         (item, errors), self._tearing_down = self._tearing_down, None
 
         def let_go() -> None:
-            for error in errors:
-                release_frames(error)
-                forget(error)
+            self._let_go_of(errors)
             forget_last()
             if hasattr(item, "funcargs"):
                 item.funcargs.clear()  # pytest does it a moment later
@@ -394,6 +394,13 @@ class State:
             after = "a load that failed half-way" if failed else "the test and its tear-down"
             amount, *holders = left.splitlines()
             self._left = "\n".join([f"{item.nodeid} leaks: {amount}, after {after}", *holders])
+
+    def _let_go_of(self, errors: list[BaseException]) -> None:
+        for error in errors:
+            release_frames(error)
+            forget(error)
+        for definition in self._made_from:
+            lineage.forget_traceback(definition)
 
     def judge_session(self, session: pytest.Session) -> list[Verdict]:
         """After all fixtures are torn down: is all memory of models free again?"""

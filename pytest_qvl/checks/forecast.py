@@ -195,7 +195,7 @@ def forecast_agrees(model: Any, batch: Mapping[str, Any], training_batch: Mappin
         raise CannotJudge(str(reason)) from None
     prepare_to_measure()
     measured = measure_work(model, batch, training_batch, meter, timed=False)
-    return judge_agreement(predicted, [usage for usage, _ in measured])
+    return judge_agreement(predicted, [usage for usage, *_ in measured])
 
 
 def forecast_work(model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any]) -> dict[str, PhaseBytes]:

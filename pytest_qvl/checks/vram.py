@@ -67,9 +67,13 @@ def peak_vram(
     _judge_resident(judge, parts)
     rows = []
     tokens = _tokens(parts, batch, training_batch)
-    for usage, result in measure_work(model, batch, training_batch, meter):
+    for usage, result, compiling in measure_work(model, batch, training_batch, meter):
         rows.append((*_row(usage), tokens[usage.name] / usage.seconds))
         _judge_phase(judge, usage, limit, of)
+        if compiling:
+            judge.note(
+                f"{usage.name}: something was compiled in each of {1 + MOST_REPEATS} calls; its seconds include it"
+            )
         if result is not None:
             for figure, value in logits_digest(result).items():
                 judge.report(f"{usage.name}: {figure}", value)
@@ -121,17 +125,20 @@ def prepare_to_measure() -> None:
 
 def measure_work(
     model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any], meter: Meter, *, timed: bool = True
-) -> Iterator[tuple[Usage, Any]]:
-    """Do the work of :func:`work_of` phase by phase, leave the model as it was; what each phase used and returned.
+) -> Iterator[tuple[Usage, Any, bool]]:
+    """Do the work of :func:`work_of` phase by phase, and leave the model as it was.
 
     Args:
         model: A LoRA model.
         batch: Inputs with pictures, left-padded.
         training_batch: Inputs with pictures and labels.
         meter: The session's meter.
-        timed: Do the work again, as phases ``"NAME, again"`` of their own, until nothing is compiled on the way any
-            more: a first call loads kernels, and torch.compile compiles. The seconds are those of the last time, the
-            numbers the highest of all times.
+        timed: Do the work again, as phases ``"NAME, again"`` of their own: a first call loads kernels. Where something
+            was compiled on the way, once more. The seconds are those of the last time, the numbers the highest of
+            all times.
+
+    Returns:
+        What each phase used, what it returned, and whether something was still compiled the last time.
     """
     for name, work in work_of(anatomy(model), batch, training_batch).items():
         used: list[Usage] = []
@@ -143,10 +150,11 @@ def measure_work(
                 made.append(work())
             assert phase.usage is not None
             used.append(phase.usage)
-            if phase_name != name and compilations() == before:
+            compiling = compilations() > before
+            if phase_name != name and not compiling:
                 break
         # Popped, so that it is not alive beside the next phase's work.
-        yield _together(used), made.pop()
+        yield _together(used), made.pop(), compiling
 
 
 def _together(used: Sequence[Usage]) -> Usage:

@@ -40,6 +40,15 @@ PACKAGES = (
     "numpy",
     "pytest",
 )
+# What changes how torch, CUDA's libraries and Unsloth compute or allocate, where it is set.
+VARIABLES = (
+    "CI",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "UNSLOTH_COMPILE_DISABLE",
+)
 
 
 class Record:
@@ -120,6 +129,7 @@ def environment(folder: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "driver": inventory.driver or None,
         "gpus": [
             {"name": gpu.name, "total": gpu.total, "compute_capability": list(gpu.compute_capability)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_qvl.checks.vram import measure_work
+from pytest_qvl.checks.vram import MOST_REPEATS, measure_work
 from pytest_qvl.samples import make_batch, scenes
 from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
@@ -24,15 +24,16 @@ def batches(processor: Any) -> Any:
 
 
 def measured(model: Any, batches: Any, meter: Meter, **options: Any) -> Any:
-    found = [usage for usage, _ in measure_work(model, *batches, meter, **options)]
-    assert [usage.name for usage in found] == WORK
-    return found, meter.session().inner
+    found = list(measure_work(model, *batches, meter, **options))
+    assert [usage.name for usage, *_ in found] == WORK
+    return [usage for usage, *_ in found], meter.session().inner, [compiling for *_, compiling in found]
 
 
 @pytest.mark.parametrize("timed", [True, False])
 def test_seconds_are_those_of_a_second_time(fresh_model: Any, batches: Any, timed: bool) -> None:
     model = fresh_model(quantized=False, dtype="float32", lora=True)
-    found, phases = measured(model, batches, Meter(), timed=timed)
+    found, phases, compiling = measured(model, batches, Meter(), timed=timed)
+    assert not any(compiling)
     again = phases[1::2] if timed else phases
     assert [usage.name for usage in again] == ([f"{name}, again" for name in WORK] if timed else WORK)
     assert [usage.seconds for usage in found] == [usage.seconds for usage in again]
@@ -58,7 +59,7 @@ def test_compiling_is_no_part_of_the_seconds_but_of_the_peak(fresh_model: Any, b
 
     try:
         layer.forward = forward
-        found, phases = measured(model, batches, meter)
+        found, phases, compiling = measured(model, batches, meter)
     finally:
         torch.compiler.reset()
     assert [usage.name for usage in phases[:5]] == ["vision", "vision, again", "prefill", *["prefill, again"] * 2]
@@ -68,3 +69,23 @@ def test_compiling_is_no_part_of_the_seconds_but_of_the_peak(fresh_model: Any, b
     assert phases[3].seconds > 100 > phases[4].seconds == prefill.seconds
     assert prefill.allocated == 300 * MiB
     assert prefill.process == prefill.context + prefill.reserved
+    assert not any(compiling)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_what_compiles_at_every_call_is_told(fresh_model: Any, batches: Any) -> None:
+    model = fresh_model(quantized=False, dtype="float32", lora=True)
+    layer = model.base_model.model.model.language_model.layers[0].self_attn.q_proj
+    compiled = torch.compile(layer.forward, backend="eager")
+
+    def forward(*args: Any) -> Any:
+        torch.compiler.reset()
+        return compiled(*args)
+
+    try:
+        layer.forward = forward
+        _, phases, compiling = measured(model, batches, Meter())
+    finally:
+        torch.compiler.reset()
+    assert compiling == [False, True, True, True]
+    assert len(phases) == 2 + 3 * (1 + MOST_REPEATS)

@@ -378,6 +378,17 @@ def raises(qvl_lora_model):
     raise ValueError("half-way")
 def test_e_raises(raises): pass
 def test_f_raises_again(raises): pass
+@pytest.fixture(scope="module")
+def raises_in_a_closure(qvl_lora_model):
+    half = torch.Tensor(GIB)
+    def inner(): raise ValueError(f"half-way of {half.shape}")
+    inner()
+def test_g_raises_in_a_closure(raises_in_a_closure): pass
+def test_h_raises_again(raises_in_a_closure): pass
+def test_i_fails_in_a_closure(qvl_lora_model):
+    kept = torch.Tensor(GIB)
+    def inner(): assert kept is None
+    inner()
 """
 LEAKS = """
 KEPT = []
@@ -395,7 +406,7 @@ def test_innocent_tests_leak_nothing_and_the_session_says_so(machine, pytester):
     pytester.makeconftest(MODEL)
     pytester.makepyfile(INNOCENT)
     result = machine("-m", "gpu", "--junitxml=out.xml")
-    result.assert_outcomes(passed=3, failed=1, errors=2)
+    result.assert_outcomes(passed=3, failed=2, errors=4)
     assert " leaks: " not in result.stdout.str()
     assert "qvl session: leak: kept: all memory of models is free again" in said(result)
     assert record(pytester)["session"] == [

@@ -285,17 +285,34 @@ def test_a_load_that_fails_is_told_once_and_not_tried_again(pytester, run_real):
 def test_a_reference_that_fails_is_told_by_the_first_test_that_asks_for_it(pytester, run_real):
     pytester.makepyfile(
         """
+    import gc, weakref
     import pytest
+    class Activations: pass
+    kept = []
     @pytest.fixture(scope="session")
-    def qvl_reference(): raise RuntimeError("no reference today")
-    def test_first(qvl_quantized_model): pass
+    def qvl_reference():
+        activations = Activations()
+        kept.append(weakref.ref(activations))
+        def called_with_hooks(): raise RuntimeError(f"no reference of {type(activations).__name__}")
+        called_with_hooks()
+    def test_first(qvl_quantized_model):
+        gc.collect()
+        assert kept[0]() is None
     def test_second(qvl_reference): pass
     def test_third(qvl_quantized_model, qvl_reference): pass
     """
     )
     result = run_real("-rN")
     result.assert_outcomes(errors=2, passed=1)
-    result.stdout.fnmatch_lines(["E * RuntimeError: no reference today", "not run: see the error of *::test_third*"])
+    result.stdout.fnmatch_lines(
+        [
+            "E * RuntimeError: no reference of Activations",
+            "* in qvl_reference",
+            "* called_with_hooks()",
+            "* in called_with_hooks",
+            "not run: see the error of *::test_third*",
+        ]
+    )
 
 
 def test_an_adapter_that_cannot_be_attached_leaves_the_base_model_clean(pytester, run_real):

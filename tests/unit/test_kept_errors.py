@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from pytest_qvl.kept_errors import LAST, forget, forget_last, release_frames
+from pytest_qvl.kept_errors import LAST, forget, forget_last, release_frames, write_down
 
 
 class Big:
@@ -78,29 +78,56 @@ def last():
     vars(sys).update(before)
 
 
-@pytest.mark.parametrize("kept_by", ["a fixture", "pytest"])
-def test_what_a_closure_has_caught_goes_with_the_traceback(last, kept_by):
+def test_what_a_closure_has_caught_goes_with_the_traceback(last):
     big = Big()
     gone = weakref.ref(big)
     try:
         fails_in_a_closure(big)
-    except AssertionError as error:
-        caught, traceback = error, error.__traceback__
+    except AssertionError as error:  # as pytest's runner does after a failed call
+        sys.last_type, sys.last_value, sys.last_traceback = type(error), error, error.__traceback__.tb_next
     del big
-    if kept_by == "pytest":  # as its runner does after a failed call
-        sys.last_type, sys.last_value, sys.last_traceback = type(caught), caught, traceback.tb_next
-        del caught, traceback
-    release_frames(caught if kept_by == "a fixture" else sys.last_value)
+    release_frames(sys.last_value)
     gc.collect()
     assert gone() is not None
-    if kept_by == "a fixture":
-        forget(caught)
-        assert str(caught) and traceback.tb_next is None
-    else:
-        forget_last()
-        assert not hasattr(sys, "last_value")
+    forget_last()
+    assert not hasattr(sys, "last_value")
     gc.collect()
     assert gone() is None
+
+
+class Odd(Exception):
+    """Refuses what is assigned to it, and has a field that is named like a group's."""
+
+    exceptions = (("a", 1), ("b", 2))
+
+    def __setattr__(self, name, value):
+        raise AttributeError(name)
+
+
+def test_an_odd_exception_is_let_go_too():
+    try:
+        raise Odd("odd")
+    except Odd as error:
+        caught = error
+    release_frames(caught)
+    forget(caught)
+    assert caught.__traceback__ is None
+
+
+def test_a_traceback_is_written_down_from_below_pytests_own_frames():
+    try:
+        pytest.raises(5)  # fails inside of pytest
+    except TypeError as error:
+        inside = error
+    try:
+        fails_in_a_closure(Big())
+    except AssertionError as error:
+        below = error
+    for error in (inside, below):
+        write_down(error)
+    assert inside.__notes__ == [""]
+    assert "assert big is None" in below.__notes__[0]
+    assert below.__notes__[0].count("File ") == 3
 
 
 def test_nothing_kept_is_nothing_to_forget(last):

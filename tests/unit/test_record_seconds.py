@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_qvl.report.record import Record
+from pytest_qvl.report.record import VARIABLES, Record, environment
 
 CPU = "embedded on cpu"
 
@@ -36,3 +36,12 @@ def test_seconds_by_phase_of_each_test_and_vram_as_told(tmp_path):
         {"target": "embedded on cuda", "test": "test_a", "setup": 1.0},
     ]
     assert written["vram"] == vram
+
+
+def test_variables_that_change_what_is_computed_are_named_where_they_are_set(tmp_path, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert environment(tmp_path)["variables"] == {}
+    monkeypatch.setenv("UNSLOTH_COMPILE_DISABLE", "0")
+    monkeypatch.setenv("SECRET", "of the user")
+    assert environment(tmp_path)["variables"] == {"UNSLOTH_COMPILE_DISABLE": "0"}

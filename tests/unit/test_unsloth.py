@@ -121,7 +121,8 @@ def test_pytest_and_ci_change_nothing_of_what_is_compiled(pytester, monkeypatch,
             from torch._functorch import config
             assert torch.compile(torch.relu, backend="eager")(torch.ones(1)) == 1
             traced = any(record.name == "torch.__trace" for record in caplog.records)
-            assert traced is config.error_on_custom_op_aliasing is {not told}
+            assert traced is {not told}
+            assert getattr(config, "error_on_custom_op_aliasing", {not told}) is {not told}
         """
     )
     pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "ignore").assert_outcomes(passed=1)

@@ -128,8 +128,8 @@ def use_own_compile_folder() -> None:
 
 def let_compiled_code_be() -> None:
     """Compile under pytest and in CI as anywhere else; call once torch is imported."""
-    # Where CI is set, torch makes an error of what it warns of anywhere else, an operator of its own among it:
-    # inductor::_alloc_from_pool (https://github.com/pytorch/pytorch/issues/182006).
+    # Where CI is set, torch makes an error of what it warns of anywhere else (its issue 182006): with 2.11 also of an
+    # operator of its own, inductor::_alloc_from_pool.
     config: Any = import_module("torch._functorch.config")
     if hasattr(config, "error_on_custom_op_aliasing"):
         config.error_on_custom_op_aliasing = False
