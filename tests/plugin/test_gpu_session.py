@@ -191,17 +191,17 @@ def test_meets_the_other(qvl_target, qvl_backend):
     (HERE / f"{qvl_backend}.met").unlink()
     assert time.monotonic() < until, "alone"
 """
-OTHER_BACKEND = """
+OTHER = """
 from pytest_qvl.models import backends
-backends.BACKENDS["other"] = backends.Registration("other:Nothing")
+backends.BACKENDS["other"] = backends.Registration("other:Nothing", devices=("cuda",))
 """
+BOTH_BACKENDS = ("--qvl-backend", "transformers", "--qvl-backend", "other")
 
 
 @pytest.mark.parametrize(("gpus", "together"), [(("GPU-aaaa", "GPU-bbbb"), True), (("GPU-aaaa",), False)])
 def test_backends_run_together_where_each_has_a_gpu(machine, pytester, gpus, together):
-    pytester.makepyfile(other=OTHER_BACKEND, test_two=TWO_BACKENDS if together else TWO_BACKENDS.replace("20", "1"))
-    both = ("-p", "other", "--qvl-backend", "transformers", "--qvl-backend", "other")
-    result = machine("-m", "gpu", *both, gpus=[(gpu, 0) for gpu in gpus])
+    pytester.makepyfile(other=OTHER, test_two=TWO_BACKENDS if together else TWO_BACKENDS.replace("20", "1"))
+    result = machine("-m", "gpu", "-p", "other", *BOTH_BACKENDS, gpus=[(gpu, 0) for gpu in gpus])
     result.assert_outcomes(**({"passed": 2} if together else {"failed": 2}))
     leases = record(pytester)["leases"]
     assert {lease["process"] for lease in leases} == {"transformers", "other"}
@@ -463,12 +463,6 @@ def test_a_session_limit_is_a_verdict_of_the_session(machine, pytester, workers)
 
 
 # -- several backends ----------------------------------------------------------------------------------------
-
-OTHER = """
-from pytest_qvl.models import backends
-backends.BACKENDS["other"] = backends.Registration("other:Nothing", devices=("cuda",))
-"""
-BOTH_BACKENDS = ("--qvl-backend", "transformers", "--qvl-backend", "other")
 
 
 def test_verdicts_of_backends_processes_are_the_runs(machine, pytester):
