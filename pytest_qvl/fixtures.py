@@ -199,12 +199,13 @@ def qvl_reference(
     from pytest_qvl.vram.cap import lifted
 
     state = request.config.stash[STATE_KEY]
-    with (
-        one_clear_error("qvl_reference"),
-        lifted(),
-        state.owner.full_precision(_qvl_load_request, qvl_backend) as model,
-    ):
-        return record_reference(model, qvl_processor, qvl_image_samples)
+
+    def record() -> Reference:  # its model is gone when the phase ends
+        with state.owner.full_precision(_qvl_load_request, qvl_backend) as model:
+            return record_reference(model, qvl_processor, qvl_image_samples)
+
+    with one_clear_error("qvl_reference"), lifted(), state.apart("reference"):
+        return record()
 
 
 @pytest.fixture(scope="session")

@@ -105,7 +105,7 @@ class ProcessGpu:
 def lease_lines(facts: list[dict[str, Any]]) -> list[str]:
     """The leases of all processes, for people."""
     lines = []
-    for one in facts:
+    for one in _leases(facts):
         waited = f", waited {one['waited']:.0f} s for it" if one["waited"] >= 1 else ""
         by = f" ({one['process']})" if one["process"] else ""
         lines.append(f"GPU lease{by}: {one['gpu']}{waited}")
@@ -117,7 +117,11 @@ def lease_lines(facts: list[dict[str, Any]]) -> list[str]:
 def leases_for_record(facts: list[dict[str, Any]]) -> dict[str, Any]:
     """The same as plain data, without what names a machine or somebody's programs."""
     shown = ("name", "index", "waited", "process")
-    return {"leases": [{**{k: one[k] for k in shown}, "busy": bool(one["busy"])} for one in facts]}
+    return {"leases": [{**{k: one[k] for k in shown}, "busy": bool(one["busy"])} for one in _leases(facts)]}
+
+
+def _leases(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**one["lease"], "process": one["process"]} for one in facts if one["lease"]]
 
 
 def others_on(uuid: str) -> str:

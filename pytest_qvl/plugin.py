@@ -86,11 +86,11 @@ def pytest_configure(config: pytest.Config) -> None:
     register(PhaseNumbers(state.meter), "qvl-vram-numbers")
     failures = GpuFailures(state.access, state.meter)
     register(failures, "qvl-gpu-failures")
-    verdicts = SessionVerdicts([limits.judge_session, state.judge_session], state.access.gpu.facts)
+    verdicts = SessionVerdicts([limits.judge_session, state.judge_session], state.facts)
     config.stash[VERDICTS_KEY] = verdicts
     register(verdicts, "qvl-session-verdicts")
     if settings.record is not None and child_of is None and not hasattr(config, "workerinput"):
-        from pytest_qvl.report.record import Record
+        from pytest_qvl.report.record import Record, vram_for_record
 
         chosen = [*settings.described(), *_simulated(settings)]
         parts = [
@@ -98,7 +98,7 @@ def pytest_configure(config: pytest.Config) -> None:
             verdicts.as_dict,
             failures.as_dict,
             lambda: leases_for_record(verdicts.facts),
-            state.vram_for_record,
+            lambda: vram_for_record(verdicts.facts),
         ]
         register(Record(settings.record, chosen, parts), "qvl-record")
     if settings.require_gpu:

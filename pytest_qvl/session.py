@@ -70,7 +70,7 @@ class State:
         """The owner of the model; made when the first test needs it."""
         from pytest_qvl.models.owner import ModelOwner
 
-        return ModelOwner(self.progress)
+        return ModelOwner(self.progress, self.apart)
 
     @cached_property
     def meter(self) -> Meter:
@@ -89,11 +89,16 @@ class State:
         """What tests and session leave allocated."""
         return LeakWatch(self.meter)
 
-    def vram_for_record(self) -> dict[str, Any]:
-        """Usage of the whole process so far, and of each phase that has ended, as plain data."""
+    def apart(self, phase: str) -> AbstractContextManager[object]:
+        """A phase of the meter for what many tests share: never charged to the one that comes first."""
+        return self.meter.phase(phase, apart=True)
+
+    def facts(self) -> dict[str, Any]:
+        """What summary and record say of this process, as plain data: its lease, its VRAM as a whole and by phase."""
         session = self.meter.session()
         assert session.usage is not None
-        return {"vram": {"session": session.usage.as_dict(), "phases": [usage.as_dict() for usage in session.inner]}}
+        vram = {"session": session.usage.as_dict(), "phases": [usage.as_dict() for usage in session.inner]}
+        return {"lease": self.access.gpu.facts(), "vram": vram}
 
     def progress(self, line: str) -> None:
         """Show a line of progress on a terminal, past captured output; silent under ``-q`` and in workers."""

@@ -51,7 +51,7 @@ class SessionVerdicts:
     Args:
         judges: Called once, in the process that ran the tests, after its fixtures are torn down (an interrupted
             session tears them down later).
-        facts: What else of this process the summary and the record want; ``None`` for nothing.
+        facts: What else of this process the summary and the record want, by name.
 
     Attributes:
         verdicts: All processes' verdicts, complete once the session has finished.
@@ -61,7 +61,7 @@ class SessionVerdicts:
     def __init__(
         self,
         judges: Sequence[Callable[[pytest.Session], Iterable[Verdict]]],
-        facts: Callable[[], dict[str, Any] | None],
+        facts: Callable[[], dict[str, Any]],
     ) -> None:
         self._judges = judges
         self._ask_facts = facts
@@ -74,7 +74,7 @@ class SessionVerdicts:
         config: Any = session.config
         if not config.pluginmanager.has_plugin(PARENT_NAME):  # which runs no tests itself
             found = [asdict(verdict) for judge in self._judges for verdict in judge(session)]
-            self.take({"verdicts": found, "facts": [facts] if (facts := self._ask_facts()) else []}, "")
+            self.take({"verdicts": found, "facts": [self._ask_facts()]}, "")
         output = {"verdicts": [asdict(verdict) for verdict in self.verdicts], "facts": self.facts}
         if hasattr(config, "workeroutput"):
             config.workeroutput[_OUTPUT] = output

@@ -28,6 +28,7 @@ SOME_LOGITS = "some logits"
 DIGEST_LOGITS = 64
 RESIDENT_SHARE = 0.01
 SMALL_THINGS = 64 * 2**20
+LOADING = ("load", "attach adapter")
 MOST_REPEATS = 2  # Unsloth compiles a step of decoding only when a shape comes for the second time
 
 
@@ -41,6 +42,8 @@ def peak_vram(
     of: Number = "fit",
 ) -> Evidence:
     """Measure vision encoding, prefill, decoding and a checkpointed training step, and hold each to a limit.
+
+    So is loading, as the meter has measured it.
 
     The resident part is always judged: bytes that torch has handed out beyond the tensors of the model itself (base,
     quantization states, adapter) stay within 1 % of the model plus 64 MiB. Nothing of QLoRA's needs more between
@@ -65,7 +68,10 @@ def peak_vram(
     judge = Judge("peak_vram", "peak VRAM within its limit")
     prepare_to_measure()
     _judge_resident(judge, parts)
-    rows = []
+    rows: list[tuple[str | float | None, ...]] = []
+    for usage in loading(meter):
+        rows.append((*_row(usage), None))
+        _judge_phase(judge, usage, limit, of)
     tokens = _tokens(parts, batch, training_batch)
     for usage, result, compiling in measure_work(model, batch, training_batch, meter):
         rows.append((*_row(usage), tokens[usage.name] / usage.seconds))
@@ -79,6 +85,12 @@ def peak_vram(
                 judge.report(f"{usage.name}: {figure}", value)
         del result
     return judge.verdict(COLUMNS, rows)
+
+
+def loading(meter: Meter) -> list[Usage]:
+    """What loading the model that is there now and attaching its adapter used, if the meter has measured it."""
+    ended = {usage.name: usage for usage in meter.session().inner}
+    return [ended[name] for name in LOADING if name in ended]
 
 
 def logits_digest(logits: torch.Tensor) -> dict[str, str]:

@@ -10,7 +10,7 @@ import copy
 import gc
 import json
 import warnings
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,10 +84,14 @@ class ModelOwner:
 
     Args:
         notify: Called with a line of progress on loads.
+        phase: What a load and the attaching of an adapter run in, by name: the meter's phases.
     """
 
-    def __init__(self, notify: Callable[[str], object]) -> None:
+    def __init__(
+        self, notify: Callable[[str], object], phase: Callable[[str], AbstractContextManager[object]] = nullcontext
+    ) -> None:
         self._notify = notify
+        self._phase = phase
         self._base_key: Key | None = None
         self._model: Any = None
         self._backend: Backend | None = None
@@ -115,9 +119,8 @@ class ModelOwner:
             self.release()
             collect()
             self._notify(f"loading {request.source} on {request.device}")
-            with no_progress_bars():
-                model = backend(backend_name).load(request)
-            self._hold(model, key)
+            with self._phase("load"), no_progress_bars():
+                self._hold(backend(backend_name).load(request), key)
             self._backend = backend(backend_name)
         return self._model
 
@@ -132,7 +135,8 @@ class ModelOwner:
         key = value_key(lora_config, adapter, seed)
         if self._adapted is None or self._adapted.key != key or not self.show_adapted(FRESH):
             self.drop_adapter()
-            self._note_adapter(self._attach(model, backend_name, lora_config, adapter, seed), key)
+            with self._phase("attach adapter"):
+                self._note_adapter(self._attach(model, backend_name, lora_config, adapter, seed), key)
         assert self._adapted is not None
         return self._adapted.slot.peft_model
 

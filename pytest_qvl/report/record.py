@@ -120,6 +120,12 @@ class Record:
         )
 
 
+def vram_for_record(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """VRAM of the one process that ran the tests; of each, by name, where it started others for that."""
+    started = [{"process": one["process"], **one["vram"]} for one in facts if one["process"]]
+    return {"vram": {"processes": started} if started else next((one["vram"] for one in facts), {})}
+
+
 def environment(folder: Path) -> dict[str, Any]:
     """Versions, machine, GPUs and the commit of ``folder``; nothing that names a host or a user."""
     from pytest_qvl.gpu.nvml import driver

@@ -17,6 +17,7 @@ STATES = ("kept", "BROKEN", "error", "not judged", "skipped", "not run")
 STATE_WIDTH = max(map(len, STATES))
 YELLOW = {"yellow": True}
 COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "error": {"red": True}}
+TABLES_SHOWN = ("peak_vram",)  # numbers that are wanted though nothing is wrong with them
 OWN_MODELS = "models of the tests' own"
 Said = tuple[str, str]  # check, and what was said about it
 
@@ -97,6 +98,9 @@ def _write_table(terminal: Any, target: str, results: Results, stopped: bool) ->
             terminal.line(f"       error: {check}: {said}", **COLOURS["error"])
         for check, said in dict.fromkeys(not_judged):
             terminal.line(f"       not judged: {check}: {said}", **YELLOW)
+        for table in (e.table for e in found if e.check in TABLES_SHOWN and e.table):
+            for row in str(table).splitlines():
+                terminal.line(f"       {row}")
     verdict = _verdict(states, stopped)
     counts = "".join(f", {states[state]} {state}" for state in STATES[1:] if states[state])
     terminal.line(

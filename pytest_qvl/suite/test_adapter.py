@@ -12,9 +12,10 @@ def test_adapter_census(qvl_lora_model: Any, qvl_lora_config: Any, qvl_optimizer
     checks.adapter_census(qvl_lora_model, qvl_lora_config, qvl_optimizer)
 
 
-def test_adapter_roundtrip(qvl_lora_model: Any, qvl_adapter: Any) -> None:
+def test_adapter_roundtrip(qvl_lora_model: Any, qvl_adapter: Any, qvl_vram: Any) -> None:
     """The adapter is bitwise what ``--qvl-adapter`` holds; a fresh one survives saving and loading."""
-    checks.adapter_roundtrip(qvl_lora_model, qvl_adapter)
+    with qvl_vram.phase("save and load adapter"):
+        checks.adapter_roundtrip(qvl_lora_model, qvl_adapter)
 
 
 def test_adapter_neutrality(qvl_lora_model: Any, mixed_batch: Any) -> None:

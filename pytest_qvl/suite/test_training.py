@@ -18,14 +18,17 @@ def rows(training_batch: Any, training_halves: Any, gradient_checkpointing: bool
 
 
 @checkpointing
-def test_training_step(qvl_lora_model: Any, rows: Any, gradient_checkpointing: bool, qvl_make_optimizer: Any) -> None:
+def test_training_step(
+    qvl_lora_model: Any, rows: Any, gradient_checkpointing: bool, qvl_make_optimizer: Any, qvl_vram: Any
+) -> None:
     """Loss falls, gradients are finite and on adapters only, every adapter is reached."""
-    checks.training_step(
-        qvl_lora_model,
-        rows,
-        gradient_checkpointing=gradient_checkpointing,
-        make_optimizer=qvl_make_optimizer,
-    )
+    with qvl_vram.phase(f"optimizer steps, {'checkpointing' if gradient_checkpointing else 'plain'}"):
+        checks.training_step(
+            qvl_lora_model,
+            rows,
+            gradient_checkpointing=gradient_checkpointing,
+            make_optimizer=qvl_make_optimizer,
+        )
 
 
 @checkpointing

@@ -58,7 +58,8 @@ class Usage:
         reason: Why nothing was measured; empty when it was.
         allocated: Peak allocated.
         reserved: Peak reserved.
-        process: Highest reading of the process, at borders of phases; ``None`` where the driver does not
+        process: What the process held at most: the highest reading, taken at borders of phases, or peak reserved
+            with what the process was seen to hold beyond it, whichever is more; ``None`` where the driver does not
             tell.
         process_source: Where that comes from: ``process``, ``device`` (what the whole device gained), or
             empty.
@@ -164,13 +165,14 @@ class Phase:
         if reason:
             return Usage(self.name, seconds, reason, error=error)
         alive = self._alive or Reading(0, 0, 0, 0)
+        reserved = max(self._reserved, alive.reserved)
         return Usage(
             self.name,
             seconds,
             "",
             max(self._allocated, alive.allocated),
-            max(self._reserved, alive.reserved),
-            self._process.used if self._process else None,
+            reserved,
+            max(self._process.used, reserved + (self._context or 0)) if self._process else None,
             self._process.source if self._process else "",
             self._context if context is None else context,
             alive.allocated,

@@ -26,6 +26,7 @@ def measured(benchmark, qvl_vram, qvl_target):
             with qvl_vram.phase(name, settle=False):
                 work()
 
+        qvl_vram.reclaim("before the first round")  # what is reserved must not depend on what ran before
         benchmark.pedantic(phase, rounds=rounds or ROUNDS[qvl_target.device], warmup_rounds=1)
         return benchmark.stats.stats.median if benchmark.stats else None
 

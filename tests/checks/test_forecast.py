@@ -227,6 +227,17 @@ def test_the_committed_predictions_are_still_what_is_forecast(three_billion: Reh
         assert Comparison(name, found[name].peak_allocated, committed, resident, entry["resident"]).holds
 
 
+@pytest.mark.parametrize(("size", "gib", "lora"), [("3b", 3.159, 29_933_568), ("7b", 6.426, 40_370_176)])
+def test_four_bit_weights_take_what_arithmetic_says(size: str, gib: float, lora: int) -> None:
+    """By the forecast and by a GPU, against a table made without either: parameters by their storage."""
+    entry = next(e for e in read_predictions(RECORDS / "forecast-predictions.json") if e["name"] == f"{size}-256")
+    assert entry["resident"] / GiB == pytest.approx(gib, rel=0.01)
+    record = json.loads((RECORDS / f"h100-qwen2.5-vl-{size}.json").read_text(encoding="utf-8"))
+    (figures,) = (check["figures"] for check in record["checks"] if check["check"] == "peak_vram")
+    model = next(figure["value"] for figure in figures if figure["name"] == "model")
+    assert model - lora * 4 / GiB == pytest.approx(gib, rel=0.01)
+
+
 def test_what_is_measured_goes_through_the_phases_that_are_forecast(tiny_dir: Path) -> None:
     """The real code on real tensors, on the CPU; only the numbers need a GPU."""
     request = Request(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_qvl.checks.vram import MOST_REPEATS, measure_work
+from pytest_qvl.checks.vram import MOST_REPEATS, loading, measure_work
 from pytest_qvl.samples import make_batch, scenes
 from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
@@ -89,3 +89,13 @@ def test_what_compiles_at_every_call_is_told(fresh_model: Any, batches: Any) -> 
         torch.compiler.reset()
     assert compiling == [False, True, True, True]
     assert len(phases) == 2 + 3 * (1 + MOST_REPEATS)
+
+
+def test_loading_is_that_of_the_model_which_is_there_now() -> None:
+    card = ScriptedAllocator()
+    meter = Meter(card)
+    assert loading(meter) == []
+    for number, name in enumerate(["load", "attach adapter", "prefill", "load"], start=1):
+        with meter.phase(name, apart=True), card.taken(number * MiB):
+            pass
+    assert [(usage.name, usage.allocated // MiB) for usage in loading(meter)] == [("load", 4), ("attach adapter", 2)]

@@ -143,6 +143,7 @@ def test_what_both_measured_is_compared(pytester, run_both):
     ("death", "how"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "died with signal 9 (SIGKILL)"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "died with signal 11 (SIGSEGV)"),
         ("os._exit(3)", "ended with exit status 3"),
     ],
 )

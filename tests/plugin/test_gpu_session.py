@@ -353,6 +353,48 @@ def test_what_breaks_cuda_is_named_and_the_rest_is_not_run(machine, pytester, ho
     assert result.ret == pytest.ExitCode.TESTS_FAILED
 
 
+def test_what_breaks_cuda_in_one_backend_leaves_the_others_results(machine, pytester):
+    how = "if qvl_backend == 'other': torch.cuda.synchronize()"
+    text = BREAKS.replace('qvl_target.device == "cuda"', 'qvl_backend == "other"').replace(
+        "_breaks(", "_breaks(qvl_backend, "
+    )
+    pytester.makepyfile(other=OTHER, test_x=text.format(how=how).partition("@pytest.mark.gpu")[0])
+    result = machine("-m", "gpu", "-p", "other", *BOTH_BACKENDS)
+    result.assert_outcomes(passed=4, failed=1, errors=1)
+    broken = "test_x.py::test_b_breaks[embedded-cuda-other] broke CUDA (call): CUDA error: device-side assert triggered"
+    assert f"qvl: {broken}; 1 later GPU test was not run" in said(result)
+    assert sorted(f["kind"] for f in record(pytester)["gpu_failures"]) == ["broken", "not run"]
+
+
+METERED = (
+    MODEL
+    + """
+def test_it(qvl_lora_model, qvl_vram):
+    with qvl_vram.phase("mine"): torch.Tensor(2 * GIB)
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("how", "processes"),
+    [
+        ((), None),
+        (("-n", "1"), ["gw0"]),
+        (("-p", "other", *BOTH_BACKENDS), ["transformers", "other"]),
+    ],
+    ids=["alone", "worker", "backends"],
+)
+def test_the_record_has_vram_by_phase_of_every_process(machine, pytester, how, processes):
+    pytester.makepyfile(other=OTHER, test_x=METERED)
+    machine("-m", "gpu", *how).assert_outcomes(passed=len(processes or [""]))
+    vram = record(pytester)["vram"]
+    found = [vram] if processes is None else vram["processes"]
+    assert processes is None or [one["process"] for one in found] == processes
+    for one in found:
+        assert one["session"]["allocated"] == 3 * GIB
+        assert [(phase["name"], phase["allocated"]) for phase in one["phases"]] == [("mine", 3 * GIB)]
+
+
 # -- leaks ---------------------------------------------------------------------------------------------------
 
 INNOCENT = """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 HELPERS = """
@@ -280,6 +282,21 @@ def test_a_load_that_fails_is_told_once_and_not_tried_again(pytester, run_real):
         ]
     )
     assert result.stdout.str().count("could not be loaded") == 1
+
+
+def test_loading_is_a_phase_of_its_own_once_per_model(pytester, run_real):
+    pytester.makepyfile(
+        """
+    def test_base(qvl_quantized_model): pass
+    def test_lora(qvl_lora_model, qvl_vram):
+        with qvl_vram.phase("mine"): pass
+    def test_base_again(qvl_quantized_model): pass
+    """
+    )
+    run_real("--qvl-record", "record.json").assert_outcomes(passed=3)
+    phases = json.loads((pytester.path / "record.json").read_text())["vram"]["phases"]
+    assert [phase["name"] for phase in phases] == ["load", "attach adapter", "mine"]
+    assert all(phase["reason"] for phase in phases)  # no CUDA
 
 
 def test_a_reference_that_fails_is_told_by_the_first_test_that_asks_for_it(pytester, run_real):

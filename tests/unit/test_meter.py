@@ -183,6 +183,14 @@ def test_the_context_is_the_largest_seen(card):
     assert phase.usage.context == 770 * MiB
 
 
+def test_a_process_held_what_was_reserved_though_no_reading_fell_on_it(card):
+    meter = Meter(card, ScriptedProcess(card, 600 * MiB), context=300 * MiB)
+    with meter.phase("train") as phase:
+        card.free(card.take(100 * MiB))
+        card.settle()
+    assert numbers(phase.usage) == (100, 100, 700, 400)
+
+
 def test_seconds_are_the_blocks_own():
     ticks = {"now": 0.0}
 

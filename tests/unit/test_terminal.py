@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
-from pytest_qvl.evidence import Evidence, Figure
+from pytest_qvl.evidence import Evidence, Figure, Table
 from pytest_qvl.report.promises import PROMISES, promise_of
 from pytest_qvl.report.terminal import TITLE, Summary
 
@@ -135,6 +136,16 @@ def test_what_could_not_be_judged_is_said_under_its_promise():
     assert "       not judged: alignment: no knowledge" in terminal.lines
     assert row(terminal, 11).endswith("skipped     needs CUDA: none")
     assert "1 not judged, 1 skipped, " in terminal.lines[-1]
+
+
+def test_peaks_are_shown_by_phase_though_nothing_is_wrong_with_them():
+    table = Table(("phase", "allocated GiB"), (("load", 6.5), ("prefill", 7.0)))
+    evidence = Evidence("peak_vram", "p", table=table)
+    lines = written(report("peak_vram", evidence=[evidence])).lines
+    assert lines[13:-1] == [f"       {line}" for line in str(table).splitlines()]
+    assert "load" in lines[15]
+    other = written(report("causality", evidence=[replace(evidence, check="causality")])).lines
+    assert len(other) == len(lines) - len(str(table).splitlines())
 
 
 @pytest.mark.parametrize("status", [pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR])
