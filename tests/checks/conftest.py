@@ -133,3 +133,14 @@ def fresh_model(tiny_dir: Path, lora_config: LoraConfigFactory) -> ModelFactory:
 def lora_model(fresh_model: ModelFactory) -> Any:
     """NF4 and bfloat16 with a fresh LoRA on the language backbone; shared, so leave it as it was found."""
     return fresh_model(dtype="bfloat16", lora=True)
+
+
+@pytest.fixture
+def compiler() -> Any:
+    """``torch.compile``; what was compiled with it, and the count of it, goes with the test."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    yield torch.compile
+    torch.compiler.reset()
+    counters.clear()

@@ -296,7 +296,7 @@ def test_neutral_over_seeds_and_trained_weights(fresh_model: Any, processor: Any
     assert figure(evidence, "adapter as found: largest logit change") > 0
 
 
-def test_neutral_where_compiled_code_rounds_in_its_own_way(fresh_model: Any, batch: Any) -> None:
+def test_neutral_where_compiled_code_rounds_in_its_own_way(fresh_model: Any, batch: Any, compiler: Any) -> None:
     model = fresh_model(quantized=False, dtype="float32", lora=True)
     layer = model.base_model.model.model.language_model.layers[0].self_attn.q_proj
     runs = []
@@ -308,19 +308,17 @@ def test_neutral_where_compiled_code_rounds_in_its_own_way(fresh_model: Any, bat
 
         return run
 
-    try:
-        layer.forward = torch.compile(layer.forward, backend=rounds)
-        layer(torch.ones(1, layer.in_features))
-        assert runs
-        runs.clear()
-        evidence = adapter_neutrality(model, batch)
-        assert evidence.ok
-        assert any("as it was written" in note for note in evidence.notes)
-        assert not runs
-        layer(torch.ones(1, layer.in_features))
-        assert runs
-    finally:
-        torch.compiler.reset()
+    assert not adapter_neutrality(model, batch).notes
+    layer.forward = compiler(layer.forward, backend=rounds)
+    layer(torch.ones(1, layer.in_features))
+    assert runs
+    runs.clear()
+    evidence = adapter_neutrality(model, batch)
+    assert evidence.ok
+    assert any("as it was written" in note for note in evidence.notes)
+    assert not runs
+    layer(torch.ones(1, layer.in_features))
+    assert runs
 
 
 def test_neutrality_leaves_no_trace(fresh_model: Any, batch: Any) -> None:

@@ -40,7 +40,7 @@ def test_seconds_are_those_of_a_second_time(fresh_model: Any, batches: Any, time
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own tracing reads it
-def test_compiling_is_no_part_of_the_seconds_but_of_the_peak(fresh_model: Any, batches: Any) -> None:
+def test_compiling_is_no_part_of_the_seconds_but_of_the_peak(fresh_model: Any, batches: Any, compiler: Any) -> None:
     model = fresh_model(quantized=False, dtype="float32", lora=True)
     layer = model.base_model.model.model.language_model.layers[0].self_attn.q_proj
     card, clock = ScriptedAllocator(), count()
@@ -52,16 +52,13 @@ def test_compiling_is_no_part_of_the_seconds_but_of_the_peak(fresh_model: Any, b
             next(clock)
         return graph
 
-    as_written, compiled = layer.forward, torch.compile(layer.forward, backend=compiles)
+    as_written, compiled = layer.forward, compiler(layer.forward, backend=compiles)
 
     def forward(*args: Any) -> Any:  # compiled from the second time of prefill on, as Unsloth's decoding is
         return (as_written if len(meter.session().inner) < 3 else compiled)(*args)
 
-    try:
-        layer.forward = forward
-        found, phases, compiling = measured(model, batches, meter)
-    finally:
-        torch.compiler.reset()
+    layer.forward = forward
+    found, phases, compiling = measured(model, batches, meter)
     assert [usage.name for usage in phases[:5]] == ["vision", "vision, again", "prefill", *["prefill, again"] * 2]
     vision, prefill = found[:2]
     assert vision.allocated == 0
@@ -73,20 +70,17 @@ def test_compiling_is_no_part_of_the_seconds_but_of_the_peak(fresh_model: Any, b
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_what_compiles_at_every_call_is_told(fresh_model: Any, batches: Any) -> None:
+def test_what_compiles_at_every_call_is_told(fresh_model: Any, batches: Any, compiler: Any) -> None:
     model = fresh_model(quantized=False, dtype="float32", lora=True)
     layer = model.base_model.model.model.language_model.layers[0].self_attn.q_proj
-    compiled = torch.compile(layer.forward, backend="eager")
+    compiled = compiler(layer.forward, backend="eager")
 
     def forward(*args: Any) -> Any:
         torch.compiler.reset()
         return compiled(*args)
 
-    try:
-        layer.forward = forward
-        _, phases, compiling = measured(model, batches, Meter())
-    finally:
-        torch.compiler.reset()
+    layer.forward = forward
+    _, phases, compiling = measured(model, batches, Meter())
     assert compiling == [False, True, True, True]
     assert len(phases) == 2 + 3 * (1 + MOST_REPEATS)
 
