@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -103,8 +105,21 @@ def run(jobs: int = 1) -> Result:
     if jobs == 1:
         return _share(0, 1)
     # Not forked: torch's threads do not survive a fork.
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool:
         return _joined(list(pool.map(_share, range(jobs), [jobs] * jobs)))
+
+
+def end_with_parent() -> None:
+    """In a process of the pool: end when the one that started it was killed, which would leave it busy for an hour."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _share(index: int, count: int) -> Result:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,30 @@ def test_listing_imports_no_torch() -> None:
     code = "import sys; from pytest_qvl.faults.cli import listed; listed(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+POOL = """
+import multiprocessing, time
+from concurrent.futures import ProcessPoolExecutor
+from pytest_qvl.faults.matrix import end_with_parent
+
+def work():
+    print("working", flush=True)
+    time.sleep(30)
+    print("outlived", flush=True)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
+        pool.submit(work).result()
+"""
+
+
+def test_no_process_of_the_matrix_outlives_the_one_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        assert started.stdout.readline() == "working\n"
+        started.kill()
+        assert started.stdout.read() == ""  # until the last process that holds the pipe's other end is gone
