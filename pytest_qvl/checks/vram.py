@@ -149,7 +149,7 @@ def measure_work(
             was compiled on the way, once more. The seconds are those of the last time, the numbers the highest of
             all times.
 
-    Returns:
+    Yields:
         What each phase used, what it returned, and whether something was still compiled the last time.
     """
     for name, work in work_of(anatomy(model), batch, training_batch).items():
