@@ -77,9 +77,7 @@ def peak_vram(
         rows.append((*_row(usage), tokens[usage.name] / usage.seconds))
         _judge_phase(judge, usage, limit, of)
         if compiling:
-            judge.note(
-                f"{usage.name}: something was compiled in each of {1 + MOST_REPEATS} calls; its seconds include it"
-            )
+            judge.note(f"{usage.name}: the last of {1 + MOST_REPEATS} calls compiled something too, within its seconds")
         if result is not None:
             for figure, value in logits_digest(result).items():
                 judge.report(f"{usage.name}: {figure}", value)
