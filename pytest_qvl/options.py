@@ -94,6 +94,8 @@ def _adapter(text: str, folder: Path) -> Path:
 
 
 def _folder(text: str, folder: Path) -> Path:
+    if not text.strip():
+        raise SettingError("no folder was named; leave the setting out, or give the folder's path")
     path = folder / Path(text).expanduser()
     if not path.is_dir():
         raise SettingError(f"the folder {str(path)!r} does not exist")

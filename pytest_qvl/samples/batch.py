@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 IGNORE = -100
 END_OF_TURN = "<|im_end|>"
 PaddingSide = Literal["left", "right"]
+# Tokens that only the chat template may write: each moves the turns or the images of the prompt.
+_RESERVED = re.compile(r"<\|(endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
+
+
+def reserved_token(text: str) -> str | None:
+    """The first special token in a text that belongs to the chat template (``<|image_pad|>``), or None."""
+    found = _RESERVED.search(text)
+    return None if found is None else found[0]
 
 
 def messages(sample: Sample) -> list[dict[str, Any]]:
@@ -63,11 +72,15 @@ def make_batch(
         (samples, length) int64, -100 everywhere but on the answer's tokens and the closing ``<|im_end|>``.
 
     Raises:
-        ValueError: No samples, or an answer whose tokens do not stand at the end of its row as they stand
-            alone (it begins with white space that melts into the prompt).
+        ValueError: No samples; a question or answer that holds a special token of the chat template; or an
+            answer whose tokens do not stand at the end of its row as they stand alone (it begins with white
+            space that melts into the prompt).
     """
     if not samples:
         raise ValueError("make_batch needs at least one sample")
+    for sample in samples:
+        if token := reserved_token(sample.question) or reserved_token(sample.answer):
+            raise ValueError(f"sample {sample.id!r} holds {token} in its text; the chat template writes that token")
     texts = [prompt(processor, sample) for sample in samples]
     if answers:
         texts = [text + sample.answer + END_OF_TURN for text, sample in zip(texts, samples, strict=True)]

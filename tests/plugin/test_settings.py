@@ -84,6 +84,7 @@ def test_help_names_every_flag_with_its_ini_and_environment(pytester):
         (["--qvl-model", ""], {}, "", "--qvl-model: model '' is unknown; give*"),
         (["--qvl-adapter", "out"], {}, "", "--qvl-adapter: the adapter folder '*/out' does not exist; give*"),
         (["--qvl-images", "out"], {}, "", "--qvl-images: the folder '*/out' does not exist"),
+        (["--qvl-images", ""], {}, "", "--qvl-images: no folder was named; leave the setting out, or *"),
         (["--qvl-seed", "-1"], {}, "", "--qvl-seed: -1 is below the smallest value 0"),
         (["--qvl-card", "t5"], {}, "", "--qvl-card: card 't5' is unknown; known: *, t4, *; did you mean t4?"),
         (["--qvl-card", "rtx4080"], {}, "", "--qvl-card: card 'rtx4080' is unknown; *; did you mean rtx4090 or *"),

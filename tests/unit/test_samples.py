@@ -233,6 +233,18 @@ GOOD = {"image": "red.png", "question": "Colour?", "answer": "red"}
         ({**GOOD, "image": "/etc/passwd"}, "leaves the folder"),
         ({**GOOD, "image": "link.png"}, "leaves the folder"),
         ({**GOOD, "image": "samples.jsonl"}, "cannot be read"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ('{"question": ' + "1" * 5000 + "}", "a number too long"),
+        ({**GOOD, "question": "What is <|image_pad|>?"}, "question holds <|image_pad|>"),
+        ({**GOOD, "question": "<|vision_start|>?"}, "question holds <|vision_start|>"),
+        ({**GOOD, "answer": "red<|im_end|>"}, "answer holds <|im_end|>"),
+        ({**GOOD, "swapped": "grey.png", "swapped_answer": "<|video_pad|>"}, "swapped_answer holds <|video_pad|>"),
+        ({**GOOD, "question": "\ud800?"}, "no text in UTF-8"),
+        ({**GOOD, "image": "red.png\0"}, "can be no file name"),
+        ({**GOOD, "image": "\ud800.png"}, "can be no file name"),
+        ({**GOOD, "image": "x" * 5000}, "is no path"),
+        ({**GOOD, "image": "circle.png"}, "circle.png"),
+        ({**GOOD, "image": "long.png"}, "is 10000x10 px"),
         ({**GOOD, "swapped": "grey.png"}, "one of swapped and swapped_answer"),
         ({**GOOD, "swapped_answer": "grey"}, "one of swapped and swapped_answer"),
         ({**GOOD, "swapped": "grey.png", "swapped_answer": "red"}, "is the answer itself"),
@@ -243,6 +255,8 @@ def test_a_bad_line_is_named(folder: Path, tmp_path_factory: pytest.TempPathFact
     outside = tmp_path_factory.mktemp("outside") / "outside.png"
     Image.new("RGB", (56, 56)).save(outside)
     (folder / "link.png").symlink_to(outside)
+    (folder / "circle.png").symlink_to(folder / "circle.png")
+    Image.new("RGB", (10000, 10)).save(folder / "long.png")
     (folder.parent / "outside.png").write_bytes(outside.read_bytes())
     _write(folder, GOOD, line)
     with pytest.raises(ValueError, match=r"samples\.jsonl, line 2: .*; ") as caught:
@@ -251,6 +265,41 @@ def test_a_bad_line_is_named(folder: Path, tmp_path_factory: pytest.TempPathFact
     assert named in message
     assert "samples.jsonl, line 2" in message
     assert "; " in message
+
+
+def test_images_are_turned_as_transformers_turns_them(folder: Path) -> None:
+    """All eight orientations that EXIF knows, bitwise as Transformers' own loader reads the same file."""
+    from transformers.image_utils import load_image
+
+    image = scenes(0, 1, ["list"])[0].images[0].crop((0, 0, 84, 56))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(folder / f"{orientation}.png", exif=exif)
+    _write(folder, *[{**GOOD, "image": f"{n}.png"} for n in range(1, 9)])
+    read = [sample.images[0] for sample in folder_samples(folder)]
+    assert [i.tobytes() for i in read] == [load_image(str(folder / f"{n}.png")).tobytes() for n in range(1, 9)]
+    assert [i.size for i in read] == [(84, 56)] * 4 + [(56, 84)] * 4
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(folder: Path) -> None:
+    (folder / "samples.jsonl").write_text(json.dumps(GOOD), encoding="utf-8-sig")
+    assert [sample.answer for sample in folder_samples(folder)] == ["red"]
+
+
+def test_the_largest_aspect_ratio_is_the_processors() -> None:
+    from pytest_qvl.models import released
+    from pytest_qvl.samples import folder
+
+    assert folder.MAX_ASPECT_RATIO == released.MAX_ASPECT_RATIO
+
+
+def test_a_sample_with_a_placeholder_in_its_text_is_refused_by_name() -> None:
+    from pytest_qvl.samples import make_batch
+
+    sample = Sample((), "What is <|image_pad|>?", "red", "own", "mine")
+    with pytest.raises(ValueError, match=r"sample 'mine' holds <\|image_pad\|> in its text"):
+        make_batch(None, [sample])
 
 
 def test_a_repeated_id_names_both_lines(folder: Path) -> None:
