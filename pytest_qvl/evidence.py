@@ -161,6 +161,13 @@ class CheckFailed(AssertionError):
         self.evidence = evidence
 
 
+class ModelCrashed(CheckFailed):
+    """The model, its processor or the optimizer raised an exception under a check.
+
+    ``__cause__`` is that exception; everyone who runs the same inputs meets it, with or without this package.
+    """
+
+
 class CannotJudge(RuntimeError):
     """The inputs cannot decide the question (a uniform picture for a routing check, no CUDA for a VRAM check).
 
@@ -182,6 +189,11 @@ class Judge:
     figures: list[Figure] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        begun = _judges.get()
+        if begun is not None:
+            begun.append(self)
 
     def report(self, name: str, value: Value, unit: str = "") -> None:
         """Record a figure that has no limit."""
@@ -219,19 +231,47 @@ class Judge:
         Raises:
             CheckFailed: With the evidence attached.
         """
-        table = Table(tuple(columns), tuple(tuple(row) for row in rows)) if columns else None
-        evidence = Evidence(
-            self.check, self.promise, tuple(self.figures), tuple(self.problems), tuple(self.notes), table
-        )
-        collected = _collected.get()
-        if collected is not None:
-            collected.append(evidence)
+        evidence = self.close(columns, rows)
         if evidence.problems:
             raise CheckFailed(evidence)
         return evidence
 
+    def close(self, columns: Sequence[str] = (), rows: Iterable[Sequence[Value | None]] = ()) -> Evidence:
+        """The evidence, kept promise or broken one alike, for :func:`collecting` to collect."""
+        table = Table(tuple(columns), tuple(tuple(row) for row in rows)) if columns else None
+        notes = (*self.notes, *(_notes.get() or ()))
+        evidence = Evidence(self.check, self.promise, tuple(self.figures), tuple(self.problems), notes, table)
+        collected = _collected.get()
+        if collected is not None:
+            collected.append(evidence)
+        return evidence
 
+
+_judges: ContextVar[list[Judge] | None] = ContextVar("qvl_judges", default=None)
+_notes: ContextVar[list[str] | None] = ContextVar("qvl_notes", default=None)
 _collected: ContextVar[list[Evidence] | None] = ContextVar("qvl_evidence", default=None)
+
+
+@contextmanager
+def judging() -> Iterator[list[Judge]]:
+    """List the judges that begin inside the block, so that what one has measured outlives an exception."""
+    begun: list[Judge] = []
+    token = _judges.set(begun)
+    try:
+        yield begun
+    finally:
+        _judges.reset(token)
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """Add what is put into the list to the notes of every evidence made inside the block."""
+    notes: list[str] = []
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
@@ -56,6 +57,7 @@ def matrix_of(name: str) -> str:
     return f"lora_{rest.split('.')[0]}" if dot else ""
 
 
+@check
 def adapter_census(
     model: Any,
     lora_config: Any,
@@ -355,6 +357,7 @@ def _judge_optimizer(judge: Judge, parts: Parts, optimizer: Any) -> None:
         judge.problem(f"the optimizer holds {len(twice)} tensors more than once: {some(twice)}")
 
 
+@check
 def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence:
     """Prove that an adapter which has learned nothing, or is switched off, leaves the logits bitwise alone.
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.chance import FALSE_ALARM, largest_by_chance
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.reference import EVIDENCE, MAX_NEW_TOKENS, Probe, Reference
 from pytest_qvl.checks.scoring import ABLATIONS, Said, Scored, ask, score
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
@@ -71,6 +72,7 @@ class _Margin:
     now: float
 
 
+@check
 def alignment(
     model: Any,
     processor: Any,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.vram import measure_work, prepare_to_measure, work_of
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
@@ -161,6 +162,7 @@ def _largest(found: Largest | None) -> str:
     return f"the largest picture of that shape that fits is {height}x{width} ({tokens:,} visual tokens)"
 
 
+@check
 def forecast_agrees(model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any], meter: Meter) -> Evidence:
     """Hold the forecast to what the meter measures for the same model, adapter, batches and work.
 

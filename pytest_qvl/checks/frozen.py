@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import matrix_of
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.teaching import adamw, check_labels, forward, taught_wrong, trainable_parameters
 from pytest_qvl.checks.wording import some, tally
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _SEED = 20_311
 
 
+@check
 def frozen_vision(
     model: Any,
     batches: Batch | Sequence[Batch],

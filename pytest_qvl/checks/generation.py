@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.activations import first_not_finite, leaves, watched
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.greedy import Reply, greedy, own_defaults, stop_ids
 from pytest_qvl.checks.reference import MAX_NEW_TOKENS, NoiseFloor, Reference
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype, without_labels
@@ -34,6 +35,7 @@ FORM = {
 }
 
 
+@check
 def greedy_is_argmax(model: Any, batch: dict[str, torch.Tensor], *, max_new_tokens: int = STEPS) -> Evidence:
     """Every token that greedy decoding chooses has the highest raw logit of its step.
 
@@ -90,6 +92,7 @@ def greedy_is_argmax(model: Any, batch: dict[str, torch.Tensor], *, max_new_toke
     return judge.verdict()
 
 
+@check
 def generation_repeatable(model: Any, batch: dict[str, torch.Tensor], *, max_new_tokens: int = STEPS) -> Evidence:
     """The same inputs give bitwise the same logits at every step, and so the same tokens, twice in a row.
 
@@ -134,6 +137,7 @@ def generation_repeatable(model: Any, batch: dict[str, torch.Tensor], *, max_new
     return judge.verdict()
 
 
+@check
 def generation_batch_invariance(
     model: Any,
     processor: Any,
@@ -188,6 +192,7 @@ def generation_batch_invariance(
     return judge.verdict()
 
 
+@check
 def generation_cache_invariance(
     model: Any,
     batch: dict[str, torch.Tensor],
@@ -249,6 +254,7 @@ def generation_cache_invariance(
     return judge.verdict()
 
 
+@check
 def generation_wellformed(
     model: Any,
     processor: Any,

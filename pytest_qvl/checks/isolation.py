@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.bitwise import differs
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.placeholders import attended, describe, describe_visual, model_inputs, spans
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pytest_qvl.samples.batch import PaddingSide
 
 
+@check
 def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evidence:
     """Changing one visual token moves its own placeholder's embedding, and no output before or in other rows.
 
@@ -80,6 +82,7 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
     return judge.verdict()
 
 
+@check
 def image_isolation(
     model: Any, processor: Any, samples: Sequence[Sample], *, padding_side: PaddingSide = "left"
 ) -> Evidence:

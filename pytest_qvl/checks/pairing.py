@@ -6,6 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.placeholders import attended, model_inputs, show_grid
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_qvl.samples import Sample
 
 
+@check
 def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch: Mapping[str, Any]) -> Evidence:
     """Every row of the batch holds its own sample's question and pictures, in the sample's order.
 

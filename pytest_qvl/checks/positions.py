@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.placeholders import attended, describe, model_inputs, show_grid, spans
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
@@ -149,6 +150,7 @@ def _row_positions(row: int, tokens: Sequence[int], kinds: Mapping[int, _Grids],
         place, start = place + size, largest + 1
 
 
+@check
 def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = False) -> Evidence:
     """Positions of a forward pass equal the oracle at every token that is no padding.
 
@@ -175,6 +177,7 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
     return judge.verdict()
 
 
+@check
 def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) -> Evidence:
     """Positions inside ``generate()`` equal the oracle at prefill, and grow by one with each decode step.
 
@@ -209,6 +212,7 @@ def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) ->
     return judge.verdict()
 
 
+@check
 def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> Evidence:
     """What an earlier call leaves in the model (``rope_deltas``) changes no position of a later one.
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.entry import check
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.quantized import (
@@ -109,6 +110,7 @@ def _counted(values: Any) -> str:
     return ", ".join(f"{value} x{count}" for value, count in counts.most_common())
 
 
+@check
 def quantization_census(model: Any, policy: QuantizationPolicy | None = None) -> Evidence:
     """Prove that exactly the parts which should be quantized are, in the way they should.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import gates, rewrites_base
 from pytest_qvl.checks.bitwise import bits_of
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.wording import some
 from pytest_qvl.evidence import Evidence, Judge
 from pytest_qvl.models.adapters import adapter_parameters, chosen_adapter, name_on_disk, save_adapter, saved_tensors
@@ -32,6 +33,7 @@ _DEVIATION = 0.02
 _STACKS = (".layers.", ".blocks.")
 
 
+@check
 def adapter_roundtrip(model: Any, folder: str | Path | None = None) -> Evidence:
     """Prove that the adapter in the model is, bit for bit, the adapter in a folder; or that saving and loading keep it.
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.bitwise import bits_of, differs
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.isolation import causality, image_isolation
 from pytest_qvl.checks.pairing import picture_pairing
 from pytest_qvl.checks.placeholders import (
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 
+@check
 def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Each picture has as many placeholders as its grid makes visual tokens, neither comes alone.
 
@@ -79,6 +81,7 @@ def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
     return judge.verdict()
 
 
+@check
 def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Each visual token lands bitwise at its own placeholder, and the text's own embeddings everywhere else.
 
@@ -155,6 +158,7 @@ def _scatter_sentence(
     return f"{describe(found, row, token)} {holds}; {len(bad)} tokens in {rows} rows are wrong"
 
 
+@check
 def visual_token_order(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """The vision tower puts its visual tokens out in the order of the patches that went in.
 
@@ -219,6 +223,7 @@ def visual_token_order(model: Any, batch: Mapping[str, Any]) -> Evidence:
     return judge.verdict()
 
 
+@check
 def malformed_inputs(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Batches whose placeholders and pixels do not belong together are noticed, however silent the model is.
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import gates, matrix_of
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.teaching import (
     IGNORED,
@@ -50,6 +51,7 @@ _MOVE_PER_STEP = 0.2
 _SEED = 20_311
 
 
+@check
 def training_step(
     model: Any,
     batch: Batch,
@@ -255,6 +257,7 @@ def _judge_learning(judge: Judge, losses: Sequence[float], floor: float, steps: 
         judge.report("smallest loss that the frozen head allows", floor, "nat")
 
 
+@check
 def vision_not_backpropagated(model: Any, batch: Batch, *, gradient_checkpointing: bool) -> Evidence:
     """Prove that autograd does not follow the frozen vision tower in a training forward.
 
@@ -362,6 +365,7 @@ def _saved_tensors_of(module: nn.Module, keep: Any) -> Iterator[None]:
         after.remove()
 
 
+@check
 def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
     """Prove that the loss counts answers only: no prompt, no placeholder or other vision token, no padding.
 

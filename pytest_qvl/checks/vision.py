@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.activations import Peak, Peaks, first_not_finite, leaves, watched
+from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapted_layers
@@ -190,6 +191,7 @@ class _Seen:
         return Drift(math.sqrt(self.squares / self.rows) if self.rows else 0.0, self.largest)
 
 
+@check
 def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], reference: Reference | None) -> Evidence:
     """The pictures' features are finite, far from overflow, and those of the full-precision pass.
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.entry import check
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.compiled import compilations
@@ -32,6 +33,7 @@ LOADING = ("load", "attach adapter")
 MOST_REPEATS = 2  # Unsloth compiles a step of decoding only when a shape comes for the second time
 
 
+@check
 def peak_vram(
     model: Any,
     batch: Mapping[str, Any],

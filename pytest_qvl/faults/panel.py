@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -105,6 +105,8 @@ def judge(case: Case, check: str) -> Verdict:
     try:
         with torch.random.fork_rng(devices=[]):
             panel()[check](case)
+    except ModelCrashed as failure:
+        return Verdict(CRASHED, str(failure))
     except CheckFailed as failure:
         return Verdict(CAUGHT, str(failure))
     except CannotJudge as reason:

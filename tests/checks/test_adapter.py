@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytest_qvl.checks.adapter import adapter_census, adapter_neutrality, gates
-from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
+from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, ModelCrashed
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.fingerprint import digests
@@ -438,7 +438,7 @@ def test_b_is_put_back_when_the_model_breaks(fresh_model: Any, batch: Any) -> No
         return layer.base_layer(x)
 
     layer.forward = broken
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(ModelCrashed, match="RuntimeError: out of memory"):
         adapter_neutrality(model, batch)
     assert digests(gates(adapter_parameters(parts)).items()) == before
     assert "self_attn.q_proj.lora_A" in " ".join(name for name, _ in model.named_parameters())

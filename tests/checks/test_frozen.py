@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pytest_qvl.checks.frozen import frozen_vision
-from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.fingerprint import digests
 from pytest_qvl.models.quantized import base_tensors
@@ -131,7 +131,7 @@ def test_weights_are_put_back_when_training_breaks(fresh_model: Any, batch: Any)
     def explode() -> None:
         raise RuntimeError("out of memory")
 
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(ModelCrashed, match="RuntimeError: out of memory"):
         frozen_vision(model, batch, make_optimizer=meddling(explode))
     assert digests(model.named_parameters()) == before
 
