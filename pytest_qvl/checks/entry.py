@@ -125,7 +125,7 @@ def _batch(model: Any, batch: Any, notes: list[str]) -> dict[str, Any]:
     if values.get("pixel_values_videos") is not None or (
         isinstance(ids, torch.Tensor) and bool((ids == parts.video_token_id).any())
     ):
-        raise CannotJudge("not judged: video; the batch holds one, and the checks know images only")
+        raise CannotJudge("not judged: video (the batch holds a video; the checks know images only)")
     return {
         name: value.to(parts.device) if isinstance(value, torch.Tensor) else value for name, value in values.items()
     }
