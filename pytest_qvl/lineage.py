@@ -99,6 +99,16 @@ def forget_traceback(definition: Definition) -> None:
         definition.cached_result = (value, key, (failed[0], None))
 
 
+def fixtures_of(module: Any) -> frozenset[str]:
+    """Names of the fixtures that a module defines, collected or not."""
+    found = set()
+    for name, value in list(getattr(module, "__dict__", {}).items()):
+        marker = getattr(value, "_fixture_function_marker", None) if callable(value) else None
+        if marker is not None:
+            found.add(marker.name or name)
+    return frozenset(found)
+
+
 def is_ours(name: str) -> bool:
     """Whether a fixture is one of this package's, or overrides one."""
     return name.startswith(("qvl_", "_qvl_"))

@@ -8,7 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
 
-from pytest_qvl import child, early, fixtures, lineage, outcome, third_party  # noqa: E402 - after assertion rewriting
+from pytest_qvl import child, early, fixtures, lineage, outcome, overrides, rootdir, third_party  # noqa: E402 - after assertion rewriting
 from pytest_qvl.faulted import Faulted, refuse_other_models  # noqa: E402
 from pytest_qvl.gpu.lease import join_session  # noqa: E402
 from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
@@ -48,9 +48,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
-    """Import what a backend needs to have imported before everything else."""
-    early.import_first(early_config)
+def pytest_load_initial_conftests(early_config: pytest.Config, parser: pytest.Parser, args: list[str]) -> None:
+    """Start over if an option's value moved the rootdir; import what a backend needs to have imported first."""
+    if not rootdir.start_over_if_misled(early_config, parser, args):
+        early.import_first(early_config)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode | None:
+    """The run that started over, where one did."""
+    return rootdir.run_again(config)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -139,7 +146,8 @@ def pytest_xdist_setupnodes() -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """What was chosen, and by whom."""
     settings = config.stash[SETTINGS_KEY]
-    return [f"qvl: {line}" for line in (", ".join(settings.described()), *_simulated(settings))]
+    lines = (", ".join(settings.described()), *_simulated(settings), *overrides.described(config))
+    return [f"qvl: {line}" for line in lines]
 
 
 def _simulated(settings: Settings) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import hypothesis  # noqa: F401 - its plugin imports it at the end of an inner run, which would do so each time anew
 import pytest
 
 from pytest_qvl.gpu.lease import DIRECTORY_VARIABLE, SESSION_VARIABLE, TOKEN_VARIABLE
