@@ -1,7 +1,13 @@
-"""``--qvl-require-gpu``: where a GPU is promised, a skipped GPU test is an error; so is a run without any."""
+"""``--qvl-require-gpu``: where a GPU is promised, a skipped GPU test is an error; so is a run without any.
+
+A GPU test counts as executed if its body ran and torch gave out memory on CUDA between the beginning of its setup and
+the end of its body, in the process that ran it. The mark alone proves nothing: a test may carry it and never touch a
+GPU. (Work in place on tensors that were there before, and in processes that a test starts, is not seen.)
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,12 +19,30 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
 
+_BEFORE = pytest.StashKey[int]()
+
+
+def given_out_on_cuda() -> int:
+    """Bytes that torch has ever given out on CUDA in this process, over all devices; neither imports nor starts it."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not cuda.is_initialized():
+        return 0
+    stats = map(cuda.memory_stats_as_nested_dict, range(cuda.device_count()))
+    return sum(one["allocated_bytes"]["all"]["allocated"] for one in stats)
+
+
 class GpuRequired:
     """Registered only when the switch is on."""
 
     def __init__(self) -> None:
-        self._executed = 0
+        self._executed = self._idle = 0
         self._ran = False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Note how much was allocated before the first fixture."""
+        item.stash[_BEFORE] = given_out_on_cuda()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -34,7 +58,8 @@ class GpuRequired:
         """Turn the skip of a GPU test into a failure with its reason."""
         report = yield
         on_gpu = item.get_closest_marker("gpu") is not None
-        report.qvl_gpu = on_gpu  # type: ignore[attr-defined]
+        if on_gpu and call.when == "call" and (not report.skipped or hasattr(report, "wasxfail")):
+            vars(report)["qvl_gpu"] = given_out_on_cuda() != item.stash[_BEFORE]
         if not on_gpu or not report.skipped or hasattr(report, "wasxfail"):
             return report
         judged = call.excinfo is not None and isinstance(call.excinfo.value.__cause__, CannotJudge)
@@ -46,8 +71,9 @@ class GpuRequired:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count what ran, over all workers."""
-        executed = report.when == "call" and (not report.skipped or hasattr(report, "wasxfail"))
-        self._executed += executed and getattr(report, "qvl_gpu", False)
+        on_cuda = getattr(report, "qvl_gpu", None)
+        self._executed += on_cuda is True
+        self._idle += on_cuda is False
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -63,7 +89,8 @@ class GpuRequired:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say so."""
         if self._without_gpu:
-            terminalreporter.line("qvl: --qvl-require-gpu: no GPU test was executed", red=True, bold=True)
+            idle = f": {self._idle} marked gpu ran and allocated nothing on CUDA" if self._idle else ""
+            terminalreporter.line(f"qvl: --qvl-require-gpu: no GPU test was executed{idle}", red=True, bold=True)
 
     @property
     def _without_gpu(self) -> bool:

@@ -282,6 +282,56 @@ def test_auto_is_answered_only_where_gpus_were_asked_for(pytester, monkeypatch, 
     assert config.hook.pytest_xdist_auto_num_workers(config=config) == workers
 
 
+# -- --qvl-require-gpu ---------------------------------------------------------------------------------------
+
+REQUIRED = (
+    MODEL
+    + """
+@pytest.mark.gpu
+def test_marked(): pass
+@pytest.mark.gpu
+def test_starts_cuda(): torch.cuda.init()
+@pytest.mark.gpu
+def test_works(): torch.Tensor(1)
+@pytest.mark.gpu
+@pytest.mark.xfail(reason="known")
+def test_known():
+    torch.Tensor(1)
+    assert False
+def test_not_marked(): torch.Tensor(1)
+def test_on_a_model(qvl_lora_model): pass
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("selected", "idle"),
+    [
+        ("works", None),
+        ("known", None),
+        ("on_a_model and cuda", None),
+        ("marked or works", None),
+        ("marked and not not_marked", 1),
+        ("starts_cuda or marked", 2),
+        ("not_marked", 0),
+    ],
+)
+def test_a_required_gpu_is_one_that_was_seen_to_work(machine, pytester, selected, idle):
+    pytester.makepyfile(REQUIRED)
+    result = machine("--qvl-require-gpu", "-k", selected)
+    assert result.ret == (pytest.ExitCode.OK if idle is None else pytest.ExitCode.TESTS_FAILED)
+    line = "qvl: --qvl-require-gpu: no GPU test was executed"
+    expected = f"{line}: {idle} marked gpu ran and allocated nothing on CUDA" if idle else line
+    assert [one for one in result.outlines if one.startswith(line)] == ([] if idle is None else [expected])
+
+
+@pytest.mark.parametrize(("selected", "status"), [("", 0), ("marked", 1)])
+def test_a_required_gpu_is_counted_over_workers(machine, pytester, selected, status):
+    pytester.makepyfile(REQUIRED)
+    result = machine("-n", "2", "--qvl-require-gpu", "-k", selected, gpus=(("GPU-aaaa", 0), ("GPU-bbbb", 0)))
+    assert result.ret == status
+
+
 # -- out of memory, and broken for good ----------------------------------------------------------------------
 
 FAILS = """

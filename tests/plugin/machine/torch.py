@@ -39,6 +39,7 @@ class Tensor:
             self.shape = (0,)
             raise OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / 2**30:.2f} GiB. GPU 0 has a total")
         cuda.allocated += size
+        cuda.given_out += size
         cuda.peak = max(cuda.peak, cuda.allocated)
 
     def __del__(self):
@@ -50,7 +51,7 @@ class Tensor:
 
 
 class Cuda:
-    allocated = peak = 0
+    allocated = peak = given_out = 0
     trouble = ""
 
     def __init__(self):
@@ -76,6 +77,9 @@ class Cuda:
             raise RuntimeError("no device")
         self._started = True
 
+    def device_count(self):
+        return len(self._devices())
+
     def get_device_properties(self, index):
         return SimpleNamespace(uuid=self._devices()[index].removeprefix("GPU-"))
 
@@ -84,7 +88,8 @@ class Cuda:
 
     def memory_stats_as_nested_dict(self, device):
         both = {"current": self.allocated, "peak": self.peak}
-        return {"allocated_bytes": {"all": both}, "reserved_bytes": {"all": both}}
+        given_out = {"all": {**both, "allocated": self.given_out}}
+        return {"allocated_bytes": given_out, "reserved_bytes": {"all": both}}
 
     def reset_peak_memory_stats(self, device):
         self.peak = self.allocated
