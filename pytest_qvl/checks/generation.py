@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.activations import first_not_finite, leaves, watched
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.greedy import Reply, greedy, own_defaults, stop_ids
-from pytest_qvl.checks.reference import MAX_NEW_TOKENS, NoiseFloor, Reference
+from pytest_qvl.checks.reference import LOGITS, MAX_NEW_TOKENS, NoiseFloor, Reference
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype, without_labels
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
@@ -150,7 +150,7 @@ def generation_batch_invariance(
 
     Compared are the raw logits of each step, up to and including the first step at which the two choose
     different tokens; what comes after has different inputs. Each may differ by the limit of the noise floor
-    (:attr:`pytest_qvl.checks.reference.NoiseFloor.limit`) at most, so a different token is healthy exactly
+    (:attr:`pytest_qvl.checks.reference.NoiseFloor.limit_for`) at most, so a different token is healthy exactly
     when the two candidates were that close. The classic defect leaves the first step right and the later ones
     wrong: text positions of padded rows while decoding (huggingface/transformers#40136, 4.54.0 to 4.56.2).
 
@@ -205,7 +205,7 @@ def generation_cache_invariance(
     The tokens that cached generation chose are appended to the prompt and go through one forward without
     cache, whose positions come from the whole sequence: the yardstick. The raw logits of cached generation,
     and those of generation with ``use_cache=False`` up to its first different token, may differ from it by
-    the limit of the noise floor (:attr:`pytest_qvl.checks.reference.NoiseFloor.limit`) at most. So a defect
+    the limit of the noise floor (:attr:`pytest_qvl.checks.reference.NoiseFloor.limit_for`) at most. So a defect
     that both ways of generating share is seen as well.
 
     Args:
@@ -382,6 +382,7 @@ class _Apart:
 
     largest: float = 0.0
     where: str = "nowhere"
+    logit: float = 0.0
     steps: int = 0
     diverged: int = 0
 
@@ -390,6 +391,7 @@ class _Apart:
         ours, theirs = _logits(one), _logits(other).to(_logits(one).device)
         for step in range(min(len(one.ids), len(other.ids))):
             difference = float((ours[step] - theirs[step]).abs().max())
+            self.logit = max(self.logit, float(ours[step].abs().max()), float(theirs[step].abs().max()))
             self.steps += 1
             if not difference <= self.largest:
                 self.largest = math.inf if math.isnan(difference) else difference
@@ -403,7 +405,7 @@ def _judge_apart(judge: Judge, name: str, apart: _Apart, floor: NoiseFloor, hint
     judge.at_most(
         name,
         apart.largest,
-        floor.limit,
+        floor.limit_for(apart.logit),
         unit="logit",
         else_say=f"{name}: logits differ by {apart.largest:.4g} at {apart.where}, where the noise floor is "
         f"{floor.value:.3g}; {hint}",
@@ -444,7 +446,7 @@ def _floor(reference: Reference | NoiseFloor) -> NoiseFloor:
 
 
 def _check_dtype(parts: Parts, floor: NoiseFloor) -> None:
-    dtype = dtype_name(coarsest_dtype(parts, ("language",)))
+    dtype = dtype_name(coarsest_dtype(parts, LOGITS))
     if dtype != floor.dtype:
         raise ValueError(
             f"the noise floor was measured in {floor.dtype}, the model computes in {dtype}: record the "

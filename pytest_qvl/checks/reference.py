@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.activations import leaves
 from pytest_qvl.checks.chance import FALSE_ALARM, tail
+from pytest_qvl.checks.rounding import last_place_noise, rounded_sums, step
 from pytest_qvl.checks.scoring import (
     ABLATIONS,
     IGNORED,
@@ -37,12 +39,15 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pytest_qvl.models.anatomy import Group
+
 EVIDENCE = 1.0
 FLOOR_FACTOR = 4.0
 TOP = 64
 POSITION_SHIFT = 16
 EXTRA_PADDING = 5
 MAX_NEW_TOKENS = 64
+LOGITS: tuple[Group, ...] = ("language", "lm_head")  # what rounds them
 SILENT = Said(right=False, stopped=False)
 
 
@@ -55,15 +60,22 @@ class NoiseFloor:
         computations: The largest difference of each computation, by name.
         dtype: What the language backbone computes in, such as ``"bfloat16"``.
         resolution: Distance of neighbouring numbers of that dtype at the largest scored logit.
+        last_place: Largest change of any scored logit when the output of every module of the language backbone,
+            and of the head, is off by one unit in the last place.
     """
 
     value: float
     computations: dict[str, float]
     dtype: str
     resolution: float
+    last_place: float
 
     @property
     def limit(self) -> float:
+        """How far two computations of logits may differ that are no larger than the largest scored one."""
+        return self._limit(self.resolution)
+
+    def limit_for(self, largest: float) -> float:
         """How far two computations of the same logits may differ: four times the floor, and a nat at most.
 
         The floor is a maximum over a few hundred positions, so a computation that is not among those it was
@@ -72,13 +84,34 @@ class NoiseFloor:
         padded row, huggingface/transformers#40154) moves logits by 0.4 where the floor of bfloat16 is below
         0.1.
 
+        Never less than rounding alone explains. The floor depends on which kernels happen to share their order of
+        additions: where they nearly all do (matrix products in bfloat16 hardware) it measures less than one step
+        of a logit, and four times that may still be less. But ``|round(a) - round(b)| <= |a - b| + step`` with
+        the step at the larger of the two, and ``a - b`` is what the roundings of the hidden states leave. These
+        are bounded by :attr:`last_place`. A block of the backbone has 10 modules, each moved by ``eps``, and
+        rounds in some 22 places (norms twice, products, activation, rotation of queries and keys, attention,
+        residual sums; with an adapter in some 29) by a root mean square of ``eps / (2 * sqrt(3))``: the
+        perturbation is ``sqrt(10) / sqrt(22 / 12)``, 2.3 times the rounding error of one pass (2.0 with an
+        adapter) and 1.7 times (1.4) the difference of two passes that share no rounding at all, and equal
+        computations share most. So the lower bound is :attr:`last_place` plus one step; since the head's own
+        output is moved too it is two steps at least.
+
         The cap: a logit that moves by one nat changes the odds of its token by a factor of e, which is the
         least that a picture must do to count as evidence in :func:`pytest_qvl.checks.alignment`. Arithmetic
         that does as much on its own is not noise, whatever the floor. Only where logits are so large that
         their dtype itself cannot hold them to a quarter of a nat (beyond 64 in bfloat16: random weights, not
         trained ones) the cap is four of that dtype's steps.
+
+        Args:
+            largest: Largest magnitude among the logits compared: a step belongs to what is judged.
         """
-        return min(FLOOR_FACTOR * self.value, max(EVIDENCE, FLOOR_FACTOR * self.resolution))
+        import torch
+
+        return self._limit(max(self.resolution, step(getattr(torch, self.dtype), largest)))
+
+    def _limit(self, resolution: float) -> float:
+        noise = max(FLOOR_FACTOR * self.value, self.last_place + resolution)
+        return min(noise, max(EVIDENCE, FLOOR_FACTOR * resolution))
 
 
 @dataclass(frozen=True)
@@ -212,7 +245,7 @@ def record_reference(
         )
     if adapter_disabled and not adapted_layers(parts):
         raise ValueError("adapter_disabled=True, but this model has no adapter to disable")
-    dtype = dtype_name(coarsest_dtype(parts, ("language",)))
+    dtype = dtype_name(coarsest_dtype(parts, LOGITS))
     source = f"{quantized[0].storage} base, adapter disabled" if quantized else f"full precision, {dtype}"
     if adapter_disabled and not quantized:
         source += ", adapter disabled"
@@ -241,7 +274,10 @@ def noise_floor(model: Any, processor: Any, samples: Sequence[Sample], *, adapte
     arXiv:2104.09864); more padding on the left; and every sequence apart with its answer token by token,
     because the kernels for 4-bit and 16-bit matrix products depend on the number of rows. Each forward is
     teacher-forced over prompt and answer; the floor is the largest difference of any logit at any position
-    that predicts an answer token.
+    that predicts an answer token. Measured as well is what no equal computation may happen to show: how far
+    logits move when every module is off by one unit in the last place
+    (:func:`pytest_qvl.checks.rounding.last_place_noise`; in float32, whose partial sums are rounded too, times
+    :func:`pytest_qvl.checks.rounding.rounded_sums`).
 
     Measure it on a reference or base model, never on the model under suspicion: a defect that depends on
     padding or order would widen its own limit.
@@ -254,12 +290,15 @@ def noise_floor(model: Any, processor: Any, samples: Sequence[Sample], *, adapte
 
     Raises:
         ValueError: No samples, or ids that are not unique.
-        CannotJudge: No computation changed anything, or logits are not finite.
+        CannotJudge: Nothing changed any logit, or logits are not finite.
     """
     _check_samples(samples)
     parts = anatomy(model)
     noise = _Noise(parts, processor)
-    with preserved(model, training=False), adapters_disabled(parts) if adapter_disabled else nullcontext():
+    with (
+        preserved(model, training=False, seed=0),
+        adapters_disabled(parts) if adapter_disabled else nullcontext(),
+    ):
         for group in chunks(samples):
             batch = make_batch(processor, group, answers=True, device=parts.device)
             noise.take(batch, answer_logits(parts, batch))
@@ -284,8 +323,9 @@ class _Noise:
     def __init__(self, parts: Parts, processor: Any) -> None:
         self._parts = parts
         self._pad = processor.tokenizer.pad_token_id or 0
+        self._dtype = coarsest_dtype(parts, LOGITS)
         self._largest: dict[str, float] = {}
-        self._logit = 0.0
+        self._logit = self._last_place = 0.0
 
     def take(self, batch: dict[str, torch.Tensor], base: AnswerLogits) -> None:
         parts, keep = self._parts, scored_columns(batch)
@@ -300,22 +340,36 @@ class _Noise:
             "rows apart, answers token by token": (rows_apart(parts, keep), batch),
         }
         for name, (context, inputs) in computations.items():
-            with context:
-                other = answer_logits(parts, inputs)
-            difference = float((other.logits - base.logits).abs().max())
-            if not math.isfinite(difference):
-                raise CannotJudge(f"no noise floor: logits are not finite ({name}); if float16 overflows, use bfloat16")
-            self._largest[name] = max(self._largest.get(name, 0.0), difference)
+            self._largest[name] = max(self._largest.get(name, 0.0), self._difference(name, context, inputs, base))
+        modules = [*leaves(parts.language_backbone), *leaves(parts.lm_head)]
+        moved = self._difference("last places", last_place_noise(modules), batch, base)
+        self._last_place = max(self._last_place, moved)
+
+    def _difference(
+        self, name: str, context: AbstractContextManager[None], inputs: dict[str, torch.Tensor], base: AnswerLogits
+    ) -> float:
+        with context:
+            other = answer_logits(self._parts, inputs)
+        difference = float((other.logits - base.logits).abs().max())
+        if not math.isfinite(difference):
+            raise CannotJudge(f"no noise floor: logits are not finite ({name}); if float16 overflows, use bfloat16")
+        return difference
 
     def floor(self) -> NoiseFloor:
-        import torch
-
         value = max(self._largest.values())
-        if value == 0:
-            raise CannotJudge(f"no noise floor: {', '.join(self._largest)} all leave every logit as it was")
-        dtype = coarsest_dtype(self._parts, ("language",))
-        resolution = math.ldexp(torch.finfo(dtype).eps, math.frexp(self._logit)[1] - 1)
-        return NoiseFloor(value, dict(self._largest), str(dtype_name(dtype)), resolution)
+        if value == self._last_place == 0:
+            raise CannotJudge(
+                f"no noise floor: {', '.join(self._largest)} and the last places of every module all leave every "
+                "logit as it was"
+            )
+        terms = max(state.in_features for state in linear_states(self._parts) if state.group in LOGITS)
+        return NoiseFloor(
+            value,
+            dict(self._largest),
+            str(dtype_name(self._dtype)),
+            step(self._dtype, self._logit),
+            rounded_sums(self._dtype, terms) * self._last_place,
+        )
 
 
 def _padded(batch: dict[str, torch.Tensor], pad: int) -> dict[str, torch.Tensor]:

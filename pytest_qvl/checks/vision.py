@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.activations import Peak, Peaks, first_not_finite, leaves, watched
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.rounding import last_place_noise, rounded_sums
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapted_layers
@@ -19,7 +19,7 @@ from pytest_qvl.models.taps import vision_features
 from pytest_qvl.samples import Sample, make_batch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -107,29 +107,6 @@ def row_drift(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return drift
 
 
-@contextmanager
-def last_place_noise(parts: Parts) -> Iterator[None]:
-    """Move every output of every leaf module of the vision tower by one unit in the last place.
-
-    Up or down, by ``x * (1 ± eps)`` in the module's own dtype; signs come from torch's random state.
-    """
-    import torch
-
-    def after(_module: Any, _args: Any, output: Any) -> Any:
-        if not hasattr(output, "is_floating_point") or not output.is_floating_point():
-            return output
-        eps = torch.finfo(output.dtype).eps
-        signs = torch.randint(0, 2, output.shape, device=output.device, dtype=output.dtype)
-        return output * (1 + eps * (2 * signs - 1))
-
-    handles = [module.register_forward_hook(after) for module in leaves(parts.vision_tower)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @dataclass(frozen=True)
 class Drift:
     """How far the rows of many pictures moved at one stage, relative to their own length.
@@ -146,8 +123,7 @@ class Drift:
 def ulp_response(parts: Parts, processor: Any, samples: Sequence[Sample]) -> tuple[Drift, Drift]:
     """How far the tower's rows move when every module in it is off by one unit in the last place.
 
-    Monte Carlo arithmetic (Parker 1997) on the tower itself: how rounding grows or dies out over its depth is
-    measured, not assumed.
+    See :func:`pytest_qvl.checks.rounding.last_place_noise`.
 
     Returns:
         The drift before and after the merger over all pictures; zero without pictures.
@@ -156,7 +132,7 @@ def ulp_response(parts: Parts, processor: Any, samples: Sequence[Sample]) -> tup
     for group in chunks([s for s in samples if s.images]):
         batch = make_batch(processor, group, device=parts.device)
         plain = tower_output(parts, batch)
-        with last_place_noise(parts):
+        with last_place_noise(leaves(parts.vision_tower)):
             noisy = tower_output(parts, batch)
         for one, other in zip(noisy, plain, strict=True):
             for stage, drift in zip(seen, _drifts(one, other), strict=True):
@@ -216,12 +192,13 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
     (measured: 1.6 to 4 times, tower depths 4 and 32). The limits are 1.5 times the response for the root mean
     square, which varies little, and twice the response for the worst row: some three and four times what
     healthy passes differ by. Where the two passes compute in different dtypes the response scales with the
-    coarser ``eps``. Sums of 16-bit products are kept in float32, so only their result is rounded; where the
-    coarser dtype is float32 itself, each of the n partial sums of a product is, which adds up to
-    ``sqrt(n / 6)`` times as much. All limits are capped at 0.1: storing weights as NF4 alters them by 0.09 of
-    their norm (the relative error of NF4 with block 64 on normal weights), so beyond the cap four bits could
-    hide. A tower whose linears are all NF4 drifts by two to twelve times its response; a single NF4 layer can
-    stay below, and is what the quantization census is for.
+    coarser ``eps``, and where that is float32, whose partial sums are rounded too, with
+    :func:`pytest_qvl.checks.rounding.rounded_sums`. No limit lies below the coarser ``eps``: a row whose every
+    element is one step off has moved by ``eps`` of its length at most, and that is the least that another
+    rounding can do to it, however little the response. All limits are capped at 0.1: storing weights as NF4
+    alters them by 0.09 of their norm (the relative error of NF4 with block 64 on normal weights), so beyond the
+    cap four bits could hide. A tower whose linears are all NF4 drifts by two to twelve times its response; a
+    single NF4 layer can stay below, and is what the quantization census is for.
 
     Where both passes run the same kernels, the 16-bit tower of a quantized model is bitwise that of the
     full-precision one, and the drift is exactly 0 (always seen on the CPU). A GPU may choose another kernel
@@ -320,15 +297,21 @@ def _judge_headroom(judge: Judge, peaks: list[Peak]) -> None:
         )
 
 
+def drift_limit(rounding: float, dtype: torch.dtype) -> float:
+    """How far a row may move, relative to its length: as `rounding` explains, 0.1 at most, one step at least."""
+    import torch
+
+    return max(min(rounding, DRIFT_CAP), torch.finfo(dtype).eps)
+
+
 def _judge_drift(judge: Judge, parts: Parts, seen: tuple[_Seen, _Seen], reference: Reference) -> None:
     import torch
 
     own, theirs = coarsest_dtype(parts, TOWER), getattr(torch, reference.vision_dtype)
     coarser = max((own, theirs), key=lambda dtype: torch.finfo(dtype).eps)
     scale = torch.finfo(coarser).eps / torch.finfo(theirs).eps
-    if coarser == torch.float32:
-        terms = max(state.in_features for state in linear_states(parts) if state.group in TOWER)
-        scale *= math.sqrt(terms / 6)
+    terms = max(state.in_features for state in linear_states(parts) if state.group in TOWER)
+    scale *= rounded_sums(coarser, terms)
     cause = _cause(parts)
     for stage, response, found in zip(STAGES, reference.ulp_response, seen, strict=True):
         now = found.drift()
@@ -339,7 +322,7 @@ def _judge_drift(judge: Judge, parts: Parts, seen: tuple[_Seen, _Seen], referenc
             judge.at_most(
                 name,
                 value,
-                min(factor * scale * expected, DRIFT_CAP),
+                drift_limit(factor * scale * expected, coarser),
                 else_say=f"visual features {stage} moved away from {reference.source}, furthest at "
                 f"{found.where} (tower in {dtype_name(own)}){cause}",
             )

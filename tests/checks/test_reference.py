@@ -144,21 +144,23 @@ def test_noise_floor_is_rounding(fresh_model: Any, processor: Any, dtype: str, l
     # rounding of logits of size 10: eps is 1e-7 in float32 and 8e-3 in bfloat16
     assert low < floor.value < high
     assert floor.resolution == torch.finfo(getattr(torch, dtype)).eps * 8  # the largest logits are 8 to 16
-    assert floor.limit == 4 * floor.value
+    assert floor.last_place >= floor.resolution
+    assert floor.limit == max(4 * floor.value, floor.last_place + floor.resolution)
 
 
 def test_limit_is_capped_at_one_nat() -> None:
-    assert NoiseFloor(0.1, {}, "bfloat16", 0.0625).limit == pytest.approx(0.4)
-    assert NoiseFloor(0.5, {}, "bfloat16", 0.25).limit == 1.0
+    assert NoiseFloor(0.1, {}, "bfloat16", 0.0625, 0.1).limit == pytest.approx(0.4)
+    assert NoiseFloor(0.5, {}, "bfloat16", 0.25, 0.5).limit == 1.0
+    assert NoiseFloor(0.1, {}, "bfloat16", 0.25, 3.0).limit == 1.0
     # logits beyond 1,024 stand 8 apart in bfloat16
-    assert NoiseFloor(8.0, {}, "bfloat16", 8.0).limit == 32.0
+    assert NoiseFloor(8.0, {}, "bfloat16", 8.0, 16.0).limit == 32.0
 
 
 def test_nothing_to_measure(fresh_model: Any, processor: Any) -> None:
     model = fresh_model(quantized=False)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    with pytest.raises(CannotJudge, match=r"no noise floor: .* all leave every logit"):
+    with pytest.raises(CannotJudge, match=r"no noise floor: .* all leave every logit as it was"):
         noise_floor(model, processor, FEW)
 
 

@@ -1,0 +1,61 @@
+"""The resolution of what is computed, and what a last place in every module does to it: no limit lies below either."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import torch
+    from torch import nn
+
+
+def step(dtype: torch.dtype, magnitude: float) -> float:
+    """Distance from a number of this magnitude to the next larger one of `dtype`.
+
+    Two numbers of at most this magnitude that are rounded to `dtype` after all else was equal differ by one step
+    or not at all; below the smallest normal number the distance no longer shrinks.
+    """
+    import torch
+
+    limits = torch.finfo(dtype)
+    return math.ldexp(limits.eps, math.frexp(max(magnitude, limits.tiny))[1] - 1)
+
+
+def rounded_sums(dtype: torch.dtype, terms: int) -> float:
+    """How many times more than its result's own rounding a product of `terms` terms is rounded.
+
+    Sums of 16-bit products are kept in float32, so only their result is rounded: once. In float32 each of the
+    n partial sums is; their sizes grow evenly towards the result's, so that the squares of the errors add up to
+    n / 3 of the last one's for terms of one sign and n / 6 on average with those that cancel: ``sqrt(n / 6)``.
+    """
+    import torch
+
+    return max(1.0, math.sqrt(terms / 6)) if dtype == torch.float32 else 1.0
+
+
+@contextmanager
+def last_place_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Move every output of `modules` by one unit in the last place inside the block.
+
+    Up or down, by ``x * (1 ± eps)`` in the output's own dtype; signs come from torch's random state. Monte Carlo
+    arithmetic (Parker 1997): how rounding grows or dies out on its way through a model is measured, not assumed.
+    """
+    import torch
+
+    def after(_module: Any, _args: Any, output: Any) -> Any:
+        if not hasattr(output, "is_floating_point") or not output.is_floating_point():
+            return output
+        eps = torch.finfo(output.dtype).eps
+        signs = torch.randint(0, 2, output.shape, device=output.device, dtype=output.dtype)
+        return output * (1 + eps * (2 * signs - 1))
+
+    handles = [module.register_forward_hook(after) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
