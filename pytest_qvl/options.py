@@ -112,6 +112,8 @@ def _file(text: str, folder: Path) -> Path:
     path = folder / Path(text).expanduser()
     if path.is_dir():
         raise SettingError(f"{str(path)!r} is a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise SettingError(f"{str(path)!r} is a device or a pipe, not a regular file, and is not replaced by one")
     return path.resolve()
 
 

@@ -3,7 +3,7 @@
 Schema ``pytest-qvl/record/1``. Checks are keyed by model, device, check and parameters, not by node id, which changes
 with the folder that pytest was started in. ``seconds_by_test`` has set-up, call and tear-down of every test that uses
 a model: shared fixtures count for the test that came first. ``vram`` has the peaks of the whole process and of each
-phase. Written atomically, also when tests fail.
+phase. Written atomically, also when tests fail, as the last thing of the session: the exit status is the process's.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
-import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Sequence
 
 SCHEMA = "pytest-qvl/record/1"
 PACKAGES = (
@@ -96,16 +97,36 @@ class Record:
         for check, reason in data["not_judged"]:
             self._checks.append({**common, "check": check, "not_judged": reason})
 
-    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        """Write the file."""
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Write the file, after whoever may still change the exit status; without a record it is not green."""
+        try:
+            return (yield)
+        finally:
+            problem = self._write(session)
+            if problem:
+                if session.exitstatus == pytest.ExitCode.OK:
+                    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+                self._say(session.config, f"qvl_record: {problem}")
+
+    @staticmethod
+    def _say(config: pytest.Config, line: str) -> None:
+        reporter: Any = config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is None:
+            print(line, file=sys.stderr)
+        else:
+            reporter.ensure_newline()
+            reporter.write_line(line, red=True, bold=True)
+
+    def _write(self, session: pytest.Session) -> str:
         finished = datetime.now(UTC)
-        write_json(
+        return write_json(
             self._path,
             {
                 "schema": SCHEMA,
                 "started": self._started.isoformat(timespec="seconds"),
                 "seconds": round((finished - self._started).total_seconds(), 1),
-                "exit_status": int(exitstatus),
+                "exit_status": int(session.exitstatus),
                 "command": ["pytest", *map(str, session.config.invocation_params.args)],
                 "settings": self._settings,
                 "environment": environment(session.config.rootpath),
@@ -171,17 +192,25 @@ def _commit(folder: Path) -> str | None:
     return done.stdout.strip() or None
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> str:
     """Write JSON so that a reader sees the old file or the new one, never half of one.
 
-    A folder that cannot be written is said on stderr: a finished run is not lost for it.
+    Args:
+        path: The file; made with the permissions that the process's umask leaves.
+        data: What to write.
+
+    Returns:
+        Why it could not be written, in one sentence; nothing is left beside the old file then. Empty if it was.
     """
     text = json.dumps(data, indent=1, sort_keys=False, default=str, allow_nan=True) + "\n"
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        with beside.open("x", encoding="utf-8") as stream:
             stream.write(text)
-        Path(name).replace(path)
+        beside.replace(path)
     except OSError as error:
-        print(f"qvl_record: {path} could not be written: {error}", file=sys.stderr)
+        with suppress(OSError):
+            beside.unlink()
+        return f"{path} could not be written: {error.strerror or error}"
+    return ""

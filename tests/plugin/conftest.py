@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import os
 
-import hypothesis  # noqa: F401 - its plugin imports it at the end of an inner run, which would do so each time anew
+import hypothesis  # noqa: F401 - its plugin imports it at the end of a run, and inner runs would each time anew
 import pytest
 
 from pytest_qvl.gpu.lease import DIRECTORY_VARIABLE, SESSION_VARIABLE, TOKEN_VARIABLE
+
+# Adding a key raises the version.
+RECORD = "pytest-qvl/record/1"
+RECORD_KEYS = [
+    "schema",
+    "started",
+    "seconds",
+    "exit_status",
+    "command",
+    "settings",
+    "environment",
+    "tests",
+    "skipped",
+    "checks",
+    "seconds_by_test",
+    "comparison",
+    "session",
+    "gpu_failures",
+    "leases",
+    "vram",
+]
+
+
+@pytest.fixture(autouse=True)
+def _every_record_has_one_shape(request):
+    """Whatever an inner run was about: its record has all the keys of its version, in their order."""
+    folder = request.getfixturevalue("pytester").path if "pytester" in request.fixturenames else None
+    yield
+    for file in folder.glob("*.json") if folder else ():
+        text = file.read_text(encoding="utf-8")
+        if '"schema": "pytest-qvl/record/' in text:
+            found = json.loads(text)
+            assert [found["schema"], *found] == [RECORD, *RECORD_KEYS]
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,84 @@
+"""The record: its exit status is the process's, and a file that cannot be written is no green run."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLAIN = "def test_plain(): pass"
+
+
+def record(pytester):
+    return json.loads((pytester.path / "record.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source", "more"),
+    [
+        ([], PLAIN, ""),
+        (["--qvl-require-gpu"], PLAIN, ""),  # which turns the session red
+        ([], "def test_red(): assert False", ""),
+        (["-k", "nothing"], PLAIN, ""),
+        ([], PLAIN, "def pytest_sessionfinish(session): session.exitstatus = 77"),
+        ([], "import pytest\ndef test_it(): pytest.exit('enough', returncode=9)", ""),
+    ],
+    ids=["green", "no GPU", "red", "nothing ran", "another plugin", "exit"],
+)
+def test_the_exit_status_is_that_of_the_process(pytester, run_light, arguments, source, more):
+    pytester.makepyfile(source)
+    pytester.makeconftest(more)
+    result = run_light("--qvl-record", "record.json", *arguments)
+    assert record(pytester)["exit_status"] == result.ret
+
+
+def test_a_record_has_the_permissions_that_the_umask_leaves(pytester, run_light):
+    pytester.makepyfile(PLAIN)
+    before = os.umask(0o027)
+    try:
+        run_light("--qvl-record", "deep/er/record.json")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((pytester.path / "deep" / "er" / "record.json").stat().st_mode) == 0o640
+
+
+def test_a_record_that_cannot_be_written_is_no_green_run(pytester):
+    """A limit on the size of files stands in for a full disk: the old record stays, and nothing beside it."""
+    pytester.makepyfile(
+        """
+    import resource
+    def test_it(): resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+    """
+    )
+    (pytester.path / "record.json").write_text("old")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--qvl-record", "record.json"]
+    # Into pipes, which the limit does not concern.
+    done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+    line = f"qvl_record: {pytester.path}/record.json could not be written: File too large"
+    assert line in done.stdout.splitlines()
+    assert (pytester.path / "record.json").read_text() == "old"
+    assert [path.name for path in pytester.path.iterdir() if "record.json" in path.name] == ["record.json"]
+
+
+def test_a_folder_that_takes_no_files_is_told_in_a_line_of_its_own(pytester, run_light):
+    pytester.makepyfile(PLAIN)
+    result = run_light("--qvl-record", "/proc/nowhere/record.json")
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    result.stdout.fnmatch_lines(
+        ["qvl_record: /proc/nowhere/record.json could not be written: No such file or directory"]
+    )
+
+
+def test_a_pipe_is_not_replaced(pytester, run_light):
+    pytester.makepyfile(PLAIN)
+    os.mkfifo("pipe")
+    result = run_light("--qvl-record", "pipe")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*is a device or a pipe, not a regular file, and is not replaced by one"])
+    assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
