@@ -9,7 +9,7 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import adapter_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
     from torch import nn
@@ -23,11 +23,21 @@ IGNORED = -100
 WRONG_RANK = 3
 
 
-def adamw(learning_rate: float) -> MakeOptimizer:
-    """Makes a ``torch.optim.AdamW`` without weight decay, so that only a gradient can move a weight."""
+def adamw(learning_rate: float | Sequence[float]) -> MakeOptimizer:
+    """Makes a ``torch.optim.AdamW`` without weight decay, so that only a gradient can move a weight.
+
+    Args:
+        learning_rate: For all parameters, or one for each.
+    """
     import torch
 
-    return lambda parameters: torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+    def make(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        if isinstance(learning_rate, float | int):
+            return torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        groups = [{"params": [p], "lr": rate} for p, rate in zip(parameters, learning_rate, strict=True)]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+
+    return make
 
 
 def trainable_parameters(parts: Parts) -> dict[str, nn.Parameter]:

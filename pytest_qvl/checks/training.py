@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import gates, matrix_of
+from pytest_qvl.checks.descent import Lesson, descent, take_step
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.optimizer import judge_optimizer
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.teaching import (
     IGNORED,
@@ -30,14 +33,14 @@ from pytest_qvl.models.training import (
     computes_in_float16,
     is_checkpointing,
     is_reentrant,
-    largest_gain,
+    layer_gains,
     loss_floor,
     trained_copies,
     weights_restored,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
     import torch
     from torch import nn
@@ -63,7 +66,7 @@ def training_step(
 ) -> Evidence:
     """Prove that a training step reaches every adapter tensor and nothing else, and that the adapter learns.
 
-    Starts from B = 0 (the adapter's own B is set aside), in train mode:
+    Starts from B = 0 (the adapter's own B is set aside), in train mode, with an AdamW of its own:
 
     - first backward: every gradient is finite; every B has a gradient that is not zero; every A has one that
       is exactly zero, because it is multiplied by B;
@@ -73,15 +76,22 @@ def training_step(
       ``ln 3``, see :func:`pytest_qvl.checks.teaching.taught_wrong`), halves within `steps_to_halve` steps.
       Right answers would show nothing: a trained model is already on the floor there. Where the frozen head
       of a very narrow model cannot go to zero (:func:`pytest_qvl.models.training.loss_floor`), what halves is
-      the distance to what it can.
+      the distance to what it can. An adapter too small to halve it (one projection of an early layer) is
+      right where the loss falls by what its gradient promises to first order
+      (:func:`pytest_qvl.checks.descent.descent`); a note says so.
 
-    The learning rate is derived from the model. AdamW's first steps move every element of B by the learning
+    The learning rates are derived from the model. AdamW's first steps move every element of B by the learning
     rate, so an adapted layer's output moves by ``rate * gain`` of the input's root mean square
-    (:func:`pytest_qvl.models.training.largest_gain`), and the residual stream by at most that times the
-    number of layers. The rate makes this a fifth of the stream per step: after 5 steps an adapter can have
+    (:func:`pytest_qvl.models.training.layer_gains`), and the residual stream by at most the sum of that over
+    the layers. Each layer has a rate of its own, which makes this a fifth of the stream per step and layer of the
+    backbone, whatever the ranks and alphas of the others: after 5 steps an adapter can have
     turned the hidden state into any other, and `steps_to_halve` allows eight times as many, for layers that
     do not pull together; it stops as soon as the loss has halved. With float16
     compute the loss is scaled as ``torch.amp.GradScaler`` does. All trained weights are put back bitwise.
+
+    Your own optimizer is judged by its direction and not by this speed, on one step from where every tensor has a
+    gradient (:func:`pytest_qvl.checks.optimizer.judge_optimizer`): it holds every trained tensor at a rate above 0,
+    and its step moves each of them, downhill and to finite values, at any learning rate.
 
     Args:
         model: The model wrapped by PEFT, its adapter trainable.
@@ -89,12 +99,12 @@ def training_step(
         gradient_checkpointing: Train with it or without. A model that already checkpoints keeps its own kind
             (reentrant or not); otherwise it is switched on without reentry.
         steps_to_halve: Optimizer steps within which the loss must halve, at least 2.
-        learning_rate: For the default optimizer; derived as above if not given.
-        make_optimizer: Makes another optimizer from the list of trainable parameters.
+        learning_rate: Of the check's own AdamW, at which the loss must then halve; derived as above if not given.
+        make_optimizer: Makes your own optimizer from the list of trainable parameters.
 
     Raises:
-        CheckFailed: Names the parameter without a path, the gradient that is not finite, or the loss that
-            stays.
+        CheckFailed: Names the parameter without a path, the gradient that is not finite, the loss that
+            stays, or what your optimizer leaves out, leaves where it is or moves uphill.
         CannotJudge: No pictures, or weights repacked for the CPU.
         ValueError: No adapter, nothing trainable, no labels, or fewer than two steps.
     """
@@ -109,10 +119,7 @@ def training_step(
     how = "with" if gradient_checkpointing else "without"
     judge = Judge("training_step", f"a training step {how} gradient checkpointing teaches the adapter")
     _judge_trained(judge, parts, trained)
-    scale = FIRST_FLOAT16_SCALE if computes_in_float16(parts) else 1.0
-    rate = learning_rate
-    if rate is None:
-        rate = _MOVE_PER_STEP / (largest_gain(parts) * parts.text_config.num_hidden_layers)
+    own = adamw(learning_rate) if learning_rate is not None else _derived_adamw(parts, trained)
     with (
         preserved(model, seed=_SEED),
         weights_restored(trained.values()),
@@ -122,26 +129,77 @@ def training_step(
             for gate in gates(trained).values():
                 gate.zero_()
         wrong = taught_wrong(parts, batch)
-        floor = loss_floor(parts, int(wrong["labels"].max()))
         parts.wrapped.train()
-        weights = list(trained.values())
-        optimizer = (make_optimizer or adamw(rate))(weights)
-        losses: list[float] = []
-        for step in range(steps_to_halve + 1):
-            loss, scale = backward(lambda: forward(parts, wrong).loss, weights, scale=scale)
-            losses.append(loss)
-            if step < 2:
-                _judge_gradients(judge, trained, step, _hint(parts))
-            if step and (judge.problems or not math.isfinite(loss) or loss <= _half(losses[0], floor)):
-                break
-            optimizer.step()
-    if judge.problems:
-        judge.note("learning was not judged, because the gradients are not right")
-    else:
-        _judge_learning(judge, losses, floor, steps_to_halve, rate if make_optimizer is None else None)
-    if scale != 1:
-        judge.report("loss scale", scale)
+        lesson = Lesson(
+            parts, wrong, list(trained.values()), FIRST_FLOAT16_SCALE if computes_in_float16(parts) else 1.0, _SEED
+        )
+        with weights_restored(trained.values()):
+            course = _learn(judge, lesson, trained, own, steps_to_halve)
+        if judge.problems:
+            judge.note("learning was not judged, because the gradients are not right")
+        else:
+            _judge_learning(judge, lesson, course, own, derived=learning_rate is None)
+        if make_optimizer is not None and not judge.problems:
+            take_step(lesson, own(list(lesson.weights)))
+            judge_optimizer(judge, lesson, trained, make_optimizer)
+    if course.scale != 1:
+        judge.report("loss scale", course.scale)
     return judge.verdict()
+
+
+def _derived_adamw(parts: Parts, trained: Mapping[str, nn.Parameter]) -> MakeOptimizer:
+    """AdamW at the rate of each adapted layer that moves its output by its share; the smallest for all else."""
+    share = _MOVE_PER_STEP / parts.text_config.num_hidden_layers
+    # The embeddings are the stream where it begins, so their share of it is the whole.
+    rates = {
+        layer: (_MOVE_PER_STEP if parts.group_of(layer) == "embeddings" else share) / gain
+        for layer, gain in layer_gains(parts).items()
+    }
+    slowest = min(rates.values(), default=share)
+    return adamw([rates.get(name.partition(".lora_")[0], slowest) for name in trained])
+
+
+@dataclass(frozen=True)
+class _Course:
+    """How the learning went.
+
+    Attributes:
+        losses: Of each step, the last without a step after it, in nats.
+        allowed: Optimizer steps that it was given.
+        goal: The loss that counts as learned.
+        floor: The smallest loss that the frozen head allows.
+        scale: Loss scale at the end.
+        rates: Smallest and largest learning rate.
+    """
+
+    losses: list[float]
+    allowed: int
+    goal: float
+    floor: float
+    scale: float
+    rates: tuple[float, float]
+
+
+def _learn(
+    judge: Judge, lesson: Lesson, trained: Mapping[str, nn.Parameter], own: MakeOptimizer, steps: int
+) -> _Course:
+    """Step until the loss has halved, the gradients turn out wrong or the steps are used up."""
+    parts, weights, scale = lesson.parts, list(lesson.weights), lesson.scale
+    floor = loss_floor(parts, int(lesson.batch["labels"].max()))
+    optimizer = own(weights)
+    losses: list[float] = []
+    goal = 0.0
+    for step in range(steps + 1):
+        loss, scale = backward(lambda: forward(parts, lesson.batch).loss, weights, scale=scale)
+        losses.append(loss)
+        goal = floor + (losses[0] - floor) / 2
+        if step < 2:
+            _judge_gradients(judge, trained, step, _hint(parts))
+        if step and (judge.problems or not math.isfinite(loss) or loss <= goal):
+            break
+        optimizer.step()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return _Course(losses, steps, goal, floor, scale, (min(rates), max(rates)))
 
 
 def _judge_trained(judge: Judge, parts: Parts, trained: Mapping[str, nn.Parameter]) -> None:
@@ -229,11 +287,8 @@ def _hint(parts: Parts) -> str:
     return ""
 
 
-def _half(loss: float, floor: float) -> float:
-    return floor + (loss - floor) / 2
-
-
-def _judge_learning(judge: Judge, losses: Sequence[float], floor: float, steps: int, rate: float | None) -> None:
+def _judge_learning(judge: Judge, lesson: Lesson, course: _Course, own: MakeOptimizer, *, derived: bool) -> None:
+    losses = course.losses
     judge.at_least(
         "loss on wrong answers at first",
         losses[0],
@@ -241,20 +296,30 @@ def _judge_learning(judge: Judge, losses: Sequence[float], floor: float, steps: 
         unit="nat",
         else_say="the loss on answers that the model finds wrong does not begin at 1 nat per token or above",
     )
-    judge.at_most(
-        f"smallest loss within {steps} steps",
-        min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss),
-        _half(losses[0], floor),
-        unit="nat",
-        else_say=(
-            f"the loss did not halve in {len(losses) - 1} optimizer steps"
-            + (f" at learning rate {rate:.3g}" if rate is not None else "")
-            + f": it went {', '.join(f'{loss:.3g}' for loss in losses[:5])} ... {losses[-1]:.3g}"
-        ),
+    smallest = min(losses, key=lambda loss: math.inf if math.isnan(loss) else loss)
+    low, high = (f"{rate:.3g}" for rate in course.rates)
+    story = (
+        f"the loss did not halve in {len(losses) - 1} optimizer steps at learning rate "
+        f"{low if low == high else f'{low} to {high}'}: it went "
+        f"{', '.join(f'{loss:.3g}' for loss in losses[:5])} ... {losses[-1]:.3g}"
     )
     judge.report("optimizer steps taken", len(losses) - 1)
-    if floor:
-        judge.report("smallest loss that the frozen head allows", floor, "nat")
+    if course.floor:
+        judge.report("smallest loss that the frozen head allows", course.floor, "nat")
+    name = f"smallest loss within {course.allowed} steps"
+    if smallest > course.goal and smallest < losses[0] and derived:
+        found = descent(lesson, take_step(lesson, own(list(lesson.weights))))
+        if found.agrees:
+            judge.report(name, smallest, "nat")
+            judge.note(
+                f"{story}; it falls as its gradient promises ({found.promised:+.3g} nat to first order, "
+                f"{found.seen:+.3g} nat seen), so this adapter is right and cannot teach more by itself in that time"
+            )
+            return
+        story += (
+            f"; to first order the gradient promises {found.promised:+.3g} nat where {found.seen:+.3g} nat are seen"
+        )
+    judge.at_most(name, smallest, course.goal, unit="nat", else_say=story)
 
 
 @check

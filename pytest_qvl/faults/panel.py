@@ -59,7 +59,12 @@ def panel() -> dict[str, Callable[[Case], Any]]:
 
     def training_step(case: Case) -> None:
         for checkpointing in (False, True):
-            checks.training_step(case.model, training(case), gradient_checkpointing=checkpointing)
+            checks.training_step(
+                case.model,
+                training(case),
+                gradient_checkpointing=checkpointing,
+                make_optimizer=case.make_optimizer,
+            )
 
     def spared(case: Case) -> None:
         for checkpointing in (False, True):

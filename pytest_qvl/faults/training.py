@@ -104,6 +104,34 @@ def _sign(case: Case) -> Iterator[None]:
         yield
 
 
+@fault(
+    "optimizer-ascends",
+    "The optimizer was made with maximize=True, as for a reward: every step goes uphill.",
+    damages="run",
+    check="training_step",
+    says=("your optimizer moves 56 of 56 tensors uphill", "maximize=True"),
+)
+def _ascends(case: Case) -> Iterator[None]:
+    import torch
+
+    case.make_optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, maximize=True, weight_decay=0.0)
+    yield
+
+
+@fault(
+    "optimizer-rate-zero",
+    "The learning rate is 0 (a warm-up over more steps than the run has): nothing is ever learned.",
+    damages="run",
+    check="training_step",
+    says=("parameter groups of your optimizer have the learning rate 0", "warm-up schedule"),
+)
+def _rate_zero(case: Case) -> Iterator[None]:
+    import torch
+
+    case.make_optimizer = lambda parameters: torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0)
+    yield
+
+
 def _labels(case: Case, change: Callable[[dict[str, Any]], torch.Tensor]) -> None:
     case.collators.append(lambda b, _: {**b, "labels": change(b)} if "labels" in b else b)
 

@@ -104,21 +104,30 @@ def weights_restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def largest_gain(parts: Parts) -> float:
-    """What one unit in every element of B adds to an adapter's output, for an input of root mean square 1.
+def layer_gains(parts: Parts) -> dict[str, float]:
+    """What one unit in every element of B adds to each adapted layer's output, for an input of root mean square 1.
 
-    ``scaling * sum over ranks of E|A x|`` with ``E|A x| = sqrt(2 / pi) * norm(row of A)`` for normally
-    distributed ``x``; the largest over the adapted linear layers, and 1 where there are none.
+    For linear layers ``scaling * sum over ranks of E|A x|`` with ``E|A x| = sqrt(2 / pi) * norm(row of A)`` for
+    normally distributed ``x``. For an embedding, where A is what starts at zero and a token picks one of its
+    columns, ``scaling * sum over ranks of |B|``, mean over the width, relative to the root mean square of the
+    table that it is added to. By dotted name in the base model; a layer whose gain is 0 or unknown is left out.
     """
-    gains = [
-        layer.scaling[name]
-        * math.sqrt(2 / math.pi)
-        * float(layer.lora_A[name].weight.detach().float().norm(dim=1).sum())
-        for layer in adapted_layers(parts).values()
-        for name in layer.active_adapters
-        if name in getattr(layer, "lora_A", {})
-    ]
-    return max(gains, default=1.0)
+    import torch
+
+    gains: dict[str, float] = {}
+    for layer_name, layer in adapted_layers(parts).items():
+        for name in layer.active_adapters:
+            if name in getattr(layer, "lora_A", {}):
+                rows = layer.lora_A[name].weight.detach().float().flatten(1).norm(dim=1)
+                gain = math.sqrt(2 / math.pi) * float(rows.sum())
+            elif name in getattr(layer, "lora_embedding_B", {}):
+                table = layer.get_base_layer().weight.detach()
+                size = float(torch.linalg.vector_norm(table, dtype=torch.float32)) / math.sqrt(table.numel())
+                gain = float(layer.lora_embedding_B[name].detach().float().abs().sum(dim=1).mean()) / (size or 1.0)
+            else:
+                continue
+            gains[layer_name] = max(gains.get(layer_name, 0.0), abs(layer.scaling[name]) * gain)
+    return {name: gain for name, gain in gains.items() if 0 < gain < math.inf}
 
 
 def loss_floor(parts: Parts, token: int) -> float:
