@@ -6,6 +6,7 @@ Standard library only: the plugin, the reports and the record read evidence with
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -64,6 +65,16 @@ class Figure:
         unit = f" {self.unit}" if self.unit else ""
         shown = f"{self.name} {show(self.value)}{unit}"
         return f"{shown} ({self.relation} {show(self.limit)}{unit})" if self.relation else shown
+
+
+def printable(text: str) -> str:
+    """Text from strangers (replies, file names) as it can go to a terminal: control characters as Python escapes them.
+
+    So are marks that change the direction of text; line breaks and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 
 
 def show(value: Any) -> str:
@@ -157,7 +168,7 @@ class CheckFailed(AssertionError):
         lines += [f"note: {n}" for n in evidence.notes]
         if evidence.table:
             lines += ["", str(evidence.table)]
-        super().__init__("\n".join(lines))
+        super().__init__(printable("\n".join(lines)))
         self.evidence = evidence
 
 

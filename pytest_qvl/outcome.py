@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, collecting
+from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, collecting, printable
 from pytest_qvl.report.promises import promise_of
 from pytest_qvl.shipped import check_name, is_shipped
 from pytest_qvl.targets import NEEDS_CUDA, target_of
@@ -45,7 +45,7 @@ def judging(item: pytest.Item) -> Iterator[None]:
             yield
         except CannotJudge as reason:
             outcome.not_judged.append((_check_in(reason, item), str(reason)))
-            raise pytest.skip.Exception(f"not judged: {reason}", _use_item_location=True) from reason
+            raise pytest.skip.Exception(printable(f"not judged: {reason}"), _use_item_location=True) from reason
 
 
 def _check_in(reason: CannotJudge, item: pytest.Item) -> str:

@@ -9,6 +9,7 @@ import pytest
 pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
 
 from pytest_qvl import child, early, fixtures, lineage, outcome, overrides, rootdir, third_party  # noqa: E402 - after assertion rewriting
+from pytest_qvl.evidence import printable  # noqa: E402
 from pytest_qvl.faulted import Faulted, refuse_other_models  # noqa: E402
 from pytest_qvl.gpu.lease import join_session  # noqa: E402
 from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
@@ -84,7 +85,8 @@ def pytest_configure(config: pytest.Config) -> None:
         register(children.Children(config, settings.backend, state.progress), child.PARENT_NAME)
     register(fixtures, "qvl-fixtures")
     register(ShippedSuite(), "qvl-suite")
-    register(Summary(), "qvl-summary")
+    summary = Summary()
+    register(summary, "qvl-summary")
     comparison = Comparison()
     register(comparison, "qvl-comparison")
     limits = VramLimits(config, state.meter, default=settings.vram_limit, required=settings.require_gpu)
@@ -101,6 +103,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         chosen = [*settings.described(), *_simulated(settings)]
         parts = [
+            summary.as_dict,
             comparison.as_dict,
             verdicts.as_dict,
             failures.as_dict,
@@ -147,7 +150,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     """What was chosen, and by whom."""
     settings = config.stash[SETTINGS_KEY]
     lines = (", ".join(settings.described()), *_simulated(settings), *overrides.described(config))
-    return [f"qvl: {line}" for line in lines]
+    return [printable(f"qvl: {line}") for line in lines]
 
 
 def _simulated(settings: Settings) -> list[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pytest_qvl.evidence import printable
+
 
 class Refusal(pytest.fail.Exception):  # type: ignore[name-defined,misc]
     """What a user can mend, said in one line without a traceback."""
@@ -11,7 +13,7 @@ class Refusal(pytest.fail.Exception):  # type: ignore[name-defined,misc]
     __module__ = "builtins"  # pytest shows the name of the class alone
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, pytrace=False)
+        super().__init__(printable(message), pytrace=False)
 
 
 class NotRun(Refusal):

@@ -15,6 +15,7 @@ import pytest
 
 from pytest_qvl import lineage
 from pytest_qvl.child import NAME as CHILD
+from pytest_qvl.evidence import printable
 from pytest_qvl.gpu_access import GpuAccess
 from pytest_qvl.kept_errors import forget, forget_last, release_frames, write_down
 from pytest_qvl.leaks import LeakWatch
@@ -111,7 +112,7 @@ class State:
             return
         with self._uncaptured():
             reporter.ensure_newline()
-            reporter.write_line(f"qvl: {line}")
+            reporter.write_line(printable(f"qvl: {line}"))
 
     def announce(self, line: str) -> None:
         """Show what somebody may be waiting for at once, on a terminal or not.
@@ -129,7 +130,7 @@ class State:
                 print(f"\nqvl: {f'{worker}: ' if worker else ''}{line}", file=sys.__stderr__, flush=True)
             else:
                 reporter.ensure_newline()
-                reporter.write_line(f"qvl: {line}")
+                reporter.write_line(printable(f"qvl: {line}"))
                 reporter.flush()
 
     def _uncaptured(self) -> AbstractContextManager[object]:

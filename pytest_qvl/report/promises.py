@@ -12,10 +12,14 @@ class Promise:
     Attributes:
         title: What is promised.
         checks: Names of the check functions that prove it.
+        on_request: Those that a run without a certain setting does not ask for; they are not missed there.
+        needs_limit: Whether it is about a limit, so that measuring alone keeps nothing.
     """
 
     title: str
     checks: tuple[str, ...]
+    on_request: tuple[str, ...] = ()
+    needs_limit: bool = False
 
 
 PROMISES = (
@@ -49,7 +53,12 @@ PROMISES = (
     ),
     Promise("answers come from the pictures", ("alignment",)),
     Promise("training step", ("training_step", "vision_not_backpropagated", "label_mask")),
-    Promise("peak VRAM within its limit", ("peak_vram", "forecast_fits_card", "forecast_agrees")),
+    Promise(
+        "peak VRAM within its limit",
+        ("peak_vram", "forecast_fits_card", "forecast_agrees"),
+        on_request=("forecast_fits_card",),
+        needs_limit=True,
+    ),
 )
 
 

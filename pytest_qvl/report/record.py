@@ -1,8 +1,9 @@
 """The JSON record of one run: what was measured, and on what.
 
-Schema ``pytest-qvl/record/1``. Checks are keyed by model, device, check and parameters, not by node id, which changes
+Schema ``pytest-qvl/record/2``. Checks are keyed by model, device, check and parameters, not by node id, which changes
 with the folder that pytest was started in. ``seconds_by_test`` has set-up, call and tear-down of every test that uses
-a model: shared fixtures count for the test that came first. ``vram`` has the peaks of the whole process and of each
+a model: shared fixtures count for the test that came first. ``promises`` has the state of every promise for every
+model, as in the summary (since version 2). ``vram`` has the peaks of the whole process and of each
 phase. Written atomically, also when tests fail, as the last thing of the session: the exit status is the process's.
 """
 
@@ -25,7 +26,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
-SCHEMA = "pytest-qvl/record/1"
+SCHEMA = "pytest-qvl/record/2"
 PACKAGES = (
     "pytest-qvl",
     "torch",

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytest
 
-from pytest_qvl.evidence import Evidence
+from pytest_qvl.evidence import Evidence, printable
 from pytest_qvl.report.promises import PROMISES, promise_of
+from pytest_qvl.report.states import STATES, PromiseState, Said, promise_states
 
 TITLE = "does QLoRA leave the model seeing?"
 TITLE_WIDTH = max(len(promise.title) for promise in PROMISES)
-STATES = ("kept", "BROKEN", "error", "not judged", "skipped", "not run")
 STATE_WIDTH = max(map(len, STATES))
 YELLOW = {"yellow": True}
 COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "error": {"red": True}}
 TABLES_SHOWN = ("peak_vram",)  # numbers that are wanted though nothing is wrong with them
 OWN_MODELS = "models of the tests' own"
-Said = tuple[str, str]  # check, and what was said about it
+NARROW = len("   11  ") + TITLE_WIDTH + len("  ") + STATE_WIDTH  # below it, a promise takes lines of its own
 
 
 @dataclass
@@ -39,6 +40,10 @@ class Results:
     errors: list[Said] = field(default_factory=list)
     skipped: list[Said] = field(default_factory=list)
     seconds: float = 0.0
+
+    def states(self) -> list[PromiseState]:
+        """The state of every promise."""
+        return promise_states(self.evidence, self.errors, self.not_judged, self.skipped)
 
 
 class Summary:
@@ -78,29 +83,31 @@ class Summary:
         lines = [_skip_line(t, r) for t, r in self._suite.items() if t not in ran]
         lines += [_own_line(target, results) for target, results in self._own.items()]
         for line in filter(None, lines):
-            terminalreporter.line(f"qvl: {line}")
+            terminalreporter.line(printable(f"qvl: {line}"))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for the record: the state of every promise, for each model that the suite was collected for."""
+        states = [{"target": t, **asdict(state)} for t, results in self._suite.items() for state in results.states()]
+        return {"promises": states}
 
 
 def _write_table(terminal: Any, target: str, results: Results, stopped: bool) -> None:
     terminal.line(target, bold=True)
+    width = terminal.config.get_terminal_writer().fullwidth
     states: Counter[str] = Counter()
-    for index, promise in enumerate(PROMISES):
+    for promise in results.states():
+        states[promise.state] += 1
+        for line in _row(promise, width):
+            terminal.line(printable(line), **COLOURS.get(promise.state, YELLOW))
+        index = promise.number - 1
+        for check, said in _about(index, results.errors):
+            terminal.line(printable(f"       error: {check}: {said}"), **COLOURS["error"])
+        for check, said in _about(index, results.not_judged):
+            terminal.line(printable(f"       not judged: {check}: {said}"), **YELLOW)
         found = [e for e in results.evidence if promise_of(e.check) == index]
-        errors, not_judged, skipped = (
-            [(check, said) for check, said in pairs if promise_of(check) == index]
-            for pairs in (results.errors, results.not_judged, results.skipped)
-        )
-        state, detail = _state(found, errors, not_judged, skipped)
-        states[state] += 1
-        line = f"   {index + 1:>2}  {promise.title:<{TITLE_WIDTH}}  {state:<{STATE_WIDTH}}  {detail}"
-        terminal.line(line.rstrip(), **COLOURS.get(state, YELLOW))
-        for check, said in dict.fromkeys(errors):
-            terminal.line(f"       error: {check}: {said}", **COLOURS["error"])
-        for check, said in dict.fromkeys(not_judged):
-            terminal.line(f"       not judged: {check}: {said}", **YELLOW)
         for table in (e.table for e in found if e.check in TABLES_SHOWN and e.table):
             for row in str(table).splitlines():
-                terminal.line(f"       {row}")
+                terminal.line(printable(f"       {row}"))
     verdict = _verdict(states, stopped)
     counts = "".join(f", {states[state]} {state}" for state in STATES[1:] if states[state])
     terminal.line(
@@ -111,21 +118,21 @@ def _write_table(terminal: Any, target: str, results: Results, stopped: bool) ->
     )
 
 
-def _state(found: list[Evidence], errors: list[Said], not_judged: list[Said], skipped: list[Said]) -> tuple[str, str]:
-    """State of a promise, and its worst figure or the reason there is none."""
-    bad = [e for e in found if not e.ok]
-    figures = [f for e in (bad or found) for f in e.figures if f.relation]
-    worst = str(max(figures, key=lambda f: f.strain)) if figures else ""
-    if bad:
-        return "BROKEN", worst or bad[0].problems[0]
-    if errors:
-        return "error", ""
-    if found:
-        return "kept", worst
-    if not_judged:
-        return "not judged", ""
-    reasons = dict.fromkeys(reason for _, reason in skipped)
-    return ("skipped", "; ".join(reasons)) if reasons else ("not run", "")
+def _about(index: int, pairs: list[Said]) -> list[Said]:
+    return [pair for pair in dict.fromkeys(pairs) if promise_of(pair[0]) == index]
+
+
+def _row(promise: PromiseState, width: int) -> list[str]:
+    """A promise in one line; on a narrow terminal its title, then state and figure below it."""
+    if width >= NARROW:
+        line = (
+            f"   {promise.number:>2}  {promise.title:<{TITLE_WIDTH}}  {promise.state:<{STATE_WIDTH}}  {promise.detail}"
+        )
+        return [line.rstrip()]
+    indent = " " * len("   11  ")
+    title = textwrap.wrap(promise.title, width, initial_indent=f"   {promise.number:>2}  ", subsequent_indent=indent)
+    said = f"{promise.state}: {promise.detail}" if promise.detail else promise.state
+    return [*title, *textwrap.wrap(said, width, initial_indent=indent, subsequent_indent=indent)]
 
 
 def _verdict(states: Counter[str], stopped: bool) -> str:
@@ -135,7 +142,7 @@ def _verdict(states: Counter[str], stopped: bool) -> str:
         return "stopped early"
     if states["error"]:
         return "could not be judged"
-    return "kept" if states["kept"] else "not judged"
+    return next((state for state in ("kept", "partly judged") if states[state]), "not judged")
 
 
 def _skip_line(target: str, results: Results) -> str:

@@ -11,7 +11,7 @@ import pytest
 from pytest_qvl.gpu.lease import DIRECTORY_VARIABLE, SESSION_VARIABLE, TOKEN_VARIABLE
 
 # Adding a key raises the version.
-RECORD = "pytest-qvl/record/1"
+RECORD = "pytest-qvl/record/2"
 RECORD_KEYS = [
     "schema",
     "started",
@@ -24,6 +24,7 @@ RECORD_KEYS = [
     "skipped",
     "checks",
     "seconds_by_test",
+    "promises",
     "comparison",
     "session",
     "gpu_failures",

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_qvl.evidence import Evidence, Figure, Table
+from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Table
 from pytest_qvl.report.promises import PROMISES, promise_of
 from pytest_qvl.report.terminal import TITLE, Summary
 
@@ -17,8 +17,9 @@ CPU, CUDA = "embedded on cpu", "embedded on cuda"
 class Terminal:
     """Keeps what the summary writes, with its colours."""
 
-    def __init__(self, verbosity=0):
-        self.config = SimpleNamespace(get_verbosity=lambda: verbosity)
+    def __init__(self, verbosity=0, width=80):
+        writer = SimpleNamespace(fullwidth=width)
+        self.config = SimpleNamespace(get_verbosity=lambda: verbosity, get_terminal_writer=lambda: writer)
         self.lines = []
         self.colours = {}
 
@@ -52,8 +53,8 @@ def broken(check, value=2.0):
     return Evidence(check, "p", (Figure("drift", value, 1.0, "<="),), ("the logits drift",))
 
 
-def written(*reports, exitstatus=pytest.ExitCode.OK, verbosity=0):
-    summary, terminal = Summary(), Terminal(verbosity)
+def written(*reports, exitstatus=pytest.ExitCode.OK, verbosity=0, width=80):
+    summary, terminal = Summary(), Terminal(verbosity, width)
     for one in reports:
         summary.pytest_runtest_logreport(one)
     summary.pytest_terminal_summary(terminal, exitstatus)
@@ -94,7 +95,7 @@ def test_a_whole_run_is_kept():
 
 def test_a_promise_shows_its_worst_figure_with_the_limit():
     terminal = written(*(report("causality", evidence=[kept("causality", value)]) for value in (0.2, 0.9, 0.4)))
-    assert row(terminal, 5).endswith("kept        drift 0.9 (<= 1)")
+    assert row(terminal, 5).endswith("partly judged  (1 of 7 checks) drift 0.9 (<= 1)")
 
 
 def test_a_broken_promise_shows_what_broke_it_and_turns_the_verdict():
@@ -104,12 +105,80 @@ def test_a_broken_promise_shows_what_broke_it_and_turns_the_verdict():
         report("alignment", "failed", evidence=[Evidence("alignment", "p", problems=("blind",))]),
         report("label_mask", "failed", longrepr="ValueError: no labels\nmore"),
     )
-    assert row(terminal, 5).endswith("BROKEN      drift 2 (<= 1)")
-    assert row(terminal, 9).endswith("BROKEN      blind")
+    assert row(terminal, 5).endswith("BROKEN         drift 2 (<= 1)")
+    assert row(terminal, 9).endswith("BROKEN         blind")
     assert row(terminal, 10).endswith(" error")
     assert "       error: label_mask: ValueError: no labels" in terminal.lines
     assert terminal.lines[-1].startswith(f"   verdict: BROKEN: 0 of {len(PROMISES)} promises kept, 2 BROKEN, 1 error, ")
     assert terminal.colours[terminal.lines[-1]] == {"red"}
+
+
+def test_a_broken_row_shows_a_figure_that_is_broken():
+    whole = Figure("adapters outside the text side", 0, 0, "==")
+    unlike = Figure("scaling", 4.0, 2.0, "<=")
+    found = Evidence("adapter_census", "p", (whole,), ("layer 3 has no adapter",))
+    assert row(written(report("adapter_census", "failed", evidence=[found])), 2).endswith("   layer 3 has no adapter")
+    found = Evidence("adapter_census", "p", (whole, unlike), ("the scaling is wrong",))
+    assert row(written(report("adapter_census", "failed", evidence=[found])), 2).endswith("   scaling 4 (<= 2)")
+
+
+def test_a_promise_is_kept_only_if_all_its_checks_gave_a_verdict():
+    one, other = (report(check, evidence=[kept(check)]) for check in ("adapter_census", "adapter_roundtrip"))
+    terminal = written(one)
+    assert row(terminal, 2).endswith("partly judged  (1 of 2 checks) drift 0.5 (<= 1)")
+    assert terminal.lines[-1].startswith(
+        "   verdict: partly judged: 0 of 11 promises kept, 1 partly judged, 10 not run"
+    )
+    assert " kept " in row(written(one, other), 2)
+    summary = Summary()
+    summary.pytest_runtest_logreport(one)
+    state = summary.as_dict()["promises"][1]
+    assert (state["target"], state["state"]) == (CPU, "partly judged")
+    assert (state["judged"], state["missing"]) == (("adapter_census",), ("adapter_roundtrip",))
+
+
+def test_measuring_vram_without_a_limit_or_a_card_keeps_nothing():
+    resident = Figure("resident beside the model", 0.01, 0.1, "<=", "GiB")
+    measured = Evidence("peak_vram", "p", (resident, Figure("prefill: peak allocated", 6.5)))
+    limited = Evidence("peak_vram", "p", (resident, Figure("prefill: fit", 6.5, 15.0, "<=", "GiB")))
+    agrees = report("forecast_agrees", evidence=[kept("forecast_agrees")])
+    no_card = report("forecast_fits_card", "skipped", not_judged=[("forecast_fits_card", "no card was named")])
+    terminal = written(report("peak_vram", evidence=[measured]), agrees, no_card)
+    assert row(terminal, 11).endswith("not judged     measured only: neither --qvl-vram-limit nor --qvl-card was given")
+    assert " kept " in row(written(report("peak_vram", evidence=[limited]), agrees, no_card), 11)
+    fits = report("forecast_fits_card", evidence=[kept("forecast_fits_card")])
+    assert " kept " in row(written(report("peak_vram", evidence=[measured]), agrees, fits), 11)
+    assert " partly judged  (1 of 3 checks)" in row(written(fits), 11)
+    leak = Evidence("peak_vram", "p", (replace(resident, value=2.0),), ("2 GiB are allocated beside the model",))
+    assert " BROKEN " in row(written(report("peak_vram", "failed", evidence=[leak]), agrees), 11)
+
+
+def test_a_narrow_terminal_is_readable():
+    terminal = written(
+        report("causality", evidence=[kept("causality")]),
+        report("feature_scatter", "failed", evidence=[broken("feature_scatter")]),
+        width=40,
+    )
+    lines = terminal.lines[2:-1]
+    assert all(len(line) <= 40 for line in lines)
+    where = lines.index("    5  features land on their")
+    assert lines[where + 1 : where + 3] == ["       placeholders", "       BROKEN: drift 2 (<= 1)"]
+
+
+def test_what_a_stranger_said_does_not_reach_the_terminal_as_it_is():
+    said = "blind\x1b[2J\x07\u202e\x9b1m\ud800 äöü 图像"
+    terminal = written(
+        report("alignment", "failed", evidence=[Evidence("alignment", "p", problems=(said,))]),
+        report("causality", "skipped", not_judged=[("causality", said)]),
+        report(None, "skipped", target=said, skipped=said),
+    )
+    shown = r"blind\x1b[2J\x07\u202e\x9b1m\ud800 äöü 图像"
+    assert row(terminal, 9).endswith(shown)
+    assert f"       not judged: causality: {shown}" in terminal.lines
+    assert terminal.lines[-1] == f"qvl: {shown}: 1 test not run: {shown}"
+    assert (
+        str(CheckFailed(Evidence("alignment", "p", problems=(said,), notes=("a\nb\tc",)))) == f"{shown}\nnote: a\nb\tc"
+    )
 
 
 def test_an_error_without_verdict_is_no_verdict():
@@ -118,7 +187,7 @@ def test_an_error_without_verdict_is_no_verdict():
         report("label_mask", "failed", longrepr=SimpleNamespace(reprcrash=SimpleNamespace(message="no\nlabels"))),
     )
     assert "       error: label_mask: no" in terminal.lines
-    assert terminal.lines[-1].startswith("   verdict: could not be judged: 1 of ")
+    assert terminal.lines[-1].startswith("   verdict: could not be judged: 0 of ")
     assert terminal.colours[terminal.lines[-1]] == {"red"}
 
 
@@ -130,11 +199,11 @@ def test_what_could_not_be_judged_is_said_under_its_promise():
         report("alignment", "skipped", not_judged=[("alignment", "no knowledge")]),
         report("peak_vram", "skipped", skipped="needs CUDA: none"),
     )
-    assert " kept " in row(terminal, 5)
+    assert " partly judged  (1 of 7 checks)" in row(terminal, 5)
     assert terminal.lines.count("       not judged: feature_scatter: a uniform picture") == 1
     assert row(terminal, 9).endswith(" not judged")
     assert "       not judged: alignment: no knowledge" in terminal.lines
-    assert row(terminal, 11).endswith("skipped     needs CUDA: none")
+    assert row(terminal, 11).endswith("skipped        needs CUDA: none")
     assert "1 not judged, 1 skipped, " in terminal.lines[-1]
 
 
@@ -151,7 +220,7 @@ def test_peaks_are_shown_by_phase_though_nothing_is_wrong_with_them():
 @pytest.mark.parametrize("status", [pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR])
 def test_a_run_that_was_stopped_is_not_called_kept(status):
     terminal = written(report("causality", evidence=[kept("causality")]), exitstatus=status)
-    assert terminal.lines[-1].startswith("   verdict: stopped early: 1 of ")
+    assert terminal.lines[-1].startswith("   verdict: stopped early: 0 of ")
 
 
 def test_a_model_that_was_only_skipped_takes_one_line():
@@ -166,7 +235,7 @@ def test_models_are_told_apart():
         report("causality", evidence=[kept("causality")]),
         report("causality", "failed", target=CUDA, evidence=[broken("causality")]),
     )
-    assert [line for line in terminal.lines if "verdict" in line][0].startswith("   verdict: kept: 1 of")
+    assert [line for line in terminal.lines if "verdict" in line][0].startswith("   verdict: partly judged: 0 of")
     assert [line for line in terminal.lines if "verdict" in line][1].startswith("   verdict: BROKEN: 0 of")
 
 
