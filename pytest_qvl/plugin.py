@@ -8,7 +8,7 @@ import pytest
 
 pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
 
-from pytest_qvl import child, early, fixtures, lineage, outcome, overrides, rootdir, third_party  # noqa: E402 - after assertion rewriting
+from pytest_qvl import child, early, fixtures, lineage, outcome, overrides, rootdir, third_party, threads  # noqa: E402 - after assertion rewriting
 from pytest_qvl.evidence import printable  # noqa: E402
 from pytest_qvl.faulted import Faulted, refuse_other_models  # noqa: E402
 from pytest_qvl.gpu.lease import join_session  # noqa: E402
@@ -149,7 +149,12 @@ def pytest_xdist_setupnodes() -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """What was chosen, and by whom."""
     settings = config.stash[SETTINGS_KEY]
-    lines = (", ".join(settings.described()), *_simulated(settings), *overrides.described(config))
+    lines = (
+        ", ".join(settings.described()),
+        *_simulated(settings),
+        *threads.described(config),
+        *overrides.described(config),
+    )
     return [printable(f"qvl: {line}") for line in lines]
 
 
@@ -211,6 +216,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     state = item.config.stash[STATE_KEY]
     if any(map(lineage.is_ours, lineage.fixture_names(item))):
         third_party.hush()
+        threads.limit_threads(item.config)
     try:
         with outcome.judging(item):
             result = yield
