@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl.models.backends import BASELINE, ModelLoadError
+from pytest_qvl.models.weights import ModelSourceError, parse_model
+from pytest_qvl.refusals import Refusal
 from pytest_qvl.shipped import is_shipped
+from pytest_qvl.targets import Target, target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
 
     from pytest_qvl.faults import Case
     from pytest_qvl.options import Settings
 
-# Settings under which the case is the one that the matrix judges; a fault of another model proves nothing.
-FIXED = {"model": "embedded", "adapter": None, "images": None, "backend": ("transformers",)}
+# A fault is made on a set-up of its own, with a fresh adapter and rendered scenes; these would have no effect.
+WITHOUT_EFFECT = ("adapter", "images")
 
 
-def refuse_other_models(settings: Settings) -> None:
-    """Faults are made for the embedded model on the CPU.
+def refuse_without_effect(settings: Settings) -> None:
+    """Refuse what a fault cannot be combined with.
 
     Raises:
-        pytest.UsageError: Another model, adapter, backend, device or folder of pictures was asked for as well.
+        pytest.UsageError: An adapter, a folder of images or another backend was asked for as well.
     """
-    asked = [name for name in FIXED if settings.source(name) != "default"]
-    if settings.device == "cuda":
-        asked.append("device")
+    asked = [name for name in WITHOUT_EFFECT if settings.source(name) != "default"]
+    if settings.backend != (BASELINE,):
+        asked.append("backend")
     if asked:
         flags = ", ".join(f"qvl_{name} ({settings.source(name)})" for name in asked)
         raise pytest.UsageError(
-            f"qvl_fault ({settings.source('fault')}): faults are shown on the embedded model on the CPU; drop {flags}"
+            f"qvl_fault ({settings.source('fault')}): faults are made on a set-up of their own, with a fresh adapter, "
+            f"rendered scenes and the backend {BASELINE!r}; drop {flags}"
         )
 
 
@@ -40,20 +45,51 @@ class Faulted:
 
     Args:
         settings: The run's settings.
+        default_dtype: Says which dtype a device computes in, where no setting does.
+        shared: Around what one test allocates for those after it.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        default_dtype: Callable[[str], str],
+        shared: Callable[[], AbstractContextManager[object]],
+    ) -> None:
         from pytest_qvl.faults import find
+
+        self._default_dtype, self._shared = default_dtype, shared
 
         self._fault = find(settings.fault)
         self._settings = settings
         self._noticed: dict[str, bool] = {}
+        self._made: tuple[Target, Case] | None = None
 
-    @cached_property
-    def _case(self) -> Case:
+    def _case(self, item: pytest.Function) -> Case:
+        """The healthy case of a test's model and device; one is kept, because a second model may not fit."""
+        target = target_of(item)
+        assert target is not None
+        if self._made is None or self._made[0] != target:
+            self._made = None
+            with self._shared():
+                self._made = target, self._healthy(target)
+        return self._made[1]
+
+    def _healthy(self, target: Target) -> Case:
         from pytest_qvl.faults import healthy_case
+        from pytest_qvl.faults.subject import Subject
 
-        return healthy_case(seed=self._settings.seed)
+        chosen: str = self._settings.compute_dtype
+        dtype = self._default_dtype(target.device) if chosen == "auto" else chosen
+        try:
+            subject = Subject(parse_model(target.model), target.device, dtype)
+            return healthy_case(seed=self._settings.seed, subject=subject)
+        except (ModelLoadError, ModelSourceError) as error:
+            raise Refusal(f"qvl_fault ({self._settings.source('fault')}): {error}") from None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        """Let go of the model before somebody looks for what is left."""
+        self._made = None
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_call(self, item: pytest.Function) -> Generator[None, object, object]:
@@ -62,10 +98,13 @@ class Faulted:
             return (yield)
         from pytest_qvl.faults import apply
 
-        if reason := self._fault.missing():
+        if target_of(item) is None:  # a test without a model
+            return (yield)
+        case = self._case(item)
+        if reason := self._fault.missing(case):
             pytest.skip(f"the fault {self._fault.name} cannot be made here: {reason}")
         healthy = item.funcargs
-        with apply(self._fault.name, self._case) as damaged:
+        with apply(self._fault.name, case) as damaged:
             item.funcargs = {**healthy, **{name: make() for name, make in _inputs(damaged).items() if name in healthy}}
             try:
                 return (yield)
@@ -113,4 +152,6 @@ def _inputs(case: Case) -> dict[str, Callable[[], Any]]:
         "noise_pictures": lambda: [sample.noise(seed=0) for sample in case.rows],
         "mixed_batch": case.batch,
         "training_batch": lambda: case.batch(padding_side="right", answers=True),
+        "rows": lambda: case.batch(padding_side="right", answers=True),
+        "training_halves": lambda: [case.batch(padding_side="right", answers=True)],
     }

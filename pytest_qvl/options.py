@@ -187,7 +187,7 @@ SETTINGS = (
         "or auto (bfloat16, float16 where the card lacks it)",
         "DTYPE",
     ),
-    Setting("qvl_fault", _fault, None, "damage the embedded model and see which checks notice", "NAME"),
+    Setting("qvl_fault", _fault, None, "damage the model and see which checks notice", "NAME"),
     Setting("qvl_seed", _whole(0), "0", "seed of scenes, adapters and training", "N", ini_type="int"),
     Setting("qvl_samples", _whole(2), "6", "rendered scenes per skill in the probe set", "N", ini_type="int"),
     Setting("qvl_images", _folder, None, "folder with your own pictures and samples.jsonl", "FOLDER"),

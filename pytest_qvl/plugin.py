@@ -10,7 +10,7 @@ pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
 
 from pytest_qvl import child, early, fixtures, lineage, outcome, overrides, rootdir, third_party, threads  # noqa: E402 - after assertion rewriting
 from pytest_qvl.evidence import printable  # noqa: E402
-from pytest_qvl.faulted import Faulted, refuse_other_models  # noqa: E402
+from pytest_qvl.faulted import Faulted, refuse_without_effect  # noqa: E402
 from pytest_qvl.gpu.lease import join_session  # noqa: E402
 from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
 from pytest_qvl.gpu_failures import GpuFailures  # noqa: E402
@@ -114,8 +114,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if settings.require_gpu:
         register(GpuRequired(), "qvl-require-gpu")
     if settings.fault is not None:
-        refuse_other_models(settings)
-        register(Faulted(settings), "qvl-fault")
+        refuse_without_effect(settings)
+        register(Faulted(settings, state.default_dtype, state.shared), "qvl-fault")
     _let_plugins_override(config)
 
 

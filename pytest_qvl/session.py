@@ -173,6 +173,10 @@ class State:
         watched = definition.scope != "function" and "leaks" in vars(self)
         return self.leaks.making() if watched else nullcontext()
 
+    def shared(self) -> AbstractContextManager[object]:
+        """Around what the first test makes for those after it: what it allocates is no leak of that test."""
+        return self.leaks.making() if "leaks" in vars(self) else nullcontext()
+
     def default_dtype(self, device: str) -> str:
         """bfloat16 where the hardware (or the card that it simulates) has it, else float16."""
         if device == "cuda":

@@ -69,10 +69,10 @@ def targets(settings: Settings) -> Iterator[Target]:
     """Every model on every device by every backend that this run asked for."""
     for source in settings.model:
         devices = [settings.device]
-        if settings.fault is not None:  # faults are made for the CPU
-            devices = ["cpu"]
-        elif settings.device == "auto":
+        if settings.device == "auto":
             devices = ["cpu", "cuda"] if source.kind == "embedded" else ["cuda"]
+            if settings.fault is not None:  # shown once; where it is wanted elsewhere, --qvl-device says so
+                devices = devices[:1]
         for device in devices:
             for backend in settings.backend:
                 if device in registered(backend).devices:

@@ -17,6 +17,7 @@ from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved
 from pytest_qvl.samples import Sample, make_batch
+from pytest_qvl.samples.batch import END_OF_TURN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -266,7 +267,8 @@ def generation_wellformed(
     """Replies are made of finite logits and real words, and come to an end.
 
     Judged on every model: the scores of each step are finite. Otherwise the first module whose output is not
-    finite is named.
+    finite is named. And the generation config stops at ``<|im_end|>``, with which the chat template of every Qwen-VL
+    ends a turn: where it does not, replies run on whatever the model has learned.
 
     Judged on the probes that the full-precision model ends by itself: the reply ends with an end-of-sequence
     token within `max_new_tokens`; it does not end in a block of tokens said three times over; it has no run
@@ -293,6 +295,7 @@ def generation_wellformed(
     parts = anatomy(model)
     judge = Judge("generation_wellformed", "replies are finite, real words, and end")
     _note_own_defaults(judge, parts)
+    _judge_stops(judge, parts, processor)
     replies: dict[Sample, Reply] = {}
     for group in chunks(samples):
         batch = make_batch(processor, group, device=parts.device)
@@ -313,6 +316,20 @@ def generation_wellformed(
     judge.report("replies judged for their form", len(judged))
     _judge_form(judge, parts, processor, judged, max_new_tokens)
     return judge.verdict()
+
+
+def _judge_stops(judge: Judge, parts: Parts, processor: Any) -> None:
+    """The id that ends a turn is among those that end a generation; exact, without a forward."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    end, stops = tokenizer.convert_tokens_to_ids(END_OF_TURN), stop_ids(parts)
+    listed = ", ".join(f"{stop} ({tokenizer.decode([stop])!r})" for stop in stops) or "nothing"
+    judge.equal(
+        f"generation stops at {END_OF_TURN}",
+        end in stops,
+        True,
+        else_say=f"the generation config stops at {listed}, and not at {end} ({END_OF_TURN}), with which the chat "
+        "template ends a turn: replies run on; set generation_config.eos_token_id",
+    )
 
 
 def _judge_form(judge: Judge, parts: Parts, processor: Any, replies: dict[Sample, Reply], max_new_tokens: int) -> None:

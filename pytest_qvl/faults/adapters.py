@@ -50,8 +50,9 @@ def _config(case: Case, **changed: Any) -> Any:
     "Seven target names also match gate_proj, up_proj and down_proj of the vision blocks.",
     damages="adapter",
     check="adapter_census",
-    says=("LoRA leaked into vision (12)", "name the language backbone"),
+    says=("LoRA leaked into vision ({vision_mlp})", "name the language backbone"),
     source="yiqiao-yin/deepspeed-course#31, sgl-project/sglang#11519",
+    requires=("gated vision MLP",),
 )
 def _seven_names(case: Case) -> Iterator[None]:
     with another_adapter(case, _config(case, target_modules=SEVEN)):
@@ -63,7 +64,7 @@ def _seven_names(case: Case) -> Iterator[None]:
     'target_modules="all-linear" adapts vision tower and merger too.',
     damages="adapter",
     check="adapter_census",
-    says=("LoRA leaked into vision (20), merger (2)", "all-linear"),
+    says=("LoRA leaked into vision ({vision}), merger ({merger})", "all-linear"),
     source="huggingface/peft#2267, 2U1/Qwen-VL-Series-Finetune#61",
 )
 def _all_linear(case: Case) -> Iterator[None]:
@@ -77,6 +78,7 @@ def _all_linear(case: Case) -> Iterator[None]:
     damages="adapter",
     check="adapter_census",
     says=("LoRA leaked into merger (1)", "model.visual.merger.mlp.2"),
+    requires=("gated vision MLP",),
 )
 def _one_merger_layer(case: Case) -> Iterator[None]:
     regex = case.lora_config.target_modules + r"|.*merger\.mlp\.2"
@@ -89,7 +91,7 @@ def _one_merger_layer(case: Case) -> Iterator[None]:
     "After a rename the regex matches only some of the modules that were meant.",
     damages="adapter",
     check="adapter_census",
-    says=("14 modules that were asked for have no adapter", "layers.2."),
+    says=("{beyond_two_layers} modules that were asked for have no adapter", "layers.2."),
     source="axolotl-ai-cloud/axolotl#2792, #2735",
 )
 def _regex_matches_half(case: Case) -> Iterator[None]:
@@ -141,7 +143,7 @@ def _rank_halved(case: Case) -> Iterator[None]:
     "The merger is trained in full beside the adapter: ten times the parameters.",
     damages="model",
     check="adapter_census",
-    says=("tensors that are not the adapter's require grad", "merger (5)"),
+    says=("tensors that are not the adapter's require grad", "merger ({merger_tensors})"),
     source="modelscope/ms-swift#6079, #7318",
 )
 def _freeze_flag(case: Case) -> Iterator[None]:
@@ -171,12 +173,12 @@ def _trainable(case: Case) -> list[Any]:
     "The optimizer was made before the adapter was attached and holds none of it.",
     damages="run",
     check="adapter_census",
-    says=("the optimizer misses 56 of 56", "made before the adapter was attached"),
+    says=("the optimizer misses {adapter} of {adapter}", "made before the adapter was attached"),
 )
 def _optimizer_before(case: Case) -> Iterator[None]:
     import torch
 
-    case.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    case.optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1, device=case.subject.device))])
     yield
 
 

@@ -86,6 +86,7 @@ def _both_ways(case: Case) -> Iterator[None]:
     check="vision_stability",
     says=_MOVED,
     source="nvidia-cosmos/cosmos-rl#171, sgl-project/sglang-jax#1289",
+    requires=("window attention",),
 )
 def _no_windows(case: Case) -> Iterator[None]:
     tower: Any = anatomy(case.model).vision_tower
@@ -100,6 +101,7 @@ def _no_windows(case: Case) -> Iterator[None]:
     check="vision_stability",
     says=_MOVED,
     source="sgl-project/sglang-jax#1289",
+    requires=("window attention",),
 )
 def _windows_everywhere(case: Case) -> Iterator[None]:
     with attribute(anatomy(case.model).vision_tower, "fullatt_block_indexes", []):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import find
+from pytest_qvl.faults.subject import Subject, embedded
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.quantized import KEEP_16BIT, usual_quantization
 
@@ -41,7 +43,8 @@ class Case:
         rows: Samples of the batches: several pictures, one, none; different lengths and grids.
         probes: Samples with known answers; `reference` was recorded for them.
         reference: What full precision makes of `probes`.
-        load: Loads another model, see :func:`load`.
+        load: Loads another model of the same source on the same device, see :func:`load`.
+        subject: What :attr:`model` was loaded from, and where to.
         adapter_folder: Where the adapter was loaded from, or ``None`` for a fresh one.
         collators: Change a batch after the processor made it, in order.
         optimizer: The user's optimizer, or ``None``.
@@ -56,6 +59,7 @@ class Case:
     probes: list[Sample]
     reference: Reference
     load: Callable[..., Any]
+    subject: Subject = field(default_factory=embedded)
     adapter_folder: Path | None = None
     collators: list[Collator] = field(default_factory=list)
     optimizer: Any = None
@@ -68,14 +72,24 @@ class Case:
         padding_side: PaddingSide = "left",
         answers: bool = False,
     ) -> Batch:
-        """Model inputs of `samples` (of :attr:`rows` if not given), as this set-up collates them."""
+        """Model inputs of `samples` (of :attr:`rows` if not given), as this set-up collates them, on its device.
+
+        Collators work on the CPU, as a data loader's do; what they made then goes to the device.
+        """
         from pytest_qvl.samples import make_batch
 
         given = self.rows if samples is None else samples
         batch = make_batch(self.processor, given, padding_side=padding_side, answers=answers)
         for change in self.collators:
             batch = change(batch, given)
-        return batch
+        return {name: _moved(tensor, self.subject.device) for name, tensor in batch.items()}
+
+
+def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
+    """The same tensor on a device, a leaf as before: gradients end at what a collator handed over."""
+    if tensor.device.type == device:
+        return tensor
+    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
 
 
 @contextmanager
@@ -100,30 +114,36 @@ def apply(name: str, case: Case) -> Iterator[Case]:
         yield damaged
 
 
-def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED) -> Case:
-    """The embedded model in NF4 with a fresh LoRA, its processor, probes and full-precision reference.
+def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED, subject: Subject | None = None) -> Case:
+    """A model in NF4 with a fresh LoRA, its processor, probes and full-precision reference.
 
     Args:
-        dtype: Load and compute dtype.
+        dtype: Load and compute dtype, where no subject is given.
         seed: Which held-out scenes to take.
+        subject: Model, device and dtype; the embedded model on the CPU if not given.
     """
     from pytest_qvl import checks
+    from pytest_qvl.models.owner import collect, no_progress_bars
     from pytest_qvl.samples import scenes
 
-    base = load(dtype=dtype, quantized=False, lora=None)
-    processor = _processor()
+    subject = embedded(dtype) if subject is None else subject
+    processor = _processor(subject)
     probes = scenes(seed, PROBES_PER_SKILL)
-    reference = checks.record_reference(base, processor, probes)
-    del base
+    loader = partial(load, subject=subject)
+    with no_progress_bars():
+        reference = checks.record_reference(loader(quantized=False, lora=None), processor, probes)
+        collect()
+        model = loader()
     return Case(
-        model=load(dtype=dtype),
+        model=model,
         processor=processor,
         lora_config=lora_config(),
-        policy=checks.QuantizationPolicy(compute_dtype=dtype),
+        policy=checks.QuantizationPolicy(compute_dtype=subject.dtype),
         rows=[sample for sample in scenes(seed, 1) if sample.skill in ROW_SKILLS],
         probes=probes,
         reference=reference,
-        load=load,
+        load=loader,
+        subject=subject,
     )
 
 
@@ -136,44 +156,45 @@ def lora_config(**overrides: Any) -> Any:
 
 def load(
     *,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     quantized: bool = True,
     skip: Sequence[str] | None = KEEP_16BIT,
     lora: Any = "",
     seed: int = SEED,
+    subject: Subject | None = None,
     **quantization: Any,
 ) -> Any:
-    """The embedded model, loaded and adapted the way the backend does it.
+    """A model, loaded and adapted by the backend.
 
     Args:
-        dtype: Load dtype, and compute dtype unless `quantization` has another.
+        dtype: Load dtype, and compute dtype unless `quantization` has another; the subject's own if not given.
         quantized: NF4 with double quantization, or full precision.
         skip: Modules kept out of the quantization.
         lora: A ``LoraConfig``; ``None`` for no adapter; the default adapter if not given.
         seed: Seed of the adapter's weights.
+        subject: Which model, and where to; the embedded one on the CPU if not given.
         quantization: Fields of ``BitsAndBytesConfig`` to override.
     """
     import torch
 
-    from pytest_qvl.models.backends import LoadRequest
-    from pytest_qvl.models.backends.transformers import TransformersBackend
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.backends import backend
 
-    backend = TransformersBackend()
+    subject = embedded() if subject is None else subject
+    chosen = backend(subject.backend)
+    dtype = subject.dtype if dtype is None else dtype
     kept = None if skip is None else list(skip)
     config = None
     if quantized:
         config = usual_quantization(getattr(torch, dtype), **{"llm_int8_skip_modules": kept, **quantization})
-    base = backend.load(LoadRequest(parse_model("embedded"), config, "cpu", dtype))
+    base = chosen.load(subject.request(config, dtype))
     if lora is None:
         return base
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=subject.random_devices()):
         torch.manual_seed(seed)
-        return backend.attach(base, lora or lora_config(), None).peft_model.eval()
+        return chosen.attach(base, lora or lora_config(), None).peft_model.eval()
 
 
-def _processor() -> Any:
-    from pytest_qvl.data import embedded_model_dir
-    from pytest_qvl.models.processors import load_processor
+def _processor(subject: Subject | None = None) -> Any:
+    from pytest_qvl.models.synthetic_processor import processor_for
 
-    return load_processor(embedded_model_dir())
+    return processor_for((embedded() if subject is None else subject).source)

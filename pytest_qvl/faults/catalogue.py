@@ -9,11 +9,14 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from pytest_qvl.faults.sizes import EMBEDDED, Sizes
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from pytest_qvl.faults.case import Case
+    from pytest_qvl.faults.requirements import Requirement
 
     Damage = Callable[[Case], Iterator[None]]
 
@@ -45,12 +48,15 @@ class Fault:
         summary: What is wrong, in one sentence.
         damages: What is changed: ``"load"``, ``"model"``, ``"adapter"``, ``"batch"``, ``"processor"`` or ``"run"``.
         check: The check that must catch it.
-        says: Words that the check's message must contain: they point at the cause.
+        says: Words that the check's message must contain: they point at the cause. Numbers that depend on the model
+            stand in braces, see :class:`pytest_qvl.faults.sizes.Sizes`.
         source: Public thread of the bug it stands for; empty if it stands for none.
         silent: Whether Transformers accepts it: forward, backward and ``generate`` raise nothing.
         transformers: Smallest release of Transformers in which the defect exists.
         damage: Context manager over a :class:`pytest_qvl.faults.case.Case`; everything is put back on leaving.
         needs: Returns why the defect cannot be made on this machine, or nothing.
+        requires: What the model and its device must have for it, by name in
+            :data:`pytest_qvl.faults.requirements.REQUIREMENTS`.
     """
 
     name: str
@@ -64,15 +70,30 @@ class Fault:
     transformers: tuple[int, ...]
     damage: Callable[[Case], AbstractContextManager[None]]
     needs: Callable[[], str | None]
+    requires: tuple[Requirement, ...] = ()
 
-    def missing(self) -> str | None:
-        """Why this fault cannot be made here; ``None`` where it can."""
+    def words(self, sizes: Sizes = EMBEDDED) -> tuple[str, ...]:
+        """What the check's message must contain for a model of these sizes."""
+        return sizes.fill(self.says)
+
+    def missing(self, case: Case | None = None) -> str | None:
+        """Why this fault cannot be made here; ``None`` where it can.
+
+        Args:
+            case: A healthy case that would have to carry it; without one only this machine is asked.
+        """
         import transformers
 
         have = tuple(int(n) for n in re.findall(r"\d+", transformers.__version__)[:3])
         if have < self.transformers:
             return f"Transformers {'.'.join(map(str, self.transformers))} and later only"
-        return self.needs()
+        if reason := self.needs():
+            return reason
+        if case is None:
+            return None
+        from pytest_qvl.faults.requirements import unmet
+
+        return unmet(self.requires, self.check, case) or None
 
 
 _FAULTS: dict[str, Fault] = {}
@@ -89,6 +110,7 @@ def fault(
     silent: bool = True,
     transformers: tuple[int, ...] = (4, 57),
     needs: Callable[[], str | None] = lambda: None,
+    requires: tuple[Requirement, ...] = (),
 ) -> Callable[[Damage], Damage]:
     """Enter a generator over a case into the catalogue; see :class:`Fault` for the arguments.
 
@@ -102,7 +124,7 @@ def fault(
             raise ValueError(f"fault {name!r} is defined twice, or its module is none of {', '.join(FAMILIES)}")
         _FAULTS[name] = Fault(
             name, family, summary, damages, check, says, source, silent, transformers,
-            contextmanager(damage), needs,
+            contextmanager(damage), needs, requires,
         )  # fmt: skip
         return damage
 

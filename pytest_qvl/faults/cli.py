@@ -1,14 +1,20 @@
-"""``pytest-qvl faults``: list the catalogue, explain one fault, or run the whole matrix."""
+"""``pytest-qvl faults``: list the catalogue, explain one fault, run the matrix, or make the pages of its records."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import catalogue, find
+
+if TYPE_CHECKING:
+    from pytest_qvl.faults.results import Result
+
+MATRIX_ONLY = ("model", "device", "dtype", "jobs", "only", "named_only", "out", "minutes")
 
 
 def add_faults(subparsers: Any) -> None:
@@ -22,11 +28,37 @@ def add_faults(subparsers: Any) -> None:
     parser.add_argument(
         "--matrix",
         action="store_true",
-        help="apply every fault, run every check on it and on 200 healthy variations (some 40 minutes of one core)",
+        help="apply every fault and run every check on it; on the embedded model on the CPU also 200 healthy "
+        "variations and graded doses (more than an hour of one core)",
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="with --matrix: processes (default: one per core)")
+    parser.add_argument("--model", metavar="MODEL", help="with --matrix: as for --qvl-model (default: embedded)")
+    parser.add_argument("--device", help="with --matrix: cpu or cuda (default: cpu)")
+    parser.add_argument("--dtype", help="with --matrix: bfloat16, float16 or float32 (default: bfloat16)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="with --matrix: these faults only")
     parser.add_argument(
-        "--docs", type=Path, metavar="FOLDER", help="with --matrix: write faults.md and faults.svg here"
+        "--named-only",
+        action="store_true",
+        help="with --matrix: run the check that must catch a fault, and three cheap ones, in place of all",
+    )
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="with --matrix: processes (default: one per core on the CPU, 1 on CUDA)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.json",
+        help="with --matrix: write the record here; until it is complete, what is done is kept in FILE.json.part, "
+        "and the same command goes on from there",
+    )
+    parser.add_argument("--minutes", type=float, metavar="N", help="with --matrix: begin no fault after so many")
+    parser.add_argument(
+        "--table", nargs="+", type=Path, metavar="FILE.json", help="make the pages of --docs from records of --out"
+    )
+    parser.add_argument(
+        "--docs",
+        type=Path,
+        metavar="FOLDER",
+        help="with --matrix or --table: write faults.md and faults.svg here; with --table also faults-by-model.md",
     )
     parser.set_defaults(run=run)
 
@@ -37,40 +69,94 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         ValueError: No such fault, or options that do not go together.
     """
-    if options.docs is not None and not options.matrix:
-        raise ValueError("--docs says where to write the page of --matrix: give both")
+    if options.matrix and options.table:
+        raise ValueError("--table makes pages of records that --matrix wrote: give one of them")
+    if options.docs is not None and not (options.matrix or options.table):
+        raise ValueError("--docs says where to write the pages of --matrix or --table: give one of them")
     if options.matrix:
-        if options.name:
-            raise ValueError(f"--matrix takes every fault: drop {options.name!r}")
-        return matrix(options.docs, _jobs(options.jobs))
-    if options.jobs is not None:
-        raise ValueError("--jobs says over how many processes --matrix is spread: give both")
+        return matrix(options)
+    given = [f"--{name.replace('_', '-')}" for name in MATRIX_ONLY if getattr(options, name) not in (None, False)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: about the run of --matrix; give both")
+    if options.table:
+        return table(options.table, options.docs)
     sys.stdout.write((explain(options.name) if options.name else listed()) + "\n")
     return 0
 
 
-def _jobs(given: int | None) -> int:
+def matrix(options: argparse.Namespace) -> int:
+    """Run the matrix, print its figures, and write its record and pages if asked.
+
+    Raises:
+        ValueError: Options that do not go together, or a model or GPU that cannot be had.
+    """
+    from pytest_qvl.evidence import CannotJudge
+    from pytest_qvl.faults import matrix as running
+    from pytest_qvl.faults.results import summary
+    from pytest_qvl.faults.subject import Subject
+    from pytest_qvl.faults.work import Plan
+    from pytest_qvl.models.backends import ModelLoadError
+
+    if options.name:
+        raise ValueError(f"--matrix takes every fault: drop {options.name!r}, or write --only {options.name}")
+    subject = Subject.of(options.model or "embedded", options.device or "cpu", options.dtype or "bfloat16")
+    plan = Plan(subject, tuple(find(name).name for name in options.only or ()), options.named_only)
+    if options.docs is not None and not plan.whole:
+        raise ValueError("--docs is about the whole matrix of the embedded model on the CPU: write other runs to --out")
+    partial = None if options.out is None else _partial(options.out)
+    jobs = _jobs(options.jobs, subject.device)
+    try:
+        result = running.run(plan, jobs, partial=partial, minutes=options.minutes)
+    except (ModelLoadError, CannotJudge, running.MatrixStopped) as error:
+        raise ValueError(str(error)) from None
+    sys.stdout.write(summary(result) + "\n")
+    if not running.complete(plan, result):
+        return 1
+    if options.out is not None:
+        options.out.write_text(json.dumps(result.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        _partial(options.out).unlink()
+    if options.docs is not None:
+        _write_pages(result, options.docs)
+    return 0 if result.good else 1
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(out.name + ".part")
+
+
+def _jobs(given: int | None, device: str) -> int:
     if given is None:
-        return os.cpu_count() or 1
+        return (os.cpu_count() or 1) if device == "cpu" else 1
     if given < 1:
         raise ValueError(f"--jobs is a number of processes from 1, not {given}")
     return given
 
 
-def matrix(docs: Path | None, jobs: int) -> int:
-    """Run the matrix, print its figures, and write its page and picture into the folder ``docs`` if given."""
-    from pytest_qvl.faults.matrix import run as run_matrix
-    from pytest_qvl.faults.matrix import summary
+def table(files: list[Path], docs: Path | None) -> int:
+    """Make the pages of records: one column per record, and the page of the whole matrix if it is among them.
 
-    result = run_matrix(jobs)
-    if docs is not None:
-        from pytest_qvl.faults.page import page, picture
+    Raises:
+        ValueError: A file is no record, or no folder to write to was given.
+    """
+    from pytest_qvl.faults.by_model import NAME, by_model, ordered, read_record
 
-        docs.mkdir(parents=True, exist_ok=True)
-        (docs / "faults.md").write_text(page(result), encoding="utf-8")
-        (docs / "faults.svg").write_text(picture(result), encoding="utf-8")
-    sys.stdout.write(summary(result) + "\n")
-    return 0 if result.caught == len(result.made) and not result.alarms else 1
+    if docs is None:
+        raise ValueError("--table makes pages: say where with --docs FOLDER")
+    results = ordered(map(read_record, files))
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / NAME).write_text(by_model(results), encoding="utf-8")
+    for result in results:
+        if result.variations:
+            _write_pages(result, docs)
+    return 0
+
+
+def _write_pages(result: Result, docs: Path) -> None:
+    from pytest_qvl.faults.page import page, picture
+
+    docs.mkdir(parents=True, exist_ok=True)
+    (docs / "faults.md").write_text(page(result), encoding="utf-8")
+    (docs / "faults.svg").write_text(picture(result), encoding="utf-8")
 
 
 def listed() -> str:
@@ -100,7 +186,8 @@ def explain(name: str) -> str:
             fault.summary,
             f"damages:    {fault.damages}",
             f"caught by:  {fault.check}",
-            f"which says: {' … '.join(fault.says)}",
+            f"which says: {' … '.join(fault.words())}",
+            *([f"needs:      {', '.join(fault.requires)}"] if fault.requires else []),
             f"silent:     {'yes: Transformers raises nothing' if fault.silent else 'no'}",
             f"from:       {fault.source or 'no thread'}",
         ]

@@ -45,21 +45,20 @@ class Smallest:
     missed: tuple[str, ...]
 
 
-def smallest_doses(case: Case) -> list[Smallest]:
-    """Give every graded defect to its checks, the smallest dose first."""
+def smallest_doses(case: Case, graded: Graded) -> list[Smallest]:
+    """Give a graded defect to its checks, the smallest dose first."""
     found = []
-    for graded in GRADED:
-        for check in graded.checks:
-            missed: list[str] = []
-            caught = ""
-            for label, dose in graded.doses:
-                with dose(case):
-                    noticed = judge(case, check).noticed
-                if noticed:
-                    caught = label
-                    break
-                missed.append(label)
-            found.append(Smallest(graded.defect, check, caught, tuple(missed)))
+    for check in graded.checks:
+        missed: list[str] = []
+        caught = ""
+        for label, dose in graded.doses:
+            with dose(case):
+                noticed = judge(case, check).noticed
+            if noticed:
+                caught = label
+                break
+            missed.append(label)
+        found.append(Smallest(graded.defect, check, caught, tuple(missed)))
     return found
 
 

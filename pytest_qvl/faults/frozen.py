@@ -68,6 +68,7 @@ def _unfrozen(case: Case) -> Iterator[None]:
     damages="run",
     check="frozen_vision",
     says=("base tensors moved, in vision (1): model.visual.blocks.3.mlp.down_proj.weight", "wrote into them"),
+    requires=("gated vision MLP",),
 )
 def _one_bit(case: Case) -> Iterator[None]:
     block: Any = anatomy(case.model).blocks[3]
@@ -109,6 +110,7 @@ def _weight_decay(case: Case) -> Iterator[None]:
     damages="run",
     check="frozen_vision",
     says=("base tensors moved, in vision (1): model.visual.blocks.0.mlp.up_proj.weight",),
+    requires=("gated vision MLP",),
 )
 def _permuted_rows(case: Case) -> Iterator[None]:
     block: Any = anatomy(case.model).blocks[0]
@@ -126,7 +128,7 @@ def _permuted_rows(case: Case) -> Iterator[None]:
     "The optimizer of the training run leaves one adapter matrix out.",
     damages="run",
     check="frozen_vision",
-    says=("1 of 56 adapter tensors did not move", "the optimizer does not hold them"),
+    says=("1 of {adapter} adapter tensors did not move", "the optimizer does not hold them"),
 )
 def _forgets(case: Case) -> Iterator[None]:
     import torch

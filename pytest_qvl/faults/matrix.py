@@ -4,110 +4,102 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import threading
 import time
-import warnings
-from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.freshness import definitions_digest
+from pytest_qvl.faults.journal import Journal
+from pytest_qvl.faults.results import UNDECIDED, Result, Row
+from pytest_qvl.faults.work import DeviceBroken, Done, Plan, Task, do, say, tasks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
-    from pytest_qvl.faults.case import Case
-    from pytest_qvl.faults.catalogue import Fault
-    from pytest_qvl.faults.healthy import Variation
-
-VARIATIONS = 200
 PROGRESS = 20
+NAMES = {"health": "healthy model", "fault": "faults", "dose": "doses", "variation": "healthy variations"}
 
 
-@dataclass
-class Row:
-    """One fault against every check.
-
-    Attributes:
-        outcomes: Check name to outcome.
-        named: Whether the named check notices it and its message holds the words it must.
-        smoke: Outcome of the plain smoke test.
-        missing: Why the fault could not be made, or empty.
-    """
-
-    outcomes: dict[str, str] = field(default_factory=dict)
-    named: bool = False
-    smoke: str = ""
-    missing: str = ""
+class MatrixStopped(RuntimeError):
+    """The matrix cannot go on; the message says what happened and how it does."""
 
 
-@dataclass
-class Result:
-    """Everything that one run found."""
-
-    definitions: str
-    versions: dict[str, str]
-    rows: dict[str, Row] = field(default_factory=dict)
-    healthy: dict[str, int] = field(default_factory=dict)
-    undecided: dict[str, int] = field(default_factory=dict)
-    variations: int = 0
-    alarms: list[str] = field(default_factory=list)
-    doses: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def made(self) -> dict[str, Row]:
-        """The faults that could be made here."""
-        return {name: row for name, row in self.rows.items() if not row.missing}
-
-    @property
-    def caught(self) -> int:
-        """How many faults their named check caught, in the right words."""
-        return sum(row.named for row in self.made.values())
-
-    def silent(self) -> list[str]:
-        """Faults at which Transformers raises nothing."""
-        faults = catalogue()
-        return [name for name in self.made if faults[name].silent]
-
-    def smoke_passes(self) -> list[str]:
-        """Silent faults that the smoke test does not notice."""
-        return [name for name in self.silent() if self.rows[name].smoke == "pass"]
-
-    def only(self, check: str) -> list[str]:
-        """Faults that no other check catches; one that refuses the same inputs repeats ``validate_batch``."""
-        return [
-            name
-            for name, row in self.made.items()
-            if row.outcomes[check] == "caught"
-            and not any(outcome == "caught" for other, outcome in row.outcomes.items() if other != check)
-        ]
-
-    def without_own_fault(self) -> list[str]:
-        """Checks of which every fault is caught by another check too."""
-        checks = next(iter(self.made.values())).outcomes
-        return [check for check in checks if not self.only(check)]
-
-
-def run(jobs: int = 1) -> Result:
-    """Run everything; takes some minutes.
+def run(plan: Plan, jobs: int = 1, *, partial: Path | None = None, minutes: float | None = None) -> Result:
+    """Run the plan; the whole matrix takes more than an hour of one core.
 
     Args:
+        plan: What to run.
         jobs: Processes that share the work; each loads the model once and keeps one core busy.
+        partial: Where results are kept as they come; what is there already is not done again.
+        minutes: Begin nothing new after so many.
+
+    Returns:
+        What was found; of what was done, if the time was up before the end.
 
     Raises:
-        RuntimeError: The model without a fault fails a check: nothing could be told by the table.
+        ValueError: There is no GPU to be had, or `partial` holds the results of something else.
+        MatrixStopped: A process died, or CUDA broke.
     """
+    wanted = tasks(plan)
+    journal = Journal(partial, plan, definitions_digest())
+    done = {one.task for one in journal.done}
+    todo = [task for task in wanted if task not in done]
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    with _leased(plan):
+        for count, one in enumerate(_results(plan, todo, jobs, deadline), start=1):
+            journal.add(one)
+            if one.task.part == "variation" and count % PROGRESS == 0:
+                say(f"{len(journal.done)} of {len(wanted)} done")
+            if one.task.part == "fault" and one.found["broken"].startswith(DeviceBroken.__name__):
+                raise MatrixStopped(
+                    f"CUDA answers nothing after {one.task.key}: {one.found['said']}; run it again to go on behind it"
+                )
+        result = assembled(plan, journal.done, _device_name(plan, jobs))
+    left = len(wanted) - len({one.task for one in journal.done})
+    if left:
+        say(f"{left} of {len(wanted)} pieces are left: run the same again to go on")
+    return result
+
+
+def complete(plan: Plan, result: Result) -> bool:
+    """Whether everything was done before the time was up."""
+    from pytest_qvl.faults.work import VARIATIONS
+
+    return len(result.rows) == len(plan.faults) and result.variations == (VARIATIONS if plan.whole else 0)
+
+
+def _results(plan: Plan, todo: Sequence[Task], jobs: int, deadline: float | None) -> Iterator[Done]:
+    waiting = deque(todo)
+
+    def due() -> bool:
+        return bool(waiting) and (deadline is None or time.monotonic() < deadline)
+
     if jobs == 1:
-        return _share(0, 1)
-    # Not forked: torch's threads do not survive a fork.
+        while due():
+            yield do(plan, waiting.popleft())
+        return
+    # Not forked: torch's threads do not survive a fork, and neither does CUDA.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool:
-        return _joined(list(pool.map(_share, range(jobs), [jobs] * jobs)))
+        running: set[Future[Done]] = set()
+        try:
+            while running or due():
+                while len(running) < jobs and due():
+                    running.add(pool.submit(do, plan, waiting.popleft()))
+                ready, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise MatrixStopped(
+                "a process of the matrix died, as one does that finds no memory: give fewer --jobs; with --out the "
+                "same command goes on where it was"
+            ) from None
 
 
 def end_with_parent() -> None:
@@ -122,124 +114,73 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _share(index: int, count: int) -> Result:
-    """Every ``count``-th fault and healthy variation; the first share has the doses too."""
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from pytest_qvl.faults.case import healthy_case
-    from pytest_qvl.faults.doses import smallest_doses
-    from pytest_qvl.faults.healthy import variations
-
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    disable_progress_bar()
-    result = Result(definitions_digest(), _versions())
-    case = healthy_case()
-    with _timed(result, "faults"):
-        _demand_health(case, "before any fault")
-        for fault in list(catalogue().values())[index::count]:
-            result.rows[fault.name] = _row(fault, case)
-        _demand_health(case, "after all faults")
-    if index == 0:
-        with _timed(result, "doses"):
-            result.doses = [asdict(dose) for dose in smallest_doses(case)]
-    with _timed(result, "healthy variations"):
-        _vary(result, list(variations(VARIATIONS))[index::count])
-    return result
-
-
-def _row(fault: Fault, case: Case) -> Row:
-    from pytest_qvl.faults.case import apply
-    from pytest_qvl.faults.panel import judge_all, smoke
-
-    row = Row(missing=fault.missing() or "")
-    if row.missing:
-        return row
-    with apply(fault.name, case) as damaged:
-        verdicts = judge_all(damaged)
-        row.smoke = smoke(damaged).outcome
-    own = verdicts[fault.check]
-    row.outcomes = {check: verdict.outcome for check, verdict in verdicts.items()}
-    row.named = own.noticed and all(words in own.message for words in fault.says)
-    also = [check for check, verdict in verdicts.items() if verdict.noticed and check != fault.check]
-    _say(f"{'caught' if row.named else 'MISSED'} {fault.name} by {fault.check}; also {', '.join(also) or 'none'}")
-    return row
-
-
-def _vary(result: Result, chosen: Sequence[Variation]) -> None:
-    from pytest_qvl.faults.healthy import Healthy
-    from pytest_qvl.faults.panel import PASS, UNDECIDED, judge
-
-    healthy, counts, undecided = Healthy(), Counter[str](), Counter[str]()
-    for variation in chosen:
-        with healthy.case(variation) as made:
-            for check in variation.checks:
-                verdict = judge(made, check)
-                counts[check] += 1
-                undecided[check] += verdict.outcome == UNDECIDED
-                if verdict.outcome not in (PASS, UNDECIDED):
-                    result.alarms.append(f"{variation}, {check} ({verdict.outcome}): {verdict.message}")
-                    _say(f"FALSE ALARM {result.alarms[-1]}")
-        result.variations += 1
-        if result.variations % PROGRESS == 0:
-            _say(f"{result.variations} of {len(chosen)} healthy variations, {len(result.alarms)} false alarms")
-    result.healthy, result.undecided = dict(counts), {k: v for k, v in undecided.items() if v}
-
-
-def _joined(shares: Sequence[Result]) -> Result:
-    """One result of all shares, as if one process had done everything."""
-    rows = {name: row for share in shares for name, row in share.rows.items()}
-    seconds: dict[str, float] = {}
-    for share in shares:
-        for part, spent in share.seconds.items():
-            seconds[part] = seconds.get(part, 0.0) + spent
-    return replace(
-        shares[0],
-        rows={name: rows[name] for name in catalogue()},
-        healthy=dict(sum((Counter(share.healthy) for share in shares), Counter[str]())),
-        undecided=dict(sum((Counter(share.undecided) for share in shares), Counter[str]())),
-        variations=sum(share.variations for share in shares),
-        alarms=[alarm for share in shares for alarm in share.alarms],
-        seconds=seconds,
-    )
-
-
 @contextmanager
-def _timed(result: Result, part: str) -> Iterator[None]:
-    began = time.process_time()
-    yield
-    result.seconds[part] = time.process_time() - began
+def _leased(plan: Plan) -> Iterator[None]:
+    """Hold the lease of a GPU for all processes of the pool, which inherit it; this process starts no CUDA itself.
+
+    Unless it does the work alone.
+    """
+    if plan.subject.device != "cuda":
+        yield
+        return
+    from pytest_qvl.gpu.lease import LeaseError, acquire
+    from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
+
+    try:
+        lease = acquire(visible_gpus(), say=say)
+    except (LeaseError, VisibleDevicesError) as error:
+        raise ValueError(f"--device cuda: {error}") from None
+    with lease:
+        yield
 
 
-def _demand_health(case: Case, when: str) -> None:
-    from pytest_qvl.faults.panel import PASS, judge_all
+def _device_name(plan: Plan, jobs: int) -> str:
+    if plan.subject.device == "cpu":
+        return "CPU"
+    from pytest_qvl.gpu.visible import visible_gpus
 
-    ill = {name: v for name, v in judge_all(case).items() if v.outcome != PASS}
-    if ill:
-        raise RuntimeError(f"the healthy model fails {when}: {ill}")
+    name = next((gpu.name for gpu in visible_gpus().gpus), "CUDA")
+    return name if jobs == 1 else f"{name}, {jobs} processes"
+
+
+def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
+    """One result of all pieces, as if one process had done everything.
+
+    A check that does not pass on the model without a fault tells nothing about the faults: what it is named for
+    counts as not judged, and the result as not good. One that cannot judge the healthy model for lack of knowledge
+    is no such check: its faults need knowledge too.
+    """
+    subject = plan.subject
+    fine = ("pass",) if subject.is_default else ("pass", UNDECIDED)
+    result = Result(definitions_digest(), _versions(), str(subject.source), subject.label, device, subject.dtype)
+    counts, undecided = Counter[str](), Counter[str]()
+    rows: dict[str, Row] = {}
+    doses: dict[int, list[dict[str, object]]] = {}
+    for one in done:
+        part, key = one.task.part, one.task.key
+        result.seconds[NAMES[part]] = result.seconds.get(NAMES[part], 0.0) + one.seconds
+        if part == "health" and one.found["outcome"] not in fine:
+            result.ill[key] = f"{one.found['outcome']}: {one.found['message']}"
+        elif part == "fault":
+            rows[key] = Row(**one.found)
+        elif part == "dose":
+            doses[int(key)] = one.found
+        elif part == "variation":
+            counts.update(one.found["outcomes"].keys())
+            undecided.update(check for check, outcome in one.found["outcomes"].items() if outcome == UNDECIDED)
+            result.alarms += one.found["alarms"]
+            result.variations += 1
+    for row in rows.values():
+        if row.check in result.ill and not row.missing:
+            row.named, row.outcomes[row.check] = False, UNDECIDED
+            row.said = "the model without a fault fails this check"
+    result.rows = {name: rows[name] for name in catalogue() if name in rows}
+    result.healthy, result.undecided = dict(counts), dict(undecided)
+    result.doses = [dose for number in sorted(doses) for dose in doses[number]]
+    return result
 
 
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
-
-
-def summary(result: Result) -> str:
-    """The figures, a line each."""
-    silent, passes = result.silent(), result.smoke_passes()
-    return (
-        f"{result.caught} of {len(result.made)} faults caught by the named check, in the right words; "
-        f"{len(result.rows) - len(result.made)} cannot be made here\n"
-        f"{len(result.alarms)} false alarms over {result.variations} healthy variations "
-        f"({sum(result.healthy.values()):,} checks)\n"
-        f"{len(silent)} of {len(result.made)} faults raise nothing in Transformers; "
-        f"{len(passes)} of these {len(silent)} pass a plain test that trains one step and generates text\n"
-        f"checks without a fault that only they catch: {', '.join(result.without_own_fault()) or 'none'}"
-    )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     check="vision_stability",
     says=("visual features are not finite", "beginning at model.visual.blocks.1.mlp.up_proj"),
     source="vllm-project/vllm#14126",
+    requires=("gated vision MLP",),
 )
 def _vision_nan(case: Case) -> Iterator[None]:
     def spoil(weight: torch.Tensor) -> torch.Tensor:
@@ -59,6 +60,7 @@ def _half_tower(case: Case, factor: float) -> Iterator[None]:
     check="vision_stability",
     says=("visual features are not finite", "model.visual.blocks.3.mlp.down_proj", "its dtype ends at 65504"),
     source="ggml-org/llama.cpp#17534, huggingface/transformers#33294",
+    requires=("gated vision MLP",),
 )
 def _overflow(case: Case) -> Iterator[None]:
     yield from _half_tower(case, 4.0)
@@ -71,6 +73,7 @@ def _overflow(case: Case) -> Iterator[None]:
     check="vision_stability",
     says=("other pictures can overflow", "model.visual.blocks.3"),
     source="ggml-org/llama.cpp#17534",
+    requires=("gated vision MLP",),
 )
 def _near_overflow(case: Case) -> Iterator[None]:
     yield from _half_tower(case, 0.75)
@@ -105,7 +108,7 @@ def _vision_lost(case: Case) -> Iterator[None]:
     block = anatomy(case.model).blocks[2]
 
     def random(weight: torch.Tensor) -> torch.Tensor:
-        return torch.randn(weight.shape, generator=generator).mul(0.02).to(weight.dtype)
+        return torch.randn(weight.shape, generator=generator, device="cpu").mul(0.02).to(weight.dtype)
 
     with all_of([values(p, random) for p in block.parameters() if p.ndim == 2]):
         yield

@@ -132,13 +132,12 @@ def _not_causal(case: Case) -> Iterator[None]:
         if length == 1:
             return None
         mask = kwargs.get("attention_mask")
-        seen = torch.ones(rows, 1, length, length, dtype=torch.bool)
+        seen = torch.ones(rows, 1, length, length, dtype=torch.bool, device=hidden.device)
         if mask is not None:
             columns = mask[:, :, -1:, -length:]
             seen = seen & (columns if mask.dtype == torch.bool else columns == 0)
-        return args, {**kwargs, "attention_mask": torch.zeros(seen.shape, dtype=hidden.dtype).masked_fill(
-            ~seen, torch.finfo(hidden.dtype).min
-        )}  # fmt: skip
+        open_mask = torch.zeros(seen.shape, dtype=hidden.dtype, device=hidden.device)
+        return args, {**kwargs, "attention_mask": open_mask.masked_fill(~seen, torch.finfo(hidden.dtype).min)}
 
     with before(list(anatomy(case.model).language_backbone.layers), see_all):
         yield

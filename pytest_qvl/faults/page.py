@@ -9,7 +9,7 @@ from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.unreproduced import UNREPRODUCED
 
 if TYPE_CHECKING:
-    from pytest_qvl.faults.matrix import Result
+    from pytest_qvl.faults.results import Result
 
 NOTICED = ("caught", "refused")
 COLOURS = {
@@ -35,7 +35,7 @@ CELL, LEFT, TOP = 14, 280, 190
 
 def page(result: Result) -> str:
     """``docs/faults.md``."""
-    from pytest_qvl.faults.matrix import summary
+    from pytest_qvl.faults.results import summary
 
     faults = catalogue()
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 PASS, CAUGHT, REFUSED, UNDECIDED, CRASHED = "pass", "caught", "refused", "cannot judge", "crashed"
 BOTH_SIDES: tuple[PaddingSide, ...] = ("left", "right")
 WELLFORMED_PROBES = 10
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Verdict(NamedTuple):
@@ -108,7 +110,7 @@ def judge(case: Case, check: str) -> Verdict:
     import torch
 
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=case.subject.random_devices()):
             panel()[check](case)
     except ModelCrashed as failure:
         return Verdict(CRASHED, str(failure))
@@ -117,12 +119,19 @@ def judge(case: Case, check: str) -> Verdict:
     except CannotJudge as reason:
         return Verdict(UNDECIDED, str(reason))
     except ValueError as error:
-        *_, innermost = traceback.extract_tb(error.__traceback__)
-        own = "/pytest_qvl/" in innermost.filename.replace("\\", "/")
-        return Verdict(REFUSED if own else CRASHED, str(error))
+        return Verdict(REFUSED if _raised_here(error) else CRASHED, str(error))
     except Exception as error:
         return Verdict(CRASHED, f"{type(error).__name__}: {error}")
     return Verdict(PASS)
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether an exception comes from this package's own code, and not from a library beneath it.
+
+    By the package's folder: a clone of this repository may lie in a folder of any name, torch's beside it.
+    """
+    *_, innermost = traceback.extract_tb(error.__traceback__)
+    return Path(innermost.filename).resolve().is_relative_to(PACKAGE)
 
 
 def judge_all(case: Case, checks: Iterable[str] = ()) -> dict[str, Verdict]:
@@ -135,7 +144,7 @@ def smoke(case: Case) -> Verdict:
     import torch
 
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=case.subject.random_devices()):
             wrapped = case.model
             wrapped.train()
             loss = wrapped(**case.batch(padding_side="right", answers=True), use_cache=False).loss

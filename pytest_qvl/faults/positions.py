@@ -40,6 +40,13 @@ def at_pictures(case: Case, change: Change) -> AbstractContextManager[None]:
     return all_of([before([parts.core], note), positions_changed(parts, changed)])
 
 
+def _counted(positions: torch.Tensor) -> torch.Tensor:
+    """Plain 1-D positions in place of ``(3, rows, length)`` ones."""
+    import torch
+
+    return torch.arange(positions.shape[-1], device=positions.device).expand_as(positions)
+
+
 @fault(
     "type-ids-dropped",
     "A collator drops mm_token_type_ids: plain 1-D positions, and nothing raised.",
@@ -66,11 +73,9 @@ def _training_1d(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
 
     def flat(positions: torch.Tensor) -> torch.Tensor:
-        import torch
-
         if not parts.base.training:
             return positions
-        return torch.arange(positions.shape[-1]).expand_as(positions)
+        return _counted(positions)
 
     with positions_changed(parts, flat):
         yield
@@ -208,8 +213,6 @@ def _stands_still(case: Case) -> Iterator[None]:
     source="huggingface/transformers#36009, #36013",
 )
 def _stale(case: Case) -> Iterator[None]:
-    import torch
-
     parts = anatomy(case.model)
     seen: dict[str, Any] = {"last": 0}
 
@@ -219,7 +222,7 @@ def _stale(case: Case) -> Iterator[None]:
         pictures = bool((positions != positions[:1]).any())
         stale, seen["last"] = seen["last"], pictures
         if pictures and stale == "text":
-            return torch.arange(positions.shape[-1]).expand_as(positions)
+            return _counted(positions)
         seen["last"] = "pictures" if pictures else "text"
         return positions
 
@@ -266,7 +269,7 @@ def _rotary_base(case: Case) -> Iterator[None]:
     def slower(frequencies: torch.Tensor) -> torch.Tensor:
         import torch
 
-        return frequencies * 1000.0 ** (-torch.arange(count) / count)
+        return frequencies * 1000.0 ** (-torch.arange(count, device=frequencies.device) / count)
 
     with values(rotary.inv_freq, slower):
         yield

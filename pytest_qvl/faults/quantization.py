@@ -26,7 +26,7 @@ def _loaded(case: Case, **options: Any) -> None:
     'The skip list ["visual", "lm_head"] matches no module on Transformers 5.',
     damages="load",
     check="quantization_census",
-    says=("vision: 20 of 20 linears are NF4", "entries that match no module", "model.visual"),
+    says=("vision: {vision} of {vision} linears are NF4", "entries that match no module", "model.visual"),
     source="1038lab/ComfyUI-JoyCaption#53, unslothai/unsloth#4208",
     transformers=(5,),
 )
@@ -40,7 +40,7 @@ def _skip_list_visual(case: Case) -> Iterator[None]:
     "No skip list at all: vision tower and merger are quantized.",
     damages="load",
     check="quantization_census",
-    says=("vision: 20 of 20", "merger: 2 of 2", "no skip list was given"),
+    says=("vision: {vision} of {vision}", "merger: {merger} of {merger}", "no skip list was given"),
     source="unslothai/unsloth#3639, unslothai/unsloth#1347",
 )
 def _skip_list_missing(case: Case) -> Iterator[None]:
@@ -66,7 +66,7 @@ def _skip_list_without_head(case: Case) -> Iterator[None]:
     "The skip list names the vision blocks only: the merger is quantized.",
     damages="load",
     check="quantization_census",
-    says=("merger: 2 of 2 linears are NF4", "does not cover it"),
+    says=("merger: {merger} of {merger} linears are NF4", "does not cover it"),
     source="vllm-project/llm-compressor#1766",
 )
 def _skip_list_without_merger(case: Case) -> Iterator[None]:
@@ -79,7 +79,7 @@ def _skip_list_without_merger(case: Case) -> Iterator[None]:
     'An entry "o_proj" keeps the attention outputs of the language backbone out of the quantization.',
     damages="load",
     check="quantization_census",
-    says=("language: 4 of 28 linears are bfloat16 instead of nf4", "o_proj"),
+    says=("language: {layers} of {language} linears are {dtype} instead of nf4", "o_proj"),
 )
 def _skip_list_too_greedy(case: Case) -> Iterator[None]:
     _loaded(case, skip=[*KEEP_16BIT, "o_proj"])
@@ -91,7 +91,7 @@ def _skip_list_too_greedy(case: Case) -> Iterator[None]:
     "The quantization config is lost on the way: everything is 16-bit.",
     damages="load",
     check="quantization_census",
-    says=("nothing is quantized", "28 of 28"),
+    says=("nothing is quantized", "{language} of {language}"),
     source="NVIDIA-NeMo/Automodel#2358",
 )
 def _quantization_dropped(case: Case) -> Iterator[None]:
@@ -104,7 +104,7 @@ def _quantization_dropped(case: Case) -> Iterator[None]:
     "BitsAndBytesConfig's default type, fp4, instead of nf4.",
     damages="load",
     check="quantization_census",
-    says=("28 of 28 linears are fp4 instead of nf4", "bnb_4bit_quant_type"),
+    says=("{language} of {language} linears are fp4 instead of nf4", "bnb_4bit_quant_type"),
     source="bitsandbytes-foundation/bitsandbytes#2077",
 )
 def _type_fp4(case: Case) -> Iterator[None]:
@@ -130,7 +130,7 @@ def _double_quantization_off(case: Case) -> Iterator[None]:
     "Compute dtype float32, the config's default: slow and hungry, and without a warning.",
     damages="load",
     check="quantization_census",
-    says=("compute_dtype float32 instead of bfloat16", "bnb_4bit_compute_dtype"),
+    says=("compute_dtype float32 instead of {dtype}", "bnb_4bit_compute_dtype"),
     source="bitsandbytes-foundation/bitsandbytes#2077, #1177",
 )
 def _compute_float32(case: Case) -> Iterator[None]:
@@ -145,7 +145,7 @@ def _compute_float32(case: Case) -> Iterator[None]:
     "LLM.int8 instead of NF4.",
     damages="load",
     check="quantization_census",
-    says=("28 of 28 linears are int8 instead of nf4",),
+    says=("{language} of {language} linears are int8 instead of nf4",),
     source="bitsandbytes-foundation/bitsandbytes#1634",
 )
 def _eight_bits(case: Case) -> Iterator[None]:
@@ -158,7 +158,6 @@ def _eight_bits(case: Case) -> Iterator[None]:
 def four_bit(model: Any, name: str, *, blocksize: int = 64) -> Iterator[None]:
     """Quantize one linear of the base model in place, and put the old layer back."""
     import bitsandbytes as bnb
-    import torch
 
     base = anatomy(model).base
     parent = base.get_submodule(name.rpartition(".")[0])
@@ -167,7 +166,7 @@ def four_bit(model: Any, name: str, *, blocksize: int = 64) -> Iterator[None]:
         old.in_features,
         old.out_features,
         bias=old.bias is not None,
-        compute_dtype=torch.bfloat16,
+        compute_dtype=old.weight.dtype,
         quant_type="nf4",
     )
     weight = bnb.nn.Params4bit(
@@ -188,7 +187,7 @@ def four_bit(model: Any, name: str, *, blocksize: int = 64) -> Iterator[None]:
     "A single linear of one vision block is NF4.",
     damages="model",
     check="quantization_census",
-    says=("vision: 1 of 20 linears are NF4", "model.visual.blocks.2.attn.qkv"),
+    says=("vision: 1 of {vision} linears are NF4", "model.visual.blocks.2.attn.qkv"),
     source="vllm-project/llm-compressor#1939",
 )
 def _one_vision_linear(case: Case) -> Iterator[None]:
@@ -201,7 +200,7 @@ def _one_vision_linear(case: Case) -> Iterator[None]:
     "One language linear is quantized in blocks of 128, and without double quantization.",
     damages="model",
     check="quantization_census",
-    says=("1 of 28 quantized linears have blocksize 128 instead of 64", "layers.1.mlp.up_proj"),
+    says=("1 of {language} quantized linears have blocksize 128 instead of 64", "layers.1.mlp.up_proj"),
 )
 def _one_block_size(case: Case) -> Iterator[None]:
     name = "model.language_model.layers.1.mlp.up_proj.base_layer"
@@ -229,9 +228,10 @@ def _no_repacking() -> str | None:
     "An eval forward rewrites the quantized weights in place for a CPU kernel.",
     damages="load",
     check="quantization_census",
-    says=("28 quantized weights were rewritten in place", "keep_quantized_weights_in_place"),
+    says=("{language} quantized weights were rewritten in place", "keep_quantized_weights_in_place"),
     silent=False,
     needs=_no_repacking,
+    requires=("CPU",),
 )
 def _repacked(case: Case) -> Iterator[None]:
     import bitsandbytes as bnb

@@ -24,12 +24,20 @@ def random_model(family: str, *, seed: int, dtype: torch.dtype, quantization_con
     from pytest_qvl.models.quantized import keep_quantized_weights_in_place
     from pytest_qvl.models.synthetic import build_synthetic
 
-    model = build_synthetic(_config(family), quantization_config, "cpu", dtype, seed)
+    model = build_synthetic(random_config(family), quantization_config, "cpu", dtype, seed)
     keep_quantized_weights_in_place(model)
     return model.requires_grad_(False).eval()
 
 
-def _config(family: str) -> Any:
+def random_config(family: str, *, layers: int = 3, blocks: int = 4, tied: bool = False) -> Any:
+    """A small configuration with the token ids of the embedded checkpoint.
+
+    Args:
+        family: One of :data:`RANDOM_FAMILIES`.
+        layers: Language layers.
+        blocks: Vision blocks.
+        tied: Whether the head is the embedding table.
+    """
     from transformers import AutoConfig
 
     from pytest_qvl.data import embedded_model_dir
@@ -45,7 +53,8 @@ def _config(family: str) -> Any:
         "vocab_size": text.vocab_size,
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": layers,
+        "tie_word_embeddings": tied,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 2048,
@@ -56,7 +65,7 @@ def _config(family: str) -> Any:
         "rope_scaling": {**rope, "type": "mrope"},
     }
     vision_config: dict[str, Any] = {
-        "depth": 4,
+        "depth": blocks,
         "num_heads": 2,
         "patch_size": PATCH[family],
         "spatial_merge_size": 2,
@@ -72,5 +81,5 @@ def _config(family: str) -> Any:
     if family == "qwen3_vl":
         vision_config |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 256}
     return AutoConfig.for_model(
-        family, text_config=text_config, vision_config=vision_config, tie_word_embeddings=False, **shared
+        family, text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **shared
     )

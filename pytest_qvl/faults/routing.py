@@ -316,14 +316,13 @@ def _rolled(case: Case) -> Iterator[None]:
     source="Blaizzy/mlx-swift-lm#238",
 )
 def _window_order(case: Case) -> Iterator[None]:
-    import torch
-
     parts = anatomy(case.model)
 
     def sort(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         order, start = [], 0
-        for _, height, width in (grids // torch.tensor([1, parts.merge_size, parts.merge_size])).tolist():
+        for _, rows, columns in grids.tolist():
+            height, width = rows // parts.merge_size, columns // parts.merge_size
             places = [(r // 2, c // 2, r, c) for r in range(height) for c in range(width)]
             order += [start + r * width + c for _, _, r, c in sorted(places)]
             start += height * width

@@ -25,7 +25,7 @@ _LAYER = "model.language_model.layers.3.mlp.down_proj"
     "One adapted layer is computed without its adapter: no gradient reaches it.",
     damages="adapter",
     check="training_step",
-    says=("has no path to 1 of 28 adapter tensors", "layers.3.mlp.down_proj.lora_B"),
+    says=("has no path to 1 of {language} adapter tensors", "layers.3.mlp.down_proj.lora_B"),
     source="huggingface/peft#2880, unslothai/unsloth#5039",
 )
 def _detached(case: Case) -> Iterator[None]:
@@ -39,7 +39,7 @@ def _detached(case: Case) -> Iterator[None]:
     "The scaling of one layer was lost on the way: its adapter is multiplied by 0.",
     damages="adapter",
     check="training_step",
-    says=("is exactly zero at 1 of 28 adapter tensors", "layers.3.mlp.down_proj.lora_B"),
+    says=("is exactly zero at 1 of {language} adapter tensors", "layers.3.mlp.down_proj.lora_B"),
     source="vllm-project/vllm#55193",
 )
 def _scaling_zero(case: Case) -> Iterator[None]:
@@ -53,7 +53,7 @@ def _scaling_zero(case: Case) -> Iterator[None]:
     "The adapter is trained in float16: AdamW divides by an epsilon that is zero there.",
     damages="adapter",
     check="training_step",
-    says=("56 of 56 trained tensors are float16", "train them in float32"),
+    says=("{adapter} of {adapter} trained tensors are float16", "train them in float32"),
     source="2U1/Qwen-VL-Series-Finetune#184, huggingface/transformers#30559",
 )
 def _float16_adapter(case: Case) -> Iterator[None]:
@@ -151,7 +151,7 @@ def _prompt(case: Case) -> Iterator[None]:
 
     def all_text(batch: dict[str, Any]) -> torch.Tensor:
         ids = batch["input_ids"]
-        hidden = torch.isin(ids, torch.tensor(vision)) | (batch["attention_mask"] == 0)
+        hidden = torch.isin(ids, torch.tensor(vision, device=ids.device)) | (batch["attention_mask"] == 0)
         masked: torch.Tensor = ids.masked_fill(hidden, IGNORED)
         return masked
 

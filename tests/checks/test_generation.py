@@ -244,6 +244,19 @@ def test_end_of_sequence_forgotten(fresh_model: Any, processor: Any, reference: 
     assert said.startswith("sample '")
 
 
+def test_a_generation_config_that_does_not_stop_where_turns_end(lora_model: Any, processor: Any) -> None:
+    """Seen without a reference, so on weights that know nothing too."""
+    config = anatomy(lora_model).base.generation_config
+    before, config.eos_token_id = config.eos_token_id, 1
+    try:
+        said = fails(generation_wellformed, lora_model, processor, ONE_EACH[:1], max_new_tokens=2)
+    finally:
+        config.eos_token_id = before
+    assert said.startswith("the generation config stops at 1 (")
+    assert "and not at 398 (<|im_end|>)" in said
+    assert "set generation_config.eos_token_id" in said
+
+
 def lure(model: Any, processor: Any, token: int) -> None:
     """Make the head prefer `token` wherever it would say the first token of "red"."""
     [red, *_] = processor.tokenizer("red", add_special_tokens=False)["input_ids"]

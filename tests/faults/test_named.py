@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from pytest_qvl.faults import apply, catalogue, healthy_case
-from pytest_qvl.faults.catalogue import find
+from pytest_qvl.faults.catalogue import FAMILIES, find
 from pytest_qvl.faults.healthy import ALWAYS, IN_TURN, KNOWLEDGE, Healthy, variations
 from pytest_qvl.faults.panel import PASS, judge, judge_all, panel, smoke
-from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.faults.restored import state
+from pytest_qvl.faults.sizes import EMBEDDED, sizes_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:UserWarning:peft"),
@@ -43,42 +43,26 @@ def case(found: dict[str, Any]) -> Any:
     return case
 
 
-def state(case: Any) -> Any:
-    parts = anatomy(case.model)
-    tensors = dict((*case.model.named_parameters(), *case.model.named_buffers()))
-    settings = {n: v for n, v in vars(case.processor.image_processor).items() if not callable(v)}
-    modules = [
-        (n, m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(k for k in vars(m)))
-        for n, m in case.model.named_modules()
-    ]
-    grads = [p.requires_grad for p in case.model.parameters()]
-    return (
-        digests(tensors.items()),
-        modules,
-        grads,
-        repr(settings),
-        sorted(vars(case.processor.image_processor)),
-        parts.base.generation_config.to_dict(),
-        case.lora_config.to_dict(),
-    )
-
-
 @pytest.mark.parametrize("name", catalogue())
 def test_fault_is_caught_by_the_named_check(case: Any, name: str) -> None:
     fault = find(name)
-    if reason := fault.missing():
+    if reason := fault.missing(case):
         pytest.skip(reason)
     with apply(name, case) as damaged:
         verdict = judge(damaged, fault.check)
     assert verdict.noticed, f"{fault.check} does not notice {name}: {verdict}"
-    for words in fault.says:
+    for words in fault.words():
         assert words in verdict.message
+
+
+def test_expected_words_count_the_embedded_models_layers(case: Any) -> None:
+    assert sizes_of(case.model) == EMBEDDED
 
 
 def test_everything_is_put_back(case: Any) -> None:
     before = state(case)
     for name, fault in catalogue().items():
-        if fault.missing() is None and fault.damages != "load":
+        if fault.missing(case) is None and fault.damages != "load":
             with apply(name, case):
                 pass
             assert state(case) == before, name
@@ -110,11 +94,9 @@ def test_every_check_has_a_fault_of_its_own() -> None:
     assert {*ALWAYS, *chain(*IN_TURN), *KNOWLEDGE} == set(panel())
 
 
-def test_the_catalogue_is_large_and_mostly_silent() -> None:
-    faults = catalogue().values()
-    assert len(faults) >= 60
-    assert sum(fault.silent for fault in faults) >= len(faults) / 2
-    assert len({fault.family for fault in faults}) == 14
+def test_every_family_has_faults() -> None:
+    """How many there are in all is held by the committed page and the README, see test_page.py."""
+    assert {fault.family for fault in catalogue().values()} == set(FAMILIES.values())
 
 
 def test_an_unknown_fault_names_the_nearest() -> None:

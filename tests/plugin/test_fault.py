@@ -38,8 +38,7 @@ def test_a_fault_whose_check_was_not_run_says_so(run_light, pytester):
     ("arguments", "says"),
     [
         (["scatter-of"], "--qvl-fault: no fault is called 'scatter-of'; did you mean *"),
-        (["scatter-off-by-one", "--qvl-model", "synthetic:qwen2.5-vl-7b"], "*drop qvl_model (--qvl-model)"),
-        (["scatter-off-by-one", "--qvl-device", "cuda"], "*on the CPU; drop qvl_device (--qvl-device)"),
+        (["scatter-off-by-one", "--qvl-images", "."], "*rendered scenes and *; drop qvl_images (--qvl-images)"),
     ],
 )
 def test_nonsense_is_one_line(pytester, arguments, says):
@@ -48,8 +47,22 @@ def test_nonsense_is_one_line(pytester, arguments, says):
     result.stderr.fnmatch_lines([f"ERROR: {says}"])
 
 
-def test_only_the_embedded_model_on_the_cpu_is_collected(pytester):
-    result = pytester.runpytest_inprocess(*SUITE, "--qvl-fault", "scatter-off-by-one", "--collect-only", "-q")
+@pytest.mark.parametrize(
+    ("arguments", "collected", "left_out"),
+    [
+        ([], "embedded-cpu", "embedded-cuda"),
+        (["--qvl-device", "cuda"], "embedded-cuda", "embedded-cpu"),
+        (["--qvl-model", "synthetic:qwen2.5-vl-7b"], "qwen2.5-vl-7b-cuda", "qwen2.5-vl-7b-cpu"),
+    ],
+)
+def test_a_fault_is_made_on_the_model_and_device_asked_for(pytester, arguments, collected, left_out):
+    chosen = ("--qvl-fault", "scatter-off-by-one", "--collect-only", "-q", *arguments)
+    result = pytester.runpytest_inprocess(*SUITE, *chosen)
     assert result.ret == 0
-    assert "embedded-cuda" not in result.stdout.str()
-    assert "test_feature_scatter[embedded-cpu-left]" in result.stdout.str()
+    assert f"test_feature_scatter[{collected}-left]" in result.stdout.str()
+    assert left_out not in result.stdout.str()
+
+
+def test_a_fault_in_a_batch_reaches_the_training_checks(run_real):
+    result = run_real(*SUITE, "--qvl-fault", "pixels-require-grad", "-k", "vision_not_backpropagated and plain", "-rN")
+    result.stdout.fnmatch_lines(["qvl: vision_not_backpropagated must catch it, and caught it*"])

@@ -1,0 +1,60 @@
+"""What a model needs for a fault to be possible on it, as data: a fault that a model cannot carry says why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pytest_qvl.faults.case import Case
+
+Requirement = Literal["knowledge", "untied head", "window attention", "gated vision MLP", "CPU", "CUDA"]
+
+# Checks that compare answers: of a model that answers nothing they judge nothing.
+BY_CHECK: dict[str, Requirement] = {"alignment": "knowledge", "peak_vram": "CUDA"}
+
+
+def _knowledge(case: Case) -> bool:
+    return case.reference.has_knowledge
+
+
+def _untied_head(case: Case) -> bool:
+    return not anatomy(case.model).config.tie_word_embeddings
+
+
+def _window_attention(case: Case) -> bool:
+    return hasattr(anatomy(case.model).vision_tower, "fullatt_block_indexes")
+
+
+def _gated_vision_mlp(case: Case) -> bool:
+    block: Any = anatomy(case.model).blocks[0]
+    return hasattr(block.mlp, "down_proj")
+
+
+def _on(device: str) -> Callable[[Case], bool]:
+    return lambda case: case.subject.device == device
+
+
+REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
+    "knowledge": (_knowledge, "needs knowledge: these weights answer nothing, so no answer can be lost"),
+    "untied head": (_untied_head, "needs an untied head: here the head is the embedding table"),
+    "window attention": (_window_attention, "needs window attention: this family's vision tower has none"),
+    "gated vision MLP": (_gated_vision_mlp, "needs the gated vision MLP of Qwen2.5-VL: this tower's has other layers"),
+    "CPU": (_on("cpu"), "CPU only"),
+    "CUDA": (_on("cuda"), "CUDA only"),
+}
+
+
+def unmet(required: Iterable[Requirement], check: str, case: Case) -> str:
+    """Why a case cannot carry a fault; empty where it can.
+
+    Args:
+        required: What the fault says it needs.
+        check: The check that must catch it.
+        case: A healthy case.
+    """
+    names = [*required, *([BY_CHECK[check]] if check in BY_CHECK else [])]
+    return next((reason for met, reason in map(REQUIREMENTS.__getitem__, names) if not met(case)), "")

@@ -1,0 +1,212 @@
+"""Running the matrix: pieces, partial results, verdicts and the page of several models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pytest_qvl.cli import main
+from pytest_qvl.faults import catalogue, matrix, work
+from pytest_qvl.faults.by_model import by_model, ordered, read_record
+from pytest_qvl.faults.matrix import assembled, complete, run
+from pytest_qvl.faults.results import Result, Row
+from pytest_qvl.faults.subject import Subject, embedded
+from pytest_qvl.faults.work import Done, Plan, Task, tasks
+
+TWO = ("scatter-off-by-one", "rank-halved")
+SYNTHETIC = Subject.of("synthetic:qwen2.5-vl-3b", "cuda")
+
+
+def found(check: str, outcome: str = "caught", **more: object) -> dict[str, object]:
+    row = Row(check=check, outcomes={check: outcome}, named=outcome == "caught")
+    return {**vars(row), **more}
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return Plan(embedded(), TWO, named_only=True)
+
+
+@pytest.fixture
+def doing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Work that only notes what it was asked for."""
+    asked: list[str] = []
+
+    def do(plan: Plan, task: Task) -> Done:
+        asked.append(task.key)
+        if task.part == "health":
+            return Done(task, {"outcome": "pass", "message": ""}, 1.0)
+        return Done(task, found(catalogue()[task.key].check), 2.0)
+
+    monkeypatch.setattr(matrix, "do", do)
+    return asked
+
+
+def test_the_whole_matrix_has_variations_and_doses_only_where_they_are_made_of_the_model() -> None:
+    parts = [task.part for task in tasks(Plan(embedded()))]
+    assert parts.count("fault") == len(catalogue())
+    assert parts.count("variation") == work.VARIATIONS
+    assert "dose" in parts
+    assert {task.part for task in tasks(Plan(SYNTHETIC))} == {"health", "fault"}
+
+
+def test_named_only_asks_the_healthy_model_what_the_faults_are_held_to(plan: Plan) -> None:
+    asked = [task.key for task in tasks(plan) if task.part == "health"]
+    assert set(asked) == {"feature_scatter", "adapter_census", *work.CHEAP}
+
+
+def test_a_run_that_is_cut_off_goes_on_where_it_was(plan: Plan, doing: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "out.json.part"
+    first = run(plan, partial=file, minutes=0)
+    assert not first.rows
+    assert not complete(plan, first)
+    assert doing == []
+    run(plan, partial=file)
+    everything = list(doing)
+    assert everything[-2:] == list(TWO)[::-1] or everything[-2:] == list(TWO)
+    cut = file.read_text().splitlines()[:-1]
+    file.write_text("\n".join([*cut, '{"part": "fault", "ke']))
+    doing.clear()
+    result = run(plan, partial=file)
+    assert doing == everything[-1:]
+    assert complete(plan, result)
+    assert result.good
+
+
+def test_results_of_another_run_are_refused(plan: Plan, doing: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "out.json.part"
+    run(plan, partial=file)
+    with pytest.raises(ValueError, match="holds the results of another run"):
+        run(Plan(embedded("float32"), TWO, named_only=True), partial=file)
+
+
+def test_what_fails_without_a_fault_tells_nothing_about_faults(plan: Plan) -> None:
+    done = [
+        Done(Task("health", "feature_scatter"), {"outcome": "caught", "message": "ill"}, 0.0),
+        Done(Task("fault", "scatter-off-by-one"), found("feature_scatter"), 0.0),
+        Done(Task("fault", "rank-halved"), found("adapter_census"), 0.0),
+    ]
+    result = assembled(plan, done, "CPU")
+    assert result.rows["scatter-off-by-one"].verdict == "not judged"
+    assert result.rows["rank-halved"].verdict == "caught"
+    assert result.ill == {"feature_scatter": "caught: ill"}
+    assert not result.good
+
+
+@pytest.mark.parametrize(("outcome", "good"), [("pass", True), ("cannot judge", False)])
+def test_the_embedded_model_has_to_be_judged_by_every_check(plan: Plan, outcome: str, good: bool) -> None:
+    done = [Done(Task("health", "alignment"), {"outcome": outcome, "message": "no knowledge"}, 0.0)]
+    assert (not assembled(plan, done, "CPU").ill) is good
+    assert not assembled(Plan(SYNTHETIC), done, "GPU").ill
+
+
+@pytest.mark.parametrize(
+    ("row", "verdict"),
+    [
+        (Row(check="a", outcomes={"a": "caught"}, named=True), "caught"),
+        (Row(check="a", outcomes={"a": "refused"}), "other words"),
+        (Row(check="a", outcomes={"a": "pass", "b": "caught"}), "missed"),
+        (Row(check="a", outcomes={"a": "crashed"}), "missed"),
+        (Row(check="a", outcomes={"a": "cannot judge"}), "not judged"),
+        (Row(check="a", missing="needs knowledge"), "not carried"),
+        (Row(check="a", broken="RuntimeError: two devices"), "broken"),
+    ],
+)
+def test_verdicts(row: Row, verdict: str) -> None:
+    assert row.verdict == verdict
+    result = Result("d", {}, rows={"x": row})
+    assert result.good is (verdict in ("caught", "not carried"))
+
+
+def test_a_process_that_dies_is_one_sentence(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import Future
+    from concurrent.futures.process import BrokenProcessPool
+
+    class Pool:
+        def __init__(self, *arguments: object, **options: object) -> None: ...
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+        def submit(self, *arguments: object) -> Future[Done]:
+            future: Future[Done] = Future()
+            future.set_exception(BrokenProcessPool("terminated abruptly"))
+            return future
+
+    monkeypatch.setattr(matrix, "ProcessPoolExecutor", Pool)
+    with pytest.raises(matrix.MatrixStopped, match="give fewer --jobs"):
+        run(plan, jobs=2)
+
+
+def test_a_gpu_that_cannot_be_had_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["faults", "--matrix", "--device", "cuda", "--only", TWO[0]]) == 2
+    assert "error: --device cuda: CUDA_VISIBLE_DEVICES is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--matrix", "--only", "scatter-of"], "no fault is called 'scatter-of'"),
+        (["--matrix", "--model", "nowhere"], "model 'nowhere' is unknown"),
+        (["--matrix", "--named-only", "--docs", "d"], "--docs is about the whole matrix of the embedded model"),
+        (["--named-only", "--out", "x"], "--named-only, --out: about the run of --matrix; give both"),
+        (["--table", "x.json"], "--table makes pages: say where with --docs FOLDER"),
+        (["--table", "x.json", "--matrix"], "give one of them"),
+        (["--table", "missing.json", "--docs", "d"], "missing.json: "),
+    ],
+)
+def test_options_that_do_not_go_together(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["faults", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_record_is_written_when_it_is_complete(
+    doing: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.json"
+    chosen = ["faults", "--matrix", "--named-only", "--jobs", "1", "--out", str(out), "--only", *TWO]
+    assert main([*chosen, "--minutes", "0"]) == 1
+    assert not out.exists()
+    assert (tmp_path / "r.json.part").exists()
+    assert main(chosen) == 0
+    assert not (tmp_path / "r.json.part").exists()
+    assert read_record(out).caught == 2
+    assert "2 of 2 faults caught" in capsys.readouterr().out
+
+
+def test_the_page_shows_every_record_side_by_side(tmp_path: Path) -> None:
+    small = Result("d", {"torch": "2"}, rows={TWO[0]: Row(check="feature_scatter", named=True)})
+    large = Result(
+        "d",
+        {"torch": "2"},
+        model="synthetic:qwen2.5-vl-7b",
+        label="qwen2.5-vl-7b × CUDA",
+        device="H100",
+        rows={TWO[0]: Row(check="feature_scatter", missing="needs | knowledge; none here")},
+    )
+    for number, result in enumerate((large, small)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(result.as_dict()))
+    results = ordered(read_record(tmp_path / f"{number}.json") for number in range(2))
+    assert results == [small, large]
+    page = by_model(results)
+    assert "| fault | must be caught by | embedded × CPU | qwen2.5-vl-7b × CUDA |" in page
+    assert f"| `{TWO[0]}` | feature_scatter | caught | not carried: needs \\| knowledge |" in page
+    assert f"| `{TWO[1]}` | adapter_census | not in the record | not in the record |" in page
+    assert "| not carried by this model or device | 0 | 1 |" in page
+
+
+def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text("{}")
+    with pytest.raises(ValueError, match=r"x\.json: no record of faults: its schema is None"):
+        read_record(file)

@@ -1,0 +1,82 @@
+"""Faults on a model that is not the embedded one: of another depth, with a tied head and without knowledge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl.faults import catalogue, healthy_case
+from pytest_qvl.faults.catalogue import find
+from pytest_qvl.faults.sizes import sizes_of
+from pytest_qvl.faults.subject import Subject
+from pytest_qvl.faults.work import Plan, Task, do
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NEED_KNOWLEDGE = {
+    "end-forgotten",
+    "says-token-zero",
+    "placeholder-before-the-end",
+    "rotary-base-wrong",
+    "pictures-grey",
+    "adapter-of-another-base",
+}
+# Quick ones whose words count layers, or that load the model again.
+CAUGHT = (
+    *("seven-names-hit-vision", "regex-matches-half", "optimizer-before-adapter", "type-fp4", "skip-list-too-greedy"),
+    *("eos-setting-wrong", "scatter-off-by-one", "one-dimensional-in-training", "one-block-size-off"),
+)
+
+
+@pytest.fixture(scope="module")
+def subject(random_folder: Path) -> Subject:
+    return Subject.of(str(random_folder))
+
+
+@pytest.fixture(scope="module")
+def case(subject: Subject) -> Any:
+    return healthy_case(subject=subject)
+
+
+def test_what_a_model_without_knowledge_cannot_carry_says_so(case: Any) -> None:
+    reasons = {name: fault.missing(case) for name, fault in catalogue().items() if fault.missing(case)}
+    knowledge = {name for name, reason in reasons.items() if "needs knowledge" in (reason or "")}
+    assert knowledge >= NEED_KNOWLEDGE
+    assert knowledge == {n for n, f in catalogue().items() if f.check == "alignment" or "knowledge" in f.requires}
+    assert "windows-everywhere" not in reasons
+
+
+def test_sizes_are_the_models_own(case: Any) -> None:
+    sizes = sizes_of(case.model)
+    assert (sizes.layers, sizes.language, sizes.vision) == (5, 35, 30)
+    assert find("regex-matches-half").words(sizes)[0].startswith("21 modules")
+
+
+@pytest.mark.parametrize("name", CAUGHT)
+def test_fault_is_caught_on_a_folder_in_words_that_count_its_layers(subject: Subject, name: str) -> None:
+    found = do(Plan(subject, CAUGHT, named_only=True), Task("fault", name)).found
+    assert (found["broken"], found["named"]) == ("", True), found
+
+
+def test_a_fault_in_a_faults_own_code_ends_no_run(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextlib import contextmanager
+    from dataclasses import replace
+    from importlib import import_module
+
+    module: Any = import_module("pytest_qvl.faults.catalogue")
+
+    @contextmanager
+    def broken(_case: Any) -> Any:
+        raise RuntimeError("Expected all tensors to be on the same device")
+        yield
+
+    monkeypatch.setitem(module._FAULTS, "rank-halved", replace(find("rank-halved"), damage=broken))
+    module.catalogue.cache_clear()
+    try:
+        found = do(Plan(subject, ("rank-halved",), named_only=True), Task("fault", "rank-halved")).found
+    finally:
+        monkeypatch.undo()
+        module.catalogue.cache_clear()
+    assert found["broken"] == "RuntimeError: Expected all tensors to be on the same device"
