@@ -4,44 +4,49 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import io
-import tokenize
 from pathlib import Path
 
+from pytest_qvl.data import embedded_model_dir
+from pytest_qvl.faults.normalised import without_names
+
 PACKAGE = Path(__file__).parents[1]
-# What only lists, prints or judges no model of the panel.
+DECIDES = ("checks", "faults", "samples", "models", "evidence.py")
+# What only lists, prints, or judges no model of the panel.
 ASIDE = frozenset(
     {
-        *("faults/cli.py", "faults/page.py", "faults/freshness.py", "faults/unreproduced.py", "faults/matrix.py"),
-        *("checks/__init__.py", "checks/vram.py", "checks/forecast.py"),
+        *("faults/by_model.py", "faults/cli.py", "faults/freshness.py", "faults/journal.py", "faults/matrix.py"),
+        *("faults/normalised.py", "faults/page.py", "faults/results.py", "faults/unreproduced.py"),
+        *("checks/__init__.py", "checks/forecast.py", "checks/vram.py"),
+        *("models/backends/unsloth.py", "models/backends/unsloth_start.py", "models/fingerprint_cuda.py"),
+        *("models/fingerprint_kernel.py", "models/owner.py", "models/released.py", "models/synthesize.py"),
+        *("models/synthetic_checkpoint.py", "models/synthetic_processor.py"),
     }
 )
 
 
 def definitions_digest() -> str:
-    """Hash of the code of all checks, faults, variations and probes; comments and docstrings do not count."""
+    """Hash of what decides a verdict: the code of checks, faults, probes and models, and the embedded checkpoint.
+
+    Comments, docstrings, annotations, layout and names of local variables do not count; every other name, number and
+    text does.
+    """
     found = hashlib.sha256()
-    for folder in ("checks", "faults", "samples"):
-        for file in sorted((PACKAGE / folder).glob("*.py")):
-            name = file.relative_to(PACKAGE).as_posix()
-            if name not in ASIDE:
-                found.update(f"{name}\n{code_of(file.read_text(encoding='utf-8'))}\n".encode())
+    for file in deciding_files():
+        name = file.relative_to(PACKAGE).as_posix()
+        found.update(f"{name}\n{code_of(file.read_text(encoding='utf-8'))}\n".encode())
+    for file in sorted(embedded_model_dir().iterdir()):
+        if file.suffix in (".json", ".safetensors", ".txt"):
+            found.update(f"{file.name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return found.hexdigest()[:16]
 
 
+def deciding_files() -> list[Path]:
+    """Every module whose code the digest stands for, in folders at any depth."""
+    roots = [PACKAGE / name for name in DECIDES]
+    files = [file for root in roots for file in ([root] if root.suffix else root.rglob("*.py"))]
+    return sorted(file for file in files if file.relative_to(PACKAGE).as_posix() not in ASIDE)
+
+
 def code_of(source: str) -> str:
-    """Source without comments, docstrings and blank lines."""
-    lines = source.splitlines()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            row, column = token.start
-            lines[row - 1] = lines[row - 1][:column]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
-            ast.get_docstring(node, clean=False) is not None
-        ):
-            text = node.body[0]
-            assert text.end_lineno is not None
-            for row in range(text.lineno - 1, text.end_lineno):
-                lines[row] = ""
-    return "\n".join(line.rstrip() for line in lines if line.strip())
+    """What a module does, as text that is equal for modules that do the same under other local names."""
+    return without_names(ast.parse(source))
