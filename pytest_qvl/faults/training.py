@@ -109,7 +109,7 @@ def _sign(case: Case) -> Iterator[None]:
     "The optimizer was made with maximize=True, as for a reward: every step goes uphill.",
     damages="run",
     check="training_step",
-    says=("your optimizer moves 56 of 56 tensors uphill", "maximize=True"),
+    says=("your optimizer moves {adapter} of {adapter} tensors uphill", "maximize=True"),
 )
 def _ascends(case: Case) -> Iterator[None]:
     import torch
