@@ -69,7 +69,7 @@ def peak_vram(
         raise CannotJudge("VRAM needs CUDA: the model is on the CPU")
     judge = Judge("peak_vram", "peak VRAM within its limit")
     prepare_to_measure()
-    _judge_resident(judge, parts)
+    _judge_resident(judge, _own_bytes(parts), _requested_bytes(parts))
     rows: list[tuple[str | float | None, ...]] = []
     for usage in loading(meter):
         rows.append((*_row(usage), None))
@@ -177,17 +177,35 @@ def _together(used: Sequence[Usage]) -> Usage:
     return replace(used[0], seconds=used[-1].seconds, **highest)
 
 
-def _judge_resident(judge: Judge, parts: Parts) -> None:
-    import torch
+def room_beside(parts: Parts) -> int:
+    """Bytes that may be allocated beside a model's own, for :func:`peak_vram`."""
+    return _room_beside(_own_bytes(parts))
 
+
+def _room_beside(own: int) -> int:
+    return int(RESIDENT_SHARE * own) + SMALL_THINGS
+
+
+def _own_bytes(parts: Parts) -> int:
+    """Bytes of the model's own storages on CUDA, each counted once."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for _, tensor in (*base_tensors(parts), *parts.base.named_parameters())
         if tensor.is_cuda
     }
-    own = sum(storages.values())
-    requested = torch.cuda.memory_stats(parts.device)["requested_bytes.all.current"]
-    limit = RESIDENT_SHARE * own + SMALL_THINGS
+    return sum(storages.values())
+
+
+def _requested_bytes(parts: Parts) -> int:
+    """Bytes that torch's callers asked for and have not given back; blocks themselves are rounded up."""
+    import torch
+
+    requested: int = torch.cuda.memory_stats(parts.device)["requested_bytes.all.current"]
+    return requested
+
+
+def _judge_resident(judge: Judge, own: int, requested: int) -> None:
+    limit = _room_beside(own)
     judge.report("model", own / GiB, unit="GiB")
     judge.at_most(
         "resident beside the model",

@@ -39,8 +39,8 @@ class Verdict(NamedTuple):
         return self.outcome in (CAUGHT, REFUSED)
 
 
-def panel() -> dict[str, Callable[[Case], Any]]:
-    """Every check by name, as a function of a case."""
+def panel(device: str = "cpu") -> dict[str, Callable[[Case], Any]]:
+    """Every check that a device allows by name, as a function of a case: ``"cuda"`` has one more than ``"cpu"``."""
     from pytest_qvl import checks
 
     def noise(case: Case) -> list[Any]:
@@ -72,7 +72,13 @@ def panel() -> dict[str, Callable[[Case], Any]]:
         for checkpointing in (False, True):
             checks.vision_not_backpropagated(case.model, training(case), gradient_checkpointing=checkpointing)
 
+    def peak_vram(case: Case) -> None:
+        from pytest_qvl.vram.meter import Meter
+
+        checks.peak_vram(case.model, case.batch(), training(case), Meter())
+
     return {
+        **({"peak_vram": peak_vram} if device == "cuda" else {}),
         "quantization_census": lambda c: checks.quantization_census(c.model, c.policy),
         "adapter_census": lambda c: checks.adapter_census(c.model, c.lora_config, c.optimizer),
         "adapter_roundtrip": lambda c: checks.adapter_roundtrip(c.model, c.adapter_folder),
@@ -111,7 +117,7 @@ def judge(case: Case, check: str) -> Verdict:
 
     try:
         with torch.random.fork_rng(devices=case.subject.random_devices()):
-            panel()[check](case)
+            panel(case.subject.device)[check](case)
     except ModelCrashed as failure:
         return Verdict(CRASHED, str(failure))
     except CheckFailed as failure:
@@ -136,7 +142,7 @@ def _raised_here(error: Exception) -> bool:
 
 def judge_all(case: Case, checks: Iterable[str] = ()) -> dict[str, Verdict]:
     """Run the given checks, or all of them."""
-    return {check: judge(case, check) for check in (checks or panel())}
+    return {check: judge(case, check) for check in (checks or panel(case.subject.device))}
 
 
 def smoke(case: Case) -> Verdict:

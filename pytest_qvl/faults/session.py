@@ -80,3 +80,22 @@ def _cached(case: Case) -> Iterator[None]:
 
     with before([anatomy(case.model).language_backbone], serve):
         yield
+
+
+@fault(
+    "memory-left-beside-the-model",
+    "What an earlier cell loaded is still on the GPU beside the model.",
+    damages="run",
+    check="peak_vram",
+    says=("are allocated beside the model's own", "something keeps tensors alive"),
+    requires=("CUDA",),
+)
+def _memory_left(case: Case) -> Iterator[None]:
+    import torch
+
+    from pytest_qvl.checks.vram import room_beside
+
+    parts = anatomy(case.model)
+    left = [torch.empty(2 * room_beside(parts), dtype=torch.uint8, device=parts.device)]
+    yield
+    left.clear()

@@ -6,6 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ VARIATIONS = 200
 SAID = 300
 # Beside the named check where only that is run: they read the model without a forward, in milliseconds.
 CHEAP = ("quantization_census", "adapter_census", "placeholder_counts")
+
+
+_KEPT: list[AbstractContextManager[Any]] = []
 
 
 class DeviceBroken(RuntimeError):
@@ -87,7 +91,9 @@ def tasks(plan: Plan) -> list[Task]:
     from pytest_qvl.faults.panel import panel
 
     named = {fault.check for fault in plan.faults.values()}
-    checks = [check for check in panel() if not (plan.only or plan.named_only) or check in {*named, *CHEAP}]
+    checks = [
+        check for check in panel(plan.subject.device) if not (plan.only or plan.named_only) or check in {*named, *CHEAP}
+    ]
     found = [Task("health", check) for check in checks] + [Task("fault", name) for name in plan.faults]
     if plan.whole:
         found += [Task("dose", str(number)) for number in range(len(GRADED))]
@@ -110,6 +116,12 @@ def _quiet_process(device: str) -> None:
 
     if device == "cpu":
         torch.set_num_threads(1)
+    else:
+        from pytest_qvl.vram.cap import pinned_attention
+
+        # For the life of the process, as the suite does for its session; kept, because leaving it would undo it.
+        _KEPT.append(pinned_attention(torch.cuda.get_device_capability()))
+        _KEPT[-1].__enter__()
     warnings.simplefilter("ignore")
     disable_progress_bar()
 

@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_qvl.checks.vram import MOST_REPEATS, loading, measure_work
+from pytest_qvl.checks.vram import (
+    MOST_REPEATS,
+    RESIDENT_SHARE,
+    SMALL_THINGS,
+    _judge_phase,
+    _judge_resident,
+    loading,
+    measure_work,
+)
+from pytest_qvl.evidence import CheckFailed, Judge
 from pytest_qvl.samples import make_batch, scenes
 from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
@@ -93,3 +102,35 @@ def test_loading_is_that_of_the_model_which_is_there_now() -> None:
         with meter.phase(name, apart=True), card.taken(number * MiB):
             pass
     assert [(usage.name, usage.allocated // MiB) for usage in loading(meter)] == [("load", 4), ("attach adapter", 2)]
+
+
+@pytest.mark.parametrize("own", [2 * MiB, 5 * 1024 * MiB])
+def test_what_stays_beside_the_model_is_held_to_its_room(own: int) -> None:
+    room = int(RESIDENT_SHARE * own) + SMALL_THINGS
+    judge = Judge("peak_vram", "peak VRAM within its limit")
+    _judge_resident(judge, own, own + room)
+    assert judge.problems == []
+    _judge_resident(judge, own, own + room + 1)
+    [problem] = judge.problems
+    assert "are allocated beside the model's own" in problem
+    assert "something keeps tensors alive" in problem
+    with pytest.raises(CheckFailed):
+        judge.verdict()
+
+
+@pytest.mark.parametrize("of", ["allocated", "reserved", "process", "fit"])
+def test_a_phase_is_held_to_the_limit_by_the_number_that_it_names(of: Any) -> None:
+    card = ScriptedAllocator()
+    meter = Meter(card, ScriptedProcess(card, 600 * MiB))
+    with meter.phase("train step") as phase:
+        card.free(card.take(300 * MiB))
+    usage = phase.usage
+    assert usage is not None
+    needed = {"allocated": 300 * MiB, "reserved": 300 * MiB, "process": 900 * MiB, "fit": 900 * MiB}[of]
+    judge = Judge("peak_vram", "peak VRAM within its limit")
+    _judge_phase(judge, usage, needed, of)
+    assert judge.problems == []
+    _judge_phase(judge, usage, needed - MiB, of)
+    [problem] = judge.problems
+    assert f"({of}), 1 MiB above the limit" in problem
+    assert problem.startswith("train step needs ")

@@ -20,9 +20,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
 ]
 HEALTHY = 10
-# Public functions that judge no model on a CPU: parts of checks, and what needs a card.
+# Public functions that judge no model: parts of checks, and what is about a card.
 NO_CHECKS = (
-    *("mrope_oracle", "record_reference", "validate_batch", "peak_vram"),
+    *("mrope_oracle", "record_reference", "validate_batch"),
     *("forecast_agrees", "forecast_fits_card"),  # proved on wrong numbers and small cards in test_forecast.py
 )
 
@@ -88,9 +88,9 @@ def test_every_check_has_a_fault_of_its_own() -> None:
     from pytest_qvl import checks
 
     named = {fault.check for fault in catalogue().values()}
-    assert named == set(panel())
+    assert named == set(panel("cuda"))
     functions = {name for name in checks.__all__ if name[0].islower()}
-    assert functions - set(NO_CHECKS) == set(panel())
+    assert functions - set(NO_CHECKS) == set(panel("cuda"))
     assert {*ALWAYS, *chain(*IN_TURN), *KNOWLEDGE} == set(panel())
 
 
