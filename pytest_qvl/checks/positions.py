@@ -8,6 +8,7 @@ tokens moves the logits of a 16-bit model by less than its own rounding.
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -240,7 +241,7 @@ def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> E
     parts, inputs = anatomy(model), model_inputs(batch)
     spans(parts, inputs)
     pictures_first = (("pictures", inputs), ("text only", _text_only(parts, inputs)))
-    crashed = 0
+    broken = 0
     with preserved(model, training=False):
         for (earlier, before), (later, after) in (pictures_first, pictures_first[::-1]):
             for name, call in (("forward", _forward), ("generate()", partial(_generate, steps=steps))):
@@ -250,15 +251,17 @@ def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> E
                 _generate(parts, before, steps)
                 try:
                     calls = call(parts, after)
-                except (RuntimeError, ValueError, IndexError) as error:
+                except Exception as error:
                     if type(error).__name__ == "OutOfMemoryError":
                         raise
-                    crashed += 1
-                    judge.problem(f"{sequence} crashed: {str(error).splitlines()[0]}")
+                    broken += 1
+                    judge.problem(
+                        f"{sequence} crashed: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+                    )
                     continue
                 compare = _Comparison(judge, parts, after, f"{sequence}: ")
-                compare.hold(calls, [each.position_ids.cpu() for each in fresh])
-    judge.equal("calls that crashed", crashed, 0, else_say="state left by an earlier call breaks a later one")
+                broken += not compare.hold(calls, [each.position_ids.cpu() for each in fresh])
+    judge.equal("calls that broke", broken, 0, else_say="state left by an earlier call breaks a later one")
     return judge.verdict()
 
 
@@ -338,11 +341,17 @@ class _Comparison:
     inputs: Mapping[str, Any]
     sequence: str = ""
 
-    def hold(self, calls: Sequence[LanguageCall], expected: Sequence[torch.Tensor]) -> None:
-        """Compare the ids ``(3, rows, length)`` of the prompt, padding left out, then of each decode step."""
+    def hold(self, calls: Sequence[LanguageCall], expected: Sequence[torch.Tensor]) -> bool:
+        """Compare the ids ``(3, rows, length)`` of the prompt, padding left out, then of each decode step.
+
+        Returns:
+            Whether they could be compared: as many forward passes as expected, each with ids for its rows and tokens.
+        """
         import torch
 
         mask = attended(self.inputs).cpu()
+        if not self._right_sizes(calls, expected):
+            return False
         # A release may leave the rows of a text-only batch to broadcasting.
         seen = [call.position_ids.cpu().expand_as(right) for call, right in zip(calls, expected, strict=True)]
         difference = seen[0] - expected[0]
@@ -363,6 +372,26 @@ class _Comparison:
                 0,
                 else_say=self._decode_sentence(steps, right) if (steps != right).any() else "",
             )
+        return True
+
+    def _right_sizes(self, calls: Sequence[LanguageCall], expected: Sequence[torch.Tensor]) -> bool:
+        if not self.judge.equal(
+            f"{self.sequence}forward passes",
+            len(calls),
+            len(expected),
+            else_say=f"{self.sequence}the language backbone ran {len(calls)} times, should be {len(expected)}",
+        ):
+            return False
+        for number, (call, right) in enumerate(zip(calls, expected, strict=True)):
+            seen = tuple(call.position_ids.shape)
+            if not _broadcasts(seen, tuple(right.shape)):
+                where = f"decode step {number}" if number else "prompt"
+                self.judge.problem(
+                    f"{self.sequence}{where}: the rotary embedding gets position ids of shape {seen}, should be "
+                    f"{tuple(right.shape)}: they are not made from this batch"
+                )
+                return False
+        return True
 
     def _prompt_sentence(self, seen: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor) -> str:
         row, token = wrong.any(0).nonzero()[0].tolist()
@@ -375,7 +404,7 @@ class _Comparison:
         )
         if found and bool((seen[:1] == seen)[:, attended(self.inputs).cpu()].all()):
             sentence += "; all three axes are equal everywhere: the model fell back to plain 1-D positions"
-            if "mm_token_type_ids" not in self.inputs:
+            if "mm_token_type_ids" not in self.inputs and _takes_type_ids(self.parts):
                 sentence += (
                     ". The batch has no mm_token_type_ids, which Transformers >= 5.3 needs and misses in "
                     "silence: pass on every key that the processor returns"
@@ -395,6 +424,18 @@ class _Comparison:
             f"{int((seen != expected).any(0).any(1).sum())} of {seen.shape[1]} rows are wrong"
         )
         return f"{sentence}; generate() needs padding on the left" if side == "right" else sentence
+
+
+def _takes_type_ids(parts: Parts) -> bool:
+    """Whether this release lays positions out by ``mm_token_type_ids``."""
+    return "mm_token_type_ids" in inspect.signature(type(parts.base).forward).parameters
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether a tensor of ``shape`` can be expanded to the shape ``to``."""
+    return len(shape) <= len(to) and all(
+        have in (1, wanted) for have, wanted in zip(reversed(shape), reversed(to), strict=False)
+    )
 
 
 def _constant_shift(difference: torch.Tensor) -> int:

@@ -232,24 +232,29 @@ def _stale(case: Case) -> Iterator[None]:
 
 @fault(
     "crash-after-another-batch-size",
-    "A forward after generate() with another number of rows breaks on the old rope_deltas.",
+    "A forward without pictures repeats the rope_deltas of the last generate() for a batch with fewer rows.",
     damages="model",
     check="position_state",
-    says=("crashed", "after generate() on"),
+    says=("forward on text only after generate() on pictures", "state left by an earlier call breaks a later one"),
     source="huggingface/transformers#44873, #43952",
 )
 def _crash(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
-    seen: dict[str, int] = {}
+    seen: dict[str, Any] = {}
 
-    def demand(_module: Any, _args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids")
-        deltas = parts.core.rope_deltas
-        if ids is not None and deltas is not None and ids.shape[1] > 1 and len(deltas) > len(ids):
-            raise RuntimeError(f"The size of tensor a ({len(ids)}) must match tensor b ({len(deltas)})")
-        seen["rows"] = 0 if ids is None else len(ids)
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        ids, pictures = kwargs.get("input_ids"), kwargs.get("image_grid_thw")
+        text_prompt = ids is not None and ids.shape[1] > 1 and pictures is None
+        seen["deltas"] = parts.core.rope_deltas if text_prompt else None
 
-    with before([parts.core], demand):
+    def repeated(positions: torch.Tensor) -> torch.Tensor:
+        """As Transformers 5.2 and 5.3 do: one row against the deltas of four leaves positions of no row at all."""
+        deltas: torch.Tensor | None = seen.get("deltas")
+        if deltas is None:
+            return positions
+        return positions + deltas.repeat_interleave(positions.shape[1] // len(deltas), dim=0).to(positions)
+
+    with before([parts.core], note), positions_changed(parts, repeated):
         yield
 
 

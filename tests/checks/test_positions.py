@@ -19,7 +19,7 @@ from pytest_qvl.checks.positions import (
 )
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.taps import positions_changed
+from pytest_qvl.models.taps import positions_changed, tapped
 from pytest_qvl.samples import make_batch, scenes
 
 TEXT, IMAGE, VIDEO, START, END = 5, 90, 91, 92, 93
@@ -413,6 +413,36 @@ def test_a_crash_on_state_of_another_batch_size(model: Any, processor: Any, monk
     monkeypatch.setattr(parts.core, "forward", trusting)
     with pytest.raises(CheckFailed, match=r"forward on text only after generate\(\) on pictures crashed: The size"):
         position_state(model, batch_of(processor))
+
+
+def test_positions_of_no_row_are_named_even_where_nothing_crashes(
+    model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers 5.2 and 5.3: four rows' deltas, repeated for one row, leave positions of no row at all."""
+    parts = anatomy(model)
+    rotary, right = parts.language_backbone.rotary_emb, []
+
+    def emptied(positions: torch.Tensor) -> torch.Tensor:
+        deltas = parts.core.rope_deltas
+        right.append(positions)
+        if deltas is None or len(deltas) <= positions.shape[1] or positions.shape[-1] == 1:
+            return positions
+        return positions + deltas.repeat_interleave(positions.shape[1] // len(deltas), dim=0)
+
+    forward = rotary.forward  # some kernels multiply matrices without rows, and the forward goes through
+    monkeypatch.setattr(rotary, "forward", lambda hidden, position_ids: forward(hidden, right.pop()))
+    says = r"forward on text only after generate\(\) on pictures: prompt: .* position ids of shape \(3, 0, \d+\), should be \(3, 1, "
+    with positions_changed(parts, emptied), pytest.raises(CheckFailed, match=says) as failed:
+        position_state(model, batch_of(processor))
+    assert "state left by an earlier call breaks a later one" in str(failed.value)
+
+
+def test_a_tap_sees_how_much_is_in_the_cache(model: Any, processor: Any) -> None:
+    """Transformers 5.24 passes the cache under another name."""
+    batch = batch_of(processor)
+    with tapped(anatomy(model)) as tap:
+        model.generate(**batch, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert [call.past_length for call in tap.language] == [0, batch["input_ids"].shape[1]]
 
 
 # Inputs that are wrong or cannot decide
