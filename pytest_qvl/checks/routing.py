@@ -228,10 +228,16 @@ def malformed_inputs(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Batches whose placeholders and pixels do not belong together are noticed, however silent the model is.
 
     Made from a sound batch: one placeholder too few, one too many, placeholders without pixels, pixels
-    without placeholders. :func:`validate_batch` must find each. The model itself must refuse one placeholder
-    too few and pixels without placeholders, as every release of Transformers does unless its check was
-    switched off (``TRANSFORMERS_DISABLE_TORCH_CHECK=1``) or patched away. It is never shown more placeholders
-    than visual tokens: without that check this kills the CUDA context of the process.
+    without placeholders, one placeholder moved from its image to another row (within the row, where there is
+    only one). :func:`validate_batch` must find each. The model itself must refuse one placeholder too few and
+    pixels without placeholders, as every release of Transformers does unless its check was switched off
+    (``TRANSFORMERS_DISABLE_TORCH_CHECK=1``) or patched away. It is never shown more placeholders than visual
+    tokens: without that check this kills the CUDA context of the process.
+
+    The moved placeholder leaves the batch's total right, and Transformers compares totals only: up to 5.2 such
+    a batch goes through in silence, with each following visual token one place off; from 5.3 on it is stopped
+    where the positions are laid out, if ``mm_token_type_ids`` moved along. So what the model says to it is
+    reported and not judged.
 
     Args:
         model: Qwen-VL model, wrapped or not.
@@ -242,33 +248,15 @@ def malformed_inputs(model: Any, batch: Mapping[str, Any]) -> Evidence:
         CannotJudge: No picture in the batch.
         ValueError: The batch is malformed already.
     """
-    import torch
-
     judge = Judge("malformed_inputs", "batches whose placeholders and pixels do not fit are noticed")
     parts, inputs = anatomy(model), model_inputs(batch)
-    span = max(spans(parts, inputs), key=lambda each: each.length)
-    ids = inputs["input_ids"]
-    places = ids == parts.image_token_id
-    text = ids[attended(inputs) & ~torch.isin(ids, ids.new_tensor(parts.vision_token_ids))][-1]
-    fewer, more = ids.clone(), ids.clone()
-    fewer[span.row, span.stop - 1] = text
-    more[(~places & attended(inputs)).nonzero()[-1].unbind()] = parts.image_token_id
-    cases = {
-        "one placeholder too few": ({**inputs, "input_ids": fewer}, True),
-        "one placeholder too many": ({**inputs, "input_ids": more}, False),
-        "placeholders without pixels": (
-            {name: value for name, value in inputs.items() if name not in ("pixel_values", "image_grid_thw")},
-            False,
-        ),
-        "pixels without placeholders": ({**inputs, "input_ids": torch.where(places, text, ids)}, True),
-    }
     rows, overlooked, accepted = [], [], []
     with preserved(model, training=False):
-        for name, (broken, must_refuse) in cases.items():
+        for name, broken in _malformed(parts, inputs).items():
             problems = validate_batch(model, broken)
             overlooked += [] if problems else [name]
-            refusal = _refusal(parts, broken) if must_refuse else "not asked"
-            accepted += [name] if refusal is None else []
+            refusal = "not asked" if name in _NEVER_SHOWN else _refusal(parts, broken)
+            accepted += [name] if refusal is None and name in _MUST_REFUSE else []
             rows.append((name, refusal or "accepted", problems[0] if problems else "overlooked"))
     judge.equal(
         "malformed batches overlooked",
@@ -286,6 +274,43 @@ def malformed_inputs(model: Any, batch: Mapping[str, Any]) -> Evidence:
         ),
     )
     return judge.verdict(("batch", "model", "validate_batch"), rows)
+
+
+_MUST_REFUSE = ("one placeholder too few", "pixels without placeholders")
+_NEVER_SHOWN = ("one placeholder too many", "placeholders without pixels")
+
+
+def _malformed(parts: Parts, inputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The batches of :func:`malformed_inputs`, each by what is wrong with it."""
+    import torch
+
+    span = max(spans(parts, inputs), key=lambda each: each.length)
+    ids, places = inputs["input_ids"], inputs["input_ids"] == parts.image_token_id
+    plain = attended(inputs) & ~torch.isin(ids, ids.new_tensor(parts.vision_token_ids))
+    text, image = ids[plain][-1], parts.image_token_id
+    fewer, more = ids.clone(), ids.clone()
+    fewer[span.row, span.stop - 1] = text
+    more[plain.nonzero()[-1].unbind()] = image
+    moved, with_text = fewer.clone(), plain.any(dim=1).nonzero().flatten().tolist()
+    to_row = next((row for row in with_text if row != span.row), span.row)
+    moved[to_row, plain[to_row].nonzero()[-1]] = image
+    return {
+        "one placeholder too few": {**inputs, "input_ids": fewer},
+        "one placeholder too many": {**inputs, "input_ids": more},
+        "placeholders without pixels": {
+            name: value for name, value in inputs.items() if name not in ("pixel_values", "image_grid_thw")
+        },
+        "pixels without placeholders": {**inputs, "input_ids": torch.where(places, text, ids)},
+        "one placeholder moved off its image": _with_types(inputs, moved, image),
+    }
+
+
+def _with_types(inputs: Mapping[str, Any], ids: torch.Tensor, image: int) -> dict[str, Any]:
+    """Inputs with other token ids, and ``mm_token_type_ids`` (1 for an image, where there are any) that agree."""
+    changed = {**inputs, "input_ids": ids}
+    if "mm_token_type_ids" in inputs:
+        changed["mm_token_type_ids"] = (ids == image).to(inputs["mm_token_type_ids"])
+    return changed
 
 
 def _refusal(parts: Parts, inputs: Mapping[str, Any]) -> str | None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import re
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from PIL import Image
 
 from pytest_qvl.checks.routing import (
@@ -515,11 +518,33 @@ def test_model_without_its_count_check(model: Any, batch: Batch, monkeypatch: py
         return tuple(mask.unsqueeze(-1).expand_as(inputs_embeds) for mask in masks)
 
     evidence = malformed_inputs(model, batch)
-    assert [row[1] for row in evidence.table.rows] == ["ValueError", "not asked", "not asked", "ValueError"]
+    assert [row[1] for row in evidence.table.rows][:4] == ["ValueError", "not asked", "not asked", "ValueError"]
     monkeypatch.setattr(core, "get_placeholder_mask", unchecked)
     with pytest.raises(
         CheckFailed, match="takes one placeholder too few and pixels without placeholders without an error"
     ):
+        malformed_inputs(model, batch)
+
+
+def test_a_placeholder_moved_to_another_row_leaves_the_total_right(model: Any, batch: Batch) -> None:
+    """Transformers up to 5.2 says nothing to it; the batch's own validation has to."""
+    name, said_by_model, said = malformed_inputs(model, batch).table.rows[-1]
+    assert name == "one placeholder moved off its image"
+    assert (said_by_model == "accepted") == (Version(transformers.__version__) < Version("5.3"))
+    assert re.search(r"row \d, image \d.* placeholders, but grid", said)
+
+
+def test_validation_that_counts_totals_only_is_caught(
+    model: Any, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def totals(_model: Any, inputs: Any) -> list[str]:
+        grids = inputs.get("image_grid_thw")
+        promised = 0 if grids is None else int(grids.prod(dim=1).sum()) // 4
+        placed = int((inputs["input_ids"] == anatomy(model).image_token_id).sum())
+        return [] if placed == promised else ["totals differ"]
+
+    monkeypatch.setattr("pytest_qvl.checks.routing.validate_batch", totals)
+    with pytest.raises(CheckFailed, match="validate_batch overlooks: one placeholder moved off its image"):
         malformed_inputs(model, batch)
 
 
