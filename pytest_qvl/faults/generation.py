@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.case import Case
 
 
+# From 5.18 on, generate() encodes the images once and hands on what came out.
+_IMAGES = ("pixel_values", "image_grid_thw", "mm_encoder_outputs")
+
+
 @contextmanager
 def _generate_with(case: Case, *processors: Any) -> Iterator[None]:
     """A patched generate() that brings logits processors of its own."""
@@ -155,7 +159,7 @@ def _lost_without_cache(case: Case) -> Iterator[None]:
         ids = kwargs.get("input_ids")
         if steps[0] == 1 or ids is None or ids.shape[1] == 1:  # the prompt, or a step from the cache
             return None
-        return args, {k: None if k in ("pixel_values", "image_grid_thw") else v for k, v in kwargs.items()}
+        return args, {k: None if k in _IMAGES else v for k, v in kwargs.items()}
 
     with attribute(base, "generate", generate), before([base], drop):
         yield

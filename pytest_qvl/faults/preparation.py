@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.renamed import disable_checkpointing, enable_checkpointing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,11 +28,11 @@ _SPARED = ("back-propagated through", "make_inputs_require_grads", "remove_visio
 )
 def _checkpointing_hooks_vision(case: Case) -> Iterator[None]:
     base = anatomy(case.model).base
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(base, {"use_reentrant": False})
     try:
         yield
     finally:
-        base.gradient_checkpointing_disable()
+        disable_checkpointing(base)
         base.disable_input_require_grads()
 
 
@@ -96,7 +97,7 @@ def _pixels_require_grad(case: Case) -> Iterator[None]:
 )
 def _reentrant(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
-    parts.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    enable_checkpointing(parts.base, {"use_reentrant": True})
     # PreTrainedModel keeps handles of some hooks only; all of them are named alike.
     for module in (parts.embeddings, parts.patch_embed):
         hooks: Any = module._forward_hooks
@@ -105,4 +106,4 @@ def _reentrant(case: Case) -> Iterator[None]:
     try:
         yield
     finally:
-        parts.base.gradient_checkpointing_disable()
+        disable_checkpointing(parts.base)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import Parts
+from pytest_qvl.models.renamed import kv_cache_in
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +81,7 @@ def tapped(parts: Parts) -> Iterator[Tap]:
     tap = Tap()
 
     def before_language(_module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kv_cache_in(kwargs)
         tap._pending = {
             "inputs_embeds": kwargs["inputs_embeds"].detach().clone(),
             "attention_mask": kwargs.get("attention_mask"),

@@ -9,6 +9,7 @@ from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError
 from pytest_qvl.models.quantized import keep_quantized_weights_in_place
 from pytest_qvl.models.released import released_config
+from pytest_qvl.models.renamed import enable_checkpointing
 from pytest_qvl.models.synthetic import build_synthetic
 
 if TYPE_CHECKING:
@@ -64,9 +65,7 @@ class TransformersBackend:
         parts = anatomy(model)
         model.train()
         if gradient_checkpointing:
-            # Transformers 5.23 deprecates the old name.
-            enable = getattr(parts.base, "activation_checkpointing_enable", parts.base.gradient_checkpointing_enable)
-            enable({"use_reentrant": False})
+            enable_checkpointing(parts.base, {"use_reentrant": False})
             parts.base.enable_input_require_grads()
         remove_vision_grad_hooks(parts.patch_embed)
 

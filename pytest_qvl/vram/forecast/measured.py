@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.vram.forecast.request import Optimizer, Request
     from pytest_qvl.vram.forecast.source import Source
     from pytest_qvl.vram.forecast.tape import Kind
@@ -166,7 +167,7 @@ class MeterStage:
         """Grey pictures."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def generation_arguments(self, source: Source) -> dict[str, Any]:  # noqa: ARG002 - it is the model's own
+    def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:  # noqa: ARG002 - the model has its own
         """Nothing: the model makes its own cache."""
         return {}
 

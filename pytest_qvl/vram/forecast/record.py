@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.kernels import Device
 from pytest_qvl.vram.forecast.planned import Recipe, attach_lora, build_base, follow_gradients, make_optimizer
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.vram.forecast.request import Optimizer, Request
     from pytest_qvl.vram.forecast.source import Source
     from pytest_qvl.vram.forecast.tape import Kind
@@ -153,7 +155,7 @@ class GhostStage:
         """A ghost."""
         return self._recorder.ghost(shape, dtype)
 
-    def generation_arguments(self, source: Source) -> dict[str, Any]:
+    def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:
         """A ``DynamicCache`` whose keys and values count as ``"cache"`` from the moment they are in it."""
         from transformers import DynamicCache
 
@@ -166,7 +168,7 @@ class GhostStage:
                     recorder.relabel(state, "cache")
                 return states
 
-        return {"past_key_values": FollowedCache(config=source.config.get_text_config())}
+        return {kv_cache_name(parts): FollowedCache(config=source.config.get_text_config())}
 
     def checkpoint_arguments(self) -> dict[str, Any]:
         """Recompute under the recorder's rules."""

@@ -16,6 +16,7 @@ import torch
 
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+from pytest_qvl.models.renamed import enable_checkpointing
 from pytest_qvl.vram.forecast import phases
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Stage(Protocol):
     def pixels(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Pictures of that shape on the device."""
 
-    def generation_arguments(self, source: Source) -> dict[str, Any]:
+    def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:
         """What this stage adds to the arguments of ``generate``."""
 
     def checkpoint_arguments(self) -> dict[str, Any]:
@@ -74,9 +75,7 @@ class Stage(Protocol):
 def prepare_training(parts: Parts, request: Request, stage: Stage) -> None:
     """Set up checkpointing and the hooks that make inputs require gradients, as ``request`` wants them."""
     if request.gradient_checkpointing:
-        # Transformers 5.23 renamed it and warns of the old name.
-        enable = getattr(parts.base, "activation_checkpointing_enable", parts.base.gradient_checkpointing_enable)
-        enable({"use_reentrant": False, **stage.checkpoint_arguments()})
+        enable_checkpointing(parts.base, {"use_reentrant": False, **stage.checkpoint_arguments()})
     if request.gradient_checkpointing or request.vision_hook:
         parts.base.enable_input_require_grads()
     if not request.vision_hook:
@@ -102,7 +101,7 @@ def infer(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
         parts.vision_tower.register_forward_hook(leave_vision),
         parts.base.register_forward_pre_hook(enter_forward, with_kwargs=True),
     ]
-    own = stage.generation_arguments(source)
+    own = stage.generation_arguments(parts, source)
     try:
         with torch.no_grad(), autocast(request, stage):
             if request.generate:

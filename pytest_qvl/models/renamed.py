@@ -1,0 +1,35 @@
+"""What Transformers has renamed: each thing by the name that the release at hand knows."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_qvl.models.anatomy import Parts
+
+# 5.24 renamed the key-value cache and will drop the old name in 5.40.
+KV_CACHE_NAMES = ("cache", "past_key_values")
+
+
+def kv_cache_name(parts: Parts) -> str:
+    """What the model's forward and ``generate`` call the key-value cache."""
+    known = inspect.signature(type(parts.base).forward).parameters
+    return next(name for name in KV_CACHE_NAMES if name in known)
+
+
+def kv_cache_in(kwargs: Mapping[str, Any]) -> Any:
+    """The key-value cache among keyword arguments, whichever name a caller gave it; ``None`` for none."""
+    return next((kwargs[name] for name in KV_CACHE_NAMES if kwargs.get(name) is not None), None)
+
+
+def enable_checkpointing(base: Any, kwargs: dict[str, Any]) -> None:
+    """Switch gradient checkpointing on; ``kwargs`` go to ``torch.utils.checkpoint``. 5.23 renamed it."""
+    (getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable)(kwargs)
+
+
+def disable_checkpointing(base: Any) -> None:
+    """Switch gradient checkpointing off. 5.23 renamed it."""
+    (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
