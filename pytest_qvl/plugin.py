@@ -15,6 +15,7 @@ from pytest_qvl.gpu.lease import join_session  # noqa: E402
 from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
 from pytest_qvl.gpu_failures import GpuFailures  # noqa: E402
 from pytest_qvl.gpu_required import GpuRequired  # noqa: E402
+from pytest_qvl.interrupts import Interrupts  # noqa: E402
 from pytest_qvl.kept_errors import release_frames  # noqa: E402
 from pytest_qvl.leasing import lease_lines, leases_for_record  # noqa: E402
 from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits, asks_for_gpus  # noqa: E402
@@ -98,6 +99,7 @@ def pytest_configure(config: pytest.Config) -> None:
     verdicts = SessionVerdicts([limits.judge_session, state.judge_session], state.facts)
     config.stash[VERDICTS_KEY] = verdicts
     register(verdicts, "qvl-session-verdicts")
+    register(Interrupts(state.announce), "qvl-interrupts")
     if settings.record is not None and child_of is None and not hasattr(config, "workerinput"):
         from pytest_qvl.report.record import Record, vram_for_record
 
