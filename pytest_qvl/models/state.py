@@ -45,7 +45,8 @@ def preserved(model: Any, *, training: bool | None = None, seed: int | None = No
     layers = [
         (layer, layer._disable_adapters, copy.copy(layer._active_adapter)) for layer in adapted_layers(parts).values()
     ]
-    generation, use_cache = copy.deepcopy(parts.base.generation_config), parts.text_config.use_cache
+    generation, use_cache = parts.base.generation_config, parts.text_config.use_cache
+    settings = copy.deepcopy(vars(generation))
     deltas = parts.core.rope_deltas
     devices = [parts.device] if parts.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -72,6 +73,8 @@ def preserved(model: Any, *, training: bool | None = None, seed: int | None = No
                 parameter.grad = grad
             for layer, disabled, active in layers:
                 layer._disable_adapters, layer._active_adapter = disabled, active
-            parts.base.generation_config = generation
+            parts.base.generation_config = generation  # the object itself: others may hold it
+            vars(generation).clear()
+            vars(generation).update(settings)
             parts.text_config.use_cache = use_cache
             parts.core.rope_deltas = deltas

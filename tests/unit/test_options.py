@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_qvl.options import SETTINGS, SETTINGS_KEY, Choice, Settings
+from pytest_qvl.rootdir import joined
 
 # A value that each setting takes, and what comes of it; `folder` and `adapter` stand for folders made by a fixture.
 VALID = {
@@ -37,7 +38,8 @@ def settings(pytester, monkeypatch):
     def read(*arguments, **environment):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        return pytester.parseconfigure(*arguments).stash[SETTINGS_KEY]
+        # As the run has them that starts over where a value passes for a path to tests.
+        return pytester.parseconfigure(*joined(arguments)[0]).stash[SETTINGS_KEY]
 
     return read
 

@@ -28,7 +28,7 @@ def test_seconds_by_phase_of_each_test_and_vram_as_told(tmp_path):
     record.pytest_runtest_logreport(report("test_a", "setup", 1.0, target="embedded on cuda"))
     record.pytest_runtest_logreport(report("test_of_something_else", "call", 9.0, target=None))
     config = SimpleNamespace(rootpath=tmp_path, invocation_params=SimpleNamespace(args=[]))
-    record.pytest_sessionfinish(SimpleNamespace(config=config), 0)
+    assert list(record.pytest_sessionfinish(SimpleNamespace(config=config, exitstatus=0))) == [None]
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["seconds_by_test"] == [
         {"target": CPU, "test": "test_a", "setup": 3.0, "call": 0.25, "teardown": 0.0},
