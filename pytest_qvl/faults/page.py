@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from pytest_qvl.faults.by_model import NAME as BY_MODEL
 from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.unreproduced import UNREPRODUCED
 
@@ -52,7 +53,8 @@ def page(result: Result) -> str:
         *(f"- {line}" for line in summary(result).splitlines()),
         f"- Run with {versions}, on CPU, one thread; CPU time: {minutes}.",
         "",
-        "See one for yourself: `pytest --pyargs pytest_qvl.suite --qvl-fault scatter-off-by-one`.",
+        "See one for yourself: `pytest --pyargs pytest_qvl.suite --qvl-fault scatter-off-by-one`. The same faults",
+        f"on a GPU and on models of true size: [{BY_MODEL}]({BY_MODEL}).",
         "",
         "![Faults by checks](faults.svg)",
         "",

@@ -55,6 +55,7 @@ def _skip_list_missing(case: Case) -> Iterator[None]:
     check="quantization_census",
     says=("lm_head: 1 of 1 linears are NF4", "replaces the default one"),
     source="huggingface/transformers#45674",
+    requires=("untied head",),
 )
 def _skip_list_without_head(case: Case) -> Iterator[None]:
     _loaded(case, skip=["model.visual"])

@@ -45,6 +45,7 @@ def test_what_a_model_without_knowledge_cannot_carry_says_so(case: Any) -> None:
     knowledge = {name for name, reason in reasons.items() if "needs knowledge" in (reason or "")}
     assert knowledge >= NEED_KNOWLEDGE
     assert knowledge == {n for n, f in catalogue().items() if f.check == "alignment" or "knowledge" in f.requires}
+    assert reasons["skip-list-without-head"] == "needs an untied head: here the head is the embedding table"
     assert "windows-everywhere" not in reasons
 
 
