@@ -84,7 +84,7 @@ def frozen_vision(
     if steps < 2:
         raise ValueError(f"steps must be at least 2, got {steps}: with B = 0 the first step leaves A where it is")
     trained = trainable_parameters(parts)
-    check_labels(given)
+    check_labels(parts, given)
     hold_packing(parts)
     adapters = {**adapter_parameters(parts), **trained_copies(parts)}
     judge = Judge("frozen_vision", "training moves the adapter and nothing else")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.bitwise import differs
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.packing import is_packed, samples_in_rows
 from pytest_qvl.checks.placeholders import attended, describe, describe_visual, model_inputs, spans
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
@@ -43,7 +44,9 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
     For ``probes`` visual tokens spread over the batch, one at a time: the token is negated where it leaves
     the vision tower, and the language backbone's inputs and outputs are compared bitwise with those of the
     unchanged batch. Outputs are the hidden states that the head turns into logits, position by position:
-    where they are equal so are the logits, at a fraction of the memory. ``probes`` + 2 forward passes.
+    where they are equal so are the logits, at a fraction of the memory. Where several samples are packed into a
+    row (:func:`pytest_qvl.checks.packing.samples_in_rows`) the change must stay in its own. ``probes`` + 2
+    forward passes.
 
     Args:
         model: Qwen-VL model, wrapped or not.
@@ -65,7 +68,7 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
     mask = attended(inputs)
     places = (inputs["input_ids"] == parts.image_token_id).nonzero().tolist()
     chosen = sorted({round(n * (len(places) - 1) / max(1, probes - 1)) for n in range(probes)})
-    embedding, outputs = _Tally(), _Outputs(found, mask)
+    embedding, outputs = _Tally(), _Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
     with preserved(model, training=False), torch.no_grad():
         before = _repeatable(parts, inputs)
         for visual in chosen:
@@ -116,7 +119,8 @@ def image_isolation(
 
     inputs = batch_of(samples)
     found, mask = spans(parts, inputs), attended(inputs)
-    pixels, embeddings, outputs = _Tally(), _Tally(), _Outputs(found, mask)
+    pixels, embeddings = _Tally(), _Tally()
+    outputs = _Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
     with preserved(model, training=False), torch.no_grad():
         before = _repeatable(parts, inputs)
         for span in found:
@@ -159,7 +163,8 @@ def _observe(
     handle = parts.language_backbone.register_forward_hook(after_language)
     try:
         with features_replaced(parts, change) if change else nullcontext(), tapped(parts) as tap:
-            parts.wrapped(**inputs, logits_to_keep=1)
+            # Packed rows are for training: with a cache Transformers does not look for them.
+            parts.wrapped(**inputs, logits_to_keep=1, **({"use_cache": False} if is_packed(inputs) else {}))
     finally:
         handle.remove()
     return _Seen(tap.language[0].inputs_embeds, outputs[0])
@@ -204,9 +209,9 @@ class _Tally:
 class _Outputs:
     """What the outputs ``(rows, length, hidden)`` of the language backbone may do when an input changes."""
 
-    def __init__(self, found: Sequence[Span], mask: torch.Tensor) -> None:
-        self.found, self.mask = found, mask
-        self.earlier, self.elsewhere = _Tally(), _Tally()
+    def __init__(self, found: Sequence[Span], mask: torch.Tensor, packed: torch.Tensor) -> None:
+        self.found, self.mask, self.packed = found, mask, packed
+        self.earlier, self.elsewhere, self.neighbours = _Tally(), _Tally(), _Tally()
         self.unread: list[str] = []
 
     def add(self, what: str, row: int, start: int, before: _Seen, after: _Seen) -> None:
@@ -219,6 +224,7 @@ class _Outputs:
         same_row = torch.zeros_like(moved)
         same_row[row] = True
         self.elsewhere.add(what, self.found, moved & ~same_row)
+        self.neighbours.add(what, self.found, moved & same_row & (self.packed > self.packed[row, start]))
         moved[:, start:] = False
         self.earlier.add(what, self.found, moved & same_row)
 
@@ -226,6 +232,14 @@ class _Outputs:
         """Hold them to it."""
         self.earlier.hold(judge, "earlier outputs moved", "it must move no output before it; is attention causal?")
         self.elsewhere.hold(judge, "outputs of other rows moved", "it must move no output of another row")
+        if bool(self.packed.any()):
+            self.neighbours.hold(
+                judge,
+                "outputs of other samples in the row moved",
+                "it must move no output of another sample that is packed into its row; Transformers keeps them apart "
+                "where position_ids are (4, rows, length), the text positions first, with use_cache=False and without "
+                "an attention_mask",
+            )
         judge.equal(
             "changes without effect",
             len(self.unread),

@@ -7,25 +7,30 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.placeholders import attended, model_inputs, show_grid
+from pytest_qvl.checks.placeholders import attended, model_inputs, show_grid, value_problems, visual_tokens
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.samples.batch import prompt
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
 
+    from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.samples import Sample
 
 
 @check
 def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch: Mapping[str, Any]) -> Evidence:
-    """Every row of the batch holds its own sample's question and pictures, in the sample's order.
+    """Every row of the batch holds its own sample's prompt and pictures, in the sample's order.
 
     Pixel rows and grid of each picture are compared, bitwise, with what the image processor makes of that
     picture alone. Pictures swapped before the model, or a grid with height and width exchanged, fit
-    everywhere and raise nothing. No forward pass.
+    everywhere and raise nothing. Each row must begin with the very tokens that the processor's chat template makes
+    of its sample, up to where the answer begins: a model that is trained with another system prompt, another line
+    break or the image in another place answers worse than it could, and nothing says so. Batches for
+    training (with answers behind the prompt) and for generation are judged alike. No forward pass.
 
     Args:
         model: Qwen-VL model, wrapped or not; only its token ids and merge size are read.
@@ -34,7 +39,8 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
         batch: What the processor returned, on any device and in any floating dtype (a cast is repeated here).
 
     Raises:
-        CheckFailed: Names sample and picture, and whose pixels stand there, or both grids.
+        CheckFailed: Names sample and picture, and whose pixels stand there, or both grids, or dtype and range of
+            the pixels; or the first token that is another than the template's.
         CannotJudge: No picture among the samples.
         ValueError: Not one sample per row.
     """
@@ -67,6 +73,21 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
         if _plain(sample.question) not in _plain(_decoded(processor, ids[row][attended(inputs)[row]]))
     ]
     judge.equal("rows with another question", len(strangers), 0, else_say="; ".join(strangers[:3]))
+    if not misplaced and not strangers:
+        expected = [
+            _prompt_ids(parts, processor, sample, [picture for picture in pictures if picture.row == row])
+            for row, sample in enumerate(samples)
+        ]
+        drifts = _prompt_drifts(processor, samples, inputs, expected)
+        judge.equal(
+            "rows with another prompt than the chat template's",
+            len(drifts),
+            0,
+            else_say=(
+                f"{len(drifts)} of {len(samples)} prompts are not those of the processor's chat template, with which "
+                f"replies are generated: {'; '.join(drifts[:2])}; use one template for both (processor.chat_template)"
+            ),
+        )
     complete = "image_grid_thw" in inputs and "pixel_values" in inputs
     grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()] if complete else []
     if not judge.equal(
@@ -82,9 +103,48 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
         if picture.grid != grid
     ]
     judge.equal("wrong grids", len(wrong_grids), 0, else_say="; ".join(wrong_grids[:3]))
+    wrong_values = value_problems(inputs["pixel_values"])
+    judge.equal("defects of the pixel values", len(wrong_values), 0, else_say="; ".join(wrong_values))
     wrong_pixels = _wrong_pixels(inputs["pixel_values"], grids, pictures)
     judge.equal("pictures with wrong pixels", len(wrong_pixels), 0, else_say="; ".join(wrong_pixels[:3]))
     return judge.verdict()
+
+
+def _prompt_drifts(
+    processor: Any, samples: Sequence[Sample], inputs: Mapping[str, Any], expected: Sequence[list[int]]
+) -> list[str]:
+    """One sentence per row that does not begin with the tokens expected of it."""
+    mask = attended(inputs)
+    drifts = []
+    for row, (sample, wanted) in enumerate(zip(samples, expected, strict=True)):
+        found = inputs["input_ids"][row][mask[row]].tolist()[: len(wanted)]
+        if found != wanted:
+            drifts.append(f"row {row} (sample {sample.id!r}) {_drift(processor, found, wanted)}")
+    return drifts
+
+
+def _prompt_ids(parts: Parts, processor: Any, sample: Sample, pictures: Sequence[_Picture]) -> list[int]:
+    """The sample's prompt by the processor's chat template, placeholders expanded for its own images."""
+    tokenizer = processor.tokenizer
+    sizes = [visual_tokens(picture.grid, parts.merge_size) for picture in pictures]
+    placeholder = tokenizer.convert_ids_to_tokens(parts.image_token_id)
+    first, *rest = prompt(processor, sample).split(placeholder)
+    text = first + "".join(placeholder * size + piece for size, piece in zip(sizes, rest, strict=True))
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+def _drift(processor: Any, found: list[int], expected: list[int]) -> str:
+    """Where two prompts part, with what stands there in both."""
+    place = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+    here, there = (_decoded_list(processor, ids[place : place + 6]) for ids in (found, expected))
+    return f"has {here!r} at token {place} where the template has {there!r}"
+
+
+def _decoded_list(processor: Any, ids: list[int]) -> str:
+    import torch
+
+    return _decoded(processor, torch.tensor(ids, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -145,6 +205,6 @@ def _wrong_pixels(pixels: torch.Tensor, grids: Sequence[tuple[int, ...]], pictur
             problems.append(f"{picture.name}: {len(here)} patches are left for its {len(own)}")
         else:
             patch = int((here != own).any(dim=1).nonzero()[0])
-            gap = float((here - own).abs().max())
+            gap = float((here.double() - own.double()).abs().max())
             problems.append(f"{picture.name}: patch {patch} differs from the picture's own by up to {gap:.3g}")
     return problems

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNED = ("attention_mask", "mm_token_type_ids", "labels")
+# A placeholder of an image in mm_token_type_ids (Transformers 5); text is 0.
+IMAGE_TYPE = 1
+LARGEST_PIXEL = 16.0
 Grid = tuple[int, int, int]
 
 
@@ -149,6 +152,7 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
         )
         return [], problems
     if pixels is not None:
+        problems += value_problems(pixels)
         problems += _pixel_problems(pixels, grids, parts.merge_size)
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape == ids.shape:
@@ -159,7 +163,7 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
                 f"({len(hidden)} in the batch); its visual token is never attended to"
             )
     found, mismatches = _assign(runs, grids, parts.merge_size)
-    return found, problems + mismatches
+    return found, problems + mismatches + _type_problems(parts, batch)
 
 
 def _grids(batch: Mapping[str, Any]) -> list[Grid]:
@@ -176,6 +180,51 @@ def _runs(ids: torch.Tensor, placeholder: int) -> list[tuple[int, int, int]]:
         else:
             runs.append((row, token, 1))
     return runs
+
+
+def value_problems(pixels: torch.Tensor) -> list[str]:
+    """What no processor's ``pixel_values`` can be: of another kind of number, or far too large.
+
+    A processor divides pixels in 0 to 1, less a mean in 0 to 1, by a standard deviation: nothing is larger than the
+    inverse of that, and pixels that spread less than 1/16 would be those of blank images (every release: 0.26 or
+    more, values within 2.2). Integers and 8-bit floats have no room for what lies between.
+
+    Args:
+        pixels: ``(patches, values per patch)``.
+    """
+    import torch
+
+    name = str(pixels.dtype).removeprefix("torch.")
+    if pixels.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        return [
+            f"pixel_values are {name}: the processor makes float32 within about -2.2 to 2.2, of which a cast to {name} "
+            "leaves next to nothing; cast to float16, bfloat16 or float32 only"
+        ]
+    largest = float(pixels.abs().max()) if pixels.numel() else 0.0
+    if largest > LARGEST_PIXEL:
+        return [
+            f"pixel_values reach {largest:.4g} where the processor makes about -2.2 to 2.2: rescaling (1/255) or "
+            "normalisation is missing, or a collator undid it"
+        ]
+    return []
+
+
+def _type_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
+    """Token types that do not mark the placeholders: positions are made from them, not from the ids."""
+    types = batch.get("mm_token_type_ids")
+    ids, mask = batch["input_ids"], attended(batch)
+    if types is None or types.shape != ids.shape or mask.shape != ids.shape:
+        return []
+    places = ids == parts.image_token_id
+    wrong = (((types == IMAGE_TYPE) != places) & mask).nonzero().tolist()
+    if not wrong:
+        return []
+    row, token = wrong[0]
+    what = "a placeholder" if bool(places[row, token]) else "no placeholder"
+    return [
+        f"row {row}, token {token} is {what} but its mm_token_type_ids is {int(types[row, token])}: the types are "
+        f"wrong at {len(wrong)} tokens, so positions will be; were they padded on another side than input_ids?"
+    ]
 
 
 def _pixel_problems(pixels: torch.Tensor, grids: Sequence[Grid], merge_size: int) -> list[str]:
@@ -214,7 +263,7 @@ def _assign(
         if not fitting:
             problems.append(
                 f"{tokens}: {length} placeholders, but grid {show_grid(grids[image])} of image {image} of "
-                f"the batch makes {sizes[image]} visual tokens; {totals}"
+                f"the batch makes {sizes[image]} visual tokens; {totals}{_expanded_again(length, sizes[image])}"
             )
         for size in sizes[image : image + fitting]:
             found.append(Span(image, row, in_row, start, size, visual))
@@ -225,6 +274,11 @@ def _assign(
         left = f"image {image}" if image == len(sizes) - 1 else f"images {image} to {len(sizes) - 1}"
         problems.append(f"{left} of the batch: pixels but no placeholders; {totals}")
     return found, problems
+
+
+def _expanded_again(length: int, size: int) -> str:
+    times, rest = divmod(length, size)
+    return f"; {times} times as many: were they expanded more than once?" if times > 1 and not rest else ""
 
 
 def _fitting(sizes: Sequence[int], length: int) -> int:

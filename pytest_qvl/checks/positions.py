@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.packing import is_packed, samples_in_rows
 from pytest_qvl.checks.placeholders import attended, describe, model_inputs, show_grid, spans
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
@@ -156,7 +157,12 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
     """Positions of a forward pass equal the oracle at every token that is no padding.
 
     They are read where the rotary embedding receives them, so what counts is what attention uses, whoever
-    computed it (the model, ``generate``, a patched forward, the caller). One forward pass.
+    computed it (the model, ``generate``, a patched forward, or the batch's own ``position_ids``). One forward pass.
+
+    Rows in which several samples are packed are judged sample by sample: each has the positions that it has alone,
+    up to a constant. They are told by ``position_ids`` that start again at 0
+    (:func:`pytest_qvl.checks.packing.samples_in_rows`); a packed row without any looks like one long sample. That
+    attention keeps the samples apart is for :func:`pytest_qvl.checks.causality` to say.
 
     Args:
         model: Qwen-VL model, wrapped or not.
@@ -166,15 +172,18 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
     Raises:
         CheckFailed: Some id is wrong; names row, token, axis, the id and the right one.
         CannotJudge: No picture in the batch, or the model bypasses its rotary embedding module.
-        ValueError: The batch is malformed.
+        ValueError: The batch is malformed, or has ``position_ids`` of another shape.
     """
     judge = Judge("mrope_positions", "M-RoPE ids of a forward equal the papers' definition")
     parts, inputs = anatomy(model), model_inputs(batch)
     spans(parts, inputs)
+    packed = is_packed(inputs)
     with preserved(model, training=training):
         calls = _forward(parts, inputs)
     _Comparison(judge, parts, inputs).hold(calls, [_expected(parts, inputs)])
     judge.report("position ids compared", 3 * int(attended(inputs).sum()))
+    if packed:
+        judge.report("samples packed into rows", int((samples_in_rows(inputs).amax(dim=1) + 1).sum()))
     return judge.verdict()
 
 
@@ -203,6 +212,7 @@ def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) ->
     judge = Judge("decode_positions", "M-RoPE ids inside generate() are right at prefill and at each decode step")
     parts, inputs = anatomy(model), model_inputs(batch)
     spans(parts, inputs)
+    _refuse_packed(inputs)
     prefill = _expected(parts, inputs)
     last = prefill.masked_fill(~attended(inputs).cpu(), -1).amax(dim=(0, 2))
     with preserved(model, training=False):
@@ -240,6 +250,7 @@ def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> E
     judge = Judge("position_state", "positions do not depend on earlier calls (rope_deltas)")
     parts, inputs = anatomy(model), model_inputs(batch)
     spans(parts, inputs)
+    _refuse_packed(inputs)
     pictures_first = (("pictures", inputs), ("text only", _text_only(parts, inputs)))
     broken = 0
     with preserved(model, training=False):
@@ -301,14 +312,31 @@ def _seen(calls: list[LanguageCall]) -> list[LanguageCall]:
     return calls
 
 
+def _refuse_packed(inputs: Mapping[str, Any]) -> None:
+    if is_packed(inputs):
+        raise CannotJudge("several samples are packed into a row: nothing is generated from such rows")
+
+
 def _expected(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
-    return mrope_oracle(
-        inputs["input_ids"],
-        inputs.get("attention_mask"),
+    """The oracle's ids ``(3, rows, length)``; those of a packed row sample by sample."""
+    import torch
+
+    ids, numbers = inputs["input_ids"], samples_in_rows(inputs)
+    mask = attended(inputs).cpu()
+    pieces = [(row, number) for row in range(len(ids)) for number in range(int(numbers[row].max()) + 1)]
+    # Each sample on a row of its own; what belongs to others is padding there.
+    own = torch.stack([mask[row] & (numbers[row] == number) for row, number in pieces])
+    alone = mrope_oracle(
+        ids.cpu()[[row for row, _ in pieces]],
+        own,
         inputs.get("image_grid_thw"),
         VisionIds(parts.image_token_id, parts.video_token_id),
         parts.merge_size,
     )
+    positions = alone.new_zeros(3, *ids.shape)
+    for piece, (row, _) in enumerate(pieces):
+        positions[:, row, own[piece]] = alone[:, piece, own[piece]]
+    return positions
 
 
 def _text_only(parts: Parts, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,8 +383,7 @@ class _Comparison:
         # A release may leave the rows of a text-only batch to broadcasting.
         seen = [call.position_ids.cpu().expand_as(right) for call, right in zip(calls, expected, strict=True)]
         difference = seen[0] - expected[0]
-        shifts = [_constant_shift(difference[:, row, mask[row]]) for row in range(len(mask))]
-        shift = seen[0].new_tensor(shifts)[None, :, None]
+        shift = self._shifts(difference, mask)[None]
         wrong = (difference != shift) & mask[None]
         self.judge.equal(
             f"{self.sequence}wrong position ids",
@@ -365,7 +392,10 @@ class _Comparison:
             else_say=self._prompt_sentence(seen[0] - shift, expected[0], wrong) if wrong.any() else "",
         )
         if len(calls) > 1:
-            steps, right = torch.cat(seen[1:], dim=2) - shift, torch.cat([*expected[1:]], dim=2)
+            steps, right = (
+                torch.cat(seen[1:], dim=2) - shift.amax(dim=2, keepdim=True),
+                torch.cat([*expected[1:]], dim=2),
+            )
             self.judge.equal(
                 f"{self.sequence}wrong position ids while decoding",
                 int((steps != right).sum()),
@@ -393,6 +423,17 @@ class _Comparison:
                 return False
         return True
 
+    def _shifts(self, difference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The constant ``(rows, length)`` by which each row, or each sample of a packed row, is shifted."""
+        numbers = samples_in_rows(self.inputs)
+        shift = difference.new_zeros(mask.shape)
+        for row in range(len(mask)):
+            for number in range(int(numbers[row].max()) + 1):
+                own = mask[row] & (numbers[row] == number)
+                if bool(own.any()):
+                    shift[row][numbers[row] == number] = _constant_shift(difference[:, row, own])
+        return shift
+
     def _prompt_sentence(self, seen: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor) -> str:
         row, token = wrong.any(0).nonzero()[0].tolist()
         axis = int(wrong[:, row, token].nonzero()[0])
@@ -403,6 +444,12 @@ class _Comparison:
             f"{int(wrong.any(0).any(1).sum())} of {wrong.shape[1]} rows are wrong"
         )
         if found and bool((seen[:1] == seen)[:, attended(self.inputs).cpu()].all()):
+            given = self.inputs.get("position_ids")
+            if given is not None:
+                return (
+                    f"{sentence}; all three axes are equal everywhere: the batch has plain 1-D positions of its own "
+                    f"(position_ids of {tuple(given.shape)}), and the model takes them as they are"
+                )
             sentence += "; all three axes are equal everywhere: the model fell back to plain 1-D positions"
             if "mm_token_type_ids" not in self.inputs and _takes_type_ids(self.parts):
                 sentence += (

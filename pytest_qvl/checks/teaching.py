@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.placeholders import validate_batch
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import adapter_parameters
 
@@ -57,19 +58,23 @@ def trainable_parameters(parts: Parts) -> dict[str, nn.Parameter]:
     return {name: p for name, p in parts.base.named_parameters() if p.requires_grad}
 
 
-def check_labels(batches: list[Batch]) -> None:
-    """Refuse batches that cannot teach anything about pictures.
+def check_labels(parts: Parts, batches: list[Batch]) -> None:
+    """Refuse batches that cannot teach anything about pictures, or are malformed.
 
     Raises:
-        ValueError: No batch, or one without labels or without a supervised token.
+        ValueError: No batch, or one without labels or without a supervised token, or whose pixels and placeholders
+            do not fit (:func:`pytest_qvl.checks.placeholders.validate_batch`).
         CannotJudge: No batch has pictures.
     """
     if not batches or any("labels" not in batch for batch in batches):
-        raise ValueError("every batch needs labels (make_batch(..., answers=True))")
+        raise ValueError("every batch needs labels: qvl_batch(samples, answers=True), or make_batch(..., answers=True)")
     if any(bool((batch["labels"][:, 1:] == IGNORED).all()) for batch in batches):
         raise ValueError("a batch has no supervised token: all of its labels are -100")
     if not any("pixel_values" in batch for batch in batches):
         raise CannotJudge("no batch has pictures (pixel_values), so training would never touch the vision tower")
+    problems = [problem for batch in batches for problem in validate_batch(parts.wrapped, batch)]
+    if problems:
+        raise ValueError(f"the batch is malformed: {problems[0]}")
 
 
 def taught_wrong(parts: Parts, batch: Batch) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from pytest_qvl.checks.adapter import gates, matrix_of
 from pytest_qvl.checks.descent import Lesson, descent, take_step
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.optimizer import judge_optimizer
+from pytest_qvl.checks.placeholders import attended
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.teaching import (
     IGNORED,
@@ -114,7 +115,7 @@ def training_step(
     if steps_to_halve < 2:
         raise ValueError(f"steps_to_halve must be at least 2, got {steps_to_halve}")
     trained = trainable_parameters(parts)
-    check_labels([batch])
+    check_labels(parts, [batch])
     hold_packing(parts)
     how = "with" if gradient_checkpointing else "without"
     judge = Judge("training_step", f"a training step {how} gradient checkpointing teaches the adapter")
@@ -251,6 +252,18 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
     silent = [name for name in lora if step == 0 and name not in starts_at_zero and _is_matrix(name)]
     expected = [name for name in lora if name not in silent]
     unreached = [name for name in expected if not peaks[name]]
+    copies = [name for name in peaks if name not in lora]
+    cut_off = [name for name in copies if peaks[name] is None]
+    if copies:
+        judge.equal(
+            f"{when}: tensors trained beside LoRA that are reached",
+            len(copies) - len(cut_off),
+            len(copies),
+            else_say=(
+                f"{when}: the gradient has no path to {len(cut_off)} of {len(copies)} tensors that are trained beside "
+                f"LoRA: {some(cut_off)}; is the output of their module detached (torch.no_grad, detach) on its way?"
+            ),
+        )
     pathless = [name for name in unreached if peaks[name] is None]
     kind = "has no path to" if pathless else "is exactly zero at"
     named = pathless or unreached
@@ -436,11 +449,13 @@ def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
 
     Works on the ids alone; all comparisons are exact. An answer is what follows ``<|im_start|>assistant`` and
     a line break, up to and with ``<|im_end|>`` (the ChatML of every Qwen-VL release); the line break that the
-    template puts behind it may be supervised too.
+    template puts behind it may be supervised too. An answer of which anything is taught must be taught to its
+    end; a turn of which nothing is taught is left out on purpose.
 
     Args:
         model: Gives the ids of the vision tokens.
-        batch: ``input_ids``, ``attention_mask`` and ``labels``, (rows, length) int64, labels not shifted.
+        batch: ``input_ids`` and ``labels``, (rows, length) int64, labels not shifted; without an
+            ``attention_mask`` nothing is padding.
         processor: The processor (or tokenizer) that made the batch.
 
     Raises:
@@ -459,7 +474,7 @@ def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
     tokenizer = getattr(processor, "tokenizer", processor)
     judge = Judge("label_mask", "only answers are learned")
     reader = _LabelReader(parts, tokenizer)
-    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), batch["attention_mask"].tolist(), strict=True)
+    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), attended(batch).tolist(), strict=True)
     for row, (ids, labels, mask) in enumerate(rows):
         reader.read(row, ids, labels, mask)
     reader.judge(judge)
@@ -487,7 +502,7 @@ class _LabelReader:
         self._found: dict[str, list[str]] = {kind: [] for kind in self._KINDS}
         self._supervised = 0
 
-    def read(self, row: int, ids: list[int], labels: list[int], mask: list[int]) -> None:
+    def read(self, row: int, ids: list[int], labels: list[int], mask: list[bool]) -> None:
         answers = self._answers(row, ids, mask)
         inside = {place for answer in answers for place in answer}
         after = {answer[-1] + 1 for answer in answers if answer and ids[answer[-1]] == self._end}
@@ -502,8 +517,12 @@ class _LabelReader:
                 self._found[kind].append(f"row {row}, token {place} {token!r}")
         if not supervised:
             self._found["no answer token"].append(f"row {row}")
-        elif not any(ids[place] == self._end and place in inside for place in supervised[-2:]):
-            self._found["no end"].append(f"row {row}")
+        self._found["no end"] += [
+            f"row {row}, answer {number}" if len(answers) > 1 else f"row {row}"
+            for number, answer in enumerate(answers)
+            if any(labels[place] != IGNORED for place in answer)
+            and (ids[answer[-1]] != self._end or labels[answer[-1]] == IGNORED)
+        ]
 
     def judge(self, judge: Judge) -> None:
         judge.report("supervised tokens", self._supervised)
@@ -517,14 +536,14 @@ class _LabelReader:
                 else_say=f"{len(places)}{of_tokens} {story}: {some(places, '; ')}",
             )
 
-    def _kind(self, token: int, label: int, attended: int) -> str | None:
-        if not attended:
+    def _kind(self, token: int, label: int, is_attended: bool) -> str | None:
+        if not is_attended:
             return "padding"
         if token in self._vision or label in self._vision:
             return "vision"
         return "other token" if label != token else None
 
-    def _answers(self, row: int, ids: list[int], mask: list[int]) -> list[list[int]]:
+    def _answers(self, row: int, ids: list[int], mask: list[bool]) -> list[list[int]]:
         """Places of each answer with its closing token; an answer that is cut off ends with its row."""
         length = len(self._header)
         starts = [at + length for at in range(len(ids) - length + 1) if ids[at : at + length] == self._header]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.faults.case import lora_config
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import after, before, values
 from pytest_qvl.models.anatomy import anatomy
@@ -173,4 +174,18 @@ def _features_follow(case: Case) -> Iterator[None]:
 
     case.make_optimizer = stepping(count)
     with after([anatomy(case.model).merger], lambda _m, _a, out: out * (1 + steps / 64)):
+        yield
+
+
+@fault(
+    "merger-trained-detached",
+    "The merger is trained beside the adapter, but its output is detached: it never learns.",
+    damages="load",
+    check="training_step",
+    says=("tensors that are trained beside LoRA", "merger", "detached"),
+)
+def _merger_detached(case: Case) -> Iterator[None]:
+    case.lora_config = lora_config(modules_to_save=["merger"])
+    case.model = case.load(lora=case.lora_config)
+    with after([anatomy(case.model).merger], lambda _m, _a, out: out.detach()):
         yield

@@ -88,7 +88,9 @@ def panel(device: str = "cpu") -> dict[str, Callable[[Case], Any]]:
         "visual_token_order": lambda c: checks.visual_token_order(c.model, c.batch()),
         "causality": lambda c: checks.causality(c.model, c.batch()),
         "image_isolation": lambda c: checks.image_isolation(c.model, c.processor, c.rows),
-        "picture_pairing": lambda c: checks.picture_pairing(c.model, c.processor, c.rows, c.batch()),
+        "picture_pairing": lambda c: [
+            checks.picture_pairing(c.model, c.processor, c.rows, batch) for batch in (c.batch(), training(c))
+        ],
         "malformed_inputs": lambda c: checks.malformed_inputs(c.model, c.batch()),
         "mrope_positions": mrope,
         "decode_positions": lambda c: checks.decode_positions(c.model, c.batch()),

@@ -118,6 +118,53 @@ def _normalised_twice(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "pixels-as-uint8",
+    "A collator casts pixel_values to uint8, as if they were images: the model sees next to nothing.",
+    damages="batch",
+    check="picture_pairing",
+    says=("pixel_values are uint8", "float16, bfloat16 or float32 only"),
+)
+def _uint8(case: Case) -> Iterator[None]:
+    import torch
+
+    _collated(case, lambda b, _: {**b, "pixel_values": b["pixel_values"].to(torch.uint8)})
+    yield
+
+
+@fault(
+    "template-drift",
+    "The model is trained with another template than it is asked with: a line break before <|im_end|>.",
+    damages="batch",
+    check="picture_pairing",
+    says=("prompts are not those of the processor's chat template", "use one template for both"),
+    source="2U1/Qwen-VL-Series-Finetune#75",
+)
+def _template_drift(case: Case) -> Iterator[None]:
+    import torch
+
+    tokenizer = case.processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    line = tokenizer("\n", add_special_tokens=False)["input_ids"][0]
+
+    def drift(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        if "labels" not in batch:
+            return batch
+        shape = batch["input_ids"].shape
+        made: dict[str, list[Any]] = {name: [] for name, value in batch.items() if value.shape == shape}
+        fill = {"input_ids": line, "attention_mask": 1, "labels": -100}
+        for row, ids in enumerate(batch["input_ids"]):
+            answer = int((batch["labels"][row] != -100).nonzero()[0])
+            place = int((ids[:answer] == end).nonzero()[-1])
+            for name, rows in made.items():
+                tokens = batch[name][row]
+                rows.append(torch.cat([tokens[:place], tokens.new_tensor([fill.get(name, 0)]), tokens[place:]]))
+        return {**batch, **{name: torch.stack(rows) for name, rows in made.items()}}
+
+    case.collators.append(drift)
+    yield
+
+
+@fault(
     "questions-exchanged",
     "Two text rows change places; the pictures stay.",
     damages="batch",

@@ -228,3 +228,50 @@ def _nothing(case: Case) -> Iterator[None]:
 
     _labels(case, empty)
     yield
+
+
+@fault(
+    "first-end-not-taught",
+    "Rows of two turns: the first answer is taught without its <|im_end|>, the last one whole.",
+    damages="batch",
+    check="label_mask",
+    says=("answers end without a supervised <|im_end|>", "row 0, answer 0"),
+)
+def _first_end(case: Case) -> Iterator[None]:
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    tokenizer = case.processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    question = tokenizer("\n<|im_start|>user\nAgain?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
+
+    def second_turn(name: str, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        asked, answer = tokens.new_tensor(question), labels[labels != IGNORED]
+        if name == "input_ids":
+            return torch.cat([tokens, asked, answer])
+        if name == "labels":
+            return torch.cat([tokens.masked_fill(tokens == end, IGNORED), asked.fill_(IGNORED), answer])
+        more = len(asked) + len(answer)
+        return torch.cat([tokens, tokens.new_full((more,), int(name == "attention_mask"))])
+
+    def two_turns(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        if "labels" not in batch:
+            return batch
+        mask = batch["attention_mask"].bool()
+        names = [name for name, value in batch.items() if value.shape == mask.shape]
+        made = {
+            name: pad_sequence(
+                [
+                    second_turn(name, tokens[kept], labels[kept])
+                    for tokens, labels, kept in zip(batch[name], batch["labels"], mask, strict=True)
+                ],
+                batch_first=True,
+                padding_value=padding.get(name, 0),
+            )
+            for name in names
+        }
+        return {**batch, **made}
+
+    case.collators.append(two_turns)
+    yield

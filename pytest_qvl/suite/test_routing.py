@@ -39,8 +39,15 @@ def test_image_isolation(qvl_quantized_model: Any, qvl_processor: Any, one_of_ea
 
 
 def test_picture_pairing(qvl_quantized_model: Any, qvl_processor: Any, one_of_each: Any, mixed_batch: Any) -> None:
-    """Pixel rows and grids are those of each picture alone, in the order of the prompt."""
+    """Prompt, pixel rows and grids are those of each sample alone, in the order of the prompt."""
     checks.picture_pairing(qvl_quantized_model, qvl_processor, one_of_each, mixed_batch)
+
+
+def test_picture_pairing_in_training(
+    qvl_quantized_model: Any, qvl_processor: Any, one_of_each: Any, training_batch: Any
+) -> None:
+    """The same of the batch that is trained on: it begins with the prompt that is asked later."""
+    checks.picture_pairing(qvl_quantized_model, qvl_processor, one_of_each, training_batch)
 
 
 def test_malformed_inputs(qvl_quantized_model: Any, mixed_batch: Any) -> None:

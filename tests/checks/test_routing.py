@@ -14,6 +14,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 
+from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle, mrope_positions
 from pytest_qvl.checks.routing import (
     causality,
     feature_scatter,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 Batch = dict[str, torch.Tensor]
+TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 BATCH_CHECKS = (placeholder_counts, feature_scatter, visual_token_order, causality, malformed_inputs)
 
 
@@ -546,6 +548,145 @@ def test_validation_that_counts_totals_only_is_caught(
     monkeypatch.setattr("pytest_qvl.checks.routing.validate_batch", totals)
     with pytest.raises(CheckFailed, match="validate_batch overlooks: one placeholder moved off its image"):
         malformed_inputs(model, batch)
+
+
+# Pixels of another kind, types and prompts
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda pixels: pixels.to(torch.uint8), "pixel_values are uint8: the processor makes float32"),
+        (lambda pixels: pixels.long(), "pixel_values are int64"),
+        (lambda pixels: pixels.to(torch.float8_e4m3fn), "pixel_values are float8_e4m3fn"),
+        (lambda pixels: (pixels + 2) * 60, "where the processor makes about -2.2 to 2.2: rescaling (1/255)"),
+    ],
+    ids=["uint8", "int64", "float8", "0 to 255"],
+)
+def test_pixels_that_no_processor_makes(model: Any, processor: Any, batch: Batch, change: Any, says: str) -> None:
+    """The model casts them without a word, and sees black."""
+    batch["pixel_values"] = change(batch["pixel_values"])
+    for check, arguments in ((placeholder_counts, (batch,)), (picture_pairing, (processor, SAMPLES, batch))):
+        with pytest.raises(CheckFailed, match=re.escape(says)):
+            check(model, *arguments)
+    with pytest.raises(ValueError, match="the batch is malformed: pixel_values"):
+        causality(model, batch)
+
+
+def test_placeholders_expanded_twice(model: Any, batch: Batch) -> None:
+    ids = batch["input_ids"][2]
+    row = torch.cat([ids, ids[ids == anatomy(model).image_token_id]]).sort(descending=True).values[None]
+    doubled = {"input_ids": row, "pixel_values": batch["pixel_values"][rows_of(batch, 2)]}
+    doubled["image_grid_thw"] = batch["image_grid_thw"][2:3]
+    with pytest.raises(CheckFailed, match="24 placeholders, but .* 2 times as many: were they expanded more than once"):
+        placeholder_counts(model, doubled)
+
+
+@pytest.mark.skipif(TRANSFORMERS_4, reason="Transformers 4 makes positions from the ids")
+def test_types_padded_on_the_other_side(model: Any, processor: Any) -> None:
+    batch = make_batch(processor, SAMPLES, padding_side="left")
+    types, mask = batch["mm_token_type_ids"], batch["attention_mask"].bool()
+    batch["mm_token_type_ids"] = torch.stack(
+        [torch.cat([row[keep], row[~keep]]) for row, keep in zip(types, mask, strict=True)]
+    )
+    with pytest.raises(CheckFailed, match=r"its mm_token_type_ids is \d: the types are wrong at \d+ tokens"):
+        placeholder_counts(model, batch)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("<|im_end|>\n<|im_start|>assistant", "\n<|im_end|>\n<|im_start|>assistant", "the template has '<|im_end|>"),
+        ("<|im_start|>user", "<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user", "has 'system"),
+        ("<|im_start|>user\n", "<|im_start|>user\n\n", "row 0 (sample 'two') has "),
+    ],
+    ids=["break", "system prompt", "break before the image"],
+)
+@pytest.mark.parametrize("answers", [False, True])
+def test_a_prompt_of_another_template(
+    model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch, before: str, after: str, says: str, answers: bool
+) -> None:
+    template = processor.apply_chat_template
+
+    def another(*args: Any, **kwargs: Any) -> str:
+        made: str = template(*args, **kwargs)
+        assert before in made
+        return made.replace(before, after)
+
+    assert picture_pairing(model, processor, SAMPLES, make_batch(processor, SAMPLES, answers=answers)).ok
+    with monkeypatch.context() as patched:
+        patched.setattr(processor, "apply_chat_template", another)
+        drifted = make_batch(processor, SAMPLES, answers=answers)
+    with pytest.raises(CheckFailed, match="4 of 4 prompts are not those of the processor's chat template") as caught:
+        picture_pairing(model, processor, SAMPLES, drifted)
+    assert says in str(caught.value)
+
+
+# Packed rows
+
+
+def packed(model: Any, processor: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Two samples in one row without padding, its text positions ``(1, 1, length)`` and M-RoPE ids ``(3, 1, length)``."""
+    parts = anatomy(model)
+    alone = [make_batch(processor, [each]) for each in (SAMPLES[2], SAMPLES[0])]
+    joined = {
+        name: torch.cat(
+            [one[name] for one in alone], dim=1 if alone[0][name].shape[0] == 1 and name != "image_grid_thw" else 0
+        )
+        for name in alone[0]
+        if name != "attention_mask"
+    }
+    ids = VisionIds(parts.image_token_id, parts.video_token_id)
+    text = torch.cat([torch.arange(one["input_ids"].shape[1]) for one in alone])[None, None]
+    right = torch.cat([mrope_oracle(one["input_ids"], None, one["image_grid_thw"], ids, 2) for one in alone], dim=2)
+    return joined, text, right
+
+
+def test_packed_rows(model: Any, processor: Any) -> None:
+    """Positions and isolation, each by its own check, in the layouts that collators make."""
+    inputs, text, right = packed(model, processor)
+    for positions in (torch.cat([text, right]), right):
+        assert figures(mrope_positions(model, {**inputs, "position_ids": positions}))["samples packed into rows"] == 2
+    isolated = {**inputs, "position_ids": torch.cat([text, right])}
+    assert causality(model, isolated).ok
+    with pytest.raises(CheckFailed, match=r"no output of another sample that is packed into its row; .*\(4, rows"):
+        causality(model, {**inputs, "position_ids": right})
+    contaminated = mrope_oracle(
+        inputs["input_ids"], None, inputs["image_grid_thw"], VisionIds(*vision_ids(model)), 2
+    ).clone()
+    start = int((text[0, 0] == 0).nonzero()[-1])
+    contaminated[1:, :, start + 20 :] += 1
+    with pytest.raises(CheckFailed, match="wrong position ids"):
+        mrope_positions(model, {**inputs, "position_ids": torch.cat([text, contaminated])})
+    with pytest.raises(CheckFailed, match=r"the batch has plain 1-D positions of its own \(position_ids of \(1, "):
+        mrope_positions(model, {**inputs, "position_ids": text[0]})
+    with pytest.raises(CannotJudge, match="several samples are packed into a row"):
+        decode_positions(model, isolated)
+    with pytest.raises(ValueError, match=r"position_ids are \(2, 1, "):
+        mrope_positions(model, {**inputs, "position_ids": right[:2]})
+
+
+def vision_ids(model: Any) -> tuple[int, int]:
+    parts = anatomy(model)
+    return parts.image_token_id, parts.video_token_id
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_positions_of_the_collators_own(model: Any, processor: Any, side: str) -> None:
+    inputs = make_batch(processor, SAMPLES, padding_side=side)
+    right = mrope_oracle(
+        inputs["input_ids"], inputs["attention_mask"], inputs["image_grid_thw"], VisionIds(*vision_ids(model)), 2
+    )
+    given = {**inputs, "position_ids": right}
+    assert mrope_positions(model, given).ok
+    for check in BATCH_CHECKS:
+        assert check(model, given).ok
+    given["position_ids"] = right + 3  # equivalent
+    assert mrope_positions(model, given).ok
+    wrong = right.clone()
+    wrong[2, 2, inputs["attention_mask"][2].nonzero().flatten()[-1]] += 1
+    with pytest.raises(CheckFailed, match="1 tokens in 1 of 4 rows are wrong"):
+        mrope_positions(model, {**inputs, "position_ids": wrong})
 
 
 # Inputs that are wrong or cannot decide

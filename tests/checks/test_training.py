@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from pytest_qvl.checks.frozen import frozen_vision
 from pytest_qvl.checks.teaching import WRONG_RANK, taught_wrong
 from pytest_qvl.checks.training import label_mask, training_step, vision_not_backpropagated
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
@@ -399,6 +400,25 @@ def test_an_unfrozen_tensor_takes_gradients(fresh_model: Any, batch: Any) -> Non
     )
 
 
+def test_a_merger_trained_on_detached_features(fresh_model: Any, batch: Any) -> None:
+    model = fresh_model(lora={"modules_to_save": ["merger"]})
+    assert step(model, batch).ok
+    anatomy(model).merger.register_forward_hook(lambda _m, _a, out: out.detach())
+    message = refused(step, model, batch)
+    assert message.startswith(
+        "first step (B = 0): the gradient has no path to 5 of 5 tensors that are trained beside LoRA: "
+        "model.visual.merger.modules_to_save.default.ln_q.weight"
+    )
+    assert "is the output of their module detached (torch.no_grad, detach) on its way?" in message
+
+
+def test_malformed_batches_are_refused_before_training(lora_model: Any, batch: Any) -> None:
+    dark = {**batch, "pixel_values": batch["pixel_values"].to(torch.uint8)}
+    for train in (step, frozen_vision):
+        with pytest.raises(ValueError, match="the batch is malformed: pixel_values are uint8"):
+            train(lora_model, dark)
+
+
 def test_training_in_float16_is_named(fresh_model: Any, batch: Any) -> None:
     model = fresh_model(dtype="float16", lora={"modules_to_save": ["lm_head"]})
     message = refused(step, model, batch)
@@ -564,6 +584,31 @@ def test_a_label_too_few(lora_model: Any, processor: Any, mixed: Any) -> None:
     assert refused(label_mask, lora_model, {**mixed, "labels": silent}, processor).startswith(
         "1 rows have no supervised token, so they teach nothing: row 2"
     )
+
+
+def test_the_end_of_each_taught_turn_is_taught(lora_model: Any, processor: Any) -> None:
+    turn = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n"
+    ids = torch.tensor([processor.tokenizer(turn + turn)["input_ids"]])
+    ends = (ids[0] == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")).nonzero().flatten().tolist()
+    labels = torch.full_like(ids, -100)
+    for place in (ends[1] - 1, ends[3] - 1, ends[3]):
+        labels[0, place] = ids[0, place]
+    made = {"input_ids": ids, "labels": labels}
+    assert refused(label_mask, lora_model, made, processor).startswith(
+        "1 answers end without a supervised <|im_end|>, so the model does not learn to stop: row 0, answer 0"
+    )
+    labels[0, ends[1] - 1] = -100  # the last turn only
+    assert label_mask(lora_model, made, processor).ok
+
+
+def test_a_batch_without_an_attention_mask(plain_model: Any, processor: Any) -> None:
+    """Padding-free, one row: nothing is padding."""
+    made = make_batch(processor, [scenes(seed=5, per_skill=1)[1]], answers=True)
+    del made["attention_mask"]
+    assert label_mask(plain_model, made, processor).ok
+    assert step(plain_model, made).ok
+    assert frozen_vision(plain_model, made).ok
+    assert vision_not_backpropagated(plain_model, made, gradient_checkpointing=False).ok
 
 
 def test_shifted_labels(lora_model: Any, processor: Any, mixed: Any) -> None:
