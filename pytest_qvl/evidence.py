@@ -13,6 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pytest_qvl.releases import known_defects
+
 Relation = Literal["<=", ">=", "==", ""]
 Value = float | int | str | bool
 
@@ -250,7 +252,7 @@ class Judge:
     def close(self, columns: Sequence[str] = (), rows: Iterable[Sequence[Value | None]] = ()) -> Evidence:
         """The evidence, kept promise or broken one alike, for :func:`collecting` to collect."""
         table = Table(tuple(columns), tuple(tuple(row) for row in rows)) if columns else None
-        notes = (*self.notes, *(_notes.get() or ()))
+        notes = (*self.notes, *(_notes.get() or ()), *(known_defects(self.check) if self.problems else ()))
         evidence = Evidence(self.check, self.promise, tuple(self.figures), tuple(self.problems), notes, table)
         collected = _collected.get()
         if collected is not None:

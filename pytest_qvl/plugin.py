@@ -15,6 +15,7 @@ from pytest_qvl.gpu.lease import join_session  # noqa: E402
 from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
 from pytest_qvl.gpu_failures import GpuFailures  # noqa: E402
 from pytest_qvl.gpu_required import GpuRequired  # noqa: E402
+from pytest_qvl.installed import Installed  # noqa: E402
 from pytest_qvl.interrupts import Interrupts  # noqa: E402
 from pytest_qvl.kept_errors import release_frames  # noqa: E402
 from pytest_qvl.leasing import lease_lines, leases_for_record  # noqa: E402
@@ -86,6 +87,7 @@ def pytest_configure(config: pytest.Config) -> None:
         register(children.Children(config, settings.backend, state.progress), child.PARENT_NAME)
     register(fixtures, "qvl-fixtures")
     register(ShippedSuite(), "qvl-suite")
+    register(Installed(), "qvl-installed")
     summary = Summary()
     register(summary, "qvl-summary")
     comparison = Comparison()

@@ -1,0 +1,129 @@
+"""What is installed: releases known to be broken, and those that this package does not work with.
+
+Nothing is read before somebody asks, at the start of a session that uses the suite or fixtures, or when a check fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+THIS = "pytest-qvl"
+STACK = ("transformers", "peft", "bitsandbytes", "torch", "accelerate")
+_TITLES = {"transformers": "Transformers", "peft": "PEFT"}
+
+
+@dataclass(frozen=True)
+class Defect:
+    """What is broken in some releases of a package.
+
+    Attributes:
+        package: Its name in the package index.
+        versions: The broken releases, as a specifier (``">=5.2,<5.4"``).
+        what: What goes wrong, in a few words.
+        fixed_in: The first release without it.
+        thread: Where it was reported.
+        checks: The checks that it breaks.
+    """
+
+    package: str
+    versions: str
+    what: str
+    fixed_in: str
+    thread: str
+    checks: tuple[str, ...]
+
+
+# Run at both ends: the last broken release turns these checks red, the first one without the defect does not.
+DEFECTS = (
+    Defect(
+        "transformers",
+        ">=4.54,<4.57",
+        "text positions of left-padded rows count the padding while decoding",
+        "4.57.1",
+        "https://github.com/huggingface/transformers/issues/41180",
+        ("decode_positions", "generation_batch_invariance", "generation_cache_invariance"),
+    ),
+    Defect(
+        "transformers",
+        ">=5.2,<5.4",
+        "rope_deltas that generate() left behind are used for a later batch without images",
+        "5.4.0",
+        "https://github.com/huggingface/transformers/issues/44873",
+        ("position_state",),
+    ),
+)
+
+
+def known_defects(check: str | None = None) -> list[str]:
+    """One sentence per known defect of what is installed; with a name, of those only that break this check."""
+    return [
+        f"{_title(defect.package)} {version} has this defect: {defect.what}; "
+        f"fixed in {defect.fixed_in}: {defect.thread}"
+        for defect in DEFECTS
+        if (check is None or check in defect.checks)
+        and (version := installed(defect.package)) is not None
+        and _within(version, defect.versions)
+    ]
+
+
+def out_of_range() -> str:
+    """Why this package does not work with what is installed, by the ranges of its own metadata; empty if it does.
+
+    Packages without metadata are passed over: importing them tells.
+    """
+    wrong, wanted = [], []
+    for package, versions in _requirements():
+        version = installed(package)
+        if version is not None and not _within(version, versions):
+            wrong.append(f"{_title(package)} {version}")
+            wanted.append(f"{package}{versions}")
+    if not wrong:
+        return ""
+    command = " ".join(f"'{requirement}'" for requirement in wanted)
+    return f"{THIS} does not work with {' and '.join(wrong)}, which is outside its range: pip install {command}"
+
+
+def stack() -> str:
+    """The versions of what a QLoRA model is made with: ``"transformers 5.17.0, peft 0.21.2, ..."``."""
+    return ", ".join(f"{package} {version}" for package in STACK[:4] if (version := installed(package)) is not None)
+
+
+@cache
+def installed(package: str) -> str | None:
+    """Version of an installed package by its metadata, ``None`` if it has none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _requirements() -> Iterator[tuple[str, str]]:
+    """Packages of the stack with their ranges, as this package's metadata has them."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    from packaging.requirements import Requirement
+
+    try:
+        texts = requires(THIS) or []
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        texts = []
+    for requirement in map(Requirement, texts):
+        if requirement.name in STACK and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            yield requirement.name, str(requirement.specifier)
+
+
+def _within(version: str, versions: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(versions).contains(version, prereleases=True)
+
+
+def _title(package: str) -> str:
+    return _TITLES.get(package, package)
