@@ -12,6 +12,7 @@ import pytest
 
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.options import SETTINGS_KEY
+from pytest_qvl.refusals import Refusal
 from pytest_qvl.session import STATE_KEY, one_clear_error
 
 if TYPE_CHECKING:
@@ -31,7 +32,13 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def qvl_target(request: pytest.FixtureRequest) -> Target:
     """Model, device and backend of this test (``--qvl-model``, ``--qvl-device``, ``--qvl-backend``)."""
-    target: Target = request.param
+    target: Target | None = getattr(request, "param", None)
+    if target is None:
+        raise Refusal(
+            "a fixture of pytest-qvl was asked for by request.getfixturevalue in a test that names none, so nothing "
+            "said on which model and device to run the test. Name the fixture as an argument of the test, or with "
+            "@pytest.mark.usefixtures"
+        )
     if target.device == "cuda":
         request.config.stash[STATE_KEY].need_cuda()
     return target

@@ -69,6 +69,23 @@ def lineage(definition: Definition, item: Any) -> Lineage:
     return frozenset((name, tuple(definitions(item, name))) for name in stands_on(definition, item))
 
 
+def parameters(definition: Definition, item: Any) -> frozenset[tuple[str, Any]]:
+    """Values of the parameters, of all that a definition is made from, that a test is run with; an unhashable's id."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return frozenset()
+    names = {definition.argname, *stands_on(definition, item)}
+
+    def key(value: Any) -> Any:
+        try:
+            hash(value)
+        except TypeError:
+            return id(value)
+        return value
+
+    return frozenset((name, key(value)) for name, value in callspec.params.items() if name in names)
+
+
 def views(item: Any) -> frozenset[str]:
     """Which of the two model fixtures a test asks for, directly or through fixtures of its own.
 
@@ -90,6 +107,11 @@ def asked_while_running(item: Any) -> frozenset[str]:
 def finish(definition: Definition, item: Any) -> None:
     """Tear a fixture down, with everything made from it; the next test that asks for it makes it anew."""
     definition.finish(request=item._request)
+
+
+def has_value(definition: Definition) -> bool:
+    """Whether a fixture is set up, and not only has failed to be."""
+    return definition.cached_result is not None and definition.cached_result[2] is None
 
 
 def forget_traceback(definition: Definition) -> None:

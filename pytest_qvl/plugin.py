@@ -181,6 +181,9 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, objec
     __tracebackhide__ = _beside_the_point
     state, item = request.config.stash[STATE_KEY], request._pyfuncitem
     state.note(fixturedef, item)
+    known = state.known_failure(fixturedef, item)
+    if known is not None:
+        raise known
     try:
         with state.making(fixturedef):
             value = yield

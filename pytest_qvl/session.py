@@ -37,6 +37,10 @@ NAMED_CHANGES = 3
 STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)  # with fixtures still alive
 
 
+# A model fixture, what it stands on, and with which parameters.
+FailureKey = tuple[Definition, Lineage, frozenset[tuple[str, Any]]]
+
+
 @contextmanager
 def one_clear_error(fixture: str) -> Iterator[None]:
     """Turn an error that a user can mend into a :class:`Refusal`; others keep their traceback."""
@@ -56,6 +60,7 @@ class State:
     settings: Settings
     _made_from: dict[Definition, Lineage] = field(default_factory=dict)
     _first_met: dict[BaseException, str] = field(default_factory=dict)
+    _failed: dict[FailureKey, str] = field(default_factory=dict)
     _torn_down: list[Definition] = field(default_factory=list)
     _watched: frozenset[str] = frozenset()
     _changed_in_setup: bool = False
@@ -225,6 +230,18 @@ class State:
         """Remember which test met a fixture's error first; pytest raises it again for every other test."""
         if definition in self._made_from:
             self._first_met.setdefault(error, item.nodeid)
+            if definition.argname in MODEL_FIXTURES and not self._got_unannounced:
+                self._failed.setdefault(_failure_key(definition, item), self._first_met[error])
+
+    def known_failure(self, definition: Definition, item: Any) -> Refusal | None:
+        """For a model that could not be made before from the same fixtures: one line that points to the first test.
+
+        pytest forgets an error with the fixtures below it, and the base may have to be loaded again meanwhile.
+        """
+        if definition.argname not in MODEL_FIXTURES or not self._failed:
+            return None
+        first = self._failed.get(_failure_key(definition, item), item.nodeid)
+        return None if first == item.nodeid else Refusal(f"not run: see the error of {first}")
 
     def pointer(self, error: BaseException, item: pytest.Item) -> Refusal | None:
         """For every test but the one that met an error first: one line that points to it."""
@@ -273,7 +290,7 @@ class State:
             return
         (name,) = wanted
         used = _used_by(item)
-        made = any(definition.cached_result is not None for definition in lineage.in_play(item, name))
+        made = any(map(lineage.has_value, lineage.in_play(item, name)))
         if not self.owner.fit_for(used):
             self._finish_models(item)
         elif not made:
@@ -438,6 +455,10 @@ class State:
         if "owner" in vars(self):
             with suppress(RuntimeError) if self.access.broken else nullcontext():
                 self.owner.release()
+
+
+def _failure_key(definition: Definition, item: Any) -> FailureKey:
+    return definition, lineage.lineage(definition, item), lineage.parameters(definition, item)
 
 
 def _used_by(item: Any) -> frozenset[Definition]:

@@ -199,6 +199,57 @@ def test_both_views_or_an_unannounced_one_are_refused_without_losing_the_rest(py
     assert "hidden" not in said
 
 
+def test_a_fixture_that_nothing_announced_is_one_sentence(pytester, run_light):
+    pytester.makepyfile(
+        """
+    def test_model(request): request.getfixturevalue("qvl_lora_model")
+    def test_batch(request): request.getfixturevalue("qvl_batch")
+    def test_named(qvl_model, request): assert request.getfixturevalue("qvl_backend") == "transformers"
+    """
+    )
+    result = run_light("-rfN")
+    result.assert_outcomes(passed=1, failed=2)
+    said = result.stdout.str()
+    assert said.count("a fixture of pytest-qvl was asked for by request.getfixturevalue in a test that names none") == 2
+    assert "AttributeError" not in said
+
+
+CANNOT_BE_ATTACHED = """
+    import pytest
+    @pytest.fixture(scope="session")
+    def qvl_lora_config():
+        from peft import LoraConfig
+        return LoraConfig({arguments})
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["target_modules=['nothing_is_called_so']", "target_modules=['q_proj'], init_lora_weights='pissa'"],
+    ids=["nothing to adapt", "half attached"],
+)
+def test_an_adapter_that_cannot_be_attached_is_one_error_and_one_load(pytester, run_real, monkeypatch, arguments):
+    from pytest_qvl.models.owner import ModelOwner
+
+    held = []
+    hold = ModelOwner._hold
+    monkeypatch.setattr(ModelOwner, "_hold", lambda self, *rest: (held.append(rest), hold(self, *rest))[1])
+    pytester.makeconftest(CANNOT_BE_ATTACHED.format(arguments=arguments))
+    pytester.makepyfile(
+        """
+    def test_a(qvl_lora_model): pass
+    def test_b(qvl_lora_model, qvl_processor): pass
+    def test_base(qvl_quantized_model): assert not any("lora" in name for name, _ in qvl_quantized_model.named_modules())
+    def test_c(qvl_lora_model): pass
+    def test_d(qvl_lora_model): pass
+    """
+    )
+    result = run_real("-rN")
+    result.assert_outcomes(passed=1, errors=4)
+    assert result.stdout.str().count("not run: see the error of ") == 3
+    assert len(held) == 1
+
+
 def test_overrides_of_the_model_itself_and_by_parameters(pytester, run_real):
     pytester.makepyfile(
         **{
