@@ -64,12 +64,23 @@ def qvl_compute_dtype(pytestconfig: pytest.Config, qvl_target: Target) -> str:
 
 
 @pytest.fixture(scope="session")
-def qvl_quantization_config(qvl_compute_dtype: str) -> Any:
-    """A ``transformers.BitsAndBytesConfig``: NF4, nested; vision tower, merger and head in 16 bits."""
+def qvl_quantization_config(qvl_compute_dtype: str, qvl_model: str) -> Any:
+    """A ``transformers.BitsAndBytesConfig``: NF4, nested; vision tower, merger and head in 16 bits.
+
+    Of a checkpoint that was saved in 4 bits, its own: ``from_pretrained`` takes no other.
+    """
     import torch
 
+    from pytest_qvl.models.hub import saved_quantization
     from pytest_qvl.models.quantized import usual_quantization
+    from pytest_qvl.models.weights import parse_model
 
+    with one_clear_error("qvl_model"):
+        saved = saved_quantization(parse_model(qvl_model))
+    if saved is not None:
+        from transformers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig.from_dict(saved)
     return usual_quantization(getattr(torch, qvl_compute_dtype))
 
 
@@ -101,11 +112,14 @@ def _qvl_load_request(
     qvl_model: str, qvl_target: Target, qvl_quantization_config: Any, qvl_compute_dtype: str, qvl_card: Card | None
 ) -> LoadRequest:
     from pytest_qvl.models.backends import LoadRequest
+    from pytest_qvl.models.quantized import asks_for_4bit
     from pytest_qvl.models.weights import parse_model
     from pytest_qvl.vram.cap import compute_dtype
 
     with one_clear_error("qvl_model"):
         source = parse_model(qvl_model)
+    with one_clear_error("qvl_quantization_config"):
+        asks_for_4bit(qvl_quantization_config)
     if qvl_card is not None and qvl_target.device == "cuda":
         with one_clear_error("qvl_compute_dtype"):
             compute_dtype(qvl_card, qvl_compute_dtype)
@@ -200,16 +214,24 @@ def qvl_reference(
 ) -> Reference:
     """What the same model answers in full precision: recorded in one pass that ends before the 4-bit load.
 
-    The card that ``--qvl-card`` names would not have to hold it, so its memory cap is lifted for that time.
+    With ``--qvl-reference-model``, what that model answers; of a checkpoint saved in 4 bits otherwise what its own
+    weights answer, dequantized. The card that ``--qvl-card`` names would not have to hold it, so its memory cap is
+    lifted for that time.
     """
+    from dataclasses import replace
+
     from pytest_qvl.checks import record_reference
+    from pytest_qvl.models.base import reference_request
     from pytest_qvl.vram.cap import lifted
 
     state = request.config.stash[STATE_KEY]
 
     def record() -> Reference:  # its model is gone when the phase ends
-        with state.owner.full_precision(_qvl_load_request, qvl_backend) as model:
-            return record_reference(model, qvl_processor, qvl_image_samples)
+        base = reference_request(_qvl_load_request, request.config.stash[SETTINGS_KEY].reference_model)
+        with state.owner.full_precision(base.request, qvl_backend) as model:
+            reference = record_reference(model, qvl_processor, qvl_image_samples)
+        source = f"{base.name}, {reference.vision_dtype}" if base.name else reference.source
+        return replace(reference, source=source, caveat=base.caveat)
 
     with one_clear_error("qvl_reference"), lifted(), state.apart("reference"):
         return record()

@@ -7,6 +7,7 @@ all). Flags default to ``None`` so that the ini is heard.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pytest
 
 from pytest_qvl.gpu.lease import PATIENCE_S
 from pytest_qvl.models.backends import BASELINE, check_usable
-from pytest_qvl.models.weights import check_adapter, parse_model
+from pytest_qvl.models.weights import DEQUANTIZED, ModelSource, check_adapter, parse_model, stored_quantization
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.cards import Card
@@ -162,6 +163,13 @@ SETTINGS = (
         many=True,
         ini_type="linelist",
     ),
+    Setting(
+        "qvl_reference_model",
+        parse_model,
+        None,
+        "record the full-precision reference from this 16-bit model instead of the tested one",
+        "MODEL",
+    ),
     Setting("qvl_adapter", _adapter, None, "test this saved LoRA adapter instead of a fresh one", "FOLDER"),
     Setting(
         "qvl_backend",
@@ -256,7 +264,17 @@ class Settings:
                 value = ", ".join(map(str, choice.value)) if setting.many else str(choice.value)
                 label = setting.name.removeprefix("qvl_").replace("_", " ")
                 shown.append(f"{label} {value} ({choice.source})")
+        if self.reference_model is None:
+            shown += [f"reference of {source}: {DEQUANTIZED}" for source in self.model if _saved_in_4bit(source)]
         return shown
+
+
+def _saved_in_4bit(source: ModelSource) -> bool:
+    """Whether a folder was saved in 4 bits; of a hub id nobody knows yet."""
+    if source.kind != "local":
+        return False
+    config = json.loads((Path(source.location) / "config.json").read_text(encoding="utf-8"))
+    return stored_quantization(config) is not None
 
 
 SETTINGS_KEY = pytest.StashKey[Settings]()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.adapter import adapter_census as adapter_census
     from pytest_qvl.checks.adapter import adapter_neutrality as adapter_neutrality
     from pytest_qvl.checks.answers import alignment as alignment
+    from pytest_qvl.checks.checkpoint import checkpoint_complete as checkpoint_complete
     from pytest_qvl.checks.forecast import forecast_agrees as forecast_agrees
     from pytest_qvl.checks.forecast import forecast_fits_card as forecast_fits_card
     from pytest_qvl.checks.frozen import frozen_vision as frozen_vision
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "adapter": ("adapter_census", "adapter_neutrality"),
     "answers": ("alignment",),
+    "checkpoint": ("checkpoint_complete",),
     "forecast": ("forecast_agrees", "forecast_fits_card"),
     "frozen": ("frozen_vision",),
     "generation": (

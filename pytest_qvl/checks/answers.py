@@ -135,6 +135,8 @@ def alignment(
             "fourteen of them have pictures and a clear answer"
         )
     judge = Judge("alignment", "pictures matter as much as in the reference")
+    if reference.caveat:
+        judge.note(reference.caveat)
     margins: dict[str, list[_Margin]] = {ablation: [] for ablation in ABLATIONS}
     drift = _Drift()
     parts = anatomy(model)

@@ -8,20 +8,33 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import adapted_layers
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
+from pytest_qvl.models.loading import unusable_layers
 from pytest_qvl.models.quantized import (
     LinearState,
+    asks_for_4bit,
     dtype_name,
     keep_quantized_weights_in_place,
     linear_states,
 )
-from pytest_qvl.models.skips import skip_list, skipped_by
+from pytest_qvl.models.skips import (
+    chosen_by_name,
+    entries_keeping,
+    idle_entries,
+    saved_quantized,
+    skip_list,
+    skipped_by,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 QUANT_TYPES = ("nf4", "fp4")
 MIB = 2**20
+OWN = (
+    "; the checkpoint was saved in 4 bits, so its own configuration counts and a BitsAndBytesConfig given now does not"
+)
 _COLUMNS = ("group", "linears", "quantized", "stored as", "double quantized", "block size", "compute")
 
 
@@ -34,6 +47,7 @@ class QuantizationPolicy:
         double_quant: Whether the block statistics are quantized too.
         blocksize: Weights per block statistic (64 in the QLoRA paper, arXiv:2305.14314, section 3).
         compute_dtype: Dtype of the matrix products: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
+        quant_storage: Dtype of the tensors that hold the packed weights, such as ``"uint8"``; ``None`` for any.
         quantized: Parts whose every linear layer must be quantized.
         kept: Parts of which nothing may be quantized.
 
@@ -45,6 +59,7 @@ class QuantizationPolicy:
     double_quant: bool = True
     blocksize: int = 64
     compute_dtype: str = "bfloat16"
+    quant_storage: str | None = None
     quantized: tuple[Group, ...] = ("language",)
     kept: tuple[Group, ...] = ("vision", "merger", "lm_head", "embeddings")
 
@@ -62,21 +77,19 @@ class QuantizationPolicy:
     def from_config(cls, config: Any) -> QuantizationPolicy:
         """The policy that a ``transformers.BitsAndBytesConfig`` asks for.
 
-        Only type, double quantization and compute dtype are read. Where the layers are is this policy's own
-        default, because the configuration's skip list is exactly what may not work.
+        Only type, double quantization, compute and storage dtype are read. Where the layers are is this policy's
+        own default, because the configuration's skip list is exactly what may not work.
 
         Raises:
             TypeError: No ``BitsAndBytesConfig``.
             ValueError: The configuration does not ask for 4 bits.
         """
-        if not hasattr(config, "bnb_4bit_quant_type"):
-            raise TypeError(f"expected a transformers.BitsAndBytesConfig, got {type(config).__name__}")
-        if not config.load_in_4bit:
-            raise ValueError("the BitsAndBytesConfig does not ask for 4 bits (load_in_4bit=True)")
+        asks_for_4bit(config)
         return cls(
             quant_type=config.bnb_4bit_quant_type,
             double_quant=config.bnb_4bit_use_double_quant,
             compute_dtype=dtype_name(config.bnb_4bit_compute_dtype) or "float32",
+            quant_storage=dtype_name(config.bnb_4bit_quant_storage),
         )
 
 
@@ -139,7 +152,13 @@ def quantization_census(model: Any, policy: QuantizationPolicy | None = None) ->
         found[state.group].states.append(state)
 
     for group in policy.quantized:
-        _judge_quantized(judge, group, found[group], policy)
+        _judge_quantized(judge, parts, group, found[group], policy)
+    judge.equal(
+        "linears whose class and weight do not belong together",
+        sum(bool(state.misfit) for census in found.values() for state in census.states),
+        0,
+        else_say=unusable_layers(parts),
+    )
     leaked = [group for group in policy.kept if found[group].quantized]
     for group in policy.kept:
         cause = _cause(parts, leaked) if group in leaked[:1] else "for the same reason"
@@ -147,6 +166,9 @@ def quantization_census(model: Any, policy: QuantizationPolicy | None = None) ->
     if "embeddings" in policy.kept:
         _judge_embeddings(judge, parts)
     _judge_tie(judge, parts)
+    _judge_adapter_classes(judge, parts)
+    if saved_quantized(parts):
+        judge.note("the checkpoint was saved in 4 bits: its own quantization_config counts")
     _note_wide_parts(judge, parts, policy)
     return judge.verdict(_COLUMNS, [census.row(group) for group, census in found.items() if census.states])
 
@@ -172,27 +194,36 @@ def _repacked(names: Sequence[str]) -> str:
     )
 
 
-def _judge_quantized(judge: Judge, group: Group, census: _Census, policy: QuantizationPolicy) -> None:
-    total = len(census.states)
-    if not total:
+def _judge_quantized(judge: Judge, parts: Parts, group: Group, census: _Census, policy: QuantizationPolicy) -> None:
+    if not census.states:
         judge.problem(f"{group}: there is no linear layer to quantize")
         return
-    wrong = [state for state in census.states if state.storage != policy.quant_type]
+    plain = [state.name for state in census.states if not (state.is_quantized or state.misfit)]
+    chosen = chosen_by_name(parts, plain)
+    if chosen:
+        judge.note(
+            f"{group}: the checkpoint keeps {len(chosen)} linears in 16 bits by naming them in its own skip list "
+            f"(first: {chosen[0]})"
+        )
+    # Those whose class and weight do not belong together are a finding of their own.
+    counted = [state for state in census.states if state.name not in chosen and not state.misfit]
+    total = len(counted)
+    wrong = [state for state in counted if state.storage != policy.quant_type]
+    keeping = entries_keeping(parts, [state.name for state in wrong if not state.is_quantized])
     kinds = _counted(state.storage for state in wrong)
     where = f"{group}: {len(wrong)} of {total} linears are"
-    if not census.quantized:
-        story = (
-            f"nothing is quantized: {where} {kinds} instead of {policy.quant_type} (first: "
-            f"{census.states[0].name}); the quantization config was not given, or was dropped on the way"
-        )
-    elif wrong:
-        hint = "; BitsAndBytesConfig defaults to fp4: pass bnb_4bit_quant_type='nf4'" if kinds == "fp4" else ""
-        story = f"{where} {kinds} instead of {policy.quant_type} (first: {wrong[0].name}){hint}"
-    else:
-        story = ""
+    hint = ""
+    if keeping:
+        hint = f"; of the skip list {skip_list(parts)}, {keeping}"
+    elif not census.quantized:
+        hint = "; the quantization config was not given, or was dropped on the way"
+    elif kinds == "fp4":
+        hint = OWN if saved_quantized(parts) else "; BitsAndBytesConfig defaults to fp4: pass bnb_4bit_quant_type='nf4'"
+    nothing = "" if census.quantized else "nothing is quantized: "
+    story = f"{nothing}{where} {kinds} instead of {policy.quant_type} (first: {wrong[0].name}){hint}" if wrong else ""
     judge.equal(f"{group} linears in {policy.quant_type}", total - len(wrong), total, else_say=story)
 
-    four_bit = [state for state in census.states if state.is_4bit]
+    four_bit = [state for state in counted if state.is_4bit]
     repacked = [state.name for state in four_bit if state.repacked]
     if repacked:
         judge.problem(f"{group}: {_repacked(repacked)}")
@@ -208,6 +239,14 @@ def _judge_quantized(judge: Judge, group: Group, census: _Census, policy: Quanti
             "bnb_4bit_compute_dtype",
         ),
     )
+    if policy.quant_storage is not None:
+        stored_in = (
+            f"stored in {policy.quant_storage}",
+            "quant_storage",
+            policy.quant_storage,
+            "bnb_4bit_quant_storage",
+        )
+        wanted = (*wanted, stored_in)
     for words, attribute, value, setting in wanted:
         off = [state for state in intact if getattr(state, attribute) != value]
         have = _counted(str(getattr(state, attribute)) for state in off)
@@ -219,6 +258,7 @@ def _judge_quantized(judge: Judge, group: Group, census: _Census, policy: Quanti
             else_say=(
                 f"{group}: {len(off)} of {len(intact)} quantized linears have {attribute} {have} instead of "
                 f"{value} (first: {off[0].name if off else ''}); it is set by {setting}"
+                f"{OWN if saved_quantized(parts) else ''}"
             ),
         )
 
@@ -243,7 +283,7 @@ def _judge_embeddings(judge: Judge, parts: Parts) -> None:
     weight = next(parts.embeddings.parameters())
     judge.equal(
         "embeddings quantized",
-        not weight.is_floating_point(),
+        not weight.is_floating_point() or getattr(weight, "quant_state", None) is not None,
         False,
         else_say=(
             f"embeddings: {parts.roots['embeddings']} is stored as {dtype_name(weight.dtype)} "
@@ -265,6 +305,27 @@ def _judge_tie(judge: Judge, parts: Parts) -> None:
             "lm_head and embeddings are tied by the configuration but are two tensors "
             f"({dtype_name(head.dtype)} and {dtype_name(table.dtype)}, {head.nbytes / MIB:.4g} MiB more): a "
             "quantized or copied head"
+        ),
+    )
+
+
+def _judge_adapter_classes(judge: Judge, parts: Parts) -> None:
+    """PEFT has a class of its own for 4-bit layers; the other one merges into the packed bytes."""
+    quantized = {state.name: state.is_4bit for state in linear_states(parts)}
+    wrong = [
+        (name, type(layer).__name__, type(layer.get_base_layer()).__name__)
+        for name, layer in adapted_layers(parts).items()
+        if name in quantized and type(layer).__name__.endswith("4bit") != quantized[name]
+    ]
+    first, adapter, base = wrong[0] if wrong else ("", "", "")
+    judge.equal(
+        "adapter layers of another class than their base layer needs",
+        len(wrong),
+        0,
+        else_say=(
+            f"{len(wrong)} adapter layers are not of the class that PEFT has for their base layer (first: {first}, a "
+            f"{adapter} over a {base}): merging would write into packed bytes, or take plain weights for packed ones; "
+            "quantize first, then attach the adapter"
         ),
     )
 
@@ -291,14 +352,14 @@ def _cause(parts: Parts, leaked: Sequence[Group]) -> str:
     given = skip_list(parts)
     if given is None:
         return f"no skip list was given: pass llm_int8_skip_modules={works}"
-    names = [name for name, _ in parts.named_linears()]
-    idle = [pattern for pattern in given if not any(skipped_by(pattern, name) for name in names)]
-    if idle:
+    again = ", and quantize the 16-bit base again: the checkpoint was saved so" if saved_quantized(parts) else ""
+    if idle := idle_entries(parts):
+        written = ", ".join(f"{entry!r}" + (f" for {better!r}" if better else "") for entry, better in idle.items())
         return (
             f"the skip list {given} in the model's config has entries that match no module on Transformers "
-            f"{transformers.__version__} ({', '.join(map(repr, idle))}; a pattern has to match from the "
-            f"start of the module's name): use {works}"
+            f"{transformers.__version__} ({written}; a pattern has to match from the start of the module's name): "
+            f"use {works}{again}"
         )
     if "lm_head" in leaked and not any(skipped_by(pattern, parts.roots["lm_head"]) for pattern in given):
-        return f"the skip list {given} replaces the default one, so the head has to be in it too: use {works}"
-    return f"the skip list {given} in the model's config does not cover it: use {works}"
+        return f"the skip list {given} replaces the default one, so the head has to be in it too: use {works}{again}"
+    return f"the skip list {given} in the model's config does not cover it: use {works}{again}"

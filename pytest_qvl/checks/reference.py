@@ -151,6 +151,7 @@ class Reference:
         vision_dtype: What the vision tower computed in.
         ulp_response: Relative change of the tower's rows, before and after the merger, when every module of
             the tower is off by one unit in the last place; see :func:`pytest_qvl.checks.vision.ulp_response`.
+        caveat: What it cannot show, in words, if there is such a thing; a note of every check that uses it.
     """
 
     source: str
@@ -158,6 +159,7 @@ class Reference:
     floor: NoiseFloor
     vision_dtype: str
     ulp_response: tuple[Drift, Drift]
+    caveat: str = ""
 
     def probe(self, sample: Sample) -> Probe:
         """What was recorded of `sample`.

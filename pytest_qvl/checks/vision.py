@@ -225,6 +225,8 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
         raise CannotJudge("no sample has a picture: there are no visual features to judge")
     parts = anatomy(model)
     judge = Judge("vision_stability", "vision tower and merger keep their features")
+    if reference is not None and reference.caveat:
+        judge.note(reference.caveat)
     seen, broken = (_Seen(), _Seen()), []
     modules = [*leaves(parts.vision_tower), *parts.blocks]
     with preserved(model, training=False), watched(parts, modules) as peaks:

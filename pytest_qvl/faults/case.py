@@ -162,6 +162,7 @@ def load(
     lora: Any = "",
     seed: int = SEED,
     subject: Subject | None = None,
+    folder: Path | None = None,
     **quantization: Any,
 ) -> Any:
     """A model, loaded and adapted by the backend.
@@ -173,11 +174,13 @@ def load(
         lora: A ``LoraConfig``; ``None`` for no adapter; the default adapter if not given.
         seed: Seed of the adapter's weights.
         subject: Which model, and where to; the embedded one on the CPU if not given.
+        folder: A checkpoint to load in the place of the subject's own.
         quantization: Fields of ``BitsAndBytesConfig`` to override.
     """
     import torch
 
     from pytest_qvl.models.backends import backend
+    from pytest_qvl.models.weights import parse_model
 
     subject = embedded() if subject is None else subject
     chosen = backend(subject.backend)
@@ -186,7 +189,10 @@ def load(
     config = None
     if quantized:
         config = usual_quantization(getattr(torch, dtype), **{"llm_int8_skip_modules": kept, **quantization})
-    base = chosen.load(subject.request(config, dtype))
+    request = subject.request(config, dtype)
+    if folder is not None:
+        request = replace(request, source=parse_model(folder))
+    base = chosen.load(request)
     if lora is None:
         return base
     with torch.random.fork_rng(devices=subject.random_devices()):

@@ -1,7 +1,8 @@
-"""Adapters that are not what was saved, or are put on another base."""
+"""Adapters and checkpoints that are not what was saved, or are put on another base."""
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from pytest_qvl.models.adapters import ADAPTER_FILE, adapted_layers, adapter_par
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -197,3 +198,82 @@ def _two(case: Case) -> Iterator[None]:
     finally:
         model.delete_adapter("left-over")
         model.set_adapter("default")
+
+
+@contextmanager
+def changed_checkpoint(
+    case: Case, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> Iterator[Path]:
+    """A copy of the case's checkpoint whose tensors, by name on disk, `change` has replaced."""
+    from safetensors.torch import load_file, save_file
+
+    with TemporaryDirectory(prefix="qvl-fault-") as name:
+        folder = Path(shutil.copytree(case.subject.source.location, Path(name) / "checkpoint"))
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+        yield folder
+
+
+def _without(case: Case, part: str) -> Iterator[None]:
+    with changed_checkpoint(case, lambda tensors: {n: t for n, t in tensors.items() if part not in n}) as folder:
+        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+        yield
+
+
+@fault(
+    "checkpoint-without-head",
+    "The checkpoint has no lm_head, and config.json does not tie it: the head is random.",
+    damages="load",
+    check="checkpoint_complete",
+    says=("lacks 1 tensor (lm_head.weight)", "random values", "tie_word_embeddings"),
+    source="huggingface/transformers#45857",
+    requires=("checkpoint file", "untied head"),
+)
+def _without_head(case: Case) -> Iterator[None]:
+    yield from _without(case, "lm_head")
+
+
+@fault(
+    "checkpoint-without-a-vision-block",
+    "An upload broke off: one block of the vision tower is random.",
+    damages="load",
+    check="checkpoint_complete",
+    says=("lacks 12 tensors (model.visual.blocks.2.", "random values", "not complete"),
+    requires=("checkpoint file",),
+)
+def _without_block(case: Case) -> Iterator[None]:
+    yield from _without(case, "blocks.2.")
+
+
+@fault(
+    "checkpoint-without-merger",
+    "The checkpoint was saved without the merger: visual tokens are noise.",
+    damages="load",
+    check="checkpoint_complete",
+    says=("lacks {merger_tensors} tensors (model.visual.merger.", "random values"),
+    requires=("checkpoint file",),
+)
+def _without_merger(case: Case) -> Iterator[None]:
+    yield from _without(case, "merger")
+
+
+@fault(
+    "adapter-left-in-the-checkpoint",
+    "The model was saved with its adapter unmerged: base weights load, what was learned is dropped without an error.",
+    damages="load",
+    check="checkpoint_complete",
+    says=("holds 2 tensors", "has no place for", "lora_A", "--qvl-adapter"),
+    requires=("checkpoint file",),
+)
+def _adapter_left(case: Case) -> Iterator[None]:
+    import torch
+
+    def with_adapter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = next(n for n in tensors if n.endswith("layers.0.self_attn.q_proj.weight")).removesuffix(".weight")
+        rows, columns = tensors[f"{name}.weight"].shape
+        learned = {"lora_A": torch.ones(8, columns), "lora_B": torch.ones(rows, 8)}
+        return {**tensors, **{f"{name}.{key}.default.weight": value for key, value in learned.items()}}
+
+    with changed_checkpoint(case, with_adapter) as folder:
+        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+        yield

@@ -29,6 +29,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "head adapted": {"target_modules": LANGUAGE_ONLY + "|lm_head"},
 }
 ALWAYS = (
+    "checkpoint_complete",
     "quantization_census",
     "adapter_census",
     "adapter_roundtrip",

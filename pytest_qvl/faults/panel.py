@@ -79,6 +79,7 @@ def panel(device: str = "cpu") -> dict[str, Callable[[Case], Any]]:
 
     return {
         **({"peak_vram": peak_vram} if device == "cuda" else {}),
+        "checkpoint_complete": lambda c: checks.checkpoint_complete(c.model),
         "quantization_census": lambda c: checks.quantization_census(c.model, c.policy),
         "adapter_census": lambda c: checks.adapter_census(c.model, c.lora_config, c.optimizer),
         "adapter_roundtrip": lambda c: checks.adapter_roundtrip(c.model, c.adapter_folder),

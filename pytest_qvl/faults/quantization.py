@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
@@ -194,6 +197,96 @@ def four_bit(model: Any, name: str, *, blocksize: int = 64) -> Iterator[None]:
 def _one_vision_linear(case: Case) -> Iterator[None]:
     with four_bit(case.model, "model.visual.blocks.2.attn.qkv"):
         yield
+
+
+@fault(
+    "saved-in-4-bits-with-an-old-skip-list",
+    'A checkpoint saved in 4 bits with the skip list ["visual", "lm_head"]: its vision tower is quantized for good.',
+    damages="load",
+    check="quantization_census",
+    says=(
+        "vision: {vision} of {vision} linears are NF4",
+        "'visual' for 'model.visual'",
+        "quantize the 16-bit base again",
+    ),
+    source="1038lab/ComfyUI-JoyCaption#53",
+    transformers=(5,),
+    requires=("checkpoint file",),
+)
+def _saved_with_an_old_skip_list(case: Case) -> Iterator[None]:
+    dtype = case.policy.compute_dtype
+    with TemporaryDirectory(prefix="qvl-fault-") as name:
+        folder = Path(shutil.copytree(case.subject.source.location, Path(name) / "checkpoint"))
+        case.load(dtype=dtype, skip=["visual", "lm_head"], lora=None).save_pretrained(folder)
+        _loaded(case, folder=folder)
+        yield
+
+
+LAYER = "model.language_model.layers.1.mlp.up_proj"
+
+
+@contextmanager
+def _exchanged(module: nn.Module, name: str, value: nn.Module | nn.Parameter) -> Iterator[None]:
+    old = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, old)
+
+
+@fault(
+    "linear4bit-over-a-16-bit-weight",
+    "A layer is a Linear4bit, but its weight was put in past the quantizer.",
+    damages="model",
+    check="quantization_census",
+    says=("cannot compute", "Linear4bit", "was never quantized", "quantization_config"),
+    silent=False,
+)
+def _never_quantized(case: Case) -> Iterator[None]:
+    from bitsandbytes.functional import dequantize_4bit
+    from torch import nn
+
+    layer = anatomy(case.model).base.get_submodule(f"{LAYER}.base_layer")
+    values = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    with _exchanged(layer, "weight", nn.Parameter(values, requires_grad=False)):
+        yield
+
+
+@fault(
+    "linear-over-a-4-bit-weight",
+    "A 4-bit weight was put into an ordinary nn.Linear.",
+    damages="model",
+    check="quantization_census",
+    says=("cannot compute", "Linear, and its weight is packed in 4 bits"),
+    silent=False,
+)
+def _packed_in_linear(case: Case) -> Iterator[None]:
+    from torch import nn
+
+    adapted = anatomy(case.model).base.get_submodule(LAYER)
+    old = adapted.base_layer
+    plain = nn.Linear(old.in_features, old.out_features, bias=False)
+    plain.weight = old.weight
+    with _exchanged(adapted, "base_layer", plain):
+        yield
+
+
+@fault(
+    "adapter-attached-before-quantizing",
+    "The adapter was attached to 16-bit layers that were quantized afterwards: it works until it is merged.",
+    damages="load",
+    check="quantization_census",
+    says=("{language} adapter layers are not of the class", "a Linear over a Linear4bit", "quantize first"),
+)
+def _attached_first(case: Case) -> Iterator[None]:
+    from pytest_qvl.models.adapters import adapted_layers
+
+    quantized = anatomy(case.load(dtype=case.policy.compute_dtype, lora=None)).base
+    _loaded(case, quantized=False)
+    for name, layer in adapted_layers(anatomy(case.model)).items():
+        layer.base_layer = quantized.get_submodule(name)
+    yield
 
 
 @fault(

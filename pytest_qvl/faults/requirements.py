@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.models.anatomy import anatomy
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 
     from pytest_qvl.faults.case import Case
 
-Requirement = Literal["knowledge", "untied head", "window attention", "gated vision MLP", "CPU", "CUDA"]
+Requirement = Literal[
+    "knowledge", "untied head", "window attention", "gated vision MLP", "checkpoint file", "CPU", "CUDA"
+]
 
 # Checks that compare answers: of a model that answers nothing they judge nothing.
 BY_CHECK: dict[str, Requirement] = {"alignment": "knowledge", "peak_vram": "CUDA"}
@@ -34,6 +37,11 @@ def _gated_vision_mlp(case: Case) -> bool:
     return hasattr(block.mlp, "down_proj")
 
 
+def _checkpoint_file(case: Case) -> bool:
+    source = case.subject.source
+    return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
+
+
 def _on(device: str) -> Callable[[Case], bool]:
     return lambda case: case.subject.device == device
 
@@ -43,6 +51,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "untied head": (_untied_head, "needs an untied head: here the head is the embedding table"),
     "window attention": (_window_attention, "needs window attention: this family's vision tower has none"),
     "gated vision MLP": (_gated_vision_mlp, "needs the gated vision MLP of Qwen2.5-VL: this tower's has other layers"),
+    "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "CPU": (_on("cpu"), "CPU only"),
     "CUDA": (_on("cuda"), "CUDA only"),
 }

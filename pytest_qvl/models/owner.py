@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.backends import BASELINE, Backend, LoadRequest, ModelLoadError, backend, one_line
 from pytest_qvl.models.fingerprint import Fingerprint
+from pytest_qvl.models.hub import model_folder
 from pytest_qvl.models.weights import parameter_count
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class ModelOwner:
             collect()
             self._notify(f"loading {request.source} on {request.device}")
             with self._phase("load"), no_progress_bars():
-                self._hold(backend(backend_name).load(request), key)
+                self._hold(_load(request, backend_name), key)
             self._backend = backend(backend_name)
         return self._model
 
@@ -153,7 +154,7 @@ class ModelOwner:
         refuse_if_too_big(request)
         self._notify(f"recording the full-precision reference of {request.source}")
         with no_progress_bars():
-            model = backend(backend_name).load(replace(request, quantization_config=None))
+            model = _load(replace(request, quantization_config=None), backend_name)
         yield model
 
     def take(self, model: Any, maker: Hashable) -> bool:
@@ -387,6 +388,15 @@ class ModelOwner:
         return True
 
 
+def _load(request: LoadRequest, backend_name: str) -> Any:
+    """Load a model, and refuse it if the checkpoint does not fill it or a layer cannot compute."""
+    from pytest_qvl.models.loading import refuse_unfit
+
+    model = backend(backend_name).load(request)
+    refuse_unfit(model)
+    return model
+
+
 def _differences(before: dict[str, int], now: dict[str, int]) -> list[str]:
     names = [*before, *(name for name in now if name not in before)]
     return [name for name in names if before.get(name) != now.get(name)]
@@ -441,9 +451,10 @@ def refuse_if_too_big(request: LoadRequest) -> None:
     """
     import torch
 
-    if request.source.kind not in ("embedded", "local"):
+    folder = model_folder(request.source)
+    if folder is None:
         return
-    needed = parameter_count(Path(request.source.location)) * getattr(torch, request.dtype).itemsize
+    needed = parameter_count(folder) * getattr(torch, request.dtype).itemsize
     free = torch.cuda.mem_get_info()[0] if request.device == "cuda" else _free_memory()
     if free is not None and needed > free:
         raise CannotJudge(

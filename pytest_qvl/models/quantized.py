@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import Group, Parts
@@ -36,6 +37,28 @@ def usual_quantization(compute_dtype: torch.dtype, **overrides: Any) -> Any:
     return BitsAndBytesConfig(**{**settings, **overrides})
 
 
+class NotFourBitError(TypeError, ValueError):
+    """A quantization configuration that does not ask for 4 bits, or is none."""
+
+
+def asks_for_4bit(config: Any) -> None:
+    """Refuse what is no ``transformers.BitsAndBytesConfig`` with ``load_in_4bit``.
+
+    Raises:
+        NotFourBitError: Says what it is instead, and the fix.
+    """
+    if not hasattr(config, "bnb_4bit_quant_type"):
+        fix = (
+            "pass its items to BitsAndBytesConfig(**...)" if isinstance(config, dict) else "give one with load_in_4bit"
+        )
+        raise NotFourBitError(f"expected a transformers.BitsAndBytesConfig, got {type(config).__name__}; {fix}")
+    if not config.load_in_4bit:
+        bits = "8 bits" if config.load_in_8bit else "no quantization"
+        raise NotFourBitError(
+            f"the BitsAndBytesConfig does not ask for 4 bits but for {bits}: set load_in_4bit=True, as QLoRA needs"
+        )
+
+
 @dataclass(frozen=True)
 class LinearState:
     """How one linear layer is stored.
@@ -51,6 +74,9 @@ class LinearState:
         nested: Whether the absmax values are quantized too ("double quantization").
         nested_blocksize: absmax values per nested block.
         repacked: Whether the CPU kernel has rewritten the weight in place, which loses the nested statistics.
+        quant_storage: Dtype of the tensor that holds the packed weights (4-bit layers only), mostly ``"uint8"``.
+        module: Class of the layer, such as ``"Linear4bit"``.
+        misfit: Why class and weight do not belong together; empty where they do. Such a layer computes nothing.
     """
 
     name: str
@@ -63,6 +89,9 @@ class LinearState:
     nested: bool | None = None
     nested_blocksize: int | None = None
     repacked: bool = False
+    quant_storage: str | None = None
+    module: str = "Linear"
+    misfit: str = ""
 
     @property
     def is_4bit(self) -> bool:
@@ -88,29 +117,83 @@ def linear_states(parts: Parts) -> list[LinearState]:
 def _state(name: str, group: Group, module: Any) -> LinearState:
     import bitsandbytes as bnb
 
-    common = {
-        "name": name,
-        "group": group,
-        "in_features": module.in_features,
-        "out_features": module.out_features,
-    }
-    if isinstance(module, bnb.nn.Linear4bit):
-        quant = module.weight.quant_state
-        if quant is None:  # declared 4-bit, but the weight was never moved through the quantizer
-            return LinearState(**common, storage=dtype_name(module.weight.dtype) or "unknown")
-        repacked = bool(getattr(quant, "packing_format_for_cpu", False))
-        return LinearState(
-            **common,
-            storage=quant.quant_type,
-            compute_dtype=dtype_name(module.compute_dtype),
-            blocksize=quant.blocksize,
-            nested=quant.nested,
-            nested_blocksize=quant.state2.blocksize if quant.nested else None,
-            repacked=repacked,
-        )
+    weight = module.weight
+    quant = getattr(weight, "quant_state", None)
+    state = partial(
+        LinearState,
+        name=name,
+        group=group,
+        in_features=module.in_features,
+        out_features=module.out_features,
+        module=type(module).__name__,
+    )
+    plain = dtype_name(weight.dtype) or "unknown"
     if isinstance(module, bnb.nn.Linear8bitLt):
-        return LinearState(**common, storage="int8")
-    return LinearState(**common, storage=dtype_name(module.weight.dtype) or "unknown")
+        return state(storage="int8")
+    wrapped = isinstance(module, bnb.nn.Linear4bit)
+    if quant is None:
+        misfit = f"its weight is {plain} and was never quantized" if wrapped else ""
+        if wrapped and weight.device.type == "meta":
+            misfit = "its weight has no data (meta device)"
+        return state(storage=plain, misfit=misfit)
+    return state(
+        storage=quant.quant_type,
+        compute_dtype=dtype_name(module.compute_dtype) if wrapped else None,
+        blocksize=quant.blocksize,
+        nested=quant.nested,
+        nested_blocksize=quant.state2.blocksize if quant.nested else None,
+        repacked=bool(getattr(quant, "packing_format_for_cpu", False)),
+        quant_storage=plain,
+        misfit="" if wrapped else "its weight is packed in 4 bits, which this class multiplies as it is",
+    )
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype) -> int:
+    """Put an ordinary linear layer in the place of each 4-bit one, with the values that it stands for.
+
+    The model then computes in one dtype throughout; the rounding to four bits stays in its weights.
+
+    Args:
+        model: A 4-bit model without adapters, changed in place.
+        dtype: Of the new weights.
+
+    Returns:
+        Number of layers.
+    """
+    import bitsandbytes as bnb
+    import torch
+    from torch import nn
+
+    packed = [(n, m) for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
+    for name, old in packed:
+        quant = getattr(old.weight, "quant_state", None)
+        values = old.weight.data if quant is None else bnb.functional.dequantize_4bit(old.weight.data, quant)
+        with torch.device("meta"):
+            new = nn.Linear(old.in_features, old.out_features, bias=old.bias is not None)
+        new.weight = nn.Parameter(values.to(dtype), requires_grad=False)
+        if old.bias is not None:
+            new.bias = nn.Parameter(old.bias.data.to(dtype), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new.train(old.training))
+    return len(packed)
+
+
+def finish_saved_in_4bit(model: nn.Module, dtype: torch.dtype, *, full_precision: bool) -> None:
+    """What a model from a checkpoint saved in 4 bits needs after ``from_pretrained`` to be as it was asked for.
+
+    Everything that is not quantized gets its dtype: Transformers 5.17 keeps what such a checkpoint holds in 16 bits as
+    it is on disk (the vision tower, but not the head), whatever ``dtype`` it was given.
+
+    Args:
+        model: The model, changed in place.
+        dtype: Of what is not quantized.
+        full_precision: Dequantize it: the nearest to full precision that such a checkpoint can give.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and getattr(parameter, "quant_state", None) is None:
+            parameter.data = parameter.data.to(dtype)
+    if full_precision:
+        dequantize(model, dtype)
 
 
 def keep_quantized_weights_in_place(model: nn.Module) -> None:

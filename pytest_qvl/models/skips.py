@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pytest_qvl.models.anatomy import Parts
 
 
@@ -29,3 +32,66 @@ def skipped_by(pattern: str, module_name: str) -> bool:
     except ImportError:
         return f"{pattern}." in module_name or pattern in (module_name, module_name.rpartition(".")[2])
     return not should_convert_module(module_name, [pattern])
+
+
+def saved_quantized(parts: Parts) -> bool:
+    """Whether the checkpoint itself was saved in 4 bits, so that its own configuration decided."""
+    return bool(getattr(getattr(parts.base, "hf_quantizer", None), "pre_quantized", False))
+
+
+def idle_entries(parts: Parts) -> dict[str, str]:
+    """The skip list's entries that match no linear layer, each with the entry that would, or ``""``."""
+    linears = [name for name, _ in parts.named_linears()]
+    idle = [entry for entry in skip_list(parts) or () if not any(skipped_by(entry, name) for name in linears)]
+    return {entry: _entry_that_would(entry, parts) for entry in idle}
+
+
+def _entry_that_would(entry: str, parts: Parts) -> str:
+    modules = [name for name, _ in parts.base.named_modules() if name]
+    today = re.sub(r"^model\.(?!language_model|visual)", "model.language_model.", entry)
+    fitting = [name for name in modules if name == today or name.endswith(f".{entry}")]
+    return min(fitting, key=len, default="")
+
+
+def entries_keeping(parts: Parts, names: Sequence[str]) -> str:
+    """Which entries of the skip list keep these linear layers out of the quantization, in words; empty if none does."""
+    said = []
+    for entry in skip_list(parts) or ():
+        kept = [name for name in names if skipped_by(entry, name)]
+        if not kept:
+            continue
+        wide = [name for name in kept if not f".{name}.".count(f".{entry}.")]
+        more = f", {wide[-1]} among them: it is a regular expression, matched from the start of a name" if wide else ""
+        said.append(f"{entry!r} keeps {len(kept)} of them out{more}")
+    return "; ".join(said)
+
+
+def chosen_by_name(parts: Parts, names: Sequence[str]) -> list[str]:
+    """Those of the linear layers that a checkpoint saved in 4 bits names in its own skip list, by their full path."""
+    if not saved_quantized(parts):
+        return []
+    paths = [entry for entry in skip_list(parts) or () if "." in entry and entry != parts.roots["language"]]
+    return [name for name in names if any(f"{name}.".startswith(f"{path}.") for path in paths)]
+
+
+def cause_of_misfits(parts: Parts) -> str:
+    """Why a layer's class and weight do not belong together, and the fix."""
+    import transformers
+
+    head = parts.lm_head
+    if getattr(head, "weight", None) is parts.embeddings.weight and type(head).__name__ == "Linear4bit":
+        return (
+            f"the head is tied to the embeddings, which are not quantized: add {parts.roots['lm_head']!r} to "
+            "llm_int8_skip_modules"
+        )
+    idle = {entry: better for entry, better in idle_entries(parts).items() if better}
+    if saved_quantized(parts) and idle:
+        written = ", ".join(f"{entry!r} (write {better!r})" for entry, better in idle.items())
+        return (
+            f"the checkpoint holds them in 16 bits, but in its skip list entries match no module on Transformers "
+            f"{transformers.__version__}: {written} in its config.json"
+        )
+    return (
+        "the class was exchanged, or the weight was put in, without quantizing: load the model with "
+        "from_pretrained(..., quantization_config=...)"
+    )

@@ -14,6 +14,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.loading import LoadingReport, keep_report
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,7 @@ def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: t
         model.hf_quantizer = quantizer
         quantizer.postprocess_model(model)
     model.generation_config = generation_config(config)
+    keep_report(model, LoadingReport("synthetic weights, drawn and not loaded"))
     return model.eval()
 
 

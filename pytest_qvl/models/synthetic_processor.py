@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.data import embedded_model_dir
+from pytest_qvl.models.hub import hub_options
 from pytest_qvl.models.processors import load_processor
 from pytest_qvl.models.released import released_config
 from pytest_qvl.models.weights import ModelSource
@@ -55,7 +56,9 @@ def synthetic_processor(name: str) -> Any:
 
 def processor_for(source: ModelSource) -> Any:
     """The processor that belongs to a source: loaded, or made for synthetic weights."""
-    return synthetic_processor(source.location) if source.kind == "synthetic" else load_processor(source.pretrained)
+    if source.kind == "synthetic":
+        return synthetic_processor(source.location)
+    return load_processor(source.pretrained, **hub_options(source))
 
 
 def write_processor(folder: Path, name: str) -> None:

@@ -23,7 +23,7 @@ class Promise:
 
 
 PROMISES = (
-    Promise("quantized where it should be", ("quantization_census",)),
+    Promise("quantized where it should be", ("quantization_census", "checkpoint_complete")),
     Promise("LoRA on the language backbone, whole", ("adapter_census", "adapter_roundtrip")),
     Promise("fresh or disabled adapter is neutral", ("adapter_neutrality",)),
     Promise("vision stays frozen", ("frozen_vision",)),

@@ -7,6 +7,11 @@ from typing import Any
 from pytest_qvl import checks
 
 
+def test_checkpoint_complete(qvl_quantized_model: Any) -> None:
+    """The checkpoint holds every tensor of the model in its shape, and none too many."""
+    checks.checkpoint_complete(qvl_quantized_model)
+
+
 def test_quantization_census(qvl_quantized_model: Any, qvl_quantization_config: Any) -> None:
     """Language linears are NF4 as asked; vision tower, merger, head and embeddings are not."""
     policy = checks.QuantizationPolicy.from_config(qvl_quantization_config)

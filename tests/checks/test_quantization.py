@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,73 @@ def quantize(linear: Any, *, blocksize: int) -> None:
     linear.weight = bnb.nn.Params4bit(dense, requires_grad=False, blocksize=blocksize, quant_type="nf4").to("cpu")
 
 
+def test_a_head_that_is_tied_and_not_in_the_skip_list(fresh_model: Any) -> None:
+    import bitsandbytes as bnb
+
+    model = fresh_model()
+    model.config.tie_word_embeddings = True
+    table = model.model.language_model.embed_tokens.weight
+    with torch.device("meta"):
+        model.lm_head = bnb.nn.Linear4bit(table.shape[1], table.shape[0], bias=False, quant_type="nf4")
+    model.lm_head.weight = table
+    message = refused(model)
+    assert message.startswith("lm_head cannot compute: Linear4bit, and its weight is bfloat16 and was never quantized")
+    assert "the head is tied to the embeddings, which are not quantized: add 'lm_head'" in message
+
+
+def test_a_layer_whose_weight_has_no_data(fresh_model: Any) -> None:
+    model = fresh_model()
+    layer = model.model.language_model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(torch.empty(2, 2, device="meta"), requires_grad=False)
+    assert "its weight has no data (meta device)" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("o_proj", "'o_proj' keeps 4 of them out"),
+        (".*", "'.*' keeps 28 of them out, model.language_model.layers.3.mlp.down_proj among them: it is a regular"),
+        ("model.language_model.layers.[12]", "'model.language_model.layers.[12]' keeps 14 of them out"),
+    ],
+)
+def test_an_entry_that_reaches_too_far_is_named(fresh_model: Any, entry: str, says: str) -> None:
+    if transformers.__version__.startswith("4.") and entry != "o_proj":
+        pytest.skip("Transformers 4 takes no regular expressions")
+    message = refused(fresh_model(skip=("model.visual", "lm_head", entry)))
+    assert says in message
+    assert "dropped" not in message
+
+
+def test_storage_that_was_not_asked_for(fresh_model: Any) -> None:
+    model = fresh_model(bnb_4bit_quant_storage=torch.bfloat16)
+    assert quantization_census(model).ok  # not asked
+    message = refused(model, QuantizationPolicy(quant_storage="uint8"))
+    assert "have quant_storage bfloat16 instead of uint8" in message
+    assert quantization_census(model, QuantizationPolicy(quant_storage="bfloat16")).ok
+
+
+def test_types_that_are_mixed(fresh_model: Any) -> None:
+    model, donor = fresh_model(), fresh_model(bnb_4bit_quant_type="fp4")
+    model.model.language_model.layers[0].mlp.up_proj = donor.model.language_model.layers[0].mlp.up_proj
+    assert "language: 1 of 28 linears are fp4 instead of nf4 (first: model.language_model.layers.0.mlp" in refused(
+        model
+    )
+
+
+def test_a_checkpoint_saved_in_4_bits_counts_by_its_own_configuration(fresh_model: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    name = "model.language_model.layers.2.mlp"
+    fresh_model(skip=("model.visual", "lm_head", name), bnb_4bit_use_double_quant=False).save_pretrained(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    evidence = quantization_census(model, QuantizationPolicy(double_quant=False))
+    assert evidence.ok
+    assert "by naming them in its own skip list" in " ".join(evidence.notes)
+    message = refused(model)
+    assert "have nested True" not in message
+    assert "its own configuration counts and a BitsAndBytesConfig given now does not" in message
+
+
 def test_weights_rewritten_for_the_cpu_are_named_as_such(fresh_model: Any, processor: Any) -> None:
     from bitsandbytes.nn.modules import has_avx512bf16
 
@@ -200,7 +268,7 @@ def test_the_policy_of_a_config_reads_how_and_not_where() -> None:
         bnb_4bit_compute_dtype=torch.float16,
         llm_int8_skip_modules=["visual"],
     )
-    assert QuantizationPolicy.from_config(config) == QuantizationPolicy(compute_dtype="float16")
+    assert QuantizationPolicy.from_config(config) == QuantizationPolicy(compute_dtype="float16", quant_storage="uint8")
     bare = QuantizationPolicy.from_config(BitsAndBytesConfig(load_in_4bit=True))
     assert (bare.quant_type, bare.double_quant, bare.compute_dtype) == ("fp4", False, "float32")
 

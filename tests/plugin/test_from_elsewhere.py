@@ -130,7 +130,10 @@ def test_a_hub_id_that_nobody_has_is_one_error(pytester, run_real, monkeypatch):
     result = run_real("--qvl-model", "nobody/no-such-model")
     result.assert_outcomes(errors=2)
     result.stdout.fnmatch_lines(
-        ["qvl_quantized_model: hub:nobody/no-such-model could not be loaded: *", "not run: see the error of *test_it*"]
+        [
+            "qvl_model: model 'hub:nobody/no-such-model' is not in the local cache (*",
+            "not run: see the error of *test_it*",
+        ]
     )
 
 

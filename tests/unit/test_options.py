@@ -14,6 +14,7 @@ VALID = {
     "qvl_model": ("embedded", "embedded"),
     "qvl_adapter": ("{adapter}", "{adapter}"),
     "qvl_backend": ("transformers", "transformers"),
+    "qvl_reference_model": ("embedded", "embedded"),
     "qvl_device": ("cuda", "cuda"),
     "qvl_compute_dtype": ("float16", "float16"),
     "qvl_fault": ("scatter-off-by-one", "scatter-off-by-one"),
@@ -105,3 +106,17 @@ def test_truth_in_the_environment(settings, text, value):
 def test_an_unknown_setting_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing"):
         Settings({"qvl_seed": Choice(0, "default")}).nothing  # noqa: B018
+
+
+def test_the_header_says_what_the_reference_of_a_4_bit_folder_is(pytester, settings):
+    import json
+    import shutil
+
+    from pytest_qvl.data import embedded_model_dir
+
+    folder = shutil.copytree(embedded_model_dir(), pytester.path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
+    assert "its own 4-bit weights dequantized" in settings(f"--qvl-model={folder}").described()[-1]
+    named = settings(f"--qvl-model={folder}", "--qvl-reference-model=embedded").described()
+    assert named[1:] == ["reference model embedded (--qvl-reference-model)"]

@@ -86,6 +86,17 @@ def test_a_name_that_cannot_be(checkpoint, tmp_path, text, says):
         ("config.json", b"{", r"config.json is not readable JSON \(.*\); give the folder"),
         ("config.json", b"\xff", "config.json is not readable JSON"),
         ("config.json", b"[]", "config.json is not a JSON object"),
+        ("config.json", b'{"model_type": "qwen2_5_vl"}', "has no vision_config, so it describes no vision tower"),
+        (
+            "config.json",
+            b'{"model_type": "qwen2_vl", "vision_config": {}, "quantization_config": {"load_in_8bit": true}}',
+            r"is saved in 8 bits \(load_in_8bit\); this package tests 4-bit",
+        ),
+        (
+            "config.json",
+            b'{"model_type": "qwen2_vl", "vision_config": {}, "quantization_config": {"quant_method": "gptq"}}',
+            "is saved in 'gptq'; this package tests 4-bit",
+        ),
         ("config.json", b'{"model_type": "llama"}', "says model_type 'llama'; this package tests qwen2_vl, qwen2_5_vl"),
         ("preprocessor_config.json", None, r"has no processor \(preprocessor_config.json\); save it beside the model"),
         ("model.safetensors", None, r"has no \*.safetensors; other formats are not read because they can run code"),
@@ -106,6 +117,24 @@ def test_a_folder_that_cannot_be(checkpoint, file, content, says):
     with pytest.raises(ModelSourceError, match=says) as caught:
         parse_model(str(checkpoint))
     assert str(checkpoint) in str(caught.value)
+
+
+def test_shards_without_their_index(checkpoint):
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00002.safetensors")
+    with pytest.raises(
+        ModelSourceError, match=r"has neither model.safetensors nor model.safetensors.index.json, .*00001"
+    ):
+        parse_model(str(checkpoint))
+
+
+@pytest.mark.parametrize("value", [5, None, ["embedded"]])
+def test_what_is_no_name(value):
+    with pytest.raises(ModelSourceError, match=r"is of type \w+, not a name or folder; give 'embedded'"):
+        parse_model(value)
+
+
+def test_a_path_is_a_folder(checkpoint):
+    assert parse_model(checkpoint) == ModelSource("local", str(checkpoint))
 
 
 def test_a_folder_without_a_tokenizer(checkpoint):

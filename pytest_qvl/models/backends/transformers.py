@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.models.adapters import AdapterSlot
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError
-from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+from pytest_qvl.models.hub import hub_options, saved_quantization
+from pytest_qvl.models.loading import keep_report, reported_by_transformers, why_not_loaded
+from pytest_qvl.models.quantized import finish_saved_in_4bit, keep_quantized_weights_in_place
 from pytest_qvl.models.released import released_config
 from pytest_qvl.models.renamed import enable_checkpointing
 from pytest_qvl.models.synthetic import build_synthetic
+from pytest_qvl.models.weights import ModelSourceError
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +30,12 @@ class TransformersBackend:
 
         try:
             model = _build(request, getattr(torch, request.dtype))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ModelSourceError):
             raise
         except Exception as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             # `from None`, because the traceback's frames would keep the half-built model alive on the GPU.
-            raise ModelLoadError(
-                f"{request.source} could not be loaded: {type(error).__name__}: {first_line}"
-            ) from None
+            said = why_not_loaded(request.source, error)
+            raise ModelLoadError(f"{request.source} could not be loaded: {said}") from None
         keep_quantized_weights_in_place(model)
         model.requires_grad_(False)
         model.eval()
@@ -80,15 +81,26 @@ def _build(request: LoadRequest, dtype: torch.dtype) -> Any:
         return build_synthetic(config, request.quantization_config, request.device, dtype)
     from transformers import AutoModelForImageTextToText
 
-    return AutoModelForImageTextToText.from_pretrained(
+    options: dict[str, Any] = {}
+    own = saved_quantization(source)
+    if request.quantization_config is not None and own is None:
+        options["quantization_config"] = request.quantization_config
+    model, info = AutoModelForImageTextToText.from_pretrained(
         source.pretrained,
-        quantization_config=request.quantization_config,
         dtype=dtype,
         device_map={"": request.device},
         attn_implementation="sdpa",
-        local_files_only=source.kind != "hub",
         use_safetensors=True,
+        # Reported, and refused by whoever asked for the model, with names and shapes.
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **hub_options(source),
+        **options,
     )
+    keep_report(model, reported_by_transformers(info, model, source))
+    if own is not None:
+        finish_saved_in_4bit(model, dtype, full_precision=request.quantization_config is None)
+    return model
 
 
 def remove_vision_grad_hooks(patch_embed: Any) -> int:

@@ -13,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import LANGUAGE_ONLY, AdapterSlot
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.backends import LoadRequest, ModelLoadError, one_line
+from pytest_qvl.models.backends import LoadRequest, ModelLoadError
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.backends.unsloth_start import quiet
-from pytest_qvl.models.quantized import KEEP_16BIT
+from pytest_qvl.models.hub import hub_options, model_folder, saved_quantization
+from pytest_qvl.models.loading import compared_with, keep_report, why_not_loaded
+from pytest_qvl.models.quantized import KEEP_16BIT, finish_saved_in_4bit
 from pytest_qvl.models.released import released_config
 from pytest_qvl.models.synthetic import build_synthetic
 from pytest_qvl.models.synthetic_processor import write_processor
+from pytest_qvl.models.weights import ModelSourceError
 
 if TYPE_CHECKING:
     import torch
@@ -65,11 +68,12 @@ class UnslothBackend:
         fast = _fast_vision_model()
         try:
             model = _build(fast, request, getattr(torch, request.dtype), self.checkpointing)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, ModelSourceError):
             raise
         except Exception as error:
+            said = why_not_loaded(request.source, error)
             # `from None`, because the traceback's frames would keep the half-built model alive on the GPU.
-            raise ModelLoadError(f"{request.source} could not be loaded by Unsloth: {one_line(error)}") from None
+            raise ModelLoadError(f"{request.source} could not be loaded by Unsloth: {said}") from None
         model.requires_grad_(False)
         self.rest(model)
         return model
@@ -168,8 +172,9 @@ def _build(fast: Any, request: LoadRequest, dtype: torch.dtype, checkpointing: b
     source, quantization = request.source, request.quantization_config
     if source.kind == "synthetic" and quantization is None:
         return build_synthetic(released_config(source.location), None, request.device, dtype)
-    options: dict[str, Any] = {"load_in_4bit": quantization is not None}
-    if quantization is not None and not _is_what_unsloth_chooses(quantization, dtype):
+    own = saved_quantization(source)
+    options: dict[str, Any] = {"load_in_4bit": quantization is not None or own is not None}
+    if quantization is not None and own is None and not _is_what_unsloth_chooses(quantization, dtype):
         options["quantization_config"] = quantization
     with tempfile.TemporaryDirectory(prefix="qvl-synthetic-") as folder, quiet():
         if source.kind == "synthetic":
@@ -183,10 +188,15 @@ def _build(fast: Any, request: LoadRequest, dtype: torch.dtype, checkpointing: b
             offload_embedding=False,
             # By default it loads another repository than the one named: Unsloth's quantization of that model.
             use_exact_model_name=True,
-            local_files_only=source.kind != "hub",
             use_safetensors=True,
+            **({"local_files_only": True} if source.kind == "synthetic" else hub_options(source)),
             **options,
         )
+    read_from = model_folder(source)
+    if read_from is not None:
+        keep_report(model, compared_with(model, read_from, f"the checkpoint of {source}"))
+    if own is not None:
+        finish_saved_in_4bit(model, dtype, full_precision=quantization is None)
     return model
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.models.anatomy import FAMILIES
+from pytest_qvl.models.hub import hub_options
 from pytest_qvl.models.released import PictureSizes, hub_id, picture_sizes, released_config, released_names
 from pytest_qvl.models.weights import ModelSource
 
@@ -78,8 +79,9 @@ def find_weights_source(weights: ModelSource) -> Source:
         return find_source(released[weights.location])
     from transformers.utils.hub import cached_file
 
-    cached_file(weights.location, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    return find_source(str(Path(cached_file(weights.location, "config.json")).parent))
+    options = hub_options(weights)
+    cached_file(weights.location, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **options)
+    return find_source(str(Path(cached_file(weights.location, "config.json", **options)).parent))
 
 
 def source_of(config: Any, label: str) -> Source:

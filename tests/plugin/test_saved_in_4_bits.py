@@ -1,0 +1,93 @@
+"""A folder saved in 4 bits is a source like others; configurations that ask for something else are refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+SUITE = ("--pyargs", "pytest_qvl.suite", "--qvl-device", "cpu", "--qvl-samples", "2")
+
+
+@pytest.fixture(scope="module")
+def in_4bit(tmp_path_factory, real_stack):
+    """The embedded checkpoint as ``save_pretrained`` of the 4-bit model writes it."""
+    from pytest_qvl.data import embedded_model_dir
+    from pytest_qvl.faults.case import load
+
+    folder = shutil.copytree(embedded_model_dir(), tmp_path_factory.mktemp("saved") / "in-4-bits")
+    load(lora=None).save_pretrained(folder)
+    return folder
+
+
+def test_the_suite_keeps_its_promises_against_its_own_weights_dequantized(pytester, run_real, in_4bit):
+    pytester.makeini("[pytest]")
+    selected = "quantization_census or checkpoint_complete or vision_stability or adapter_neutrality"
+    record = pytester.path / "record.json"
+    result = run_real(*SUITE, f"--qvl-model={in_4bit}", "-k", selected, f"--qvl-record={record}")
+    result.assert_outcomes(passed=4)
+    text = record.read_text()
+    assert "the reference is its own 4-bit weights dequantized" in text
+    assert "its own quantization_config counts" in text
+
+
+def test_a_named_base_is_the_reference(pytester, run_real, in_4bit):
+    pytester.makeini("[pytest]")
+    pytester.makepyfile(
+        """
+    def test_reference(qvl_quantized_model, qvl_reference):
+        assert qvl_reference.source == "full precision of embedded, bfloat16"
+        assert qvl_reference.caveat == ""
+    """
+    )
+    run_real(
+        f"--qvl-model={in_4bit}", "--qvl-reference-model=embedded", "--qvl-device=cpu", "--qvl-samples=2"
+    ).assert_outcomes(passed=1)
+
+
+def test_a_base_that_is_none_is_refused(pytester, run_real, in_4bit):
+    pytester.makepyfile("def test_it(qvl_reference): pass")
+    result = run_real("--qvl-model=embedded", f"--qvl-reference-model={in_4bit}", "--qvl-device=cpu")
+    result.stdout.fnmatch_lines(
+        ["qvl_reference: reference model 'local:*' is itself saved in 4 bits; name the 16-bit model"]
+    )
+    result = run_real("--qvl-model=embedded", "--qvl-reference-model=synthetic:qwen2.5-vl-3b", "--qvl-device=cpu")
+    result.stdout.fnmatch_lines(
+        ["qvl_reference: reference model 'synthetic:qwen2.5-vl-3b' is not the base of 'embedded': *"]
+    )
+
+
+def test_configurations_that_do_not_ask_for_4_bits(pytester, run_real):
+    pytester.makepyfile(
+        """
+    import pytest
+    from transformers import BitsAndBytesConfig
+    class TestNone:
+        @pytest.fixture(scope="session")
+        def qvl_quantization_config(self): return None
+        def test_it(self, qvl_quantized_model): pass
+    class TestDict:
+        @pytest.fixture(scope="session")
+        def qvl_quantization_config(self): return {"load_in_4bit": True}
+        def test_it(self, qvl_quantized_model): pass
+    class TestEightBits:
+        @pytest.fixture(scope="session")
+        def qvl_quantization_config(self): return BitsAndBytesConfig(load_in_8bit=True)
+        def test_it(self, qvl_quantized_model): pass
+    class TestNumber:
+        @pytest.fixture(scope="session")
+        def qvl_model(self): return 5
+        def test_it(self, qvl_quantized_model): pass
+    """
+    )
+    result = run_real("--qvl-device=cpu")
+    result.assert_outcomes(errors=4)
+    text = result.stdout.str()
+    for line in (
+        "qvl_quantization_config: expected a transformers.BitsAndBytesConfig, got NoneType; give one with load_in_4bit",
+        "qvl_quantization_config: expected a transformers.BitsAndBytesConfig, got dict; pass its items to Bits",
+        "qvl_quantization_config: the BitsAndBytesConfig does not ask for 4 bits but for 8 bits: set load_in_4bit",
+        "qvl_model: model 5 is of type int, not a name or folder; give 'embedded'",
+    ):
+        assert line in text
+    assert "Traceback" not in text
