@@ -68,6 +68,10 @@ def save_processor(processor: Any, folder: str | Path) -> None:
     if getattr(processor, "video_processor", None) is not None:
         processor.save_pretrained(folder)
         return
+    _save_parts(processor, folder)
+
+
+def _save_parts(processor: Any, folder: str | Path) -> None:
     if processor.tokenizer.chat_template is None:
         processor.tokenizer.chat_template = processor.chat_template
     processor.tokenizer.save_pretrained(folder)
@@ -138,6 +142,16 @@ def _image_only(stock: type) -> Any:
             return None
         return stock.check_argument_for_proper_class(self, argument_name, argument)  # type: ignore[attr-defined]
 
+    def save_pretrained(self: Any, save_directory: str | Path, push_to_hub: bool = False, **_: Any) -> None:
+        """What a Trainer calls with every checkpoint; the stock method fails without a video processor."""
+        if push_to_hub:
+            raise ValueError("a processor without its video half is not pushed to the hub: install torchvision")
+        _save_parts(self, save_directory)
+
     # It keeps the stock name: Transformers writes the class's name into every file that it saves.
-    members = {"check_argument_for_proper_class": check_argument_for_proper_class, "__module__": __name__}
+    members = {
+        "check_argument_for_proper_class": check_argument_for_proper_class,
+        "save_pretrained": save_pretrained,
+        "__module__": __name__,
+    }
     return type(stock.__name__, (stock,), members)

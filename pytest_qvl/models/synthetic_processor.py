@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.data import embedded_model_dir
+from pytest_qvl.models.backends import one_line
 from pytest_qvl.models.hub import hub_options
 from pytest_qvl.models.processors import load_processor
 from pytest_qvl.models.released import released_config
-from pytest_qvl.models.weights import ModelSource
+from pytest_qvl.models.weights import ModelSource, ModelSourceError
 
 FIRST_SPECIAL = 151643
 SPECIAL_TOKENS = (
@@ -55,10 +56,29 @@ def synthetic_processor(name: str) -> Any:
 
 
 def processor_for(source: ModelSource) -> Any:
-    """The processor that belongs to a source: loaded, or made for synthetic weights."""
+    """The processor that belongs to a source: loaded, or made for synthetic weights.
+
+    Raises:
+        ModelSourceError: Its files cannot be read, or make no processor for pictures with a chat template.
+    """
     if source.kind == "synthetic":
         return synthetic_processor(source.location)
-    return load_processor(source.pretrained, **hub_options(source))
+    options = hub_options(source)
+    try:
+        processor = load_processor(source.pretrained, **options)
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise ModelSourceError(
+            f"the processor of {source} cannot be read ({one_line(error)}): save it again beside the model with "
+            "processor.save_pretrained"
+        ) from None
+    if getattr(processor, "image_processor", None) is None:
+        raise ModelSourceError(f"{source} has a {type(processor).__name__} but no image processor: save both with it")
+    if not processor.chat_template:
+        raise ModelSourceError(
+            f"the processor of {source} has no chat template, so no prompt can be written: set processor.chat_template "
+            "(that of the released model) and save it again"
+        )
+    return processor
 
 
 def write_processor(folder: Path, name: str) -> None:

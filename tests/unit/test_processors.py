@@ -236,3 +236,35 @@ def test_importing_processors_stays_light() -> None:
     code = f"import sys, pytest_qvl.models.processors, pytest_qvl.data; print({heavy})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+def test_a_trainer_saves_it(processor: Any, tmp_path: Path, samples: list[Sample]) -> None:
+    processor.save_pretrained(tmp_path)
+    again = load_processor(tmp_path)
+    before, after = make_batch(processor, samples[:2]), make_batch(again, samples[:2])
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "says"),
+    [
+        ("tokenizer.json", "{broken", r"cannot be read \(JSONDecodeError: .*\): save it again"),
+        ("tokenizer.json", "{}", r"cannot be read \(.*\): save it again"),
+        ("preprocessor_config.json", "{broken", r"cannot be read \(OSError: .*\): save it again"),
+        ("chat_template.json", None, "has no chat template, so no prompt can be written: set processor.chat_template"),
+    ],
+)
+def test_a_processor_that_cannot_be_used(tmp_path: Path, file: str, content: str | None, says: str) -> None:
+    from pytest_qvl.models.synthetic_processor import processor_for
+    from pytest_qvl.models.weights import ModelSource, ModelSourceError
+
+    folder = shutil.copytree(embedded_model_dir(), tmp_path / "checkpoint")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if content is None:
+        (folder / file).unlink()
+    else:
+        (folder / file).write_text(content)
+    with pytest.raises(ModelSourceError, match=says):
+        processor_for(ModelSource("local", str(folder)))
