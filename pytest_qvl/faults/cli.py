@@ -41,14 +41,17 @@ def add_faults(subparsers: Any) -> None:
         help="with --matrix: run the check that must catch a fault, and three cheap ones, in place of all",
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="with --matrix: processes (default: one per core on the CPU, 1 on CUDA)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="with --matrix or --healthy: processes (default: one per core on the CPU, 1 on CUDA)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE.json",
-        help="with --matrix: write the record here; until it is complete, what is done is kept in FILE.json.part, "
-        "and the same command goes on from there",
+        help="with --matrix or --healthy: write the record here; until that of --matrix is complete, what is done is "
+        "kept in FILE.json.part, and the same command goes on from there",
     )
     parser.add_argument("--minutes", type=float, metavar="N", help="with --matrix: begin no fault after so many")
     parser.add_argument(
@@ -59,6 +62,18 @@ def add_faults(subparsers: Any) -> None:
         type=Path,
         metavar="FOLDER",
         help="with --matrix or --table: write faults.md and faults.svg here; with --table also faults-by-model.md",
+    )
+    parser.add_argument(
+        "--healthy",
+        type=int,
+        metavar="N",
+        help="run the checks on N healthy variations in place of the faults; any alarm is a false one",
+    )
+    parser.add_argument(
+        "--isa",
+        choices=("native", "all"),
+        help="with --healthy: on the machine as it is (default), or spread over every instruction set that this CPU "
+        "offers (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), with one and two threads, each in a process of its own",
     )
     parser.set_defaults(run=run)
 
@@ -73,6 +88,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--table makes pages of records that --matrix wrote: give one of them")
     if options.docs is not None and not (options.matrix or options.table):
         raise ValueError("--docs says where to write the pages of --matrix or --table: give one of them")
+    if options.healthy is not None:
+        return healthy(options)
+    if options.isa is not None:
+        raise ValueError("--isa says where the variations of --healthy run: give both")
     if options.matrix:
         return matrix(options)
     given = [f"--{name.replace('_', '-')}" for name in MATRIX_ONLY if getattr(options, name) not in (None, False)]
@@ -82,6 +101,32 @@ def run(options: argparse.Namespace) -> int:
         return table(options.table, options.docs)
     sys.stdout.write((explain(options.name) if options.name else listed()) + "\n")
     return 0
+
+
+def healthy(options: argparse.Namespace) -> int:
+    """Run healthy variations; returns 1 if a check called one broken, or a process gave no result.
+
+    Raises:
+        ValueError: Options that do not go together.
+    """
+    from pytest_qvl.faults.healthy_panel import record, run, shown
+    from pytest_qvl.faults.isa import settings, this_cpu
+
+    others = ("model", "device", "dtype", "only", "named_only", "minutes", "matrix", "table", "docs", "name")
+    given = [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) not in (None, False)]
+    if given:
+        raise ValueError(f"--healthy takes no {', no '.join(given)}")
+    if options.healthy < 1:
+        raise ValueError(f"--healthy is a number of variations from 1, not {options.healthy}")
+    if options.out is not None and not options.out.parent.is_dir():
+        raise ValueError(f"--out: there is no folder {str(options.out.parent)!r}")
+    cpu = this_cpu()
+    outcomes = run(options.healthy, settings(options.isa or "native"), cpu, _jobs(options.jobs, "cpu"))
+    if options.out is not None:
+        options.out.write_text(json.dumps(record(outcomes, cpu), indent=1) + "\n", encoding="utf-8")
+    sys.stdout.write(shown(outcomes, cpu) + "\n")
+    ran = sum(outcome.share.variations for outcome in outcomes)
+    return 0 if ran == options.healthy and all(outcome.green for outcome in outcomes) else 1
 
 
 def matrix(options: argparse.Namespace) -> int:
