@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.checks import Reference
     from pytest_qvl.models.backends import LoadRequest
+    from pytest_qvl.models.policy import AdapterPolicy
     from pytest_qvl.samples import Sample
     from pytest_qvl.targets import Target
     from pytest_qvl.vram.cards import Card
@@ -160,6 +161,13 @@ def qvl_adapter(pytestconfig: pytest.Config) -> Path | None:
     """Folder of the saved adapter under test (``--qvl-adapter``), or ``None`` for a fresh one."""
     folder: Path | None = pytestconfig.stash[SETTINGS_KEY].adapter
     return folder
+
+
+@pytest.fixture(scope="session")
+def qvl_adapter_policy(pytestconfig: pytest.Config) -> AdapterPolicy:
+    """Which parts are adapted or trained on purpose: the text side, or what ``--qvl-adapter-policy`` names."""
+    policy: AdapterPolicy = pytestconfig.stash[SETTINGS_KEY].adapter_policy
+    return policy
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from pytest_qvl.models.backends import BASELINE, check_usable
 from pytest_qvl.models.weights import DEQUANTIZED, ModelSource, check_adapter, parse_model, stored_quantization
 
 if TYPE_CHECKING:
+    from pytest_qvl.models.policy import AdapterPolicy
     from pytest_qvl.vram.cards import Card
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -92,6 +93,12 @@ def _adapter(text: str, folder: Path) -> Path:
     path = folder / Path(text).expanduser()
     check_adapter(path)
     return path.resolve()
+
+
+def _policy(text: str, folder: Path) -> AdapterPolicy:  # noqa: ARG001 - every parser is called alike
+    from pytest_qvl.models.policy import AdapterPolicy
+
+    return AdapterPolicy.parse(text)
 
 
 def _folder(text: str, folder: Path) -> Path:
@@ -171,6 +178,13 @@ SETTINGS = (
         "MODEL",
     ),
     Setting("qvl_adapter", _adapter, None, "test this saved LoRA adapter instead of a fresh one", "FOLDER"),
+    Setting(
+        "qvl_adapter_policy",
+        _policy,
+        "language,lm_head,embeddings",
+        "parts that are adapted on purpose, such as 'language,vision'; 'merger:full' if its own weights are trained",
+        "PARTS",
+    ),
     Setting(
         "qvl_backend",
         _backend,

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pytest_qvl.evidence import CannotJudge as CannotJudge
     from pytest_qvl.evidence import CheckFailed as CheckFailed
     from pytest_qvl.evidence import Evidence as Evidence
+    from pytest_qvl.models.policy import AdapterPolicy as AdapterPolicy
 
 _HOMES = {
     "adapter": ("adapter_census", "adapter_neutrality"),
@@ -80,6 +81,7 @@ _HOMES = {
     "vram": ("peak_vram",),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
+_HOME_OF["AdapterPolicy"] = "pytest_qvl.models.policy"
 _HOME_OF |= dict.fromkeys(("CannotJudge", "CheckFailed", "Evidence"), "pytest_qvl.evidence")
 __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 

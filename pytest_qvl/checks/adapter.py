@@ -17,9 +17,10 @@ from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_para
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.compiled import uncompiled
 from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved
-from pytest_qvl.models.training import checkpointing, originals_instead_of_copies, trained_copies
+from pytest_qvl.models.training import checkpointing, originals_instead_of_copies, trained_copies, trained_on_purpose
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     Batch = Mapping[str, torch.Tensor]
 
-TEXT_SIDE: tuple[Group, ...] = ("language", "lm_head", "embeddings")
 # The matrices that PEFT starts at zero, so that a fresh adapter adds nothing: B, but A where it adapts an
 # embedding.
 _GATES = ("lora_B", "lora_embedding_A")
@@ -63,7 +63,7 @@ def adapter_census(
     lora_config: Any,
     optimizer: Any = None,
     *,
-    groups: tuple[Group, ...] = TEXT_SIDE,
+    policy: AdapterPolicy | None = None,
 ) -> Evidence:
     """Prove that LoRA sits where it was asked for and nowhere else, and that nothing else is trained.
 
@@ -79,8 +79,8 @@ def adapter_census(
         model: The model wrapped by PEFT, its adapter trainable.
         lora_config: The ``peft.LoraConfig`` that was asked for.
         optimizer: A ``torch.optim.Optimizer`` that must hold exactly what is trainable, by identity.
-        groups: Parts of the model where an adapter may sit. Head and embeddings are in it because no request
-            reaches them but by name.
+        policy: Parts of the model where an adapter or a trained copy may sit, and whose own weights may be trained;
+            the text side, frozen under its adapter, if not given.
 
     Raises:
         CheckFailed: An adapter in another part, a module without one, another number of trainable parameters,
@@ -91,7 +91,9 @@ def adapter_census(
         ValueError: The model has no adapter, or the configuration names no target.
     """
     parts = anatomy(model)
-    _check_census_arguments(lora_config, optimizer, groups)
+    _check_census_arguments(lora_config, optimizer)
+    policy = policy or AdapterPolicy()
+    groups = policy.adapted
     adapters = adapter_parameters(parts)
     if not adapters:
         raise ValueError("the model carries no adapter; wrap it with peft.get_peft_model first")
@@ -107,7 +109,8 @@ def adapter_census(
     _judge_copies(judge, parts, groups, copies, lora_config)
     _judge_counts(judge, adapters, copies, {name: candidates[name] for name in expected}, lora_config)
     _judge_scaling(judge, parts, lora_config)
-    _judge_nothing_else(judge, parts, adapters, copies, lora_config)
+    _judge_nothing_else(judge, parts, {**adapters, **copies, **trained_on_purpose(parts, policy)}, lora_config)
+    note_unused(judge, parts, policy, {*actual, *copies, *trained_on_purpose(parts, policy)})
     if optimizer is not None:
         _judge_optimizer(judge, parts, optimizer)
     judge.report("adapter dtype", tally(dtype_name(p.dtype) for p in adapters.values()))
@@ -118,7 +121,7 @@ def adapter_census(
     return judge.verdict(("group", "modules asked for", "modules with LoRA"), [row for row in rows if any(row[1:])])
 
 
-def _check_census_arguments(lora_config: Any, optimizer: Any, groups: Iterable[str]) -> None:
+def _check_census_arguments(lora_config: Any, optimizer: Any) -> None:
     if not hasattr(lora_config, "rank_pattern") or not hasattr(lora_config, "target_modules"):
         raise TypeError(f"expected a peft.LoraConfig, got {type(lora_config).__name__}")
     if getattr(lora_config, "target_parameters", None):
@@ -127,9 +130,6 @@ def _check_census_arguments(lora_config: Any, optimizer: Any, groups: Iterable[s
         raise ValueError("the LoRA config names no target_modules, so there is nothing to compare the adapter with")
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
-    for group in groups:
-        if group not in GROUPS:
-            raise ValueError(f"part {group!r} is unknown; known: {', '.join(GROUPS)}")
 
 
 def _candidates(parts: Parts) -> dict[str, nn.Module]:
@@ -190,13 +190,14 @@ def _judge_placement(
     by_group = tally(parts.group_of(name) for name in leaks)
     ends = "|".join(sorted({name.rpartition(".")[2] for name in expected})) or "q_proj|v_proj"
     judge.equal(
-        "adapters outside the text side" if groups == TEXT_SIDE else "adapters in other parts",
+        "adapters outside the text side" if groups == AdapterPolicy().adapted else "adapters in other parts",
         len(leaks),
         0,
         else_say=(
             f"LoRA leaked into {by_group}: target_modules {_short(config.target_modules)} also match "
             f"{some(leaks)}; name the language backbone, "
-            f'target_modules=r".*{parts.roots["language"].rpartition(".")[2]}.*\\.({ends})"'
+            f'target_modules=r".*{parts.roots["language"].rpartition(".")[2]}.*\\.({ends})", '
+            "or declare what is adapted on purpose (qvl_adapter_policy)"
         ),
     )
     missing = sorted(expected - actual)
@@ -231,7 +232,7 @@ def _judge_copies(
     if astray:
         judge.problem(
             f"{len(astray)} trained copies (modules_to_save) are in {parts.group_of(astray[0])}: "
-            f"{some(astray)}; if that part is to be trained, pass groups with it"
+            f"{some(astray)}; if that part is trained on purpose, declare it (qvl_adapter_policy)"
         )
 
 
@@ -310,14 +311,15 @@ def _judge_counts(
         judge.note(f"{count:,} trainable parameters beside LoRA: {some(extra)}")
 
 
-def _judge_nothing_else(
-    judge: Judge,
-    parts: Parts,
-    adapters: Mapping[str, nn.Parameter],
-    copies: Mapping[str, nn.Parameter],
-    config: Any,
-) -> None:
-    own = {id(parameter) for parameter in (*adapters.values(), *copies.values())}
+def note_unused(judge: Judge, parts: Parts, policy: AdapterPolicy, changed: Iterable[str]) -> None:
+    """Say which parts the policy declares although training does not change them."""
+    unused = policy.unused(map(parts.group_of, changed))
+    if unused:
+        judge.note(f"declared but neither adapted nor trained (qvl_adapter_policy): {', '.join(unused)}")
+
+
+def _judge_nothing_else(judge: Judge, parts: Parts, allowed: Mapping[str, nn.Parameter], config: Any) -> None:
+    own = {id(parameter) for parameter in allowed.values()}
     stray = [name for name, p in parts.base.named_parameters() if p.requires_grad and id(p) not in own]
     hint = f"; bias={config.bias!r} in the LoRA config trains them" if config.bias != "none" else ""
     judge.equal(

@@ -16,6 +16,7 @@ from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Parts, anatomy
 from pytest_qvl.models.fingerprint import Fingerprint, digests
+from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import base_tensors, dtype_name
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import tapped
@@ -24,6 +25,7 @@ from pytest_qvl.models.training import (
     backward,
     computes_in_float16,
     trained_copies,
+    trained_on_purpose,
     weights_restored,
 )
 
@@ -44,6 +46,7 @@ def frozen_vision(
     steps: int = 2,
     learning_rate: float = 1e-3,
     make_optimizer: MakeOptimizer | None = None,
+    policy: AdapterPolicy | None = None,
 ) -> Evidence:
     """Prove that training on pictures leaves the vision tower and the rest of the base bitwise as it was.
 
@@ -73,6 +76,9 @@ def frozen_vision(
         steps: Optimizer steps, at least 2.
         learning_rate: For the default optimizer.
         make_optimizer: Makes another optimizer from the list of trainable parameters.
+        policy: Parts that are adapted or trained on purpose; the text side only if not given. Weights that it
+            allows to be trained may move, and so may the visual tokens where vision tower or merger are adapted;
+            everything else is held to every bit as before.
 
     Raises:
         CheckFailed: Names the tensors that moved and should not have, or the reverse.
@@ -86,7 +92,8 @@ def frozen_vision(
     trained = trainable_parameters(parts)
     check_labels(parts, given)
     hold_packing(parts)
-    adapters = {**adapter_parameters(parts), **trained_copies(parts)}
+    policy = policy or AdapterPolicy()
+    adapters = {**adapter_parameters(parts), **trained_copies(parts), **trained_on_purpose(parts, policy)}
     judge = Judge("frozen_vision", "training moves the adapter and nothing else")
     with preserved(model, seed=_SEED), weights_restored(trained.values()):
         base, adapter = Fingerprint(), Fingerprint()
@@ -110,11 +117,24 @@ def frozen_vision(
         not_own = sorted(n.replace(".base_layer", "") for n, p in trained.items() if id(p) not in own)
         _judge_base(judge, parts, base_before, base_after, not_own)
         _judge_adapter(judge, adapters, adapter_before, adapter_after, steps)
-        _judge_features(judge, features, _features(parts, given))
+        if declared := _declared_in_vision(parts, policy, adapters):
+            judge.note(
+                f"visual tokens are not compared: {tally(map(parts.group_of, declared))} tensors are trained on "
+                f"purpose (qvl_adapter_policy), first {declared[0]}"
+            )
+        else:
+            _judge_features(judge, features, _features(parts, given))
     all_of = Counter(parts.group_of(name) for name in base_before)
     moved = Counter(parts.group_of(name) for name in _changed(base_before, base_after))
     rows = [(group, all_of[group], moved[group]) for group in GROUPS if all_of[group]]
     return judge.verdict(("group", "tensors", "moved"), rows)
+
+
+def _declared_in_vision(parts: Parts, policy: AdapterPolicy, adapters: Mapping[str, nn.Parameter]) -> list[str]:
+    """What is trained in vision tower and merger, all of it declared; empty if any of it is not."""
+    trained = [name for name, p in adapters.items() if p.requires_grad and parts.group_of(name) in ("vision", "merger")]
+    declared = {*policy.adapted, *policy.trained}
+    return trained if all(parts.group_of(name) in declared for name in trained) else []
 
 
 def _frozen_tensors(parts: Parts, adapters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,6 +25,7 @@ from pytest_qvl.checks.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import tapped
 from pytest_qvl.models.training import (
@@ -37,6 +38,7 @@ from pytest_qvl.models.training import (
     layer_gains,
     loss_floor,
     trained_copies,
+    trained_on_purpose,
     weights_restored,
 )
 
@@ -64,6 +66,7 @@ def training_step(
     steps_to_halve: int = 40,
     learning_rate: float | None = None,
     make_optimizer: MakeOptimizer | None = None,
+    policy: AdapterPolicy | None = None,
 ) -> Evidence:
     """Prove that a training step reaches every adapter tensor and nothing else, and that the adapter learns.
 
@@ -102,6 +105,7 @@ def training_step(
         steps_to_halve: Optimizer steps within which the loss must halve, at least 2.
         learning_rate: Of the check's own AdamW, at which the loss must then halve; derived as above if not given.
         make_optimizer: Makes your own optimizer from the list of trainable parameters.
+        policy: Parts whose own weights may be trained beside the adapter; none if not given.
 
     Raises:
         CheckFailed: Names the parameter without a path, the gradient that is not finite, the loss that
@@ -119,7 +123,7 @@ def training_step(
     hold_packing(parts)
     how = "with" if gradient_checkpointing else "without"
     judge = Judge("training_step", f"a training step {how} gradient checkpointing teaches the adapter")
-    _judge_trained(judge, parts, trained)
+    _judge_trained(judge, parts, trained, policy or AdapterPolicy())
     own = adamw(learning_rate) if learning_rate is not None else _derived_adamw(parts, trained)
     with (
         preserved(model, seed=_SEED),
@@ -203,10 +207,11 @@ def _learn(
     return _Course(losses, steps, goal, floor, scale, (min(rates), max(rates)))
 
 
-def _judge_trained(judge: Judge, parts: Parts, trained: Mapping[str, nn.Parameter]) -> None:
+def _judge_trained(judge: Judge, parts: Parts, trained: Mapping[str, nn.Parameter], policy: AdapterPolicy) -> None:
     import torch
 
-    own = {id(p) for p in (*adapter_parameters(parts).values(), *trained_copies(parts).values())}
+    allowed = {**adapter_parameters(parts), **trained_copies(parts), **trained_on_purpose(parts, policy)}
+    own = {id(parameter) for parameter in allowed.values()}
     stray = [name for name, parameter in trained.items() if id(parameter) not in own]
     judge.equal(
         "other tensors that are trained",
@@ -336,7 +341,9 @@ def _judge_learning(judge: Judge, lesson: Lesson, course: _Course, own: MakeOpti
 
 
 @check
-def vision_not_backpropagated(model: Any, batch: Batch, *, gradient_checkpointing: bool) -> Evidence:
+def vision_not_backpropagated(
+    model: Any, batch: Batch, *, gradient_checkpointing: bool, policy: AdapterPolicy | None = None
+) -> Evidence:
     """Prove that autograd does not follow the frozen vision tower in a training forward.
 
     Seen at the tower's output in train mode (``requires_grad``), with the model as the user prepared it.
@@ -350,6 +357,7 @@ def vision_not_backpropagated(model: Any, batch: Batch, *, gradient_checkpointin
         model: The model, bare or wrapped, prepared for training.
         batch: Model inputs with ``pixel_values``; labels are not needed.
         gradient_checkpointing: Judge with it or without; hooks stay as they are found.
+        policy: What is trained on purpose; the text side only if not given.
 
     Raises:
         CheckFailed: Autograd follows the tower; names the hooks and what they cost on this batch.
@@ -366,8 +374,9 @@ def vision_not_backpropagated(model: Any, batch: Batch, *, gradient_checkpointin
         if parameter.requires_grad and parts.group_of(name) in ("vision", "merger")
     ]
     if trained:
+        declared = "" if policy is None or policy.text_only else " as declared (qvl_adapter_policy)"
         raise CannotJudge(
-            f"the vision tower is not frozen: {len(trained)} of its tensors require grad (first: "
+            f"the vision tower is not frozen{declared}: {len(trained)} of its tensors require grad (first: "
             f"{trained[0]}), so back-propagation through it is asked for"
         )
     hold_packing(parts)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.policy import AdapterPolicy
 
 _CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func")
 _MISSING = object()
@@ -72,6 +73,16 @@ def trained_copies(parts: Parts) -> dict[str, nn.Parameter]:
             if id(parameter) not in original and id(parameter) not in adapters:
                 found[f"{name}.{key}"] = parameter
     return found
+
+
+def trained_on_purpose(parts: Parts, policy: AdapterPolicy) -> dict[str, nn.Parameter]:
+    """The base model's own weights that require grad in parts that the policy allows to be trained, by dotted name."""
+    others = {id(parameter) for parameter in (*adapter_parameters(parts).values(), *trained_copies(parts).values())}
+    return {
+        name: parameter
+        for name, parameter in parts.base.named_parameters()
+        if parameter.requires_grad and id(parameter) not in others and parts.group_of(name) in policy.trained
+    }
 
 
 @contextmanager

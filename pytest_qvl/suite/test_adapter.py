@@ -7,9 +7,9 @@ from typing import Any
 from pytest_qvl import checks
 
 
-def test_adapter_census(qvl_lora_model: Any, qvl_lora_config: Any, qvl_optimizer: Any) -> None:
-    """LoRA on the language backbone only, on every module asked for, with the exact parameter count."""
-    checks.adapter_census(qvl_lora_model, qvl_lora_config, qvl_optimizer)
+def test_adapter_census(qvl_lora_model: Any, qvl_lora_config: Any, qvl_optimizer: Any, qvl_adapter_policy: Any) -> None:
+    """LoRA where the policy has it and nowhere else, on every module asked for, with the exact parameter count."""
+    checks.adapter_census(qvl_lora_model, qvl_lora_config, qvl_optimizer, policy=qvl_adapter_policy)
 
 
 def test_adapter_roundtrip(qvl_lora_model: Any, qvl_adapter: Any, qvl_vram: Any) -> None:

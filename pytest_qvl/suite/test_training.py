@@ -19,7 +19,13 @@ def rows(training_batch: Any, training_halves: Any, gradient_checkpointing: bool
 
 @checkpointing
 def test_training_step(
-    qvl_lora_model: Any, rows: Any, gradient_checkpointing: bool, qvl_make_optimizer: Any, qvl_vram: Any
+    qvl_lora_model: Any,
+    rows: Any,
+    *,
+    gradient_checkpointing: bool,
+    qvl_make_optimizer: Any,
+    qvl_adapter_policy: Any,
+    qvl_vram: Any,
 ) -> None:
     """Loss falls, gradients are finite and on adapters only, every adapter is reached."""
     with qvl_vram.phase(f"optimizer steps, {'checkpointing' if gradient_checkpointing else 'plain'}"):
@@ -28,13 +34,18 @@ def test_training_step(
             rows,
             gradient_checkpointing=gradient_checkpointing,
             make_optimizer=qvl_make_optimizer,
+            policy=qvl_adapter_policy,
         )
 
 
 @checkpointing
-def test_vision_not_backpropagated(qvl_lora_model: Any, rows: Any, gradient_checkpointing: bool) -> None:
+def test_vision_not_backpropagated(
+    qvl_lora_model: Any, rows: Any, gradient_checkpointing: bool, qvl_adapter_policy: Any
+) -> None:
     """Autograd does not follow the frozen vision tower."""
-    checks.vision_not_backpropagated(qvl_lora_model, rows, gradient_checkpointing=gradient_checkpointing)
+    checks.vision_not_backpropagated(
+        qvl_lora_model, rows, gradient_checkpointing=gradient_checkpointing, policy=qvl_adapter_policy
+    )
 
 
 def test_label_mask(qvl_lora_model: Any, training_batch: Any, qvl_processor: Any) -> None:

@@ -12,6 +12,7 @@ from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, ModelCrashed
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import base_tensors
 from pytest_qvl.samples import make_batch, scenes
 
@@ -130,9 +131,24 @@ def test_all_linear_reaches_the_merger(fresh_model: Any, lora_config: Any) -> No
 
 def test_a_leak_that_is_wanted_can_be_declared(fresh_model: Any, lora_config: Any) -> None:
     config = lora_config(target_modules="all-linear")
-    assert adapter_census(
-        fresh_model(lora={"target_modules": "all-linear"}), config, groups=("language", "vision", "merger")
-    ).ok
+    model = fresh_model(lora={"target_modules": "all-linear"})
+    assert not adapter_census(model, config, policy=AdapterPolicy(("language", "vision", "merger"))).notes
+    with pytest.raises(CheckFailed, match=r"LoRA leaked into merger \(2\).*or declare what is adapted on purpose"):
+        adapter_census(model, config, policy=AdapterPolicy(("language", "vision")))
+
+
+def test_a_declaration_that_nothing_follows_is_a_note(lora_model: Any, lora_config: Any) -> None:
+    evidence = adapter_census(lora_model, lora_config(), policy=AdapterPolicy(("language", "vision")))
+    assert evidence.notes == ("declared but neither adapted nor trained (qvl_adapter_policy): vision",)
+
+
+def test_weights_trained_on_purpose(fresh_model: Any, lora_config: Any) -> None:
+    model = fresh_model(lora=True)
+    for parameter in anatomy(model).merger.parameters():
+        parameter.requires_grad_(True)
+    with pytest.raises(CheckFailed, match=r"5 tensors that are not the adapter's require grad \(merger \(5\)\)"):
+        adapter_census(model, lora_config(), policy=AdapterPolicy(("language", "merger")))
+    assert adapter_census(model, lora_config(), policy=AdapterPolicy.parse("language, merger:full")).ok
 
 
 def test_the_patch_embedding_counts_as_a_leak(fresh_model: Any, lora_config: Any) -> None:
@@ -245,8 +261,6 @@ def test_wrong_arguments_of_the_census(fresh_model: Any, lora_model: Any, lora_c
         adapter_census(lora_model, {})
     with pytest.raises(TypeError, match="expected a torch optimizer, got list"):
         adapter_census(lora_model, lora_config(), [])
-    with pytest.raises(ValueError, match="part 'visual' is unknown"):
-        adapter_census(lora_model, lora_config(), groups=("visual",))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="names no target_modules"):
         adapter_census(lora_model, lora_config(target_modules=None))
     with pytest.raises(CannotJudge, match="target_parameters"):

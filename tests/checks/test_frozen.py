@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from pytest_qvl.checks.frozen import frozen_vision
+from pytest_qvl.checks.training import training_step, vision_not_backpropagated
 from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import base_tensors
 from pytest_qvl.samples import make_batch, scenes
 
@@ -134,6 +136,40 @@ def test_weights_are_put_back_when_training_breaks(fresh_model: Any, batch: Any)
     with pytest.raises(ModelCrashed, match="RuntimeError: out of memory"):
         frozen_vision(model, batch, make_optimizer=meddling(explode))
     assert digests(model.named_parameters()) == before
+
+
+# --- trained on purpose ------------------------------------------------------------------------------------
+
+VISION_TOO = {"target_modules": r".*(language_model|visual).*\.(q_proj|v_proj|qkv|attn\.proj)"}
+
+
+def test_vision_adapted_on_purpose(fresh_model: Any, batch: Any) -> None:
+    """Declared, its base still has to stay; not declared, it is red."""
+    model = fresh_model(dtype="float32", lora=VISION_TOO)
+    policy = AdapterPolicy(("language", "vision"))
+    assert "visual tokens are not compared: vision (16) tensors" in frozen_vision(model, batch, policy=policy).notes[0]
+    for other in (None, AdapterPolicy(("language", "merger"))):
+        assert "the vision tower's output is not bitwise what it was" in refused(model, batch, policy=other)
+    weight = core(model).visual.blocks[2].attn.qkv.base_layer.weight
+    message = refused(model, batch, policy=policy, make_optimizer=meddling(flip(weight.data)))
+    assert message.startswith("1 of ")
+    assert "model.visual.blocks.2.attn.qkv.weight" in message.splitlines()[0]
+
+
+def test_a_merger_trained_on_purpose(fresh_model: Any, batch: Any) -> None:
+    copied = fresh_model(dtype="float32", lora={"modules_to_save": ["merger"]})
+    assert "merger (5) tensors" in frozen_vision(copied, batch, policy=AdapterPolicy(("language", "merger"))).notes[0]
+    assert "output is not bitwise" in refused(copied, batch)
+
+    own = fresh_model(dtype="float32", lora=True)
+    for parameter in anatomy(own).merger.parameters():
+        parameter.requires_grad_(True)
+    policy = AdapterPolicy.parse("language, merger:full")
+    assert "merger (5) tensors" in frozen_vision(own, batch, policy=policy).notes[0]
+    assert training_step(own, batch, gradient_checkpointing=False, policy=policy).ok
+    assert "5 base tensors require grad" in refused(own, batch, policy=AdapterPolicy(("language", "merger")))
+    with pytest.raises(CannotJudge, match=r"not frozen as declared \(qvl_adapter_policy\): 5 of its tensors"):
+        vision_not_backpropagated(own, batch, gradient_checkpointing=False, policy=policy)
 
 
 # --- damaged -----------------------------------------------------------------------------------------------

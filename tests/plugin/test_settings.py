@@ -83,6 +83,12 @@ def test_help_names_every_flag_with_its_ini_and_environment(pytester):
         (["--qvl-model", "synthetic:x"], {}, "", "--qvl-model: *no released configuration 'x'; known: *qwen2.5-vl-7b*"),
         (["--qvl-model", ""], {}, "", "--qvl-model: model '' is unknown; give*"),
         (["--qvl-adapter", "out"], {}, "", "--qvl-adapter: the adapter folder '*/out' does not exist; give*"),
+        (
+            ["--qvl-adapter-policy", "visual"],
+            {},
+            "",
+            "--qvl-adapter-policy: part 'visual' is unknown; known: language, *",
+        ),
         (["--qvl-images", "out"], {}, "", "--qvl-images: the folder '*/out' does not exist"),
         (["--qvl-images", ""], {}, "", "--qvl-images: no folder was named; leave the setting out, or *"),
         (["--qvl-seed", "-1"], {}, "", "--qvl-seed: -1 is below the smallest value 0"),
