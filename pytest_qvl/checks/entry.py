@@ -102,12 +102,18 @@ def _prepared(arguments: inspect.BoundArguments, notes: list[str]) -> inspect.Bo
             given[name] = [_batch(given.get("model"), each, notes) for each in value]
         else:
             given[name] = _batch(given.get("model"), value, notes)
+    if "model" in given and given.get("processor") is not None:
+        from pytest_qvl.checks.vocabulary import refuse_ids_beyond
+        from pytest_qvl.models.anatomy import anatomy
+
+        refuse_ids_beyond(anatomy(given["model"]), processor=given["processor"])
     return arguments
 
 
 def _batch(model: Any, batch: Any, notes: list[str]) -> dict[str, Any]:
     import torch
 
+    from pytest_qvl.checks.vocabulary import refuse_ids_beyond
     from pytest_qvl.models.anatomy import anatomy
 
     if not hasattr(batch, "keys"):
@@ -126,6 +132,7 @@ def _batch(model: Any, batch: Any, notes: list[str]) -> dict[str, Any]:
         isinstance(ids, torch.Tensor) and bool((ids == parts.video_token_id).any())
     ):
         raise CannotJudge("not judged: video (the batch holds a video; the checks know images only)")
+    refuse_ids_beyond(parts, batch=values)
     return {
         name: value.to(parts.device) if isinstance(value, torch.Tensor) else value for name, value in values.items()
     }

@@ -79,6 +79,12 @@ class Parts:
         return self.embeddings.weight.device
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the text embeddings, adapted, packed or neither."""
+        declared = getattr(self.embeddings, "num_embeddings", None)
+        return declared if isinstance(declared, int) else int(self.embeddings.weight.shape[0])
+
+    @property
     def is_peft(self) -> bool:
         """Whether PEFT wraps the model."""
         return self.wrapped is not self.base

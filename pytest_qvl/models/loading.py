@@ -36,6 +36,11 @@ _OLD_LAYOUT = (
 _QUANT_STATE = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 
 
+# What PEFT adds to a model, and the names under which it keeps what it wraps.
+_ADAPTER = re.compile(r"(^|\.)(lora_\w*|modules_to_save|trainable_tokens_\w*)(\.|$)")
+_WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.|$)")
+
+
 @dataclass(frozen=True)
 class LoadingReport:
     """How a checkpoint fits the model that was loaded from it.
@@ -188,13 +193,12 @@ def _wanted(parts: Parts) -> dict[str, Shape]:
     """The shape of every tensor that a checkpoint of the base model holds, by name; adapters are left out."""
     # As declared, which packed or wrongly loaded data does not show.
     wide: dict[str, Shape] = {f"{s.name}.weight": (s.out_features, s.in_features) for s in linear_states(parts)}
-    table = parts.embeddings
-    wide[f"{parts.roots['embeddings']}.weight"] = (table.num_embeddings, table.embedding_dim)
+    wide[f"{parts.roots['embeddings']}.weight"] = (parts.vocabulary, parts.text_config.hidden_size)
     found: dict[str, Shape] = {}
     for name, module in parts.base.named_modules():
-        if any(part.startswith("lora_") or part == "modules_to_save" for part in name.split(".")):
+        if _ADAPTER.search(name):
             continue
-        clean = name.replace(".base_layer", "").replace(".original_module", "")
+        clean = _WRAPPED.sub("", name)
         volatile: set[str] = module._non_persistent_buffers_set
         buffers = [(key, b) for key, b in module.named_buffers(recurse=False) if key not in volatile]
         for key, tensor in (*module.named_parameters(recurse=False), *buffers):

@@ -25,6 +25,13 @@ def test_healthy(model: Any, tiny_dir: Path) -> None:
     assert checkpoint_complete(model).ok  # by the folder that the model names
 
 
+@pytest.mark.parametrize(
+    "adapter", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}], ids=str
+)
+def test_adapted_embeddings_are_those_of_the_checkpoint(fresh_model: Any, tiny_dir: Path, adapter: Any) -> None:
+    assert checkpoint_complete(fresh_model(lora=adapter), tiny_dir).ok
+
+
 def test_what_is_missing_is_named(model: Any, tiny_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_dir, tmp_path / "broken")
     tensors = load_file(folder / "model.safetensors")

@@ -162,3 +162,18 @@ def test_errors_of_the_check_itself_stay_as_they_are(model: Any, batch: Any) -> 
         checks.decode_positions(model, batch, steps=0)
     with pytest.raises(TypeError, match="missing a required argument"):
         checks.decode_positions(model)
+
+
+def test_ids_that_the_model_has_no_row_for(fresh_model: Any, processor: Any) -> None:
+    from pytest_qvl import checks
+    from pytest_qvl.samples import make_batch, scenes
+
+    samples = scenes(0, 1)[:2]
+    model = fresh_model()
+    model.resize_token_embeddings(len(processor.tokenizer))  # fewer rows than before: healthy
+    checks.greedy_is_argmax(model, make_batch(processor, samples), max_new_tokens=2)
+    model.resize_token_embeddings(processor.image_token_id)
+    with pytest.raises(ValueError, match=r"token id \d+ has no row in the model's embeddings, which have \d+: the voc"):
+        checks.greedy_is_argmax(model, make_batch(processor, samples))
+    with pytest.raises(ValueError, match="has no row in the model's embeddings"):
+        checks.image_isolation(model, processor, samples)
