@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.activations import first_not_finite, leaves, watched
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.greedy import Reply, greedy, own_defaults, stop_ids
+from pytest_qvl.checks.placeholders import attended
 from pytest_qvl.checks.reference import LOGITS, MAX_NEW_TOKENS, NoiseFloor, Reference
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype, without_labels
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
@@ -446,6 +447,9 @@ def _teacher_forced(parts: Parts, inputs: dict[str, torch.Tensor], replies: list
         "mm_token_type_ids": torch.zeros_like(ids),
     }
     forced = inputs | {name: torch.cat([inputs[name], more], dim=1) for name, more in tail.items() if name in inputs}
+    if (positions := inputs.get("position_ids")) is not None:  # the batch's own; a prompt ends with text
+        further = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        forced["position_ids"] = torch.cat([positions, positions[..., -1:] + further], dim=-1)
     with preserved(parts.wrapped, training=False), torch.no_grad():
         logits = parts.wrapped(**forced, logits_to_keep=steps, use_cache=False).logits[:, -steps:].float()
     return [
@@ -472,7 +476,7 @@ def _check_dtype(parts: Parts, floor: NoiseFloor) -> None:
 
 
 def _check_left_padded(batch: dict[str, torch.Tensor]) -> None:
-    if not bool(batch["attention_mask"][:, -1].all()):
+    if not bool(attended(batch)[:, -1].all()):
         raise ValueError("generation continues the last column of each row: pad the batch on the left")
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.placeholders import attended
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.compiled import compilations
@@ -119,9 +120,9 @@ def _tokens(parts: Parts, batch: Mapping[str, Any], training_batch: Mapping[str,
     rows = len(batch["input_ids"])
     return {
         "vision": batch["pixel_values"].shape[0] // parts.merge_size**2,
-        "prefill": int(batch["attention_mask"].sum()),
+        "prefill": int(attended(batch).sum()),
         f"decode {DECODE_STEPS}": rows * DECODE_STEPS,
-        "train step": int(training_batch["attention_mask"].sum()),
+        "train step": int(attended(training_batch).sum()),
     }
 
 

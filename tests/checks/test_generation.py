@@ -16,6 +16,7 @@ from pytest_qvl.checks.generation import (
     greedy_is_argmax,
 )
 from pytest_qvl.checks.greedy import Reply, greedy
+from pytest_qvl.checks.positions import VisionIds, mrope_oracle
 from pytest_qvl.checks.reference import Reference, noise_floor, record_reference
 from pytest_qvl.checks.scoring import text_of
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
@@ -104,6 +105,18 @@ def test_the_models_own_generation_config_is_set_aside(
     generation_repeatable(model, batch)
     generation_cache_invariance(model, batch, reference)
     assert anatomy(model).base.generation_config.to_dict() == own
+
+
+def test_batches_as_collators_make_them(fresh_model: Any, processor: Any, reference: Reference) -> None:
+    """Without an attention mask (one row, no padding), and with correct positions of their own."""
+    model = fresh_model(quantized=False)
+    made = make_batch(processor, [scenes(seed=5, per_skill=1)[1]])
+    parts, mask = anatomy(model), made.pop("attention_mask")
+    ids = VisionIds(parts.image_token_id, parts.video_token_id)
+    positions = mrope_oracle(made["input_ids"], mask, made["image_grid_thw"], ids, parts.merge_size)
+    for given in (made, {**made, "position_ids": positions}):
+        assert greedy_is_argmax(model, given, max_new_tokens=3).ok
+        assert generation_cache_invariance(model, given, reference, max_new_tokens=3).ok
 
 
 def with_processor(model: Any, processor: Any) -> Any:
