@@ -137,6 +137,9 @@ class Faulted:
 
 def _inputs(case: Case) -> dict[str, Callable[[], Any]]:
     """What makes each fixture of the suite, had the fault been there from the start."""
+    from pytest_qvl.faults.case import ROW_SKILLS
+    from pytest_qvl.samples import first_of_each_skill
+
     return {
         "qvl_quantized_model": lambda: case.model,
         "qvl_lora_model": lambda: case.model,
@@ -148,9 +151,12 @@ def _inputs(case: Case) -> dict[str, Callable[[], Any]]:
         "qvl_adapter": lambda: case.adapter_folder,
         "qvl_optimizer": lambda: case.optimizer,
         "qvl_make_optimizer": lambda: case.make_optimizer,
-        "one_of_each": lambda: case.rows,
-        "noise_pictures": lambda: [sample.noise(seed=0) for sample in case.rows],
-        "mixed_batch": case.batch,
+        "row_samples": lambda: [case.rows],
+        "noise_samples": lambda: [[sample.noise(seed=0) for sample in case.rows]],
+        "answered_samples": lambda: [s for s in first_of_each_skill(case.probes) if s.skill in ROW_SKILLS],
+        "mixed_batches": lambda: [case.batch()],
+        "long_batch": case.long_batch,
+        "training_samples": lambda: case.rows,
         "training_batch": lambda: case.batch(padding_side="right", answers=True),
         "rows": lambda: case.batch(padding_side="right", answers=True),
         "training_halves": lambda: [case.batch(padding_side="right", answers=True)],

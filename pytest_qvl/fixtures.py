@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks import Reference
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.policy import AdapterPolicy
-    from pytest_qvl.samples import Sample
+    from pytest_qvl.samples import ProbeSizes, Sample
     from pytest_qvl.targets import Target
     from pytest_qvl.vram.cards import Card
     from pytest_qvl.vram.meter import Meter
@@ -186,15 +186,32 @@ def qvl_optimizer() -> Any:
 
 
 @pytest.fixture(scope="session")
-def qvl_image_samples(pytestconfig: pytest.Config) -> list[Sample]:
-    """Pictures with questions and known answers: rendered scenes, or the folder given by ``--qvl-images``."""
-    from pytest_qvl.samples import folder_samples, scenes
+def qvl_probe_sizes(qvl_model: str, qvl_processor: Any) -> ProbeSizes:
+    """How large the images of the rendered scenes are, derived from the model's configuration and its processor."""
+    from pytest_qvl.checks.sizing import sizes_for
+    from pytest_qvl.models.weights import parse_model
+
+    with one_clear_error("qvl_probe_sizes"):
+        return sizes_for(parse_model(qvl_model), qvl_processor)
+
+
+@pytest.fixture(scope="session")
+def qvl_image_samples(pytestconfig: pytest.Config, qvl_model: str, qvl_probe_sizes: ProbeSizes) -> list[Sample]:
+    """Images with questions and known answers: rendered scenes, or the folder given by ``--qvl-images``.
+
+    Scenes have the sizes of :func:`qvl_probe_sizes`. A model with knowledge of photographs (a folder or a hub id, not
+    the embedded model) gets those of scikit-image as well, where the ``photos`` extra is installed.
+    """
+    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.samples import folder_samples, has_photos, photo_samples, probe_samples
 
     settings = pytestconfig.stash[SETTINGS_KEY]
-    if settings.images is not None:
-        with one_clear_error("qvl_image_samples"):
+    with one_clear_error("qvl_image_samples"):
+        if settings.images is not None:
             return folder_samples(settings.images)
-    return scenes(settings.seed, settings.samples)
+        scenes = probe_samples(qvl_probe_sizes, settings.seed, settings.samples)
+        knows_photographs = parse_model(qvl_model).has_knowledge and not qvl_probe_sizes.one_size
+        return [*scenes, *photo_samples(qvl_probe_sizes)] if knows_photographs and has_photos() else scenes
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pytest_qvl.checks.activations import Peak, Peaks, first_not_finite, leaves,
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.rounding import last_place_noise, rounded_sums
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype
+from pytest_qvl.checks.windows import Seen, judge_windows
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapted_layers
 from pytest_qvl.models.anatomy import Parts, anatomy
@@ -171,7 +172,7 @@ class _Seen:
 def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], reference: Reference | None) -> Evidence:
     """The pictures' features are finite, far from overflow, and those of the full-precision pass.
 
-    Three promises, over all pictures of `samples`, through the vision tower alone:
+    Four promises, over all pictures of `samples`, through the vision tower alone:
 
     *Finite.* Every element of what goes into the merger and what comes out of it; the first module whose
     output is not finite is named.
@@ -182,6 +183,12 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
     overflow of Qwen2.5-VL-3B (one ``down_proj`` of block 31, ggml-org/llama.cpp#17534; its sign is a reply of
     nothing but "!", huggingface/transformers#33294) exceeds 65,504 on few pictures, but comes near it on
     most.
+
+    *Windows.* In a family with window attention (Qwen2.5-VL) each vision block attends where the configuration
+    says: within its window, or over the whole image. Judged bitwise on the image with most windows, first and last
+    window, without a reference (:mod:`pytest_qvl.checks.windows`). On images of a single window nothing tells the
+    two kinds of block apart, neither this nor the drift from the reference: where there is no other image the check
+    does not pass.
 
     *Unchanged.* Rows move no further from the reference than rounding explains, measured as ``|x - r| / |r|``
     (Euclidean): as the root mean square over all rows, which sees a loss of precision anywhere in the tower,
@@ -213,13 +220,16 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
             headroom only.
 
     Returns:
-        Evidence with the drift at both stages, the peak and the number of pictures.
+        Evidence with the drift at both stages, the peak, and the number of pictures and of attention windows.
 
     Raises:
         CheckFailed: A promise is broken.
-        CannotJudge: No sample has a picture, or full precision is not finite on one either.
+        CannotJudge: No sample has a picture, each is a single attention window of a model that has windows, or full
+            precision is not finite on one either.
         ValueError: The reference was recorded for other samples.
     """
+    import torch
+
     pictured = [sample for sample in samples if sample.images]
     if not pictured:
         raise CannotJudge("no sample has a picture: there are no visual features to judge")
@@ -228,25 +238,35 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
     if reference is not None and reference.caveat:
         judge.note(reference.caveat)
     seen, broken = (_Seen(), _Seen()), []
+    images: list[Seen] = []
     modules = [*leaves(parts.vision_tower), *parts.blocks]
     with preserved(model, training=False), watched(parts, modules) as peaks:
         for group in chunks(pictured):
-            outputs = iter(tower_output(parts, make_batch(processor, group, device=parts.device)))
+            batch = make_batch(processor, group, device=parts.device)
+            grids = iter(batch["image_grid_thw"].tolist())
+            outputs = iter(tower_output(parts, batch))
             for sample in group:
                 recorded = None if reference is None else reference.probe(sample).tower
                 for picture in range(len(sample.images)):
                     output, name = next(outputs), f"sample {sample.id!r}, picture {picture}"
+                    images.append(Seen(name, sample.images[picture], tuple(next(grids))))
                     if not output.finite:
                         broken.append(name)
                     if recorded is not None:
                         _compare(seen, output, recorded[picture], name)
     _judge_finite(judge, broken, peaks)
     _judge_headroom(judge, [peak for peak in peaks.listed() if peak.finite])
+    undecided = None
+    if not broken:
+        with preserved(model, training=False), torch.no_grad():
+            undecided = judge_windows(judge, parts, processor, images)
     if reference is None:
         judge.note("features were not compared with full precision: no reference")
     elif not broken:
         _judge_drift(judge, parts, seen, reference)
     judge.report("pictures", sum(len(sample.images) for sample in pictured))
+    if undecided and not judge.problems:
+        raise CannotJudge(undecided)
     highest = sorted(peaks.listed(), key=lambda peak: -_share(peak))[:PEAKS_SHOWN]
     return judge.verdict(("module", "peak", "share of dtype max"), ((p.module, p.value, _share(p)) for p in highest))
 

@@ -84,7 +84,7 @@ def _both_ways(case: Case) -> Iterator[None]:
     "Every vision block attends over the whole picture, as if there were no windows.",
     damages="model",
     check="vision_stability",
-    says=_MOVED,
+    says=("vision block 0: it attends outside its window",),
     source="nvidia-cosmos/cosmos-rl#171, sgl-project/sglang-jax#1289",
     requires=("window attention",),
 )
@@ -99,7 +99,7 @@ def _no_windows(case: Case) -> Iterator[None]:
     "The blocks with full attention are not recognised: every block stays inside its window.",
     damages="model",
     check="vision_stability",
-    says=_MOVED,
+    says=("which attends over the whole image by the configuration", "stay inside a window"),
     source="sgl-project/sglang-jax#1289",
     requires=("window attention",),
 )

@@ -84,6 +84,15 @@ class Case:
             batch = change(batch, given)
         return {name: _moved(tensor, self.subject.device) for name, tensor in batch.items()}
 
+    def long_batch(self) -> Batch:
+        """One row of more than 2,000 tokens, as this set-up collates it."""
+        from pytest_qvl.checks.sizing import sizes_for
+        from pytest_qvl.samples import long_sample
+
+        sizes = sizes_for(self.subject.source, self.processor)
+        longest = self.model.config.get_text_config().max_position_embeddings
+        return self.batch([long_sample(self.processor, sizes, seed=SEED, longest=longest)])
+
 
 def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
     """The same tensor on a device, a leaf as before: gradients end at what a collator handed over."""
@@ -123,12 +132,14 @@ def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED, subject: Subject 
         subject: Model, device and dtype; the embedded model on the CPU if not given.
     """
     from pytest_qvl import checks
+    from pytest_qvl.checks.sizing import sizes_for
     from pytest_qvl.models.owner import collect, no_progress_bars
-    from pytest_qvl.samples import scenes
+    from pytest_qvl.samples import probe_samples, structure_rows
 
     subject = embedded(dtype) if subject is None else subject
     processor = _processor(subject)
-    probes = scenes(seed, PROBES_PER_SKILL)
+    sizes = sizes_for(subject.source, processor)
+    probes = probe_samples(sizes, seed, PROBES_PER_SKILL)
     loader = partial(load, subject=subject)
     with no_progress_bars():
         reference = checks.record_reference(loader(quantized=False, lora=None), processor, probes)
@@ -139,7 +150,7 @@ def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED, subject: Subject 
         processor=processor,
         lora_config=lora_config(),
         policy=checks.QuantizationPolicy(compute_dtype=subject.dtype),
-        rows=[sample for sample in scenes(seed, 1) if sample.skill in ROW_SKILLS],
+        rows=[sample for sample in structure_rows(probes, sizes) if sample.skill in ROW_SKILLS],
         probes=probes,
         reference=reference,
         load=loader,

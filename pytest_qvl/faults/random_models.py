@@ -12,24 +12,29 @@ WIDTH = 128
 PATCH = {"qwen2_5_vl": 14, "qwen2_vl": 14, "qwen3_vl": 16}
 
 
-def random_model(family: str, *, seed: int, dtype: torch.dtype, quantization_config: Any) -> Any:
+def random_model(
+    family: str, *, seed: int, dtype: torch.dtype, quantization_config: Any, vision: dict[str, Any] | None = None
+) -> Any:
     """A quantized model with random weights and the embedded checkpoint's token ids; no adapter.
 
     Args:
         family: One of :data:`RANDOM_FAMILIES`.
         seed: Seed of all weights.
         dtype: Dtype of what is not quantized.
-        quantization_config: A ``transformers.BitsAndBytesConfig``.
+        quantization_config: A ``transformers.BitsAndBytesConfig``, or None for full precision.
+        vision: Fields of the vision configuration that differ from the usual ones.
     """
     from pytest_qvl.models.quantized import keep_quantized_weights_in_place
     from pytest_qvl.models.synthetic import build_synthetic
 
-    model = build_synthetic(random_config(family), quantization_config, "cpu", dtype, seed)
+    model = build_synthetic(random_config(family, vision=vision), quantization_config, "cpu", dtype, seed)
     keep_quantized_weights_in_place(model)
     return model.requires_grad_(False).eval()
 
 
-def random_config(family: str, *, layers: int = 3, blocks: int = 4, tied: bool = False) -> Any:
+def random_config(
+    family: str, *, layers: int = 3, blocks: int = 4, tied: bool = False, vision: dict[str, Any] | None = None
+) -> Any:
     """A small configuration with the token ids of the embedded checkpoint.
 
     Args:
@@ -37,6 +42,7 @@ def random_config(family: str, *, layers: int = 3, blocks: int = 4, tied: bool =
         layers: Language layers.
         blocks: Vision blocks.
         tied: Whether the head is the embedding table.
+        vision: Fields of the vision configuration that differ from the usual ones.
     """
     from transformers import AutoConfig
 
@@ -81,5 +87,10 @@ def random_config(family: str, *, layers: int = 3, blocks: int = 4, tied: bool =
     if family == "qwen3_vl":
         vision_config |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 256}
     return AutoConfig.for_model(
-        family, text_config=text_config, vision_config=vision_config, tie_word_embeddings=tied, **shared
+        family,
+        text_config=text_config,
+        vision_config=vision_config | (vision or {}),
+        tie_word_embeddings=tied,
+        qvl_scene_cell=2 * PATCH[family],  # small probes: there is nothing to read
+        **shared,
     )

@@ -16,7 +16,7 @@ from pytest_qvl.data import embedded_model_dir
 from pytest_qvl.models.backends import one_line
 from pytest_qvl.models.hub import hub_options
 from pytest_qvl.models.processors import load_processor
-from pytest_qvl.models.released import released_config
+from pytest_qvl.models.released import picture_sizes, released_config
 from pytest_qvl.models.weights import ModelSource, ModelSourceError
 
 FIRST_SPECIAL = 151643
@@ -109,12 +109,14 @@ def write_processor(folder: Path, name: str) -> None:
     _write(folder / "tokenizer_config.json", settings)
     template = embedded / "chat_template.json"
     (folder / template.name).write_bytes(template.read_bytes())
-    vision = config.vision_config
+    vision, sizes = config.vision_config, picture_sizes(name)
     images = json.loads((embedded / "preprocessor_config.json").read_text(encoding="utf-8"))
     images |= {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.spatial_merge_size,
+        "min_pixels": sizes.min_pixels,
+        "max_pixels": sizes.max_pixels,
         "processor_class": _PROCESSOR_CLASSES[config.model_type],
     }
     _write(folder / "preprocessor_config.json", images)

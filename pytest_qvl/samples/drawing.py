@@ -1,7 +1,9 @@
 """Coloured shapes on a grid of cells, drawn so that every shape stays inside its own cell.
 
-A cell is 28 x 28 px: two by two patches of 14 px, which Qwen2-VL and Qwen2.5-VL merge into one visual token.
-So each shape is seen by exactly one visual token, and moving a shape to another cell permutes visual tokens.
+Scenes are described in units of which a cell has 28, and drawn at any size. At 28 px a cell is two by two patches
+of 14 px, which Qwen2-VL and Qwen2.5-VL merge into one visual token. So each shape is seen by exactly one visual
+token, and moving a shape to another cell permutes visual tokens. At other sizes that are whole visual tokens it is
+seen by that many, and by no other.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ RGB = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape in a cell (column, row), its centre `offset` px away from the middle of the cell."""
+    """A shape in a cell (column, row), its centre `offset` away from the middle; a cell is 28 wide."""
 
     shape: str
     colour: str
@@ -52,14 +54,14 @@ class Scene:
     background: RGB
     things: tuple[Thing, ...]
 
-    def render(self) -> Image:
-        """The picture: RGB, 28 px per cell."""
+    def render(self, cell: int = CELL) -> Image:
+        """The image: RGB, `cell` px per side of a cell."""
         from PIL import Image, ImageDraw
 
-        image = Image.new("RGB", (self.columns * CELL, self.rows * CELL), self.background)
+        image = Image.new("RGB", (self.columns * cell, self.rows * cell), self.background)
         draw = ImageDraw.Draw(image)
         for thing in self.things:
-            _draw(draw, thing)
+            _draw(draw, thing, cell / CELL)
         return image
 
     def moved(self, cells: dict[Cell, Cell]) -> Scene:
@@ -88,10 +90,10 @@ def _near(rng: random.Random, rgb: RGB, spread: int) -> RGB:
     return red, green, blue
 
 
-def _draw(draw: ImageDraw, thing: Thing) -> None:
-    x = thing.cell[0] * CELL + CELL // 2 + thing.offset[0]
-    y = thing.cell[1] * CELL + CELL // 2 + thing.offset[1]
-    r = thing.radius
+def _draw(draw: ImageDraw, thing: Thing, scale: float) -> None:
+    x = scale * (thing.cell[0] * CELL + CELL // 2 + thing.offset[0])
+    y = scale * (thing.cell[1] * CELL + CELL // 2 + thing.offset[1])
+    r = scale * thing.radius
     if thing.shape == "circle":
         draw.ellipse((x - r, y - r, x + r, y + r), fill=thing.rgb)
     elif thing.shape == "square":

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qvl.samples.sample import Sample
+from pytest_qvl.samples.sizes import MOST_CELLS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-EXTRA = "pip install 'pytest-qvl[photos]'"
-SIDE = 280
+    from pytest_qvl.samples.sizes import ProbeSizes
 
-# Photograph: file and box (left, top, right, bottom) in px that is cut out and scaled to SIDE x SIDE; the
-# boxes are square and what is asked about fills them.
+EXTRA = "pip install 'pytest-qvl[photos]'"
+SIDE = 448
+
+# Photograph: file and box (left, top, right, bottom) in px that is cut out and scaled to a square; the boxes are
+# square and what is asked about fills them.
 PHOTOS = {
     "cat": ("chelsea.png", (76, 0, 376, 300)),
     "cup": ("coffee.png", (100, 0, 500, 400)),
@@ -36,14 +39,22 @@ QUESTIONS = (
 OPPOSITE = {"Yes": "No", "No": "Yes"}
 
 
-def photo_samples() -> list[Sample]:
-    """Real photographs (RGB, 280 x 280 px) with known answers and swaps, skill ``photo``.
+def has_photos() -> bool:
+    """Whether the ``photos`` extra is installed."""
+    return find_spec("skimage") is not None
+
+
+def photo_samples(sizes: ProbeSizes | None = None) -> list[Sample]:
+    """Real photographs (RGB, square) with known answers and swaps, skill ``photo``.
+
+    Args:
+        sizes: Of the model: photographs are as wide as a scene of four cells. 448 px without.
 
     Raises:
         RuntimeError: scikit-image is not installed (the ``photos`` extra), or its wheel no longer has a
         photograph.
     """
-    pictures = _pictures()
+    pictures = _pictures(SIDE if sizes is None else MOST_CELLS * sizes.cell)
     return [
         Sample(
             images=(pictures[name],),
@@ -58,7 +69,7 @@ def photo_samples() -> list[Sample]:
     ]
 
 
-def _pictures() -> dict[str, Image]:
+def _pictures(side: int) -> dict[str, Image]:
     from PIL import Image
 
     spec = find_spec("skimage")
@@ -71,5 +82,5 @@ def _pictures() -> dict[str, Image]:
         if not path.is_file():
             raise RuntimeError(f"scikit-image at {folder} has no {file}; reinstall it: {EXTRA}")
         with Image.open(path) as image:
-            pictures[name] = image.convert("RGB").crop(box).resize((SIDE, SIDE))
+            pictures[name] = image.convert("RGB").crop(box).resize((side, side))
     return pictures

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from pytest_qvl.samples.drawing import Scene
+
 MID_GREY = (128, 128, 128)
 
 
@@ -27,6 +29,8 @@ class Sample:
         swapped: Pictures of the same number and sizes for which the same question has a different right
             answer, by construction; None where there are none.
         swapped_answer: The right answer for :attr:`swapped`.
+        scenes: What :attr:`images` were drawn from; empty where they were not drawn.
+        swapped_scenes: What :attr:`swapped` were drawn from.
     """
 
     images: tuple[Image, ...]
@@ -36,9 +40,18 @@ class Sample:
     id: str
     swapped: tuple[Image, ...] | None = None
     swapped_answer: str | None = None
+    scenes: tuple[Scene, ...] = ()
+    swapped_scenes: tuple[Scene, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.id)
+
+    def at_cell(self, cell: int) -> Sample:
+        """The same scenes drawn with `cell` px per side of a cell; the sample itself where nothing was drawn."""
+        if not self.scenes:
+            return self
+        swapped = tuple(scene.render(cell) for scene in self.swapped_scenes)
+        return replace(self, images=tuple(scene.render(cell) for scene in self.scenes), swapped=swapped or None)
 
     def blank(self) -> Sample:
         """The same question and answer over uniform mid-grey pictures of the same sizes."""
@@ -71,4 +84,12 @@ class Sample:
         return self._over(self.swapped, "swapped")
 
     def _over(self, images: tuple[Image, ...], ablation: str) -> Sample:
-        return replace(self, images=images, id=f"{self.id}/{ablation}", swapped=None, swapped_answer=None)
+        return replace(
+            self,
+            images=images,
+            id=f"{self.id}/{ablation}",
+            swapped=None,
+            swapped_answer=None,
+            scenes=(),
+            swapped_scenes=(),
+        )

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qvl.samples.drawing import COLOURS, SHAPES, Cell, Scene, Thing, random_background, random_thing
+from pytest_qvl.samples.drawing import CELL, COLOURS, SHAPES, Cell, Scene, Thing, random_background, random_thing
 from pytest_qvl.samples.sample import Sample
 
 if TYPE_CHECKING:
@@ -176,12 +176,18 @@ def _build(rng: random.Random, spec: Skill, grids: Sequence[Grid], subject: str,
     return Puzzle(made, spec.question.format(subject), answer)
 
 
-def scenes(seed: int, per_skill: int, skills: Sequence[str] = ALL_SKILLS) -> list[Sample]:
+def scenes(seed: int, per_skill: int, skills: Sequence[str] = ALL_SKILLS, *, cell: int = CELL) -> list[Sample]:
     """Held-out probes: `per_skill` samples of each skill, skills alternating.
 
-    Deterministic in `seed`; the n-th sample of a skill depends on nothing else, so asking for more or for
-    other skills leaves it as it was. Picture sides are 84 or 112 px, square or not. The training script draws
-    from other random streams.
+    Deterministic in `seed`; the n-th sample of a skill depends on nothing else, so asking for more, for other
+    skills or for another size leaves it as it was. Images have 3 or 4 cells per side, square or not. The training
+    script draws from other random streams.
+
+    Args:
+        seed: Which scenes.
+        per_skill: Samples of each skill.
+        skills: Different names of :data:`ALL_SKILLS`.
+        cell: Pixels per side of a cell; :func:`pytest_qvl.samples.probe_sizes` derives it from a model.
 
     Raises:
         ValueError: A skill is unknown, given twice, or `per_skill` is negative.
@@ -192,17 +198,22 @@ def scenes(seed: int, per_skill: int, skills: Sequence[str] = ALL_SKILLS) -> lis
     if per_skill < 0:
         raise ValueError(f"per_skill must not be negative, got {per_skill}")
     streams = {skill: random.Random(f"held-out {seed} {skill}") for skill in skills}
-    return [_sample(streams[skill], skill, f"{skill}-{seed}-{index}") for index in range(per_skill) for skill in skills]
+    return [
+        _sample(streams[skill], skill, f"{skill}-{seed}-{index}").at_cell(cell)
+        for index in range(per_skill)
+        for skill in skills
+    ]
 
 
 def _sample(rng: random.Random, skill: str, name: str) -> Sample:
     asked, swap = puzzle_and_swap(rng, skill)
     return Sample(
-        images=tuple(scene.render() for scene in asked.scenes),
+        images=(),
         question=asked.question,
         answer=asked.answer,
         skill=skill,
         id=name,
-        swapped=None if swap is None else tuple(scene.render() for scene in swap.scenes),
         swapped_answer=None if swap is None else swap.answer,
+        scenes=asked.scenes,
+        swapped_scenes=() if swap is None else swap.scenes,
     )

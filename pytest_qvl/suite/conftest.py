@@ -7,27 +7,48 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qvl.options import SETTINGS_KEY
+from pytest_qvl.samples import first_of_each_skill, long_sample, row_groups, structure_rows, training_rows
 
 if TYPE_CHECKING:
-    from pytest_qvl.samples import Sample
+    from pytest_qvl.samples import ProbeSizes, Sample
 
 
 @pytest.fixture(scope="session")
-def one_of_each(qvl_image_samples: list[Sample]) -> list[Sample]:
-    """The first sample of every skill: several images, one image, no image, different resolutions."""
-    return list({sample.skill: sample for sample in reversed(qvl_image_samples)}.values())
+def row_samples(qvl_image_samples: list[Sample], qvl_probe_sizes: ProbeSizes) -> list[list[Sample]]:
+    """The samples of each batch that asks where things go: several images, one image, no image, different sizes.
+
+    Rendered scenes are one batch, the first of every skill, drawn no larger than the question needs. A user's own
+    samples are all there, in as many batches as they take.
+    """
+    return row_groups(structure_rows(qvl_image_samples, qvl_probe_sizes))
 
 
 @pytest.fixture(scope="session")
-def mixed_batch(qvl_batch: Any, one_of_each: list[Sample]) -> Any:
-    """One left-padded batch of :func:`one_of_each`."""
-    return qvl_batch(one_of_each)
+def mixed_batches(qvl_batch: Any, row_samples: list[list[Sample]]) -> list[Any]:
+    """Left-padded batches of :func:`row_samples`."""
+    return [qvl_batch(samples) for samples in row_samples]
 
 
 @pytest.fixture(scope="session")
-def noise_pictures(one_of_each: list[Sample]) -> list[Sample]:
-    """The same prompts over noise, so that no two visual tokens of the batch are alike."""
-    return [sample.noise(seed=0) for sample in one_of_each]
+def noise_samples(row_samples: list[list[Sample]]) -> list[list[Sample]]:
+    """The same prompts over noise, so that no two visual tokens of a batch are alike."""
+    return [[sample.noise(seed=0) for sample in samples] for samples in row_samples]
+
+
+@pytest.fixture(scope="session")
+def answered_samples(qvl_image_samples: list[Sample]) -> list[Sample]:
+    """Samples that the reference was recorded for: the first of every skill; all of a user's own."""
+    return first_of_each_skill(qvl_image_samples)
+
+
+@pytest.fixture
+def long_batch(
+    pytestconfig: pytest.Config, qvl_batch: Any, qvl_processor: Any, qvl_quantized_model: Any, qvl_probe_sizes: Any
+) -> Any:
+    """One row of more than 2,000 tokens, with a large image and a small one."""
+    longest = qvl_quantized_model.config.get_text_config().max_position_embeddings
+    seed = pytestconfig.stash[SETTINGS_KEY].seed
+    return qvl_batch([long_sample(qvl_processor, qvl_probe_sizes, seed=seed, longest=longest)])
 
 
 @pytest.fixture(scope="session")
@@ -37,19 +58,25 @@ def own_pictures(pytestconfig: pytest.Config, qvl_image_samples: list[Sample]) -
 
 
 @pytest.fixture(scope="session")
-def training_batch(qvl_batch: Any, one_of_each: list[Sample]) -> Any:
-    """The same rows with answers and labels, right-padded as collators do."""
-    return qvl_batch(one_of_each, padding_side="right", answers=True)
+def training_samples(qvl_image_samples: list[Sample], qvl_probe_sizes: ProbeSizes) -> list[Sample]:
+    """Rows to train on: the first scene of every skill at the smallest size; of a user's own, the first batch."""
+    return training_rows(qvl_image_samples, qvl_probe_sizes)
 
 
 @pytest.fixture(scope="session")
-def training_halves(qvl_batch: Any, one_of_each: list[Sample]) -> list[Any]:
+def training_batch(qvl_batch: Any, training_samples: list[Sample]) -> Any:
+    """:func:`training_samples` with answers and labels, right-padded as collators do."""
+    return qvl_batch(training_samples, padding_side="right", answers=True)
+
+
+@pytest.fixture(scope="session")
+def training_halves(qvl_batch: Any, training_samples: list[Sample]) -> list[Any]:
     """The same rows in two batches, for training that keeps all activations.
 
     All rows at once would take 19 GiB for 7B by the forecast, more than the cards have that QLoRA is for; half of
     them take 13.
     """
-    return [qvl_batch(half, padding_side="right", answers=True) for half in halves(one_of_each)]
+    return [qvl_batch(half, padding_side="right", answers=True) for half in halves(training_samples)]
 
 
 def halves(samples: list[Sample]) -> list[list[Sample]]:

@@ -18,6 +18,6 @@ def test_adapter_roundtrip(qvl_lora_model: Any, qvl_adapter: Any, qvl_vram: Any)
         checks.adapter_roundtrip(qvl_lora_model, qvl_adapter)
 
 
-def test_adapter_neutrality(qvl_lora_model: Any, mixed_batch: Any) -> None:
+def test_adapter_neutrality(qvl_lora_model: Any, mixed_batches: Any) -> None:
     """A fresh adapter (B = 0) and a disabled one give bitwise the base model's logits, with images."""
-    checks.adapter_neutrality(qvl_lora_model, mixed_batch)
+    checks.adapter_neutrality(qvl_lora_model, mixed_batches)

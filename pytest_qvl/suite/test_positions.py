@@ -10,16 +10,24 @@ from pytest_qvl import checks
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])
-def test_mrope_positions(qvl_quantized_model: Any, qvl_batch: Any, one_of_each: Any, padding_side: str) -> None:
+def test_mrope_positions(qvl_quantized_model: Any, qvl_batch: Any, row_samples: Any, padding_side: str) -> None:
     """Position ids at prefill equal the oracle's."""
-    checks.mrope_positions(qvl_quantized_model, qvl_batch(one_of_each, padding_side=padding_side))
+    for samples in row_samples:
+        checks.mrope_positions(qvl_quantized_model, qvl_batch(samples, padding_side=padding_side))
 
 
-def test_decode_positions(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+def test_decode_positions(qvl_quantized_model: Any, mixed_batches: Any) -> None:
     """Position ids of every decode step inside ``generate`` equal the oracle's."""
-    checks.decode_positions(qvl_quantized_model, mixed_batch)
+    for batch in mixed_batches:
+        checks.decode_positions(qvl_quantized_model, batch)
 
 
-def test_position_state(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+def test_long_row_positions(qvl_quantized_model: Any, long_batch: Any) -> None:
+    """They do so in a row of more than 2,000 tokens, at prefill and while decoding."""
+    checks.decode_positions(qvl_quantized_model, long_batch)
+
+
+def test_position_state(qvl_quantized_model: Any, mixed_batches: Any) -> None:
     """``rope_deltas`` of an earlier call do not leak into the next."""
-    checks.position_state(qvl_quantized_model, mixed_batch)
+    for batch in mixed_batches:
+        checks.position_state(qvl_quantized_model, batch)

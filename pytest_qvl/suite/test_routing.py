@@ -12,44 +12,51 @@ both_sides = pytest.mark.parametrize("padding_side", ["left", "right"])
 
 
 @both_sides
-def test_placeholder_counts(qvl_quantized_model: Any, qvl_batch: Any, one_of_each: Any, padding_side: str) -> None:
+def test_placeholder_counts(qvl_quantized_model: Any, qvl_batch: Any, row_samples: Any, padding_side: str) -> None:
     """As many placeholders per image as its grid has visual tokens."""
-    checks.placeholder_counts(qvl_quantized_model, qvl_batch(one_of_each, padding_side=padding_side))
+    for samples in row_samples:
+        checks.placeholder_counts(qvl_quantized_model, qvl_batch(samples, padding_side=padding_side))
 
 
 @both_sides
-def test_feature_scatter(qvl_quantized_model: Any, qvl_batch: Any, noise_pictures: Any, padding_side: str) -> None:
+def test_feature_scatter(qvl_quantized_model: Any, qvl_batch: Any, noise_samples: Any, padding_side: str) -> None:
     """Each visual token sits bitwise at its own placeholder, text embeddings everywhere else."""
-    checks.feature_scatter(qvl_quantized_model, qvl_batch(noise_pictures, padding_side=padding_side))
+    for samples in noise_samples:
+        checks.feature_scatter(qvl_quantized_model, qvl_batch(samples, padding_side=padding_side))
 
 
-def test_visual_token_order(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+def test_visual_token_order(qvl_quantized_model: Any, mixed_batches: Any) -> None:
     """The vision tower gives its visual tokens back in the order of the patches."""
-    checks.visual_token_order(qvl_quantized_model, mixed_batch)
+    for batch in mixed_batches:
+        checks.visual_token_order(qvl_quantized_model, batch)
 
 
-def test_causality(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+def test_causality(qvl_quantized_model: Any, mixed_batches: Any) -> None:
     """Changing one visual token moves its own placeholder's embedding and no logit before it."""
-    checks.causality(qvl_quantized_model, mixed_batch)
+    for batch in mixed_batches:
+        checks.causality(qvl_quantized_model, batch)
 
 
-def test_image_isolation(qvl_quantized_model: Any, qvl_processor: Any, one_of_each: Any) -> None:
+def test_image_isolation(qvl_quantized_model: Any, qvl_processor: Any, row_samples: Any) -> None:
     """Changing one image moves no row, image span or earlier position that does not see it."""
-    checks.image_isolation(qvl_quantized_model, qvl_processor, one_of_each)
+    for samples in row_samples:
+        checks.image_isolation(qvl_quantized_model, qvl_processor, samples)
 
 
-def test_picture_pairing(qvl_quantized_model: Any, qvl_processor: Any, one_of_each: Any, mixed_batch: Any) -> None:
+def test_picture_pairing(qvl_quantized_model: Any, qvl_processor: Any, row_samples: Any, mixed_batches: Any) -> None:
     """Prompt, pixel rows and grids are those of each sample alone, in the order of the prompt."""
-    checks.picture_pairing(qvl_quantized_model, qvl_processor, one_of_each, mixed_batch)
+    for samples, batch in zip(row_samples, mixed_batches, strict=True):
+        checks.picture_pairing(qvl_quantized_model, qvl_processor, samples, batch)
 
 
 def test_picture_pairing_in_training(
-    qvl_quantized_model: Any, qvl_processor: Any, one_of_each: Any, training_batch: Any
+    qvl_quantized_model: Any, qvl_processor: Any, training_samples: Any, training_batch: Any
 ) -> None:
     """The same of the batch that is trained on: it begins with the prompt that is asked later."""
-    checks.picture_pairing(qvl_quantized_model, qvl_processor, one_of_each, training_batch)
+    checks.picture_pairing(qvl_quantized_model, qvl_processor, training_samples, training_batch)
 
 
-def test_malformed_inputs(qvl_quantized_model: Any, mixed_batch: Any) -> None:
+def test_malformed_inputs(qvl_quantized_model: Any, mixed_batches: Any) -> None:
     """Count mismatches, placeholders without pixels and pixels without placeholders do not pass unnoticed."""
-    checks.malformed_inputs(qvl_quantized_model, mixed_batch)
+    for batch in mixed_batches:
+        checks.malformed_inputs(qvl_quantized_model, batch)

@@ -8,10 +8,10 @@ from pytest_qvl import checks
 
 
 def test_peak_vram(
-    qvl_lora_model: Any, mixed_batch: Any, training_batch: Any, qvl_vram: Any, qvl_vram_limit: int | None
+    qvl_lora_model: Any, mixed_batches: Any, training_batch: Any, qvl_vram: Any, qvl_vram_limit: int | None
 ) -> None:
     """Vision, prefill, decoding and a training step, each within ``--qvl-vram-limit`` if one is given."""
-    checks.peak_vram(qvl_lora_model, mixed_batch, training_batch, qvl_vram, limit=qvl_vram_limit)
+    checks.peak_vram(qvl_lora_model, mixed_batches[0], training_batch, qvl_vram, limit=qvl_vram_limit)
 
 
 def test_forecast_fits_card(
@@ -21,6 +21,6 @@ def test_forecast_fits_card(
     checks.forecast_fits_card(qvl_model, qvl_quantization_config, qvl_lora_config, qvl_card, samples=own_pictures)
 
 
-def test_forecast_agrees(qvl_lora_model: Any, mixed_batch: Any, training_batch: Any, qvl_vram: Any) -> None:
+def test_forecast_agrees(qvl_lora_model: Any, mixed_batches: Any, training_batch: Any, qvl_vram: Any) -> None:
     """The forecast of each phase that ``peak_vram`` measures is what the GPU measures."""
-    checks.forecast_agrees(qvl_lora_model, mixed_batch, training_batch, qvl_vram)
+    checks.forecast_agrees(qvl_lora_model, mixed_batches[0], training_batch, qvl_vram)

@@ -84,7 +84,7 @@ STAND_IN = """
     @pytest.fixture(scope="session")
     def qvl_processor(): return "{where}"
     @pytest.fixture(scope="session")
-    def one_of_each(): return []
+    def row_samples(): return []
 """
 ONE = ("-k", "quantization_census or test_own", "--tb=line")
 

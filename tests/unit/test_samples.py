@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.machinery
-import importlib.util
 import json
+import os
 import random
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,6 +19,7 @@ from pytest_qvl.samples import (
     folder_samples,
     photo_samples,
     photos,
+    probe_sizes,
     scenes,
 )
 from pytest_qvl.samples.drawing import CELL, COLOURS, SHAPES, Scene, random_background, random_thing
@@ -117,17 +119,19 @@ def test_answers_are_right_and_swapped_answers_differ(skill: str) -> None:
         assert [(s.columns, s.rows) for s in swap.scenes] == [(s.columns, s.rows) for s in asked.scenes]
 
 
-def test_a_shape_never_leaves_its_cell() -> None:
+@pytest.mark.parametrize("cell", [CELL, 32, 168, 308])
+def test_a_shape_never_leaves_its_cell(cell: int) -> None:
     """Otherwise its place could be read from a neighbouring visual token."""
     rng = random.Random(1)
     for shape in SHAPES:
-        for _ in range(200):
+        for _ in range(50):
             thing = random_thing(rng, (1, 1), shape=shape)
             background = (0, 0, 0)
-            with_shape = Scene(3, 3, background, (thing,)).render()
+            with_shape = Scene(3, 3, background, (thing,)).render(cell)
             left, top, right, bottom = with_shape.getbbox() or (0, 0, 0, 0)
-            assert CELL <= left < right <= 2 * CELL
-            assert CELL <= top < bottom <= 2 * CELL
+            assert cell <= left < right <= 2 * cell
+            assert cell <= top < bottom <= 2 * cell
+            assert (right - left) * (bottom - top) > (cell / 3) ** 2, "it grows with its cell"
 
 
 def test_colours_stay_nearest_to_their_own_name() -> None:
@@ -319,18 +323,21 @@ def test_a_folder_without_samples_is_refused(folder: Path) -> None:
         folder_samples(folder)
 
 
+@pytest.mark.skipif(
+    not photos.has_photos() and not os.environ.get("CI"), reason="scikit-image (the photos extra) is not installed"
+)
 def test_photographs() -> None:
-    if importlib.util.find_spec("skimage") is None:
-        pytest.skip("the photos extra is not installed")
-    samples = photo_samples()
-    assert len({sample.id for sample in samples}) == len(samples) >= 3
-    for photo in samples:
-        assert photo.swapped is not None
-        assert photo.swapped_answer != photo.answer
-        for picture in (*photo.images, *photo.swapped):
-            colours = picture.getcolors(maxcolors=280 * 280)
-            assert picture.size == (280, 280)
-            assert colours is None or len(colours) > 1000, "a photograph has many colours"
+    config = SimpleNamespace(patch_size=16, spatial_merge_size=2, depth=27)
+    sizes = probe_sizes(config, min_pixels=65536, max_pixels=16777216, readable=True)
+    for samples, side in ((photo_samples(), 448), (photo_samples(sizes), 640)):
+        assert len({sample.id for sample in samples}) == len(samples) >= 3
+        for photo in samples:
+            assert photo.swapped is not None
+            assert photo.swapped_answer != photo.answer
+            for image in (*photo.images, *photo.swapped):
+                colours = image.getcolors(maxcolors=side * side)
+                assert image.size == (side, side)
+                assert colours is None or len(colours) > 1000, "a photograph has many colours"
 
 
 def test_missing_photographs_name_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
