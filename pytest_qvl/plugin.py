@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,7 +26,7 @@ from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa:
 from pytest_qvl.report.comparison import Comparison  # noqa: E402
 from pytest_qvl.report.terminal import Summary  # noqa: E402
 from pytest_qvl.session import STATE_KEY, State  # noqa: E402
-from pytest_qvl.shipped import ShippedSuite  # noqa: E402
+from pytest_qvl.shipped import ShippedSuite, is_shipped  # noqa: E402
 from pytest_qvl.targets import check_devices, parametrize, target_of, targets  # noqa: E402
 from pytest_qvl.verdicts import SessionVerdicts  # noqa: E402
 
@@ -43,6 +44,11 @@ MARKERS = ("gpu: the test executes on CUDA", LIMIT_VRAM_HELP)
 def _beside_the_point(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
     """Whether to leave a hook's frame out of a traceback; where only a message is shown, pytest wants one frame."""
     return bool(getattr(excinfo.value, "pytrace", True))
+
+
+def _is_own(fixturedef: Any) -> bool:
+    """Whether a fixture is defined by this package."""
+    return bool(getattr(fixturedef.func, "__module__", "").startswith("pytest_qvl."))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -185,7 +191,7 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, objec
     if known is not None:
         raise known
     try:
-        with state.making(fixturedef):
+        with state.making(fixturedef), third_party.spared() if _is_own(fixturedef) else nullcontext():
             value = yield
     except (Exception, pytest.fail.Exception) as error:
         state.note_failure(fixturedef, error, item)
@@ -223,6 +229,8 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     state = item.config.stash[STATE_KEY]
     if any(map(lineage.is_ours, lineage.fixture_names(item))):
         third_party.hush()
+        if is_shipped(item):
+            third_party.spare()
         threads.limit_threads(item.config)
     try:
         with outcome.judging(item):

@@ -56,6 +56,14 @@ DEFECTS = (
         "https://github.com/huggingface/transformers/issues/44873",
         ("position_state",),
     ),
+    Defect(
+        "transformers",
+        ">=5.3,<5.5.4",
+        "temporal positions of images are multiplied by tokens_per_second, which is meant for videos",
+        "5.5.4",
+        "https://github.com/huggingface/transformers/issues/45325",
+        ("mrope_positions", "decode_positions"),
+    ),
 )
 
 

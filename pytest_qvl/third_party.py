@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import pytest
 
 # (message, category, module): regular expressions matched from the start.
@@ -50,6 +54,38 @@ class _LineFilter(logging.Filter):
 
     def __hash__(self) -> int:
         return hash(self._beginning)
+
+
+# Everybody's modules but this package's, and the conftests and tests, which are the user's.
+# By dotted name, or by path where pytest itself places a warning.
+_OTHERS = re.compile(r"(?!(.*[./])?(pytest_qvl([./]|$)|conftest$|test_[^./]*$|[^./]*_test$)|__main__$)")
+
+
+class _Never(Warning):
+    """Raised by nobody."""
+
+
+def spare() -> None:
+    """Show warnings of third parties that the filters at hand would raise, until the filters are put back.
+
+    The user's filters keep their order and effect: before each that makes errors of warnings from every module goes one
+    that makes none of other packages' warnings. One that names a module means it, and stays alone.
+    """
+    spared: list[Any] = []
+    for action, message, category, module, line in warnings.filters:
+        if action == "error" and module is None and not line:
+            spared.append(("default", message, category, _OTHERS, 0))
+        spared.append((action, message, category, module, line))
+    warnings.filters[:] = spared  # type: ignore[index]
+    warnings.simplefilter("ignore", _Never, append=True)  # makes Python look at the changed list
+
+
+@contextmanager
+def spared() -> Iterator[None]:
+    """:func:`spare` for the length of a block."""
+    with warnings.catch_warnings():
+        spare()
+        yield
 
 
 def register(config: pytest.Config) -> None:

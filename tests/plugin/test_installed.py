@@ -88,7 +88,7 @@ def test_collecting_refuses_nothing(pytester, run_light, have):
 
 @pytest.mark.parametrize(
     ("check", "version", "says"),
-    [("position_state", "5.3.0", True), ("position_state", "5.4.0", False), ("mrope_positions", "5.3.0", False)],
+    [("position_state", "5.3.0", True), ("position_state", "5.4.0", False), ("label_mask", "5.3.0", False)],
 )
 def test_a_failure_names_the_release_that_mends_it(have, check, version, says):
     have(transformers=version)
