@@ -6,21 +6,33 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
-from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters, chosen_adapter
+from pytest_qvl.models.adapters import (
+    AdapterSlot,
+    active_adapters,
+    adapted_layers,
+    adapter_configs,
+    adapter_parameters,
+    base_modules,
+    chosen_adapter,
+    copies_disabled,
+    is_merged,
+    original_module,
+)
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.compiled import uncompiled
 from pytest_qvl.models.fingerprint import digests
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved
-from pytest_qvl.models.training import checkpointing, originals_instead_of_copies, trained_copies, trained_on_purpose
+from pytest_qvl.models.training import asked_biases, checkpointing, trained_biases, trained_copies, trained_on_purpose
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +61,18 @@ def rewrites_base(config: Any) -> bool:
     """Whether attaching an adapter of this ``LoraConfig`` writes into the base weights."""
     kind = getattr(config, "init_lora_weights", True)
     return isinstance(kind, str) and kind.lower().startswith(_REWRITES_BASE)
+
+
+def foreign_types(parts: Parts) -> list[str]:
+    """Kinds of the adapters on the model that have no matrices A and B (``"IA3"``), by PEFT's names."""
+    kinds = {peft_type_of(config) for config in adapter_configs(parts).values()}
+    return sorted(kinds - {"LORA", "ADALORA", "TRAINABLE_TOKENS"})
+
+
+def peft_type_of(config: Any) -> str:
+    """PEFT's name of a configuration's kind: ``"LORA"``, ``"IA3"`` and so on; empty for what is none of PEFT's."""
+    kind = getattr(config, "peft_type", "")
+    return str(getattr(kind, "value", kind) or "")
 
 
 def matrix_of(name: str) -> str:
@@ -96,15 +120,18 @@ def adapter_census(
     groups = policy.adapted
     adapters = adapter_parameters(parts)
     if not adapters:
-        raise ValueError("the model carries no adapter; wrap it with peft.get_peft_model first")
+        raise ValueError(no_adapter(parts))
+    if foreign := foreign_types(parts):
+        raise CannotJudge(f"the adapter on the model is {', '.join(foreign)}; the census knows where LoRA belongs only")
     judge = Judge("adapter_census", "where LoRA sits, and what is trained")
 
     candidates = _candidates(parts)
-    asked = {name for name in candidates if _is_asked_for(lora_config, name, candidates[name])}
+    asked = _asked_for(parts, lora_config, candidates)
     expected = {name for name in asked if parts.group_of(name) in groups}
     actual = {name.partition(".lora_")[0] for name in adapters if matrix_of(name)}
     copies = trained_copies(parts)
 
+    _judge_active(judge, parts)
     _judge_placement(judge, parts, groups=groups, expected=expected, actual=actual, config=lora_config)
     _judge_copies(judge, parts, groups, copies, lora_config)
     _judge_counts(judge, adapters, copies, {name: candidates[name] for name in expected}, lora_config)
@@ -122,8 +149,13 @@ def adapter_census(
 
 
 def _check_census_arguments(lora_config: Any, optimizer: Any) -> None:
-    if not hasattr(lora_config, "rank_pattern") or not hasattr(lora_config, "target_modules"):
+    kind = peft_type_of(lora_config)
+    if not kind:
         raise TypeError(f"expected a peft.LoraConfig, got {type(lora_config).__name__}")
+    if kind != "LORA":
+        raise CannotJudge(
+            f"{type(lora_config).__name__} asks for {kind}; the census knows what LoRA's configuration asks for only"
+        )
     if getattr(lora_config, "target_parameters", None):
         raise CannotJudge("the LoRA config adapts bare parameters (target_parameters); only modules are counted here")
     if not lora_config.target_modules:
@@ -132,16 +164,44 @@ def _check_census_arguments(lora_config: Any, optimizer: Any) -> None:
         raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
 
 
+def _asked_for(parts: Parts, config: Any, candidates: Mapping[str, nn.Module]) -> set[str]:
+    """Modules that the configuration names, and those tied to them where ``ensure_weight_tying`` asks for it.
+
+    PEFT's documentation of ``ensure_weight_tying``: tied layers get one adapter, whichever of them is named.
+    """
+    asked = {name for name, module in candidates.items() if _is_asked_for(config, name, module)}
+    tied = {parts.roots["embeddings"], parts.roots["lm_head"]}
+    if getattr(config, "ensure_weight_tying", False) and heads_are_tied(parts) and asked & tied:
+        asked |= tied
+    return asked
+
+
+def heads_are_tied(parts: Parts) -> bool:
+    """Whether head and embeddings of the base model are one tensor, as in Qwen2.5-VL-3B."""
+    modules = base_modules(parts)
+    head, embeddings = (modules[parts.roots[group]] for group in ("lm_head", "embeddings"))
+    return head.weight is embeddings.weight
+
+
+def no_adapter(parts: Parts) -> str:
+    """What to say of a model without adapter layers."""
+    kinds = sorted({peft_type_of(config) for config in adapter_configs(parts).values()})
+    if kinds:
+        return (
+            f"the model's adapter is {', '.join(kinds)}, which has no layers of its own to judge; LoRA is judged here"
+        )
+    return "the model carries no adapter; wrap it with peft.get_peft_model first"
+
+
 def _candidates(parts: Parts) -> dict[str, nn.Module]:
     """Every module that LoRA can adapt, by the name it has without an adapter."""
     from torch import nn
 
-    found: dict[str, nn.Module] = {}
-    for name, module in parts.base.named_modules():
-        inside_adapter = any(part.startswith("lora_") for part in name.split("."))
-        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d) and not inside_adapter:
-            found[name.removesuffix(".base_layer")] = module
-    return found
+    return {
+        name: module
+        for name, module in base_modules(parts).items()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d)
+    }
 
 
 def _is_asked_for(config: Any, name: str, module: nn.Module) -> bool:
@@ -241,13 +301,25 @@ def _patterned(pattern: Mapping[str, int], name: str, default: int) -> int:
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
+def _judge_active(judge: Judge, parts: Parts) -> None:
+    active = active_adapters(parts)
+    if len(active) > 1:
+        judge.problem(
+            f"{len(active)} adapters take part in every forward ({', '.join(active)}), and the LoRA config describes "
+            f"one: choose it with model.set_adapter({active[0]!r}), or merge the other into the base"
+        )
+
+
 def _judge_scaling(judge: Judge, parts: Parts, config: Any) -> None:
     adapter = chosen_adapter(parts)
     off: list[str] = []
+    silent: list[str] = []
     for name, layer in adapted_layers(parts).items():
         rank = _patterned(config.rank_pattern, name, config.r)
         alpha = _patterned(config.alpha_pattern, name, config.lora_alpha)
         factor = alpha / (rank**0.5 if config.use_rslora else rank)
+        if not factor:
+            silent.append(name)
         if not math.isclose(getattr(layer, "scaling", {}).get(adapter, factor), factor, rel_tol=_SAME_FACTOR):
             off.append(f"{name} ({layer.scaling[adapter]:g} instead of {factor:g})")
     judge.equal(
@@ -259,6 +331,11 @@ def _judge_scaling(judge: Judge, parts: Parts, config: Any) -> None:
             f"lora_alpha={config.lora_alpha}): {some(off)}"
         ),
     )
+    if silent:
+        judge.problem(
+            f"lora_alpha is 0 for {len(silent)} adapted layers, so that whatever they learn is multiplied by 0: "
+            f"{some(silent)}"
+        )
 
 
 def _expected_size(config: Any, name: str, module: nn.Module) -> int:
@@ -307,7 +384,8 @@ def _judge_counts(
         judge.problem(story)
     extra = [*foreign, *(name for name, p in copies.items() if p.requires_grad)]
     if extra:
-        count = sum(p.numel() for name, p in {**trainable, **copies}.items() if name in set(extra))
+        # By identity: tied layers have their rows and copies under two names.
+        count = sum({id(p): p.numel() for n, p in {**trainable, **copies}.items() if n in set(extra)}.values())
         judge.note(f"{count:,} trainable parameters beside LoRA: {some(extra)}")
 
 
@@ -331,6 +409,15 @@ def _judge_nothing_else(judge: Judge, parts: Parts, allowed: Mapping[str, nn.Par
             f"({tally(parts.group_of(name) for name in stray)}): {some(stray)}{hint}"
         ),
     )
+    biases = [name for name in asked_biases(parts) if parts.group_of(name) not in ("vision", "merger")]
+    if biases and config.bias != "none":
+        idle = [name for name in biases if name not in allowed]
+        judge.equal(
+            "biases trained as asked for",
+            len(biases) - len(idle),
+            len(biases),
+            else_say=f"bias={config.bias!r} asks to train {len(biases)} biases, {len(idle)} are frozen: {some(idle)}",
+        )
 
 
 def _judge_optimizer(judge: Judge, parts: Parts, optimizer: Any) -> None:
@@ -395,44 +482,58 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
 
     parts = anatomy(model)
     parameters = adapter_parameters(parts)
-    if not parts.is_peft or not parameters:
-        raise ValueError("the model carries no adapter; wrap it with peft.get_peft_model first")
+    if not parameters:
+        raise ValueError(no_adapter(parts))
     given = [batches] if isinstance(batches, Mapping) else list(batches)
     if not any("pixel_values" in batch for batch in given):
         raise CannotJudge("no batch has pictures (pixel_values), so the adapter would only be seen on text")
-    if any(layer.merged for layer in adapted_layers(parts).values()):
+    if is_merged(parts):
         raise CannotJudge("the adapter is merged into the base weights, so there is no base model to compare with")
     hold_packing(parts)
     judge = Judge("adapter_neutrality", "an untrained or disabled adapter changes nothing")
     found = {name: p.detach().to("cpu", copy=True) for name, p in gates(parameters).items()}
-    fresh = not any(bool(value.any()) for value in found.values())
+    fresh = not any(bool(value.any()) for value in found.values()) and not trained_copies(parts)
     probe = _Probe(parts, given, gates(parameters), found)
     modes = _modes(judge, parts)
-    dora = any(matrix_of(name) == _MAGNITUDE for name in parameters)
+    unjudged = _not_zero_by_b(parts, parameters)
     with (
         preserved(model),
         torch.no_grad(),
         checkpointing(parts, False),
-        originals_instead_of_copies(parts),
         uncompiled() as compiled,
     ):
-        _peft(parts).base_model.enable_adapter_layers()
+        _enable(parts)
         for mode in modes:
             for number in range(len(given)):
                 probe.judge_disabled(judge, mode, number)
-                if not dora:
+                if not unjudged:
                     probe.judge_zero(judge, mode, number)
-        if dora or not fresh:
+        if unjudged or not fresh:
             judge.report("adapter as found: largest logit change", probe.effect())
     if compiled:
         judge.note("what torch.compile has compiled was run as it was written, since compiled code rounds as it fuses")
-    if dora:
+    if unjudged:
+        judge.note(unjudged)
+    if trained_biases(parts):
         judge.note(
-            "DoRA: B = 0 is not judged, because the magnitude vector scales the base output, by a ratio "
-            "that rounding keeps from 1 even before training"
+            f"{len(trained_biases(parts))} biases of the base model are trained with the adapter (bias of its "
+            "configuration) and stay as trained while it is off: the base model here has the trained ones"
         )
     _note_initialisation(judge, parts, fresh=fresh)
     return judge.verdict()
+
+
+def _not_zero_by_b(parts: Parts, parameters: Mapping[str, nn.Parameter]) -> str:
+    """Why the adapter is not zero where B is; empty for LoRA."""
+    if any(matrix_of(name) == _MAGNITUDE for name in parameters):
+        return (
+            "DoRA: B = 0 is not judged, because the magnitude vector scales the base output, by a ratio "
+            "that rounding keeps from 1 even before training"
+        )
+    others = foreign_types(parts)
+    return (
+        f"{', '.join(others)}: only the disabled adapter is judged, because it has no B as LoRA has" if others else ""
+    )
 
 
 class _Probe:
@@ -450,7 +551,6 @@ class _Probe:
         self._gates = gate_parameters
         self._found = found
         self._slot = AdapterSlot.of(parts.wrapped)
-        self._places = list(adapted_layers(parts))
         self._base: dict[tuple[str, int], torch.Tensor] = {}
 
     def judge_disabled(self, judge: Judge, mode: str, number: int) -> None:
@@ -465,21 +565,21 @@ class _Probe:
             _largest(self._run(number, "eval"), self._reference("eval", number)) for number in range(len(self._inputs))
         )
 
-    def _run(self, number: int, mode: str) -> torch.Tensor:
+    def _run(self, number: int, mode: str, model: Any = None) -> torch.Tensor:
         import torch
 
-        # The wrapper passes everything through, so base layers and PEFT's layers are reached by the same
-        # call.
-        self._parts.wrapped.train(mode == "train")
+        run = self._parts.wrapped if model is None else model
+        run.train(mode == "train")
         torch.manual_seed(_SEED)
         self._parts.core.rope_deltas = None
-        logits: torch.Tensor = self._parts.wrapped(**self._inputs[number], use_cache=False).logits
+        logits: torch.Tensor = run(**self._inputs[number], use_cache=False).logits
         return logits.cpu()
 
     def _bare(self, number: int, mode: str) -> torch.Tensor:
         self._slot.take_off()
         try:
-            return self._run(number, mode)
+            # The wrapper passes everything through, but may look for its adapter first.
+            return self._run(number, mode, self._parts.base)
         finally:
             self._slot.put_back()
 
@@ -487,14 +587,15 @@ class _Probe:
         with warnings.catch_warnings():
             # PEFT's tuners_utils.py; what it says about trained biases is said by adapter_census.
             warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias", UserWarning)
-            with _peft(self._parts).disable_adapter():
+            with _disabled(self._parts):
                 return self._run(number, mode)
 
     def _zeroed(self, number: int, mode: str) -> torch.Tensor:
         try:
             for parameter in self._gates.values():
                 parameter.zero_()
-            return self._run(number, mode)
+            with copies_disabled(self._parts):
+                return self._run(number, mode)
         finally:
             for name, parameter in self._gates.items():
                 parameter.copy_(self._found[name])
@@ -548,9 +649,8 @@ class _Probe:
 
             return hook
 
-        layers = {place: layer for place, (_, _, layer) in zip(self._places, self._slot.layers, strict=True)}
-        for place, layer in layers.items():
-            module = layer.get_base_layer() if run == self._bare else layer
+        for place, (_, _, layer) in self._slot.layers.items():
+            module = original_module(layer) if run == self._bare else layer
             handles.append(module.register_forward_hook(watch(place)))
         try:
             run(number, mode)
@@ -571,8 +671,27 @@ def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.float() - b.float()).abs().max())
 
 
-def _peft(parts: Parts) -> Any:
-    return parts.wrapped
+def _enable(parts: Parts) -> None:
+    if parts.is_peft:
+        layers: Any = parts.wrapped.base_model
+        layers.enable_adapter_layers()
+    else:
+        parts.base.enable_adapters()
+
+
+@contextmanager
+def _disabled(parts: Parts) -> Iterator[None]:
+    """Adapters off the way users switch them off: by PEFT, or by Transformers where ``add_adapter`` was used."""
+    if parts.is_peft:
+        model: Any = parts.wrapped
+        with model.disable_adapter():
+            yield
+        return
+    parts.base.disable_adapters()
+    try:
+        yield
+    finally:
+        parts.base.enable_adapters()
 
 
 def _modes(judge: Judge, parts: Parts) -> tuple[str, ...]:
@@ -584,7 +703,7 @@ def _modes(judge: Judge, parts: Parts) -> tuple[str, ...]:
 
 
 def _note_initialisation(judge: Judge, parts: Parts, *, fresh: bool) -> None:
-    for config in _peft(parts).peft_config.values():
+    for config in adapter_configs(parts).values():
         kind = getattr(config, "init_lora_weights", True)
         if rewrites_base(config):
             judge.note(

@@ -7,16 +7,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.adapter import gates, rewrites_base
+from pytest_qvl.checks.adapter import foreign_types, gates, heads_are_tied, no_adapter, rewrites_base
 from pytest_qvl.checks.bitwise import bits_of
+from pytest_qvl.checks.effect import judge_effect, judge_finite, judge_numbers
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.wording import some
-from pytest_qvl.evidence import Evidence, Judge
-from pytest_qvl.models.adapters import adapter_parameters, chosen_adapter, name_on_disk, save_adapter, saved_tensors
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import (
+    AdapterSlot,
+    active_adapters,
+    adapter_configs,
+    adapter_parameters,
+    adapter_tensors,
+    chosen_adapter,
+    is_merged,
+    remove_peft_layers,
+    save_adapter,
+    saved_tensors,
+)
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.base_names import name_of_base, other_base
+from pytest_qvl.models.quantized import base_tensors
 from pytest_qvl.models.state import preserved
-from pytest_qvl.models.training import trained_copies, weights_restored
-from pytest_qvl.models.weights import check_adapter
+from pytest_qvl.models.training import asked_biases, checkpointing, weights_restored
+from pytest_qvl.models.weights import adapter_config, check_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -43,52 +57,78 @@ def adapter_roundtrip(model: Any, folder: str | Path | None = None) -> Evidence:
     compared, not messages:
 
     - every tensor of the file has its place in the model, and every adapter tensor of the model is in the file;
-    - each pair has one shape and, once the file's is cast to the model's dtype, the same bits.
+    - each pair has one shape and, once the file's is cast to the model's dtype, the same bits;
+    - all of them are finite.
 
     Tensors are paired by name; where a name is not found, by its end from the last ``.layers.`` or ``.blocks.`` on, so
-    that an adapter saved under another layout passes exactly if something mapped it.
+    that an adapter saved under another layout passes exactly if something mapped it. Base weights that PEFT saved
+    beside the adapter (``save_embedding_layers``, which is its default where embeddings or head are adapted) are held
+    against the base model's.
 
-    With `folder`, its file is held against the model. Without, the adapter is given random values (put back bitwise),
-    saved with ``save_pretrained`` into a temporary folder, held against that file, loaded from it beside itself with
-    ``load_adapter`` and held against it again; what was loaded is deleted. This needs the adapter's size on disk and
-    once more on the device (160 MB for rank 16 on the language backbone of a 7B model).
+    With `folder`, its file is held against the model, and has to be worth loading: it does something
+    (:func:`pytest_qvl.checks.effect.judge_effect`) and was trained for this base model
+    (:func:`pytest_qvl.models.base_names.other_base`). Without, the adapter is given random values (put back bitwise),
+    saved into a temporary folder, held against that file, and loaded from it onto the bare base model, as a new process
+    would; what was loaded is dropped. This needs the adapter's size on disk and once more on the device (160 MB for
+    rank 16 on the language backbone of a 7B model). A merged adapter stays merged.
 
     Args:
-        model: The model wrapped by PEFT.
+        model: The model wrapped by PEFT, or adapted by Transformers' ``add_adapter``.
         folder: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, which the model's adapter
             should have come from.
 
     Raises:
-        CheckFailed: Tensors without a place, tensors that the file lacks, or other values.
+        CheckFailed: Tensors without a place, tensors that the file lacks, other values, values that are not finite;
+            with `folder`, also an adapter without any effect, or one of another base model.
+        CannotJudge: The adapter is no LoRA.
         ValueError: The model has no adapter, or the folder holds none.
     """
     parts = anatomy(model)
     if not adapter_parameters(parts):
-        raise ValueError("the model carries no adapter; wrap it with peft.get_peft_model first")
+        raise ValueError(no_adapter(parts))
+    if foreign := foreign_types(parts):
+        raise CannotJudge(
+            f"the adapter on the model is {', '.join(foreign)}; the names in a file are known of LoRA only"
+        )
     adapter = chosen_adapter(parts)
     if folder is not None:
-        check_adapter(Path(folder))
-        judge = Judge("adapter_roundtrip", "the adapter in the model is the one in the folder")
-        _compare(judge, saved_tensors(Path(folder)), _held(parts, adapter), str(folder))
-        return judge.verdict()
+        return _judge_folder(parts, adapter, Path(folder))
     judge = Judge("adapter_roundtrip", "saving and loading keep the adapter")
+    judge_finite(judge, _held(parts, adapter), "the model")
     with tempfile.TemporaryDirectory(prefix="qvl-adapter-") as name, preserved(model), _random(parts, adapter):
-        save_adapter(model, Path(name))
-        saved = saved_tensors(Path(name))
-        kept = _compare(judge, saved, _held(parts, adapter), "what was saved")
-        if rewrites_base(model.peft_config[adapter]):
+        saved_in = save_adapter(model, Path(name))
+        saved = saved_tensors(saved_in)
+        kept = _compare(judge, parts, saved, _held(parts, adapter), "what was saved")
+        if rewrites_base(adapter_configs(parts)[adapter]):
             judge.note("not loaded back: an adapter of this initialisation writes into the base weights once more")
         elif kept:
-            with _loaded(model, Path(name)):
-                _compare(judge, saved, _held(parts, SECOND), "what was loaded back")
+            with _loaded(parts, adapter, saved_in) as again:
+                _compare(judge, again, saved, _held(again, chosen_adapter(again)), "what was loaded back")
+            _note_beside(judge, parts, saved, saved_in)
+    if is_merged(parts):
+        judge.note("the adapter is merged into the base weights, and stayed merged")
+    return judge.verdict()
+
+
+def _judge_folder(parts: Parts, adapter: str, folder: Path) -> Evidence:
+    check_adapter(folder)
+    judge = Judge("adapter_roundtrip", "the adapter in the model is the one in the folder")
+    saved, held = saved_tensors(folder), _held(parts, adapter)
+    judge_numbers(judge, saved, str(folder))
+    judge_finite(judge, held, str(folder))
+    _compare(judge, parts, saved, held, str(folder))
+    judge_effect(judge, parts, adapter, str(folder))
+    said = other_base(adapter_config(folder), name_of_base(parts), parts.config)
+    if said.certain:
+        judge.problem(said.sentence)
+    elif said.sentence:
+        judge.note(said.sentence)
     return judge.verdict()
 
 
 def _held(parts: Parts, adapter: str) -> dict[str, nn.Parameter]:
-    """Tensors of one adapter, by their names on disk."""
-    own = {**adapter_parameters(parts), **trained_copies(parts)}
-    marked = {name: p for name, p in own.items() if adapter in name.split(".")}
-    return {name_on_disk(name, adapter): parameter for name, parameter in marked.items()}
+    """Tensors of one adapter, and the biases trained with it, by their names on disk."""
+    return {**adapter_tensors(parts, adapter), **asked_biases(parts)}
 
 
 @contextmanager
@@ -96,8 +136,8 @@ def _random(parts: Parts, adapter: str) -> Iterator[None]:
     """Random values in place of the zeros of a fresh adapter, so that a lost tensor shows."""
     import torch
 
-    zeros = {n: p for n, p in gates(adapter_parameters(parts)).items() if adapter in n.split(".")}
-    with weights_restored(zeros.values()), torch.no_grad():
+    zeros = gates(adapter_tensors(parts, adapter))
+    with weights_restored([*zeros.values(), *asked_biases(parts).values()]), torch.no_grad():
         generator = torch.Generator().manual_seed(_SEED)
         for parameter in zeros.values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(_DEVIATION))
@@ -105,20 +145,59 @@ def _random(parts: Parts, adapter: str) -> Iterator[None]:
 
 
 @contextmanager
-def _loaded(model: Any, folder: Path) -> Iterator[None]:
-    """The saved adapter beside the one it was saved from; ``preserved`` puts the rest back."""
-    active = model.active_adapter
+def _loaded(parts: Parts, adapter: str, folder: Path) -> Iterator[Parts]:
+    """The saved adapter on the bare base model, loaded the way the model's own was made; all is put back."""
+    import torch
+    from peft import PeftModel
+
+    slot, biases = AdapterSlot.of(parts.wrapped), list(asked_biases(parts).values())
+    slot.take_off()
+    try:
+        with torch.no_grad():
+            for bias in biases:  # part of the base model: not to be found there already
+                bias.zero_()
+        with checkpointing(parts, False):  # with it, PEFT hooks the embeddings for gradients
+            if parts.is_peft:
+                yield anatomy(PeftModel.from_pretrained(parts.base, folder, adapter_name=adapter))
+            else:
+                parts.base.load_adapter(folder, adapter_name=adapter)
+                yield anatomy(parts.base)
+    finally:
+        remove_peft_layers(parts.base)
+        slot.put_back()
+
+
+def _note_beside(judge: Judge, parts: Parts, saved: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Say what a second copy on the same model would lose, where embeddings and head are tied.
+
+    PEFT ties copies, rows and matrices of the head to those of the embeddings when the first adapter is attached
+    (``ensure_weight_tying``), and not again for the next (huggingface/peft#2864).
+    """
+    model: Any = parts.wrapped
+    active = active_adapters(parts)
+    asked = getattr(adapter_configs(parts)[chosen_adapter(parts)], "ensure_weight_tying", False)
+    alone = parts.is_peft and len(active) == 1 and not is_merged(parts)  # another one would undo a merge
+    if not (asked and alone and heads_are_tied(parts)):
+        return
     try:
         model.load_adapter(folder, adapter_name=SECOND, is_trainable=False)
-        yield
+        _, homeless = _pair(saved, _held(parts, SECOND))
     finally:
         if SECOND in model.peft_config:
             model.delete_adapter(SECOND)
-        model.set_adapter(active)
+        model.set_adapter(active[0])
+    if homeless:
+        judge.note(
+            f"a fresh base model gets all of it, but beside another adapter PEFT's load_adapter() loses "
+            f"{some(homeless)}: embeddings and head are tied, and PEFT ties the first adapter's only"
+        )
 
 
-def _compare(judge: Judge, saved: Mapping[str, torch.Tensor], held: Mapping[str, nn.Parameter], what: str) -> bool:
+def _compare(
+    judge: Judge, parts: Parts, saved: Mapping[str, torch.Tensor], held: Mapping[str, nn.Parameter], what: str
+) -> bool:
     pairs, homeless = _pair(saved, held)
+    homeless = _judge_base_weights(judge, parts, saved, homeless, what)
     placed = set(pairs.values())
     absent = [name for name in held if name not in placed]
     judge.equal(
@@ -158,6 +237,28 @@ def _compare(judge: Judge, saved: Mapping[str, torch.Tensor], held: Mapping[str,
     return not (homeless or absent or other)
 
 
+def _judge_base_weights(
+    judge: Judge, parts: Parts, saved: Mapping[str, torch.Tensor], homeless: list[str], what: str
+) -> list[str]:
+    """Hold base weights that were saved beside the adapter against the model's.
+
+    Returns:
+        The names that are no base weights either.
+    """
+    base = {name.removesuffix(".weight"): tensor for name, tensor in base_tensors(parts)}
+    beside = {name: base.get(name.replace(".base_layer", "")) for name in homeless}
+    found = {name: tensor for name, tensor in beside.items() if tensor is not None}
+    other = [name for name, tensor in found.items() if not _same(saved[name], tensor)]
+    if other:
+        judge.problem(
+            f"{what} holds base weights beside the adapter, and {len(other)} of {len(found)} are not bitwise those of "
+            f"this base model: {some(other)}"
+        )
+    elif found:
+        judge.report(f"{what}: base weights beside the adapter, compared", len(found))
+    return [name for name in homeless if name not in found]
+
+
 def _pair(saved: Mapping[str, Any], held: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """Names in the file with their names in the model, and those that have none."""
     pairs = {name: name for name in saved if name in held}
@@ -182,7 +283,7 @@ def _end(name: str) -> str:
     return name if start < 0 else name[start:]
 
 
-def _same(saved: torch.Tensor, held: nn.Parameter) -> bool:
+def _same(saved: torch.Tensor, held: torch.Tensor) -> bool:
     import torch
 
     if saved.shape != held.shape:

@@ -129,6 +129,11 @@ def anatomy(model: Any) -> Parts:
         UnknownModelError: The object is no such model.
     """
     base = unwrap(model)
+    if callable(getattr(base, "get_base_model", None)) or type(model).__name__ == "PeftMixedModel":
+        raise UnknownModelError(
+            f"{type(model).__name__} holds a {type(base).__name__}: wrap the base model once, with "
+            "peft.get_peft_model, and put further adapters on it with add_adapter"
+        )
     config: Any = getattr(base, "config", None)
     family = FAMILIES.get(getattr(config, "model_type", ""))
     core = getattr(base, "model", None)

@@ -163,19 +163,23 @@ class ModelOwner:
         Returns:
             Whether it is a model that this package knows, and so can watch and restore.
         """
+        from pytest_qvl.models.adapters import peft_layers
         from pytest_qvl.models.anatomy import UnknownModelError, anatomy
 
-        if model is self.resident or model is self._model:
+        held = self._adapted is not None and self._adapted.slot.attached
+        if model is self.resident and held:
             return True
         try:
             parts = anatomy(model)
         except (UnknownModelError, AttributeError):
             return False
+        if model is self._model and (held or not peft_layers(parts)):
+            return True
         if parts.base is not self._model:
             self.release()
             self._hold(parts.base, key=None)
         self._adapted = None
-        if parts.is_peft:
+        if parts.is_peft or peft_layers(parts):  # Transformers adds an adapter without a wrapper
             self._note_adapter(model, key=None)
             self._adopt_base(maker)
         return True
@@ -188,20 +192,17 @@ class ModelOwner:
         """Take the adapter off, keeping its weights.
 
         Returns:
-            Whether it is off; not if PEFT left something else in the model: ``modules_to_save``, or adapter layers
-            that somebody put there past this owner.
+            Whether it is off; not if somebody put layers of PEFT into the model past this owner.
         """
-        from pytest_qvl.models.adapters import adapted_layers
+        from pytest_qvl.models.adapters import peft_layers
         from pytest_qvl.models.anatomy import anatomy
-        from pytest_qvl.models.training import trained_copies
 
         if self._model is None:
             return True
         if self._adapted is not None and self._adapted.slot.attached:
             self._adapted.slot.take_off()
         self._rest()
-        parts = anatomy(self._model)
-        return not (adapted_layers(parts) or trained_copies(parts))
+        return not peft_layers(anatomy(self._model))
 
     def show_adapted(self, version: Hashable) -> bool:
         """Put the adapter on, with the weights that ``version`` left (:data:`FRESH`: as attached).
@@ -313,6 +314,7 @@ class ModelOwner:
     def _attach(self, model: Any, backend_name: str, lora_config: Any, adapter: str | None, seed: int) -> AdapterSlot:
         import torch
 
+        from pytest_qvl.models.adapters import remove_peft_layers
         from pytest_qvl.models.anatomy import anatomy
 
         device = anatomy(model).device
@@ -322,7 +324,7 @@ class ModelOwner:
                 # A copy, because PEFT writes into the configuration what it made of it.
                 return backend(backend_name).attach(model, copy.deepcopy(lora_config), adapter)
             except Exception as error:
-                remove_adapter_layers(model)
+                remove_peft_layers(model)
                 if type(error).__name__ == "OutOfMemoryError":
                     raise
                 raise ModelLoadError(f"no adapter on {type(model).__name__}: {one_line(error)}") from None
@@ -362,12 +364,8 @@ class ModelOwner:
         """Digests under the names that the tensors have without PEFT, whatever PEFT has wrapped by now."""
         from pytest_qvl.models.anatomy import anatomy
         from pytest_qvl.models.quantized import base_tensors
-        from pytest_qvl.models.training import trained_copies
 
-        parts = anatomy(self._model)
-        copies = trained_copies(parts)
-        tensors = ((name, tensor) for name, tensor in base_tensors(parts) if name not in copies)
-        return self._base_fingerprint.read((name.replace(".original_module", ""), tensor) for name, tensor in tensors)
+        return self._base_fingerprint.read(base_tensors(anatomy(self._model)))
 
     def _version(self) -> _Version:
         weights = {n: p.detach().to("cpu", copy=True) for n, p in self._adapter_parameters().items()}
@@ -400,18 +398,6 @@ def _load(request: LoadRequest, backend_name: str) -> Any:
 def _differences(before: dict[str, int], now: dict[str, int]) -> list[str]:
     names = [*before, *(name for name in now if name not in before)]
     return [name for name in names if before.get(name) != now.get(name)]
-
-
-def remove_adapter_layers(model: Any) -> None:
-    """Undo an attachment that failed half way: put every wrapped layer's own layer back."""
-    from pytest_qvl.models.adapters import adapted_layers
-    from pytest_qvl.models.anatomy import anatomy
-
-    base = anatomy(model).base
-    for name, layer in adapted_layers(anatomy(model)).items():
-        parent, _, child = name.rpartition(".")
-        setattr(base.get_submodule(parent), child, layer.get_base_layer())
-    vars(base).pop("peft_config", None)
 
 
 def cast_quantized_biases(model: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import Group, Parts
 
 if TYPE_CHECKING:
@@ -215,17 +216,11 @@ def base_tensors(parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the base model that training must leave alone, by dotted name in the base model.
 
     Parameters, buffers, and the quant state of each 4-bit weight: packed data, absmax, code book, offset and the
-    nested statistics. Base layers under adapters are included under the name they have without the adapter;
-    adapter tensors are not.
+    nested statistics. What PEFT has wrapped is included under the name it has without PEFT; what PEFT added is not.
     """
-    for name, module in parts.base.named_modules():
-        if any(part.startswith("lora_") for part in name.split(".")):
-            continue
-        clean = name.replace(".base_layer", "")
-        prefix = f"{clean}." if clean else ""
+    for name, module in base_modules(parts).items():
+        prefix = f"{name}." if name else ""
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if key.startswith("lora_"):
-                continue
             yield f"{prefix}{key}", tensor
             quant = getattr(tensor, "quant_state", None)
             if quant is not None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pytest_qvl.models.adapters import adapted_layers
+from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
 from pytest_qvl.models.anatomy import anatomy
 
 _HOOK_TABLES = (
@@ -42,9 +42,8 @@ def preserved(model: Any, *, training: bool | None = None, seed: int | None = No
     checkpointing = [vars(m).get("gradient_checkpointing") for m in modules]
     hooks = [{t: dict(vars(m)[t]) for t in _HOOK_TABLES if t in vars(m)} for m in modules]
     parameters = [(p, p.requires_grad, p.grad) for p in parts.wrapped.parameters()]
-    layers = [
-        (layer, layer._disable_adapters, copy.copy(layer._active_adapter)) for layer in adapted_layers(parts).values()
-    ]
+    switched = [*adapted_layers(parts).values(), *auxiliary_layers(parts).values()]
+    layers = [(layer, layer._disable_adapters, copy.copy(layer._active_adapter)) for layer in switched]
     generation, use_cache = parts.base.generation_config, parts.text_config.use_cache
     settings = copy.deepcopy(vars(generation))
     deltas = parts.core.rope_deltas

@@ -7,7 +7,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
+from pytest_qvl.models.adapters import (
+    active_adapters,
+    adapted_layers,
+    adapter_configs,
+    adapter_parameters,
+    auxiliary_layers,
+)
 from pytest_qvl.models.quantized import linear_states
 
 if TYPE_CHECKING:
@@ -60,14 +66,18 @@ def checkpointing(parts: Parts, enabled: bool, *, own_way: bool = False) -> Iter
 
 
 def trained_copies(parts: Parts) -> dict[str, nn.Parameter]:
-    """What PEFT trains besides its adapters, by dotted name: copies for ``modules_to_save`` and the like."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    """What PEFT trains besides its adapters because the configuration asks for it, by dotted name.
 
+    Copies for ``modules_to_save`` and the like, and :func:`trained_biases`.
+    """
+    return {**copied_parameters(parts), **trained_biases(parts)}
+
+
+def copied_parameters(parts: Parts) -> dict[str, nn.Parameter]:
+    """Copies that PEFT trains in place of a module of the base model (``modules_to_save``), by dotted name."""
     found: dict[str, nn.Parameter] = {}
     adapters = {id(parameter) for parameter in adapter_parameters(parts).values()}
-    for name, module in parts.base.named_modules():
-        if not isinstance(module, AuxiliaryTrainingWrapper):
-            continue
+    for name, module in auxiliary_layers(parts).items():
         original = {id(parameter) for parameter in module.original_module.parameters()}
         for key, parameter in module.named_parameters():
             if id(parameter) not in original and id(parameter) not in adapters:
@@ -85,20 +95,29 @@ def trained_on_purpose(parts: Parts, policy: AdapterPolicy) -> dict[str, nn.Para
     }
 
 
-@contextmanager
-def originals_instead_of_copies(parts: Parts) -> Iterator[None]:
-    """Let ``modules_to_save`` and their like compute with the base model's own weights inside the block."""
-    from peft.utils.other import AuxiliaryTrainingWrapper
+def trained_biases(parts: Parts) -> dict[str, nn.Parameter]:
+    """The base model's biases that an adapter's ``bias`` trains, by dotted name; those of vision and merger left out.
 
-    wrappers = [module for module in parts.base.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    before = [wrapper._disable_adapters for wrapper in wrappers]
-    try:
-        for wrapper in wrappers:
-            wrapper._disable_adapters = True
-        yield
-    finally:
-        for wrapper, flag in zip(wrappers, before, strict=True):
-            wrapper._disable_adapters = flag
+    ``"all"`` is every bias of the model, ``"lora_only"`` those of the adapted layers. Vision tower and merger stay
+    frozen whatever a configuration says, so that a bias trained there is no part of the adapter.
+    """
+    return {
+        name: parameter
+        for name, parameter in asked_biases(parts).items()
+        if parameter.requires_grad and parts.group_of(name) not in ("vision", "merger")
+    }
+
+
+def asked_biases(parts: Parts) -> dict[str, nn.Parameter]:
+    """The base model's biases that the ``bias`` of the active adapters asks to train, in all of its parts."""
+    kinds = {getattr(adapter_configs(parts).get(name), "bias", "none") for name in active_adapters(parts)}
+    adapted = tuple(f"{name}.base_layer.bias" for name in adapted_layers(parts)) if kinds - {"none"} else ()
+    own = {id(parameter) for parameter in adapter_parameters(parts).values()} if kinds - {"none"} else set()
+    return {
+        name: parameter
+        for name, parameter in (parts.base.named_parameters() if adapted else ())
+        if name.endswith(".bias") and id(parameter) not in own and ("all" in kinds or name in adapted)
+    }
 
 
 @contextmanager

@@ -31,6 +31,7 @@ _HELP = (
 )
 _FOLDER_HELP = "give the folder that save_pretrained wrote"
 _AGAIN = "download or save it again"
+ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_HELP = "give the folder that PeftModel.save_pretrained wrote"
 
 
@@ -205,7 +206,7 @@ def check_adapter(folder: Path) -> None:
     """
     if not folder.is_dir():
         raise ModelSourceError(f"the adapter folder {str(folder)!r} does not exist; {_ADAPTER_HELP}")
-    kind = _read_json(folder, "adapter_config.json", "adapter folder", _ADAPTER_HELP).get("peft_type")
+    kind = adapter_config(folder).get("peft_type")
     if kind != "LORA":
         raise ModelSourceError(
             f"adapter folder {str(folder)!r}: adapter_config.json says peft_type {kind!r}; this package tests 'LORA'"
@@ -217,6 +218,30 @@ def check_adapter(folder: Path) -> None:
             f"because they can run code; {_ADAPTER_HELP}"
         )
     check_safetensors(weights)
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """The content of a saved adapter's ``adapter_config.json``.
+
+    Raises:
+        ModelSourceError: There is none, or it is no JSON object; names the folders below that have one.
+    """
+    return _read_json(folder, ADAPTER_CONFIG, "adapter folder", _adapters_below(folder) or _ADAPTER_HELP)
+
+
+def _adapters_below(folder: Path) -> str:
+    """Which folders one level down hold an adapter; empty if none does, or this one does.
+
+    A Trainer's output folder keeps them in ``checkpoint-N``; PEFT keeps an adapter that is not called ``default`` in a
+    folder of its name.
+    """
+    below = [path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}")]
+    if not below or (folder / ADAPTER_CONFIG).is_file():
+        return ""
+    steps = {int(found[1]): path for path in below if (found := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    best = steps[max(steps)] if steps else max(below, key=lambda path: (path.stat().st_mtime, path.name))
+    count = f"the newest of {len(below)} below it" if len(below) > 1 else "one level down"
+    return f"give {str(best)!r}, {count}"
 
 
 def _check_shards(folder: Path) -> None:

@@ -61,6 +61,7 @@ def figure(evidence: Evidence, name: str) -> Any:
         {"trainable_token_indices": [3, 4]},
         {"init_lora_weights": "olora"},
         {"init_lora_weights": "gaussian", "lora_dropout": 0.1},
+        {"bias": "lora_only"},
     ],
     ids=str,
 )
@@ -209,6 +210,34 @@ def test_one_unfrozen_base_tensor(fresh_model: Any, lora_config: Any) -> None:
     )
 
 
+def test_a_bias_that_is_asked_for_and_frozen(fresh_model: Any, lora_config: Any) -> None:
+    model = fresh_model(lora={"bias": "lora_only"})
+    q_proj(model).base_layer.bias.requires_grad_(False)
+    message = refused(adapter_census, model, lora_config(bias="lora_only"))
+    assert message.startswith("bias='lora_only' asks to train 12 biases, 1 are frozen: ")
+
+
+def test_a_second_active_adapter_is_named(fresh_model: Any, lora_config: Any) -> None:
+    model = fresh_model(lora=True)
+    model.add_adapter("second", lora_config(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    model.set_requires_grad("second", requires_grad=False)
+    message = refused(adapter_census, model, lora_config())
+    assert message.startswith("2 adapters take part in every forward (default, second), and the LoRA config describes")
+
+
+def test_other_kinds_of_adapters_are_one_sentence(fresh_model: Any, lora_model: Any, lora_config: Any) -> None:
+    from peft import AdaLoraConfig, IA3Config, get_peft_model
+
+    ia3 = IA3Config(target_modules=["v_proj"], feedforward_modules=[])
+    with pytest.raises(CannotJudge, match="IA3Config asks for IA3; the census knows"):
+        adapter_census(lora_model, ia3)
+    with pytest.raises(CannotJudge, match="AdaLoraConfig asks for ADALORA"):
+        adapter_census(lora_model, AdaLoraConfig(target_modules=["q_proj"], total_step=9))
+    with pytest.raises(CannotJudge, match="the adapter on the model is IA3"):
+        adapter_census(get_peft_model(fresh_model(), ia3), lora_config())
+
+
 def test_trained_biases_are_traced_to_their_setting(fresh_model: Any, lora_config: Any) -> None:
     message = refused(census, fresh_model, lora_config, bias="all")
     assert "bias='all' in the LoRA config trains them" in message
@@ -291,6 +320,54 @@ def test_neutral_in_every_dtype_and_kind(fresh_model: Any, batch: Any, load: Any
     judged = [f for f in evidence.figures if f.relation]
     assert len(judged) == 4
     assert all(f.value == 0.0 for f in judged)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {"trainable_token_indices": "of the batch"},
+        {"bias": "lora_only"},
+        {"rank_pattern": {"q_proj": 32}, "alpha_pattern": {"q_proj": 64}},
+    ],
+    ids=str,
+)
+def test_neutral_when_everything_that_peft_trains_was_trained(fresh_model: Any, batch: Any, lora: Any) -> None:
+    if "trainable_token_indices" in lora:
+        lora = {"trainable_token_indices": batch["input_ids"].unique()[-4:].tolist()}
+    model = fresh_model(lora=lora)
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    evidence = adapter_neutrality(model, batch)
+    assert all(f.value == 0.0 for f in evidence.figures if f.relation)
+    assert figure(evidence, "adapter as found: largest logit change") > 0
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute in the model:UserWarning")
+def test_neutral_without_a_wrapper_and_wrapped_twice(fresh_model: Any, batch: Any, lora_config: Any) -> None:
+    from peft import get_peft_model
+
+    from pytest_qvl.models.adapters import remove_peft_layers
+
+    base = fresh_model()
+    base.add_adapter(lora_config(init_lora_weights=False), adapter_name="vlm")
+    assert adapter_neutrality(base, batch).ok
+    assert adapter_census(base, lora_config()).ok
+    remove_peft_layers(base)
+    get_peft_model(base, lora_config())
+    assert adapter_neutrality(get_peft_model(base, lora_config(init_lora_weights=False)), batch).ok
+
+
+def test_what_is_no_lora_is_judged_when_disabled_only(fresh_model: Any, batch: Any) -> None:
+    from peft import IA3Config, get_peft_model
+
+    model = get_peft_model(fresh_model(), IA3Config(target_modules=["v_proj"], feedforward_modules=[]))
+    evidence = adapter_neutrality(model, batch)
+    assert [f.name.partition(",")[0] for f in evidence.figures if f.relation] == ["disabled adapter"] * 2
+    assert evidence.notes[0].startswith("IA3: only the disabled adapter is judged")
 
 
 def test_neutral_under_autocast(fresh_model: Any, batch: Any) -> None:

@@ -268,13 +268,45 @@ def test_an_attachment_that_fails_leaves_the_base_as_it_was(owner, base, lora, t
     assert has_lora(owner.adapted(base, "transformers", lora(), None, 0))
 
 
-def test_what_peft_leaves_besides_adapters_makes_the_base_unfit(owner, request_for, lora):
-    base = owner.base(request_for(), "transformers")
-    owner.adapted(base, "transformers", lora(modules_to_save=["lm_head"]), None, 0)
+TOKENS = {"trainable_token_indices": [5, 6]}
+
+
+@pytest.mark.parametrize(
+    "beside", [{"modules_to_save": ["lm_head"]}, TOKENS, {"bias": "lora_only"}], ids=lambda beside: next(iter(beside))
+)
+def test_what_peft_trains_besides_adapters_comes_off_and_back_too(owner, base, lora, beside):
+    from pytest_qvl.models.adapters import peft_layers
+    from pytest_qvl.models.anatomy import anatomy
+
+    names, head = [name for name, _ in base.named_parameters()], base.lm_head
+    model = owner.adapted(base, "transformers", lora(**beside), None, 0)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert owner.base_changes() == []
     assert owner.adapter_changes() == []
-    assert not owner.show_base()
-    assert owner.base(request_for(), "transformers") is not base
+    assert owner.show_base()
+    assert not peft_layers(anatomy(base))
+    assert base.lm_head is head
+    assert [name for name, _ in base.named_parameters()] == names
+    assert not any(p.requires_grad for p in base.parameters())
+    assert owner.base_changes() == []
+    assert owner.show_adapted(FRESH)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    assert owner.base_changes() == owner.adapter_changes() == []
+    owner.drop_adapter()
+
+
+def test_an_adapter_that_transformers_added_is_taken_over(owner, request_for, lora):
+    base = owner.base(request_for(), "transformers")
+    base.add_adapter(lora(r=3), adapter_name="vlm")
+    fill(base, 5)
+    assert owner.take(base, "somebody")
+    assert owner.adapter_changes() == owner.base_changes() == []
+    fill(base, 6)
+    assert owner.restore_adapter()
+    assert holds(base, 5)
+    assert owner.show_base()
+    assert not has_lora(base)
+    owner.release()
 
 
 def test_a_model_wrapped_by_somebody_else_is_taken_over(owner, base, lora):

@@ -1,0 +1,65 @@
+"""Which names are the same base model, which are another, and which prove nothing."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_qvl.models.base_names import other_base
+from pytest_qvl.models.released import released_config
+
+COMMIT = "0123456789" * 4
+SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"
+
+
+@pytest.fixture(scope="module")
+def config():
+    return released_config("qwen2.5-vl-7b")
+
+
+@pytest.mark.parametrize(
+    ("named", "under_test"),
+    [
+        (SEVEN, SEVEN),
+        ("unsloth/Qwen2.5-VL-7B-Instruct-unsloth-bnb-4bit", SEVEN),
+        (SEVEN, "someone/qwen2.5-vl-7b-instruct-AWQ"),
+        ("/models/Qwen2.5-VL-7B-Instruct/", SEVEN),
+        (SEVEN, f"/cache/hub/models--Qwen--Qwen2.5-VL-7B-Instruct/snapshots/{COMMIT}"),
+        (SEVEN, ""),
+        ("", SEVEN),
+        ("/train/out/merged", "/serve/merged"),
+    ],
+)
+def test_the_same_model_or_nothing_to_compare(config, named, under_test):
+    assert other_base({"base_model_name_or_path": named}, under_test, config) == ("", False)
+
+
+@pytest.mark.parametrize(
+    ("named", "under_test", "said"),
+    [
+        ("allenai/olmOCR-2-7B", SEVEN, "its shapes fit, but it was learned on other weights"),
+        ("Qwen/Qwen2-VL-7B-Instruct", "/models/mine", "which is qwen2_5_vl"),
+        ("/models/Qwen3-VL-8B-Instruct", "", "which is qwen2_5_vl"),
+        ("Qwen/Qwen2.5-VL-3B-Instruct", "/models/mine", "which is 3,584 wide and not 2,048"),
+    ],
+)
+def test_certainly_another_model(config, named, under_test, said):
+    sentence, certain = other_base({"base_model_name_or_path": named}, under_test, config)
+    assert certain
+    assert said in sentence
+    assert repr(named) in sentence
+    assert repr(under_test or "a model built from a configuration") in sentence
+
+
+@pytest.mark.parametrize(("named", "under_test"), [(SEVEN, "/models/mine"), ("/sft-1", SEVEN), ("/sft-1", "/sft-2")])
+def test_a_folder_proves_nothing(config, named, under_test):
+    sentence, certain = other_base({"base_model_name_or_path": named}, under_test, config)
+    assert sentence.endswith("if these are not the same weights, load it on the model it was trained for")
+    assert not certain
+
+
+def test_another_revision():
+    loaded = released_config("qwen2.5-vl-7b")
+    loaded._commit_hash = COMMIT
+    for revision, different in ((COMMIT, False), ("main", False), (None, False), ("f" * 40, True)):
+        adapter = {"base_model_name_or_path": SEVEN, "revision": revision}
+        assert other_base(adapter, SEVEN, loaded).certain is different
