@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import after, attribute, values
-from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters
+from pytest_qvl.faults.tools import after, all_of, attribute, values
+from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters, chosen_adapter, save_adapter
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
 
@@ -207,15 +209,15 @@ def _optimizer_holds_vision(case: Case) -> Iterator[None]:
 )
 def _ignores_disabling(case: Case) -> Iterator[None]:
     name = "model.language_model.layers.1.mlp.up_proj"
-    layer = adapted_layers(anatomy(case.model))[name]
+    layer, adapter = adapted_layers(anatomy(case.model))[name], chosen_adapter(anatomy(case.model))
 
     def forward(x: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
-        a, b = layer.lora_A["default"], layer.lora_B["default"]
-        low = b(a(x.to(a.weight.dtype))) * layer.scaling["default"]
+        a, b = layer.lora_A[adapter], layer.lora_B[adapter]
+        low = b(a(x.to(a.weight.dtype))) * layer.scaling[adapter]
         made: torch.Tensor = layer.base_layer(x) + low.to(x.dtype)
         return made
 
-    weight = layer.lora_B["default"].weight
+    weight = layer.lora_B[adapter].weight
     with attribute(layer, "forward", forward), values(weight, lambda b: b + 0.05):
         yield
 
@@ -250,3 +252,78 @@ def _for_inference(case: Case) -> Iterator[None]:
     for parameter in adapter_parameters(anatomy(case.model)).values():
         parameter.requires_grad_(False)
     yield
+
+
+@contextmanager
+def _loaded_from_a_folder(case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Path]:
+    """The adapter saved with its B matrices changed, and the same in the model, as if it had been loaded from there."""
+    from pytest_qvl.checks.adapter import gates
+
+    matrices = list(gates(adapter_parameters(anatomy(case.model))).values())
+    with TemporaryDirectory(prefix="qvl-fault-") as name, all_of([values(p, change) for p in matrices]):
+        case.adapter_folder = save_adapter(case.model, Path(name))
+        yield case.adapter_folder
+
+
+@fault(
+    "adapter-without-effect",
+    "The adapter in the folder was saved before its training: B is zero, and the model is the base model.",
+    damages="adapter",
+    check="adapter_roundtrip",
+    says=("the adapter does nothing: 28 of 28 adapted layers", "B is all zero"),
+    source="vllm-project/vllm#39278, huggingface/transformers#38627",
+)
+def _without_effect(case: Case) -> Iterator[None]:
+    with _loaded_from_a_folder(case, lambda b: b * 0):
+        yield
+
+
+@fault(
+    "adapter-not-finite",
+    "The training diverged before the checkpoint: one B matrix after the other holds NaN.",
+    damages="adapter",
+    check="adapter_roundtrip",
+    says=("28 of 56 adapter tensors", "NaN or infinity", "take an earlier checkpoint"),
+)
+def _not_finite(case: Case) -> Iterator[None]:
+    with _loaded_from_a_folder(case, lambda b: b + float("nan")):
+        yield
+
+
+@fault(
+    "adapter-names-another-base",
+    "The adapter was trained for Qwen2-VL, and its shapes fit this model all the same.",
+    damages="adapter",
+    check="adapter_roundtrip",
+    says=("the adapter was trained for 'Qwen/Qwen2-VL-2B-Instruct'", "which is qwen2_5_vl"),
+    source="huggingface/trl#6591",
+)
+def _names_another_base(case: Case) -> Iterator[None]:
+    import json
+
+    with _loaded_from_a_folder(case, lambda b: b + 0.02) as folder:
+        file = folder / "adapter_config.json"
+        file.write_text(
+            json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct"})
+        )
+        yield
+
+
+@fault(
+    "second-adapter-active",
+    "A frozen second adapter was left active and changes every answer.",
+    damages="adapter",
+    check="adapter_census",
+    says=("2 adapters take part in every forward (default, left-over)", "describes one"),
+    source="huggingface/trl#3196",
+)
+def _second_active(case: Case) -> Iterator[None]:
+    model: Any = case.model
+    model.add_adapter("left-over", _config(case, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "left-over"])
+    model.set_requires_grad("left-over", requires_grad=False)
+    try:
+        yield
+    finally:
+        model.delete_adapter("left-over")
+        model.set_adapter("default")

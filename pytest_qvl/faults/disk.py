@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.adapters import another_adapter
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import after, all_of, attribute, values
-from pytest_qvl.models.adapters import ADAPTER_FILE, adapted_layers, adapter_parameters, save_adapter
+from pytest_qvl.models.adapters import (
+    ADAPTER_FILE,
+    adapted_layers,
+    adapter_parameters,
+    chosen_adapter,
+    save_adapter,
+)
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
@@ -97,9 +103,11 @@ def _half_dropped(case: Case) -> Iterator[None]:
     source="huggingface/peft#2321, #2586",
 )
 def _merged_twice(case: Case) -> Iterator[None]:
+    adapter = chosen_adapter(anatomy(case.model))
+
     def once_more(layer: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        down, up = layer.lora_A["default"], layer.lora_B["default"]
-        added = up(down(args[0].to(down.weight.dtype))) * layer.scaling["default"]
+        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        added = up(down(args[0].to(down.weight.dtype))) * layer.scaling[adapter]
         doubled: torch.Tensor = output + added.to(output.dtype)
         return doubled
 
