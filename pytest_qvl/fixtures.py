@@ -93,8 +93,12 @@ def qvl_lora_config(qvl_adapter: Path | None) -> Any:
     """
     from peft import LoraConfig
 
-    if qvl_adapter is not None:
-        return LoraConfig.from_pretrained(str(qvl_adapter))
+    from pytest_qvl.models.attaching import adapter_folder, saved_lora_config
+
+    with one_clear_error("qvl_lora_config"):
+        folder = adapter_folder(qvl_adapter)
+        if folder is not None:
+            return saved_lora_config(folder)
     return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, bias="none", target_modules=LANGUAGE_ONLY)
 
 
@@ -146,10 +150,13 @@ def qvl_lora_model(
     qvl_adapter: Path | None,
 ) -> Iterator[Any]:
     """The 4-bit base model wrapped with LoRA in place: a ``PeftModel``, in eval mode when a test starts."""
+    from pytest_qvl.models.attaching import adapter_folder
+
     state, settings = request.config.stash[STATE_KEY], request.config.stash[SETTINGS_KEY]
     state.refuse_unannounced(request, "qvl_lora_model")
-    adapter = None if qvl_adapter is None else str(qvl_adapter)
     with one_clear_error("qvl_lora_model"):
+        folder = adapter_folder(qvl_adapter)
+        adapter = None if folder is None else str(folder)
         model = state.owner.adapted(qvl_quantized_model, qvl_backend, qvl_lora_config, adapter, settings.seed)
     yield model
     del model

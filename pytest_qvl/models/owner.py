@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.models.backends import BASELINE, Backend, LoadRequest, ModelLoadError, backend, one_line
+from pytest_qvl.models.backends import BASELINE, Backend, LoadRequest, ModelLoadError, backend
 from pytest_qvl.models.fingerprint import Fingerprint
 from pytest_qvl.models.hub import model_folder
 from pytest_qvl.models.weights import parameter_count
@@ -316,7 +316,9 @@ class ModelOwner:
 
         from pytest_qvl.models.adapters import remove_peft_layers
         from pytest_qvl.models.anatomy import anatomy
+        from pytest_qvl.models.attaching import check_lora_config, why_not_attached
 
+        check_lora_config(lora_config)
         device = anatomy(model).device
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), no_progress_bars():
             torch.manual_seed(seed)
@@ -327,7 +329,8 @@ class ModelOwner:
                 remove_peft_layers(model)
                 if type(error).__name__ == "OutOfMemoryError":
                     raise
-                raise ModelLoadError(f"no adapter on {type(model).__name__}: {one_line(error)}") from None
+                why = why_not_attached(error, lora_config, adapter)
+                raise ModelLoadError(f"no adapter on {type(model).__name__}: {why}") from None
 
     def _note_adapter(self, adapted: Any, key: Key | None) -> None:
         from pytest_qvl.models.adapters import AdapterSlot

@@ -97,7 +97,9 @@ def test_a_saved_adapter_is_loaded_and_a_wrong_one_is_one_error(pytester, run_re
     config.write_text(config.read_text().replace('"r": 3', '"r": 5'))
     result = run_real("--qvl-adapter", "saved")
     result.assert_outcomes(errors=1)
-    result.stdout.fnmatch_lines(["qvl_lora_model: no adapter on *: RuntimeError: *size mismatch*"])
+    result.stdout.fnmatch_lines(
+        ["qvl_lora_model: no adapter on *: the adapter in *saved does not fit: *its configuration asks for r=*"]
+    )
 
 
 def test_two_models_one_after_the_other(pytester, run_real):

@@ -335,6 +335,24 @@ def test_a_load_that_fails_is_told_once_and_not_tried_again(pytester, run_real):
     assert result.stdout.str().count("could not be loaded") == 1
 
 
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("5", "qvl_adapter gives 5; expected the folder*"), ("'/nope'", "the adapter folder '/nope' does not exist*")],
+)
+def test_a_fixture_that_gives_no_adapter_is_one_clear_error(pytester, run_real, value, said):
+    pytester.makeconftest(
+        f"""
+    import pytest
+    @pytest.fixture(scope="session")
+    def qvl_adapter(): return {value}
+    """
+    )
+    pytester.makepyfile("def test_config(qvl_lora_config): pass")
+    result = run_real("-rN")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines([f"qvl_lora_config: {said}"])
+
+
 def test_loading_is_a_phase_of_its_own_once_per_model(pytester, run_real):
     pytester.makepyfile(
         """

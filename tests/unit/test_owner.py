@@ -11,8 +11,9 @@ import pytest
 
 from pytest_qvl.data import embedded_model_dir
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.models.backends import LoadRequest, ModelLoadError
-from pytest_qvl.models.owner import FRESH, ModelOwner, one_line, refuse_if_too_big, value_key
+from pytest_qvl.models.attaching import adapter_folder, saved_lora_config
+from pytest_qvl.models.backends import LoadRequest, ModelLoadError, one_line
+from pytest_qvl.models.owner import FRESH, ModelOwner, refuse_if_too_big, value_key
 from pytest_qvl.models.weights import ModelSource, parse_model
 
 LANGUAGE = r".*language_model.*\.q_proj"
@@ -266,6 +267,67 @@ def test_an_attachment_that_fails_leaves_the_base_as_it_was(owner, base, lora, t
     assert owner.show_base()
     assert owner.base_changes() == []
     assert has_lora(owner.adapted(base, "transformers", lora(), None, 0))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"r": "8"}, r"r of the LoRA config is '8'; expected a whole number of at least 1"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\] of the LoRA config is 0; expected"),
+        ({"lora_alpha": "16"}, "lora_alpha of the LoRA config is '16'; expected a number"),
+        ({"target_modules": "(q_proj"}, r"'\(q_proj', which is no regular expression: missing \), unterminated"),
+        ({"init_lora_weights": "pissa"}, "'pissa' starts from the singular values of the base weights, which 4-bit"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_configuration_that_peft_stumbles_over_is_one_sentence(owner, base, lora, overrides, words):
+    with pytest.raises((ValueError, ModelLoadError), match=words) as caught:
+        owner.adapted(base, "transformers", lora(**overrides), None, 0)
+    assert len(str(caught.value).splitlines()) == 1
+    assert owner.show_base()
+
+
+def test_what_is_no_lora_configuration_is_named(owner, base):
+    from peft import IA3Config
+
+    for config, words in (
+        ({"r": 8}, r"gives a dict; .*write peft\.LoraConfig\("),
+        (IA3Config(), "gives a IA3Config; "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            owner.adapted(base, "transformers", config, None, 0)
+
+
+def test_an_adapter_that_does_not_fit_says_why(owner, base, lora, tmp_path):
+    from peft import LoraConfig
+
+    folder = str(tmp_path)
+    owner.adapted(base, "transformers", lora(modules_to_save=["lm_head"]), None, 0).save_pretrained(folder)
+    with pytest.raises(ModelLoadError, match=r"is \(4, 128\) in its file and \(2, 128\).*rank 4, .* asks for r=2"):
+        owner.adapted(base, "transformers", lora(r=2), folder, 0)
+    with pytest.raises(ModelLoadError, match=r"lacks 'base_model\..*embed_tokens\.weight', which its adapter_config"):
+        owner.adapted(base, "transformers", lora(modules_to_save=["embed_tokens"]), folder, 0)
+    moved = lora(target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["lm_head"])
+    rename(tmp_path, ".q_proj.", ".v_proj.")
+    with pytest.raises(ModelLoadError, match=r"is \(128, 4\) in its file and \(64, 4\).*trained for '.*', which is of"):
+        owner.adapted(base, "transformers", moved, folder, 0)
+    owner.drop_adapter()
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}')
+    assert isinstance(saved_lora_config(tmp_path), LoraConfig)
+
+
+def rename(folder, old, new):
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace(old, new): value for name, value in load_file(file).items()}, file)
+
+
+def test_a_value_that_is_no_adapter_folder():
+    assert adapter_folder(None) is None
+    for value, said in ((5, "qvl_adapter gives 5; expected the folder"), ("/nope", "folder '/nope' does not exist")):
+        with pytest.raises(ValueError, match=said):
+            adapter_folder(value)
 
 
 TOKENS = {"trainable_token_indices": [5, 6]}

@@ -217,3 +217,17 @@ def test_an_adapter_folder_that_cannot_be(tmp_path, config, weights, says):
 def test_a_missing_adapter_folder(tmp_path):
     with pytest.raises(ModelSourceError, match="the adapter folder '.*/gone' does not exist; give the folder"):
         check_adapter(tmp_path / "gone")
+
+
+def test_a_folder_above_adapters_says_which_one_to_give(tmp_path):
+    for name in ("checkpoint-40", "checkpoint-200", "vlm"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    with pytest.raises(
+        ModelSourceError, match=r"has no adapter_config.json; give '.*/checkpoint-200', the newest of 3"
+    ):
+        check_adapter(tmp_path)
+    for name in ("checkpoint-40", "checkpoint-200"):
+        (tmp_path / name / "adapter_config.json").unlink()
+    with pytest.raises(ModelSourceError, match=r"give '.*/vlm', one level down"):
+        check_adapter(tmp_path)
