@@ -1,7 +1,8 @@
 """The command ``pytest-qvl``: what can be asked without a test run.
 
 Each subcommand is added by one function and sets ``run`` to one that takes the parsed options and returns the
-exit code. Nonsense (a ``ValueError``) becomes one line on stderr and exit code 2, as for a mistyped option.
+exit code. Nonsense (a ``ValueError``) and a file that cannot be read or written (an ``OSError``) become one line
+on stderr and exit code 2, as for a mistyped option.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a disk that fills up while the work is done
         print(f"pytest-qvl {options.command}: error: {error}", file=sys.stderr)
         return 2
     return code

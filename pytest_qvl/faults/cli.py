@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import catalogue, find
+from pytest_qvl.outputs import check_file, check_folder
 
 if TYPE_CHECKING:
     from pytest_qvl.faults.results import Result
@@ -88,6 +89,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--table makes pages of records that --matrix wrote: give one of them")
     if options.docs is not None and not (options.matrix or options.table):
         raise ValueError("--docs says where to write the pages of --matrix or --table: give one of them")
+    if options.docs is not None:
+        check_folder("--docs", options.docs)
+    if options.out is not None:
+        check_file("--out", options.out)
     if options.healthy is not None:
         return healthy(options)
     if options.isa is not None:
@@ -118,8 +123,6 @@ def healthy(options: argparse.Namespace) -> int:
         raise ValueError(f"--healthy takes no {', no '.join(given)}")
     if options.healthy < 1:
         raise ValueError(f"--healthy is a number of variations from 1, not {options.healthy}")
-    if options.out is not None and not options.out.parent.is_dir():
-        raise ValueError(f"--out: there is no folder {str(options.out.parent)!r}")
     cpu = this_cpu()
     outcomes = run(options.healthy, settings(options.isa or "native"), cpu, _jobs(options.jobs, "cpu"))
     if options.out is not None:

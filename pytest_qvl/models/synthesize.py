@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pytest_qvl.outputs import check_folder
+
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -32,6 +34,7 @@ def run_synthesize(options: argparse.Namespace) -> int:
     """
     import functools
 
+    check_folder("FOLDER", options.folder)
     import torch
 
     from pytest_qvl.models.released import released_config

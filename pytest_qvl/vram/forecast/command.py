@@ -9,6 +9,7 @@ import logging
 import re
 from pathlib import Path
 
+from pytest_qvl.outputs import check_file
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.cards import card_names
 from pytest_qvl.vram.forecast.request import CHECKPOINTS, DTYPES, OPTIMIZERS, Request
@@ -84,6 +85,8 @@ def run_forecast(options: argparse.Namespace) -> int:
         raise ValueError(f"--timeline writes SVG: {str(options.timeline)!r} must end in .svg")
     if options.timeline is not None and not request.lora_r:
         raise ValueError("--timeline shows a training step, and --lora-r 0 has none")
+    if options.timeline is not None:
+        check_file("--timeline", options.timeline)
     # About CPU kernels that no forecast uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time

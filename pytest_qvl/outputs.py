@@ -1,0 +1,38 @@
+"""Where the command line is told to write: looked at before the work, not after it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def check_file(option: str, path: Path) -> None:
+    """Refuse a file that could not be written.
+
+    Raises:
+        ValueError: Its folder is not there or read-only, or it is a folder, a device or a pipe, or read-only itself.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no folder {str(path.parent)!r}: make it first")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{option}: {str(path)!r} is a folder, a device or a pipe, not a regular file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option}: {str(path)!r} cannot be written: it is read-only for this user")
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Refuse a folder that could not be made, or written to.
+
+    Raises:
+        ValueError: It, or the part of its path that is there already, is a file or read-only.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{option}: {str(there)!r} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option}: {str(there)!r} cannot be written to: it is read-only for this user")
