@@ -91,7 +91,7 @@ def test_a_setting_takes_effect_in_its_process() -> None:
         (["--isa", "all"], "--isa says where the variations of --healthy run: give both"),
         (["--healthy", "0"], "--healthy is a number of variations from 1, not 0"),
         (["--healthy", "5", "--matrix"], "--healthy takes no --matrix"),
-        (["--healthy", "5", "--out", "/no/such/r.json"], "--out: there is no folder '/no/such'"),
+        (["--healthy", "5", "--out", "/no/such/r.json"], "--out: there is no folder '/no/such': make it first"),
         (["--healthy", "5", "--jobs", "0"], "--jobs is a number of processes from 1, not 0"),
     ],
 )
