@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.activations import first_not_finite, leaves, watched
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.greedy import Reply, greedy, own_defaults, stop_ids
+from pytest_qvl.checks.not_finite import origin_of_not_finite
 from pytest_qvl.checks.placeholders import attended
 from pytest_qvl.checks.reference import LOGITS, MAX_NEW_TOKENS, NoiseFloor, Reference
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype, without_labels
@@ -21,13 +21,14 @@ from pytest_qvl.samples import Sample, make_batch
 from pytest_qvl.samples.batch import END_OF_TURN
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import torch
 
 STEPS = 8
 REPEATS = 3
 BANG_RUN = 4
+NOT_FINITE = "replies with logits that are not finite"
 FORM = {
     "without an end": "full precision ends here; an adapter trained without <|im_end|> forgets to",
     "that loop": "full precision does not",
@@ -60,10 +61,12 @@ def greedy_is_argmax(model: Any, batch: dict[str, torch.Tensor], *, max_new_toke
         ValueError: The batch is padded on the right.
     """
     _check_left_padded(batch)
-    judge = Judge("greedy_is_argmax", "greedy decoding chooses the most probable token")
-    _note_own_defaults(judge, anatomy(model))
+    judge, parts = Judge("greedy_is_argmax", "greedy decoding chooses the most probable token"), anatomy(model)
+    _note_own_defaults(judge, parts)
     inputs = without_labels(batch)
     replies = greedy(model, inputs, max_new_tokens=max_new_tokens, keep_logits=True, compare_scores=True)
+    if not _finite(judge, parts, _rows(replies), inputs):
+        return judge.verdict()
     wrong: list[str] = []
     altered, altered_row = 0.0, 0
     for row, reply in enumerate(replies):
@@ -71,7 +74,7 @@ def greedy_is_argmax(model: Any, batch: dict[str, torch.Tensor], *, max_new_toke
             altered, altered_row = reply.altered, row
         for step, (token, logits) in enumerate(zip(reply.ids, _logits(reply), strict=True)):
             best = int(logits.argmax())
-            if not bool(logits[token] >= logits[best]):  # also when a NaN is the maximum
+            if not bool(logits[token] >= logits[best]):
                 earlier = best in inputs["input_ids"][row].tolist() or best in reply.ids[:step]
                 hint = ", which occurs earlier in the row: a repetition penalty would do that" if earlier else ""
                 wrong.append(
@@ -119,6 +122,8 @@ def generation_repeatable(model: Any, batch: dict[str, torch.Tensor], *, max_new
     first, again = (
         greedy(model, inputs, max_new_tokens=max_new_tokens, keep_logits=True, seed=seed) for seed in range(2)
     )
+    if not _finite(judge, anatomy(model), _rows([*first, *again]), inputs):
+        return judge.verdict()
     apart = _Apart()
     for row, (one, other) in enumerate(zip(first, again, strict=True)):
         apart.take(f"row {row}", one, other)
@@ -179,11 +184,16 @@ def generation_batch_invariance(
         raise CannotJudge(f"{len(samples)} samples of the same length: no row of the batch is padded")
     judge = Judge("generation_batch_invariance", "alone and in a left-padded batch a sample gets the same reply")
     together = greedy(model, batch, max_new_tokens=max_new_tokens, keep_logits=True)
+    names = [f"sample {sample.id!r}" for sample in samples]
+    if not _finite(judge, parts, list(zip(names, together, strict=True)), batch):
+        return judge.verdict()
     apart = _Apart()
-    for sample, reply in zip(samples, together, strict=True):
+    for sample, name, reply in zip(samples, names, together, strict=True):
         single = make_batch(processor, [sample], device=parts.device)
         [alone] = greedy(model, single, max_new_tokens=max_new_tokens, keep_logits=True)
-        apart.take(f"sample {sample.id!r}", reply, alone)
+        if not _finite(judge, parts, [(f"{name} alone", alone)], single):
+            return judge.verdict()
+        apart.take(name, reply, alone)
     _judge_apart(
         judge,
         "alone against batch",
@@ -240,10 +250,16 @@ def generation_cache_invariance(
         suppress=parts.vision_token_ids,
     )
     cached = generate()
+    if not _finite(judge, parts, _rows(cached), inputs):
+        return judge.verdict()
     if max(len(reply.ids) for reply in cached) < 2:
         raise CannotJudge("every reply ends with its first token: no step was decoded from the cache")
     plain = _teacher_forced(parts, inputs, cached)
+    if not _finite(judge, parts, _rows(plain), inputs, lambda: _teacher_forced(parts, inputs, cached)):
+        return judge.verdict()
     uncached = generate(use_cache=False)
+    if not _finite(judge, parts, _rows(uncached), inputs, lambda: generate(use_cache=False)):
+        return judge.verdict()
     ways = {
         "with cache": (cached, "look at positions and cache of the decode steps"),
         "without cache": (uncached, "look at pictures, positions and mask of every step after the first"),
@@ -268,8 +284,9 @@ def generation_wellformed(
     """Replies are made of finite logits and real words, and come to an end.
 
     Judged on every model: the scores of each step are finite. Otherwise the first module whose output is not
-    finite is named. And the generation config stops at ``<|im_end|>``, with which the chat template of every Qwen-VL
-    ends a turn: where it does not, replies run on whatever the model has learned.
+    finite is named, as in every check of this module, and nothing else is said of that reply but its runs of
+    token 0. And the generation config stops at ``<|im_end|>``, with which the chat template of every Qwen-VL ends a
+    turn: where it does not, replies run on whatever the model has learned.
 
     Judged on the probes that the full-precision model ends by itself: the reply ends with an end-of-sequence
     token within `max_new_tokens`; it does not end in a block of tokens said three times over; it has no run
@@ -303,12 +320,10 @@ def generation_wellformed(
         made = greedy(model, batch, max_new_tokens=max_new_tokens)
         replies.update(zip(group, made, strict=True))
     broken = {sample: reply for sample, reply in replies.items() if reply.not_finite is not None}
-    judge.equal(
-        "replies with logits that are not finite",
-        len(broken),
-        0,
-        else_say=_not_finite(parts, processor, broken),
-    )
+    named = [(f"sample {sample.id!r}", reply) for sample, reply in broken.items()]
+    inputs = make_batch(processor, list(broken)[:1], device=parts.device) if broken else {}
+    if _finite(judge, parts, named, inputs):
+        judge.equal(NOT_FINITE, 0, 0, else_say="")
     if reference is None or not reference.has_knowledge:
         why = "no reference" if reference is None else f"{reference.source} knows nothing about the pictures"
         judge.note(f"end, loops, vision tokens and ids beyond the vocabulary are not judged: {why}")
@@ -341,12 +356,14 @@ def _judge_form(judge: Judge, parts: Parts, processor: Any, replies: dict[Sample
         said = f"sample {sample.id!r} says {processor.tokenizer.decode(list(reply.ids[:12]))!r}"
         vision = [token for token in reply.ids if token in parts.vision_token_ids]
         foreign = [token for token in reply.ids if token >= words]
+        if _longest_run(reply.ids, 0) >= BANG_RUN:
+            found["with runs of token 0"].append(said)
+        if reply.not_finite is not None:
+            continue  # tokens chosen among NaN say nothing of what the model knows
         if not reply.stopped:
             found["without an end"].append(f"{said} and {max_new_tokens} tokens without one of {stops}")
         if period := _loop(reply):
             found["that loop"].append(f"{said} and repeats its last {period} tokens")
-        if _longest_run(reply.ids, 0) >= BANG_RUN:
-            found["with runs of token 0"].append(said)
         if vision:
             found["with vision tokens"].append(f"{said} with vision token {vision[0]}")
         if foreign:
@@ -356,25 +373,38 @@ def _judge_form(judge: Judge, parts: Parts, processor: Any, replies: dict[Sample
         judge.equal(f"replies {name}", len(sentences), 0, else_say=f"{'; '.join(sentences[:2])}: {hint}")
 
 
-def _not_finite(parts: Parts, processor: Any, broken: dict[Sample, Reply]) -> str:
-    """What to say of replies with NaN or infinite logits: where the first one begins."""
-    import torch
+def _finite(
+    judge: Judge,
+    parts: Parts,
+    named: Sequence[tuple[str, Reply]],
+    inputs: dict[str, torch.Tensor],
+    again: Callable[[], Any] | None = None,
+) -> bool:
+    """Whether all logits are finite; if not, the problem says so, and nothing else can be told from them.
 
-    if not broken:
-        return ""
-    sample, reply = next(iter(broken.items()))
-    batch = make_batch(processor, [sample], device=parts.device)
-    with (
-        preserved(parts.wrapped, training=False),
-        watched(parts, leaves(parts.base)) as peaks,
-        torch.no_grad(),
-    ):
-        parts.wrapped(**batch, logits_to_keep=1)
-    origin = first_not_finite(peaks)
-    sentence = f"logits of sample {sample.id!r} are not finite from step {reply.not_finite} on"
-    if origin is None:
-        return sentence
-    return f"{sentence}; this begins at {origin.module}, whose dtype ends at {origin.dtype_max:.6g}"
+    Args:
+        judge: Takes the problem.
+        parts: The model.
+        named: Replies with what to call each.
+        inputs: The batch that they answer.
+        again: Computes these logits once more; if not given, cached generation.
+    """
+    broken = [(name, reply.not_finite) for name, reply in named if reply.not_finite is not None]
+    if broken:
+        name, step = broken[0]
+        run = again or partial(greedy, parts.wrapped, inputs, max_new_tokens=step + 1)
+        origin = origin_of_not_finite(parts, run)
+        judge.equal(
+            NOT_FINITE,
+            len(broken),
+            0,
+            else_say=f"logits of {name} are not finite from step {step} on{origin}",
+        )
+    return not broken
+
+
+def _rows(replies: Sequence[Reply]) -> list[tuple[str, Reply]]:
+    return [(f"row {row}", reply) for row, reply in enumerate(replies)]
 
 
 def _longest_run(ids: Sequence[int], token: int) -> int:
@@ -452,9 +482,12 @@ def _teacher_forced(parts: Parts, inputs: dict[str, torch.Tensor], replies: list
         forced["position_ids"] = torch.cat([positions, positions[..., -1:] + further], dim=-1)
     with preserved(parts.wrapped, training=False), torch.no_grad():
         logits = parts.wrapped(**forced, logits_to_keep=steps, use_cache=False).logits[:, -steps:].float()
-    return [
-        Reply(reply.ids, reply.stopped, None, row[: len(reply.ids)]) for reply, row in zip(replies, logits, strict=True)
-    ]
+    made = []
+    for reply, row in zip(replies, logits, strict=True):
+        own = row[: len(reply.ids)]
+        broken = (~own.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        made.append(Reply(reply.ids, reply.stopped, next(iter(broken), None), own))
+    return made
 
 
 def _logits(reply: Reply) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.activations import leaves
 from pytest_qvl.checks.chance import FALSE_ALARM, tail
+from pytest_qvl.checks.not_finite import origin_of_not_finite
 from pytest_qvl.checks.rounding import last_place_noise, rounded_sums, step
 from pytest_qvl.checks.scoring import (
     ABLATIONS,
@@ -331,6 +332,9 @@ class _Noise:
 
     def take(self, batch: dict[str, torch.Tensor], base: AnswerLogits) -> None:
         parts, keep = self._parts, scored_columns(batch)
+        if not bool(base.logits.isfinite().all()):
+            origin = origin_of_not_finite(parts, lambda: answer_logits(parts, batch))
+            raise CannotJudge(f"no noise floor: logits are not finite{origin}; if float16 overflows, use bfloat16")
         self._logit = max(self._logit, float(base.logits.abs().max()))
         computations: dict[str, tuple[AbstractContextManager[None], dict[str, torch.Tensor]]] = {
             "other attention kernel": (other_attention(parts), batch),

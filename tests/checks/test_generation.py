@@ -247,6 +247,37 @@ def test_not_finite_logits_are_traced_to_their_module(fresh_model: Any, processo
     assert "with runs of token 0" in said
 
 
+def test_not_finite_logits_are_no_penalty_dropout_or_position(
+    fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], reference: Reference
+) -> None:
+    model = fresh_model(lora=True)
+    with torch.no_grad():
+        anatomy(model).language_backbone.layers[1].input_layernorm.weight[3] = float("nan")
+    for check, arguments in {
+        greedy_is_argmax: (model, batch),
+        generation_repeatable: (model, batch),
+        generation_batch_invariance: (model, processor, ONE_EACH[:3], reference),
+        generation_cache_invariance: (model, batch, reference),
+    }.items():
+        with pytest.raises(CheckFailed) as caught:
+            check(*arguments, max_new_tokens=2)
+        [said] = caught.value.evidence.problems
+        assert "are not finite from step 0 on; this begins at model.language_model.layers.1.input_layernorm" in said
+        assert "whose own weight is not finite [replies with logits that are not finite " in said
+
+
+def test_logits_that_are_not_finite_in_decoding_only(
+    fresh_model: Any, batch: dict[str, torch.Tensor], reference: Reference
+) -> None:
+    model = fresh_model()
+    norm = anatomy(model).language_backbone.layers[2].post_attention_layernorm
+    norm.register_forward_hook(lambda _m, _a, out: out * torch.inf if out.shape[1] == 1 else out)
+    said = fails(generation_cache_invariance, model, batch, reference)
+    assert said.startswith(
+        "logits of row 0 are not finite from step 1 on; this begins at model.language_model.layers.2."
+    )
+
+
 def test_end_of_sequence_forgotten(fresh_model: Any, processor: Any, reference: Reference) -> None:
     model = fresh_model()
     with torch.no_grad():
