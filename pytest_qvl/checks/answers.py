@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_qvl.checks.chance import FALSE_ALARM, largest_by_chance
+from pytest_qvl.checks.chance import largest_by_chance
 from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.reference import EVIDENCE, MAX_NEW_TOKENS, Probe, Reference
-from pytest_qvl.checks.scoring import ABLATIONS, Said, Scored, ask, score
+from pytest_qvl.checks.looking import decisive_ablation, judge_looking
+from pytest_qvl.checks.not_finite import origin_of_not_finite
+from pytest_qvl.checks.probing import AlignmentLimits, Margin, Measured, Run, measure
+from pytest_qvl.checks.reference import EVIDENCE, MAX_NEW_TOKENS, NoiseFloor, Reference
+from pytest_qvl.checks.scoring import ABLATIONS, answer_logits, chunks
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import active_adapters, adapted_layers, adapters_disabled
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
+from pytest_qvl.samples import make_batch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from pytest_qvl.samples import Sample
 
@@ -25,22 +29,6 @@ COLUMNS = (
     *("skill", "probes", "right before", "right now", "lost", "gained"),
     *(f"margin {ablation}" for ablation in ABLATIONS),
 )
-
-
-@dataclass(frozen=True)
-class AlignmentLimits:
-    """What :func:`alignment` holds a model to.
-
-    Attributes:
-        margin_ratio: Least mean margin, as a share of the reference's, under each ablation.
-        flip_rate: Share of right answers that may be lost by chance where the reference itself makes fewer
-            mistakes.
-        false_alarm: Probability that a model within `flip_rate` fails.
-    """
-
-    margin_ratio: float = 0.9
-    flip_rate: float = 0.02
-    false_alarm: float = FALSE_ALARM
 
 
 @dataclass
@@ -63,15 +51,6 @@ class _Skill:
         return 2 * self.before >= self.asked
 
 
-@dataclass(frozen=True)
-class _Margin:
-    """One probe under one ablation, in nat."""
-
-    sample: Sample
-    before: float
-    now: float
-
-
 @check
 def alignment(
     model: Any,
@@ -79,7 +58,7 @@ def alignment(
     samples: Sequence[Sample],
     reference: Reference,
     *,
-    limits: AlignmentLimits | None = AlignmentLimits(),
+    limits: AlignmentLimits | Literal["usual"] | None = "usual",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Evidence:
     """Right answers stay right, and the picture is why.
@@ -101,9 +80,20 @@ def alignment(
     is seen too. Gained answers only lower the count, so the probability of a false alarm is bounded, not
     approximated. A skill of which full precision answers fewer than half is not judged, and counted.
 
-    With ``limits=None`` everything is measured and nothing judged: for a user's own adapter, whose "before"
-    is the same model with the adapter disabled (``record_reference(..., adapter_disabled=True)``) and which
-    may have been trained to answer otherwise.
+    *Rounding.* The share allowed is never less than rounding can take from a mean margin. Each log-probability in
+    it is known to ``2 * q``, with q the noise floor or one step of the largest logit, whichever is more; two of
+    them (true and ablated pictures) stand for each token of the answers. By Hoeffding's inequality the mean over
+    n probes with T tokens in all is off by more than ``4 * q * sqrt(T * log(1 / p)) / n`` with probability p at
+    most, for which `false_alarm` stands. It decides for a few probes with small margins only.
+
+    *A trained adapter.* One that changes any logit is meant to move margins (one that has become surer of its
+    answers is so over blank pictures too), so these are reported, and judged only against `limits` that the
+    caller gives. What must hold anyway is judged: the base, with the adapters off, against the reference as above;
+    and with the adapter on, that right answers are still named and depend on the picture
+    (:func:`pytest_qvl.checks.looking.judge_looking`). An adapter that is merged into the weights cannot be switched
+    off without changing them, so its base is not judged.
+
+    With ``limits=None`` everything is measured and nothing judged.
 
     Also reported, without limit: mean Kullback-Leibler divergence (nat) of the answer-token distributions
     from the reference over its 64 most probable tokens and the rest as one, a lower bound of the full
@@ -115,7 +105,8 @@ def alignment(
         processor: Its processor.
         samples: Probes that `reference` was recorded for.
         reference: From :func:`pytest_qvl.checks.reference.record_reference`.
-        limits: None reports only.
+        limits: ``"usual"``: :class:`AlignmentLimits` as they stand for the base and for an adapter that changes
+            no logit; None reports only.
         max_new_tokens: At most so many per reply.
 
     Returns:
@@ -137,64 +128,124 @@ def alignment(
     judge = Judge("alignment", "pictures matter as much as in the reference")
     if reference.caveat:
         judge.note(reference.caveat)
-    margins: dict[str, list[_Margin]] = {ablation: [] for ablation in ABLATIONS}
-    drift = _Drift()
-    parts = anatomy(model)
+    run = Run(anatomy(model), processor, samples, reference, recorded, max_new_tokens)
     with preserved(model, training=False):
-        for scored in score(parts, processor, samples):
-            drift.take(scored, recorded)
-            for sample, totals in zip(scored.samples, scored.totals, strict=True):
-                for ablation in totals.keys() - {"true"}:
-                    before = recorded[sample.id].margin(ablation)
-                    assert before is not None
-                    margins[ablation].append(_Margin(sample, before, totals["true"] - totals[ablation]))
-        said = ask(parts, processor, samples, max_new_tokens=max_new_tokens)
-    for ablation in ABLATIONS:
-        if reference.sees(ablation):
-            _judge_margins(judge, ablation, margins[ablation], limits, reference)
+        if limits == "usual" and _differs(run):
+            now = _judge_trained(judge, run, AlignmentLimits())
         else:
-            judge.note(f"{ablation} pictures: not judged, full precision does not tell them from the true ones")
-    skills = _skills(samples, recorded, said)
-    _judge_accuracy(judge, skills, limits, reference)
-    drift.report(judge)
+            now = measure(run)
+            _judge_all(judge, run, now, AlignmentLimits() if limits == "usual" else limits)
+    now.drift.report(judge)
     if limits is None:
         judge.note(f"reported, not judged, against {reference.source}")
-    elif not any(figure.relation for figure in judge.figures):
+    elif not judge.problems and not any(figure.relation for figure in judge.figures):
         raise CannotJudge(f"none of these {len(samples)} samples decides: {'; '.join(judge.notes)}; give more pictures")
-    return judge.verdict(COLUMNS, _rows(skills, margins))
+    return judge.verdict(COLUMNS, _rows(_skills(run, now), now.margins))
+
+
+def _differs(run: Run) -> bool:
+    """Whether the adapters change any logit of some probes; one merged into the weights counts as if it did."""
+    layers = adapted_layers(run.parts).values()
+    if any(layer.merged for layer in layers):
+        return True
+    if not active_adapters(run.parts):
+        return False
+    batch = make_batch(run.processor, next(chunks(run.samples)), answers=True, device=run.parts.device)
+    on = answer_logits(run.parts, batch).logits
+    with adapters_disabled(run.parts):
+        off = answer_logits(run.parts, batch).logits
+    return not bool(((on == off) | (on.isnan() & off.isnan())).all())
+
+
+def _judge_trained(judge: Judge, run: Run, limits: AlignmentLimits) -> Measured:
+    """Judge the base under a trained adapter, and whether the model still looks with it; returns the latter's."""
+    if any(layer.merged for layer in adapted_layers(run.parts).values()):
+        judge.note("the adapter is merged into the weights: the base under it was not judged")
+    else:
+        with adapters_disabled(run.parts):
+            _judge_all(judge, run, measure(run), limits, "adapter off: ")
+    now = measure(run)
+    if not _judge_finite(judge, run, now, "adapter on: "):
+        return now
+    for ablation in ABLATIONS:
+        _judge_margins(judge, run, now, None, ablation=ablation, prefix="adapter on: ")
+    _judge_accuracy(judge, _skills(run, now), None, run.reference, "adapter on: ")
+    judge.note(
+        "the adapter has learned something: its margins are reported, and judged only against limits of your own"
+    )
+    decisive = decisive_ablation(run.samples, run.reference)
+    if decisive is None:
+        judge.note("adapter on: not judged, full precision does not tell swapped pictures from the true ones")
+        return now
+    judge_looking(judge, run, now, decisive, limits)
+    return now
+
+
+def _judge_all(judge: Judge, run: Run, now: Measured, limits: AlignmentLimits | None, prefix: str = "") -> None:
+    if not _judge_finite(judge, run, now, prefix):
+        return
+    for ablation in ABLATIONS:
+        if run.reference.sees(ablation):
+            _judge_margins(judge, run, now, limits, ablation=ablation, prefix=prefix)
+        else:
+            judge.note(f"{ablation} pictures: not judged, full precision does not tell them from the true ones")
+    _judge_accuracy(judge, _skills(run, now), limits, run.reference, prefix)
+
+
+def _judge_finite(judge: Judge, run: Run, now: Measured, prefix: str) -> bool:
+    """Whether every answer has a finite probability; if not, that is the problem, and nothing else is told."""
+    if now.broken:
+        sample = now.broken[0]
+        batch = make_batch(run.processor, [sample], answers=True, device=run.parts.device)
+        origin = origin_of_not_finite(run.parts, lambda: answer_logits(run.parts, batch))
+        judge.equal(
+            f"{prefix}answers whose probability is not finite",
+            len(now.broken),
+            0,
+            else_say=f"{prefix}logits at the answer of sample {sample.id!r} are not finite{origin}",
+        )
+    return not now.broken
 
 
 def _judge_margins(
-    judge: Judge, ablation: str, margins: list[_Margin], limits: AlignmentLimits | None, reference: Reference
+    judge: Judge, run: Run, now: Measured, limits: AlignmentLimits | None, *, ablation: str, prefix: str
 ) -> None:
+    margins = now.margins[ablation]
     counted = [m for m in margins if m.before >= EVIDENCE]
     if not counted:
         judge.note(f"{ablation} pictures: not judged, none of these samples has a margin of {EVIDENCE:g} nat")
         return
     before = sum(m.before for m in counted) / len(counted)
-    now = sum(m.now for m in counted) / len(counted)
-    judge.report(f"mean margin over {ablation} pictures", now, "nat")
-    judge.report(f"probes left out under {ablation} pictures", len(margins) - len(counted))
-    name = f"margin over {ablation} pictures / reference"
+    mean = sum(m.now for m in counted) / len(counted)
+    judge.report(f"{prefix}mean margin over {ablation} pictures", mean, "nat")
+    judge.report(f"{prefix}probes left out under {ablation} pictures", len(margins) - len(counted))
+    name = f"{prefix}margin over {ablation} pictures / reference"
     if limits is None:
-        judge.report(name, now / before)
+        judge.report(name, mean / before)
         return
     worst = min(counted, key=lambda m: m.now / m.before)
     judge.at_least(
         name,
-        now / before,
-        limits.margin_ratio,
-        else_say=f"true pictures make the right answer {now:.3g} nat more probable than {ablation} ones, "
-        f"where {reference.source} makes it {before:.3g}: the model looks less than before (worst: sample "
+        mean / before,
+        min(limits.margin_ratio, 1 - margin_noise(run.reference.floor, counted, limits.false_alarm) / before),
+        else_say=f"{prefix}true pictures make the right answer {mean:.3g} nat more probable than {ablation} ones, "
+        f"where {run.reference.source} makes it {before:.3g}: the model looks less than before (worst: sample "
         f"{worst.sample.id!r}, {worst.now:.3g} of {worst.before:.3g} nat)",
     )
 
 
-def _skills(samples: Sequence[Sample], recorded: dict[str, Probe], said: dict[str, Said]) -> dict[str, _Skill]:
+def margin_noise(floor: NoiseFloor, margins: Sequence[Margin], level: float) -> float:
+    """How far (nat) rounding moves the mean of these margins with probability `level`; see :func:`alignment`."""
+    known = max(floor.value, floor.resolution)
+    tokens = sum(margin.tokens for margin in margins)
+    return 4 * known * math.sqrt(tokens * math.log(1 / level)) / len(margins)
+
+
+def _skills(run: Run, measured: Measured) -> dict[str, _Skill]:
     skills: dict[str, _Skill] = {}
-    for sample in samples:
+    for sample in run.samples:
         skill = skills.setdefault(sample.skill, _Skill())
-        before, now = recorded[sample.id].said.right, said[sample.id].right
+        before, now = run.recorded[sample.id].said.right, measured.said[sample.id].right
         skill.asked += 1
         skill.before += before
         skill.now += now
@@ -205,12 +256,14 @@ def _skills(samples: Sequence[Sample], recorded: dict[str, Probe], said: dict[st
 
 
 def _judge_accuracy(
-    judge: Judge, skills: dict[str, _Skill], limits: AlignmentLimits | None, reference: Reference
+    judge: Judge, skills: dict[str, _Skill], limits: AlignmentLimits | None, reference: Reference, prefix: str
 ) -> None:
     judged = {name: skill for name, skill in skills.items() if skill.judged}
     left_out = sorted(skills.keys() - judged.keys())
     if left_out:
-        judge.note(f"accuracy not judged where {reference.source} is mostly wrong: {', '.join(left_out)}")
+        note = f"accuracy not judged where {reference.source} is mostly wrong: {', '.join(map(repr, left_out))}"
+        if note not in judge.notes:
+            judge.note(note)
     if not judged:
         return
     total = _Skill(
@@ -220,10 +273,10 @@ def _judge_accuracy(
         [name for s in judged.values() for name in s.lost],
         sum(s.gained for s in judged.values()),
     )
-    judge.report("right answers", total.now)
-    judge.report("right answers of the reference", total.before)
+    judge.report(f"{prefix}right answers", total.now)
+    judge.report(f"{prefix}right answers of the reference", total.before)
     if limits is None:
-        judge.report("answers lost less gained", total.net_lost)
+        judge.report(f"{prefix}answers lost less gained", total.net_lost)
         return
     level = limits.false_alarm / (len(judged) + 1)
     for name, skill in {"": total, **judged}.items():
@@ -232,11 +285,11 @@ def _judge_accuracy(
         if name and skill.net_lost <= limit:
             continue  # only broken skills get a figure of their own; the table has them all
         judge.at_most(
-            f"answers lost less gained{f' ({name})' if name else ''}",
+            f"{prefix}answers lost less gained{f' ({name})' if name else ''}",
             skill.net_lost,
             limit,
-            else_say=f"{f'skill {name!r}: ' if name else ''}{skill.now} of {skill.asked} answers are right, "
-            f"{skill.before} in {reference.source}; lost, for instance, samples {', '.join(skill.lost[:3])}"
+            else_say=f"{prefix}{f'skill {name!r}: ' if name else ''}{skill.now} of {skill.asked} answers are right, "
+            f"{skill.before} in {reference.source}; lost, for instance, samples {', '.join(map(repr, skill.lost[:3]))}"
             f"{'' if name else _control(judged)}",
         )
 
@@ -249,7 +302,7 @@ def _control(skills: dict[str, _Skill]) -> str:
     return f" (text-only control: {text.now} of {text.asked} right, {text.before} before)"
 
 
-def _rows(skills: dict[str, _Skill], margins: dict[str, list[_Margin]]) -> list[tuple[str | int | float | None, ...]]:
+def _rows(skills: dict[str, _Skill], margins: dict[str, list[Margin]]) -> list[tuple[str | int | float | None, ...]]:
     rows = []
     for name, skill in skills.items():
         ratios = []
@@ -258,39 +311,3 @@ def _rows(skills: dict[str, _Skill], margins: dict[str, list[_Margin]]) -> list[
             ratios.append(sum(m.now for m in own) / sum(m.before for m in own) if own else None)
         rows.append((name, skill.asked, skill.before, skill.now, len(skill.lost), skill.gained, *ratios))
     return rows
-
-
-@dataclass
-class _Drift:
-    """Divergence of the answer-token distributions from the recorded ones."""
-
-    divergences: list[float] = field(default_factory=list)
-    same_top: int = 0
-
-    def take(self, scored: Scored, recorded: dict[str, Probe]) -> None:
-        """Compare one batch with what was recorded of its samples."""
-        import torch
-
-        logprobs = scored.true.logits.log_softmax(-1)
-        ids = torch.cat([recorded[s.id].top_ids for s in scored.samples]).to(logprobs.device)
-        before = torch.cat([recorded[s.id].top_logprobs for s in scored.samples]).to(logprobs.device)
-        now = logprobs.gather(1, ids)
-        self.divergences += _divergence(before, now).tolist()
-        self.same_top += int((logprobs.argmax(-1) == ids[:, 0]).sum())
-
-    def report(self, judge: Judge) -> None:
-        """Add the figures."""
-        count = len(self.divergences)
-        judge.report("mean KL divergence at answer tokens", sum(self.divergences) / count, "nat")
-        judge.report("same most probable token", self.same_top / count)
-
-
-def _divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """KL divergence (nat) per row over the listed outcomes, all others as one; takes log-probabilities."""
-    import torch
-
-    p, q = before.double(), now.double()
-    smallest = torch.finfo(before.dtype).eps  # the rest is a difference from 1, known to that much only
-    rest_p = (1 - p.exp().sum(-1)).clamp_min(smallest)
-    rest_q = (1 - q.exp().sum(-1)).clamp_min(smallest)
-    return (p.exp() * (p - q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())

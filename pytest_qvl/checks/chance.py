@@ -17,3 +17,8 @@ def tail(successes: int, trials: int, rate: float) -> float:
 def largest_by_chance(trials: int, rate: float, level: float) -> int:
     """The largest number of successes that chance exceeds with probability `level` at most."""
     return next(k for k in range(trials + 1) if tail(k + 1, trials, rate) <= level)
+
+
+def smallest_by_chance(trials: int, rate: float, level: float) -> int:
+    """The smallest number of successes that chance stays below with probability `level` at most."""
+    return trials - largest_by_chance(trials, 1 - rate, level)

@@ -149,19 +149,30 @@ def score(parts: Parts, processor: Any, samples: Sequence[Sample]) -> Iterator[S
 
 
 def ask(parts: Parts, processor: Any, samples: Sequence[Sample], *, max_new_tokens: int) -> dict[str, Said]:
-    """Let the model reply to every probe, by sample id.
+    """Let the model reply to every probe, by sample id; see :func:`graded`."""
+    return graded(processor, samples, replies(parts, processor, samples, max_new_tokens=max_new_tokens))
 
-    A reply is right when it ends by itself within `max_new_tokens` and contains the answer as whole words,
+
+def replies(parts: Parts, processor: Any, samples: Sequence[Sample], *, max_new_tokens: int) -> dict[str, Reply]:
+    """What the model replies to every probe, by sample id."""
+    found: dict[str, Reply] = {}
+    for group in chunks(samples):
+        batch = make_batch(processor, group, device=parts.device)
+        made = greedy(parts.wrapped, batch, max_new_tokens=max_new_tokens)
+        found |= {sample.id: reply for sample, reply in zip(group, made, strict=True)}
+    return found
+
+
+def graded(processor: Any, samples: Sequence[Sample], found: dict[str, Reply]) -> dict[str, Said]:
+    """Which replies are right.
+
+    A reply is right when it ends by itself within its limit of tokens and contains the answer as whole words,
     upper and lower case alike: a model that answers in a sentence is right too.
     """
     said = {}
-    for group in chunks(samples):
-        replies = greedy(
-            parts.wrapped, make_batch(processor, group, device=parts.device), max_new_tokens=max_new_tokens
-        )
-        for sample, reply in zip(group, replies, strict=True):
-            right = reply.stopped and says(text_of(processor, reply), sample.answer)
-            said[sample.id] = Said(right, reply.stopped)
+    for sample in samples:
+        reply = found[sample.id]
+        said[sample.id] = Said(reply.stopped and says(text_of(processor, reply), sample.answer), reply.stopped)
     return said
 
 

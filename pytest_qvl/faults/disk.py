@@ -57,7 +57,7 @@ def scaled(case: Case, factor: float) -> Iterator[None]:
     "The adapter was trained on another base model.",
     damages="adapter",
     check="alignment",
-    says=("the model looks less than before", "answers are right"),
+    says=("with the adapter on, answers are lost", "answers are right"),
     source="huggingface/trl#6591",
 )
 def _another_base(case: Case) -> Iterator[None]:
@@ -99,7 +99,7 @@ def _half_dropped(case: Case) -> Iterator[None]:
     "The adapter was merged into the weights and is applied once more on top.",
     damages="adapter",
     check="alignment",
-    says=("the model looks less than before",),
+    says=("with the adapter on, answers are lost", "answers are right"),
     source="huggingface/peft#2321, #2586",
 )
 def _merged_twice(case: Case) -> Iterator[None]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pytest_qvl.checks.answers import AlignmentLimits, alignment
-from pytest_qvl.checks.reference import Reference, record_reference
+from pytest_qvl.checks.answers import AlignmentLimits, alignment, margin_noise
+from pytest_qvl.checks.probing import Margin
+from pytest_qvl.checks.reference import NoiseFloor, Reference, record_reference
+from pytest_qvl.checks.rounding import step
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import features_replaced, positions_changed
-from pytest_qvl.samples import scenes
+from pytest_qvl.samples import Sample, make_batch, scenes
 
 SKILLS = ("colour", "side", "list", "nth_colour", "text")
 SAMPLES = scenes(seed=11, per_skill=7, skills=SKILLS)
@@ -113,11 +118,114 @@ def test_lost_mrope(base: Any, processor: Any, reference: Reference) -> None:
     assert "skill 'list'" in said
 
 
-def test_not_a_number_is_no_pass(fresh_model: Any, processor: Any, reference: Reference) -> None:
+def test_not_a_number_is_said_first_and_traced(fresh_model: Any, processor: Any, reference: Reference) -> None:
     model = fresh_model()
     with torch.no_grad():
         model.lm_head.weight[5, 5] = float("nan")
-    assert "[margin over blank pictures / reference nan (>= 0.9)]" in fails(model, processor, reference)
+    said = fails(model, processor, reference)
+    assert said.startswith("logits at the answer of sample '")
+    assert "this begins at lm_head, whose own weight is not finite" in said
+    assert "looks less" not in said
+    assert "answers are right" not in said
+
+
+def train(model: Any, processor: Any, samples: list[Sample], steps: int, rate: float) -> Any:
+    batch = make_batch(processor, samples, answers=True, padding_side="right")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], rate)
+    model.train()
+    for _ in range(steps):
+        model(**batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+LESSONS = scenes(seed=5, per_skill=2, skills=SKILLS)
+
+
+def test_an_adapter_trained_on_right_answers(fresh_model: Any, processor: Any, reference: Reference) -> None:
+    """Sure of itself over blank pictures too, which is no damage: all answers are right and follow the picture."""
+    model = train(fresh_model(lora=True), processor, LESSONS, 12, 2e-3)
+    evidence = alignment(model, processor, SAMPLES, reference, max_new_tokens=SHORT)
+    assert figure(evidence, "adapter on: margin over noise pictures / reference") < 0.9
+    assert figure(evidence, "adapter on: right answers") >= 0.95 * len(SAMPLES)
+    assert figure(evidence, "adapter on: replies that change with swapped pictures") >= 0.9 * 28
+    assert figure(evidence, "adapter off: margin over noise pictures / reference") > 0.95
+    assert any("judged only against limits of your own" in note for note in evidence.notes)
+    with pytest.raises(CheckFailed, match="the model looks less than before"):
+        alignment(model, processor, SAMPLES, reference, limits=AlignmentLimits(), max_new_tokens=SHORT)
+
+
+def test_an_adapter_that_answers_blind(fresh_model: Any, processor: Any, reference: Reference) -> None:
+    lessons = [replace(s, answer="red") for s in LESSONS if s.images]
+    model = train(fresh_model(lora=True), processor, lessons, 15, 1e-2)
+    said = fails(model, processor, reference)
+    assert "with the adapter on, the model answers without looking: 28 of 28 replies stay the same" in said
+    assert "adapter off" not in said
+
+
+@pytest.fixture(scope="module")
+def lightly_trained(fresh_model: Any) -> Any:
+    model = fresh_model(lora={"init_lora_weights": False})
+    with torch.no_grad():
+        for name, parameter in adapter_parameters(anatomy(model)).items():
+            parameter.mul_(0.05 if "lora_B" in name else 1)
+    return model
+
+
+def test_a_base_that_is_damaged_under_a_trained_adapter(
+    lightly_trained: Any, processor: Any, reference: Reference
+) -> None:
+    assert alignment(lightly_trained, processor, SAMPLES, reference, max_new_tokens=SHORT).ok
+    with features_replaced(anatomy(lightly_trained), lambda features: 0.2 * features + 0.8 * features.mean(dim=0)):
+        said = fails(lightly_trained, processor, reference)
+    assert said.startswith("adapter off: true pictures make the right answer ")
+    assert "[adapter off: margin over swapped pictures / reference 0." in said
+
+
+def test_a_trained_adapter_with_too_few_probes(lightly_trained: Any, processor: Any, reference: Reference) -> None:
+    evidence = alignment(lightly_trained, processor, SAMPLES[:7], reference, max_new_tokens=SHORT)
+    [note] = [note for note in evidence.notes if note.startswith("adapter on: not judged, ")]
+    assert "probes that need the picture in full precision are too few to tell a model that looks" in note
+
+
+def test_an_adapter_that_is_not_finite(fresh_model: Any, processor: Any, reference: Reference) -> None:
+    model = fresh_model(lora=True)
+    with torch.no_grad():
+        name, parameter = next(iter(adapter_parameters(anatomy(model)).items()))
+        parameter[0, 0] = float("inf")
+    said = fails(model, processor, reference)
+    assert said.startswith("adapter on: logits at the answer of sample '")
+    assert f"this begins at {name.removesuffix('.weight')}, whose own weight is not finite" in said
+
+
+def test_names_from_files_do_not_steer_the_terminal(base: Any, processor: Any, reference: Reference) -> None:
+    escaped = [replace(s, id=f"\x1b[2J{s.id}", skill=f"\x1b[31m{s.skill}") for s in SAMPLES]
+    recorded = {new.id: replace(reference.probes[old.id]) for new, old in zip(escaped, SAMPLES, strict=True)}
+    with features_replaced(anatomy(base), torch.zeros_like), pytest.raises(CheckFailed) as caught:
+        alignment(base, processor, escaped, replace(reference, probes=recorded), max_new_tokens=SHORT)
+    assert "\x1b" not in str(caught.value)
+    assert "lost, for instance, samples '\\x1b[2J" in str(caught.value)
+
+
+@given(
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.floats(1, 100),
+    st.lists(st.integers(1, 8), min_size=1, max_size=40),
+    st.floats(1, 50),
+    st.randoms(use_true_random=False),
+)
+def test_rounding_alone_never_costs_a_margin(
+    dtype: torch.dtype, logit: float, tokens: list[int], before: float, random: Any
+) -> None:
+    """Every logit rounded the other way at random: four log-probabilities for each token of each answer."""
+    one = step(dtype, logit)
+    floor = NoiseFloor(0.0, {}, str(dtype).removeprefix("torch."), one, one)
+    margins = [Margin(SAMPLES[0], before, before, count) for count in tokens]
+    off = sum(random.choice((-2 * one, 2 * one)) for _ in range(2 * sum(tokens))) / len(tokens)
+    allowed = margin_noise(floor, margins, 1e-4)
+    assert abs(off) <= allowed * math.sqrt(3)  # beyond: once in 10,000 ** 3 draws
+    assert allowed > 0
 
 
 def test_a_users_adapter_is_reported_not_judged(fresh_model: Any, processor: Any) -> None:
@@ -132,7 +240,9 @@ def test_a_users_adapter_is_reported_not_judged(fresh_model: Any, processor: Any
     assert figure(evidence, "answers lost less gained") > 10
     assert not any(f.relation for f in evidence.figures)
     assert "reported, not judged, against nf4 base, adapter disabled" in evidence.notes
-    assert "nf4 base, adapter disabled makes it" in fails(model, processor, before)
+    with pytest.raises(CheckFailed, match="nf4 base, adapter disabled makes it"):
+        alignment(model, processor, SAMPLES, before, limits=AlignmentLimits(), max_new_tokens=SHORT)
+    assert "with the adapter on, answers are lost: " in fails(model, processor, before)
 
 
 def test_limits_are_the_callers(base: Any, processor: Any, reference: Reference) -> None:
