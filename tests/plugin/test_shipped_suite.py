@@ -119,4 +119,4 @@ def test_an_override_that_does_not_reach_the_suite_is_named(pytester, run_light,
 def test_an_override_in_a_test_module_is_its_own_affair(pytester, run_light, real_stack):
     pytester.makeconftest(STAND_IN)
     pytester.makepyfile(test_own=STAND_IN + "    def test_own(qvl_quantized_model): pass\n")
-    assert "overrides" not in run_light(*ONE, ".", *SUITE).stdout.str()
+    assert "for the tests below it" not in run_light(*ONE, ".", *SUITE).stdout.str()
