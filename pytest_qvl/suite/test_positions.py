@@ -16,15 +16,10 @@ def test_mrope_positions(qvl_quantized_model: Any, qvl_batch: Any, row_samples: 
         checks.mrope_positions(qvl_quantized_model, qvl_batch(samples, padding_side=padding_side))
 
 
-def test_decode_positions(qvl_quantized_model: Any, mixed_batches: Any) -> None:
-    """Position ids of every decode step inside ``generate`` equal the oracle's."""
-    for batch in mixed_batches:
+def test_decode_positions(qvl_quantized_model: Any, mixed_batches: Any, long_batch: Any) -> None:
+    """Position ids of every decode step inside ``generate`` equal the oracle's, also in a row of over 2,000 tokens."""
+    for batch in (*mixed_batches, long_batch):
         checks.decode_positions(qvl_quantized_model, batch)
-
-
-def test_long_row_positions(qvl_quantized_model: Any, long_batch: Any) -> None:
-    """They do so in a row of more than 2,000 tokens, at prefill and while decoding."""
-    checks.decode_positions(qvl_quantized_model, long_batch)
 
 
 def test_position_state(qvl_quantized_model: Any, mixed_batches: Any) -> None:
