@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qvl import lineage
+from pytest_qvl.report.promises import PROMISES
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -26,9 +27,15 @@ def is_shipped(item: pytest.Item | pytest.Collector) -> bool:
 
 
 def check_name(item: pytest.Item) -> str:
-    """The check that a shipped test calls: ``test_feature_scatter`` calls ``feature_scatter``."""
-    name: str = getattr(item, "originalname", item.name)
-    return name.removeprefix("test_")
+    """The check that a shipped test calls."""
+    return check_of(getattr(item, "originalname", item.name))
+
+
+def check_of(test: str) -> str:
+    """``test_feature_scatter`` and ``test_feature_scatter_in_training`` call ``feature_scatter``."""
+    name = test.removeprefix("test_")
+    checks = (check for promise in PROMISES for check in promise.checks)
+    return max((check for check in checks if f"{name}_".startswith(f"{check}_")), key=len, default=name)
 
 
 class SuiteModule(pytest.Module):

@@ -75,11 +75,13 @@ def test_every_promise_has_checks_and_every_check_one_promise():
 def test_every_check_of_the_suite_belongs_to_a_promise():
     import re
 
-    from pytest_qvl.shipped import FOLDER
+    from pytest_qvl.shipped import FOLDER, check_of
 
+    assert check_of("test_picture_pairing_in_training") == "picture_pairing"
+    assert check_of("test_picture_pairings") == "picture_pairings"
     for file in FOLDER.glob("test_*.py"):
-        for name in re.findall(r"^def test_(\w+)", file.read_text(encoding="utf-8"), re.MULTILINE):
-            assert promise_of(name) is not None, f"{file.name}: test_{name}"
+        for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE):
+            assert promise_of(check_of(name)) is not None, f"{file.name}: {name}"
 
 
 def test_a_whole_run_is_kept():
