@@ -279,7 +279,10 @@ def _adapter_left(case: Case) -> Iterator[None]:
     def with_adapter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = next(n for n in tensors if n.endswith("layers.0.self_attn.q_proj.weight")).removesuffix(".weight")
         rows, columns = tensors[f"{name}.weight"].shape
-        learned = {"lora_A": torch.ones(8, columns), "lora_B": torch.ones(rows, 8)}
+        learned = {
+            "lora_A": torch.ones(8, columns, device="cpu"),
+            "lora_B": torch.ones(rows, 8, device="cpu"),
+        }
         return {**tensors, **{f"{name}.{key}.default.weight": value for key, value in learned.items()}}
 
     with changed_checkpoint(case, with_adapter) as folder:

@@ -51,7 +51,7 @@ def test_a_users_own_test_keeps_its_filters_but_our_fixtures_are_made(pytester, 
     pytester.syspathinsert()
     pytester.makeconftest(
         "from other_package import call\nimport pytest_qvl.samples as samples\n"
-        "samples.scenes = lambda *a: call() or []\n"
+        "samples.probe_samples = lambda *a: call() or []\n"
     )
     pytester.makepyfile(
         "from other_package import call\n"
