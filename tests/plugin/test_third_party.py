@@ -52,6 +52,9 @@ def test_a_users_own_test_keeps_its_filters_but_our_fixtures_are_made(pytester, 
     pytester.makeconftest(
         "from other_package import call\nimport pytest_qvl.samples as samples\n"
         "samples.probe_samples = lambda *a: call() or []\n"
+        "import types, pytest\n"
+        "@pytest.fixture(scope='session')\n"  # the real one imports torch
+        "def qvl_probe_sizes(): return types.SimpleNamespace(one_size=True)\n"
     )
     pytester.makepyfile(
         "from other_package import call\n"
