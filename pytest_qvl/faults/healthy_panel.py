@@ -127,9 +127,10 @@ def shown(outcomes: Sequence[Outcome], cpu: Cpu) -> str:
     ran = [outcome for outcome in outcomes if not outcome.missing]
     alarms = [f"FALSE ALARM under {o.setting}: {alarm}" for o in ran for alarm in o.share.alarms]
     broken = [f"BROKEN {reason}" for o in ran for reason in o.broken]
+    used = sum(o.share.variations > 0 for o in ran)
     total = (
         f"{cpu.model}: {len(alarms)} false alarms over {sum(o.share.variations for o in ran):,} healthy variations "
-        f"({sum(o.share.judged for o in ran):,} checks) under {len(ran)} of {len(outcomes)} settings; "
+        f"({sum(o.share.judged for o in ran):,} checks) under {used} of {len(outcomes)} settings; "
         f"{len(outcomes) - len(ran)} not offered by this CPU"
     )
     table = Table(COLUMNS, tuple(outcome.row() for outcome in outcomes))

@@ -65,7 +65,7 @@ def test_what_is_shown_and_recorded() -> None:
     assert "FALSE ALARM under oneDNN AVX2, ATen avx2, 1 thread: #3, causality: x\\x1b" in text
     assert "BROKEN the process ended with -9: Killed" in text
     assert text.endswith(
-        "an old CPU: 1 false alarms over 5 healthy variations (90 checks) under 2 of 3 settings; 1 not offered by this CPU"
+        "an old CPU: 1 false alarms over 5 healthy variations (90 checks) under 1 of 3 settings; 1 not offered by this CPU"
     )
     assert [outcome.green for outcome in (alarmed, absent, dead)] == [False, True, False]
     kept = json.loads(json.dumps(record([alarmed, absent], OLD)))
