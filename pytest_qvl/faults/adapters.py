@@ -93,7 +93,7 @@ def _one_merger_layer(case: Case) -> Iterator[None]:
     "After a rename the regex matches only some of the modules that were meant.",
     damages="adapter",
     check="adapter_census",
-    says=("{beyond_two_layers} modules that were asked for have no adapter", "layers.2."),
+    says=("{beyond_two_layers} modules that were asked for have no adapter", "language_model.layers."),
     source="axolotl-ai-cloud/axolotl#2792, #2735",
 )
 def _regex_matches_half(case: Case) -> Iterator[None]:

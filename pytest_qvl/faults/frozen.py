@@ -19,27 +19,20 @@ if TYPE_CHECKING:
 
 
 def stepping(meddle: Callable[[], None]) -> Any:
-    """Makes an AdamW that also does something else after every step."""
+    """Makes an AdamW that also does something else after its first step; each optimizer made does so again."""
     import torch
 
     class Meddling(torch.optim.AdamW):
+        meddled = False
+
         def step(self, *args: Any, **kwargs: Any) -> Any:
             done = super().step(*args, **kwargs)
-            meddle()
+            if not self.meddled:
+                self.meddled = True
+                meddle()
             return done
 
     return lambda parameters: Meddling(parameters, lr=1e-3, weight_decay=0.0)
-
-
-def once(action: Callable[[], None]) -> Callable[[], None]:
-    """Does it the first time it is called, and nothing afterwards."""
-    actions = [action]
-
-    def act() -> None:
-        if actions:
-            actions.pop()()
-
-    return act
 
 
 @contextmanager
@@ -78,7 +71,7 @@ def _one_bit(case: Case) -> Iterator[None]:
     def flip() -> None:
         weight.data.view(-1)[7:8].view(_int16()).bitwise_xor_(1)
 
-    with _written_in_training(case, weight, once(flip)):
+    with _written_in_training(case, weight, flip):
         yield
 
 
@@ -120,7 +113,7 @@ def _permuted_rows(case: Case) -> Iterator[None]:
     def swap() -> None:
         weight.data[[0, 1]] = weight.data[[1, 0]]
 
-    with _written_in_training(case, weight, once(swap)):
+    with _written_in_training(case, weight, swap):
         yield
 
 
