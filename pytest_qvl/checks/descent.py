@@ -122,6 +122,7 @@ def descent(lesson: Lesson, move: Move) -> Descent:
     """
     import torch
 
+    _place(lesson.weights, move.before)  # an optimizer's step may have been a long one
     start, slope = lesson.loss(), sum(move.slopes())
     promised = seen = 0.0
     agreed = False
@@ -138,7 +139,13 @@ def descent(lesson: Lesson, move: Move) -> Descent:
                 return Descent(promised, seen, True)
             agreed, length = agrees, length / 2
     finally:
-        with torch.no_grad():
-            for weight, before in zip(lesson.weights, move.before, strict=True):
-                weight.copy_(before)
+        _place(lesson.weights, move.before)
     return Descent(promised, seen, False)
+
+
+def _place(weights: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
+    import torch
+
+    with torch.no_grad():
+        for weight, value in zip(weights, values, strict=True):
+            weight.copy_(value)

@@ -308,6 +308,7 @@ HEALTHY_OPTIMIZERS = {
     "Adam with coupled decay": lambda p: torch.optim.Adam(p, lr=1e-5, weight_decay=10.0),
     "SGD 1e-6": lambda p: torch.optim.SGD(p, lr=1e-6, momentum=0.9, nesterov=True),
     "SGD 0.1": lambda p: torch.optim.SGD(p, lr=0.1),
+    "SGD 10, a step too long for the loss": lambda p: torch.optim.SGD(p, lr=10.0),
     "Adafactor": lambda p: torch.optim.Adafactor(p),
     "Muon": lambda p: torch.optim.Muon(p, lr=2e-4),
     "AdamW8bit": eight_bits("AdamW8bit", lr=2e-4, weight_decay=0.01),
