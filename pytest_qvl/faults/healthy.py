@@ -27,7 +27,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "rank pattern": {"rank_pattern": {"down_proj": 2}},
     "head adapted": {"target_modules": LANGUAGE_ONLY + "|lm_head"},
+    "rank and alpha pattern": {"rank_pattern": {"q_proj": 32}, "alpha_pattern": {"q_proj": 64}},
+    "embeddings adapted": {"target_modules": LANGUAGE_ONLY + r"|.*language_model\.embed_tokens"},
+    "attention only": {"target_modules": r".*language_model.*\.(q|v)_proj"},
+    "renamed": {},
+    "first layers": {"target_modules": ["q_proj", "v_proj", "o_proj"], "layers_to_transform": [0, 1]},
+    "dora, rslora, dropout": {"use_dora": True, "use_rslora": True, "lora_dropout": 0.05},
 }
+ADAPTER_NAMES = {"renamed": "step-500"}
 ALWAYS = (
     "checkpoint_complete",
     "quantization_census",
@@ -58,6 +65,8 @@ KNOWLEDGE = ("vision_stability", "generation_wellformed", "alignment")
 KNOWLEDGE_EVERY = 8
 RANDOM_EVERY = 5
 SIDES = tuple(range(56, 197, 28))  # px
+OPTIMIZERS = ("derived", "AdamW 2e-4", "SGD 0.1, momentum", "Adafactor 1e-3", "AdamW 1e-5, no decay")
+OPTIMIZER_EVERY = 10  # variations in a row with the same one, so that each meets both training checks
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Variation:
         number: Its place in the list, and the seed of everything random in it.
         dtype: Load and compute dtype.
         adapter: A key of :data:`ADAPTERS`.
+        optimizer: One of :data:`OPTIMIZERS`; ``"derived"`` is the checks' own.
         eager: Eager attention instead of SDPA.
         family: Random weights of this family (``model_type``), or empty for the embedded model.
         prepared: Prepared for k-bit training (16-bit parts become float32), its vision hooks removed.
@@ -77,6 +87,7 @@ class Variation:
     number: int
     dtype: str
     adapter: str
+    optimizer: str
     eager: bool
     family: str
     prepared: bool
@@ -85,6 +96,7 @@ class Variation:
     def __str__(self) -> str:
         weights = f"random {self.family}" if self.family else "embedded"
         words = [weights, self.dtype, f"{self.adapter} adapter", "eager" if self.eager else "sdpa"]
+        words += [self.optimizer] if self.optimizer != OPTIMIZERS[0] else []
         return f"#{self.number}: {', '.join([*words, *(['k-bit prepared'] if self.prepared else [])])}"
 
 
@@ -107,6 +119,7 @@ def variations(count: int) -> list[Variation]:
                 number,
                 DTYPES[number % len(DTYPES)],
                 adapter,
+                OPTIMIZERS[number // OPTIMIZER_EVERY % len(OPTIMIZERS)],
                 eager=number % 7 == 3 and not family,
                 family=family,
                 prepared=number % 11 == 6 and not family,
@@ -132,6 +145,7 @@ class Healthy:
         base = self._base(variation.dtype, variation.number if knows else SEED)
         changed = replace(base, collators=[], rows=_rows(variation.number))
         changed.lora_config = lora_config(**ADAPTERS[variation.adapter])
+        changed.make_optimizer = _optimizer(variation.optimizer)
         if variation.family:
             with _random_case(changed, variation) as made:
                 yield made
@@ -149,26 +163,27 @@ class Healthy:
         return self._cases[dtype, seed]
 
     def _model(self, variation: Variation, config: Any) -> Any:
-        if not variation.prepared:
-            return load(dtype=variation.dtype, lora=config, seed=variation.number)
-        from peft import get_peft_model, prepare_model_for_kbit_training
+        import torch
 
-        from pytest_qvl.models.anatomy import anatomy
-        from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+        base = load(dtype=variation.dtype, lora=None)
+        if variation.prepared:
+            from peft import prepare_model_for_kbit_training
 
-        base = prepare_model_for_kbit_training(
-            load(dtype=variation.dtype, lora=None),
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
-        model = get_peft_model(base, config).eval()
-        remove_vision_grad_hooks(anatomy(model).patch_embed)
+            base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(variation.number)
+            model = _adapted(base, variation, config)
+        if variation.prepared:
+            from pytest_qvl.models.anatomy import anatomy
+            from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+
+            remove_vision_grad_hooks(anatomy(model).patch_embed)
         return model
 
 
 @contextmanager
 def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
     import torch
-    from peft import get_peft_model
 
     from pytest_qvl import checks
     from pytest_qvl.checks.reference import noise_floor
@@ -187,9 +202,29 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
         floor: Any = case.reference.floor
         if "generation_batch_invariance" in variation.checks:
             floor = noise_floor(model, case.processor, case.probes)
-        model = get_peft_model(model, case.lora_config).eval()
+        model = _adapted(model, variation, case.lora_config)
         policy = checks.QuantizationPolicy(compute_dtype=variation.dtype)
         yield replace(case, model=model, policy=policy, reference=floor)
+
+
+def _adapted(base: Any, variation: Variation, config: Any) -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(base, config, ADAPTER_NAMES.get(variation.adapter, "default")).eval()
+
+
+def _optimizer(name: str) -> Any:
+    """Makes an optimizer as people set it; ``None`` for the one that the checks derive."""
+    import torch
+    from transformers.optimization import Adafactor
+
+    makers: dict[str, Any] = {
+        "AdamW 2e-4": lambda p: torch.optim.AdamW(p, lr=2e-4),
+        "SGD 0.1, momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        "Adafactor 1e-3": lambda p: Adafactor(p, lr=1e-3, relative_step=False, scale_parameter=False),
+        "AdamW 1e-5, no decay": lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+    }
+    return makers.get(name)
 
 
 def _rows(seed: int) -> list[Sample]:
