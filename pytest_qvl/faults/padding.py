@@ -101,7 +101,7 @@ def _batch_scale(case: Case) -> Iterator[None]:
 
 @fault(
     "several-rows-take-another-path",
-    "One layer in four computes something slightly else as soon as a batch has more than one row.",
+    "One MLP in four is subtracted, not added, as soon as a batch has more than one row.",
     damages="model",
     check="generation_batch_invariance",
     says=("alone against batch: logits differ by", "depends on the rows beside it"),
@@ -109,7 +109,7 @@ def _batch_scale(case: Case) -> Iterator[None]:
 )
 def _several_rows(case: Case) -> Iterator[None]:
     def other(_module: Any, _args: Any, output: Any) -> Any:
-        return on_first(output, lambda h: h * 0.8 if h.shape[0] > 1 else h)
+        return on_first(output, lambda h: -h if h.shape[0] > 1 else h)
 
     layers: Any = anatomy(case.model).language_backbone.layers
     with after([layer.mlp for layer in layers[2::4]], other):
