@@ -13,7 +13,7 @@ USES_A_MODEL = "def test_it(qvl_model): pass"
 UNRELATED = "def test_it(qvl_vram_limit): pass"
 STALE = (
     "Transformers 5.3.0 has this defect: rope_deltas that generate() left behind are used for a later batch without "
-    "images; fixed in 5.4.0: https://github.com/huggingface/transformers/issues/44873"
+    "images; fixed in 5.4.0 (take 5.5.4: until then there is another): https://github.com/huggingface/transformers/issues/44873"
 )
 
 
