@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import pytest
+
+from pytest_qvl import samples
 
 WARNS = "import warnings\ndef call(): warnings.warn('of another package', FutureWarning)\n"
 RAISED = "*FutureWarning: of another package*"
@@ -49,9 +53,8 @@ def test_what_the_user_ignores_stays_ignored(in_suite):
 def test_a_users_own_test_keeps_its_filters_but_our_fixtures_are_made(pytester, run_light, monkeypatch):
     pytester.makepyfile(other_package=WARNS)
     pytester.syspathinsert()
+    monkeypatch.setattr(samples, "probe_samples", lambda *_: import_module("other_package").call() or [])
     pytester.makeconftest(
-        "from other_package import call\nimport pytest_qvl.samples as samples\n"
-        "samples.probe_samples = lambda *a: call() or []\n"
         "import types, pytest\n"
         "@pytest.fixture(scope='session')\n"  # the real one imports torch
         "def qvl_probe_sizes(): return types.SimpleNamespace(one_size=True)\n"
