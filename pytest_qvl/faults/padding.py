@@ -117,6 +117,24 @@ def _several_rows(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "several-rows-scale-logits",
+    "The head's logits are a quarter too large as soon as a batch has more than one row: every argmax stays.",
+    damages="model",
+    check="generation_batch_invariance",
+    says=("alone against batch: logits differ by", "depends on the rows beside it"),
+    source="QwenLM/Qwen3-VL#1956",
+)
+def _several_rows_scale(case: Case) -> Iterator[None]:
+    # In the head and in proportion: as large on a deep model as on a shallow one, and too small to lose an answer.
+    def scale(_module: Any, _args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits * 1.25 if logits.shape[0] > 1 else logits
+
+    head: Any = anatomy(case.model).lm_head
+    with after([head], scale):
+        yield
+
+
+@fault(
     "attention-not-causal",
     "The prompt's attention lost its causal mask.",
     damages="model",

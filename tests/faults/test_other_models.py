@@ -27,6 +27,7 @@ NEED_KNOWLEDGE = {
 CAUGHT = (
     *("seven-names-hit-vision", "regex-matches-half", "optimizer-before-adapter", "type-fp4", "skip-list-too-greedy"),
     *("eos-setting-wrong", "scatter-off-by-one", "one-dimensional-in-training", "one-block-size-off"),
+    "several-rows-scale-logits",
 )
 
 
