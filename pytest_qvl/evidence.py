@@ -181,6 +181,14 @@ class ModelCrashed(CheckFailed):
     """
 
 
+class InputError(ValueError):
+    """What a check was given is not what it takes, told in one sentence; nothing is said about the model."""
+
+
+class InputTypeError(InputError, TypeError):
+    """An argument is missing, or of another type than the check takes."""
+
+
 class CannotJudge(RuntimeError):
     """The inputs cannot decide the question (a uniform picture for a routing check, no CUDA for a VRAM check).
 

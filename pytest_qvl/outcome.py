@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, collecting, printable
+from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
 from pytest_qvl.report.promises import promise_of
 from pytest_qvl.shipped import check_name, is_shipped
 from pytest_qvl.targets import NEEDS_CUDA, target_of
 
 CHECKS = "pytest_qvl.checks"
+_HIDDEN = (CHECKS, "pytest_qvl.evidence", "pytest_qvl.models", "pytest_qvl.samples")
+_IN_WORDS = (CheckFailed, InputError)
 
 
 @dataclass
@@ -60,18 +62,37 @@ def _check_in(reason: CannotJudge, item: pytest.Item) -> str:
     return check_name(item)
 
 
-def shorten(excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-    """End the traceback of a failed check where the test called it, except with ``--full-trace``."""
-    if isinstance(excinfo.value, CheckFailed):
-        for entry in excinfo.traceback:
-            names = entry.frame.f_globals
-            if names.get("__name__", "").startswith((CHECKS, "pytest_qvl.evidence")):
-                names.setdefault("__tracebackhide__", _says_all)
+@contextmanager
+def short_trace(config: pytest.Config, excinfo: pytest.ExceptionInfo[BaseException] | None) -> Iterator[None]:
+    """Let a report end the traceback of a check where the test called it, except with ``--full-trace``.
+
+    Where the model crashed or an argument is wrong, the message says all there is to know: by default neither the
+    test's fixtures nor the exception behind it are shown then; with ``--tb=long`` or ``--tb=native`` both are.
+    """
+    if excinfo is None or not isinstance(excinfo.value, _IN_WORDS):
+        yield
+        return
+    for entry in excinfo.traceback:
+        names = entry.frame.f_globals
+        if names.get("__name__", "").startswith(_HIDDEN):
+            names.setdefault("__tracebackhide__", _says_all)
+    style = config.getoption("tbstyle", "auto")
+    if not isinstance(excinfo.value, ModelCrashed | InputError) or style in ("long", "native"):
+        yield
+        return
+    error, cause, suppressed = excinfo.value, excinfo.value.__cause__, excinfo.value.__suppress_context__
+    config.option.tbstyle = "short" if style == "auto" else style
+    error.__cause__ = None  # which suppresses the context, too
+    try:
+        yield
+    finally:
+        config.option.tbstyle = style
+        error.__cause__, error.__suppress_context__ = cause, suppressed
 
 
 def _says_all(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
     """Whether an exception's message tells all there is to know: not where a check itself has a bug."""
-    return isinstance(excinfo.value, CheckFailed)
+    return isinstance(excinfo.value, _IN_WORDS)
 
 
 def attach(item: pytest.Item, report: pytest.TestReport) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl import lineage
+from pytest_qvl.refusals import Refusal
 from pytest_qvl.shipped import FOLDER, PACKAGE
 
 if TYPE_CHECKING:
@@ -60,6 +61,25 @@ def described(config: pytest.Config) -> list[str]:
             f"below the rootdir does not reach {PACKAGE}; give --rootdir=. if it should"
         )
     return lines
+
+
+def refuse_no_factory(fixturedef: Any, value: Any) -> None:
+    """Refuse an overriding ``qvl_batch`` that gives a batch, or nothing, and not the function that makes batches.
+
+    Raises:
+        Refusal: Names the fixture's file, what it gave and what it has to give; also for every later test.
+    """
+    if fixturedef.argname != "qvl_batch" or callable(value):
+        return
+    code = fixturedef.func.__code__
+    given = "None" if value is None else f"a value of type {type(value).__name__}"
+    refusal = Refusal(
+        f"the fixture qvl_batch ({Path(code.co_filename).name}:{code.co_firstlineno}) gives {given}; it has to give a "
+        "function: qvl_batch(samples, padding_side='left', answers=False) returns a mapping from names to tensors"
+    )
+    _, key, _ = fixturedef.cached_result
+    fixturedef.cached_result = (None, key, (refusal, None))
+    raise refusal
 
 
 def shown(config: pytest.Config, file: Path) -> str:

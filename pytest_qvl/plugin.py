@@ -193,6 +193,7 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, objec
     try:
         with state.making(fixturedef), third_party.spared() if _is_own(fixturedef) else nullcontext():
             value = yield
+        overrides.refuse_no_factory(fixturedef, value)
     except (Exception, pytest.fail.Exception) as error:
         state.note_failure(fixturedef, error, item)
         raise
@@ -284,11 +285,10 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put evidence, target and check on the report."""
-    if call.excinfo is not None:
-        outcome.shorten(call.excinfo)
-        if target_of(item) is not None or lineage.views(item):
-            item.stash.setdefault(ERRORS_KEY, []).append(call.excinfo.value)
-    report = yield
+    if call.excinfo is not None and (target_of(item) is not None or lineage.views(item)):
+        item.stash.setdefault(ERRORS_KEY, []).append(call.excinfo.value)
+    with outcome.short_trace(item.config, call.excinfo):
+        report = yield
     outcome.attach(item, report)
     return report
 

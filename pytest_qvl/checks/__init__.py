@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from pytest_qvl.evidence import CannotJudge as CannotJudge
     from pytest_qvl.evidence import CheckFailed as CheckFailed
     from pytest_qvl.evidence import Evidence as Evidence
+    from pytest_qvl.evidence import InputError as InputError
     from pytest_qvl.models.policy import AdapterPolicy as AdapterPolicy
 
 _HOMES = {
@@ -82,7 +83,7 @@ _HOMES = {
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
 _HOME_OF["AdapterPolicy"] = "pytest_qvl.models.policy"
-_HOME_OF |= dict.fromkeys(("CannotJudge", "CheckFailed", "Evidence"), "pytest_qvl.evidence")
+_HOME_OF |= dict.fromkeys(("CannotJudge", "CheckFailed", "Evidence", "InputError"), "pytest_qvl.evidence")
 __all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.wording import some, tally
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, InputTypeError, Judge
 from pytest_qvl.models.adapters import (
     AdapterSlot,
     active_adapters,
@@ -120,7 +120,7 @@ def adapter_census(
     groups = policy.adapted
     adapters = adapter_parameters(parts)
     if not adapters:
-        raise ValueError(no_adapter(parts))
+        raise InputError(no_adapter(parts))
     if foreign := foreign_types(parts):
         raise CannotJudge(f"the adapter on the model is {', '.join(foreign)}; the census knows where LoRA belongs only")
     judge = Judge("adapter_census", "where LoRA sits, and what is trained")
@@ -151,7 +151,7 @@ def adapter_census(
 def _check_census_arguments(lora_config: Any, optimizer: Any) -> None:
     kind = peft_type_of(lora_config)
     if not kind:
-        raise TypeError(f"expected a peft.LoraConfig, got {type(lora_config).__name__}")
+        raise InputTypeError(f"expected a peft.LoraConfig, got {type(lora_config).__name__}")
     if kind != "LORA":
         raise CannotJudge(
             f"{type(lora_config).__name__} asks for {kind}; the census knows what LoRA's configuration asks for only"
@@ -159,9 +159,9 @@ def _check_census_arguments(lora_config: Any, optimizer: Any) -> None:
     if getattr(lora_config, "target_parameters", None):
         raise CannotJudge("the LoRA config adapts bare parameters (target_parameters); only modules are counted here")
     if not lora_config.target_modules:
-        raise ValueError("the LoRA config names no target_modules, so there is nothing to compare the adapter with")
+        raise InputError("the LoRA config names no target_modules, so there is nothing to compare the adapter with")
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
-        raise TypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
+        raise InputTypeError(f"expected a torch optimizer, got {type(optimizer).__name__}")
 
 
 def _asked_for(parts: Parts, config: Any, candidates: Mapping[str, nn.Module]) -> set[str]:
@@ -483,7 +483,7 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
     parts = anatomy(model)
     parameters = adapter_parameters(parts)
     if not parameters:
-        raise ValueError(no_adapter(parts))
+        raise InputError(no_adapter(parts))
     given = [batches] if isinstance(batches, Mapping) else list(batches)
     if not any("pixel_values" in batch for batch in given):
         raise CannotJudge("no batch has pictures (pixel_values), so the adapter would only be seen on text")

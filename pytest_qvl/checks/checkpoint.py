@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.checks.entry import check
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.loading import LoadingReport, compared_with, kept_report
 
@@ -65,7 +65,7 @@ def _report(parts: Parts, checkpoint: str | Path | None) -> LoadingReport:
     folder = Path(checkpoint or getattr(parts.base, "name_or_path", "") or "").expanduser()
     if not any(folder.glob("*.safetensors")):
         if checkpoint is not None:
-            raise ValueError(f"{str(checkpoint)!r} is no folder with *.safetensors: give the model's checkpoint")
+            raise InputError(f"{str(checkpoint)!r} is no folder with *.safetensors: give the model's checkpoint")
         raise CannotJudge(
             "nobody knows what this model was loaded from: pass the checkpoint's folder as `checkpoint`, or load it "
             "by a backend of this package"

@@ -9,14 +9,28 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from pytest_qvl.evidence import CannotJudge, CheckFailed, Judge, ModelCrashed, judging, noted
+from pytest_qvl.evidence import (
+    CannotJudge,
+    CheckFailed,
+    InputError,
+    InputTypeError,
+    Judge,
+    ModelCrashed,
+    judging,
+    noted,
+)
 
 if TYPE_CHECKING:
+    import torch
+
     from pytest_qvl.models.anatomy import Parts
 
 P = ParamSpec("P")
@@ -32,8 +46,19 @@ WRAPPERS = {
 SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 # The arguments of checks that hold model inputs, one batch or several.
 BATCHES = frozenset({"batch", "batches", "training_batch"})
+# Values of a batch that a model takes as tensors only; anything else that is no tensor is left out.
+TENSORS = (
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "mm_token_type_ids",
+    "position_ids",
+    "pixel_values",
+    "image_grid_thw",
+)
+BATCH_HELP = "make_batch(processor, samples) and the fixture qvl_batch(samples) return one"
 # Verdicts of their own, told by whoever holds the GPU; and what a warning filter made of a warning is no crash.
-_NOT_OURS: tuple[type[Exception], ...] = (CheckFailed, CannotJudge, MemoryError, Warning)
+_NOT_OURS: tuple[type[Exception], ...] = (CheckFailed, CannotJudge, InputError, MemoryError, Warning)
 _GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 _GPU_WORDS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
 
@@ -46,27 +71,35 @@ def check(function: Callable[P, R]) -> Callable[P, R]:
     - Every batch (a ``BatchFeature``, any other mapping, or a sequence of them) becomes a ``dict`` on the model's
       device, without values that no model takes (strings, images), which the evidence notes.
     - A batch of videos is not judged, since the checks know images only.
+    - Gradients are on at the start, whatever the caller has switched off (``no_grad``, ``inference_mode``): a check
+      that trains would otherwise find an adapter without gradients.
     - An exception out of the model, its processor or the optimizer becomes :class:`ModelCrashed`, which names the
-      module that raised it. Errors of the check itself (``ValueError`` for its arguments), of GPU memory and of CUDA
-      stay as they are.
+      module that raised it, notes the line, and says what is malformed about the batch, if anything is. Errors of
+      the check itself (:class:`InputError`, a ``ValueError``, for its arguments), of GPU memory and of CUDA stay as
+      they are.
     """
     first_line = (inspect.getdoc(function) or function.__name__).splitlines()[0]
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        with judging() as judges, noted() as notes:
-            arguments = _prepared(signature.bind(*args, **kwargs), notes)
+        with judging() as judges, noted() as notes, _gradients_on():
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise InputTypeError(f"{function.__name__}: {error}") from None
+            arguments = _prepared(function.__name__, bound, notes)
             try:
                 return function(*arguments.args, **arguments.kwargs)
             except _NOT_OURS:
                 raise
             except Exception as error:
-                sentence = _crash(error, arguments.arguments.get("model"))
-                if not sentence:
+                crash = _crash(error, arguments.arguments)
+                if crash is None:
                     raise
                 judge = judges[-1] if judges else Judge(function.__name__, first_line)
-                judge.problem(sentence)
+                judge.problem(crash.sentence)
+                judge.note(crash.place)
                 raise ModelCrashed(judge.close()) from error
 
     return checked
@@ -89,7 +122,15 @@ def unwrapped(model: Any) -> Any:
     return inner
 
 
-def _prepared(arguments: inspect.BoundArguments, notes: list[str]) -> inspect.BoundArguments:
+@contextmanager
+def _gradients_on() -> Iterator[None]:
+    import torch
+
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _prepared(check_name: str, arguments: inspect.BoundArguments, notes: list[str]) -> inspect.BoundArguments:
     given = arguments.arguments
     if "model" in given:
         inner = unwrapped(given["model"])
@@ -98,9 +139,13 @@ def _prepared(arguments: inspect.BoundArguments, notes: list[str]) -> inspect.Bo
             given["model"] = inner
     for name in BATCHES.intersection(given):
         value = given[name]
-        if isinstance(value, list | tuple):
+        if name == "batches" and isinstance(value, list | tuple):
+            named = [(f"{name}[{number}]", each) for number, each in enumerate(value)]
+            for where, each in named:
+                _refuse_no_batch(check_name, where, each)
             given[name] = [_batch(given.get("model"), each, notes) for each in value]
         else:
+            _refuse_no_batch(check_name, name, value)
             given[name] = _batch(given.get("model"), value, notes)
     if "model" in given and given.get("processor") is not None:
         from pytest_qvl.checks.vocabulary import refuse_ids_beyond
@@ -110,15 +155,49 @@ def _prepared(arguments: inspect.BoundArguments, notes: list[str]) -> inspect.Bo
     return arguments
 
 
+def _refuse_no_batch(check_name: str, argument: str, batch: Any) -> None:
+    """Refuse what no processor returns, before a check stumbles over it.
+
+    Raises:
+        InputError: Names the check, its argument, what it was given and what it takes.
+    """
+    import torch
+
+    def kind(value: Any) -> str:
+        return "None" if value is None else type(value).__name__
+
+    if not hasattr(batch, "keys"):
+        raise InputError(
+            f"{check_name}: a batch is a mapping from names to tensors, got {kind(batch)} for {argument}; {BATCH_HELP}"
+        )
+    values = _values(batch)
+    for name in TENSORS:
+        value = values.get(name)
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{check_name}: {argument}[{name!r}] is of type {kind(value)} where the model takes a torch.Tensor: "
+                f'ask the processor for return_tensors="pt"; {BATCH_HELP}'
+            )
+    ids = values.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        names = ", ".join(sorted(map(str, values))) or "no names at all"
+        found = f"of shape {tuple(ids.shape)}" if ids is not None else f"missing among {names}"
+        raise InputError(
+            f"{check_name}: the batch needs input_ids of shape (rows, length); in {argument} they are {found}"
+        )
+
+
+def _values(batch: Any) -> dict[str, Any]:
+    return {name: batch[name] for name in batch.keys()}  # noqa: SIM118 - a mapping need not iterate over its names
+
+
 def _batch(model: Any, batch: Any, notes: list[str]) -> dict[str, Any]:
     import torch
 
     from pytest_qvl.checks.vocabulary import refuse_ids_beyond
     from pytest_qvl.models.anatomy import anatomy
 
-    if not hasattr(batch, "keys"):
-        raise ValueError(f"a batch is a mapping from names to tensors, got {type(batch).__name__}")
-    values: dict[str, Any] = {name: batch[name] for name in batch.keys()}  # noqa: SIM118
+    values = _values(batch)
     foreign = sorted(name for name, value in values.items() if not _is_model_input(value))
     if foreign:
         sentence = f"left out of the batch, since no model takes them: {', '.join(foreign)}"
@@ -127,15 +206,18 @@ def _batch(model: Any, batch: Any, notes: list[str]) -> dict[str, Any]:
     if model is None:
         return values
     parts = anatomy(model)
-    ids = values.get("input_ids")
-    if values.get("pixel_values_videos") is not None or (
-        isinstance(ids, torch.Tensor) and bool((ids == parts.video_token_id).any())
-    ):
+    if values.get("pixel_values_videos") is not None or bool((values["input_ids"] == parts.video_token_id).any()):
         raise CannotJudge("not judged: video (the batch holds a video; the checks know images only)")
     refuse_ids_beyond(parts, batch=values)
     return {
-        name: value.to(parts.device) if isinstance(value, torch.Tensor) else value for name, value in values.items()
+        name: _usable(value).to(parts.device) if isinstance(value, torch.Tensor) else value
+        for name, value in values.items()
     }
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """What was made under ``torch.inference_mode`` cannot be saved for a backward pass; its copy can."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _is_model_input(value: Any) -> bool:
@@ -144,24 +226,62 @@ def _is_model_input(value: Any) -> bool:
     return value is None or isinstance(value, torch.Tensor | bool | int | float)
 
 
-def _crash(error: Exception, model: Any) -> str:
-    """One sentence for an exception out of foreign code; empty if it is the check's own."""
+@dataclass(frozen=True)
+class _Crash:
+    """An exception out of foreign code.
+
+    Attributes:
+        sentence: Who raised it, its type and its message.
+        place: The line that raised it.
+    """
+
+    sentence: str
+    place: str
+
+
+def _crash(error: Exception, arguments: Mapping[str, Any]) -> _Crash | None:
+    """What an exception out of foreign code says; None if it is the check's own."""
     text = str(error).strip()
     if type(error).__name__ in _GPU_ERRORS or any(word in text for word in _GPU_WORDS):
-        return ""
-    frames = _frames(error)
+        return None
+    entries = list(traceback.walk_tb(error.__traceback__))
+    frames = [frame for frame, _line in entries]
     if not frames or _is_own(frames[-1]):
-        return ""
+        return None
+    model = arguments.get("model")
     shown = text.splitlines()[0] if text else "without a message"
-    return f"{_raiser(frames, model)} raised {type(error).__name__}: {shown}"
+    sentence = f"{_raiser(frames, model)} raised {type(error).__name__}: {shown}{_malformed(model, arguments)}"
+    return _Crash(sentence, _place(entries))
 
 
-def _frames(error: Exception) -> list[FrameType]:
-    frames, traceback = [], error.__traceback__
-    while traceback is not None:
-        frames.append(traceback.tb_frame)
-        traceback = traceback.tb_next
-    return frames
+def _malformed(model: Any, arguments: Mapping[str, Any]) -> str:
+    """What is malformed about the batches of a check, as the end of a sentence; empty if nothing is."""
+    from pytest_qvl.checks.placeholders import validate_batch
+
+    given = [arguments[name] for name in sorted(BATCHES.intersection(arguments))]
+    batches = [batch for value in given for batch in (value if isinstance(value, list) else [value])]
+    try:
+        problems = [] if model is None else [problem for batch in batches for problem in validate_batch(model, batch)]
+    except Exception:  # so malformed that it cannot even be described: the model's own error stands alone
+        problems = []
+    return f"; the batch is malformed: {problems[0]}" if problems else ""
+
+
+def _place(entries: Sequence[tuple[FrameType, int]]) -> str:
+    """The innermost line outside torch, which is the model's code or the user's; or the innermost of all."""
+    import torch
+
+    inside_torch = Path(torch.__file__).parent
+    outside = [
+        (frame, line)
+        for frame, line in entries
+        if not _is_own(frame) and not Path(frame.f_code.co_filename).is_relative_to(inside_torch)
+    ]
+    frame, line = outside[-1] if outside else entries[-1]
+    file = Path(frame.f_code.co_filename)
+    packages = [number for number, part in enumerate(file.parts) if part == "site-packages"]
+    shown = Path(*file.parts[packages[-1] + 1 :]) if packages else file
+    return f"raised at {shown}:{line}, in {frame.f_code.co_qualname}()"
 
 
 def _is_own(frame: FrameType) -> bool:

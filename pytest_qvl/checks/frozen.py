@@ -12,7 +12,7 @@ from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.teaching import adamw, check_labels, forward, taught_wrong, trainable_parameters
 from pytest_qvl.checks.wording import some, tally
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Parts, anatomy
 from pytest_qvl.models.fingerprint import Fingerprint, digests
@@ -88,7 +88,7 @@ def frozen_vision(
     parts = anatomy(model)
     given = [batches] if isinstance(batches, Mapping) else list(batches)
     if steps < 2:
-        raise ValueError(f"steps must be at least 2, got {steps}: with B = 0 the first step leaves A where it is")
+        raise InputError(f"steps must be at least 2, got {steps}: with B = 0 the first step leaves A where it is")
     trained = trainable_parameters(parts)
     check_labels(parts, given)
     hold_packing(parts)

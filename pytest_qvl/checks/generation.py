@@ -13,7 +13,7 @@ from pytest_qvl.checks.not_finite import origin_of_not_finite
 from pytest_qvl.checks.placeholders import attended
 from pytest_qvl.checks.reference import LOGITS, MAX_NEW_TOKENS, NoiseFloor, Reference
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype, without_labels
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved
@@ -119,9 +119,10 @@ def generation_repeatable(model: Any, batch: dict[str, torch.Tensor], *, max_new
     _check_left_padded(batch)
     judge = Judge("generation_repeatable", "generation repeats itself bitwise")
     inputs = without_labels(batch)
-    first, again = (
+    # A list: out of a generator, a StopIteration of the model would come as an error of this function.
+    first, again = [
         greedy(model, inputs, max_new_tokens=max_new_tokens, keep_logits=True, seed=seed) for seed in range(2)
-    )
+    ]
     if not _finite(judge, anatomy(model), _rows([*first, *again]), inputs):
         return judge.verdict()
     apart = _Apart()
@@ -502,7 +503,7 @@ def _floor(reference: Reference | NoiseFloor) -> NoiseFloor:
 def _check_dtype(parts: Parts, floor: NoiseFloor) -> None:
     dtype = dtype_name(coarsest_dtype(parts, LOGITS))
     if dtype != floor.dtype:
-        raise ValueError(
+        raise InputError(
             f"the noise floor was measured in {floor.dtype}, the model computes in {dtype}: record the "
             "reference, or measure noise_floor() on the base model, in the same dtype"
         )
@@ -510,7 +511,7 @@ def _check_dtype(parts: Parts, floor: NoiseFloor) -> None:
 
 def _check_left_padded(batch: dict[str, torch.Tensor]) -> None:
     if not bool(attended(batch)[:, -1].all()):
-        raise ValueError("generation continues the last column of each row: pad the batch on the left")
+        raise InputError("generation continues the last column of each row: pad the batch on the left")
 
 
 def _note_own_defaults(judge: Judge, parts: Parts) -> None:

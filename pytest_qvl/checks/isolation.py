@@ -20,7 +20,7 @@ from pytest_qvl.checks.bitwise import differs
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.packing import is_packed, samples_in_rows
 from pytest_qvl.checks.placeholders import attended, describe, describe_visual, model_inputs, spans
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import features_replaced, tapped
@@ -61,7 +61,7 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
     import torch
 
     if probes < 1:
-        raise ValueError(f"probes must be at least 1, got {probes}")
+        raise InputError(f"probes must be at least 1, got {probes}")
     judge = Judge("causality", "one visual token moves its own placeholder and nothing before it")
     parts, inputs = anatomy(model), model_inputs(batch)
     found = spans(parts, inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.placeholders import attended
+from pytest_qvl.evidence import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,7 +33,7 @@ def samples_in_rows(inputs: Mapping[str, Any]) -> torch.Tensor:
         return torch.zeros(shape, dtype=torch.int64)
     axes = positions if positions.ndim == 3 else positions[None]
     if axes.shape[0] not in (1, 3, TEXT_FIRST) or axes.shape[2] != shape[1] or axes.shape[1] not in (1, shape[0]):
-        raise ValueError(
+        raise InputError(
             f"position_ids are {tuple(positions.shape)}, expected (rows, length), (3, rows, length) or (4, rows, "
             f"length) with input_ids of {shape}"
         )

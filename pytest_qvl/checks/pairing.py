@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.placeholders import attended, model_inputs, show_grid, value_problems, visual_tokens
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples.batch import prompt
 
@@ -48,7 +48,7 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     parts, inputs = anatomy(model), model_inputs(batch)
     ids = inputs["input_ids"]
     if len(samples) != len(ids):
-        raise ValueError(f"picture_pairing needs the sample of each row: {len(samples)} samples, {len(ids)} rows")
+        raise InputError(f"picture_pairing needs the sample of each row: {len(samples)} samples, {len(ids)} rows")
     pictures = [
         _processed(processor, row, sample, number)
         for row, sample in enumerate(samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.anatomy import Parts, anatomy
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     ids = batch.get("input_ids")
     if ids is None or ids.ndim != 2:
-        raise ValueError("the batch needs input_ids of shape (rows, length)")
+        raise InputError("the batch needs input_ids of shape (rows, length)")
     return {name: value for name, value in batch.items() if name != "labels" and value is not None}
 
 
@@ -110,7 +110,7 @@ def spans(parts: Parts, batch: Mapping[str, Any]) -> list[Span]:
     """
     found, problems = _match(parts, batch)
     if problems:
-        raise ValueError(f"the batch is malformed: {problems[0]}")
+        raise InputError(f"the batch is malformed: {problems[0]}")
     if not found:
         raise CannotJudge("the batch has no picture; give at least one sample with a picture")
     return found

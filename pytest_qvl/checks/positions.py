@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.packing import is_packed, samples_in_rows
 from pytest_qvl.checks.placeholders import attended, describe, model_inputs, show_grid, spans
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions, tapped
@@ -98,7 +98,7 @@ def mrope_oracle(
         positions[:, row, mask[row]] = torch.tensor(places, dtype=torch.int64).reshape(-1, 3).T
     for left in (images, videos):
         if left.used < len(left.grids):
-            raise ValueError(f"{left.kind} {left.used} has a grid but no placeholders")
+            raise InputError(f"{left.kind} {left.used} has a grid but no placeholders")
     return positions
 
 
@@ -115,7 +115,7 @@ class _Grids:
     def take(self, where: str) -> tuple[list[int], float]:
         """The next grid, and its temporal ids per temporal patch."""
         if self.used == len(self.grids):
-            raise ValueError(f"{where}: a placeholder, but all {self.used} {self.kind} grids are used up")
+            raise InputError(f"{where}: a placeholder, but all {self.used} {self.kind} grids are used up")
         grid = self.grids[self.used]
         seconds = 1.0 if self.seconds is None else float(self.seconds[self.used])
         self.used += 1
@@ -138,7 +138,7 @@ def _row_positions(row: int, tokens: Sequence[int], kinds: Mapping[int, _Grids],
         (frames, height, width), step = kind.take(where)
         size = frames * (height // merge_size) * (width // merge_size)
         if [*tokens[place : place + size]] != [tokens[place]] * size:
-            raise ValueError(
+            raise InputError(
                 f"{where}: grid {show_grid((frames, height, width))} makes {size} visual tokens, "
                 "but there are fewer placeholders in a row"
             )
@@ -208,7 +208,7 @@ def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) ->
         ValueError: The batch is malformed, or ``steps`` below 1.
     """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise InputError(f"steps must be at least 1, got {steps}")
     judge = Judge("decode_positions", "M-RoPE ids inside generate() are right at prefill and at each decode step")
     parts, inputs = anatomy(model), model_inputs(batch)
     spans(parts, inputs)
@@ -246,7 +246,7 @@ def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> E
         ValueError: The batch is malformed, or ``steps`` below 1.
     """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
+        raise InputError(f"steps must be at least 1, got {steps}")
     judge = Judge("position_state", "positions do not depend on earlier calls (rope_deltas)")
     parts, inputs = anatomy(model), model_inputs(batch)
     spans(parts, inputs)

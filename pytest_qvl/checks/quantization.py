@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.loading import unusable_layers
@@ -65,13 +65,13 @@ class QuantizationPolicy:
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
-            raise ValueError(f"quant_type {self.quant_type!r} is unknown; known: {', '.join(QUANT_TYPES)}")
+            raise InputError(f"quant_type {self.quant_type!r} is unknown; known: {', '.join(QUANT_TYPES)}")
         for group in (*self.quantized, *self.kept):
             if group not in GROUPS:
-                raise ValueError(f"part {group!r} is unknown; known: {', '.join(GROUPS)}")
+                raise InputError(f"part {group!r} is unknown; known: {', '.join(GROUPS)}")
         both = set(self.quantized) & set(self.kept)
         if both:
-            raise ValueError(f"{', '.join(sorted(both))}: either quantized or kept, not both")
+            raise InputError(f"{', '.join(sorted(both))}: either quantized or kept, not both")
 
     @classmethod
     def from_config(cls, config: Any) -> QuantizationPolicy:

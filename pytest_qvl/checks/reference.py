@@ -26,7 +26,7 @@ from pytest_qvl.checks.scoring import (
     scored_columns,
 )
 from pytest_qvl.checks.vision import TOWER, Drift, TowerOutput, tower_output, ulp_response
-from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.adapters import adapted_layers, adapters_disabled
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.attention import other_attention
@@ -170,9 +170,9 @@ class Reference:
         """
         probe = self.probes.get(sample.id)
         if probe is None:
-            raise ValueError(f"the reference holds no sample {sample.id!r}: record it for the samples you check")
+            raise InputError(f"the reference holds no sample {sample.id!r}: record it for the samples you check")
         if probe.digest != digest(sample):
-            raise ValueError(
+            raise InputError(
                 f"sample {sample.id!r} is not the one the reference was recorded for (question, answer or "
                 "pictures differ): record the reference again"
             )
@@ -241,13 +241,13 @@ def record_reference(
     parts = anatomy(model)
     quantized = [state for state in linear_states(parts) if state.is_quantized]
     if quantized and not adapter_disabled:
-        raise ValueError(
+        raise InputError(
             f"{len(quantized)} linears of this model are quantized (first: {quantized[0].name}, "
             f"{quantized[0].storage}): a reference is recorded from the full-precision model, loaded without "
             "quantization_config, or with adapter_disabled=True to compare an adapter with its own base"
         )
     if adapter_disabled and not adapted_layers(parts):
-        raise ValueError("adapter_disabled=True, but this model has no adapter to disable")
+        raise InputError("adapter_disabled=True, but this model has no adapter to disable")
     dtype = dtype_name(coarsest_dtype(parts, LOGITS))
     source = f"{quantized[0].storage} base, adapter disabled" if quantized else f"full precision, {dtype}"
     if adapter_disabled and not quantized:
@@ -311,9 +311,9 @@ def noise_floor(model: Any, processor: Any, samples: Sequence[Sample], *, adapte
 def _check_samples(samples: Sequence[Sample]) -> None:
     ids = [sample.id for sample in samples]
     if not ids:
-        raise ValueError("no samples were given")
+        raise InputError("no samples were given")
     if len(set(ids)) != len(ids):
-        raise ValueError(f"sample ids must be unique; {next(i for i in ids if ids.count(i) > 1)!r} is not")
+        raise InputError(f"sample ids must be unique; {next(i for i in ids if ids.count(i) > 1)!r} is not")
 
 
 def _vision_dtype(parts: Parts) -> torch.dtype:

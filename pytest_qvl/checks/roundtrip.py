@@ -12,7 +12,7 @@ from pytest_qvl.checks.bitwise import bits_of
 from pytest_qvl.checks.effect import judge_effect, judge_finite, judge_numbers
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.wording import some
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import (
     AdapterSlot,
     active_adapters,
@@ -85,7 +85,7 @@ def adapter_roundtrip(model: Any, folder: str | Path | None = None) -> Evidence:
     """
     parts = anatomy(model)
     if not adapter_parameters(parts):
-        raise ValueError(no_adapter(parts))
+        raise InputError(no_adapter(parts))
     if foreign := foreign_types(parts):
         raise CannotJudge(
             f"the adapter on the model is {', '.join(foreign)}; the names in a file are known of LoRA only"

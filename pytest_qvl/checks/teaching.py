@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.placeholders import validate_batch
-from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.adapters import adapter_parameters
 
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 IGNORED = -100
+NO_LABELS = (
+    "the batch needs labels (rows, length), -100 at what is not to be learned: take them from your collator, "
+    "make_batch(..., answers=True) or qvl_batch(samples, answers=True)"
+)
 WRONG_RANK = 3
 
 
@@ -49,9 +53,9 @@ def trainable_parameters(parts: Parts) -> dict[str, nn.Parameter]:
     """
     adapters = adapter_parameters(parts)
     if not adapters:
-        raise ValueError("the model carries no adapter; wrap it with peft.get_peft_model first")
+        raise InputError("the model carries no adapter; wrap it with peft.get_peft_model first")
     if not any(parameter.requires_grad for parameter in adapters.values()):
-        raise ValueError(
+        raise InputError(
             "no adapter parameter requires grad: the adapter was loaded for inference (is_trainable=False) "
             "or is switched off"
         )
@@ -67,14 +71,14 @@ def check_labels(parts: Parts, batches: list[Batch]) -> None:
         CannotJudge: No batch has pictures.
     """
     if not batches or any("labels" not in batch for batch in batches):
-        raise ValueError("every batch needs labels: qvl_batch(samples, answers=True), or make_batch(..., answers=True)")
+        raise InputError(f"training is judged on batches with labels: {NO_LABELS}")
     if any(bool((batch["labels"][:, 1:] == IGNORED).all()) for batch in batches):
-        raise ValueError("a batch has no supervised token: all of its labels are -100")
+        raise InputError("a batch has no supervised token: all of its labels are -100")
     if not any("pixel_values" in batch for batch in batches):
         raise CannotJudge("no batch has pictures (pixel_values), so training would never touch the vision tower")
     problems = [problem for batch in batches for problem in validate_batch(parts.wrapped, batch)]
     if problems:
-        raise ValueError(f"the batch is malformed: {problems[0]}")
+        raise InputError(f"the batch is malformed: {problems[0]}")
 
 
 def taught_wrong(parts: Parts, batch: Batch) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from pytest_qvl.checks.placeholders import attended
 from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.teaching import (
     IGNORED,
+    NO_LABELS,
     adamw,
     check_labels,
     forward,
@@ -22,7 +23,7 @@ from pytest_qvl.checks.teaching import (
     trainable_parameters,
 )
 from pytest_qvl.checks.wording import some, tally
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
@@ -117,7 +118,7 @@ def training_step(
 
     parts = anatomy(model)
     if steps_to_halve < 2:
-        raise ValueError(f"steps_to_halve must be at least 2, got {steps_to_halve}")
+        raise InputError(f"steps_to_halve must be at least 2, got {steps_to_halve}")
     trained = trainable_parameters(parts)
     check_labels(parts, [batch])
     hold_packing(parts)
@@ -475,9 +476,9 @@ def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
     """
     parts = anatomy(model)
     if "labels" not in batch:
-        raise ValueError("the batch needs labels (make_batch(..., answers=True))")
+        raise InputError(f"label_mask: {NO_LABELS}")
     if batch["labels"].shape != batch["input_ids"].shape:
-        raise ValueError(
+        raise InputError(
             f"labels are {tuple(batch['labels'].shape)} but input_ids are {tuple(batch['input_ids'].shape)}"
         )
     tokenizer = getattr(processor, "tokenizer", processor)

@@ -11,7 +11,7 @@ from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.rounding import last_place_noise, rounded_sums
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype
 from pytest_qvl.checks.windows import Seen, judge_windows
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import dtype_name, linear_states
@@ -281,7 +281,7 @@ def _compare(seen: tuple[_Seen, _Seen], output: TowerOutput, recorded: TowerOutp
             f"features of {name} are not finite in full precision either: record the reference in bfloat16"
         )
     if output.rows != recorded.rows:
-        raise ValueError(
+        raise InputError(
             f"{name} has {output.rows[1][-1] + 1} visual tokens, but {recorded.rows[1][-1] + 1} in the "
             "reference: it was recorded with another processor"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.evidence import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -30,7 +32,7 @@ def refuse_ids_beyond(parts: Parts, *, batch: Mapping[str, Any] | None = None, p
     if tokenizer is not None:
         largest = max([largest, *(i for i in tokenizer.all_special_ids if i is not None), *_image_ids(processor)])
     if largest >= rows:
-        raise ValueError(
+        raise InputError(
             f"token id {largest} has no row in the model's embeddings, which have {rows}: the vocabulary was trimmed "
             "below the tokenizer, or the tokenizer is another model's; call resize_token_embeddings(len(tokenizer)) "
             "before saving"

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_qvl.evidence import InputTypeError
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -19,7 +21,7 @@ GROUPS: tuple[Group, ...] = ("language", "vision", "merger", "lm_head", "embeddi
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 
 
-class UnknownModelError(TypeError):
+class UnknownModelError(InputTypeError):
     """The object is not a Qwen-VL model that this package knows."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_qvl.evidence import InputError
 from pytest_qvl.models.anatomy import GROUPS
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ class AdapterPolicy:
     def __post_init__(self) -> None:
         """Refuse parts that no model has."""
         if not self.adapted:
-            raise ValueError(f"an adapter policy names at least one part; known: {', '.join(GROUPS)}")
+            raise InputError(f"an adapter policy names at least one part; known: {', '.join(GROUPS)}")
         for group in (*self.adapted, *self.trained):
             if group not in GROUPS:
-                raise ValueError(f"part {group!r} is unknown; known: {', '.join(GROUPS)}")
+                raise InputError(f"part {group!r} is unknown; known: {', '.join(GROUPS)}")
 
     @classmethod
     def parse(cls, text: str) -> AdapterPolicy:
@@ -55,7 +56,7 @@ class AdapterPolicy:
         for entry in filter(None, (each.strip() for each in text.split(","))):
             name, colon, how = (each.strip() for each in entry.partition(":"))
             if colon and how != _FULL:
-                raise ValueError(f"{entry!r}: a part is followed by nothing or by ':{_FULL}'")
+                raise InputError(f"{entry!r}: a part is followed by nothing or by ':{_FULL}'")
             adapted.append(name)  # type: ignore[arg-type]  # checked by the class itself
             trained += [name] if colon else []  # type: ignore[list-item]
         return cls(tuple(adapted), tuple(trained))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_qvl.evidence import InputError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -77,10 +79,10 @@ def make_batch(
             space that melts into the prompt).
     """
     if not samples:
-        raise ValueError("make_batch needs at least one sample")
+        raise InputError("make_batch needs at least one sample")
     for sample in samples:
         if token := reserved_token(sample.question) or reserved_token(sample.answer):
-            raise ValueError(f"sample {sample.id!r} holds {token} in its text; the chat template writes that token")
+            raise InputError(f"sample {sample.id!r} holds {token} in its text; the chat template writes that token")
     texts = [prompt(processor, sample) for sample in samples]
     if answers:
         texts = [text + sample.answer + END_OF_TURN for text, sample in zip(texts, samples, strict=True)]
@@ -101,7 +103,7 @@ def _labels(processor: Any, samples: Sequence[Sample], batch: dict[str, torch.Te
         places = batch["attention_mask"][row].nonzero().flatten()[-len(expected) :]
         found = batch["input_ids"][row, places]
         if found.tolist() != expected:
-            raise ValueError(
+            raise InputError(
                 f"sample {sample.id!r}: the answer {sample.answer!r} is {expected} alone "
                 f"but {found.tolist()} at the end of its prompt; start it with a letter or a digit"
             )

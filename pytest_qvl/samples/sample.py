@@ -7,6 +7,8 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from pytest_qvl.evidence import InputError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -80,7 +82,7 @@ class Sample:
             ValueError: The sample has no swapped pictures.
         """
         if self.swapped is None:
-            raise ValueError(f"sample {self.id!r} ({self.skill}) has no swapped pictures")
+            raise InputError(f"sample {self.id!r} ({self.skill}) has no swapped pictures")
         return self._over(self.swapped, "swapped")
 
     def _over(self, images: tuple[Image, ...], ablation: str) -> Sample:

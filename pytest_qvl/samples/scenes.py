@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_qvl.evidence import InputError
 from pytest_qvl.samples.drawing import CELL, COLOURS, SHAPES, Cell, Scene, Thing, random_background, random_thing
 from pytest_qvl.samples.sample import Sample
 
@@ -194,9 +195,9 @@ def scenes(seed: int, per_skill: int, skills: Sequence[str] = ALL_SKILLS, *, cel
     """
     unknown = [skill for skill in skills if skill not in SKILLS]
     if unknown or len(set(skills)) != len(skills):
-        raise ValueError(f"skills must be different names of {', '.join(ALL_SKILLS)}; got {', '.join(skills)}")
+        raise InputError(f"skills must be different names of {', '.join(ALL_SKILLS)}; got {', '.join(skills)}")
     if per_skill < 0:
-        raise ValueError(f"per_skill must not be negative, got {per_skill}")
+        raise InputError(f"per_skill must not be negative, got {per_skill}")
     streams = {skill: random.Random(f"held-out {seed} {skill}") for skill in skills}
     return [
         _sample(streams[skill], skill, f"{skill}-{seed}-{index}").at_cell(cell)

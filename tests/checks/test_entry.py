@@ -10,7 +10,7 @@ from transformers import BatchFeature
 
 from pytest_qvl import checks
 from pytest_qvl.checks.entry import unwrapped
-from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed, collecting
+from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError, ModelCrashed, collecting
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import make_batch, scenes
 
@@ -177,3 +177,66 @@ def test_ids_that_the_model_has_no_row_for(fresh_model: Any, processor: Any) -> 
         checks.greedy_is_argmax(model, make_batch(processor, samples))
     with pytest.raises(ValueError, match="has no row in the model's embeddings"):
         checks.image_isolation(model, processor, samples)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (lambda batch: None, "got None for batch; make_batch"),
+        (lambda batch: [batch], "got list for batch; make_batch"),
+        (
+            lambda batch: {name: value.tolist() for name, value in batch.items()},
+            r"batch\['input_ids'\] is of type list",
+        ),
+        (
+            lambda batch: {**batch, "pixel_values": batch["pixel_values"].numpy()},
+            r"'pixel_values'\] is of type ndarray",
+        ),
+        (lambda batch: {"pixel_values": batch["pixel_values"]}, r"in batch they are missing among pixel_values$"),
+        (lambda batch: {**batch, "input_ids": batch["input_ids"][0]}, r"they are of shape \(\d+,\)$"),
+    ],
+    ids=["none", "list", "lists", "arrays", "no-ids", "one-dimensional"],
+)
+@pytest.mark.parametrize("check", ["generation_repeatable", "placeholder_counts", "mrope_positions"])
+def test_what_is_no_batch_is_named(model: Any, batch: Any, check: str, given: Any, says: str) -> None:
+    with pytest.raises(InputError, match=f"^{check}: .*{says}") as error:
+        getattr(checks, check)(model, given(batch))
+    assert isinstance(error.value, ValueError)
+    assert "\n" not in str(error.value)
+
+
+def test_one_of_several_batches_is_named(model: Any, batch: Any) -> None:
+    with pytest.raises(InputError, match=r"adapter_neutrality: .* got str for batches\[1\]"):
+        checks.adapter_neutrality(model, [batch, "second"])
+
+
+def test_a_batch_without_labels_says_where_they_come_from(model: Any, batch: Any, processor: Any) -> None:
+    bare = {name: value for name, value in batch.items() if name != "labels"}
+    for call in (
+        lambda: checks.label_mask(model, bare, processor),
+        lambda: checks.training_step(model, bare, gradient_checkpointing=False),
+        lambda: checks.frozen_vision(model, bare),
+    ):
+        with pytest.raises(InputError, match=r"the batch needs labels \(rows, length\).* your collator, make_batch\("):
+            call()
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+def test_a_caller_that_switched_gradients_off_changes_no_verdict(model: Any, batch: Any, off: Any) -> None:
+    with off():
+        made_inside = {name: value.clone() for name, value in batch.items()}
+        assert checks.vision_not_backpropagated(model, made_inside, gradient_checkpointing=False).ok
+        assert checks.frozen_vision(model, made_inside).ok
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_a_crash_on_a_malformed_batch_says_both(model: Any, batch: Any) -> None:
+    broken = {**batch, "image_grid_thw": batch["image_grid_thw"][:0]}
+    left = {**broken, "attention_mask": torch.ones_like(batch["attention_mask"])}
+    with pytest.raises(ModelCrashed) as failure:
+        checks.generation_repeatable(model, left)
+    first, *rest = str(failure.value).splitlines()
+    assert first.startswith("the model's model raised ")
+    assert "; the batch is malformed: pixel_values has" in first
+    assert any(line.startswith("note: raised at transformers/models/qwen2_5_vl/") for line in rest)

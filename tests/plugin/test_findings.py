@@ -141,3 +141,65 @@ def test_progress_shows_on_a_terminal(pytester, arguments, shown):
 def test_progress_is_silent_where_there_is_no_terminal(pytester, run_light):
     pytester.makepyfile(SHOWS)
     assert "loading" not in run_light("-rA").stdout.str()
+
+
+CRASHES = """
+    import pytest, torch
+    from pytest_qvl import checks
+    from pytest_qvl.samples import scenes
+
+    @pytest.fixture(scope="module")
+    def broken(qvl_batch):
+        batch = qvl_batch(scenes(1, 1)[:2])
+        return {**batch, "image_grid_thw": batch["image_grid_thw"][:-1]}
+    def test_crash(qvl_quantized_model, qvl_processor, broken):
+        checks.generation_repeatable(qvl_quantized_model, broken)
+    def test_input(qvl_quantized_model, qvl_processor, broken):
+        checks.mrope_positions(qvl_quantized_model, broken)
+    def test_call(qvl_quantized_model, qvl_processor):
+        checks.mrope_positions(qvl_quantized_model)
+"""
+
+
+def failures(result):
+    """The lines of each failure, by test."""
+    found, name = {}, None
+    for line in result.outlines:
+        if line.startswith("____"):
+            name = line.strip("_ ").partition("[")[0]
+        elif line.startswith(("====", "qvl: ")):
+            name = None
+        elif name is not None:
+            found.setdefault(name, []).append(line)
+    return found
+
+
+def test_what_a_message_says_in_full_takes_a_few_lines(pytester, run_real):
+    pytester.makepyfile(CRASHES)
+    result = run_real()
+    result.assert_outcomes(failed=3)
+    said = failures(result)
+    assert {name: len(lines) <= 6 for name, lines in said.items()} == dict.fromkeys(
+        ("test_crash", "test_input", "test_call"), True
+    )
+    crash = "\n".join(said["test_crash"])
+    assert "ModelCrashed: the model's model raised StopIteration" in crash
+    assert "note: raised at transformers/models/qwen2_5_vl/modeling_qwen2_5_vl.py:" in crash
+    assert "InputError: the batch is malformed: " in said["test_input"][-1]
+    assert "InputTypeError: mrope_positions: missing a required argument: 'batch'" in said["test_call"][-1]
+    everything = run_real("--tb=long", "-k", "crash").stdout.str()
+    assert "The above exception was the direct cause of the following exception" in everything
+
+
+@pytest.mark.parametrize("value", ["None", "[1]"])
+def test_a_batch_fixture_that_is_no_factory_is_named_for_every_test(pytester, run_light, value):
+    pytester.makeconftest(f"""
+    import pytest
+    @pytest.fixture(scope="session")
+    def qvl_batch(): return {value}
+    """)
+    pytester.makepyfile("def test_one(qvl_batch): pass\ndef test_two(qvl_batch): pass")
+    result = run_light()
+    result.assert_outcomes(errors=2)
+    assert result.stdout.str().count("the fixture qvl_batch (conftest.py:2) gives ") >= 1
+    result.stdout.no_fnmatch_line("*not callable*")
