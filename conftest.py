@@ -1,12 +1,27 @@
-"""The plugin comes in by its entry point; nothing to do here but let tests drive pytest itself."""
+"""The plugin comes in by its entry point; here are the slow tests' option, and what lets tests drive pytest itself."""
 
 import gc
 import os
+
+import pytest
 
 # Before torch is imported: workers that each start a thread per core spend their time waiting for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["pytester"]
+LEFT_OUT = pytest.mark.skip(reason="slow: --slow runs it")
+
+
+def pytest_addoption(parser):
+    """``--slow``, of this repository only."""
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well (tests/README.md)")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without ``--slow`` slow tests are skipped, not deselected: workers of pytest-xdist report skips only."""
+    for item in items if not config.getoption("slow") else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(LEFT_OUT)
 
 
 def pytest_collection_finish():

@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning"),
 ]
 HEALTHY = 10
+ALWAYS_RUN = (4, 7)  # random weights in bfloat16, and float16; the shipped suite judges all of the embedded model
 # Public functions that judge no model: parts of checks, and what is about a card.
 NO_CHECKS = (
     *("mrope_oracle", "record_reference", "validate_batch"),
@@ -43,7 +44,20 @@ def case(found: dict[str, Any]) -> Any:
     return case
 
 
-@pytest.mark.parametrize("name", catalogue())
+def faults() -> list[Any]:
+    """Every fault; of each check the first that every machine can make runs always, the others are slow.
+
+    That none of them is missed is shown for each state of the code by the committed page as well, see test_page.py.
+    """
+    by_need = sorted(catalogue().values(), key=lambda fault: len(fault.requires))
+    first = {fault.check: fault.name for fault in reversed(by_need)}
+    return [
+        pytest.param(name, marks=() if first[fault.check] == name else pytest.mark.slow)
+        for name, fault in catalogue().items()
+    ]
+
+
+@pytest.mark.parametrize("name", faults())
 def test_fault_is_caught_by_the_named_check(case: Any, name: str) -> None:
     fault = find(name)
     if reason := fault.missing(case):
@@ -74,7 +88,11 @@ def test_the_case_is_as_it_was_after_all_of_that(case: Any, found: dict[str, Any
     assert smoke(case).outcome == PASS
 
 
-@pytest.mark.parametrize("variation", variations(HEALTHY), ids=str)
+@pytest.mark.parametrize(
+    "variation",
+    [pytest.param(v, marks=() if v.number in ALWAYS_RUN else pytest.mark.slow) for v in variations(HEALTHY)],
+    ids=str,
+)
 def test_healthy_variation_raises_no_alarm(variation: Any) -> None:
     with HEALTHY_CASES.case(variation) as made:
         verdicts = judge_all(made, variation.checks)

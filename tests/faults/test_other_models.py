@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qvl.faults import catalogue, healthy_case
+from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.catalogue import find
 from pytest_qvl.faults.sizes import sizes_of
 from pytest_qvl.faults.subject import Subject
-from pytest_qvl.faults.work import Plan, Task, do
+from pytest_qvl.faults.work import Plan, Task, _case, do
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,7 +38,8 @@ def subject(random_folder: Path) -> Subject:
 
 @pytest.fixture(scope="module")
 def case(subject: Subject) -> Any:
-    return healthy_case(subject=subject)
+    """The one that faults are made of here, loaded once."""
+    return _case(subject)
 
 
 def test_what_a_model_without_knowledge_cannot_carry_says_so(case: Any) -> None:

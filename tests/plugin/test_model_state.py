@@ -49,6 +49,7 @@ def test_each_folder_sees_its_own_configuration(two_folders, run_real, order):
     result.assert_outcomes(passed=6)
 
 
+@pytest.mark.slow
 def test_each_folder_sees_its_own_configuration_over_two_workers(pytester, two_folders):
     result = pytester.runpytest_subprocess("--qvl-device", "cpu", "-n", "2", "b", "a", "-W", "error")
     result.assert_outcomes(passed=6)

@@ -169,6 +169,7 @@ def test_it_generates_whole_answers_and_stops(model: Any, processor: Any) -> Non
     assert len(wrong) <= 1, wrong
 
 
+@pytest.mark.slow
 def test_the_training_script_writes_a_complete_checkpoint(tmp_path: Path) -> None:
     """Also runs its own comparison of the training short cuts with the stock model."""
     script = Path(__file__).resolve().parents[2] / "fixtures" / "train_embedded.py"

@@ -413,7 +413,13 @@ MEASURED: list[tuple[str, int, dict[str, Any], int, int | None]] = [
 ]
 
 
-@pytest.mark.parametrize(("what", "visual", "options", "peak", "resident"), MEASURED)
+ALWAYS_RUN = ("forward, last logits", "everything kept")
+
+
+@pytest.mark.parametrize(
+    ("what", "visual", "options", "peak", "resident"),
+    [pytest.param(*case, marks=() if case[0] in ALWAYS_RUN else pytest.mark.slow) for case in MEASURED],
+)
 def test_the_forecast_is_what_an_h200_measured(
     what: str, visual: int, options: dict[str, Any], peak: int, resident: int | None
 ) -> None:
