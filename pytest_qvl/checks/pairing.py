@@ -29,8 +29,10 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     picture alone. Pictures swapped before the model, or a grid with height and width exchanged, fit
     everywhere and raise nothing. Each row must begin with the very tokens that the processor's chat template makes
     of its sample, up to where the answer begins: a model that is trained with another system prompt, another line
-    break or the image in another place answers worse than it could, and nothing says so. Batches for
-    training (with answers behind the prompt) and for generation are judged alike. No forward pass.
+    break or the image in another place answers worse than it could, and nothing says so. Padding in front of a row
+    must not be attended to, as it is where the ``attention_mask`` is dropped or all ones: it would move every position
+    of the row. Batches for training (with answers behind the prompt) and for generation are judged alike. No forward
+    pass.
 
     Args:
         model: Qwen-VL model, wrapped or not; only its token ids and merge size are read.
@@ -40,7 +42,7 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
 
     Raises:
         CheckFailed: Names sample and picture, and whose pixels stand there, or both grids, or dtype and range of
-            the pixels; or the first token that is another than the template's.
+            the pixels; or the first token that is another than the template's; or rows whose padding is attended to.
         CannotJudge: No picture among the samples.
         ValueError: Not one sample per row.
     """
@@ -78,7 +80,9 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
             _prompt_ids(parts, processor, sample, [picture for picture in pictures if picture.row == row])
             for row, sample in enumerate(samples)
         ]
-        drifts = _prompt_drifts(processor, samples, inputs, expected)
+        padding = [_leading_padding(processor, inputs, row, wanted) for row, wanted in enumerate(expected)]
+        _judge_padding(judge, inputs, padding)
+        drifts = _prompt_drifts(processor, samples, inputs, expected, padding)
         judge.equal(
             "rows with another prompt than the chat template's",
             len(drifts),
@@ -110,14 +114,43 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     return judge.verdict()
 
 
+def _leading_padding(processor: Any, inputs: Mapping[str, Any], row: int, expected: Sequence[int]) -> int:
+    """How many attended tokens at the start of a row are padding: pad tokens that its prompt does not begin with."""
+    pad = processor.tokenizer.pad_token_id
+    ids = inputs["input_ids"][row][attended(inputs)[row]].tolist()
+    if pad is None or expected[:1] == [pad]:
+        return 0
+    return next((place for place, token in enumerate(ids) if token != pad), 0)
+
+
+def _judge_padding(judge: Judge, inputs: Mapping[str, Any], padding: Sequence[int]) -> None:
+    rows = [row for row, count in enumerate(padding) if count]
+    mask = inputs.get("attention_mask")
+    why = "the batch has no attention_mask" if mask is None else "the attention_mask is 1 there"
+    first = f"row {rows[0]} begins with {padding[rows[0]]} pad tokens; " if rows else ""
+    judge.equal(
+        "rows whose padding is attended to",
+        len(rows),
+        0,
+        else_say=(
+            f"padding is attended to in {len(rows)} of {len(padding)} rows, since {why}: {first}hand on the "
+            "attention_mask that the processor returns, 0 wherever input_ids are padded"
+        ),
+    )
+
+
 def _prompt_drifts(
-    processor: Any, samples: Sequence[Sample], inputs: Mapping[str, Any], expected: Sequence[list[int]]
+    processor: Any,
+    samples: Sequence[Sample],
+    inputs: Mapping[str, Any],
+    expected: Sequence[list[int]],
+    padding: Sequence[int],
 ) -> list[str]:
-    """One sentence per row that does not begin with the tokens expected of it."""
+    """One sentence per row that, behind its `padding`, does not begin with the tokens expected of it."""
     mask = attended(inputs)
     drifts = []
     for row, (sample, wanted) in enumerate(zip(samples, expected, strict=True)):
-        found = inputs["input_ids"][row][mask[row]].tolist()[: len(wanted)]
+        found = inputs["input_ids"][row][mask[row]].tolist()[padding[row] :][: len(wanted)]
         if found != wanted:
             drifts.append(f"row {row} (sample {sample.id!r}) {_drift(processor, found, wanted)}")
     return drifts

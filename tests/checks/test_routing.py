@@ -622,6 +622,25 @@ def test_a_prompt_of_another_template(
     assert says in str(caught.value)
 
 
+@pytest.mark.parametrize("damage", ["dropped", "all ones"])
+def test_attended_padding_is_not_blamed_on_the_template(model: Any, processor: Any, damage: str) -> None:
+    batch = make_batch(processor, SAMPLES, padding_side="left")
+    mask = batch.pop("attention_mask")
+    if damage == "all ones":
+        batch["attention_mask"] = torch.ones_like(mask)
+    with pytest.raises(CheckFailed) as caught:
+        picture_pairing(model, processor, SAMPLES, batch)
+    (problem,) = caught.value.evidence.problems
+    why = "the batch has no attention_mask" if damage == "dropped" else "the attention_mask is 1 there"
+    padded = [row for row in range(4) if not mask[row].all()]
+    length = int((mask[padded[0]] == 0).sum())
+    says = (
+        f"padding is attended to in {len(padded)} of 4 rows, since {why}: row {padded[0]} begins with {length} pad tok"
+    )
+    assert problem.startswith(says)
+    assert "template" not in problem
+
+
 # Packed rows
 
 
