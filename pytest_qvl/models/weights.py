@@ -31,6 +31,8 @@ _HELP = (
 )
 _FOLDER_HELP = "give the folder that save_pretrained wrote"
 _AGAIN = "download or save it again"
+# How a file begins that Git LFS has put in place of a large one (https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md).
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_HELP = "give the folder that PeftModel.save_pretrained wrote"
 
@@ -161,6 +163,8 @@ def check_folder(folder: Path) -> None:
             f"model folder {str(folder)!r} has no tokenizer (tokenizer.json); "
             f"save it beside the model with processor.save_pretrained({str(folder)!r})"
         )
+    for name in ("tokenizer.json", "vocab.json"):
+        _refuse_lfs_pointer(folder / name)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ModelSourceError(
@@ -268,6 +272,7 @@ def _read_json(folder: Path, name: str, what: str, mend: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
         raise ModelSourceError(f"{what} {str(folder)!r} has no {name}; {mend}")
+    _refuse_lfs_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -277,11 +282,27 @@ def _read_json(folder: Path, name: str, what: str, mend: str) -> dict[str, Any]:
     return content
 
 
+def _refuse_lfs_pointer(file: Path) -> None:
+    """Refuse the few lines that a clone without Git LFS leaves where a large file should be.
+
+    Raises:
+        ModelSourceError: Names the file and the command that fetches what it stands for.
+    """
+    if not file.is_file():
+        return
+    with file.open("rb") as stream:
+        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise ModelSourceError(
+                f"{str(file)!r} is a Git LFS pointer of {file.stat().st_size} bytes and not the file itself: run "
+                f"`git lfs install` and `git lfs pull` in {str(file.parent)!r}, or download it"
+            )
+
+
 def check_safetensors(file: Path) -> None:
     """Compare what a safetensors header says with the file's size.
 
     Raises:
-        ModelSourceError: The file is truncated, padded or no safetensors file.
+        ModelSourceError: The file is truncated, padded, a Git LFS pointer or no safetensors file.
     """
     expected = _safetensors_header(file)[1]
     size = file.stat().st_size
@@ -344,6 +365,7 @@ def _safetensors_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
     Format: eight bytes little-endian header length, a JSON header with byte offsets, the data
     (https://github.com/huggingface/safetensors#format).
     """
+    _refuse_lfs_pointer(file)
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -79,6 +79,9 @@ def test_a_name_that_cannot_be(checkpoint, tmp_path, text, says):
         parse_model(text, tmp_path)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3758096\n"
+
+
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
@@ -101,7 +104,13 @@ def test_a_name_that_cannot_be(checkpoint, tmp_path, text, says):
         ("preprocessor_config.json", None, r"has no processor \(preprocessor_config.json\); save it beside the model"),
         ("model.safetensors", None, r"has no \*.safetensors; other formats are not read because they can run code"),
         ("model.safetensors", b"", "is corrupt: 0 bytes cannot hold its header"),
-        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", "is corrupt: .* cannot hold its header"),
+        (
+            "model.safetensors",
+            LFS,
+            r"model.safetensors' is a Git LFS pointer of \d+ bytes .*run `git lfs install` and `g",
+        ),
+        ("tokenizer.json", LFS, "tokenizer.json' is a Git LFS pointer"),
+        ("config.json", LFS, "config.json' is a Git LFS pointer"),
         (
             "model.safetensors.index.json",
             b'{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors", "c": "model-3.safetensors"}}',
