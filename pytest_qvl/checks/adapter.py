@@ -709,7 +709,8 @@ def _note_initialisation(judge: Judge, parts: Parts, *, fresh: bool) -> None:
             judge.note(
                 f"init_lora_weights={kind!r} wrote into the base weights when it attached: with the adapter "
                 "off this is not the model that was loaded, and what was judged holds for the rewritten "
-                "weights"
+                "weights; it fits no other base unless PEFT converts it when it is saved "
+                "(path_initial_model_for_weight_conversion)"
             )
         elif kind is False and not fresh:
             judge.note("init_lora_weights=False starts with a random B: as attached, the adapter is not neutral")

@@ -79,15 +79,31 @@ def why_not_attached(error: Exception, config: Any, adapter: str | None) -> str:
     mismatch = _MISMATCH.search(str(error))
     if mismatch and adapter is not None:
         return _does_not_fit(mismatch, config, Path(adapter))
-    start = getattr(config, "init_lora_weights", True)
-    if isinstance(error, TypeError) and isinstance(start, str) and "initialize" in str(error):
+    if said := _cannot_start(error, config):
+        return said
+    if isinstance(error, KeyError) and adapter is not None:
+        return f"the file of {adapter} lacks {error.args[0]!r}, which its adapter_config.json asks for: save it again"
+    return one_line(error)
+
+
+def _cannot_start(error: Exception, config: Any) -> str:
+    """Why an adapter cannot be initialised as its configuration asks, with the fix; empty if that is not the cause."""
+    start, text = getattr(config, "init_lora_weights", True), str(error)
+    if isinstance(error, TypeError) and isinstance(start, str) and "initialize" in text:
         return (
             f"init_lora_weights={start!r} starts from the singular values of the base weights, which 4-bit weights do "
             "not have: use init_lora_weights=True, or make such an adapter on the 16-bit model and save it"
         )
-    if isinstance(error, KeyError) and adapter is not None:
-        return f"the file of {adapter} lacks {error.args[0]!r}, which its adapter_config.json asks for: save it again"
-    return one_line(error)
+    if start == "orthogonal" and "can require gradients" in text:
+        return (
+            "init_lora_weights='orthogonal' makes A and B in the dtype of the base weights, which is an integer where "
+            "they are packed in 4 bits: use init_lora_weights=True"
+        )
+    if start == "orthogonal" and "to be even" in text:
+        return f"init_lora_weights='orthogonal' pairs the rows of A, so the rank has to be even: r={config.r}"
+    if "Unknown initialization" in text:
+        return f"init_lora_weights={start!r} is none that the installed PEFT knows: use init_lora_weights=True"
+    return ""
 
 
 def _does_not_fit(mismatch: re.Match[str], config: Any, folder: Path) -> str:

@@ -277,8 +277,17 @@ def test_an_attachment_that_fails_leaves_the_base_as_it_was(owner, base, lora, t
         ({"lora_alpha": "16"}, "lora_alpha of the LoRA config is '16'; expected a number"),
         ({"target_modules": "(q_proj"}, r"'\(q_proj', which is no regular expression: missing \), unterminated"),
         ({"init_lora_weights": "pissa"}, "'pissa' starts from the singular values of the base weights, which 4-bit"),
+        (
+            {"init_lora_weights": "orthogonal"},
+            "'orthogonal' makes A and B in the dtype of the base .*: use init_lora_we",
+        ),
+        ({"init_lora_weights": "orthogonal", "r": 7}, "so the rank has to be even: r=7"),
+        (
+            {"init_lora_weights": "ortogonal"},
+            "'ortogonal' is none that the installed PEFT knows: use init_lora_weights",
+        ),
     ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
 def test_a_configuration_that_peft_stumbles_over_is_one_sentence(owner, base, lora, overrides, words):
     with pytest.raises((ValueError, ModelLoadError), match=words) as caught:
