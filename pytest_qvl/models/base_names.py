@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots(?:[/\\]|$)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+# Names of models say how many parameters they have ("-7B", "30b-a3b"); those of runs and of code do not.
+_SIZE = re.compile(r"(?<![a-z0-9])\d+(\.\d+)?[bm](?![a-z0-9])")
 # Endings that name a copy of the same weights in another format.
 _FORMAT = re.compile(r"[-_.](unsloth|bnb|dynamic|4-?bit|8-?bit|nf4|fp4|fp8|bf16|fp16|int4|int8|awq|gptq)$")
-_FAMILY = re.compile(r"qwen[-_ ]?(2[._]5|2|3)[-_ ]?vl")
+# A release's whole name ("qwen2.5-vl-7b-instruct", "qwen3-vl-30b-a3b-thinking"), so that no fine-tune is taken for one.
+_RELEASE = re.compile(r"qwen(2\.5|2|3)-vl-\d+b(-a\d+b)?(-instruct|-thinking)?")
 _TYPES = {"2": "qwen2_vl", "25": "qwen2_5_vl", "3": "qwen3_vl"}
 
 
@@ -50,11 +53,12 @@ def other_base(adapter: Mapping[str, Any], under_test: str, config: Any) -> Othe
     ``unsloth/Qwen2.5-VL-7B-Instruct-bnb-4bit``, a folder ``/models/Qwen2.5-VL-7B-Instruct`` and a snapshot in the hub's
     cache all are ``Qwen/Qwen2.5-VL-7B-Instruct``. Certain is that it is another model if
 
-    - both are hub ids of different names, or of one name and different commits (``revision``);
-    - the name is of another family than the model's ``model_type``;
+    - both are hub ids of different names, or of one name and different commits (``revision``); ``owner/name`` may as
+      well be a folder of whoever trained (``Qwen2-VL-Finetune/my-run``), so it counts only if it names a model's size;
+    - the last part of the name is, as a whole, that of a release of another family than the model's ``model_type``;
     - the name is a released checkpoint's and the model has another width.
 
-    Otherwise at least one name is a folder's, which proves nothing.
+    Otherwise at least one name is a folder's, which anybody may have chosen and which proves nothing.
 
     Args:
         adapter: Content of ``adapter_config.json``.
@@ -73,7 +77,7 @@ def other_base(adapter: Mapping[str, Any], under_test: str, config: Any) -> Othe
         return OtherBase(f"{sentence}, {revisions}", certain=True) if revisions else OtherBase()
     if why := _cannot_be(named, config):
         return OtherBase(f"{sentence}, {why}: load it on the model it was trained for", certain=True)
-    if _hub_id(named) and _hub_id(under_test):
+    if _hub_id(named) and _hub_id(under_test) and (_CACHED.search(named) or _SIZE.search(_plain(named))):
         return OtherBase(
             f"{sentence}: its shapes fit, but it was learned on other weights; give --qvl-model {named}", certain=True
         )
@@ -91,9 +95,9 @@ def _other_revision(theirs: str, config: Any) -> str:
 
 def _cannot_be(named: str, config: Any) -> str:
     """Why a model of this configuration cannot be the one of that name; empty if it can."""
-    family = _FAMILY.search(_plain(named))
+    release = _RELEASE.fullmatch(_plain(named))
     kind = getattr(config, "model_type", "")
-    if family and _TYPES[re.sub(r"\D", "", family[1])] != kind:
+    if release and _TYPES[re.sub(r"\D", "", release[1])] != kind:
         return f"which is {kind}"
     released = next((name for name in released_names() if _plain(hub_id(name)) == _plain(named)), None)
     if released is not None and _hub_id(named):

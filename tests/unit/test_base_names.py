@@ -38,6 +38,8 @@ def test_the_same_model_or_nothing_to_compare(config, named, under_test):
     [
         ("allenai/olmOCR-2-7B", SEVEN, "its shapes fit, but it was learned on other weights"),
         ("Qwen/Qwen2-VL-7B-Instruct", "/models/mine", "which is qwen2_5_vl"),
+        ("unsloth/Qwen2-VL-7B-Instruct-bnb-4bit", SEVEN, "which is qwen2_5_vl"),
+        ("/models/Qwen3-VL-30B-A3B-Thinking-FP8", SEVEN, "which is qwen2_5_vl"),
         ("/models/Qwen3-VL-8B-Instruct", "", "which is qwen2_5_vl"),
         ("Qwen/Qwen2.5-VL-3B-Instruct", "/models/mine", "which is 3,584 wide and not 2,048"),
     ],
@@ -50,7 +52,21 @@ def test_certainly_another_model(config, named, under_test, said):
     assert repr(under_test or "a model built from a configuration") in sentence
 
 
-@pytest.mark.parametrize(("named", "under_test"), [(SEVEN, "/models/mine"), ("/sft-1", SEVEN), ("/sft-1", "/sft-2")])
+@pytest.mark.parametrize(
+    ("named", "under_test"),
+    [
+        (SEVEN, "/models/mine"),
+        ("/sft-1", SEVEN),
+        ("/sft-1", "/sft-2"),
+        # The trainer's own folder, often that of a repository of code which is named after another model.
+        ("Qwen2-VL-Finetune/my-run", SEVEN),
+        ("output/merged", SEVEN),
+        ("/home/me/Qwen2-VL-Finetune", "/models/mine"),
+        ("/data/qwen3-vl-comparison/Qwen2-VL-sft", SEVEN),
+        ("/data/Qwen2-VL-7B-Instruct/run-3", "/models/mine"),
+        ("./qwen2-vl-7b-vs-2.5", SEVEN),
+    ],
+)
 def test_a_folder_proves_nothing(config, named, under_test):
     sentence, certain = other_base({"base_model_name_or_path": named}, under_test, config)
     assert sentence.endswith("if these are not the same weights, load it on the model it was trained for")
