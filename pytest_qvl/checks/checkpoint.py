@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.loading import LoadingReport, compared_with, kept_report
+from pytest_qvl.models.quantized import base_tensors
 
 
 @check
@@ -23,8 +25,10 @@ def checkpoint_complete(model: Any, checkpoint: str | Path | None = None) -> Evi
     - *left over*: tensors without a place in the model. Buffers that are computed anew (``rotary_emb.inv_freq``,
       ``position_ids``) and the statistics of 4-bit weights are none.
     - *without data*: tensors that are still on the meta device.
+    - *not finite*: tensors of the base model, statistics of 4-bit weights among them, with NaN or infinity. Full
+      precision is then as broken, so nothing that is compared with it can tell.
 
-    The values themselves are not compared.
+    Beyond that the values are not compared.
 
     Args:
         model: The model, bare or wrapped by PEFT, quantized or not.
@@ -54,8 +58,32 @@ def checkpoint_complete(model: Any, checkpoint: str | Path | None = None) -> Evi
         else_say=f"{len(empty)} tensors are on the meta device and have no data (first: {empty[0] if empty else ''}): "
         "load the model onto one device",
     )
+    wild = _not_finite(parts)
+    judge.equal(
+        "tensors not finite",
+        len(wild),
+        0,
+        else_say=f"{len(wild)} tensors hold NaN or infinity: {some(wild)}; was the checkpoint saved after training had "
+        "diverged, or cast to a dtype that ends below its numbers?",
+    )
     judge.note(f"of {report.checkpoint}")
     return judge.verdict()
+
+
+def _not_finite(parts: Parts) -> list[str]:
+    """Names of tensors with NaN or infinity; two reductions each, no copy, one transfer to the host."""
+    import torch
+
+    held = {
+        name: tensor
+        for name, tensor in base_tensors(parts)
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and tensor.device.type != "meta"
+    }
+    if not held:
+        return []
+    ends = [torch.stack(torch.aminmax(tensor.detach())).double().to(parts.device) for tensor in held.values()]
+    finite = torch.stack(ends).isfinite().all(dim=1).tolist()
+    return [name for name, fine in zip(held, finite, strict=True) if not fine]
 
 
 def _report(parts: Parts, checkpoint: str | Path | None) -> LoadingReport:

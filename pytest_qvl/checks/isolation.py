@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.bitwise import differs
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.not_finite import require_finite
 from pytest_qvl.checks.packing import is_packed, samples_in_rows
 from pytest_qvl.checks.placeholders import attended, describe, describe_visual, model_inputs, spans
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
@@ -173,6 +174,7 @@ def _observe(
 def _repeatable(parts: Parts, inputs: Mapping[str, Any]) -> _Seen:
     """What two equal forward passes see; the comparison with a third means something only if they agree."""
     first, second = _observe(parts, inputs), _observe(parts, inputs)
+    require_finite(parts, first.hidden[attended(inputs)], "the model's outputs", lambda: _observe(parts, inputs))
     if bool((differs(first.hidden, second.hidden) & attended(inputs)).any()):
         raise CannotJudge("the same forward pass twice differs bitwise: what moved cannot be told from noise")
     return second

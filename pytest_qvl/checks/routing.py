@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.bitwise import bits_of, differs
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.isolation import causality, image_isolation
+from pytest_qvl.checks.not_finite import require_finite
 from pytest_qvl.checks.pairing import picture_pairing
 from pytest_qvl.checks.placeholders import (
     attended,
@@ -119,6 +120,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
         "visual tokens", len(features), count, else_say=f"the vision tower made {len(features)} visual tokens"
     ):
         return judge.verdict()
+    require_finite(parts, features, "visual tokens", lambda: parts.wrapped(**inputs, logits_to_keep=1))
     distinct = len(torch.unique(bits_of(features), dim=0))
     if distinct < count:
         raise CannotJudge(

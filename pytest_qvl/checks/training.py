@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.adapter import gates, matrix_of
 from pytest_qvl.checks.descent import Lesson, descent, take_step
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.not_finite import origin_of_not_finite
 from pytest_qvl.checks.optimizer import judge_optimizer
 from pytest_qvl.checks.placeholders import attended
 from pytest_qvl.checks.quantization import hold_packing
@@ -199,6 +200,8 @@ def _learn(
         loss, scale = backward(lambda: forward(parts, lesson.batch).loss, weights, scale=scale)
         losses.append(loss)
         goal = floor + (losses[0] - floor) / 2
+        if not step and not _judge_loss(judge, lesson, loss):
+            break
         if step < 2:
             _judge_gradients(judge, trained, step, _hint(parts))
         if step and (judge.problems or not math.isfinite(loss) or loss <= goal):
@@ -206,6 +209,14 @@ def _learn(
         optimizer.step()
     rates = [group["lr"] for group in optimizer.param_groups]
     return _Course(losses, steps, goal, floor, scale, (min(rates), max(rates)))
+
+
+def _judge_loss(judge: Judge, lesson: Lesson, loss: float) -> bool:
+    """Whether the first loss is finite; if not, that is the problem, and gradients tell nothing more."""
+    finite = math.isfinite(loss)
+    origin = "" if finite else origin_of_not_finite(lesson.parts, lambda: forward(lesson.parts, lesson.batch))
+    said = f"the first loss is {loss}{origin}"
+    return judge.equal("losses not finite", 0 if finite else 1, 0, else_say=said)
 
 
 def _judge_trained(judge: Judge, parts: Parts, trained: Mapping[str, nn.Parameter], policy: AdapterPolicy) -> None:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.activations import Peak, Peaks, first_not_finite, leaves, watched
+from pytest_qvl.checks.activations import Peak, Peaks, leaves, watched
 from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.not_finite import origin_in
 from pytest_qvl.checks.rounding import last_place_noise, rounded_sums
 from pytest_qvl.checks.scoring import chunks, coarsest_dtype
 from pytest_qvl.checks.windows import Seen, judge_windows
@@ -252,9 +253,9 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
                     images.append(Seen(name, sample.images[picture], tuple(next(grids))))
                     if not output.finite:
                         broken.append(name)
-                    if recorded is not None:
+                    elif recorded is not None:
                         _compare(seen, output, recorded[picture], name)
-    _judge_finite(judge, broken, peaks)
+    _judge_finite(judge, parts, broken, peaks)
     _judge_headroom(judge, [peak for peak in peaks.listed() if peak.finite])
     undecided = None
     if not broken:
@@ -289,14 +290,12 @@ def _compare(seen: tuple[_Seen, _Seen], output: TowerOutput, recorded: TowerOutp
         stage.take(drift, name, rows)
 
 
-def _judge_finite(judge: Judge, broken: list[str], peaks: Peaks) -> None:
-    origin = first_not_finite(peaks)
+def _judge_finite(judge: Judge, parts: Parts, broken: list[str], peaks: Peaks) -> None:
     judge.equal(
         "pictures whose features are not finite",
         len(broken),
         0,
-        else_say=f"visual features are not finite on {', '.join(broken[:3])}"
-        + (f", beginning at {origin.module} (its dtype ends at {origin.dtype_max:.6g})" if origin else ""),
+        else_say=f"visual features are not finite on {', '.join(broken[:3])}" + origin_in(parts, peaks),
     )
 
 

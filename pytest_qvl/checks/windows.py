@@ -1,10 +1,11 @@
 """Whether each vision block attends where the configuration says: within its window, or over the whole image.
 
 No reference is needed, so a release that computes windows wrongly is seen although full precision computes them the
-same way. A block is called again on the input it had, with the patches of one window negated. Rows outside the window
-keep every bit if the block stays inside it (both calls have the same shapes, hence the same kernels; see
-:mod:`pytest_qvl.checks.isolation`). That a block looks further is seen at its attention alone: behind the residual
-connection a large activation can swallow what attention adds, to the last bit.
+same way. A block is called again on noise as large as the input it had, and on the same noise with the patches of one
+window negated: on the input itself, of an image of one colour, attention can rest on equal patches alone and give a
+negated one a weight of exactly 0. Rows outside the window keep every bit if the block stays inside it (both calls have
+the same shapes, hence the same kernels; see :mod:`pytest_qvl.checks.isolation`). That a block looks further is seen at
+its attention alone: behind the residual connection a large activation can swallow what attention adds, to the last bit.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def _first_input(parts: Parts, batch: dict[str, torch.Tensor], pixels: torch.Ten
 
 @dataclass
 class _Again:
-    """Calls modules of the tower again with some rows of their input negated, while it runs.
+    """Calls modules of the tower again on noise, then with some of its rows negated, while it runs.
 
     Attributes:
         changed: ``(rows,)`` bool, the rows to negate.
@@ -173,9 +174,9 @@ class _Again:
             if not self._inside:
                 self._given[id(module)] = args, kwargs
 
-        def after(module: Any, _args: Any, output: Any) -> None:
+        def after(module: Any, _args: Any, _output: Any) -> None:
             if not self._inside:
-                self._compare(module, output)
+                self._compare(module)
 
         handles = []
         for module in modules:
@@ -188,7 +189,7 @@ class _Again:
             for handle in handles:
                 handle.remove()
 
-    def _compare(self, module: Any, output: Any) -> None:
+    def _compare(self, module: Any) -> None:
         import torch
 
         args, kwargs = self._given.pop(id(module))
@@ -196,12 +197,21 @@ class _Again:
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         self._inside = True
         try:
-            same = module(hidden, *args[1:], **others)
-            other = module(torch.where(self.changed[:, None], -hidden, hidden), *args[1:], **others)
+            noise = _noise_like(hidden)
+            once, twice = (_hidden(module(noise, *args[1:], **others)) for _ in range(2))
+            other = _hidden(module(torch.where(self.changed[:, None], -noise, noise), *args[1:], **others))
         finally:
             self._inside = False
-        self.unsteady |= bool(differs(_hidden(output), _hidden(same)).any())
-        self.moved[id(module)] = int((differs(_hidden(output), _hidden(other)) & ~self.changed).sum())
+        self.unsteady |= bool(differs(once, twice).any())
+        self.moved[id(module)] = int((differs(once, other) & ~self.changed).sum())
+
+
+def _noise_like(hidden: torch.Tensor) -> torch.Tensor:
+    """Gaussian noise of the same shape and root mean square, the same in every call."""
+    import torch
+
+    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+    return (noise.to(hidden.device) * hidden.float().pow(2).mean().sqrt()).to(hidden.dtype)
 
 
 def _hidden(output: Any) -> torch.Tensor:

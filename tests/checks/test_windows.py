@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from pytest_qvl.checks.reference import record_reference
 from pytest_qvl.checks.vision import vision_stability
@@ -67,6 +68,14 @@ def test_wrong_windows(
         assert says in str(caught.value)
         with pytest.raises(CheckFailed, match="visual features before the merger moved away"):
             vision_stability(model, processor, samples, reference)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (1100, 60)])
+def test_an_image_of_one_colour_is_healthy(fresh_model: Any, processor: Any, size: tuple[int, int]) -> None:
+    """The trained tower attends to equal patches alone there, and gives a negated one a weight of exactly 0."""
+    plain = Sample((Image.new("RGB", size, "red"),), "What colour?", "red", "own", "plain")
+    found = figures(vision_stability(fresh_model(), processor, [plain], None))
+    assert found["most attention windows of an image"] > 1
 
 
 @pytest.mark.parametrize("full", [list(FULL), [0, 1, 2, 3]], ids=["healthy", "damaged"])
