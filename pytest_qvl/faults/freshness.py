@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from functools import cache
 from pathlib import Path
 
 from pytest_qvl.data import embedded_model_dir
@@ -25,8 +26,11 @@ ASIDE = frozenset(
 )
 
 
+@cache
 def definitions_digest() -> str:
     """Hash of what decides a verdict: the code of checks, faults, probes and models, and the embedded checkpoint.
+
+    As they are when it is first asked for: a run of an hour stands for the code that it began with.
 
     Comments, docstrings, annotations, layout and names of local variables do not count; every other name, number and
     text does.

@@ -104,3 +104,15 @@ def run_light(pytester):
         return pytester.runpytest_inprocess("--qvl-device", "cpu", *args, **kwargs)
 
     return run
+
+
+@pytest.fixture
+def run_apart(pytester, monkeypatch):
+    """Run pytest in a process of its own, with this plugin and those named: importing all others takes seconds."""
+
+    def run(*args, plugins=()):
+        monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+        named = [argument for name in ("qvl", *plugins) for argument in ("-p", name)]
+        return pytester.runpytest_subprocess(*named, *args)
+
+    return run

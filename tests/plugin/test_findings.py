@@ -93,12 +93,12 @@ def test_a_failed_check_ends_its_traceback_where_the_test_called_it(pytester, ru
     assert "verdict(" in run_real("--full-trace").stdout.str()
 
 
-def test_evidence_travels_from_workers(pytester):
+def test_evidence_travels_from_workers(pytester, run_apart):
     pytester.makepyfile(
         KEEPS
         + "    def test_a(qvl_target): judge('alignment', 0.5)\n    def test_b(qvl_target): judge('causality', 2.0)\n"
     )
-    result = pytester.runpytest_subprocess("-n", "2", "--qvl-device", "cpu", "--qvl-record", "record.json")
+    result = run_apart("-n", "2", "--qvl-device", "cpu", "--qvl-record", "record.json", plugins=["xdist"])
     result.stdout.fnmatch_lines(["qvl: embedded on cpu: BROKEN: causality, 1 check kept"])
     assert '"drift"' in (pytester.path / "record.json").read_text()
 
@@ -121,10 +121,11 @@ SHOWS = """
     ],
     ids=str,
 )
-def test_progress_shows_on_a_terminal(pytester, arguments, shown):
+def test_progress_shows_on_a_terminal(pytester, monkeypatch, arguments, shown):
     pytester.makepyfile(SHOWS)
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    command = [sys.executable, "-m", "pytest", "-p", "qvl", "-p", "xdist", "-p", "no:cacheprovider", *arguments]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=pytester.path) as process:
         os.close(theirs)
         text = b""

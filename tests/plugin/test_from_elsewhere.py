@@ -24,7 +24,7 @@ POPULAR_SKIP_LIST = """
 SUITE = ("--pyargs", "pytest_qvl.suite")
 
 
-def test_three_lines_pass_under_warnings_as_errors(pytester):
+def test_three_lines_pass_under_warnings_as_errors(pytester, run_apart):
     """In a fresh process, where importing the stack warns."""
     pytester.makepyfile(
         """
@@ -34,7 +34,7 @@ def test_three_lines_pass_under_warnings_as_errors(pytester):
         checks.adapter_census(qvl_lora_model, qvl_lora_config)
     """
     )
-    result = pytester.runpytest_subprocess("-W", "error")
+    result = run_apart("-W", "error")
     result.stdout.fnmatch_lines(
         ["qvl: embedded on cpu: 1 check kept", "qvl: embedded on cuda: 2 tests not run: needs CUDA: *"]
     )

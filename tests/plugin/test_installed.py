@@ -56,14 +56,14 @@ def test_below_the_range_is_refused_in_one_sentence(pytester, run_light, have, p
 
 
 @pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
-def test_a_refusal_names_the_known_defect_and_runs_no_test(pytester, run_light, monkeypatch, workers):
+def test_a_refusal_names_the_known_defect_and_runs_no_test(pytester, run_apart, monkeypatch, workers):
     monkeypatch.setenv("QVL_TEST_HAVE", "4.56.2")
     pytester.makeconftest(
         "import os\nfrom pytest_qvl import releases\nreal = releases.installed\n"
         "releases.installed = lambda p: os.environ['QVL_TEST_HAVE'] if p == 'transformers' else real(p)"
     )
     pytester.makepyfile(USES_A_MODEL)
-    result = pytester.runpytest_subprocess("--qvl-device", "cpu", *workers)
+    result = run_apart("--qvl-device", "cpu", *workers, plugins=["xdist"])
     assert result.ret != 0
     text = result.stdout.str() + result.stderr.str()
     assert "pytest-qvl does not work with Transformers 4.56.2" in text

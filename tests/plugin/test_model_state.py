@@ -50,8 +50,8 @@ def test_each_folder_sees_its_own_configuration(two_folders, run_real, order):
 
 
 @pytest.mark.slow
-def test_each_folder_sees_its_own_configuration_over_two_workers(pytester, two_folders):
-    result = pytester.runpytest_subprocess("--qvl-device", "cpu", "-n", "2", "b", "a", "-W", "error")
+def test_each_folder_sees_its_own_configuration_over_two_workers(two_folders, run_apart):
+    result = run_apart("--qvl-device", "cpu", "-n", "2", "b", "a", "-W", "error", plugins=["xdist"])
     result.assert_outcomes(passed=6)
 
 

@@ -47,7 +47,7 @@ def test_a_record_has_the_permissions_that_the_umask_leaves(pytester, run_light)
     assert stat.S_IMODE((pytester.path / "deep" / "er" / "record.json").stat().st_mode) == 0o640
 
 
-def test_a_record_that_cannot_be_written_is_no_green_run(pytester):
+def test_a_record_that_cannot_be_written_is_no_green_run(pytester, monkeypatch):
     """A limit on the size of files stands in for a full disk: the old record stays, and nothing beside it."""
     pytester.makepyfile(
         """
@@ -56,7 +56,8 @@ def test_a_record_that_cannot_be_written_is_no_green_run(pytester):
     """
     )
     (pytester.path / "record.json").write_text("old")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--qvl-record", "record.json"]
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    command = [sys.executable, "-m", "pytest", "-p", "qvl", "-p", "no:cacheprovider", "--qvl-record", "record.json"]
     # Into pipes, which the limit does not concern.
     done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED

@@ -143,7 +143,7 @@ def test_a_bad_folder_is_refused_before_anything_is_loaded(pytester, changes, sa
     result.stderr.fnmatch_lines([f"ERROR: --qvl-model: *{folder}*{says}"])
 
 
-def test_a_bad_value_under_xdist_is_told_once(pytester):
-    result = pytester.runpytest_subprocess("-n", "2", "--qvl-seed", "x")
+def test_a_bad_value_under_xdist_is_told_once(run_apart):
+    result = run_apart("-n", "2", "--qvl-seed", "x", plugins=["xdist"])
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert result.stderr.str().count("--qvl-seed: 'x' is not a whole number") == 1

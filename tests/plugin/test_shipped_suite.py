@@ -54,13 +54,13 @@ def test_named_by_path_or_module_nothing_is_collected_twice(pytester, run_light,
     assert len(suite_tests(result)) == 1
 
 
-def test_an_empty_suite_is_an_error(pytester, run_light):
+def test_an_empty_suite_is_an_error(pytester, run_light, run_apart):
     pytester.makepyfile("def test_own(): pass")
     empty = ("--ignore-glob", "/*/suite/test_*", ".", *SUITE)
     result = run_light(*empty)
     assert result.ret == pytest.ExitCode.INTERRUPTED
     result.stdout.fnmatch_lines(["pytest_qvl.suite: nothing was collected here, so nothing would be proved; *"])
-    result = pytester.runpytest_subprocess(*empty, "-n", "2")
+    result = run_apart(*empty, "-n", "2", plugins=["xdist"])
     result.assert_outcomes(errors=1, passed=1)
     assert result.ret != 0
     result.stdout.no_fnmatch_line("*INTERNALERROR*")

@@ -224,6 +224,7 @@ def test_never_two_at_once(start, folder, tmp_path):
 
 
 def test_workers_of_one_run_get_different_gpus(pytester, monkeypatch, folder):
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     monkeypatch.setenv("PYTHONPATH", ROOT)
     monkeypatch.setenv("QVL_GPU_LEASES", str(folder))
     for name in ("QVL_GPU_LEASE", "QVL_GPU_SESSION", "CUDA_VISIBLE_DEVICES"):
@@ -256,7 +257,7 @@ def test_workers_of_one_run_get_different_gpus(pytester, monkeypatch, folder):
             pathlib.Path("seen.txt").open("a").write(f"{worker_id} {os.environ['CUDA_VISIBLE_DEVICES']}\\n")
         """
     )
-    result = pytester.runpytest_subprocess("-n", "auto", "-p", "no:cacheprovider")
+    result = pytester.runpytest_subprocess("-p", "xdist", "-n", "auto", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=8)
     seen = set((pytester.path / "seen.txt").read_text().splitlines())
     assert len({line.split()[1] for line in seen}) == 2

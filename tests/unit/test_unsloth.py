@@ -109,6 +109,7 @@ def test_the_gpu_is_leased_before_the_import_and_an_import_that_fails_is_one_lin
 @pytest.mark.parametrize("told", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_pytest_and_ci_change_nothing_of_what_is_compiled(pytester, monkeypatch, told):
     monkeypatch.setenv("CI", "true")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     for name in ("TORCHINDUCTOR_ERROR_ON_CUSTOM_OP_ALIASING", "TORCH_TRACE"):
         monkeypatch.delenv(name, raising=False)
     pytester.makeconftest(
