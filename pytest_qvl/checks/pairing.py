@@ -11,11 +11,13 @@ from pytest_qvl.checks.placeholders import attended, model_inputs, show_grid, va
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples.batch import prompt
+from pytest_qvl.samples.exif import ORIENTATIONS, as_stored
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     import torch
+    from PIL.Image import Image
 
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.samples import Sample
@@ -25,14 +27,14 @@ if TYPE_CHECKING:
 def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch: Mapping[str, Any]) -> Evidence:
     """Every row of the batch holds its own sample's prompt and pictures, in the sample's order.
 
-    Pixel rows and grid of each picture are compared, bitwise, with what the image processor makes of that
-    picture alone. Pictures swapped before the model, or a grid with height and width exchanged, fit
-    everywhere and raise nothing. Each row must begin with the very tokens that the processor's chat template makes
-    of its sample, up to where the answer begins: a model that is trained with another system prompt, another line
-    break or the image in another place answers worse than it could, and nothing says so. Padding in front of a row
-    must not be attended to, as it is where the ``attention_mask`` is dropped or all ones: it would move every position
-    of the row. Batches for training (with answers behind the prompt) and for generation are judged alike. No forward
-    pass.
+    Pixel rows and grid of each picture are compared, bitwise, with what the image processor makes of that picture
+    alone. Pictures swapped before the model, or a grid with height and width exchanged, fit everywhere and raise
+    nothing; so does an image that was read without its EXIF orientation, which is named. Each row must begin with the
+    very tokens that the processor's chat template makes of its sample, up to where the answer begins: a model that is
+    trained with another system prompt, another line break or the image in another place answers worse than it could,
+    and nothing says so. Padding in front of a row must not be attended to, as it is where the ``attention_mask`` is
+    dropped or all ones: it would move every position of the row. Batches for training (with answers behind the
+    prompt) and for generation are judged alike. No forward pass.
 
     Args:
         model: Qwen-VL model, wrapped or not; only its token ids and merge size are read.
@@ -109,7 +111,7 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     judge.equal("wrong grids", len(wrong_grids), 0, else_say="; ".join(wrong_grids[:3]))
     wrong_values = value_problems(inputs["pixel_values"])
     judge.equal("defects of the pixel values", len(wrong_values), 0, else_say="; ".join(wrong_values))
-    wrong_pixels = _wrong_pixels(inputs["pixel_values"], grids, pictures)
+    wrong_pixels = _wrong_pixels(processor, inputs["pixel_values"], grids, pictures)
     judge.equal("pictures with wrong pixels", len(wrong_pixels), 0, else_say="; ".join(wrong_pixels[:3]))
     return judge.verdict()
 
@@ -186,14 +188,16 @@ class _Picture:
 
     name: str
     row: int
+    image: Image
     pixels: torch.Tensor
     grid: tuple[int, ...]
 
 
 def _processed(processor: Any, row: int, sample: Sample, number: int) -> _Picture:
-    made = processor.image_processor(images=[sample.images[number]], return_tensors="pt")
+    image = sample.images[number]
+    made = processor.image_processor(images=[image], return_tensors="pt")
     name = f"row {row}, image {number} (sample {sample.id!r})"
-    return _Picture(name, row, made["pixel_values"], tuple(made["image_grid_thw"][0].tolist()))
+    return _Picture(name, row, image, made["pixel_values"], tuple(made["image_grid_thw"][0].tolist()))
 
 
 def _decoded(processor: Any, ids: torch.Tensor) -> str:
@@ -214,7 +218,9 @@ def _grid_sentence(picture: _Picture, grid: tuple[int, ...], pictures: Sequence[
     return f"{sentence} (the grid of {others[0]})" if others else sentence
 
 
-def _wrong_pixels(pixels: torch.Tensor, grids: Sequence[tuple[int, ...]], pictures: Sequence[_Picture]) -> list[str]:
+def _wrong_pixels(
+    processor: Any, pixels: torch.Tensor, grids: Sequence[tuple[int, ...]], pictures: Sequence[_Picture]
+) -> list[str]:
     """One sentence per picture whose own rows do not hold its own pixels."""
     import torch
 
@@ -234,6 +240,11 @@ def _wrong_pixels(pixels: torch.Tensor, grids: Sequence[tuple[int, ...]], pictur
         ]
         if twins:
             problems.append(f"{picture.name}: holds the pixels of {twins[0]}")
+        elif orientation := _orientation_ignored(processor, picture, by_grid):
+            problems.append(
+                f"{picture.name}: lies as a file with EXIF orientation {orientation} stores it; turn images as EXIF "
+                "says (PIL.ImageOps.exif_transpose) before the processor gets them"
+            )
         elif here.shape != own.shape:
             problems.append(f"{picture.name}: {len(here)} patches are left for its {len(own)}")
         else:
@@ -241,3 +252,15 @@ def _wrong_pixels(pixels: torch.Tensor, grids: Sequence[tuple[int, ...]], pictur
             gap = float((here.double() - own.double()).abs().max())
             problems.append(f"{picture.name}: patch {patch} differs from the picture's own by up to {gap:.3g}")
     return problems
+
+
+def _orientation_ignored(processor: Any, picture: _Picture, pixels: torch.Tensor) -> int | None:
+    """The EXIF orientation whose stored image these are the pixels of, bitwise; None if there is none."""
+    import torch
+
+    for orientation in ORIENTATIONS:
+        stored = as_stored(picture.image, orientation)
+        made = processor.image_processor(images=[stored], return_tensors="pt")["pixel_values"]
+        if torch.equal(made.to(pixels), pixels):
+            return orientation
+    return None

@@ -19,6 +19,7 @@ from pytest_qvl.checks.packing import is_packed, samples_in_rows
 from pytest_qvl.checks.placeholders import attended, describe, model_inputs, show_grid, spans
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions, tapped
 
@@ -381,7 +382,7 @@ class _Comparison:
         if not self._right_sizes(calls, expected):
             return False
         # A release may leave the rows of a text-only batch to broadcasting.
-        seen = [call.position_ids.cpu().expand_as(right) for call, right in zip(calls, expected, strict=True)]
+        seen = [_exact(call.position_ids.cpu()).expand_as(right) for call, right in zip(calls, expected, strict=True)]
         difference = seen[0] - expected[0]
         shift = self._shifts(difference, mask)[None]
         wrong = (difference != shift) & mask[None]
@@ -389,18 +390,22 @@ class _Comparison:
             f"{self.sequence}wrong position ids",
             int(wrong.sum()),
             0,
-            else_say=self._prompt_sentence(seen[0] - shift, expected[0], wrong) if wrong.any() else "",
+            else_say=self._prompt_sentence(seen[0] - shift, expected[0], wrong)
+            + _rounding(seen[0][:, mask], (expected[0] + shift)[:, mask])
+            if wrong.any()
+            else "",
         )
         if len(calls) > 1:
-            steps, right = (
-                torch.cat(seen[1:], dim=2) - shift.amax(dim=2, keepdim=True),
-                torch.cat([*expected[1:]], dim=2),
-            )
+            constant = shift.amax(dim=2, keepdim=True)
+            raw, right = torch.cat(seen[1:], dim=2), torch.cat([*expected[1:]], dim=2)
+            steps = raw - constant
             self.judge.equal(
                 f"{self.sequence}wrong position ids while decoding",
                 int((steps != right).sum()),
                 0,
-                else_say=self._decode_sentence(steps, right) if (steps != right).any() else "",
+                else_say=self._decode_sentence(steps, right) + _rounding(raw, right + constant)
+                if (steps != right).any()
+                else "",
             )
         return True
 
@@ -471,6 +476,28 @@ class _Comparison:
             f"{int((seen != expected).any(0).any(1).sum())} of {seen.shape[1]} rows are wrong"
         )
         return f"{sentence}; generate() needs padding on the left" if side == "right" else sentence
+
+
+def _exact(positions: torch.Tensor) -> torch.Tensor:
+    """Ids in a dtype in which arithmetic is exact: one with bfloat16 would round the ids that it is held against."""
+    return positions.double() if positions.is_floating_point() else positions.long()
+
+
+def _rounding(seen: torch.Tensor, right: torch.Tensor) -> str:
+    """Words for ids that are the right ones in a float dtype too narrow for them; empty for any others.
+
+    A dtype of ``p`` significant bits holds every whole number up to ``2**p``, and ``eps`` is ``2**(1 - p)``.
+    """
+    import torch
+
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(right.to(dtype).to(seen.dtype), seen):
+            most = round(2 / torch.finfo(dtype).eps)
+            return (
+                f"; every id is the right one rounded to {dtype_name(dtype)}, which counts without gaps up to {most} "
+                "only: keep position ids integers, or in float32"
+            )
+    return ""
 
 
 def _takes_type_ids(parts: Parts) -> bool:

@@ -94,7 +94,9 @@ def panel(device: str = "cpu") -> dict[str, Callable[[Case], Any]]:
         ],
         "malformed_inputs": lambda c: checks.malformed_inputs(c.model, c.batch()),
         "mrope_positions": mrope,
-        "decode_positions": lambda c: checks.decode_positions(c.model, c.batch()),
+        "decode_positions": lambda c: [
+            checks.decode_positions(c.model, batch) for batch in (c.batch(), c.long_batch())
+        ],
         "position_state": lambda c: checks.position_state(c.model, c.batch()),
         "vision_stability": lambda c: checks.vision_stability(c.model, c.processor, c.probes, c.reference),
         "greedy_is_argmax": lambda c: checks.greedy_is_argmax(c.model, c.batch()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
@@ -102,6 +103,43 @@ def _raster(case: Case) -> Iterator[None]:
 
     _collated(case, reorder)
     yield
+
+
+@fault(
+    "exif-ignored",
+    "A collator opens photographs of a phone without their EXIF orientation: the model sees them lying on their side.",
+    damages="batch",
+    check="picture_pairing",
+    says=("lies as a file with EXIF orientation 6 stores it", "exif_transpose"),
+    source="sgl-project/sglang#33449, mistralai/mistral-common#330",
+)
+def _exif_ignored(case: Case) -> Iterator[None]:
+    def read(batch: dict[str, Any], samples: Any) -> dict[str, Any]:
+        images = [_opened(_photograph(image)) for sample in samples for image in sample.images]
+        made = case.processor.image_processor(images=images, return_tensors="pt")
+        return {**batch, "pixel_values": made["pixel_values"], "image_grid_thw": made["image_grid_thw"]}
+
+    _collated(case, read)
+    yield
+
+
+def _photograph(image: Any) -> BytesIO:
+    """A file of the image as a phone that is held upright writes it: stored lying, with orientation 6."""
+    from PIL import Image
+
+    from pytest_qvl.samples.exif import TAG, as_stored
+
+    exif = Image.Exif()
+    exif[TAG] = 6
+    file = BytesIO()
+    as_stored(image, 6).save(file, "PNG", exif=exif)  # without loss, so that the check can tell what was done
+    return file
+
+
+def _opened(file: BytesIO) -> Any:
+    from PIL import Image
+
+    return Image.open(file).convert("RGB")
 
 
 @fault(

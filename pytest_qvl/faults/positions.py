@@ -259,6 +259,21 @@ def _crash(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "positions-in-bfloat16",
+    "Position ids are cast to bfloat16, which cannot count beyond 256: neighbours in a long row share a position.",
+    damages="model",
+    check="decode_positions",
+    says=("rounded to bfloat16", "up to 256 only"),
+    source="huggingface/transformers#29285, NVIDIA/Megatron-LM#531",
+)
+def _bfloat16(case: Case) -> Iterator[None]:
+    import torch
+
+    with positions_changed(anatomy(case.model), lambda positions: positions.to(torch.bfloat16)):
+        yield
+
+
+@fault(
     "rotary-base-wrong",
     "The rotary embedding's base is 1,000 times too large: right ids, wrong angles.",
     damages="model",

@@ -231,6 +231,13 @@ def test_a_single_row_without_padding(model: Any, processor: Any) -> None:
     assert position_state(model, batch).ok
 
 
+def test_float32_holds_every_id(model: Any, processor: Any) -> None:
+    batch = batch_of(processor)
+    with positions_changed(anatomy(model), lambda positions: positions.float()):
+        assert mrope_positions(model, batch).ok
+        assert decode_positions(model, batch).ok
+
+
 def test_a_row_shifted_by_a_constant_is_equivalent(model: Any, processor: Any) -> None:
     def shifted(positions: torch.Tensor) -> torch.Tensor:
         positions = positions.clone()
@@ -327,6 +334,25 @@ def test_all_tokens_off_by_one_on_one_axis_though_no_logit_can_tell(model: Any, 
         pytest.raises(CheckFailed, match=r"row 0, token \d+ \(text\): h is 1, should be 0; .* in 4 of 4 rows"),
     ):
         mrope_positions(model, batch_of(processor))
+
+
+@pytest.mark.parametrize("back", [True, False], ids=["cast back", "left in it"])
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 256), (torch.float16, 2048)])
+def test_ids_rounded_to_a_narrow_dtype_are_named(
+    model: Any, processor: Any, dtype: torch.dtype, most: int, back: bool
+) -> None:
+    """Rows are placed so that the last id which the dtype counts exactly is passed while they last."""
+    batch = batch_of(processor)
+
+    def rounded(positions: torch.Tensor) -> torch.Tensor:
+        narrow = (positions + most - 8).to(dtype)
+        return narrow.to(positions.dtype) if back else narrow
+
+    words = f"every id is the right one rounded to {dtype}, which counts without gaps up to {most} only"
+    with positions_changed(anatomy(model), rounded):
+        for check in (mrope_positions, decode_positions):
+            with pytest.raises(CheckFailed, match=words.replace("torch.", "")):
+                check(model, batch)
 
 
 def test_padding_counted_while_decoding(model: Any, processor: Any) -> None:

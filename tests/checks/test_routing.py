@@ -6,13 +6,14 @@ import random
 import re
 from contextlib import contextmanager
 from dataclasses import replace
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
-from PIL import Image
+from PIL import Image, ImageOps
 
 from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle, mrope_positions
 from pytest_qvl.checks.routing import (
@@ -476,6 +477,23 @@ def test_pictures_swapped_in_pixel_values(model: Any, processor: Any, batch: Bat
     message = r"row 0, image 1 \(sample 'two'\): holds the pixels of row 2, image 0 \(sample 'one'\)"
     with pytest.raises(CheckFailed, match=message):
         picture_pairing(model, processor, SAMPLES, batch)
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_an_image_read_without_its_exif_orientation(model: Any, processor: Any, orientation: int) -> None:
+    file = BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(6, 84, 112).save(file, "PNG", exif=exif)
+    stored = Image.open(file)
+    shown = ImageOps.exif_transpose(stored)
+    batch = make_batch(processor, [sample("lying", stored.convert("RGB"))])
+    message = (
+        rf"row 0, image 0 \(sample 'lying'\): lies as a file with EXIF orientation {orientation} stores it; turn images "
+        r"as EXIF says \(PIL\.ImageOps\.exif_transpose\)"
+    )
+    with pytest.raises(CheckFailed, match=message):
+        picture_pairing(model, processor, [sample("lying", shown.convert("RGB"))], batch)
 
 
 def test_one_pixel_changed(model: Any, processor: Any, batch: Batch) -> None:
