@@ -40,6 +40,9 @@ _INI_TYPES = {
 Parse = Callable[[str, Path], Any]
 
 
+RECORD_START = 1024  # bytes, within which a record names its schema
+
+
 class SettingError(ValueError):
     """A value that a setting cannot take."""
 
@@ -90,6 +93,8 @@ def _backend(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is 
 
 
 def _adapter(text: str, folder: Path) -> Path:
+    if not text.strip():
+        raise SettingError("no folder was named; leave the setting out, or give the adapter's folder")
     path = folder / Path(text).expanduser()
     check_adapter(path)
     return path.resolve()
@@ -116,12 +121,15 @@ def _fault(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is ca
     return find(text).name
 
 
-def _file(text: str, folder: Path) -> Path:
+def _record(text: str, folder: Path) -> Path:
     path = folder / Path(text).expanduser()
     if path.is_dir():
         raise SettingError(f"{str(path)!r} is a folder, not a file")
     if path.exists() and not path.is_file():
         raise SettingError(f"{str(path)!r} is a device or a pipe, not a regular file, and is not replaced by one")
+    # As in `pytest --qvl-record tests/test_mine.py`, where the value was forgotten.
+    if path.is_file() and (there := path.read_bytes()[:RECORD_START]).strip() and b'"pytest-qvl/record/' not in there:
+        raise SettingError(f"{str(path)!r} is there and is no record of a run: name another file, or delete it first")
     return path.resolve()
 
 
@@ -229,7 +237,7 @@ SETTINGS = (
         "SECONDS",
         ini_type="int",
     ),
-    Setting("qvl_record", _file, None, "write what was measured, and on what, to this JSON file", "FILE"),
+    Setting("qvl_record", _record, None, "write what was measured, and on what, to this JSON file", "FILE"),
     Setting(
         "qvl_require_gpu",
         _truth,

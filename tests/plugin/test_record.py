@@ -13,6 +13,8 @@ import pytest
 
 PLAIN = "def test_plain(): pass"
 
+OLD = '{"schema":"pytest-qvl/record/1"}'
+
 
 def record(pytester):
     return json.loads((pytester.path / "record.json").read_text(encoding="utf-8"))
@@ -55,7 +57,7 @@ def test_a_record_that_cannot_be_written_is_no_green_run(pytester, monkeypatch):
     def test_it(): resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
     """
     )
-    (pytester.path / "record.json").write_text("old")
+    (pytester.path / "record.json").write_text(OLD)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     command = [sys.executable, "-m", "pytest", "-p", "qvl", "-p", "no:cacheprovider", "--qvl-record", "record.json"]
     # Into pipes, which the limit does not concern.
@@ -63,8 +65,24 @@ def test_a_record_that_cannot_be_written_is_no_green_run(pytester, monkeypatch):
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     line = f"qvl_record: {pytester.path}/record.json could not be written: File too large"
     assert line in done.stdout.splitlines()
-    assert (pytester.path / "record.json").read_text() == "old"
+    assert (pytester.path / "record.json").read_text() == OLD
     assert [path.name for path in pytester.path.iterdir() if "record.json" in path.name] == ["record.json"]
+
+
+def test_a_file_that_is_no_record_is_not_replaced(pytester, run_light):
+    """The value was forgotten, so that the test file stands where the record's name should."""
+    test = pytester.makepyfile(PLAIN)
+    result = run_light("--qvl-record", str(test))
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*--qvl-record*is there and is no record of a run: name another file*"])
+    assert test.read_text(encoding="utf-8").strip() == PLAIN.strip()
+
+
+@pytest.mark.parametrize("flag", ["--qvl-adapter", "--qvl-images"])
+def test_an_empty_value_is_no_folder(pytester, run_light, flag):
+    pytester.makepyfile(PLAIN)
+    result = run_light(flag, "")
+    result.stderr.fnmatch_lines([f"*{flag}*no folder was named*"])
 
 
 def test_a_folder_that_takes_no_files_is_told_in_a_line_of_its_own(pytester, run_light):
