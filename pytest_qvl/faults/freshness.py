@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 from pytest_qvl.data import embedded_model_dir
-from pytest_qvl.faults.normalised import without_names
+from pytest_qvl.faults.normalised import definitions, spoken_names
 
 PACKAGE = Path(__file__).parents[1]
 DECIDES = ("checks", "faults", "samples", "models", "evidence.py")
@@ -32,13 +33,15 @@ def definitions_digest() -> str:
 
     As they are when it is first asked for: a run of an hour stands for the code that it began with.
 
-    Comments, docstrings, annotations, layout and names of local variables do not count; every other name, number and
-    text does.
+    Every function, class and other statement at the top of a module is one text, and the digest is that of all texts in
+    sorted order, without the modules they stand in. Moving a definition, a module or a folder decides nothing, so it
+    must not ask for a run of hours; nor must comments, docstrings, annotations, layout, imports, or names of variables
+    and of parameters that no call spells out. Every other name, number and text counts, and so does a definition that
+    comes or goes. The price: two definitions of the same name that change places are not told apart.
     """
     found = hashlib.sha256()
-    for file in deciding_files():
-        name = file.relative_to(PACKAGE).as_posix()
-        found.update(f"{name}\n{code_of(file.read_text(encoding='utf-8'))}\n".encode())
+    for text in definitions_of(file.read_text(encoding="utf-8") for file in deciding_files()):
+        found.update(hashlib.sha256(text.encode()).digest())
     for file in sorted(embedded_model_dir().iterdir()):
         if file.suffix in (".json", ".safetensors", ".txt"):
             found.update(f"{file.name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
@@ -52,6 +55,8 @@ def deciding_files() -> list[Path]:
     return sorted(file for file in files if file.relative_to(PACKAGE).as_posix() not in ASIDE)
 
 
-def code_of(source: str) -> str:
-    """What a module does, as text that is equal for modules that do the same under other local names."""
-    return without_names(ast.parse(source))
+def definitions_of(sources: Iterable[str]) -> list[str]:
+    """What modules do, definition by definition and sorted: equal for modules that do the same in other words."""
+    trees = [ast.parse(source) for source in sources]
+    spoken = frozenset(name for tree in trees for name in spoken_names(tree))
+    return sorted(text for tree in trees for text in definitions(tree, spoken))

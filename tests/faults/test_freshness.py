@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_qvl.faults.freshness import PACKAGE, code_of, deciding_files, definitions_digest
+from pytest_qvl.faults.freshness import ASIDE, PACKAGE, deciding_files, definitions_digest, definitions_of
 
 PLAIN = """
 from a import b
 LIMIT = 4
+FIRST = b(1)
 
 def check(model, *, factor=2):
     worst = 0
@@ -21,6 +22,9 @@ def check(model, *, factor=2):
     if worst > LIMIT:
         raise ValueError(f"{worst} rows moved")
     return inner
+
+def again(rows):
+    return check(rows, factor=3)
 """
 
 SAME = {
@@ -34,15 +38,27 @@ SAME = {
         "row in model:\n        worst = max(worst, row)",
         "r in model:\n        worst = max(worst, r)",
     ),
+    "a parameter that no call spells out": ("again(rows):\n    return check(rows", "again(r):\n    return check(r"),
+    "another name for an import": (
+        "from a import b\nLIMIT = 4\nFIRST = b(1)",
+        "from a import b as c\nLIMIT = 4\nFIRST = c(1)",
+    ),
+    "an import that nobody needs": ("from a import b", "import json\nfrom a import b"),
+    "an import further down": ("LIMIT = 4\nFIRST", "LIMIT = 4\nfrom a import b\nFIRST"),
+    "the order of definitions": ("LIMIT = 4\nFIRST = b(1)", "FIRST = b(1)\nLIMIT = 4"),
     "a comprehension's variable": ("[value for value in model]", "[one for one in model]"),
 }
 OTHER = {
     "a number": ("LIMIT = 4", "LIMIT = 5"),
     "words of a message": ("rows moved", "rows went"),
     "a global's name": ("LIMIT", "BOUND"),
-    "a parameter's name, which callers may use": ("model", "given"),
-    "a default": ("factor=2", "factor=3"),
-    "an import": ("from a import b", "from a import c as b"),
+    "a parameter's name that a call spells out": ("factor", "share"),
+    "an argument's name": ("check(rows, factor=3)", "check(rows, share=3)"),
+    "what is called": ("return check(rows", "return max(rows"),
+    "a default": ("*, factor=2", "*, factor=5"),
+    "what is imported": ("from a import b", "from a import c as b"),
+    "whose it is": ("from a import b", "from other import b"),
+    "a definition that goes": ("FIRST = b(1)\n", ""),
     "a comparison": ("worst > LIMIT", "worst >= LIMIT"),
     "which variable is read": ("max(worst, row)", "max(row, row)"),
     "whose variable is changed": ("        nonlocal worst\n", "        worst = 0\n"),
@@ -52,13 +68,34 @@ OTHER = {
 @pytest.mark.parametrize("change", SAME.values(), ids=SAME)
 def test_does_not_count(change: tuple[str, str]) -> None:
     assert change[0] in PLAIN
-    assert code_of(PLAIN.replace(*change)) == code_of(PLAIN)
+    assert definitions_of([PLAIN.replace(*change)]) == definitions_of([PLAIN])
 
 
 @pytest.mark.parametrize("change", OTHER.values(), ids=OTHER)
 def test_counts(change: tuple[str, str]) -> None:
     assert change[0] in PLAIN
-    assert code_of(PLAIN.replace(*change)) != code_of(PLAIN)
+    assert definitions_of([PLAIN.replace(*change)]) != definitions_of([PLAIN])
+
+
+def test_a_definition_may_move_with_the_imports_of_those_who_use_it() -> None:
+    tool, user = "def tool(n):\n    return n + 1\n", "def user():\n    {}return tool(2)\n"
+    there = ["from pytest_qvl.faults.a import tool\n" + user.format(""), tool, "OTHER = 1\n"]
+    elsewhere = [
+        "OTHER = 1\n" + tool,
+        user.format("from pytest_qvl.checks.b import tool as t\n    ").replace("tool(", "t("),
+    ]
+    assert definitions_of(there) == definitions_of(elsewhere) == definitions_of([user.format("") + tool, "OTHER = 1\n"])
+
+
+def test_a_parameter_named_in_a_text_keeps_its_name() -> None:
+    """As ``@check`` finds a batch among the arguments by the parameter's name."""
+    finds = "def check(function):\n    return signature(function).parameters['batch']\n"
+    assert definitions_of([finds, "def f(batch): return batch"]) != definitions_of([finds, "def f(rows): return rows"])
+
+
+def test_what_is_left_aside_is_there() -> None:
+    """A module that moves takes its name in this list along; else it would begin to count."""
+    assert [name for name in ASIDE if not (PACKAGE / name).is_file()] == []
 
 
 def test_everything_that_decides_a_verdict_is_read() -> None:
