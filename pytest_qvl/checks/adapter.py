@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     Batch = Mapping[str, torch.Tensor]
 
 # The matrices that PEFT starts at zero, so that a fresh adapter adds nothing: B, but A where it adapts an
-# embedding.
+# embedding; with AdaLoRA the singular values E between the two, and B is random.
 _GATES = ("lora_B", "lora_embedding_A")
+SINGULAR_VALUES = "lora_E"
 _COUNTED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _MAGNITUDE = "lora_magnitude_vector"
 # Initialisations that write into the base weights when they attach (PEFT's LoraConfig, "init_lora_weights").
@@ -54,7 +55,12 @@ _SAME_FACTOR = 1e-12
 
 def gates(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """The adapter matrices (of :func:`pytest_qvl.models.adapters.adapter_parameters`) that start at zero."""
-    return {name: p for name, p in parameters.items() if matrix_of(name) in _GATES}
+    by_values = {layer_of(name) for name in parameters if matrix_of(name) == SINGULAR_VALUES}
+    return {
+        name: parameter
+        for name, parameter in parameters.items()
+        if (matrix_of(name) == SINGULAR_VALUES if layer_of(name) in by_values else matrix_of(name) in _GATES)
+    }
 
 
 def rewrites_base(config: Any) -> bool:
@@ -73,6 +79,11 @@ def peft_type_of(config: Any) -> str:
     """PEFT's name of a configuration's kind: ``"LORA"``, ``"IA3"`` and so on; empty for what is none of PEFT's."""
     kind = getattr(config, "peft_type", "")
     return str(getattr(kind, "value", kind) or "")
+
+
+def layer_of(name: str) -> str:
+    """The adapted layer's name, from the name of one of its LoRA matrices; another name as it is."""
+    return name.partition(".lora_")[0]
 
 
 def matrix_of(name: str) -> str:
@@ -128,7 +139,7 @@ def adapter_census(
     candidates = _candidates(parts)
     asked = _asked_for(parts, lora_config, candidates)
     expected = {name for name in asked if parts.group_of(name) in groups}
-    actual = {name.partition(".lora_")[0] for name in adapters if matrix_of(name)}
+    actual = {layer_of(name) for name in adapters if matrix_of(name)}
     copies = trained_copies(parts)
 
     _judge_active(judge, parts)
@@ -366,7 +377,7 @@ def _judge_counts(
     sizes = Counter[str]()
     for name, parameter in trainable.items():
         if matrix_of(name) in _COUNTED:
-            sizes[name.partition(".lora_")[0]] += parameter.numel()
+            sizes[layer_of(name)] += parameter.numel()
     wanted = {name: _expected_size(config, name, module) for name, module in expected.items()}
     off = next((name for name in sorted({*wanted, *sizes}) if sizes[name] != wanted.get(name, 0)), "")
     if not trainable:

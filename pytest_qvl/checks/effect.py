@@ -94,9 +94,24 @@ def _why_idle(layer: Any, adapter: str) -> str:
             return "B is all zero" if first == "lora_A" else f"{second} is all zero"
         if not bool(rows.any()):
             return "A is all zero" if first == "lora_A" else f"{first} is all zero"
-        if not bool((rows & columns).any()):
-            return "where A has a row, B has no column"
+        return _why_no_rank(rows & columns, _values(layer.lora_E[adapter]) if _has_values(layer, adapter) else None)
     return ""
+
+
+def _why_no_rank(ranks: torch.Tensor, factors: torch.Tensor | None) -> str:
+    """Ranks with a row of A and a column of B; AdaLoRA multiplies each by a factor, ``(rank, 1)``, in between."""
+    if not bool(ranks.any()):
+        return "where A has a row, B has no column"
+    if factors is None:
+        return ""
+    own = (factors != 0).any(dim=1)
+    if not bool(own.any()):
+        return "E is all zero"
+    return "" if bool((ranks & own).any()) else "E is zero wherever A has a row and B a column"
+
+
+def _has_values(layer: Any, adapter: str) -> bool:
+    return adapter in getattr(layer, "lora_E", ())
 
 
 def _copies_differ(parts: Parts, adapter: str) -> bool:

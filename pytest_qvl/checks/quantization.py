@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
-from pytest_qvl.models.adapters import adapted_layers
+from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.loading import unusable_layers
 from pytest_qvl.models.quantized import (
@@ -26,6 +26,7 @@ from pytest_qvl.models.skips import (
     skip_list,
     skipped_by,
 )
+from pytest_qvl.models.training import copied_parameters
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -333,9 +334,10 @@ def _judge_adapter_classes(judge: Judge, parts: Parts) -> None:
 def _note_wide_parts(judge: Judge, parts: Parts, policy: QuantizationPolicy) -> None:
     """Say what float32 costs where 16 bits would do; no defect, since k-bit preparation casts so."""
     extra: Counter[Group] = Counter()
+    added = {id(parameter) for parameter in (*adapter_parameters(parts).values(), *copied_parameters(parts).values())}
     for name, parameter in parts.base.named_parameters():
         group = parts.group_of(name)
-        if group in policy.kept and dtype_name(parameter.dtype) == "float32" and "lora_" not in name:
+        if group in policy.kept and dtype_name(parameter.dtype) == "float32" and id(parameter) not in added:
             extra[group] += parameter.nbytes // 2
     if extra and policy.compute_dtype != "float32":
         judge.note(

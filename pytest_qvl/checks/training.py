@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.adapter import gates, matrix_of
+from pytest_qvl.checks.adapter import SINGULAR_VALUES, gates, layer_of, matrix_of
 from pytest_qvl.checks.descent import Lesson, descent, take_step
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.not_finite import origin_of_not_finite
@@ -72,7 +72,8 @@ def training_step(
 ) -> Evidence:
     """Prove that a training step reaches every adapter tensor and nothing else, and that the adapter learns.
 
-    Starts from B = 0 (the adapter's own B is set aside), in train mode, with an AdamW of its own:
+    Starts from B = 0 (the adapter's own B is set aside; of AdaLoRA's B E A, E is what is zero), in train mode, with an
+    AdamW of its own:
 
     - first backward: every gradient is finite; every B has a gradient that is not zero; every A has one that
       is exactly zero, because it is multiplied by B;
@@ -163,7 +164,7 @@ def _derived_adamw(parts: Parts, trained: Mapping[str, nn.Parameter]) -> MakeOpt
         for layer, gain in layer_gains(parts).items()
     }
     slowest = min(rates.values(), default=share)
-    return adamw([rates.get(name.partition(".lora_")[0], slowest) for name in trained])
+    return adamw([rates.get(layer_of(name), slowest) for name in trained])
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,10 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
     if with_grad:
         values = torch.stack([grad.abs().amax().float() for grad in with_grad.values()]).tolist()
         peaks |= dict(zip(with_grad, values, strict=True))
-    when = ("first step (B = 0)", "second step")[step]
+    starts_at_zero = gates(trained)
+    by_values = any(matrix_of(name) == SINGULAR_VALUES for name in starts_at_zero)
+    zero, others = ("E", "A and B") if by_values else ("B", "A")
+    when = (f"first step ({zero} = 0)", "second step")[step]
 
     wild = [name for name, peak in peaks.items() if peak is not None and not math.isfinite(peak)]
     judge.equal(
@@ -264,8 +268,7 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
         else_say=f"{when}: {len(wild)} of {len(peaks)} gradients are not finite, first {some(wild)}",
     )
     lora = [name for name in peaks if matrix_of(name)]
-    # A times B: while B is zero, nothing but B itself (and DoRA's magnitude) can have a gradient.
-    starts_at_zero = gates(trained)
+    # A times B: while B is zero, nothing but B itself (and DoRA's magnitude) can have a gradient; with AdaLoRA E.
     silent = [name for name in lora if step == 0 and name not in starts_at_zero and _is_matrix(name)]
     expected = [name for name in lora if name not in silent]
     unreached = [name for name in expected if not peaks[name]]
@@ -293,19 +296,19 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
     if step == 0:
         loud = [name for name in silent if peaks[name]]
         judge.equal(
-            f"{when}: A matrices with a gradient",
+            f"{when}: {others} matrices with a gradient",
             len(loud),
             0,
             else_say=(
-                f"{when}: {len(loud)} A matrices have a gradient although it is multiplied by B = 0, first "
-                f"{some(loud)}: the forward does not compute B A x"
+                f"{when}: {len(loud)} {others} matrices have a gradient although it is multiplied by {zero} = 0, first "
+                f"{some(loud)}: the forward does not compute {'B E A x' if by_values else 'B A x'}"
             ),
         )
-        judge.report("largest gradient at B = 0", max((p for p in peaks.values() if p is not None), default=0.0))
+        judge.report(f"largest gradient at {zero} = 0", max((p for p in peaks.values() if p is not None), default=0.0))
 
 
 def _is_matrix(name: str) -> bool:
-    return matrix_of(name) in ("lora_A", "lora_embedding_B")
+    return matrix_of(name) in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 
 
 def _hint(parts: Parts) -> str:

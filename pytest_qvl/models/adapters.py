@@ -29,10 +29,14 @@ def adapted_layers(parts: Parts) -> dict[str, Any]:
 
 
 def adapter_parameters(parts: Parts) -> dict[str, nn.Parameter]:
-    """Every adapter parameter by dotted name in the base model, of all adapters, active or not."""
+    """Every adapter parameter by dotted name in the base model, of all adapters, active or not.
+
+    Of every kind that PEFT knows: each of its layers names what it has added, to be trained (``adapter_layer_names``)
+    or beside that (``other_param_names``: AdaLoRA's ranks, which PEFT leaves trainable once it has moved or cast them).
+    """
     found: dict[str, nn.Parameter] = {}
     for name, layer in adapted_layers(parts).items():
-        own = set(layer.adapter_layer_names)
+        own = {*layer.adapter_layer_names, *layer.other_param_names}
         for key, parameter in layer.named_parameters():
             if key.split(".")[0] in own:
                 found[f"{name}.{key}"] = parameter

@@ -99,16 +99,14 @@ class Parts:
         return "other"
 
     def named_linears(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every linear layer by its dotted name in :attr:`base`; an adapted layer's base layer, not its adapter."""
+        """Every linear layer of :attr:`base` by the name that it has without PEFT; nothing that PEFT has added."""
         from torch import nn
 
-        for name, module in self.base.named_modules():
-            if isinstance(module, nn.Linear) and not _inside_adapter(name):
-                yield name.removesuffix(".base_layer"), module
+        from pytest_qvl.models.adapters import base_modules
 
-
-def _inside_adapter(name: str) -> bool:
-    return any(part.startswith("lora_") for part in name.split("."))
+        for name, module in base_modules(self).items():
+            if isinstance(module, nn.Linear):
+                yield name, module
 
 
 def _near_the_root(module: nn.Module, name: str = "", depth: int = 3) -> Iterator[tuple[str, nn.Module]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.backends import ModelLoadError, one_line
 from pytest_qvl.models.hub import model_folder
@@ -34,11 +35,6 @@ _OLD_LAYOUT = (
     (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
 )
 _QUANT_STATE = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
-
-
-# What PEFT adds to a model, and the names under which it keeps what it wraps.
-_ADAPTER = re.compile(r"(^|\.)(lora_\w*|modules_to_save|trainable_tokens_\w*)(\.|$)")
-_WRAPPED = re.compile(r"\.(base_layer|original_module|token_adapter)(?=\.|$)")
 
 
 @dataclass(frozen=True)
@@ -195,16 +191,12 @@ def _wanted(parts: Parts) -> dict[str, Shape]:
     wide: dict[str, Shape] = {f"{s.name}.weight": (s.out_features, s.in_features) for s in linear_states(parts)}
     wide[f"{parts.roots['embeddings']}.weight"] = (parts.vocabulary, parts.text_config.hidden_size)
     found: dict[str, Shape] = {}
-    for name, module in parts.base.named_modules():
-        if _ADAPTER.search(name):
-            continue
-        clean = _WRAPPED.sub("", name)
+    for name, module in base_modules(parts).items():
         volatile: set[str] = module._non_persistent_buffers_set
         buffers = [(key, b) for key, b in module.named_buffers(recurse=False) if key not in volatile]
         for key, tensor in (*module.named_parameters(recurse=False), *buffers):
-            if not key.startswith("lora_"):
-                full = f"{clean}.{key}" if clean else key
-                found[full] = wide.get(full, tuple(tensor.shape))
+            full = f"{name}.{key}" if name else key
+            found[full] = wide.get(full, tuple(tensor.shape))
     return found
 
 

@@ -147,6 +147,8 @@ def layer_gains(parts: Parts) -> dict[str, float]:
     gains: dict[str, float] = {}
     for layer_name, layer in adapted_layers(parts).items():
         for name in layer.active_adapters:
+            if name in getattr(layer, "lora_E", {}):
+                continue  # AdaLoRA: A, E and B are all trained from small random values, at one rate
             if name in getattr(layer, "lora_A", {}):
                 rows = layer.lora_A[name].weight.detach().float().flatten(1).norm(dim=1)
                 gain = math.sqrt(2 / math.pi) * float(rows.sum())
