@@ -120,6 +120,12 @@ def installed(package: str) -> str | None:
         return None
 
 
+def is_before(package: str, version: str) -> bool:
+    """Whether what is installed of a package is older than a release; not if it has no metadata."""
+    found = installed(package)
+    return found is not None and _within(found, f"<{version}")
+
+
 def _requirements() -> Iterator[tuple[str, str]]:
     """Packages of the stack with their ranges, as this package's metadata has them."""
     from importlib.metadata import PackageNotFoundError, requires

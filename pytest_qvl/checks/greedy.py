@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.placeholders import refuse_positions_in_generation
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.state import preserved
 
@@ -87,6 +88,9 @@ def greedy(
 
     Returns:
         One reply per row.
+
+    Raises:
+        CannotJudge: The batch has ``position_ids`` that the installed ``generate()`` does not take.
     """
     import torch
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -100,6 +104,7 @@ def greedy(
             finite.append(torch.isfinite(left).all(dim=-1))
             return scores
 
+    refuse_positions_in_generation(batch)
     parts = anatomy(model)
     stops = stop_ids(parts)
     with preserved(model, training=False, seed=seed), torch.no_grad():

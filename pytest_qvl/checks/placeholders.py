@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.releases import installed, is_before
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -59,6 +60,25 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     if ids is None or ids.ndim != 2:
         raise InputError("the batch needs input_ids of shape (rows, length)")
     return {name: value for name, value in batch.items() if name != "labels" and value is not None}
+
+
+def refuse_positions_in_generation(inputs: Mapping[str, Any]) -> None:
+    """Refuse to generate from a batch's own ``position_ids`` where ``generate()`` cannot.
+
+    Up to Transformers 5.1, ``GenerationMixin.prepare_inputs_for_generation`` cuts ``position_ids`` along their second
+    axis. That is the length of the usual ``(rows, length)``, but the rows of M-RoPE's ``(3, rows, length)``: a decode
+    step for one token gets the positions of the whole prompt, and the attention crashes.
+
+    Raises:
+        CannotJudge: The batch holds such positions and Transformers is older than 5.2.
+    """
+    positions = inputs.get("position_ids")
+    if positions is not None and positions.ndim == 3 and is_before("transformers", "5.2"):
+        raise CannotJudge(
+            f"generate() of Transformers {installed('transformers')} crashes on position_ids of shape "
+            "(3, rows, length) at the first decode step (5.2.0 takes them): leave them out of what is generated from, "
+            "the model works them out itself; mrope_positions judges those of the batch"
+        )
 
 
 def attended(inputs: Mapping[str, Any]) -> torch.Tensor:

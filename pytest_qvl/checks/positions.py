@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.packing import is_packed, samples_in_rows
-from pytest_qvl.checks.placeholders import attended, describe, model_inputs, show_grid, spans
+from pytest_qvl.checks.placeholders import (
+    attended,
+    describe,
+    model_inputs,
+    refuse_positions_in_generation,
+    show_grid,
+    spans,
+)
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import dtype_name
@@ -290,6 +297,7 @@ def _generate(parts: Parts, inputs: Mapping[str, Any], steps: int) -> list[Langu
     """Positions of the prefill and of ``steps`` decode steps; the caller preserves the generation config."""
     from transformers import GenerationConfig
 
+    refuse_positions_in_generation(inputs)
     wrapped: Any = parts.wrapped
     own = parts.base.generation_config
     # Set on the model, because generate() fills a passed config up with the model's own sampling defaults.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.placeholders import attended
+from pytest_qvl.checks.placeholders import attended, refuse_positions_in_generation
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.compiled import compilations
@@ -244,6 +244,7 @@ def work_of(
         return logits
 
     def decode() -> None:
+        refuse_positions_in_generation(inputs)
         generate: Any = parts.wrapped.generate
         generate(**inputs, do_sample=False, min_new_tokens=decode_steps, max_new_tokens=decode_steps)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from pytest_qvl import releases
 from pytest_qvl.checks.generation import (
     generation_batch_invariance,
     generation_cache_invariance,
@@ -16,7 +18,8 @@ from pytest_qvl.checks.generation import (
     greedy_is_argmax,
 )
 from pytest_qvl.checks.greedy import Reply, greedy
-from pytest_qvl.checks.positions import VisionIds, mrope_oracle
+from pytest_qvl.checks.placeholders import refuse_positions_in_generation
+from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle
 from pytest_qvl.checks.reference import Reference, noise_floor, record_reference
 from pytest_qvl.checks.scoring import text_of
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
@@ -114,9 +117,32 @@ def test_batches_as_collators_make_them(fresh_model: Any, processor: Any, refere
     parts, mask = anatomy(model), made.pop("attention_mask")
     ids = VisionIds(parts.image_token_id, parts.video_token_id)
     positions = mrope_oracle(made["input_ids"], mask, made["image_grid_thw"], ids, parts.merge_size)
-    for given in (made, {**made, "position_ids": positions}):
-        assert greedy_is_argmax(model, given, max_new_tokens=3).ok
-        assert generation_cache_invariance(model, given, reference, max_new_tokens=3).ok
+    assert greedy_is_argmax(model, made, max_new_tokens=3).ok
+    assert generation_cache_invariance(model, made, reference, max_new_tokens=3).ok
+    given = {**made, "position_ids": positions}
+    checks = (
+        lambda: greedy_is_argmax(model, given, max_new_tokens=3),
+        lambda: generation_cache_invariance(model, given, reference, max_new_tokens=3),
+        lambda: generation_repeatable(model, given, max_new_tokens=3),
+        lambda: decode_positions(model, given),
+    )
+    for check in checks:
+        if releases.is_before("transformers", "5.2"):
+            with pytest.raises(CannotJudge, match=r"^generate\(\) of Transformers .* crashes on position_ids"):
+                check()
+        else:
+            assert check().ok
+
+
+@pytest.mark.parametrize(("version", "taken"), [("5.1.0", False), ("5.2.0", True)])
+def test_positions_that_generate_does_not_take(monkeypatch: pytest.MonkeyPatch, version: str, taken: bool) -> None:
+    """``prepare_inputs_for_generation`` of 5.1.0 cuts the second of their axes, that of 5.2.0 the last."""
+    monkeypatch.setattr(releases, "installed", {"transformers": version}.get)
+    refuse_positions_in_generation({"position_ids": torch.zeros(2, 9)})
+    refuse_positions_in_generation({"position_ids": None})
+    given = {"position_ids": torch.zeros(3, 2, 9)}
+    with nullcontext() if taken else pytest.raises(CannotJudge, match=r"\(5\.2\.0 takes them\)"):
+        refuse_positions_in_generation(given)
 
 
 def with_processor(model: Any, processor: Any) -> Any:
