@@ -37,12 +37,13 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PACKAGE = Path(__file__).parents[1].resolve()
-# The attribute in which each wrapper of torch and DeepSpeed keeps the model that was wrapped.
+# The attribute in which each wrapper of torch keeps the model that was wrapped.
 WRAPPERS = {
     "DataParallel": "module",
     "DistributedDataParallel": "module",
     "OptimizedModule": "_orig_mod",
 }
+# Those that may keep only a part of each parameter in this process: models inside are not judged.
 SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
 # The arguments of checks that hold model inputs, one batch or several.
 BATCHES = frozenset({"batch", "batches", "training_batch"})

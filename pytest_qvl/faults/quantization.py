@@ -302,12 +302,8 @@ def _one_block_size(case: Case) -> Iterator[None]:
     plain = case.load(dtype=case.policy.compute_dtype, quantized=False, lora=None)
     layer = parts.base.get_submodule(name.removesuffix(".base_layer"))
     full = plain.get_submodule(name.removesuffix(".base_layer"))
-    old, layer.base_layer = layer.base_layer, full
-    try:
-        with four_bit(case.model, name, blocksize=128):
-            yield
-    finally:
-        layer.base_layer = old
+    with _exchanged(layer, "base_layer", full), four_bit(case.model, name, blocksize=128):
+        yield
 
 
 def _no_repacking() -> str | None:
