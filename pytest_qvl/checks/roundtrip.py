@@ -171,7 +171,7 @@ def _note_beside(judge: Judge, parts: Parts, saved: Mapping[str, torch.Tensor], 
     """Say what a second copy on the same model would lose, where embeddings and head are tied.
 
     PEFT ties copies, rows and matrices of the head to those of the embeddings when the first adapter is attached
-    (``ensure_weight_tying``), and not again for the next (huggingface/peft#2864).
+    (``ensure_weight_tying``), and on Transformers 5 not again for the next (huggingface/peft#2864).
     """
     model: Any = parts.wrapped
     active = active_adapters(parts)

@@ -128,12 +128,14 @@ def reported_by_transformers(info: dict[str, Any], model: Any, source: ModelSour
     """From what ``from_pretrained(..., output_loading_info=True)`` returns beside the model.
 
     ``missing_keys``, ``unexpected_keys`` and ``mismatched_keys`` are lists in Transformers 4.57 and sets in 5;
-    tied heads and buffers that are computed anew are left out of them already. Shapes are compared once more with the
-    files' headers: where it quantizes, Transformers 5 takes a tensor of any shape for what is not quantized.
+    tied heads and buffers that are computed anew are left out of them already. A mismatched key is a bare name in 4.57,
+    and a name with both shapes in 5. Shapes are compared once more with the files' headers: where it quantizes,
+    Transformers 5 takes a tensor of any shape for what is not quantized.
     """
     checkpoint = f"the checkpoint of {source}"
     folder = model_folder(source)
-    reported = {(str(name), tuple(old), tuple(new)) for name, old, new in info["mismatched_keys"]}
+    with_shapes = [entry for entry in info["mismatched_keys"] if not isinstance(entry, str)]
+    reported = {(str(name), tuple(old), tuple(new)) for name, old, new in with_shapes}
     return LoadingReport(
         checkpoint,
         tuple(sorted(info["missing_keys"])),

@@ -67,8 +67,9 @@ def processor_for(source: ModelSource) -> Any:
     try:
         processor = load_processor(source.pretrained, **options)
     except Exception as error:  # tokenizers raises bare exceptions
+        why = _unreadable(Path(source.pretrained)) or one_line(error)
         raise ModelSourceError(
-            f"the processor of {source} cannot be read ({one_line(error)}): save it again beside the model with "
+            f"the processor of {source} cannot be read ({why}): save it again beside the model with "
             "processor.save_pretrained"
         ) from None
     if getattr(processor, "image_processor", None) is None:
@@ -79,6 +80,21 @@ def processor_for(source: ModelSource) -> Any:
             "(that of the released model) and save it again"
         )
     return processor
+
+
+def _unreadable(folder: Path) -> str:
+    """The first of a tokenizer's files that is no JSON, with the error; or empty.
+
+    Transformers 4 tries the slow tokenizer next and says only what that one lacks ("requires the protobuf library").
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        try:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        except ValueError as error:
+            return f"{one_line(error)} in {name}"
+    return ""
 
 
 def write_processor(folder: Path, name: str) -> None:

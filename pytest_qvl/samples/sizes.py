@@ -64,13 +64,14 @@ def attention_window(vision_config: Any) -> int | None:
 def pixel_limits(image_processor: Any) -> tuple[int, int]:
     """Smallest and largest area in pixels that a Qwen-VL image processor leaves as it is.
 
-    Releases differ in where they keep them: ``size`` (``shortest_edge``, ``longest_edge``) or attributes of their own.
+    Releases differ in where they keep them: Transformers 4 in attributes of their own, which count before ``size`` (a
+    ``max_pixels`` given at load leaves that as it was), 5 in ``size`` (``shortest_edge``, ``longest_edge``) alone.
     """
     size = image_processor.size
     found = []
     for edge, name in (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")):
-        area = size.get(edge) if hasattr(size, "get") else getattr(size, edge, None)
-        found.append(int(area or getattr(image_processor, name)))
+        area = getattr(image_processor, name, None)
+        found.append(int(area or (size.get(edge) if hasattr(size, "get") else getattr(size, edge))))
     return found[0], found[1]
 
 

@@ -159,8 +159,10 @@ def test_tied_heads_come_back_on_a_fresh_base(tied: Any, lora_config: Any, lora:
         evidence = adapter_roundtrip(model)
         assert adapter_census(model, config).ok
         assert state(model) == before
+        # Transformers 4 lists the names of tied weights, and PEFT then ties the second adapter too; 5 has a mapping.
+        loses = ensure and lost and isinstance(tied._tied_weights_keys, dict)
         assert [f"loses {lost}: embeddings and head are tied" in note for note in evidence.notes] == (
-            [True] if ensure and lost else []
+            [True] if loses else []
         )
     finally:
         remove_peft_layers(tied)
