@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import catalogue, find
+from pytest_qvl.faults.healthy_command import healthy, split_records
 from pytest_qvl.outputs import check_file, check_folder
 
 if TYPE_CHECKING:
@@ -45,24 +46,36 @@ def add_faults(subparsers: Any) -> None:
         "--jobs",
         type=int,
         metavar="N",
-        help="with --matrix or --healthy: processes (default: one per core on the CPU, 1 on CUDA)",
+        help="with --matrix: processes (default: one per core on the CPU, 1 on CUDA); with --healthy: threads of all "
+        "processes together",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE.json",
-        help="with --matrix or --healthy: write the record here; until that of --matrix is complete, what is done is "
-        "kept in FILE.json.part, and the same command goes on from there",
+        help="with --matrix or --healthy: write the record here; until it is complete, what is done is kept in "
+        "FILE.json.part, and the same command goes on from there",
     )
-    parser.add_argument("--minutes", type=float, metavar="N", help="with --matrix: begin no fault after so many")
     parser.add_argument(
-        "--table", nargs="+", type=Path, metavar="FILE.json", help="make the pages of --docs from records of --out"
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="with --matrix or --healthy: begin no fault or variation after so many; --healthy ends within half a "
+        "minute then, and exits with 3",
+    )
+    parser.add_argument(
+        "--table",
+        nargs="+",
+        type=Path,
+        metavar="FILE.json",
+        help="make the pages of --docs from records of --out; without --docs, print the table of one of --healthy",
     )
     parser.add_argument(
         "--docs",
         type=Path,
         metavar="FOLDER",
-        help="with --matrix or --table: write faults.md and faults.svg here; with --table also faults-by-model.md",
+        help="with --matrix or --table: write faults.md and faults.svg here; with --table also faults-by-model.md, and "
+        "the table of a record of --healthy into checks.md",
     )
     parser.add_argument(
         "--healthy",
@@ -74,7 +87,7 @@ def add_faults(subparsers: Any) -> None:
         "--isa",
         choices=("native", "all"),
         help="with --healthy: on the machine as it is (default), or spread over every instruction set that this CPU "
-        "offers (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), with one and two threads, each in a process of its own",
+        "offers (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), with one and two threads, each in processes of its own",
     )
     parser.set_defaults(run=run)
 
@@ -94,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_file("--out", options.out)
     if options.healthy is not None:
-        return healthy(options)
+        return healthy(options, _jobs(options.jobs, "cpu"))
     if options.isa is not None:
         raise ValueError("--isa says where the variations of --healthy run: give both")
     if options.matrix:
@@ -106,30 +119,6 @@ def run(options: argparse.Namespace) -> int:
         return table(options.table, options.docs)
     sys.stdout.write((explain(options.name) if options.name else listed()) + "\n")
     return 0
-
-
-def healthy(options: argparse.Namespace) -> int:
-    """Run healthy variations; returns 1 if a check called one broken, or a process gave no result.
-
-    Raises:
-        ValueError: Options that do not go together.
-    """
-    from pytest_qvl.faults.healthy_panel import record, run, shown
-    from pytest_qvl.faults.isa import settings, this_cpu
-
-    others = ("model", "device", "dtype", "only", "named_only", "minutes", "matrix", "table", "docs", "name")
-    given = [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) not in (None, False)]
-    if given:
-        raise ValueError(f"--healthy takes no {', no '.join(given)}")
-    if options.healthy < 1:
-        raise ValueError(f"--healthy is a number of variations from 1, not {options.healthy}")
-    cpu = this_cpu()
-    outcomes = run(options.healthy, settings(options.isa or "native"), cpu, _jobs(options.jobs, "cpu"))
-    if options.out is not None:
-        options.out.write_text(json.dumps(record(outcomes, cpu), indent=1) + "\n", encoding="utf-8")
-    sys.stdout.write(shown(outcomes, cpu) + "\n")
-    ran = sum(outcome.share.variations for outcome in outcomes)
-    return 0 if ran == options.healthy and all(outcome.green for outcome in outcomes) else 1
 
 
 def matrix(options: argparse.Namespace) -> int:
@@ -181,16 +170,27 @@ def _jobs(given: int | None, device: str) -> int:
 
 
 def table(files: list[Path], docs: Path | None) -> int:
-    """Make the pages of records: one column per record, and the page of the whole matrix if it is among them.
+    """Make the pages of records: one column per record of faults, the page of the whole matrix if it is among them.
+
+    The table of a record of healthy variations goes into the page that has a place for it, or to stdout.
 
     Raises:
         ValueError: A file is no record, or no folder to write to was given.
     """
     from pytest_qvl.faults.by_model import NAME, by_model, ordered, read_record
+    from pytest_qvl.faults.healthy_record import markdown, write_block
 
-    if docs is None:
+    variations, faults = split_records(files)
+    if docs is None and (faults or len(variations) != 1):
         raise ValueError("--table makes pages: say where with --docs FOLDER")
-    results = ordered(map(read_record, files))
+    if docs is None:
+        sys.stdout.write(markdown(variations[0]) + "\n")
+        return 0
+    for data in variations:
+        write_block(data, docs)
+    if not faults:
+        return 0
+    results = ordered(map(read_record, faults))
     docs.mkdir(parents=True, exist_ok=True)
     (docs / NAME).write_text(by_model(results), encoding="utf-8")
     for result in results:

@@ -17,7 +17,8 @@ DECIDES = ("checks", "faults", "samples", "models", "evidence.py")
 ASIDE = frozenset(
     {
         *("faults/by_model.py", "faults/cli.py", "faults/freshness.py", "faults/journal.py", "faults/matrix.py"),
-        *("faults/healthy_child.py", "faults/healthy_panel.py", "faults/isa.py"),
+        *("faults/healthy_child.py", "faults/healthy_command.py", "faults/healthy_panel.py", "faults/healthy_plan.py"),
+        *("faults/healthy_record.py", "faults/isa.py", "faults/isa_used.py"),
         *("faults/normalised.py", "faults/page.py", "faults/results.py", "faults/unreproduced.py"),
         *("checks/__init__.py", "checks/forecast.py", "checks/vram.py"),
         *("models/backends/unsloth.py", "models/backends/unsloth_start.py", "models/fingerprint_cuda.py"),

@@ -130,10 +130,16 @@ def variations(count: int) -> list[Variation]:
 
 
 class Healthy:
-    """Makes the case of each variation; full-precision references are recorded once and shared."""
+    """Makes the case of each variation; full-precision references are recorded once per dtype and seed, and shared.
 
-    def __init__(self) -> None:
+    Args:
+        seed: Which probes all variations are judged on; those that need the model's knowledge have probes of their
+            own, and the others those of :data:`~pytest_qvl.faults.case.SEED`, if not given.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
         self._cases: dict[tuple[str, int], Case] = {}
+        self._seed = seed
 
     @contextmanager
     def case(self, variation: Variation) -> Iterator[Case]:
@@ -142,7 +148,8 @@ class Healthy:
         from pytest_qvl.models.attention import other_attention
 
         knows = "alignment" in variation.checks
-        base = self._base(variation.dtype, variation.number if knows else SEED)
+        own = variation.number if knows else SEED
+        base = self._base(variation.dtype, own if self._seed is None else self._seed)
         changed = replace(base, collators=[], rows=_rows(variation.number))
         changed.lora_config = lora_config(**ADAPTERS[variation.adapter])
         changed.make_optimizer = _optimizer(variation.optimizer)

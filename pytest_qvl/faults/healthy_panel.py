@@ -4,152 +4,241 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from threading import Lock, Timer
+from typing import IO, TYPE_CHECKING, Any
 
-from pytest_qvl.evidence import Table, printable
-from pytest_qvl.faults.healthy_child import SEPARATOR, Share
-from pytest_qvl.faults.isa import Cpu, Setting
+from pytest_qvl.evidence import printable
+from pytest_qvl.faults.freshness import definitions_digest
+from pytest_qvl.faults.healthy_child import SEPARATOR, Judged
+from pytest_qvl.faults.healthy_plan import Schedule, spread
+from pytest_qvl.faults.healthy_record import Outcome
+from pytest_qvl.faults.isa_used import Used
+from pytest_qvl.faults.journal import JsonLines
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
-PER_PROCESS = 40  # a process spends some 20 s on its start and on references, whatever it is asked
-CAPABILITIES = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
-COLUMNS = ("setting", "variations", "checks judged", "false alarms", "not judged")
+    from pytest_qvl.faults.isa import Cpu, Setting
 
-
-@dataclass
-class Outcome:
-    """One setting.
-
-    Attributes:
-        setting: The setting.
-        missing: CPU flags that it needs and this CPU lacks: then nothing ran.
-        share: What was found.
-        broken: Why processes of it gave no result.
-        seconds: Wall time of its processes together.
-    """
-
-    setting: Setting
-    missing: tuple[str, ...] = ()
-    share: Share = field(default_factory=Share)
-    broken: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def green(self) -> bool:
-        """Whether it ran through without a false alarm, or could not run here."""
-        return not self.share.alarms and not self.broken
-
-    def row(self) -> tuple[Any, ...]:
-        """Its row of the table."""
-        if self.missing:
-            return (str(self.setting), f"not offered (no {', '.join(self.missing)})", None, None, None)
-        undecided = sum(self.share.undecided.values())
-        alarms = "broken" if self.broken else len(self.share.alarms)
-        return (str(self.setting), self.share.variations, self.share.judged, alarms, undecided)
+PROGRESS = 20
+GRACE = 30.0  # seconds after the deadline until processes are ended that still judge a variation
 
 
-def run(count: int, settings: Sequence[Setting], cpu: Cpu, jobs: int) -> list[Outcome]:
+class ChildEnded(RuntimeError):
+    """A process ended without an answer; the message says how."""
+
+
+def run(
+    count: int,
+    settings: Sequence[Setting],
+    cpu: Cpu,
+    jobs: int,
+    *,
+    partial: Path | None = None,
+    minutes: float | None = None,
+) -> list[Outcome]:
     """Spread `count` healthy variations over the settings that the CPU offers, each in processes of its own.
 
     Args:
         count: How many variations in all.
         settings: Where to run them.
         cpu: What this CPU offers.
-        jobs: Processes at a time.
+        jobs: Threads of all processes together.
+        partial: Where results are kept as they come; what is there already is not done again.
+        minutes: Begin no variation after so many; what is not judged half a minute later is left for the next call.
+
+    Raises:
+        ValueError: `partial` holds the results of another run.
     """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     outcomes = [Outcome(setting, setting.lacks(cpu)) for setting in settings]
-    offered = [outcome for outcome in outcomes if not outcome.missing]
-    numbers = list(range(count))
-    # Kinds of variations recur with small periods, as do the settings: in order, some would never meet.
-    random.Random(0).shuffle(numbers)
-    work = []
-    for place, outcome in enumerate(offered):
-        own = numbers[place :: len(offered)]
-        work += [(outcome, sorted(own[start : start + PER_PROCESS])) for start in range(0, len(own), PER_PROCESS)]
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda one: _process(*one), work))
+    offered = {str(outcome.setting): outcome for outcome in outcomes if not outcome.missing}
+    journal = JsonLines(partial, {"healthy": count, "settings": list(offered), "definitions": definitions_digest()})
+    for kept in journal.kept:
+        _add(offered[kept["setting"]], kept)
+    waiting = spread(count, [outcome.setting for outcome in offered.values()])
+    left = {s: [n for n in numbers if n not in offered[str(s)].numbers] for s, numbers in waiting.items()}
+    panel = _Panel(offered, list(settings), journal, cpu, count)
+    schedule = Schedule(left, jobs, deadline)
+    with panel.ended_after(deadline), ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(panel.work, schedule) for _ in range(jobs)]:
+            future.result()
     return outcomes
 
 
-def _process(outcome: Outcome, numbers: list[int]) -> None:
-    began = time.monotonic()
-    command = [sys.executable, "-m", "pytest_qvl.faults.healthy_child"]
-    environment = os.environ | outcome.setting.environment
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        assert child.stderr is not None
-        child.stdin.write(json.dumps({"numbers": numbers, "threads": outcome.setting.threads}) + "\n")
-        child.stdin.flush()
-        with ThreadPoolExecutor(1) as reader:  # a full pipe would stop the child
-            errors = reader.submit(child.stderr.read)
-            lines = [line for line in child.stdout if line.startswith(SEPARATOR)]
-            said = errors.result()
-    outcome.seconds += time.monotonic() - began
-    if not lines:
-        last = said.strip().splitlines()[-1:] or ["without a word"]
-        outcome.broken.append(f"{outcome.setting}: the process ended with {child.returncode}: {printable(last[0])}")
-        return
-    _add(outcome, Share(**json.loads(lines[-1].removeprefix(SEPARATOR))))
-    _say(f"{outcome.setting}: {outcome.share.variations} variations, {len(outcome.share.alarms)} false alarms")
+class _Panel:
+    """What the threads share: each starts processes and asks them, one after the other."""
+
+    def __init__(
+        self, offered: dict[str, Outcome], settings: list[Setting], journal: JsonLines, cpu: Cpu, count: int
+    ) -> None:
+        self._offered, self._settings, self._journal = offered, settings, journal
+        self._cpu, self._count, self._lock = cpu.model, count, Lock()
+        self._children: set[Child] = set()
+        self._time_is_up = False
+
+    @contextmanager
+    def ended_after(self, deadline: float | None) -> Iterator[None]:
+        """End processes that are still at work some time after the deadline."""
+        if deadline is None:
+            yield
+            return
+        timer = Timer(deadline + GRACE - time.monotonic(), self._end_all)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_all(self) -> None:
+        with self._lock:
+            self._time_is_up = True
+            for child in self._children:
+                child.kill()
+
+    def work(self, schedule: Schedule) -> None:
+        while (setting := schedule.begin()) is not None:
+            outcome, broken = self._offered[str(setting)], True
+            try:
+                self._ask(outcome, schedule)
+                broken = False
+            except ChildEnded as reason:
+                if not self._time_is_up:
+                    outcome.broken.append(str(reason))
+                    _say(f"BROKEN {reason}")
+            finally:
+                schedule.end(setting, broken=broken)
+
+    def _ask(self, outcome: Outcome, schedule: Schedule) -> None:
+        setting = outcome.setting
+        # The probes' seed: one for all variations of a setting, whose references one process then shares.
+        with Child(setting, seed=self._settings.index(setting)) as child, self._noted(child):
+            child.greet()
+            if reason := child.used.contradicts(setting):
+                raise ChildEnded(f"{setting}: {reason}")
+            while (number := schedule.number(setting)) is not None:
+                self._keep(outcome, child.judge(number), child.used)
+
+    @contextmanager
+    def _noted(self, child: Child) -> Iterator[None]:
+        with self._lock:
+            self._children.add(child)
+            if self._time_is_up:
+                child.kill()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._children.discard(child)
+
+    def _keep(self, outcome: Outcome, judged: Judged, used: Used) -> None:
+        line = {"setting": str(outcome.setting), "cpu": self._cpu, "used": vars(used), **vars(judged)}
+        with self._lock:
+            self._journal.write(line)
+            _add(outcome, line)
+            for alarm in judged.alarms:
+                _say(f"FALSE ALARM under {outcome.setting}: {alarm}")
+            done = sum(len(one.numbers) for one in self._offered.values())
+            if done % PROGRESS == 0:
+                _say(f"{done} of {self._count} healthy variations")
 
 
-def _add(outcome: Outcome, share: Share) -> None:
-    wanted = CAPABILITIES.get(outcome.setting.aten, share.capability)
-    if share.capability != wanted:
-        outcome.broken.append(f"{outcome.setting}: torch computes with {share.capability}: the setting had no effect")
-    total = outcome.share
-    total.capability = share.capability
-    total.judged += share.judged
-    total.variations += share.variations
-    total.alarms += share.alarms
-    for check, times in share.undecided.items():
-        total.undecided[check] = total.undecided.get(check, 0) + times
+def _add(outcome: Outcome, line: dict[str, Any]) -> None:
+    names = Judged.__dataclass_fields__
+    outcome.add(Judged(**{name: line[name] for name in names}), Used(**line["used"]), line["cpu"])
+
+
+class Child:
+    """One process that judges variations under a setting.
+
+    Args:
+        setting: Its instruction set and threads.
+        seed: Of the probes.
+
+    Attributes:
+        used: What it computes with, once it was greeted.
+    """
+
+    used: Used
+
+    def __init__(self, setting: Setting, *, seed: int) -> None:
+        self._setting = setting
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pytest_qvl.faults.healthy_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=os.environ | setting.environment,
+            text=True,
+        )
+        self._send(json.dumps({"threads": setting.threads, "seed": seed}))
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def greet(self) -> None:
+        """Wait until it has started and says what it computes with.
+
+        Raises:
+            ChildEnded: It could not start.
+        """
+        self.used = Used(**self._answer())
+
+    def kill(self) -> None:
+        """End it now."""
+        self._process.kill()
+
+    def judge(self, number: int) -> Judged:
+        """Let it judge one variation.
+
+        Raises:
+            ChildEnded: It died over it.
+        """
+        self._send(str(number))
+        try:
+            return Judged(**self._answer())
+        except ChildEnded as reason:
+            raise ChildEnded(f"{reason} (variation #{number})") from None
+
+    def _send(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # one that has ended: the answer that does not come says so
+            self._stdin.write(line + "\n")
+            self._stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(SEPARATOR):
+                found: dict[str, Any] = json.loads(line.removeprefix(SEPARATOR))
+                return found
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:] or ["without a word"]
+        raise ChildEnded(f"{self._setting}: the process ended with {code}: {printable(last[0])}")
+
+    @property
+    def _stdin(self) -> IO[str]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def _stop(self) -> None:
+        self.kill()  # it would end with its stdin, but not if it hangs
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+        self._errors.close()
 
 
 def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
-
-
-def shown(outcomes: Sequence[Outcome], cpu: Cpu) -> str:
-    """The table, what went wrong, and the sum of it."""
-    ran = [outcome for outcome in outcomes if not outcome.missing]
-    alarms = [f"FALSE ALARM under {o.setting}: {alarm}" for o in ran for alarm in o.share.alarms]
-    broken = [f"BROKEN {reason}" for o in ran for reason in o.broken]
-    used = sum(o.share.variations > 0 for o in ran)
-    total = (
-        f"{cpu.model}: {len(alarms)} false alarms over {sum(o.share.variations for o in ran):,} healthy variations "
-        f"({sum(o.share.judged for o in ran):,} checks) under {used} of {len(outcomes)} settings; "
-        f"{len(outcomes) - len(ran)} not offered by this CPU"
-    )
-    table = Table(COLUMNS, tuple(outcome.row() for outcome in outcomes))
-    return printable("\n".join([str(table), "", *alarms, *broken, total]))
-
-
-def record(outcomes: Sequence[Outcome], cpu: Cpu) -> dict[str, Any]:
-    """Everything, as plain data: the CPU, the versions, and each setting."""
-    from importlib.metadata import version
-
-    from pytest_qvl.faults.freshness import definitions_digest
-
-    return {
-        "cpu": asdict(cpu),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
-        "definitions": definitions_digest(),
-        "settings": [
-            {**asdict(o.setting), "offered": not o.missing, "missing": o.missing, **asdict(o.share)}
-            | {"broken": o.broken, "seconds": round(o.seconds, 1)}
-            for o in outcomes
-        ],
-    }

@@ -53,8 +53,9 @@ class Setting:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables."""
+        """The variables; threads that wait sleep, because many processes share the cores."""
         found = {"OMP_NUM_THREADS": str(self.threads), "MKL_NUM_THREADS": str(self.threads)}
+        found["OMP_WAIT_POLICY"] = "PASSIVE"
         if self.onednn:
             found |= {"ONEDNN_MAX_CPU_ISA": self.onednn, "ATEN_CPU_CAPABILITY": self.aten}
         return found

@@ -1,4 +1,4 @@
-"""Partial results of the matrix, line by line as they come: a run that is cut off goes on where it was."""
+"""Partial results, line by line as they come: a run that is cut off goes on where it was."""
 
 from __future__ import annotations
 
@@ -12,8 +12,63 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+class JsonLines:
+    """A file of JSON lines: what run it belongs to, then a line per result.
+
+    Args:
+        path: The file; ``None`` for none.
+        head: What run the results belong to.
+
+    Attributes:
+        kept: What earlier calls of the same run have written.
+
+    Raises:
+        ValueError: The file holds the results of another run, or is damaged.
+    """
+
+    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
+        self._path = path
+        self.kept: list[dict[str, Any]] = []
+        if path is None:
+            return
+        if path.exists():
+            self._read(path, head)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(head)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        if self._path is None:
+            return
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _read(self, path: Path, head: dict[str, Any]) -> None:
+        text = path.read_text(encoding="utf-8")
+        first, *lines = text.splitlines() or [""]
+        if _parsed(first) != head:
+            raise ValueError(f"{path} holds the results of another run ({first}): remove it, or give another --out")
+        for number, line in enumerate(lines, start=2):
+            kept = _parsed(line)
+            if kept is not None:
+                self.kept.append(kept)
+            elif number <= len(lines):
+                raise ValueError(f"{path}, line {number} is no JSON: remove the file")
+            else:  # cut off while it was written: what comes next must not continue that line
+                path.write_text(text.removesuffix("\n").removesuffix(line), encoding="utf-8")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
 class Journal:
-    """A file of JSON lines: what run it belongs to, then a line per piece that is done.
+    """What is done of a matrix.
 
     Args:
         path: The file; ``None`` for none.
@@ -21,44 +76,20 @@ class Journal:
         definitions: Digest of what decides the results.
 
     Attributes:
-        done: What earlier runs of the same plan have done.
+        done: What this and earlier calls of the same plan have done.
 
     Raises:
         ValueError: The file holds the results of another plan or of other definitions.
     """
 
     def __init__(self, path: Path | None, plan: Plan, definitions: str) -> None:
-        self._path = path
-        self.done: list[Done] = []
         head = {"subject": str(plan.subject), "named_only": plan.named_only, "definitions": definitions}
-        if path is None:
-            return
-        if path.exists():
-            self._read(path, head)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(head)
+        self._lines = JsonLines(path, head)
+        self.done: list[Done] = [
+            Done(Task(kept["part"], kept["key"]), kept["found"], kept["seconds"]) for kept in self._lines.kept
+        ]
 
     def add(self, done: Done) -> None:
         """Keep what was done."""
         self.done.append(done)
-        self._write({**asdict(done.task), "found": done.found, "seconds": round(done.seconds, 3)})
-
-    def _read(self, path: Path, head: dict[str, Any]) -> None:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
-        if json.loads(first) != head:
-            raise ValueError(f"{path} holds the results of another run ({first}): remove it, or give another --out")
-        for number, line in enumerate(lines, start=2):
-            try:
-                kept = json.loads(line)
-            except json.JSONDecodeError:
-                if number <= len(lines):
-                    raise ValueError(f"{path}, line {number} is no JSON: remove the file") from None
-                break  # cut off while it was written
-            self.done.append(Done(Task(kept["part"], kept["key"]), kept["found"], kept["seconds"]))
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._path is None:
-            return
-        with self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._lines.write({**asdict(done.task), "found": done.found, "seconds": round(done.seconds, 3)})
