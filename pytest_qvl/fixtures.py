@@ -117,14 +117,17 @@ def _qvl_load_request(
     qvl_model: str, qvl_target: Target, qvl_quantization_config: Any, qvl_compute_dtype: str, qvl_card: Card | None
 ) -> LoadRequest:
     from pytest_qvl.models.backends import LoadRequest
-    from pytest_qvl.models.quantized import asks_for_4bit
+    from pytest_qvl.models.hub import saved_quantization
+    from pytest_qvl.models.quantized import asks_for_4bit, refuse_other_than_saved
     from pytest_qvl.models.weights import parse_model
     from pytest_qvl.vram.cap import compute_dtype
 
     with one_clear_error("qvl_model"):
         source = parse_model(qvl_model)
+        saved = saved_quantization(source)
     with one_clear_error("qvl_quantization_config"):
         asks_for_4bit(qvl_quantization_config)
+        refuse_other_than_saved(qvl_quantization_config, saved)
     if qvl_card is not None and qvl_target.device == "cuda":
         with one_clear_error("qvl_compute_dtype"):
             compute_dtype(qvl_card, qvl_compute_dtype)

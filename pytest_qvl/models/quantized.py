@@ -60,6 +60,39 @@ def asks_for_4bit(config: Any) -> None:
         )
 
 
+# What decides how 4-bit weights are stored and multiplied; which layers are packed is read from the model.
+_DECISIVE = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_quant_storage", "bnb_4bit_compute_dtype")
+
+
+def refuse_other_than_saved(config: Any, saved: dict[str, Any] | None) -> None:
+    """Refuse a configuration that differs from the one that a checkpoint was saved in 4 bits with.
+
+    ``from_pretrained`` takes the checkpoint's own and drops the one that it is given, with a warning at most.
+
+    Args:
+        config: The ``transformers.BitsAndBytesConfig`` that is asked for.
+        saved: ``quantization_config`` of the checkpoint, ``None`` for one in 16 bits.
+
+    Raises:
+        NotFourBitError: Names each field with both values, and the fix.
+    """
+    if saved is None:
+        return
+    from transformers import BitsAndBytesConfig
+
+    own = BitsAndBytesConfig.from_dict(saved)
+    pairs = {name: (getattr(config, name), getattr(own, name)) for name in _DECISIVE}
+    if others := [f"{name} {_said(asked)}, saved {_said(has)}" for name, (asked, has) in pairs.items() if asked != has]:
+        raise NotFourBitError(
+            f"the model was saved in 4 bits, and its own configuration counts, not this one ({'; '.join(others)}): "
+            "leave the configuration out, or name the 16-bit model"
+        )
+
+
+def _said(value: Any) -> str:
+    return str(value).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class LinearState:
     """How one linear layer is stored.

@@ -57,6 +57,27 @@ def test_a_base_that_is_none_is_refused(pytester, run_real, in_4bit):
     )
 
 
+def test_a_configuration_that_the_folder_does_not_have_is_refused(pytester, run_real, in_4bit):
+    pytester.makepyfile(
+        """
+    import pytest
+    import torch
+    from pytest_qvl.models.quantized import usual_quantization
+    @pytest.fixture(scope="session")
+    def qvl_quantization_config(): return usual_quantization(torch.float16, bnb_4bit_use_double_quant=False)
+    def test_it(qvl_quantized_model): pass
+    """
+    )
+    result = run_real(f"--qvl-model={in_4bit}", "--qvl-device=cpu")
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(
+        [
+            "qvl_quantization_config: the model was saved in 4 bits, and its own configuration counts, not this one "
+            "(bnb_4bit_use_double_quant False, saved True; bnb_4bit_compute_dtype float16, saved bfloat16): leave the *"
+        ]
+    )
+
+
 def test_configurations_that_do_not_ask_for_4_bits(pytester, run_real):
     pytester.makepyfile(
         """
