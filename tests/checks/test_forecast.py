@@ -193,9 +193,10 @@ def test_the_work_forecast_begins_from_the_bytes_of_the_real_model(lora_model: A
     assert found["vision"].start_allocated < found["vision"].peak_allocated < found["train step"].peak_allocated
 
 
-def test_without_a_gpu_there_is_nothing_to_compare(lora_model: Any) -> None:
+def test_without_a_gpu_there_is_nothing_to_compare(lora_model: Any, processor: Any) -> None:
+    batch = make_batch(processor, scenes(0, 1, ("colour_of",)), answers=True)
     with pytest.raises(CannotJudge, match="a forecast is compared with a GPU: the model is on the CPU"):
-        forecast_agrees(lora_model, {}, {}, Meter())
+        forecast_agrees(lora_model, batch, batch, Meter())
 
 
 @pytest.fixture(scope="module")

@@ -113,7 +113,7 @@ def test_overflow_is_traced_to_its_module(fresh_model: Any, processor: Any, refe
         anatomy(model).blocks[2].mlp.down_proj.weight[7] = 60000.0
     said = failure(model, processor, references["float16"])
     assert said.startswith("visual features are not finite on sample ")
-    assert "beginning at model.visual.blocks.2.mlp.down_proj (its dtype ends at 65504)" in said
+    assert "begins at model.visual.blocks.2.mlp.down_proj, whose dtype ends at 65504" in said
 
 
 def test_headroom_in_float16_and_a_note_in_bfloat16(fresh_model: Any, processor: Any) -> None:

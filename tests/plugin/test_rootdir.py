@@ -36,7 +36,7 @@ def project(pytester, monkeypatch):
     for name, source in (("conftest", CONFTEST), ("test_sees", SEES)):
         pytester.makepyfile(**{f"project/{name}": source})
     (pytester.path / "elsewhere").mkdir()
-    (pytester.path / "elsewhere" / "out.json").write_text("{}")
+    (pytester.path / "elsewhere" / "out.json").write_text('{"schema":"pytest-qvl/record/1"}')
     (pytester.path / "elsewhere" / "model").symlink_to(embedded_model_dir())
     return folder
 
