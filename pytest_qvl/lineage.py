@@ -7,6 +7,8 @@ module that knows pytest's fixture internals.
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -119,6 +121,27 @@ def forget_traceback(definition: Definition) -> None:
     value, key, failed = definition.cached_result or (None, None, None)
     if failed is not None:
         definition.cached_result = (value, key, (failed[0], None))
+
+
+def keep_error(definition: Definition, error: BaseException) -> None:
+    """Let pytest raise an error for every later test that asks for a fixture which has just been made."""
+    _, key, _ = definition.cached_result
+    definition.cached_result = (None, key, (error, None))
+
+
+def keep_value(definition: Definition, value: Any) -> None:
+    """Let pytest give another value to every later test that asks for a fixture which has just been made."""
+    _, key, _ = definition.cached_result
+    definition.cached_result = (value, key, None)
+
+
+def defined_at(definition: Definition) -> tuple[Path, int] | None:
+    """File and line of a fixture's function; None where pytest made it from the parameters of a test."""
+    function = inspect.unwrap(definition.func)
+    function = getattr(function, "func", function)  # of a functools.partial
+    if function.__module__.startswith("_pytest."):
+        return None
+    return Path(function.__code__.co_filename), function.__code__.co_firstlineno
 
 
 def fixtures_of(module: Any) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Which files of a user override which fixtures of this package, and whether they reach the shipped suite."""
+"""Which files of a user override which fixtures of this package, where they reach, and whether with what fits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl import lineage
+from pytest_qvl.fixture_values import judged
 from pytest_qvl.refusals import Refusal
 from pytest_qvl.shipped import FOLDER, PACKAGE
 
@@ -63,23 +64,27 @@ def described(config: pytest.Config) -> list[str]:
     return lines
 
 
-def refuse_no_factory(fixturedef: Any, value: Any) -> None:
-    """Refuse an overriding ``qvl_batch`` that gives a batch, or nothing, and not the function that makes batches.
+def value_of(config: pytest.Config, fixturedef: Any, value: Any) -> Any:
+    """The value of an overriding fixture as the tests get it, if it is what that fixture has to give.
 
     Raises:
-        Refusal: Names the fixture's file, what it gave and what it has to give; also for every later test.
+        Refusal: Names the fixture, the line that defines it, what it gave and what it has to give; also for every
+            later test.
     """
-    if fixturedef.argname != "qvl_batch" or callable(value):
-        return
-    code = fixturedef.func.__code__
-    given = "None" if value is None else f"a value of type {type(value).__name__}"
-    refusal = Refusal(
-        f"the fixture qvl_batch ({Path(code.co_filename).name}:{code.co_firstlineno}) gives {given}; it has to give a "
-        "function: qvl_batch(samples, padding_side='left', answers=False) returns a mapping from names to tensors"
-    )
-    _, key, _ = fixturedef.cached_result
-    fixturedef.cached_result = (None, key, (refusal, None))
-    raise refusal
+    meant, problem = judged(fixturedef.argname, value)
+    if problem:
+        refusal = Refusal(f"the fixture {fixturedef.argname} ({_place(config, fixturedef)}) gives {problem}")
+        lineage.keep_error(fixturedef, refusal)
+        raise refusal
+    if meant is not value:
+        lineage.keep_value(fixturedef, meant)
+    return meant
+
+
+def _place(config: pytest.Config, fixturedef: Any) -> str:
+    """Where a fixture is defined, as file and line; in words where that is no file of the user's."""
+    found = lineage.defined_at(fixturedef)
+    return "a parameter of the test" if found is None else f"{shown(config, found[0])}:{found[1]}"
 
 
 def shown(config: pytest.Config, file: Path) -> str:

@@ -193,7 +193,8 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, objec
     try:
         with state.making(fixturedef), third_party.spared() if _is_own(fixturedef) else nullcontext():
             value = yield
-        overrides.refuse_no_factory(fixturedef, value)
+        if not _is_own(fixturedef):
+            value = overrides.value_of(request.config, fixturedef, value)
     except (Exception, pytest.fail.Exception) as error:
         state.note_failure(fixturedef, error, item)
         raise

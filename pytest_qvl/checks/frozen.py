@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.adapter import matrix_of
 from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
-from pytest_qvl.checks.teaching import adamw, check_labels, forward, taught_wrong, trainable_parameters
+from pytest_qvl.checks.teaching import (
+    adamw,
+    check_labels,
+    forward,
+    optimizer_of,
+    taught_wrong,
+    trainable_parameters,
+)
 from pytest_qvl.checks.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapter_parameters
@@ -106,7 +113,7 @@ def frozen_vision(
         base_before = base.read(_frozen_tensors(parts, adapters))
         adapter_before = adapter.read(adapters.items())
 
-        optimizer = (make_optimizer or adamw(learning_rate))(list(trained.values()))
+        optimizer = optimizer_of(make_optimizer or adamw(learning_rate), list(trained.values()))
         wrong = [taught_wrong(parts, batch) for batch in given]
         loss = _train(parts, wrong, list(trained.values()), optimizer, steps)
         judge.report("loss at the first step", loss, "nat")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.descent import descent, take_step
+from pytest_qvl.checks.teaching import optimizer_of
 from pytest_qvl.checks.wording import some, tally
 from pytest_qvl.models.quantized import dtype_name
 
@@ -38,7 +39,7 @@ def judge_optimizer(
         trained: The trained tensors by name, in the order of ``lesson.weights``.
         make_optimizer: The user's.
     """
-    optimizer = make_optimizer(list(lesson.weights))
+    optimizer = optimizer_of(make_optimizer, list(lesson.weights))
     _judge_held(judge, trained, optimizer)
     _judge_rates(judge, optimizer)
     with _without_decay(optimizer):

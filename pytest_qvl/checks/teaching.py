@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.placeholders import validate_batch
-from pytest_qvl.evidence import CannotJudge, InputError
+from pytest_qvl.evidence import CannotJudge, InputError, InputTypeError
 from pytest_qvl.models.adapters import adapter_parameters
 
 if TYPE_CHECKING:
@@ -43,6 +43,25 @@ def adamw(learning_rate: float | Sequence[float]) -> MakeOptimizer:
         return torch.optim.AdamW(groups, weight_decay=0.0)
 
     return make
+
+
+def optimizer_of(make_optimizer: MakeOptimizer, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer that a user's function makes.
+
+    Raises:
+        InputTypeError: It is no function, or makes no optimizer.
+    """
+    takes = "make_optimizer (qvl_make_optimizer) is a function from the list of trainable parameters to an optimizer"
+    if not callable(make_optimizer):
+        raise InputTypeError(f"{takes}, got a value of type {type(make_optimizer).__name__}")
+    optimizer = make_optimizer(parameters)
+    if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "step")):
+        raise InputTypeError(f"{takes}, and this one returned {_shown(optimizer)}")
+    return optimizer
+
+
+def _shown(value: Any) -> str:
+    return "None: is its return missing?" if value is None else f"a value of type {type(value).__name__}"
 
 
 def trainable_parameters(parts: Parts) -> dict[str, nn.Parameter]:

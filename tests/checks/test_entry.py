@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -129,6 +130,23 @@ def test_a_crash_in_the_backward_pass_or_the_optimizer_is_named(model: Any, batc
     handle.remove()
     with pytest.raises(ModelCrashed, match=r"^the optimizer \(Broken\) raised TypeError: state is None"):
         checks.training_step(model, batch, gradient_checkpointing=False, make_optimizer=lambda p: Broken(p, lr=0.1))
+
+
+@pytest.mark.parametrize(
+    ("make", "got"),
+    [
+        ("adamw", "got a value of type str"),
+        (lambda _: None, "and this one returned None: is its return missing?"),
+        (lambda parameters: parameters, "and this one returned a value of type list"),
+    ],
+    ids=["text", "none", "list"],
+)
+def test_what_makes_no_optimizer_is_refused_in_words(model: Any, batch: Any, make: Any, got: str) -> None:
+    says = f"from the list of trainable parameters to an optimizer, {re.escape(got)}$"
+    with pytest.raises(InputError, match=says):
+        checks.training_step(model, batch, gradient_checkpointing=False, make_optimizer=make)
+    with pytest.raises(InputError, match=says):
+        checks.frozen_vision(model, batch, make_optimizer=make)
 
 
 @pytest.mark.parametrize(

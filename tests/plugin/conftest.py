@@ -116,3 +116,21 @@ def run_apart(pytester, monkeypatch):
         return pytester.runpytest_subprocess(*named, *args)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def failures():
+    """Tells the lines of the report of each failed test or set-up, by the test's name without parameters."""
+
+    def failures(result):
+        found, name = {}, None
+        for line in result.outlines:
+            if line.startswith("____"):
+                name = line.strip("_ ").rpartition(" of ")[2].partition("[")[0]
+            elif line.startswith(("====", "qvl: ")):
+                name = None
+            elif name is not None:
+                found.setdefault(name, []).append(line)
+        return found
+
+    return failures

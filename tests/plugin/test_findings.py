@@ -162,20 +162,7 @@ CRASHES = """
 """
 
 
-def failures(result):
-    """The lines of each failure, by test."""
-    found, name = {}, None
-    for line in result.outlines:
-        if line.startswith("____"):
-            name = line.strip("_ ").partition("[")[0]
-        elif line.startswith(("====", "qvl: ")):
-            name = None
-        elif name is not None:
-            found.setdefault(name, []).append(line)
-    return found
-
-
-def test_what_a_message_says_in_full_takes_a_few_lines(pytester, run_real):
+def test_what_a_message_says_in_full_takes_a_few_lines(pytester, run_real, failures):
     pytester.makepyfile(CRASHES)
     result = run_real()
     result.assert_outcomes(failed=3)

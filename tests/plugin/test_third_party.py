@@ -55,9 +55,10 @@ def test_a_users_own_test_keeps_its_filters_but_our_fixtures_are_made(pytester, 
     pytester.syspathinsert()
     monkeypatch.setattr(samples, "probe_samples", lambda *_: import_module("other_package").call() or [])
     pytester.makeconftest(
-        "import types, pytest\n"
+        "import pytest\n"
+        "from pytest_qvl.samples import ProbeSizes\n"
         "@pytest.fixture(scope='session')\n"  # the real one imports torch
-        "def qvl_probe_sizes(): return types.SimpleNamespace(one_size=True)\n"
+        "def qvl_probe_sizes(): return ProbeSizes(28, 4, 28, 28, 28, 84, one_size=True)\n"
     )
     pytester.makepyfile(
         "from other_package import call\n"
