@@ -12,8 +12,8 @@ import sys
 from typing import TYPE_CHECKING, TypeAlias
 
 from pytest_qvl import __version__
-from pytest_qvl.faults.cli import add_faults
-from pytest_qvl.models.synthesize import add_synthesize
+from pytest_qvl.faults.command import add_faults
+from pytest_qvl.models.sources.command import add_synthesize
 from pytest_qvl.vram.forecast.command import add_forecast
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import pytest
 
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.options import SETTINGS_KEY
-from pytest_qvl.refusals import Refusal
-from pytest_qvl.session import STATE_KEY, one_clear_error
+from pytest_qvl.session.errors import Refusal
+from pytest_qvl.session.state import STATE_KEY, one_clear_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.policy import AdapterPolicy
     from pytest_qvl.samples import ProbeSizes, Sample
-    from pytest_qvl.targets import Target
+    from pytest_qvl.session.targets import Target
     from pytest_qvl.vram.cards import Card
     from pytest_qvl.vram.meter import Meter
 
@@ -72,9 +72,9 @@ def qvl_quantization_config(qvl_compute_dtype: str, qvl_model: str) -> Any:
     """
     import torch
 
-    from pytest_qvl.models.hub import saved_quantization
     from pytest_qvl.models.quantized import usual_quantization
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.sources.hub import saved_quantization
+    from pytest_qvl.models.sources.model_source import parse_model
 
     with one_clear_error("qvl_model"):
         saved = saved_quantization(parse_model(qvl_model))
@@ -105,8 +105,8 @@ def qvl_lora_config(qvl_adapter: Path | None) -> Any:
 @pytest.fixture(scope="session")
 def qvl_processor(qvl_model: str) -> Any:
     """The model's real processor, with or without torchvision, left-padding."""
-    from pytest_qvl.models.synthetic_processor import processor_for
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.sources.model_source import parse_model
+    from pytest_qvl.models.sources.synthetic_processor import processor_for
 
     with one_clear_error("qvl_processor"):
         return processor_for(parse_model(qvl_model))
@@ -117,9 +117,9 @@ def _qvl_load_request(
     qvl_model: str, qvl_target: Target, qvl_quantization_config: Any, qvl_compute_dtype: str, qvl_card: Card | None
 ) -> LoadRequest:
     from pytest_qvl.models.backends import LoadRequest
-    from pytest_qvl.models.hub import saved_quantization
     from pytest_qvl.models.quantized import asks_for_4bit, refuse_other_than_saved
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.sources.hub import saved_quantization
+    from pytest_qvl.models.sources.model_source import parse_model
     from pytest_qvl.vram.cap import compute_dtype
 
     with one_clear_error("qvl_model"):
@@ -198,8 +198,8 @@ def qvl_optimizer() -> Any:
 @pytest.fixture(scope="session")
 def qvl_probe_sizes(qvl_model: str, qvl_processor: Any) -> ProbeSizes:
     """How large the images of the rendered scenes are, derived from the model's configuration and its processor."""
-    from pytest_qvl.checks.sizing import sizes_for
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.checks.support.sizing import sizes_for
+    from pytest_qvl.models.sources.model_source import parse_model
 
     with one_clear_error("qvl_probe_sizes"):
         return sizes_for(parse_model(qvl_model), qvl_processor)
@@ -212,7 +212,7 @@ def qvl_image_samples(pytestconfig: pytest.Config, qvl_model: str, qvl_probe_siz
     Scenes have the sizes of :func:`qvl_probe_sizes`. A model with knowledge of photographs (a folder or a hub id, not
     the embedded model) gets those of scikit-image as well, where the ``photos`` extra is installed.
     """
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.sources.model_source import parse_model
     from pytest_qvl.samples import folder_samples, has_photos, photo_samples, probe_samples
 
     settings = pytestconfig.stash[SETTINGS_KEY]
@@ -256,7 +256,7 @@ def qvl_reference(
     from dataclasses import replace
 
     from pytest_qvl.checks import record_reference
-    from pytest_qvl.models.base import reference_request
+    from pytest_qvl.models.sources.base import reference_request
     from pytest_qvl.vram.cap import lifted
 
     state = request.config.stash[STATE_KEY]

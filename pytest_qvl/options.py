@@ -18,7 +18,13 @@ import pytest
 
 from pytest_qvl.gpu.lease import PATIENCE_S
 from pytest_qvl.models.backends import BASELINE, check_usable
-from pytest_qvl.models.weights import DEQUANTIZED, ModelSource, check_adapter, parse_model, stored_quantization
+from pytest_qvl.models.sources.model_source import (
+    DEQUANTIZED,
+    ModelSource,
+    check_adapter,
+    parse_model,
+    stored_quantization,
+)
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy

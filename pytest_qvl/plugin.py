@@ -9,26 +9,28 @@ import pytest
 
 pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
 
-from pytest_qvl import child, early, fixtures, lineage, outcome, overrides, rootdir, third_party, threads  # noqa: E402 - after assertion rewriting
+from pytest_qvl import fixtures  # noqa: E402 - after assertion rewriting
 from pytest_qvl.evidence import printable  # noqa: E402
-from pytest_qvl.faulted import Faulted, refuse_without_effect  # noqa: E402
 from pytest_qvl.gpu.lease import join_session  # noqa: E402
 from pytest_qvl.gpu.visible import VisibleDevicesError, auto_workers  # noqa: E402
-from pytest_qvl.gpu_failures import GpuFailures  # noqa: E402
-from pytest_qvl.gpu_required import GpuRequired  # noqa: E402
-from pytest_qvl.installed import Installed  # noqa: E402
-from pytest_qvl.interrupts import Interrupts  # noqa: E402
-from pytest_qvl.kept_errors import release_frames  # noqa: E402
-from pytest_qvl.leasing import lease_lines, leases_for_record  # noqa: E402
-from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits, asks_for_gpus  # noqa: E402
-from pytest_qvl.numbers import PhaseNumbers  # noqa: E402
 from pytest_qvl.options import SETTINGS_KEY, add_options, read_settings  # noqa: E402
+from pytest_qvl.processes import child, import_first  # noqa: E402
 from pytest_qvl.report.comparison import Comparison  # noqa: E402
 from pytest_qvl.report.terminal import Summary  # noqa: E402
-from pytest_qvl.session import STATE_KEY, State  # noqa: E402
-from pytest_qvl.shipped import ShippedSuite, is_shipped  # noqa: E402
-from pytest_qvl.targets import check_devices, parametrize, target_of, targets  # noqa: E402
-from pytest_qvl.verdicts import SessionVerdicts  # noqa: E402
+from pytest_qvl.session import fixture_graph, overrides, results, rootdir, threads, warning_filters  # noqa: E402
+from pytest_qvl.session.fault_injection import Faulted, refuse_without_effect  # noqa: E402
+from pytest_qvl.session.gpu_errors import GpuFailures  # noqa: E402
+from pytest_qvl.session.installed import Installed  # noqa: E402
+from pytest_qvl.session.interrupts import Interrupts  # noqa: E402
+from pytest_qvl.session.limit_vram import LIMIT_VRAM_HELP, VramLimits, asks_for_gpus  # noqa: E402
+from pytest_qvl.session.process_gpu import lease_lines, leases_for_record  # noqa: E402
+from pytest_qvl.session.require_gpu import GpuRequired  # noqa: E402
+from pytest_qvl.session.session_results import SessionVerdicts  # noqa: E402
+from pytest_qvl.session.state import STATE_KEY, State  # noqa: E402
+from pytest_qvl.session.suite_collection import ShippedSuite, is_shipped  # noqa: E402
+from pytest_qvl.session.targets import check_devices, parametrize, target_of, targets  # noqa: E402
+from pytest_qvl.session.tracebacks import release_frames  # noqa: E402
+from pytest_qvl.session.vram_properties import PhaseNumbers  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -60,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_load_initial_conftests(early_config: pytest.Config, parser: pytest.Parser, args: list[str]) -> None:
     """Start over if an option's value moved the rootdir; import what a backend needs to have imported first."""
     if not rootdir.start_over_if_misled(early_config, parser, args):
-        early.import_first(early_config)
+        import_first.import_first(early_config)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -74,10 +76,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Resolve settings and start the session's state; first, because xdist must not start workers in a parent."""
     for line in MARKERS:
         config.addinivalue_line("markers", line)
-    third_party.register(config)
+    warning_filters.register(config)
     settings = read_settings(config)
     check_devices(settings)
-    early.refuse(config)
+    import_first.refuse(config)
     register = config.pluginmanager.register
     child_of = child.backend_of(config)
     if child_of is not None:
@@ -87,10 +89,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SETTINGS_KEY] = settings
     state = config.stash[STATE_KEY] = State(config, settings)
     if len(settings.backend) > 1:
-        from pytest_qvl import children
+        from pytest_qvl.processes import parent
 
-        children.refuse_what_needs_a_terminal(config)
-        register(children.Children(config, settings.backend, state.progress), child.PARENT_NAME)
+        parent.refuse_what_needs_a_terminal(config)
+        register(parent.Children(config, settings.backend, state.progress), child.PARENT_NAME)
     register(fixtures, "qvl-fixtures")
     register(ShippedSuite(), "qvl-suite")
     register(Installed(), "qvl-installed")
@@ -191,7 +193,7 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, objec
     if known is not None:
         raise known
     try:
-        with state.making(fixturedef), third_party.spared() if _is_own(fixturedef) else nullcontext():
+        with state.making(fixturedef), warning_filters.spared() if _is_own(fixturedef) else nullcontext():
             value = yield
         if not _is_own(fixturedef):
             value = overrides.value_of(request.config, fixturedef, value)
@@ -229,13 +231,13 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     """Point to the first test that met a fixture's error; from the end of set-up on, the test is watched."""
     __tracebackhide__ = _beside_the_point
     state = item.config.stash[STATE_KEY]
-    if any(map(lineage.is_ours, lineage.fixture_names(item))):
-        third_party.hush()
+    if any(map(fixture_graph.is_ours, fixture_graph.fixture_names(item))):
+        warning_filters.hush()
         if is_shipped(item):
-            third_party.spare()
+            warning_filters.spare()
         threads.limit_threads(item.config)
     try:
-        with outcome.judging(item):
+        with results.judging(item):
             result = yield
     except (Exception, pytest.fail.Exception) as error:
         pointer = state.pointer(error, item)
@@ -260,7 +262,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Collect the evidence of every check that the test calls."""
     __tracebackhide__ = _beside_the_point
     state = item.config.stash[STATE_KEY]
-    with outcome.judging(item), state.kept_as_found():
+    with results.judging(item), state.kept_as_found():
         result = yield
     state.check_announced(item)
     return result
@@ -286,11 +288,11 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put evidence, target and check on the report."""
-    if call.excinfo is not None and (target_of(item) is not None or lineage.views(item)):
+    if call.excinfo is not None and (target_of(item) is not None or fixture_graph.views(item)):
         item.stash.setdefault(ERRORS_KEY, []).append(call.excinfo.value)
-    with outcome.short_trace(item.config, call.excinfo):
+    with results.short_trace(item.config, call.excinfo):
         report = yield
-    outcome.attach(item, report)
+    results.attach(item, report)
     return report
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytest_qvl.checks.adapter import adapter_census as adapter_census
     from pytest_qvl.checks.adapter import adapter_neutrality as adapter_neutrality
-    from pytest_qvl.checks.answers import alignment as alignment
     from pytest_qvl.checks.checkpoint import checkpoint_complete as checkpoint_complete
     from pytest_qvl.checks.forecast import forecast_agrees as forecast_agrees
     from pytest_qvl.checks.forecast import forecast_fits_card as forecast_fits_card
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.positions import position_state as position_state
     from pytest_qvl.checks.quantization import QuantizationPolicy as QuantizationPolicy
     from pytest_qvl.checks.quantization import quantization_census as quantization_census
-    from pytest_qvl.checks.reference import Reference as Reference
-    from pytest_qvl.checks.reference import record_reference as record_reference
     from pytest_qvl.checks.roundtrip import adapter_roundtrip as adapter_roundtrip
     from pytest_qvl.checks.routing import causality as causality
     from pytest_qvl.checks.routing import feature_scatter as feature_scatter
@@ -39,10 +36,13 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.routing import placeholder_counts as placeholder_counts
     from pytest_qvl.checks.routing import validate_batch as validate_batch
     from pytest_qvl.checks.routing import visual_token_order as visual_token_order
+    from pytest_qvl.checks.support.reference import Reference as Reference
+    from pytest_qvl.checks.support.reference import record_reference as record_reference
     from pytest_qvl.checks.training import label_mask as label_mask
     from pytest_qvl.checks.training import training_step as training_step
     from pytest_qvl.checks.training import vision_not_backpropagated as vision_not_backpropagated
     from pytest_qvl.checks.vision import vision_stability as vision_stability
+    from pytest_qvl.checks.visual_alignment import alignment as alignment
     from pytest_qvl.checks.vram import peak_vram as peak_vram
     from pytest_qvl.evidence import CannotJudge as CannotJudge
     from pytest_qvl.evidence import CheckFailed as CheckFailed
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "adapter": ("adapter_census", "adapter_neutrality"),
-    "answers": ("alignment",),
     "checkpoint": ("checkpoint_complete",),
     "forecast": ("forecast_agrees", "forecast_fits_card"),
     "frozen": ("frozen_vision",),
@@ -65,7 +64,7 @@ _HOMES = {
     ),
     "positions": ("decode_positions", "mrope_oracle", "mrope_positions", "position_state"),
     "quantization": ("QuantizationPolicy", "quantization_census"),
-    "reference": ("Reference", "record_reference"),
+    "support.reference": ("Reference", "record_reference"),
     "roundtrip": ("adapter_roundtrip",),
     "routing": (
         "causality",
@@ -79,6 +78,7 @@ _HOMES = {
     ),
     "training": ("label_mask", "training_step", "vision_not_backpropagated"),
     "vision": ("vision_stability",),
+    "visual_alignment": ("alignment",),
     "vram": ("peak_vram",),
 }
 _HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
-from pytest_qvl.checks.wording import some, tally
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, InputTypeError, Judge
 from pytest_qvl.models.adapters import (
     AdapterSlot,
@@ -28,7 +28,7 @@ from pytest_qvl.models.adapters import (
 )
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.compiled import uncompiled
-from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.fingerprint.digests import digests
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.wording import some
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
-from pytest_qvl.models.loading import LoadingReport, compared_with, kept_report
 from pytest_qvl.models.quantized import base_tensors
+from pytest_qvl.models.sources.loading import LoadingReport, compared_with, kept_report
 
 
 @check

@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.vram import measure_work, prepare_to_measure, work_of
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.weights import parse_model
+from pytest_qvl.models.sources.model_source import parse_model
 from pytest_qvl.vram.cards import Card
 from pytest_qvl.vram.cards import card as find_card
-from pytest_qvl.vram.forecast.agreement import ABOVE_FLOOR, Comparison, hold
 from pytest_qvl.vram.forecast.request import DTYPES, Optimizer, Request
+from pytest_qvl.vram.forecast.validation.agreement import ABOVE_FLOOR, Comparison, hold
 from pytest_qvl.vram.units import GiB, format_bytes
 
 if TYPE_CHECKING:
     from pytest_qvl.samples import Sample
+    from pytest_qvl.vram.forecast.engine.trace import PhaseBytes
     from pytest_qvl.vram.forecast.result import Forecast, Largest
-    from pytest_qvl.vram.forecast.tape import PhaseBytes
     from pytest_qvl.vram.meter import Meter, Usage
 
 # The peak of decoding is that of the prompt it begins with; more steps add keys and values of single tokens.
@@ -74,7 +74,7 @@ def forecast_fits_card(
     if card is None:
         raise CannotJudge(NO_CARD)
     known = find_card(card) if isinstance(card, str) else card
-    from pytest_qvl.vram.forecast.recipes import NotFollowed, recipe_from_configs
+    from pytest_qvl.vram.forecast.engine.recipes import NotFollowed, recipe_from_configs
     from pytest_qvl.vram.forecast.run import Forecaster, largest
     from pytest_qvl.vram.forecast.source import find_weights_source
 
@@ -189,7 +189,7 @@ def forecast_agrees(model: Any, batch: Mapping[str, Any], training_batch: Mappin
     parts = anatomy(model)
     if parts.device.type != "cuda":
         raise CannotJudge("a forecast is compared with a GPU: the model is on the CPU")
-    from pytest_qvl.vram.forecast.recipes import NotFollowed
+    from pytest_qvl.vram.forecast.engine.recipes import NotFollowed
 
     try:
         predicted = forecast_work(model, batch, training_batch)
@@ -206,9 +206,9 @@ def forecast_work(model: Any, batch: Mapping[str, Any], training_batch: Mapping[
     Raises:
         NotFollowed: The model is of a kind that the forecast does not follow.
     """
-    from pytest_qvl.vram.forecast.recipes import recipe_from_model
-    from pytest_qvl.vram.forecast.record import Rehearsal
-    from pytest_qvl.vram.forecast.tape import replay
+    from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
+    from pytest_qvl.vram.forecast.engine.recipes import recipe_from_model
+    from pytest_qvl.vram.forecast.engine.trace import replay
 
     request, source, recipe = recipe_from_model(model)
     work = partial(work_of, decode_steps=REHEARSED_STEPS)

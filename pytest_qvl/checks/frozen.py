@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import matrix_of
-from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.quantization import hold_packing
-from pytest_qvl.checks.teaching import (
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.teaching import (
     adamw,
     check_labels,
     forward,
@@ -18,11 +18,11 @@ from pytest_qvl.checks.teaching import (
     taught_wrong,
     trainable_parameters,
 )
-from pytest_qvl.checks.wording import some, tally
+from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Parts, anatomy
-from pytest_qvl.models.fingerprint import Fingerprint, digests
+from pytest_qvl.models.fingerprint.digests import Fingerprint, digests
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import base_tensors, dtype_name
 from pytest_qvl.models.state import preserved
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pytest_qvl.checks.teaching import Batch, MakeOptimizer
+    from pytest_qvl.checks.support.teaching import Batch, MakeOptimizer
 
 _SEED = 20_311
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.greedy import Reply, greedy, own_defaults, stop_ids
-from pytest_qvl.checks.not_finite import origin_of_not_finite
-from pytest_qvl.checks.placeholders import attended
-from pytest_qvl.checks.reference import LOGITS, MAX_NEW_TOKENS, NoiseFloor, Reference
-from pytest_qvl.checks.scoring import chunks, coarsest_dtype, without_labels
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.greedy import Reply, greedy, own_defaults, stop_ids
+from pytest_qvl.checks.support.not_finite import origin_of_not_finite
+from pytest_qvl.checks.support.placeholders import attended
+from pytest_qvl.checks.support.reference import LOGITS, MAX_NEW_TOKENS, NoiseFloor, Reference
+from pytest_qvl.checks.support.scoring import chunks, coarsest_dtype, without_labels
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import dtype_name
@@ -158,7 +158,7 @@ def generation_batch_invariance(
 
     Compared are the raw logits of each step, up to and including the first step at which the two choose
     different tokens; what comes after has different inputs. Each may differ by the limit of the noise floor
-    (:attr:`pytest_qvl.checks.reference.NoiseFloor.limit_for`) at most, so a different token is healthy exactly
+    (:attr:`pytest_qvl.checks.support.reference.NoiseFloor.limit_for`) at most, so a different token is healthy exactly
     when the two candidates were that close. The classic defect leaves the first step right and the later ones
     wrong: text positions of padded rows while decoding (huggingface/transformers#40136, 4.54.0 to 4.56.2).
 
@@ -218,7 +218,7 @@ def generation_cache_invariance(
     The tokens that cached generation chose are appended to the prompt and go through one forward without
     cache, whose positions come from the whole sequence: the yardstick. The raw logits of cached generation,
     and those of generation with ``use_cache=False`` up to its first different token, may differ from it by
-    the limit of the noise floor (:attr:`pytest_qvl.checks.reference.NoiseFloor.limit_for`) at most. So a defect
+    the limit of the noise floor (:attr:`pytest_qvl.checks.support.reference.NoiseFloor.limit_for`) at most. So a defect
     that both ways of generating share is seen as well.
 
     Args:
@@ -301,7 +301,7 @@ def generation_wellformed(
         model: Wrapped or not.
         processor: Its processor.
         samples: Probes.
-        reference: From :func:`pytest_qvl.checks.reference.record_reference`.
+        reference: From :func:`pytest_qvl.checks.support.reference.record_reference`.
         max_new_tokens: At most so many per reply; as many as the reference was recorded with, or more.
 
     Returns:

@@ -16,11 +16,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.bitwise import differs
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.not_finite import require_finite
-from pytest_qvl.checks.packing import is_packed, samples_in_rows
-from pytest_qvl.checks.placeholders import attended, describe, describe_visual, model_inputs, spans
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.bitwise import differs
+from pytest_qvl.checks.support.not_finite import require_finite
+from pytest_qvl.checks.support.packing import is_packed, samples_in_rows
+from pytest_qvl.checks.support.placeholders import attended, describe, describe_visual, model_inputs, spans
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pytest_qvl.checks.placeholders import Span
+    from pytest_qvl.checks.support.placeholders import Span
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.samples import Sample
     from pytest_qvl.samples.batch import PaddingSide
@@ -46,7 +46,7 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
     the vision tower, and the language backbone's inputs and outputs are compared bitwise with those of the
     unchanged batch. Outputs are the hidden states that the head turns into logits, position by position:
     where they are equal so are the logits, at a fraction of the memory. Where several samples are packed into a
-    row (:func:`pytest_qvl.checks.packing.samples_in_rows`) the change must stay in its own. ``probes`` + 2
+    row (:func:`pytest_qvl.checks.support.packing.samples_in_rows`) the change must stay in its own. ``probes`` + 2
     forward passes.
 
     Args:

@@ -6,8 +6,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.placeholders import attended, model_inputs, show_grid, value_problems, visual_tokens
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.placeholders import attended, model_inputs, show_grid, value_problems, visual_tokens
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples.batch import prompt

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.packing import is_packed, samples_in_rows
-from pytest_qvl.checks.placeholders import (
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.packing import is_packed, samples_in_rows
+from pytest_qvl.checks.support.placeholders import (
     attended,
     describe,
     model_inputs,
@@ -169,8 +169,8 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
 
     Rows in which several samples are packed are judged sample by sample: each has the positions that it has alone,
     up to a constant. They are told by ``position_ids`` that start again at 0
-    (:func:`pytest_qvl.checks.packing.samples_in_rows`); a packed row without any looks like one long sample. That
-    attention keeps the samples apart is for :func:`pytest_qvl.checks.causality` to say.
+    (:func:`pytest_qvl.checks.support.packing.samples_in_rows`); a packed row without any looks like one long sample.
+    That attention keeps the samples apart is for :func:`pytest_qvl.checks.causality` to say.
 
     Args:
         model: Qwen-VL model, wrapped or not.

@@ -6,11 +6,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.entry import check
+from pytest_qvl.checks.registry import check
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
-from pytest_qvl.models.loading import unusable_layers
 from pytest_qvl.models.quantized import (
     LinearState,
     asks_for_4bit,
@@ -26,6 +25,7 @@ from pytest_qvl.models.skips import (
     skip_list,
     skipped_by,
 )
+from pytest_qvl.models.sources.loading import unusable_layers
 from pytest_qvl.models.training import copied_parameters
 
 if TYPE_CHECKING:

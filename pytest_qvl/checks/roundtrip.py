@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import foreign_types, gates, heads_are_tied, no_adapter, rewrites_base
-from pytest_qvl.checks.bitwise import bits_of
-from pytest_qvl.checks.effect import judge_effect, judge_finite, judge_numbers
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.wording import some
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.adapter_effect import judge_effect, judge_finite, judge_numbers
+from pytest_qvl.checks.support.bitwise import bits_of
+from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import (
     AdapterSlot,
@@ -26,11 +26,11 @@ from pytest_qvl.models.adapters import (
     saved_tensors,
 )
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.base_names import name_of_base, other_base
 from pytest_qvl.models.quantized import base_tensors
+from pytest_qvl.models.sources.base_names import name_of_base, other_base
+from pytest_qvl.models.sources.model_source import adapter_config, check_adapter
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.training import asked_biases, checkpointing, weights_restored
-from pytest_qvl.models.weights import adapter_config, check_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -66,11 +66,11 @@ def adapter_roundtrip(model: Any, folder: str | Path | None = None) -> Evidence:
     against the base model's.
 
     With `folder`, its file is held against the model, and has to be worth loading: it does something
-    (:func:`pytest_qvl.checks.effect.judge_effect`) and was trained for this base model
-    (:func:`pytest_qvl.models.base_names.other_base`). Without, the adapter is given random values (put back bitwise),
-    saved into a temporary folder, held against that file, and loaded from it onto the bare base model, as a new process
-    would; what was loaded is dropped. This needs the adapter's size on disk and once more on the device (160 MB for
-    rank 16 on the language backbone of a 7B model). A merged adapter stays merged.
+    (:func:`pytest_qvl.checks.support.adapter_effect.judge_effect`) and was trained for this base model
+    (:func:`pytest_qvl.models.sources.base_names.other_base`). Without, the adapter is given random values (put back
+    bitwise), saved into a temporary folder, held against that file, and loaded from it onto the bare base model, as a
+    new process would; what was loaded is dropped. This needs the adapter's size on disk and once more on the device
+    (160 MB for rank 16 on the language backbone of a 7B model). A merged adapter stays merged.
 
     Args:
         model: The model wrapped by PEFT, or adapted by Transformers' ``add_adapter``.

@@ -10,12 +10,12 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.bitwise import bits_of, differs
-from pytest_qvl.checks.entry import check
 from pytest_qvl.checks.isolation import causality, image_isolation
-from pytest_qvl.checks.not_finite import require_finite
 from pytest_qvl.checks.pairing import picture_pairing
-from pytest_qvl.checks.placeholders import (
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.bitwise import bits_of, differs
+from pytest_qvl.checks.support.not_finite import require_finite
+from pytest_qvl.checks.support.placeholders import (
     attended,
     describe,
     describe_visual,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pytest_qvl.checks.placeholders import Span
+    from pytest_qvl.checks.support.placeholders import Span
     from pytest_qvl.models.anatomy import Parts
 
 

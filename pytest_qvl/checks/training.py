@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import SINGULAR_VALUES, gates, layer_of, matrix_of
-from pytest_qvl.checks.descent import Lesson, descent, take_step
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.not_finite import origin_of_not_finite
-from pytest_qvl.checks.optimizer import judge_optimizer
-from pytest_qvl.checks.placeholders import attended
 from pytest_qvl.checks.quantization import hold_packing
-from pytest_qvl.checks.teaching import (
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.descent import Lesson, descent, take_step
+from pytest_qvl.checks.support.not_finite import origin_of_not_finite
+from pytest_qvl.checks.support.placeholders import attended
+from pytest_qvl.checks.support.teaching import (
     IGNORED,
     NO_LABELS,
     adamw,
@@ -23,7 +22,8 @@ from pytest_qvl.checks.teaching import (
     taught_wrong,
     trainable_parameters,
 )
-from pytest_qvl.checks.wording import some, tally
+from pytest_qvl.checks.support.user_optimizer import judge_optimizer
+from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import Parts, anatomy
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pytest_qvl.checks.teaching import Batch, MakeOptimizer
+    from pytest_qvl.checks.support.teaching import Batch, MakeOptimizer
 
 ANSWER_HEADER = "<|im_start|>assistant\n"
 END_OF_TURN = "<|im_end|>"
@@ -80,12 +80,12 @@ def training_step(
     - second backward, after one optimizer step: no A and no B without a gradient;
     - nothing else receives a gradient, and nothing is trained in float16, where AdamW divides by zero;
     - the loss on deliberately wrong answers, which begins at 1 nat per token or above (by construction at
-      ``ln 3``, see :func:`pytest_qvl.checks.teaching.taught_wrong`), halves within `steps_to_halve` steps.
+      ``ln 3``, see :func:`pytest_qvl.checks.support.teaching.taught_wrong`), halves within `steps_to_halve` steps.
       Right answers would show nothing: a trained model is already on the floor there. Where the frozen head
       of a very narrow model cannot go to zero (:func:`pytest_qvl.models.training.loss_floor`), what halves is
       the distance to what it can. An adapter too small to halve it (one projection of an early layer) is
       right where the loss falls by what its gradient promises to first order
-      (:func:`pytest_qvl.checks.descent.descent`); a note says so.
+      (:func:`pytest_qvl.checks.support.descent.descent`); a note says so.
 
     The learning rates are derived from the model. AdamW's first steps move every element of B by the learning
     rate, so an adapted layer's output moves by ``rate * gain`` of the input's root mean square
@@ -97,8 +97,8 @@ def training_step(
     compute the loss is scaled as ``torch.amp.GradScaler`` does. All trained weights are put back bitwise.
 
     Your own optimizer is judged by its direction and not by this speed, on one step from where every tensor has a
-    gradient (:func:`pytest_qvl.checks.optimizer.judge_optimizer`): it holds every trained tensor at a rate above 0,
-    and its step moves each of them, downhill and to finite values, at any learning rate.
+    gradient (:func:`pytest_qvl.checks.support.user_optimizer.judge_optimizer`): it holds every trained tensor at a rate
+    above 0, and its step moves each of them, downhill and to finite values, at any learning rate.
 
     Args:
         model: The model wrapped by PEFT, its adapter trainable.

@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.activations import Peak, Peaks, leaves, watched
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.not_finite import origin_in
-from pytest_qvl.checks.rounding import last_place_noise, rounded_sums
-from pytest_qvl.checks.scoring import chunks, coarsest_dtype
-from pytest_qvl.checks.windows import Seen, judge_windows
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.activations import Peak, Peaks, leaves, watched
+from pytest_qvl.checks.support.not_finite import origin_in
+from pytest_qvl.checks.support.rounding import last_place_noise, rounded_sums
+from pytest_qvl.checks.support.scoring import chunks, coarsest_dtype
+from pytest_qvl.checks.support.windows import Seen, judge_windows
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers
 from pytest_qvl.models.anatomy import Parts, anatomy
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pytest_qvl.checks.reference import Reference
+    from pytest_qvl.checks.support.reference import Reference
     from pytest_qvl.models.anatomy import Group
 
 ROWS_KEPT = 32
@@ -125,7 +125,7 @@ class Drift:
 def ulp_response(parts: Parts, processor: Any, samples: Sequence[Sample]) -> tuple[Drift, Drift]:
     """How far the tower's rows move when every module in it is off by one unit in the last place.
 
-    See :func:`pytest_qvl.checks.rounding.last_place_noise`.
+    See :func:`pytest_qvl.checks.support.rounding.last_place_noise`.
 
     Returns:
         The drift before and after the merger over all pictures; zero without pictures.
@@ -187,8 +187,8 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
 
     *Windows.* In a family with window attention (Qwen2.5-VL) each vision block attends where the configuration
     says: within its window, or over the whole image. Judged bitwise on the image with most windows, first and last
-    window, without a reference (:mod:`pytest_qvl.checks.windows`). On images of a single window nothing tells the
-    two kinds of block apart, neither this nor the drift from the reference: where there is no other image the check
+    window, without a reference (:mod:`pytest_qvl.checks.support.windows`). On images of a single window nothing tells
+    the two kinds of block apart, neither this nor the drift from the reference: where there is no other image the check
     does not pass.
 
     *Unchanged.* Rows move no further from the reference than rounding explains, measured as ``|x - r| / |r|``
@@ -201,7 +201,7 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
     square, which varies little, and twice the response for the worst row: some three and four times what
     healthy passes differ by. Where the two passes compute in different dtypes the response scales with the
     coarser ``eps``, and where that is float32, whose partial sums are rounded too, with
-    :func:`pytest_qvl.checks.rounding.rounded_sums`. No limit lies below the coarser ``eps``: a row whose every
+    :func:`pytest_qvl.checks.support.rounding.rounded_sums`. No limit lies below the coarser ``eps``: a row whose every
     element is one step off has moved by ``eps`` of its length at most, and that is the least that another
     rounding can do to it, however little the response. All limits are capped at 0.1: storing weights as NF4
     alters them by 0.09 of their norm (the relative error of NF4 with block 64 on normal weights), so beyond the
@@ -217,7 +217,7 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
         model: Wrapped or not.
         processor: Its processor.
         samples: Probes; those without pictures are passed over.
-        reference: From :func:`pytest_qvl.checks.reference.record_reference`; None judges finiteness and
+        reference: From :func:`pytest_qvl.checks.support.reference.record_reference`; None judges finiteness and
             headroom only.
 
     Returns:

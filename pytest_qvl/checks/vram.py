@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.entry import check
-from pytest_qvl.checks.placeholders import attended, refuse_positions_in_generation
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.placeholders import attended, refuse_positions_in_generation
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.compiled import compilations

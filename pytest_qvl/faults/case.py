@@ -86,7 +86,7 @@ class Case:
 
     def long_batch(self) -> Batch:
         """One row of more than 2,000 tokens, as this set-up collates it."""
-        from pytest_qvl.checks.sizing import sizes_for
+        from pytest_qvl.checks.support.sizing import sizes_for
         from pytest_qvl.samples import long_sample
 
         sizes = sizes_for(self.subject.source, self.processor)
@@ -132,7 +132,7 @@ def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED, subject: Subject 
         subject: Model, device and dtype; the embedded model on the CPU if not given.
     """
     from pytest_qvl import checks
-    from pytest_qvl.checks.sizing import sizes_for
+    from pytest_qvl.checks.support.sizing import sizes_for
     from pytest_qvl.models.owner import collect, no_progress_bars
     from pytest_qvl.samples import probe_samples, structure_rows
 
@@ -191,7 +191,7 @@ def load(
     import torch
 
     from pytest_qvl.models.backends import backend
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.sources.model_source import parse_model
 
     subject = embedded() if subject is None else subject
     chosen = backend(subject.backend)
@@ -212,6 +212,6 @@ def load(
 
 
 def _processor(subject: Subject | None = None) -> Any:
-    from pytest_qvl.models.synthetic_processor import processor_for
+    from pytest_qvl.models.sources.synthetic_processor import processor_for
 
     return processor_for((embedded() if subject is None else subject).source)

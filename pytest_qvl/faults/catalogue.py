@@ -29,7 +29,7 @@ FAMILIES = {
     "positions": "positions",
     "padding": "padding and batching",
     "attention": "vision attention",
-    "pictures": "processor",
+    "images": "processor",
     "numerics": "numerics",
     "generation": "generation",
     "training": "training",
@@ -135,7 +135,7 @@ def fault(
 def catalogue() -> dict[str, Fault]:
     """Every fault by name, family by family."""
     for module in FAMILIES:
-        import_module(f"pytest_qvl.faults.{module}")
+        import_module(f"pytest_qvl.faults.definitions.{module}")
     return dict(_FAULTS)
 
 

@@ -66,7 +66,7 @@ EMBEDDED = Sizes(layers=4, language=28, vision=20, merger=2, vision_mlp=12, merg
 
 def sizes_of(model: Any, dtype: str = "bfloat16") -> Sizes:
     """The sizes of a model, wrapped or not, that was loaded in `dtype`."""
-    from pytest_qvl.faults.adapters import SEVEN
+    from pytest_qvl.faults.definitions.adapters import SEVEN
     from pytest_qvl.models.anatomy import anatomy
 
     parts = anatomy(model)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.data import embedded_model_dir
 from pytest_qvl.models.backends import BASELINE, LoadRequest
-from pytest_qvl.models.weights import ModelSource, parse_model
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.model_source import ModelSource, parse_model
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.models.backends import one_line
-from pytest_qvl.models.weights import adapter_config, check_adapter
+from pytest_qvl.models.sources.model_source import adapter_config, check_adapter
 
 _MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[([\d, ]*)\]\) from checkpoint, "

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.backends import BASELINE, Backend, LoadRequest, ModelLoadError, backend
-from pytest_qvl.models.fingerprint import Fingerprint
-from pytest_qvl.models.hub import model_folder
-from pytest_qvl.models.weights import parameter_count
+from pytest_qvl.models.fingerprint.digests import Fingerprint
+from pytest_qvl.models.sources.hub import model_folder
+from pytest_qvl.models.sources.model_source import parameter_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator
@@ -391,7 +391,7 @@ class ModelOwner:
 
 def _load(request: LoadRequest, backend_name: str) -> Any:
     """Load a model, and refuse it if the checkpoint does not fill it or a layer cannot compute."""
-    from pytest_qvl.models.loading import refuse_unfit
+    from pytest_qvl.models.sources.loading import refuse_unfit
 
     model = backend(backend_name).load(request)
     refuse_unfit(model)

@@ -61,7 +61,7 @@ def make_batch(
     so ``mm_token_type_ids`` is there exactly on releases whose processor makes it (Transformers 5).
 
     Args:
-        processor: A Qwen-VL processor (:func:`pytest_qvl.models.processors.load_processor`, or a user's own).
+        processor: A Qwen-VL processor (:func:`pytest_qvl.models.sources.processors.load_processor`, or a user's own).
         samples: At least one.
         padding_side: Left for generation, right or left for a forward pass.
         answers: Append each answer with its ``<|im_end|>``, and add `labels`.

@@ -10,7 +10,7 @@ import statistics
 import time
 
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.fingerprint import Fingerprint
+from pytest_qvl.models.fingerprint.digests import Fingerprint
 from pytest_qvl.models.quantized import base_tensors
 
 ROUNDS = 7

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
 
-from pytest_qvl.data import embedded_model_dir
-from pytest_qvl.models.processors import load_processor
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.processors import load_processor
 
 if TYPE_CHECKING:
     from pathlib import Path

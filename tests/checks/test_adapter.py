@@ -11,7 +11,7 @@ from pytest_qvl.checks.adapter import adapter_census, adapter_neutrality, gates
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, ModelCrashed
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.fingerprint.digests import digests
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import base_tensors
 from pytest_qvl.samples import make_batch, scenes

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pytest_qvl.checks.answers import AlignmentLimits, alignment, margin_noise
-from pytest_qvl.checks.probing import Margin
-from pytest_qvl.checks.reference import NoiseFloor, Reference, record_reference
-from pytest_qvl.checks.rounding import step
+from pytest_qvl.checks.support.probing import Margin
+from pytest_qvl.checks.support.reference import NoiseFloor, Reference, record_reference
+from pytest_qvl.checks.support.rounding import step
+from pytest_qvl.checks.visual_alignment import AlignmentLimits, alignment, margin_noise
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy

@@ -22,20 +22,20 @@ from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.adapters import LANGUAGE_ONLY, adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import base_tensors, usual_quantization
-from pytest_qvl.models.synthetic_processor import synthetic_processor
-from pytest_qvl.models.weights import ModelSource
+from pytest_qvl.models.sources.model_source import ModelSource
+from pytest_qvl.models.sources.synthetic_processor import synthetic_processor
 from pytest_qvl.samples import make_batch, scenes
 from pytest_qvl.vram.cards import card
 from pytest_qvl.vram.forecast import Request, phases
-from pytest_qvl.vram.forecast.agreement import Comparison
-from pytest_qvl.vram.forecast.allocator import round_size
-from pytest_qvl.vram.forecast.measured import measure
-from pytest_qvl.vram.forecast.predictions import Case, read_predictions
-from pytest_qvl.vram.forecast.recipes import NotFollowed, recipe_from_configs, recipe_from_model
-from pytest_qvl.vram.forecast.record import Rehearsal
+from pytest_qvl.vram.forecast.engine.allocator import round_size
+from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
+from pytest_qvl.vram.forecast.engine.recipes import NotFollowed, recipe_from_configs, recipe_from_model
+from pytest_qvl.vram.forecast.engine.trace import replay
 from pytest_qvl.vram.forecast.run import Forecaster
 from pytest_qvl.vram.forecast.source import find_source, find_weights_source
-from pytest_qvl.vram.forecast.tape import replay
+from pytest_qvl.vram.forecast.validation.agreement import Comparison
+from pytest_qvl.vram.forecast.validation.measured import measure
+from pytest_qvl.vram.forecast.validation.predictions import Case, read_predictions
 from pytest_qvl.vram.meter import Meter, Usage
 from pytest_qvl.vram.units import GiB, MiB
 

@@ -17,11 +17,11 @@ from pytest_qvl.checks.generation import (
     generation_wellformed,
     greedy_is_argmax,
 )
-from pytest_qvl.checks.greedy import Reply, greedy
-from pytest_qvl.checks.placeholders import refuse_positions_in_generation
 from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle
-from pytest_qvl.checks.reference import Reference, noise_floor, record_reference
-from pytest_qvl.checks.scoring import text_of
+from pytest_qvl.checks.support.greedy import Reply, greedy
+from pytest_qvl.checks.support.placeholders import refuse_positions_in_generation
+from pytest_qvl.checks.support.reference import Reference, noise_floor, record_reference
+from pytest_qvl.checks.support.scoring import text_of
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import positions_changed

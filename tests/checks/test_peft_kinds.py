@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pytest_qvl.checks import adapter_neutrality, checkpoint_complete, frozen_vision, training_step
-from pytest_qvl.checks.effect import judge_effect
+from pytest_qvl.checks.support.adapter_effect import judge_effect
 from pytest_qvl.evidence import Judge
 from pytest_qvl.models.adapters import adapter_parameters, remove_peft_layers
 from pytest_qvl.models.anatomy import anatomy

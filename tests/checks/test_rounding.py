@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pytest_qvl.checks.generation import _Apart, _judge_apart, generation_batch_invariance, generation_cache_invariance
-from pytest_qvl.checks.greedy import Reply
-from pytest_qvl.checks.reference import EVIDENCE, NoiseFloor
-from pytest_qvl.checks.rounding import last_place_noise, rounded_sums, step
+from pytest_qvl.checks.support.greedy import Reply
+from pytest_qvl.checks.support.reference import EVIDENCE, NoiseFloor
+from pytest_qvl.checks.support.rounding import last_place_noise, rounded_sums, step
 from pytest_qvl.checks.vision import DRIFT_CAP, drift_limit, row_drift
 from pytest_qvl.evidence import CheckFailed, Judge
 from pytest_qvl.models.anatomy import anatomy

@@ -15,8 +15,8 @@ from pytest_qvl.checks.roundtrip import adapter_roundtrip
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.adapters import ADAPTER_FILE, adapted_layers, adapter_parameters, remove_peft_layers
 from pytest_qvl.models.anatomy import UnknownModelError, anatomy
-from pytest_qvl.models.fingerprint import digests
-from pytest_qvl.models.weights import ModelSourceError
+from pytest_qvl.models.fingerprint.digests import digests
+from pytest_qvl.models.sources.model_source import ModelSourceError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft")
 

@@ -10,12 +10,12 @@ import torch
 import transformers
 
 from pytest_qvl.checks.frozen import frozen_vision
-from pytest_qvl.checks.teaching import WRONG_RANK, taught_wrong
+from pytest_qvl.checks.support.teaching import WRONG_RANK, taught_wrong
 from pytest_qvl.checks.training import label_mask, training_step, vision_not_backpropagated
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import TransformersBackend, remove_vision_grad_hooks
-from pytest_qvl.models.fingerprint import digests
+from pytest_qvl.models.fingerprint.digests import digests
 from pytest_qvl.models.quantized import base_tensors
 from pytest_qvl.samples import make_batch, scenes
 

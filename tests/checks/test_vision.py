@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_qvl.checks.reference import Reference, record_reference
+from pytest_qvl.checks.support.reference import Reference, record_reference
 from pytest_qvl.checks.vision import kept_rows, vision_stability
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.anatomy import anatomy

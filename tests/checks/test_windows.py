@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pytest_qvl.checks.reference import record_reference
+from pytest_qvl.checks.support.reference import record_reference
 from pytest_qvl.checks.vision import vision_stability
 from pytest_qvl.evidence import CannotJudge, CheckFailed
-from pytest_qvl.faults.random_models import random_model
+from pytest_qvl.faults.matrix.random_models import random_model
 from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import Sample, pixel_limits, probe_sizes, scenes

@@ -15,10 +15,10 @@ LAYERS, BLOCKS = 5, 6
 @pytest.fixture(scope="session")
 def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of another depth than the embedded model's, the head tied, with the embedded processor."""
-    from pytest_qvl.data import embedded_model_dir
-    from pytest_qvl.faults.random_models import random_config
-    from pytest_qvl.models.processors import load_processor, save_processor
-    from pytest_qvl.models.synthetic_checkpoint import write_checkpoint
+    from pytest_qvl.faults.matrix.random_models import random_config
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
+    from pytest_qvl.models.sources.processors import load_processor, save_processor
+    from pytest_qvl.models.sources.synthetic_checkpoint import write_checkpoint
 
     config = random_config("qwen2_5_vl", layers=LAYERS, blocks=BLOCKS, tied=True)
     folder = tmp_path_factory.mktemp("random") / "model"

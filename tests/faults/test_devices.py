@@ -56,8 +56,8 @@ def test_a_subject_is_checked_where_it_is_named() -> None:
 
 def test_a_batch_goes_where_the_model_is_and_stays_a_leaf() -> None:
     """On the meta device, which stands for one that this machine need not have."""
-    from pytest_qvl.data import embedded_model_dir
-    from pytest_qvl.models.processors import load_processor
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
+    from pytest_qvl.models.sources.processors import load_processor
     from pytest_qvl.samples import scenes
 
     somewhere = SimpleNamespace(device="meta")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_qvl.faults.freshness import ASIDE, PACKAGE, deciding_files, definitions_digest, definitions_of
+from pytest_qvl.faults.matrix.freshness import ASIDE, PACKAGE, deciding_files, definitions_digest, definitions_of
 
 PLAIN = """
 from a import b

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from pytest_qvl.cli import main
-from pytest_qvl.faults import healthy_panel
-from pytest_qvl.faults.healthy import variations
-from pytest_qvl.faults.healthy_child import Judged
-from pytest_qvl.faults.healthy_panel import Child
-from pytest_qvl.faults.healthy_plan import START, Schedule, expected_cost, spread
-from pytest_qvl.faults.healthy_record import BEGIN, COMMAND, END, Outcome, block_of, markdown, record, shown
-from pytest_qvl.faults.isa import Cpu, Setting, settings
-from pytest_qvl.faults.isa_used import Used
+from pytest_qvl.faults.matrix import healthy_panel
+from pytest_qvl.faults.matrix.healthy import variations
+from pytest_qvl.faults.matrix.healthy_child import Judged
+from pytest_qvl.faults.matrix.healthy_panel import Child
+from pytest_qvl.faults.matrix.healthy_plan import START, Schedule, expected_cost, spread
+from pytest_qvl.faults.matrix.healthy_record import BEGIN, COMMAND, END, Outcome, block_of, markdown, record, shown
+from pytest_qvl.faults.matrix.isa import Cpu, Setting, settings
+from pytest_qvl.faults.matrix.isa_used import Used
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -130,8 +130,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
 
     monkeypatch.setattr(healthy_panel, "Child", Own)
     monkeypatch.setattr(healthy_panel, "definitions_digest", lambda: "0123")  # reads all code: seconds
-    monkeypatch.setattr("pytest_qvl.faults.freshness.definitions_digest", lambda: "0123")
-    monkeypatch.setattr("pytest_qvl.faults.isa.this_cpu", lambda: NATIVE)
+    monkeypatch.setattr("pytest_qvl.faults.matrix.freshness.definitions_digest", lambda: "0123")
+    monkeypatch.setattr("pytest_qvl.faults.matrix.isa.this_cpu", lambda: NATIVE)
     return Own
 
 

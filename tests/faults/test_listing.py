@@ -50,7 +50,7 @@ def test_nonsense_is_one_line(capsys: pytest.CaptureFixture[str], arguments: lis
 
 
 def test_listing_imports_no_torch() -> None:
-    code = "import sys; from pytest_qvl.faults.cli import listed; listed(); print('torch' in sys.modules)"
+    code = "import sys; from pytest_qvl.faults.command import listed; listed(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -58,7 +58,7 @@ def test_listing_imports_no_torch() -> None:
 POOL = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
-from pytest_qvl.faults.matrix import end_with_parent
+from pytest_qvl.faults.matrix.runner import end_with_parent
 
 def work():
     print("working", flush=True)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from pytest_qvl.cli import main
-from pytest_qvl.faults import catalogue, matrix, work
-from pytest_qvl.faults.by_model import by_model, ordered, read_record
-from pytest_qvl.faults.matrix import assembled, complete, run
-from pytest_qvl.faults.results import Result, Row
+from pytest_qvl.faults import catalogue
+from pytest_qvl.faults.matrix import runner, work
+from pytest_qvl.faults.matrix.by_model import by_model, ordered, read_record
+from pytest_qvl.faults.matrix.results import Result, Row
+from pytest_qvl.faults.matrix.runner import assembled, complete, run
+from pytest_qvl.faults.matrix.work import Done, Plan, Task, tasks
 from pytest_qvl.faults.subject import Subject, embedded
-from pytest_qvl.faults.work import Done, Plan, Task, tasks
 
 TWO = ("scatter-off-by-one", "rank-halved")
 SYNTHETIC = Subject.of("synthetic:qwen2.5-vl-3b", "cuda")
@@ -40,7 +41,7 @@ def doing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return Done(task, {"outcome": "pass", "message": ""}, 1.0)
         return Done(task, found(catalogue()[task.key].check), 2.0)
 
-    monkeypatch.setattr(matrix, "do", do)
+    monkeypatch.setattr(runner, "do", do)
     return asked
 
 
@@ -137,8 +138,8 @@ def test_a_process_that_dies_is_one_sentence(plan: Plan, monkeypatch: pytest.Mon
             future.set_exception(BrokenProcessPool("terminated abruptly"))
             return future
 
-    monkeypatch.setattr(matrix, "ProcessPoolExecutor", Pool)
-    with pytest.raises(matrix.MatrixStopped, match="give fewer --jobs"):
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    with pytest.raises(runner.MatrixStopped, match="give fewer --jobs"):
         run(plan, jobs=2)
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from pytest_qvl.faults import apply, catalogue, healthy_case
 from pytest_qvl.faults.catalogue import FAMILIES, find
-from pytest_qvl.faults.healthy import ALWAYS, IN_TURN, KNOWLEDGE, Healthy, variations
-from pytest_qvl.faults.panel import PASS, judge, judge_all, panel, smoke
-from pytest_qvl.faults.restored import state
+from pytest_qvl.faults.matrix.healthy import ALWAYS, IN_TURN, KNOWLEDGE, Healthy, variations
+from pytest_qvl.faults.matrix.panel import PASS, judge, judge_all, panel, smoke
+from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.sizes import EMBEDDED, sizes_of
 
 pytestmark = [

@@ -8,9 +8,9 @@ import pytest
 
 from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.catalogue import find
+from pytest_qvl.faults.matrix.work import Plan, Task, _case, do
 from pytest_qvl.faults.sizes import sizes_of
 from pytest_qvl.faults.subject import Subject
-from pytest_qvl.faults.work import Plan, Task, _case, do
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from pytest_qvl.faults import catalogue
-from pytest_qvl.faults.by_model import NAME, by_model, ordered, read_record
-from pytest_qvl.faults.freshness import definitions_digest
-from pytest_qvl.faults.page import page, picture
-from pytest_qvl.faults.results import Result, Row
+from pytest_qvl.faults.matrix.by_model import NAME, by_model, ordered, read_record
+from pytest_qvl.faults.matrix.freshness import definitions_digest
+from pytest_qvl.faults.matrix.page import page, picture
+from pytest_qvl.faults.matrix.results import Result, Row
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

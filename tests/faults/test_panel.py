@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.faults import panel as module
-from pytest_qvl.faults.panel import CRASHED, REFUSED, UNDECIDED, judge
+from pytest_qvl.faults.matrix import panel as module
+from pytest_qvl.faults.matrix.panel import CRASHED, REFUSED, UNDECIDED, judge
 from pytest_qvl.faults.subject import Subject, embedded
 from pytest_qvl.samples import make_batch
 
@@ -54,7 +54,7 @@ def test_a_check_that_cannot_judge_is_neither(said_by: Any) -> None:
 
 
 def test_cuda_has_the_check_of_memory_as_well() -> None:
-    from pytest_qvl.faults.work import Plan, tasks
+    from pytest_qvl.faults.matrix.work import Plan, tasks
 
     assert set(module.panel("cuda")) - set(module.panel()) == {"peak_vram"}
     asked = {task.key for task in tasks(Plan(Subject.of("embedded", "cuda"))) if task.part == "health"}

@@ -33,7 +33,7 @@ def room(torch):
 @pytest.fixture(scope="module")
 def measure_case(torch):
     def measured(case):
-        from pytest_qvl.vram.forecast.measured import measure
+        from pytest_qvl.vram.forecast.validation.measured import measure
         from pytest_qvl.vram.meter import Meter
 
         return measure(case.request, Meter(), inference=case.inference)

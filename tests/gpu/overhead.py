@@ -120,7 +120,7 @@ def bare(source, device, tape):
     from pytest_qvl.models.adapters import LANGUAGE_ONLY
     from pytest_qvl.models.backends import LoadRequest, backend
     from pytest_qvl.models.quantized import usual_quantization
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.sources.model_source import parse_model
 
     recorded = torch.load(tape, weights_only=True)
     calls = recorded["calls"]

@@ -70,13 +70,13 @@ def pytest_sessionfinish(session):
 
 
 def _meter(config):
-    from pytest_qvl.session import STATE_KEY
+    from pytest_qvl.session.state import STATE_KEY
 
     return config.stash[STATE_KEY].meter
 
 
 def _without_data(tensors):
-    from pytest_qvl.vram.forecast.recorder import Ghost
+    from pytest_qvl.vram.forecast.engine.recorder import Ghost
 
     return any(isinstance(tensor, Ghost) for tensor in tensors)
 

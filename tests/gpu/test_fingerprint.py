@@ -30,7 +30,7 @@ def tensors(torch):
 
 
 def test_digests_on_cuda_equal_those_on_the_cpu(torch, tensors):
-    from pytest_qvl.models.fingerprint import digests
+    from pytest_qvl.models.fingerprint.digests import digests
 
     on_cuda = {}
     for name, tensor in tensors.items():
@@ -40,7 +40,7 @@ def test_digests_on_cuda_equal_those_on_the_cpu(torch, tensors):
 
 
 def test_views_that_begin_anywhere(torch):
-    from pytest_qvl.models.fingerprint import digests
+    from pytest_qvl.models.fingerprint.digests import digests
 
     octets = torch.randint(0, 255, (5000,), dtype=torch.uint8)
     on_cuda = octets.cuda()
@@ -49,7 +49,7 @@ def test_views_that_begin_anywhere(torch):
 
 
 def test_one_changed_byte_of_a_large_tensor_is_seen(torch):
-    from pytest_qvl.models.fingerprint import digests
+    from pytest_qvl.models.fingerprint.digests import digests
 
     tensor = torch.zeros(2**26 + 5, dtype=torch.uint8, device="cuda")
     before = digests([("t", tensor)])
@@ -61,7 +61,7 @@ def test_one_changed_byte_of_a_large_tensor_is_seen(torch):
 
 
 def test_a_fingerprint_that_is_kept_follows_values_and_addresses(torch, tensors):
-    from pytest_qvl.models.fingerprint import Fingerprint, digests
+    from pytest_qvl.models.fingerprint.digests import Fingerprint, digests
 
     on_cuda = {name: tensor.cuda() for name, tensor in tensors.items()}
     fingerprint = Fingerprint()
@@ -78,7 +78,7 @@ def test_a_fingerprint_that_is_kept_follows_values_and_addresses(torch, tensors)
 
 
 def test_kept_tables_do_not_keep_tensors(torch):
-    from pytest_qvl.models.fingerprint import Fingerprint
+    from pytest_qvl.models.fingerprint.digests import Fingerprint
 
     fingerprint = Fingerprint()
     empty = torch.cuda.memory_allocated()

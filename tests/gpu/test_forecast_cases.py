@@ -8,8 +8,8 @@ import pytest
 
 from pytest_qvl.evidence import CannotJudge, Judge
 from pytest_qvl.vram.cap import pinned_attention
-from pytest_qvl.vram.forecast.agreement import Comparison, hold
-from pytest_qvl.vram.forecast.predictions import NOT_COMPARED, Case, read_predictions
+from pytest_qvl.vram.forecast.validation.agreement import Comparison, hold
+from pytest_qvl.vram.forecast.validation.predictions import NOT_COMPARED, Case, read_predictions
 from pytest_qvl.vram.units import GiB
 
 pytestmark = pytest.mark.gpu

@@ -7,7 +7,7 @@ import pytest
 from pytest_qvl import checks
 from pytest_qvl.evidence import CheckFailed
 from pytest_qvl.faults import apply, healthy_case
-from pytest_qvl.faults.panel import PASS, judge
+from pytest_qvl.faults.matrix.panel import PASS, judge
 from pytest_qvl.faults.subject import Subject
 from pytest_qvl.vram.meter import Meter
 

@@ -12,7 +12,7 @@ import pytest
 from pytest_qvl.evidence import CannotJudge, Judge
 from pytest_qvl.vram.cap import allocator_bytes, capped, pinned_attention
 from pytest_qvl.vram.cards import card as find_card
-from pytest_qvl.vram.forecast.predictions import Case, read_predictions
+from pytest_qvl.vram.forecast.validation.predictions import Case, read_predictions
 from pytest_qvl.vram.units import GiB
 
 pytestmark = pytest.mark.gpu

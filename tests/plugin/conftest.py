@@ -70,11 +70,11 @@ def real_stack(with_torch):
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
 
-    from pytest_qvl.data import embedded_model_dir
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.owner import ModelOwner
-    from pytest_qvl.models.processors import load_processor
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
+    from pytest_qvl.models.sources.model_source import parse_model
+    from pytest_qvl.models.sources.processors import load_processor
     from pytest_qvl.samples import make_batch, scenes
 
     owner = ModelOwner(print)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_qvl.gpu_access import GpuAccess
-from pytest_qvl.session import Refusal, State
+from pytest_qvl.session.gpu_access import GpuAccess
+from pytest_qvl.session.state import Refusal, State
 from pytest_qvl.vram.cap import allocator_bytes
 from pytest_qvl.vram.cards import card
 

@@ -104,7 +104,7 @@ def test_evidence_travels_from_workers(pytester, run_apart):
 
 
 SHOWS = """
-    from pytest_qvl.session import STATE_KEY
+    from pytest_qvl.session.state import STATE_KEY
     def test_it(pytestconfig): pytestconfig.stash[STATE_KEY].progress("loading the model")
 """
 

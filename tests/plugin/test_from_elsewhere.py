@@ -105,7 +105,7 @@ def test_a_saved_adapter_is_loaded_and_a_wrong_one_is_one_error(pytester, run_re
 def test_two_models_one_after_the_other(pytester, run_real):
     import shutil
 
-    from pytest_qvl.data import embedded_model_dir
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
 
     shutil.copytree(embedded_model_dir(), pytester.path / "mine")
     pytester.makepyfile(

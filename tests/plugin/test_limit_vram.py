@@ -9,13 +9,13 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import pytest_qvl
-from pytest_qvl.markers import VramLimits, insists_on
+from pytest_qvl.session.limit_vram import VramLimits, insists_on
 
 ROOT = Path(pytest_qvl.__file__).parents[1]
 
 CONFTEST = """
 import pytest
-from pytest_qvl.markers import LIMIT_VRAM_HELP, VramLimits
+from pytest_qvl.session.limit_vram import LIMIT_VRAM_HELP, VramLimits
 from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
 from pytest_qvl.vram.units import parse_bytes
@@ -515,11 +515,11 @@ def test_every_kind_of_item_is_measured(run, pytester):
 
 def test_the_module_imports_nothing_heavy(pytester):
     result = pytester.runpython_c(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pytest_qvl.markers; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pytest_qvl.session.limit_vram; "
         "print([n for n in sys.modules if n.startswith(('torch', 'pytest_qvl.'))])"
     )
-    assert result.stdout.lines[-1] == "['pytest_qvl.markers']"
-    assert VramLimits.__module__ == "pytest_qvl.markers"
+    assert result.stdout.lines[-1] == "['pytest_qvl.session.limit_vram']"
+    assert VramLimits.__module__ == "pytest_qvl.session.limit_vram"
 
 
 # -- did this run ask for GPUs? ------------------------------------------------------------------------------

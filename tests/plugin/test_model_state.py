@@ -260,7 +260,7 @@ def test_overrides_of_the_model_itself_and_by_parameters(pytester, run_real):
     def qvl_quantized_model():
         import torch
         from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
-        from pytest_qvl.data import embedded_model_dir
+        from pytest_qvl.models.sources.embedded import embedded_model_dir
         config = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.visual", "lm_head"])
         folder = embedded_model_dir()
         model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, dtype=torch.float32)

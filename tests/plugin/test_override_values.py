@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_qvl import fixtures, lineage
-from pytest_qvl.fixture_values import EXPECTED
+from pytest_qvl import fixtures
+from pytest_qvl.session import fixture_graph
+from pytest_qvl.session.fixture_values import EXPECTED
 
 # Judged by whoever loads, attaches or looks at them.
 JUDGED_ELSEWHERE = {
@@ -57,7 +58,7 @@ WRONG = [
 
 
 def test_every_public_fixture_is_judged():
-    public = {name for name in lineage.fixtures_of(fixtures) if name.startswith("qvl_")}
+    public = {name for name in fixture_graph.fixtures_of(fixtures) if name.startswith("qvl_")}
     assert public == EXPECTED.keys() | JUDGED_ELSEWHERE
     assert {name for name, _, _ in WRONG} == EXPECTED.keys()
 

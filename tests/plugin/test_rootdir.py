@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qvl.data import embedded_model_dir
-from pytest_qvl.rootdir import joined
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.session.rootdir import joined
 
 SEES = """
     import pytest

@@ -12,8 +12,8 @@ SUITE = ("--pyargs", "pytest_qvl.suite", "--qvl-device", "cpu", "--qvl-samples",
 @pytest.fixture(scope="module")
 def in_4bit(tmp_path_factory, real_stack):
     """The embedded checkpoint as ``save_pretrained`` of the 4-bit model writes it."""
-    from pytest_qvl.data import embedded_model_dir
     from pytest_qvl.faults.case import load
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
 
     folder = shutil.copytree(embedded_model_dir(), tmp_path_factory.mktemp("saved") / "in-4-bits")
     load(lora=None).save_pretrained(folder)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from pytest_qvl.data import embedded_model_dir
+from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.options import SETTINGS
 
 PRINT = """

@@ -47,7 +47,7 @@ def test_the_suite_is_collected_under_any_ini(pytester, run_light, expected, ini
     "arguments", [["{folder}"], ["{folder}/test_vision.py"], ["--pyargs", "pytest_qvl.suite.test_vision"]]
 )
 def test_named_by_path_or_module_nothing_is_collected_twice(pytester, run_light, arguments):
-    from pytest_qvl.shipped import FOLDER
+    from pytest_qvl.session.suite_collection import FOLDER
 
     pytester.makeini("[pytest]\npython_files = check_*.py")
     result = run_light("--collect-only", "-q", *(a.format(folder=FOLDER) for a in arguments), "-k", "vision_stability")
@@ -68,7 +68,7 @@ def test_an_empty_suite_is_an_error(pytester, run_light, run_apart):
 
 @pytest.mark.parametrize("selection", [["-k", "own"], ["-m", "gpu"], ["--deselect", "{suite}"], ["--lf"]], ids=str)
 def test_what_the_user_deselects_is_no_error(pytester, run_light, selection):
-    from pytest_qvl.shipped import FOLDER
+    from pytest_qvl.session.suite_collection import FOLDER
 
     pytester.makepyfile("def test_own(): assert False")
     run_light("test_what_the_user_deselects_is_no_error.py")

@@ -46,7 +46,7 @@ def test_starting_imports_nothing_heavy_and_starts_no_process(pytester, monkeypa
 def test_importing_the_package_imports_nothing_heavy():
     modules = (
         "pytest_qvl, pytest_qvl.plugin, pytest_qvl.options, pytest_qvl.evidence, pytest_qvl.checks, "
-        "pytest_qvl.report.terminal, pytest_qvl.models.weights"
+        "pytest_qvl.report.terminal, pytest_qvl.models.sources.model_source"
     )
     code = f"import sys, {modules}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-import pytest_qvl.threads as threads
-from pytest_qvl.threads import share
+import pytest_qvl.session.threads as threads
+from pytest_qvl.session.threads import share
 
 SEES = """
     import os, sys

@@ -9,9 +9,9 @@ import pytest
 
 from pytest_qvl.checks.forecast import judge_agreement
 from pytest_qvl.evidence import CannotJudge, CheckFailed
-from pytest_qvl.vram.forecast.agreement import Comparison
-from pytest_qvl.vram.forecast.predictions import NOT_COMPARED, SCHEMA, SIDES, Case, cases, read_predictions
-from pytest_qvl.vram.forecast.tape import PhaseBytes
+from pytest_qvl.vram.forecast.engine.trace import PhaseBytes
+from pytest_qvl.vram.forecast.validation.agreement import Comparison
+from pytest_qvl.vram.forecast.validation.predictions import NOT_COMPARED, SCHEMA, SIDES, Case, cases, read_predictions
 from pytest_qvl.vram.meter import Usage
 from pytest_qvl.vram.units import GiB, MiB
 

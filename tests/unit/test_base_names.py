@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_qvl.models.base_names import other_base
-from pytest_qvl.models.released import released_config
+from pytest_qvl.models.sources.base_names import other_base
+from pytest_qvl.models.sources.released import released_config
 
 COMMIT = "0123456789" * 4
 SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pytest_qvl import data
-from pytest_qvl.data import embedded_model_dir
-from pytest_qvl.models.processors import load_processor
+from pytest_qvl.models.sources import embedded
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.processors import load_processor
 from pytest_qvl.samples import ALL_SKILLS, PLACE_SKILLS, TEXT_ONLY_SKILLS, Sample, make_batch, scenes
 from pytest_qvl.samples.batch import IGNORE
 
@@ -45,17 +45,17 @@ def one_thread() -> Any:
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_PACKAGE", tmp_path / "pytest_qvl")
+    monkeypatch.setattr(embedded, "_PACKAGE", tmp_path / "pytest_qvl")
     with pytest.raises(FileNotFoundError, match="Reinstall"):
-        data.embedded_model_dir()
+        embedded.embedded_model_dir()
 
 
 def test_the_packaged_copy_goes_before_the_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_PACKAGE", tmp_path / "pytest_qvl")
+    monkeypatch.setattr(embedded, "_PACKAGE", tmp_path / "pytest_qvl")
     for folder in (tmp_path / "fixtures" / "embedded", tmp_path / "pytest_qvl" / "_data" / "embedded"):
         folder.mkdir(parents=True)
         (folder / "config.json").touch()
-        assert data.embedded_model_dir() == folder
+        assert embedded.embedded_model_dir() == folder
 
 
 def test_the_weights_are_small_bfloat16_and_of_a_million_parameters(model: Any) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 import torch
 
-from pytest_qvl.models.fingerprint import CHUNK_BYTES, Fingerprint, digests
+from pytest_qvl.models.fingerprint.digests import CHUNK_BYTES, Fingerprint, digests
 
 DTYPES = (
     torch.float32,

@@ -20,16 +20,22 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_qvl.cli import main
-from pytest_qvl.data import embedded_model_dir
-from pytest_qvl.models.released import expectations
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.released import expectations
 from pytest_qvl.vram.cards import card
 from pytest_qvl.vram.forecast import Forecast, Request, forecast, phases
-from pytest_qvl.vram.forecast.allocator import MIN_BLOCK, CachingAllocator, CardFullError, round_size, segment_size
-from pytest_qvl.vram.forecast.kernels import Device
-from pytest_qvl.vram.forecast.picture import draw_timeline
-from pytest_qvl.vram.forecast.recorder import Ghost, Recorder
+from pytest_qvl.vram.forecast.engine.allocator import (
+    MIN_BLOCK,
+    CachingAllocator,
+    CardFullError,
+    round_size,
+    segment_size,
+)
+from pytest_qvl.vram.forecast.engine.kernels import Device
+from pytest_qvl.vram.forecast.engine.recorder import Ghost, Recorder
+from pytest_qvl.vram.forecast.engine.trace import KINDS, Tape, replay
+from pytest_qvl.vram.forecast.output.timeline import draw_timeline
 from pytest_qvl.vram.forecast.run import largest, make_forecaster
-from pytest_qvl.vram.forecast.tape import KINDS, Tape, replay
 from pytest_qvl.vram.units import GiB, MiB
 
 HOPPER, TURING = Device((9, 0)), Device((7, 5))
@@ -262,7 +268,7 @@ def test_loaded_weights_are_those_of_the_real_model(small: Forecast) -> None:
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.backends.transformers import TransformersBackend
     from pytest_qvl.models.quantized import base_tensors
-    from pytest_qvl.models.weights import parse_model
+    from pytest_qvl.models.sources.model_source import parse_model
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -455,7 +461,7 @@ def test_loading_a_16_bit_checkpoint_keeps_the_measured_gaps() -> None:
 
 def test_a_capped_gpu_runs_out_where_the_replay_says() -> None:
     """A float16 step at 1,024 visual tokens, flash attention off, fitted 10 GiB of an H200 and not 9 GiB."""
-    from pytest_qvl.vram.forecast.record import Rehearsal
+    from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
     from pytest_qvl.vram.forecast.source import find_source
 
     request = Request(

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from pytest_qvl.models import hub
-from pytest_qvl.models.hub import hub_options, model_folder, saved_quantization
-from pytest_qvl.models.weights import ModelSource, ModelSourceError, parse_model
+from pytest_qvl.models.sources import hub
+from pytest_qvl.models.sources.hub import hub_options, model_folder, saved_quantization
+from pytest_qvl.models.sources.model_source import ModelSource, ModelSourceError, parse_model
 
 COMMIT = "a" * 40
 

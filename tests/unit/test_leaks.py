@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from pytest_qvl.leaks import TOLERANCE, LeakWatch
+from pytest_qvl.session.leaks import TOLERANCE, LeakWatch
 from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
 from pytest_qvl.vram.survivors import tensors_alive

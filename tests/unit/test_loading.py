@@ -10,15 +10,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from pytest_qvl.data import embedded_model_dir
 from pytest_qvl.faults.case import load as load_case
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError
 from pytest_qvl.models.backends.transformers import TransformersBackend
-from pytest_qvl.models.loading import LoadingReport, compared_with, kept_report, refuse_unfit, why_not_loaded
 from pytest_qvl.models.owner import ModelOwner
 from pytest_qvl.models.quantized import linear_states, usual_quantization
-from pytest_qvl.models.weights import parameter_count, parse_model, stored_tensors
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.loading import LoadingReport, compared_with, kept_report, refuse_unfit, why_not_loaded
+from pytest_qvl.models.sources.model_source import parameter_count, parse_model, stored_tensors
 
 TRANSFORMERS_5 = not transformers.__version__.startswith("4.")
 ROWS = 8

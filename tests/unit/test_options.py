@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_qvl.options import SETTINGS, SETTINGS_KEY, Choice, Settings
-from pytest_qvl.rootdir import joined
+from pytest_qvl.session.rootdir import joined
 
 # A value that each setting takes, and what comes of it; `folder` and `adapter` stand for folders made by a fixture.
 VALID = {
@@ -113,7 +113,7 @@ def test_the_header_says_what_the_reference_of_a_4_bit_folder_is(pytester, setti
     import json
     import shutil
 
-    from pytest_qvl.data import embedded_model_dir
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
 
     folder = shutil.copytree(embedded_model_dir(), pytester.path / "saved")
     config = json.loads((folder / "config.json").read_text())

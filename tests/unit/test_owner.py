@@ -9,12 +9,12 @@ import weakref
 
 import pytest
 
-from pytest_qvl.data import embedded_model_dir
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.attaching import adapter_folder, saved_lora_config
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError, one_line
 from pytest_qvl.models.owner import FRESH, ModelOwner, refuse_if_too_big, value_key
-from pytest_qvl.models.weights import ModelSource, parse_model
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.model_source import ModelSource, parse_model
 
 LANGUAGE = r".*language_model.*\.q_proj"
 
@@ -221,7 +221,7 @@ def test_a_first_forward_is_not_a_change_although_dtypes_differ(owner, request_f
     """bitsandbytes casts the biases of its layers to the compute dtype, in place, when they first run."""
     import torch
 
-    from pytest_qvl.models.processors import load_processor
+    from pytest_qvl.models.sources.processors import load_processor
     from pytest_qvl.samples import make_batch, scenes
 
     base = owner.base(request_for(bnb_4bit_compute_dtype=torch.float16, dtype="bfloat16"), "transformers")
@@ -236,7 +236,7 @@ def test_a_first_forward_of_a_model_that_somebody_else_loaded_is_no_change(owner
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from pytest_qvl.models.processors import load_processor
+    from pytest_qvl.models.sources.processors import load_processor
     from pytest_qvl.samples import make_batch, scenes
 
     model = AutoModelForImageTextToText.from_pretrained(

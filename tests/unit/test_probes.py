@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from pytest_qvl.checks.sizing import sizes_for
-from pytest_qvl.data import embedded_model_dir
-from pytest_qvl.models.processors import load_processor
-from pytest_qvl.models.released import PictureSizes, picture_sizes, released_config, released_names
-from pytest_qvl.models.weights import parse_model
+from pytest_qvl.checks.support.sizing import sizes_for
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.model_source import parse_model
+from pytest_qvl.models.sources.processors import load_processor
+from pytest_qvl.models.sources.released import PictureSizes, picture_sizes, released_config, released_names
 from pytest_qvl.samples import (
     ALL_SKILLS,
     ProbeSizes,
@@ -178,7 +178,7 @@ def test_the_long_row_is_longer_than_2000_tokens_and_fits(processor: Any) -> Non
 def test_positions_rounded_to_bfloat16_are_seen_in_a_long_row_only(processor: Any) -> None:
     from pytest_qvl.checks import mrope_positions
     from pytest_qvl.evidence import CheckFailed
-    from pytest_qvl.faults.random_models import random_model
+    from pytest_qvl.faults.matrix.random_models import random_model
     from pytest_qvl.models.anatomy import anatomy
     from pytest_qvl.models.taps import positions_changed
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pytest_qvl.data import embedded_model_dir
-from pytest_qvl.models import processors
-from pytest_qvl.models.processors import MissingProcessorError, load_processor, save_processor
+from pytest_qvl.models.sources import processors
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.processors import MissingProcessorError, load_processor, save_processor
 from pytest_qvl.samples import Sample, answer_ids, make_batch, prompt, scenes
 from pytest_qvl.samples.batch import IGNORE, PaddingSide
 
@@ -233,7 +233,7 @@ def test_importing_processors_stays_light() -> None:
     import subprocess
 
     heavy = "{'torch', 'transformers', 'numpy'} & set(sys.modules)"
-    code = f"import sys, pytest_qvl.models.processors, pytest_qvl.data; print({heavy})"
+    code = f"import sys, pytest_qvl.models.sources.processors, pytest_qvl.models.sources.embedded; print({heavy})"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
 
@@ -255,8 +255,8 @@ def test_a_trainer_saves_it(processor: Any, tmp_path: Path, samples: list[Sample
     ],
 )
 def test_a_processor_that_cannot_be_used(tmp_path: Path, file: str, content: str | None, says: str) -> None:
-    from pytest_qvl.models.synthetic_processor import processor_for
-    from pytest_qvl.models.weights import ModelSource, ModelSourceError
+    from pytest_qvl.models.sources.model_source import ModelSource, ModelSourceError
+    from pytest_qvl.models.sources.synthetic_processor import processor_for
 
     folder = shutil.copytree(embedded_model_dir(), tmp_path / "checkpoint")
     settings = json.loads((folder / "tokenizer_config.json").read_text())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageTextToText
 
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.released import (
+from pytest_qvl.models.sources.released import (
     MAX_ASPECT_RATIO,
     expectations,
     hub_id,

@@ -292,7 +292,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(folder: Path) -> None:
 
 
 def test_the_largest_aspect_ratio_is_the_processors() -> None:
-    from pytest_qvl.models import released
+    from pytest_qvl.models.sources import released
     from pytest_qvl.samples import folder
 
     assert folder.MAX_ASPECT_RATIO == released.MAX_ASPECT_RATIO

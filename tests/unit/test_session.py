@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_qvl import lineage
-from pytest_qvl.session import Refusal, State, one_clear_error
+from pytest_qvl.session import fixture_graph
+from pytest_qvl.session.state import Refusal, State, one_clear_error
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("gone"), OSError("offline")])
@@ -99,12 +99,12 @@ BASE, LORA = "qvl_quantized_model", "qvl_lora_model"
     ],
 )
 def test_which_views_a_test_asks_for(items, test, views):
-    assert lineage.views(items[test]) == views
+    assert fixture_graph.views(items[test]) == views
 
 
 def test_which_definitions_take_part(items):
     def modules(test):
-        return [d.func.__module__.rpartition(".")[2] for d in lineage.in_play(items[test], LORA)]
+        return [d.func.__module__.rpartition(".")[2] for d in fixture_graph.in_play(items[test], LORA)]
 
     assert modules("test_lora") == ["fixtures"]
     assert modules("test_wrapped") == ["test_b", "fixtures"]
@@ -112,14 +112,16 @@ def test_which_definitions_take_part(items):
 
 
 def test_the_same_definition_has_another_lineage_where_something_below_it_is_overridden(items):
-    (lora,) = lineage.in_play(items["test_lora"], LORA)
-    assert lineage.in_play(items["test_in_a"], LORA) == [lora]
-    assert lineage.lineage(lora, items["test_lora"]) == lineage.lineage(lora, items["test_through"])
-    assert lineage.lineage(lora, items["test_lora"]) == lineage.lineage(lora, items["test_plain"])
-    assert lineage.lineage(lora, items["test_lora"]) != lineage.lineage(lora, items["test_in_a"])
-    (trained,) = lineage.in_play(items["test_through"], "trained")
-    assert lineage.lineage(trained, items["test_through"]) != lineage.lineage(trained, items["test_trained_in_a"])
-    (base,) = lineage.in_play(items["test_base"], BASE)
-    assert lineage.lineage(base, items["test_base"]) == lineage.lineage(base, items["test_in_a"])
-    assert LORA in lineage.stands_on(trained, items["test_through"])
-    assert LORA not in lineage.stands_on(base, items["test_through"])
+    (lora,) = fixture_graph.in_play(items["test_lora"], LORA)
+    assert fixture_graph.in_play(items["test_in_a"], LORA) == [lora]
+    assert fixture_graph.lineage(lora, items["test_lora"]) == fixture_graph.lineage(lora, items["test_through"])
+    assert fixture_graph.lineage(lora, items["test_lora"]) == fixture_graph.lineage(lora, items["test_plain"])
+    assert fixture_graph.lineage(lora, items["test_lora"]) != fixture_graph.lineage(lora, items["test_in_a"])
+    (trained,) = fixture_graph.in_play(items["test_through"], "trained")
+    assert fixture_graph.lineage(trained, items["test_through"]) != fixture_graph.lineage(
+        trained, items["test_trained_in_a"]
+    )
+    (base,) = fixture_graph.in_play(items["test_base"], BASE)
+    assert fixture_graph.lineage(base, items["test_base"]) == fixture_graph.lineage(base, items["test_in_a"])
+    assert LORA in fixture_graph.stands_on(trained, items["test_through"])
+    assert LORA not in fixture_graph.stands_on(base, items["test_through"])

@@ -10,12 +10,12 @@ import torch
 import transformers
 from transformers import BitsAndBytesConfig
 
-from pytest_qvl.models import synthetic
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import base_tensors, keep_quantized_weights_in_place, linear_states
-from pytest_qvl.models.released import released_config
-from pytest_qvl.models.synthetic import build_synthetic, draw
-from pytest_qvl.models.synthetic_processor import synthetic_processor
+from pytest_qvl.models.sources import synthetic
+from pytest_qvl.models.sources.released import released_config
+from pytest_qvl.models.sources.synthetic import build_synthetic, draw
+from pytest_qvl.models.sources.synthetic_processor import synthetic_processor
 from pytest_qvl.models.taps import tapped
 from pytest_qvl.samples import make_batch, scenes
 

@@ -13,16 +13,16 @@ import torch
 from transformers import BitsAndBytesConfig
 
 from pytest_qvl.cli import main
-from pytest_qvl.models import released
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends import LoadRequest, backend
-from pytest_qvl.models.fingerprint import digests
-from pytest_qvl.models.processors import load_processor
+from pytest_qvl.models.fingerprint.digests import digests
 from pytest_qvl.models.quantized import base_tensors, linear_states
-from pytest_qvl.models.released import released_config
-from pytest_qvl.models.synthetic import build_synthetic
-from pytest_qvl.models.synthetic_checkpoint import write_checkpoint
-from pytest_qvl.models.weights import parse_model
+from pytest_qvl.models.sources import released
+from pytest_qvl.models.sources.model_source import parse_model
+from pytest_qvl.models.sources.processors import load_processor
+from pytest_qvl.models.sources.released import released_config
+from pytest_qvl.models.sources.synthetic import build_synthetic
+from pytest_qvl.models.sources.synthetic_checkpoint import write_checkpoint
 from pytest_qvl.samples import make_batch, scenes
 
 SEED = 3

@@ -75,7 +75,7 @@ def test_every_promise_has_checks_and_every_check_one_promise():
 def test_every_check_of_the_suite_belongs_to_a_promise():
     import re
 
-    from pytest_qvl.shipped import FOLDER, check_of
+    from pytest_qvl.session.suite_collection import FOLDER, check_of
 
     assert check_of("test_picture_pairing_in_training") == "picture_pairing"
     assert check_of("test_picture_pairings") == "picture_pairings"

@@ -20,7 +20,7 @@ from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.backends import BACKENDS, LoadRequest, ModelLoadError, Registration, unsloth_start
 from pytest_qvl.models.backends.unsloth import UnslothBackend
 from pytest_qvl.models.backends.unsloth_start import UnslothStartError, import_first, problem, use_own_compile_folder
-from pytest_qvl.models.weights import parse_model
+from pytest_qvl.models.sources.model_source import parse_model
 
 # ---- usable or not -----------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_qvl.models.weights import ModelSource
+from pytest_qvl.models.sources.model_source import ModelSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable

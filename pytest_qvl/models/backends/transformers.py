@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.models.adapters import AdapterSlot
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError
-from pytest_qvl.models.hub import hub_options, saved_quantization
-from pytest_qvl.models.loading import keep_report, reported_by_transformers, why_not_loaded
 from pytest_qvl.models.quantized import finish_saved_in_4bit, keep_quantized_weights_in_place
-from pytest_qvl.models.released import released_config
 from pytest_qvl.models.renamed import enable_checkpointing
-from pytest_qvl.models.synthetic import build_synthetic
-from pytest_qvl.models.weights import ModelSourceError
+from pytest_qvl.models.sources.hub import hub_options, saved_quantization
+from pytest_qvl.models.sources.loading import keep_report, reported_by_transformers, why_not_loaded
+from pytest_qvl.models.sources.model_source import ModelSourceError
+from pytest_qvl.models.sources.released import released_config
+from pytest_qvl.models.sources.synthetic import build_synthetic
 
 if TYPE_CHECKING:
     import torch

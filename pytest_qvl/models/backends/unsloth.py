@@ -16,13 +16,13 @@ from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.backends.unsloth_start import quiet
-from pytest_qvl.models.hub import hub_options, model_folder, saved_quantization
-from pytest_qvl.models.loading import compared_with, keep_report, why_not_loaded
 from pytest_qvl.models.quantized import KEEP_16BIT, finish_saved_in_4bit
-from pytest_qvl.models.released import released_config
-from pytest_qvl.models.synthetic import build_synthetic
-from pytest_qvl.models.synthetic_processor import write_processor
-from pytest_qvl.models.weights import ModelSourceError
+from pytest_qvl.models.sources.hub import hub_options, model_folder, saved_quantization
+from pytest_qvl.models.sources.loading import compared_with, keep_report, why_not_loaded
+from pytest_qvl.models.sources.model_source import ModelSourceError
+from pytest_qvl.models.sources.released import released_config
+from pytest_qvl.models.sources.synthetic import build_synthetic
+from pytest_qvl.models.sources.synthetic_processor import write_processor
 
 if TYPE_CHECKING:
     import torch

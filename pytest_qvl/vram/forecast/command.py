@@ -93,10 +93,10 @@ def run_forecast(options: argparse.Namespace) -> int:
     try:
         from transformers.utils import logging as transformers_logging
 
-        from pytest_qvl.vram.forecast.picture import draw_timeline
-        from pytest_qvl.vram.forecast.rules import render_rules, side_by_side
+        from pytest_qvl.vram.forecast.output.text import render
+        from pytest_qvl.vram.forecast.output.timeline import draw_timeline
         from pytest_qvl.vram.forecast.run import largest, make_forecaster
-        from pytest_qvl.vram.forecast.text import render
+        from pytest_qvl.vram.forecast.validation.rules_of_thumb import render_rules, side_by_side
     finally:
         gc.freeze()
         gc.enable()

@@ -9,8 +9,8 @@ from pytest_qvl.vram.forecast import phases as names
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.cards import Card
+    from pytest_qvl.vram.forecast.engine.trace import Failure, PhaseBytes
     from pytest_qvl.vram.forecast.request import Request
-    from pytest_qvl.vram.forecast.tape import Failure, PhaseBytes
 
 Dimension = Literal["image", "batch"]
 
@@ -21,7 +21,7 @@ class Timeline:
 
     Attributes:
         phases: Phase of every point.
-        live: Live bytes by kind of every point, in the order of :data:`~pytest_qvl.vram.forecast.tape.KINDS`.
+        live: Live bytes by kind of every point, in the order of :data:`~pytest_qvl.vram.forecast.engine.trace.KINDS`.
     """
 
     phases: tuple[str, ...] = ()

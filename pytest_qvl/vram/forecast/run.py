@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Protocol
 from pytest_qvl.vram.cards import Card
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.record import Rehearsal
+from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
+from pytest_qvl.vram.forecast.engine.trace import Tape, replay
 from pytest_qvl.vram.forecast.result import Dimension, Forecast, Largest, Timeline, Verdict
 from pytest_qvl.vram.forecast.source import Source, find_source
-from pytest_qvl.vram.forecast.tape import Tape, replay
 
 if TYPE_CHECKING:
-    from pytest_qvl.vram.forecast.planned import Recipe
+    from pytest_qvl.vram.forecast.engine.build import Recipe
     from pytest_qvl.vram.forecast.request import Request
 
 # Share of the card's free memory at which the search looks first; the rest is for gaps between the

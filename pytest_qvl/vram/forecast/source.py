@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.models.anatomy import FAMILIES
-from pytest_qvl.models.hub import hub_options
-from pytest_qvl.models.released import PictureSizes, hub_id, picture_sizes, released_config, released_names
-from pytest_qvl.models.weights import ModelSource
+from pytest_qvl.models.sources.hub import hub_options
+from pytest_qvl.models.sources.model_source import ModelSource
+from pytest_qvl.models.sources.released import PictureSizes, hub_id, picture_sizes, released_config, released_names
 
 # Whose processor a folder without preprocessor_config.json is taken to have.
 _TYPICAL = {"qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-7b", "qwen3_vl": "qwen3-vl-8b"}

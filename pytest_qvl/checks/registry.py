@@ -1,0 +1,317 @@
+"""What every check does with its arguments before it looks at them, and with a model that crashes under it.
+
+Users hand over what they train with: a model inside ``DistributedDataParallel`` or ``torch.compile``, a batch with
+strings in it, still on the CPU. And a broken set-up often does not give wrong numbers but an exception from deep
+inside, which is a finding like any other.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from pytest_qvl.evidence import (
+    CannotJudge,
+    CheckFailed,
+    InputError,
+    InputTypeError,
+    Judge,
+    ModelCrashed,
+    judging,
+    noted,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.models.anatomy import Parts
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PACKAGE = Path(__file__).parents[1].resolve()
+# The attribute in which each wrapper of torch keeps the model that was wrapped.
+WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+# Those that may keep only a part of each parameter in this process: models inside are not judged.
+SHARDED = ("FullyShardedDataParallel", "DeepSpeedEngine")
+# The arguments of checks that hold model inputs, one batch or several.
+BATCHES = frozenset({"batch", "batches", "training_batch"})
+# Values of a batch that a model takes as tensors only; anything else that is no tensor is left out.
+TENSORS = (
+    "input_ids",
+    "attention_mask",
+    "labels",
+    "mm_token_type_ids",
+    "position_ids",
+    "pixel_values",
+    "image_grid_thw",
+)
+BATCH_HELP = "make_batch(processor, samples) and the fixture qvl_batch(samples) return one"
+# Verdicts of their own, told by whoever holds the GPU; and what a warning filter made of a warning is no crash.
+_NOT_OURS: tuple[type[Exception], ...] = (CheckFailed, CannotJudge, InputError, MemoryError, Warning)
+_GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")
+_GPU_WORDS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
+
+
+def check(function: Callable[P, R]) -> Callable[P, R]:
+    """Make a function one of the public checks.
+
+    - ``model``: taken out of ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, which the evidence
+      notes.
+    - Every batch (a ``BatchFeature``, any other mapping, or a sequence of them) becomes a ``dict`` on the model's
+      device, without values that no model takes (strings, images), which the evidence notes.
+    - A batch of videos is not judged, since the checks know images only.
+    - Gradients are on at the start, whatever the caller has switched off (``no_grad``, ``inference_mode``): a check
+      that trains would otherwise find an adapter without gradients.
+    - An exception out of the model, its processor or the optimizer becomes :class:`ModelCrashed`, which names the
+      module that raised it, notes the line, and says what is malformed about the batch, if anything is. Errors of
+      the check itself (:class:`InputError`, a ``ValueError``, for its arguments), of GPU memory and of CUDA stay as
+      they are.
+    """
+    first_line = (inspect.getdoc(function) or function.__name__).splitlines()[0]
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        with judging() as judges, noted() as notes, _gradients_on():
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise InputTypeError(f"{function.__name__}: {error}") from None
+            arguments = _prepared(function.__name__, bound, notes)
+            try:
+                return function(*arguments.args, **arguments.kwargs)
+            except _NOT_OURS:
+                raise
+            except Exception as error:
+                crash = _crash(error, arguments.arguments)
+                if crash is None:
+                    raise
+                judge = judges[-1] if judges else Judge(function.__name__, first_line)
+                judge.problem(crash.sentence)
+                judge.note(crash.place)
+                raise ModelCrashed(judge.close()) from error
+
+    return checked
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside the wrappers of torch's data parallelism and of ``torch.compile``, or the model itself.
+
+    Raises:
+        CannotJudge: Its parameters are sharded over several processes.
+    """
+    inner = model
+    while (kind := type(inner).__name__) in (*WRAPPERS, *SHARDED):
+        if kind in SHARDED:
+            raise CannotJudge(
+                f"the model is wrapped in {kind}, which may keep only a part of each parameter in this process: "
+                "hand over the model before it is wrapped"
+            )
+        inner = getattr(inner, WRAPPERS[kind])
+    return inner
+
+
+@contextmanager
+def _gradients_on() -> Iterator[None]:
+    import torch
+
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+def _prepared(check_name: str, arguments: inspect.BoundArguments, notes: list[str]) -> inspect.BoundArguments:
+    given = arguments.arguments
+    if "model" in given:
+        inner = unwrapped(given["model"])
+        if inner is not given["model"]:
+            notes.append(f"judged is the model inside {type(given['model']).__name__}, run as it was written")
+            given["model"] = inner
+    for name in BATCHES.intersection(given):
+        value = given[name]
+        if name == "batches" and isinstance(value, list | tuple):
+            named = [(f"{name}[{number}]", each) for number, each in enumerate(value)]
+            for where, each in named:
+                _refuse_no_batch(check_name, where, each)
+            given[name] = [_batch(given.get("model"), each, notes) for each in value]
+        else:
+            _refuse_no_batch(check_name, name, value)
+            given[name] = _batch(given.get("model"), value, notes)
+    if "model" in given and given.get("processor") is not None:
+        from pytest_qvl.checks.support.vocabulary import refuse_ids_beyond
+        from pytest_qvl.models.anatomy import anatomy
+
+        refuse_ids_beyond(anatomy(given["model"]), processor=given["processor"])
+    return arguments
+
+
+def _refuse_no_batch(check_name: str, argument: str, batch: Any) -> None:
+    """Refuse what no processor returns, before a check stumbles over it.
+
+    Raises:
+        InputError: Names the check, its argument, what it was given and what it takes.
+    """
+    import torch
+
+    def kind(value: Any) -> str:
+        return "None" if value is None else type(value).__name__
+
+    if not hasattr(batch, "keys"):
+        raise InputError(
+            f"{check_name}: a batch is a mapping from names to tensors, got {kind(batch)} for {argument}; {BATCH_HELP}"
+        )
+    values = _values(batch)
+    for name in TENSORS:
+        value = values.get(name)
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise InputError(
+                f"{check_name}: {argument}[{name!r}] is of type {kind(value)} where the model takes a torch.Tensor: "
+                f'ask the processor for return_tensors="pt"; {BATCH_HELP}'
+            )
+    ids = values.get("input_ids")
+    if ids is None or ids.ndim != 2:
+        names = ", ".join(sorted(map(str, values))) or "no names at all"
+        found = f"of shape {tuple(ids.shape)}" if ids is not None else f"missing among {names}"
+        raise InputError(
+            f"{check_name}: the batch needs input_ids of shape (rows, length); in {argument} they are {found}"
+        )
+
+
+def _values(batch: Any) -> dict[str, Any]:
+    return {name: batch[name] for name in batch.keys()}  # noqa: SIM118 - a mapping need not iterate over its names
+
+
+def _batch(model: Any, batch: Any, notes: list[str]) -> dict[str, Any]:
+    import torch
+
+    from pytest_qvl.checks.support.vocabulary import refuse_ids_beyond
+    from pytest_qvl.models.anatomy import anatomy
+
+    values = _values(batch)
+    foreign = sorted(name for name, value in values.items() if not _is_model_input(value))
+    if foreign:
+        sentence = f"left out of the batch, since no model takes them: {', '.join(foreign)}"
+        notes.extend([sentence] if sentence not in notes else [])
+    values = {name: value for name, value in values.items() if name not in foreign}
+    if model is None:
+        return values
+    parts = anatomy(model)
+    if values.get("pixel_values_videos") is not None or bool((values["input_ids"] == parts.video_token_id).any()):
+        raise CannotJudge("not judged: video (the batch holds a video; the checks know images only)")
+    refuse_ids_beyond(parts, batch=values)
+    return {
+        name: _usable(value).to(parts.device) if isinstance(value, torch.Tensor) else value
+        for name, value in values.items()
+    }
+
+
+def _usable(tensor: torch.Tensor) -> torch.Tensor:
+    """What was made under ``torch.inference_mode`` cannot be saved for a backward pass; its copy can."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _is_model_input(value: Any) -> bool:
+    import torch
+
+    return value is None or isinstance(value, torch.Tensor | bool | int | float)
+
+
+@dataclass(frozen=True)
+class _Crash:
+    """An exception out of foreign code.
+
+    Attributes:
+        sentence: Who raised it, its type and its message.
+        place: The line that raised it.
+    """
+
+    sentence: str
+    place: str
+
+
+def _crash(error: Exception, arguments: Mapping[str, Any]) -> _Crash | None:
+    """What an exception out of foreign code says; None if it is the check's own."""
+    text = str(error).strip()
+    if type(error).__name__ in _GPU_ERRORS or any(word in text for word in _GPU_WORDS):
+        return None
+    entries = list(traceback.walk_tb(error.__traceback__))
+    frames = [frame for frame, _line in entries]
+    if not frames or _is_own(frames[-1]):
+        return None
+    model = arguments.get("model")
+    shown = text.splitlines()[0] if text else "without a message"
+    sentence = f"{_raiser(frames, model)} raised {type(error).__name__}: {shown}{_malformed(model, arguments)}"
+    return _Crash(sentence, _place(entries))
+
+
+def _malformed(model: Any, arguments: Mapping[str, Any]) -> str:
+    """What is malformed about the batches of a check, as the end of a sentence; empty if nothing is."""
+    from pytest_qvl.checks.support.placeholders import validate_batch
+
+    given = [arguments[name] for name in sorted(BATCHES.intersection(arguments))]
+    batches = [batch for value in given for batch in (value if isinstance(value, list) else [value])]
+    try:
+        problems = [] if model is None else [problem for batch in batches for problem in validate_batch(model, batch)]
+    except Exception:  # so malformed that it cannot even be described: the model's own error stands alone
+        problems = []
+    return f"; the batch is malformed: {problems[0]}" if problems else ""
+
+
+def _place(entries: Sequence[tuple[FrameType, int]]) -> str:
+    """The innermost line outside torch, which is the model's code or the user's; or the innermost of all."""
+    import torch
+
+    inside_torch = Path(torch.__file__).parent
+    outside = [
+        (frame, line)
+        for frame, line in entries
+        if not _is_own(frame) and not Path(frame.f_code.co_filename).is_relative_to(inside_torch)
+    ]
+    frame, line = outside[-1] if outside else entries[-1]
+    file = Path(frame.f_code.co_filename)
+    packages = [number for number, part in enumerate(file.parts) if part == "site-packages"]
+    shown = Path(*file.parts[packages[-1] + 1 :]) if packages else file
+    return f"raised at {shown}:{line}, in {frame.f_code.co_qualname}()"
+
+
+def _is_own(frame: FrameType) -> bool:
+    return Path(frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)
+
+
+def _raiser(frames: list[FrameType], model: Any) -> str:
+    """Who raised: the innermost module of the model, the optimizer, autograd, or the function called."""
+    import torch
+
+    ours = max(number for number, frame in enumerate(frames) if _is_own(frame))
+    foreign = frames[ours + 1 :]
+    names = _names(model)
+    for frame in reversed(foreign):
+        owner = frame.f_locals.get("self")
+        if id(owner) in names:
+            return f"the model's {names[id(owner)]}" if names[id(owner)] else "the model"
+        if isinstance(owner, torch.optim.Optimizer):
+            return f"the optimizer ({type(owner).__name__})"
+    if any("autograd" in Path(frame.f_code.co_filename).parts for frame in foreign):
+        return "the backward pass"
+    return f"{foreign[0].f_code.co_qualname}()"
+
+
+def _names(model: Any) -> dict[int, str]:
+    from pytest_qvl.models.anatomy import UnknownModelError, anatomy
+
+    try:
+        parts: Parts = anatomy(model)
+    except UnknownModelError:
+        return {}
+    return {id(module): name for name, module in parts.base.named_modules()}

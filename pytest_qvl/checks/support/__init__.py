@@ -1,0 +1,1 @@
+"""Helpers that several checks share; none of them imports a check."""

@@ -1,0 +1,49 @@
+"""Packed rows: several samples in one row, told apart by position ids that start again at 0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.placeholders import attended
+from pytest_qvl.evidence import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+TEXT_FIRST = 4
+
+
+def samples_in_rows(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Number of each token's sample within its row, ``(rows, length)`` int64 on the CPU; all 0 where nothing is packed.
+
+    A sample begins where the batch's own ``position_ids`` are 0 again: the text positions where they come first
+    (``(4, rows, length)``, which Transformers reads for packing), else all of them (``(3, rows, length)`` or
+    ``(rows, length)``). Positions that never start again are those of one sample, whatever its text says.
+
+    Raises:
+        ValueError: ``position_ids`` of another shape.
+    """
+    import torch
+
+    shape = tuple(inputs["input_ids"].shape)
+    positions = inputs.get("position_ids")
+    if positions is None:
+        return torch.zeros(shape, dtype=torch.int64)
+    axes = positions if positions.ndim == 3 else positions[None]
+    if axes.shape[0] not in (1, 3, TEXT_FIRST) or axes.shape[2] != shape[1] or axes.shape[1] not in (1, shape[0]):
+        raise InputError(
+            f"position_ids are {tuple(positions.shape)}, expected (rows, length), (3, rows, length) or (4, rows, "
+            f"length) with input_ids of {shape}"
+        )
+    axes = axes[:1] if axes.shape[0] == TEXT_FIRST else axes
+    mask = attended(inputs).cpu()
+    begins_again = (axes == 0).all(dim=0).cpu().expand(shape) & mask & (mask.cumsum(dim=1) > 1)
+    numbers: torch.Tensor = begins_again.long().cumsum(dim=1)
+    return numbers
+
+
+def is_packed(inputs: Mapping[str, Any]) -> bool:
+    """Whether any row holds more than one sample."""
+    return bool(samples_in_rows(inputs).any())

@@ -1,0 +1,109 @@
+"""Whether a model with a trained adapter still answers, and still needs the picture to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qvl.checks.support.binomial import largest_by_chance, smallest_by_chance
+from pytest_qvl.checks.support.reference import EVIDENCE
+from pytest_qvl.checks.support.scoring import ABLATIONS, ablated, replies, says, text_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qvl.checks.support.probing import AlignmentLimits, Measured, Run
+    from pytest_qvl.checks.support.reference import Reference
+    from pytest_qvl.evidence import Judge
+    from pytest_qvl.samples import Sample
+
+TESTS = 4  # that share the probability of a false alarm
+
+
+def decisive_ablation(samples: Sequence[Sample], reference: Reference) -> str | None:
+    """The ablation that tells sight from blindness; None where the reference itself does not see.
+
+    Swapped pictures look like the true ones, and another answer is right for them. Blank and noisy ones look
+    unlike all true pictures, and may push every answer one way, so they stand in only where no probe has swapped
+    ones.
+    """
+    if any(sample.swapped is not None for sample in samples):
+        return "swapped" if reference.sees("swapped") else None
+    return next((ablation for ablation in ABLATIONS if reference.sees(ablation)), None)
+
+
+def judge_looking(judge: Judge, run: Run, now: Measured, ablation: str, limits: AlignmentLimits) -> None:
+    """Hold a trained adapter to what it must keep: it names right answers, and they depend on the picture.
+
+    Four one-sided binomial tests, each at a quarter of the probability of a false alarm (Bonferroni). The
+    first takes all probes, the others those whose margin in the reference is a nat or more: there the picture
+    decided.
+
+    - *Answers that are lost.* As in :func:`pytest_qvl.checks.alignment`, but a reply need only name the right
+      answer: it may hold more and need not end. An adapter that was taught not to name it at all (boxes, say) has to
+      be asked probes of its own task.
+    - *Margins that vanished.* Fails where fewer probes keep a margin of a nat than chance gives a model that
+      keeps it on half of them.
+    - *Margins that turned.* Fails where more probes hold the right answer a nat more probable over the other
+      pictures than chance gives a model that does so as often as the reference, or on as many as may be lost by chance.
+    - *Replies.* Fails where fewer replies change with the picture than chance gives a model that changes half of
+      them. It needs no right answer, so an adapter that was taught another form of answer is judged alike.
+
+    Args:
+        judge: Takes figures and problems.
+        run: Model, probes and reference.
+        now: What the model made of the probes with its adapter on.
+        ablation: Which other pictures are shown.
+        limits: Probability of a false alarm, and the share of answers that may be lost by chance.
+    """
+    margins, answers = now.margins[ablation], now.answers(run)
+    level = limits.false_alarm / TESTS
+    _judge_answers(judge, run, now, limits, level)
+    judged = [m for m in margins if m.before >= EVIDENCE]
+    kept = sum(m.now >= EVIDENCE for m in judged)
+    turned = sum(m.now <= -EVIDENCE for m in judged)
+    wrong = sum(m.before <= -EVIDENCE for m in margins) / max(len(margins), 1)
+    least = smallest_by_chance(len(judged), 0.5, level)
+    if not least:
+        judge.note(
+            f"adapter on: not judged, {len(judged)} probes that need the picture in full precision are too few to tell "
+            "a model that looks from one that does not; give more pictures"
+        )
+        return
+    less = f"with the adapter on, the model looks less than before: of {len(judged)} answers that the picture decided"
+    judge.at_least(
+        f"adapter on: probes that keep a margin over {ablation} pictures",
+        kept,
+        least,
+        else_say=f"{less}, {kept} are still a nat more probable over it than over {ablation} pictures ({answers})",
+    )
+    judge.at_most(
+        f"adapter on: probes whose margin over {ablation} pictures has turned",
+        turned,
+        largest_by_chance(len(judged), max(limits.flip_rate, wrong), level),
+        else_say=f"{less}, {turned} are now a nat more probable over {ablation} pictures ({answers})",
+    )
+    # A probe with a margin under an ablation has its pictures.
+    others = {m.sample.id: other for m in judged if (other := ablated(m.sample, ablation)) is not None}
+    found = replies(run.parts, run.processor, list(others.values()), max_new_tokens=run.max_new_tokens)
+    changed = sum(found[other.id].ids != now.replies[name].ids for name, other in others.items())
+    judge.at_least(
+        f"adapter on: replies that change with {ablation} pictures",
+        changed,
+        least,
+        else_say=f"with the adapter on, the model answers without looking: {len(others) - changed} of {len(others)} "
+        f"replies stay the same, word for word, over {ablation} pictures ({answers})",
+    )
+
+
+def _judge_answers(judge: Judge, run: Run, now: Measured, limits: AlignmentLimits, level: float) -> None:
+    right = [run.recorded[sample.id].said.right for sample in run.samples]
+    named = [says(text_of(run.processor, now.replies[sample.id]), sample.answer) for sample in run.samples]
+    wrong = 1 - sum(right) / len(right)
+    limit = largest_by_chance(sum(right), max(limits.flip_rate, wrong), level)
+    judge.at_most(
+        "adapter on: answers no longer named less newly named",
+        sum(right) - sum(named),
+        limit,
+        else_say=f"with the adapter on, answers are lost: {now.answers(run)}, and {sum(named)} of {len(named)} replies "
+        "name the right one at all; to an adapter that was taught not to name them, give probes of its own task",
+    )

@@ -1,0 +1,290 @@
+"""Adapters and checkpoints that are not what was saved, or are put on another base."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.definitions.adapters import another_adapter
+from pytest_qvl.faults.tools import after, all_of, attribute, values
+from pytest_qvl.models.adapters import (
+    ADAPTER_FILE,
+    adapted_layers,
+    adapter_parameters,
+    chosen_adapter,
+    save_adapter,
+)
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+
+@contextmanager
+def trained(case: Case, deviation: float) -> Iterator[None]:
+    """Give the adapter's B matrices random values: an adapter that has learned something else."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1)
+
+    def random(weight: torch.Tensor) -> torch.Tensor:
+        return torch.randn(weight.shape, generator=generator, device="cpu").mul(deviation).to(weight.dtype)
+
+    matrices = [p for n, p in adapter_parameters(anatomy(case.model)).items() if ".lora_B." in n]
+    with all_of([values(p, random) for p in matrices]):
+        yield
+
+
+@contextmanager
+def scaled(case: Case, factor: float) -> Iterator[None]:
+    """Apply the adapter with `factor` times its scaling."""
+    layers = adapted_layers(anatomy(case.model)).values()
+    new = [{name: value * factor for name, value in layer.scaling.items()} for layer in layers]
+    with all_of([attribute(layer, "scaling", s) for layer, s in zip(layers, new, strict=True)]):
+        yield
+
+
+@fault(
+    "adapter-of-another-base",
+    "The adapter was trained on another base model.",
+    damages="adapter",
+    check="alignment",
+    says=("with the adapter on, answers are lost", "answers are right"),
+    source="huggingface/trl#6591",
+)
+def _another_base(case: Case) -> Iterator[None]:
+    with trained(case, 0.3):
+        yield
+
+
+@fault(
+    "alpha-taken-for-scaling",
+    "lora_alpha is taken for alpha / r: an adapter that is harmless as saved is applied 8 times as strongly.",
+    damages="adapter",
+    check="adapter_census",
+    says=("{language} adapted layers are not applied with the factor", "(16 instead of 2)"),
+    source="vllm-project/vllm#39278",
+)
+def _alpha(case: Case) -> Iterator[None]:
+    with trained(case, 0.03), scaled(case, 8):
+        yield
+
+
+@fault(
+    "keys-of-half-the-layers-dropped",
+    "A release renamed modules: only half of the saved adapter finds its place.",
+    damages="adapter",
+    check="adapter_census",
+    says=("{without_qkv} modules that were asked for have no adapter", "down_proj"),
+    source="huggingface/transformers#38627, #42701, illuin-tech/colpali#424",
+)
+def _half_dropped(case: Case) -> Iterator[None]:
+    from dataclasses import replace
+
+    found = replace(case.lora_config, target_modules=r".*language_model.*\.(q_proj|k_proj|v_proj)")
+    with another_adapter(case, found, asked=case.lora_config):
+        yield
+
+
+@fault(
+    "merged-and-still-active",
+    "The adapter was merged into the weights and is applied once more on top.",
+    damages="adapter",
+    check="alignment",
+    says=("with the adapter on, answers are lost", "answers are right"),
+    source="huggingface/peft#2321, #2586",
+)
+def _merged_twice(case: Case) -> Iterator[None]:
+    adapter = chosen_adapter(anatomy(case.model))
+
+    def once_more(layer: Any, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        added = up(down(args[0].to(down.weight.dtype))) * layer.scaling[adapter]
+        doubled: torch.Tensor = output + added.to(output.dtype)
+        return doubled
+
+    with trained(case, 0.1), after(list(adapted_layers(anatomy(case.model)).values()), once_more):
+        yield
+
+
+@contextmanager
+def _saved(case: Case) -> Iterator[Path]:
+    """A folder with an adapter that has learned something; the case's own is put back."""
+    with TemporaryDirectory(prefix="qvl-fault-") as name:
+        with trained(case, 0.02):
+            save_adapter(case.model, Path(name))
+        yield Path(name)
+
+
+@fault(
+    "adapter-of-an-old-layout",
+    "The adapter was saved when the language backbone was model.layers: it loads as zeros, with a warning only.",
+    damages="load",
+    check="adapter_roundtrip",
+    says=("{adapter} adapter tensors are not bitwise those of", "0 in the model", "the adapter was never loaded"),
+    source="huggingface/transformers#38627, illuin-tech/colpali#424, unslothai/unsloth-zoo#1234",
+    transformers=(5, 10),
+)
+def _old_layout(case: Case) -> Iterator[None]:
+    from peft import PeftModel
+    from safetensors.torch import load_file, save_file
+
+    with _saved(case) as folder:
+        file = folder / ADAPTER_FILE
+        old = {name.replace(".language_model.", "."): value for name, value in load_file(file).items()}
+        save_file(old, file, metadata={"format": "pt"})
+        base = case.load(dtype=case.policy.compute_dtype, lora=None)
+        case.model = PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+        case.adapter_folder = folder
+        yield
+
+
+@fault(
+    "checkpoint-of-another-step",
+    "The model holds another training step's adapter than the folder that is to be shipped.",
+    damages="adapter",
+    check="adapter_roundtrip",
+    says=("{language} of {adapter} adapter tensors are not bitwise those of", "lora_B"),
+    source="huggingface/peft#2586",
+)
+def _another_step(case: Case) -> Iterator[None]:
+    with _saved(case) as folder, trained(case, 0.01):
+        case.adapter_folder = folder
+        yield
+
+
+@fault(
+    "saving-drops-a-layer",
+    "save_pretrained() leaves one layer's matrices out of the file.",
+    damages="run",
+    check="adapter_roundtrip",
+    says=(
+        "2 of {adapter} adapter tensors of the model are not in what was saved",
+        "keep the values they were initialised",
+    ),
+    source="huggingface/transformers#38489",
+)
+def _dropped_on_saving(case: Case) -> Iterator[None]:
+    from safetensors.torch import load_file, save_file
+
+    real = case.model.save_pretrained
+
+    def save(folder: Any, **options: Any) -> None:
+        real(folder, **options)
+        file = Path(folder) / ADAPTER_FILE
+        kept = {name: value for name, value in load_file(file).items() if "layers.0.self_attn.q_proj" not in name}
+        save_file(kept, file, metadata={"format": "pt"})
+
+    with attribute(case.model, "save_pretrained", save):
+        yield
+
+
+@fault(
+    "two-adapters-attached",
+    "A second adapter was left on the model beside the one that is trained.",
+    damages="adapter",
+    check="adapter_census",
+    says=("does not have the size of its config", "trainable parameters instead of"),
+    source="huggingface/trl#3196",
+)
+def _two(case: Case) -> Iterator[None]:
+    model: Any = case.model
+    model.add_adapter("left-over", case.lora_config)
+    for name, parameter in adapter_parameters(anatomy(model)).items():
+        if "left-over" in name:
+            parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        model.delete_adapter("left-over")
+        model.set_adapter("default")
+
+
+@contextmanager
+def changed_checkpoint(
+    case: Case, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> Iterator[Path]:
+    """A copy of the case's checkpoint whose tensors, by name on disk, `change` has replaced."""
+    from safetensors.torch import load_file, save_file
+
+    with TemporaryDirectory(prefix="qvl-fault-") as name:
+        folder = Path(shutil.copytree(case.subject.source.location, Path(name) / "checkpoint"))
+        file = folder / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+        yield folder
+
+
+def _without(case: Case, part: str) -> Iterator[None]:
+    with changed_checkpoint(case, lambda tensors: {n: t for n, t in tensors.items() if part not in n}) as folder:
+        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+        yield
+
+
+@fault(
+    "checkpoint-without-head",
+    "The checkpoint has no lm_head, and config.json does not tie it: the head is random.",
+    damages="load",
+    check="checkpoint_complete",
+    says=("lacks 1 tensor (lm_head.weight)", "random values", "tie_word_embeddings"),
+    source="huggingface/transformers#45857",
+    requires=("checkpoint file", "untied head"),
+)
+def _without_head(case: Case) -> Iterator[None]:
+    yield from _without(case, "lm_head")
+
+
+@fault(
+    "checkpoint-without-a-vision-block",
+    "An upload broke off: one block of the vision tower is random.",
+    damages="load",
+    check="checkpoint_complete",
+    says=("lacks 12 tensors (model.visual.blocks.2.", "random values", "not complete"),
+    requires=("checkpoint file",),
+)
+def _without_block(case: Case) -> Iterator[None]:
+    yield from _without(case, "blocks.2.")
+
+
+@fault(
+    "checkpoint-without-merger",
+    "The checkpoint was saved without the merger: visual tokens are noise.",
+    damages="load",
+    check="checkpoint_complete",
+    says=("lacks {merger_tensors} tensors (model.visual.merger.", "random values"),
+    requires=("checkpoint file",),
+)
+def _without_merger(case: Case) -> Iterator[None]:
+    yield from _without(case, "merger")
+
+
+@fault(
+    "adapter-left-in-the-checkpoint",
+    "The model was saved with its adapter unmerged: base weights load, what was learned is dropped without an error.",
+    damages="load",
+    check="checkpoint_complete",
+    says=("holds 2 tensors", "has no place for", "lora_A", "--qvl-adapter"),
+    requires=("checkpoint file",),
+)
+def _adapter_left(case: Case) -> Iterator[None]:
+    import torch
+
+    def with_adapter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = next(n for n in tensors if n.endswith("layers.0.self_attn.q_proj.weight")).removesuffix(".weight")
+        rows, columns = tensors[f"{name}.weight"].shape
+        learned = {
+            "lora_A": torch.ones(8, columns, device="cpu"),
+            "lora_B": torch.ones(rows, 8, device="cpu"),
+        }
+        return {**tensors, **{f"{name}.{key}.default.weight": value for key, value in learned.items()}}
+
+    with changed_checkpoint(case, with_adapter) as folder:
+        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+        yield

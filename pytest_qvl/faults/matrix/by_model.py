@@ -1,0 +1,87 @@
+"""The faults on several models and devices side by side, from the records of ``pytest-qvl faults --matrix --out``."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from pytest_qvl.faults.catalogue import catalogue
+from pytest_qvl.faults.matrix.results import BROKEN, CAUGHT, MISSED, NOT_CARRIED, NOT_JUDGED, OTHER_WORDS, Result, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+NAME = "faults-by-model.md"
+COMMAND = "pytest-qvl faults --table docs/records/faults-*.json --docs docs"
+WORDS = {
+    CAUGHT: "caught by the named check, in words that point at the cause",
+    OTHER_WORDS: "caught, in other words",
+    MISSED: "missed",
+    NOT_JUDGED: "not judged",
+    NOT_CARRIED: "not carried by this model or device",
+    BROKEN: "could not be made: an error in the fault's own code",
+}
+
+
+def read_record(file: Path) -> Result:
+    """The record in a file.
+
+    Raises:
+        ValueError: It is none; names the file.
+    """
+    try:
+        return Result.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def ordered(results: Iterable[Result]) -> list[Result]:
+    """The embedded model before others, the CPU before CUDA, small before large by name."""
+    return sorted(results, key=lambda result: (result.model != "embedded", result.device != "CPU", result.model))
+
+
+def by_model(results: Sequence[Result]) -> str:
+    """The page: figures per model, then a row per fault."""
+    faults = catalogue()
+    lines = [
+        "# The faults on every model",
+        "",
+        f"<!-- Written by `{COMMAND}`; definitions {', '.join(result.definitions for result in results)} -->",
+        "",
+        "The deliberate faults of [faults.md](faults.md) on models of other sizes and on a GPU, each judged by the",
+        "check that must catch it. What a model cannot carry says why. One command makes this page from the records in",
+        f"[records](records/): `{COMMAND}`.",
+        "",
+        *_figures(results),
+    ]
+    for family in dict.fromkeys(fault.family for fault in faults.values()):
+        lines += [f"## {family[0].upper()}{family[1:]}", ""]
+        lines.append("| " + " | ".join(["fault", "must be caught by", *(result.label for result in results)]) + " |")
+        lines.append("|" + "---|" * (2 + len(results)))
+        for name, fault in faults.items():
+            if fault.family == family:
+                cells = [_cell(result.rows.get(name)) for result in results]
+                lines.append("| " + " | ".join([f"`{name}`", fault.check, *cells]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _figures(results: Sequence[Result]) -> list[str]:
+    lines = ["| | " + " | ".join(result.label for result in results) + " |", "|" + "---|" * (1 + len(results))]
+    lines.append("| device | " + " | ".join(result.device for result in results) + " |")
+    for package in results[0].versions if results else ():
+        lines.append(f"| {package} | " + " | ".join(result.versions.get(package, "") for result in results) + " |")
+    for verdict, words in WORDS.items():
+        lines.append(f"| {words} | " + " | ".join(str(result.verdicts[verdict]) for result in results) + " |")
+    ill = ["; ".join(result.ill) or "none" for result in results]
+    return [*lines, "| checks that fail the model without a fault | " + " | ".join(ill) + " |", ""]
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "not in the record"
+    detail = {NOT_CARRIED: row.missing, NOT_JUDGED: row.said, BROKEN: row.broken, OTHER_WORDS: row.said}
+    said = detail.get(row.verdict, "").partition(";")[0][:160]
+    shown = f"**{row.verdict}**" if row.verdict in (MISSED, BROKEN, OTHER_WORDS) else row.verdict
+    return (f"{shown}: {said}" if said else shown).replace("|", "\\|")

@@ -1,0 +1,74 @@
+"""Whether a committed table still stands for the code: a digest of what decides its content."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+from pytest_qvl.faults.matrix.normalised import definitions, spoken_names
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+
+PACKAGE = Path(__file__).parents[2]
+DECIDES = ("checks", "faults", "samples", "models", "evidence.py")
+# What only lists, prints, or judges no model of the panel.
+ASIDE = frozenset(
+    {
+        *(
+            "faults/matrix/by_model.py",
+            "faults/command.py",
+            "faults/matrix/freshness.py",
+            "faults/matrix/journal.py",
+            "faults/matrix/runner.py",
+        ),
+        *(
+            "faults/matrix/healthy_child.py",
+            "faults/matrix/healthy_command.py",
+            "faults/matrix/healthy_panel.py",
+            "faults/matrix/healthy_plan.py",
+        ),
+        *("faults/matrix/healthy_record.py", "faults/matrix/isa.py", "faults/matrix/isa_used.py"),
+        *("faults/matrix/normalised.py", "faults/matrix/page.py", "faults/matrix/results.py", "faults/unreproduced.py"),
+        *("checks/__init__.py", "checks/forecast.py", "checks/vram.py"),
+        *("models/backends/unsloth.py", "models/backends/unsloth_start.py", "models/fingerprint/cuda.py"),
+        *("models/fingerprint/kernel.py", "models/owner.py", "models/sources/released.py", "models/sources/command.py"),
+        *("models/sources/synthetic_checkpoint.py", "models/sources/synthetic_processor.py"),
+    }
+)
+
+
+@cache
+def definitions_digest() -> str:
+    """Hash of what decides a verdict: the code of checks, faults, probes and models, and the embedded checkpoint.
+
+    As they are when it is first asked for: a run of an hour stands for the code that it began with.
+
+    Every function, class and other statement at the top of a module is one text, and the digest is that of all texts in
+    sorted order, without the modules they stand in. Moving a definition, a module or a folder decides nothing, so it
+    must not ask for a run of hours; nor must comments, docstrings, annotations, layout, imports, or names of variables
+    and of parameters that no call spells out. Every other name, number and text counts, and so does a definition that
+    comes or goes. The price: two definitions of the same name that change places are not told apart.
+    """
+    found = hashlib.sha256()
+    for text in definitions_of(file.read_text(encoding="utf-8") for file in deciding_files()):
+        found.update(hashlib.sha256(text.encode()).digest())
+    for file in sorted(embedded_model_dir().iterdir()):
+        if file.suffix in (".json", ".safetensors", ".txt"):
+            found.update(f"{file.name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def deciding_files() -> list[Path]:
+    """Every module whose code the digest stands for, in folders at any depth."""
+    roots = [PACKAGE / name for name in DECIDES]
+    files = [file for root in roots for file in ([root] if root.suffix else root.rglob("*.py"))]
+    return sorted(file for file in files if file.relative_to(PACKAGE).as_posix() not in ASIDE)
+
+
+def definitions_of(sources: Iterable[str]) -> list[str]:
+    """What modules do, definition by definition and sorted: equal for modules that do the same in other words."""
+    trees = [ast.parse(source) for source in sources]
+    spoken = frozenset(name for tree in trees for name in spoken_names(tree))
+    return sorted(text for tree in trees for text in definitions(tree, spoken))

@@ -1,0 +1,193 @@
+"""Graded defects: the smallest dose of each that is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.definitions.adapters import another_adapter
+from pytest_qvl.faults.definitions.disk import scaled, trained
+from pytest_qvl.faults.definitions.positions import at_pictures
+from pytest_qvl.faults.definitions.quantization import four_bit
+from pytest_qvl.faults.matrix.panel import judge
+from pytest_qvl.faults.tools import all_of, values
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.taps import features_replaced
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+Dose = Callable[["Case"], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Graded:
+    """One defect in growing doses, each held against the checks that could see it."""
+
+    defect: str
+    checks: tuple[str, ...]
+    doses: tuple[tuple[str, Dose], ...]
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """The smallest dose of a defect that one check catches; empty if it catches none of them."""
+
+    defect: str
+    check: str
+    caught: str
+    missed: tuple[str, ...]
+
+
+def smallest_doses(case: Case, graded: Graded) -> list[Smallest]:
+    """Give a graded defect to its checks, the smallest dose first."""
+    found = []
+    for check in graded.checks:
+        missed: list[str] = []
+        caught = ""
+        for label, dose in graded.doses:
+            with dose(case):
+                noticed = judge(case, check).noticed
+            if noticed:
+                caught = label
+                break
+            missed.append(label)
+        found.append(Smallest(graded.defect, check, caught, tuple(missed)))
+    return found
+
+
+def _moved(tokens: int) -> Dose:
+    def change(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        for row, token in places.nonzero().tolist()[-tokens:] if tokens else places.nonzero().tolist():
+            positions[2, row, token] += 1
+        return positions
+
+    return lambda case: at_pictures(case, change)
+
+
+def _exchanged(pairs: int) -> Dose:
+    def change(features: torch.Tensor) -> torch.Tensor:
+        features = features.clone()
+        for pair in range(pairs):
+            features[[2 * pair, 2 * pair + 1]] = features[[2 * pair + 1, 2 * pair]]
+        return features
+
+    return lambda case: features_replaced(anatomy(case.model), change)
+
+
+def _quantized(names: tuple[str, ...]) -> Dose:
+    def dose(case: Case) -> AbstractContextManager[None]:
+        prefixed = [f"model.visual.{name}" for name in names]
+        return all_of([four_bit(case.model, name) for name in prefixed])
+
+    return dose
+
+
+def _block(number: int) -> tuple[str, ...]:
+    layers = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    return tuple(f"blocks.{number}.{layer}" for layer in layers)
+
+
+def _with_merger(layers: str) -> Dose:
+    @contextmanager
+    def dose(case: Case) -> Iterator[None]:
+        from dataclasses import replace
+
+        before = case.model, case.lora_config
+        regex = f"{case.lora_config.target_modules}|{layers}"
+        try:
+            with another_adapter(case, replace(case.lora_config, target_modules=regex)):
+                yield
+        finally:
+            case.model, case.lora_config = before
+
+    return dose
+
+
+def _altered(share: float, group: str) -> Dose:
+    """Flip the sign of a share of the weights of one part, spread evenly; at least one."""
+
+    def flip(weight: torch.Tensor) -> torch.Tensor:
+        flat = weight.view(-1)
+        flat[:: max(1, round(1 / share))] *= -1
+        return weight
+
+    def dose(case: Case) -> AbstractContextManager[None]:
+        parts = anatomy(case.model)
+        matrices = [
+            p
+            for name, p in parts.base.named_parameters()
+            if parts.group_of(name) == group and p.is_floating_point() and p.ndim >= 2 and "lora_" not in name
+        ]
+        return all_of([values(p, flip) for p in matrices])
+
+    return dose
+
+
+def _one_element(case: Case) -> AbstractContextManager[None]:
+    def flip(weight: torch.Tensor) -> torch.Tensor:
+        weight.view(-1)[weight.numel() // 2] *= -1
+        return weight
+
+    block: Any = anatomy(case.model).blocks[1]
+    return values(block.mlp.up_proj.weight, flip)
+
+
+def _times(factor: float) -> Dose:
+    @contextmanager
+    def dose(case: Case) -> Iterator[None]:
+        with trained(case, 0.03), scaled(case, factor):
+            yield
+
+    return dose
+
+
+GRADED = (
+    Graded(
+        "positions of visual tokens off by one on one axis",
+        ("mrope_positions", "alignment"),
+        (("1 token", _moved(1)), ("2 tokens", _moved(2)), ("all image tokens", _moved(0))),
+    ),
+    Graded(
+        "visual tokens in each other's place",
+        ("visual_token_order", "alignment"),
+        (("1 pair", _exchanged(1)), ("2 pairs", _exchanged(2)), ("4 pairs", _exchanged(4))),
+    ),
+    Graded(
+        "vision linears quantized",
+        ("quantization_census", "vision_stability", "alignment"),
+        (
+            ("1 of 20 linears", _quantized(("blocks.2.attn.qkv",))),
+            ("1 of 4 blocks", _quantized(_block(2))),
+            ("2 of 4 blocks", _quantized(_block(1) + _block(2))),
+            ("4 of 4 blocks", _quantized(tuple(name for n in range(4) for name in _block(n)))),
+        ),
+    ),
+    Graded(
+        "LoRA on the merger",
+        ("adapter_census",),
+        (("1 of 2 layers", _with_merger(r".*merger\.mlp\.2")), ("2 of 2 layers", _with_merger(r".*merger.*"))),
+    ),
+    Graded(
+        "vision weights with the wrong sign",
+        ("vision_stability", "alignment"),
+        (
+            ("1 weight", _one_element),
+            ("0.01 %", _altered(1e-4, "vision")),
+            ("0.1 %", _altered(1e-3, "vision")),
+            ("1 %", _altered(1e-2, "vision")),
+            ("10 %", _altered(1e-1, "vision")),
+        ),
+    ),
+    Graded(
+        "scaling of an adapter that is harmless as saved",
+        ("alignment",),
+        tuple((f"{factor} x", _times(factor)) for factor in (2, 4, 6, 8, 16)),
+    ),
+)

@@ -1,0 +1,250 @@
+"""Healthy variations: whatever is no fault must not be called one."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.case import SEED, healthy_case, load, lora_config
+from pytest_qvl.faults.tools import attribute
+from pytest_qvl.models.adapters import LANGUAGE_ONLY
+from pytest_qvl.models.quantized import usual_quantization
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qvl.faults.case import Case
+    from pytest_qvl.samples import Sample
+
+DTYPES = ("bfloat16", "float32", "bfloat16", "float16")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "fresh": {},
+    "trained": {"init_lora_weights": False},
+    "rslora": {"use_rslora": True},
+    "dropout": {"lora_dropout": 0.1},
+    "dora": {"use_dora": True},
+    "rank pattern": {"rank_pattern": {"down_proj": 2}},
+    "head adapted": {"target_modules": LANGUAGE_ONLY + "|lm_head"},
+    "rank and alpha pattern": {"rank_pattern": {"q_proj": 32}, "alpha_pattern": {"q_proj": 64}},
+    "embeddings adapted": {"target_modules": LANGUAGE_ONLY + r"|.*language_model\.embed_tokens"},
+    "attention only": {"target_modules": r".*language_model.*\.(q|v)_proj"},
+    "renamed": {},
+    "first layers": {"target_modules": ["q_proj", "v_proj", "o_proj"], "layers_to_transform": [0, 1]},
+    "dora, rslora, dropout": {"use_dora": True, "use_rslora": True, "lora_dropout": 0.05},
+}
+ADAPTER_NAMES = {"renamed": "step-500"}
+ALWAYS = (
+    "checkpoint_complete",
+    "quantization_census",
+    "adapter_census",
+    "adapter_roundtrip",
+    "adapter_neutrality",
+    "placeholder_counts",
+    "feature_scatter",
+    "visual_token_order",
+    "causality",
+    "image_isolation",
+    "picture_pairing",
+    "malformed_inputs",
+    "mrope_positions",
+    "decode_positions",
+    "greedy_is_argmax",
+    "vision_not_backpropagated",
+    "label_mask",
+)
+IN_TURN = (
+    ("training_step",),
+    ("frozen_vision",),
+    ("position_state",),
+    ("generation_repeatable",),
+    ("generation_batch_invariance", "generation_cache_invariance"),
+)
+KNOWLEDGE = ("vision_stability", "generation_wellformed", "alignment")
+KNOWLEDGE_EVERY = 8
+RANDOM_EVERY = 5
+SIDES = tuple(range(56, 197, 28))  # px
+OPTIMIZERS = ("derived", "AdamW 2e-4", "SGD 0.1, momentum", "Adafactor 1e-3", "AdamW 1e-5, no decay")
+OPTIMIZER_EVERY = 10  # variations in a row with the same one, so that each meets both training checks
+
+
+@dataclass(frozen=True)
+class Variation:
+    """A healthy set-up.
+
+    Attributes:
+        number: Its place in the list, and the seed of everything random in it.
+        dtype: Load and compute dtype.
+        adapter: A key of :data:`ADAPTERS`.
+        optimizer: One of :data:`OPTIMIZERS`; ``"derived"`` is the checks' own.
+        eager: Eager attention instead of SDPA.
+        family: Random weights of this family (``model_type``), or empty for the embedded model.
+        prepared: Prepared for k-bit training (16-bit parts become float32), its vision hooks removed.
+        checks: Which checks have to pass.
+    """
+
+    number: int
+    dtype: str
+    adapter: str
+    optimizer: str
+    eager: bool
+    family: str
+    prepared: bool
+    checks: tuple[str, ...]
+
+    def __str__(self) -> str:
+        weights = f"random {self.family}" if self.family else "embedded"
+        words = [weights, self.dtype, f"{self.adapter} adapter", "eager" if self.eager else "sdpa"]
+        words += [self.optimizer] if self.optimizer != OPTIMIZERS[0] else []
+        return f"#{self.number}: {', '.join([*words, *(['k-bit prepared'] if self.prepared else [])])}"
+
+
+def variations(count: int) -> list[Variation]:
+    """The first `count` healthy variations; the same ones every time."""
+    from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES
+
+    made = []
+    for number in range(count):
+        family, knowledge = "", False
+        if number % RANDOM_EVERY == RANDOM_EVERY - 1:
+            family = RANDOM_FAMILIES[number // RANDOM_EVERY % len(RANDOM_FAMILIES)]
+        else:
+            knowledge = number % KNOWLEDGE_EVERY == 0
+        adapter = "fresh" if knowledge else list(ADAPTERS)[number % len(ADAPTERS)]
+        turn = number // (RANDOM_EVERY if family else 2) % len(IN_TURN)
+        checks = (*ALWAYS, *IN_TURN[turn], *(KNOWLEDGE if knowledge else ()))
+        made.append(
+            Variation(
+                number,
+                DTYPES[number % len(DTYPES)],
+                adapter,
+                OPTIMIZERS[number // OPTIMIZER_EVERY % len(OPTIMIZERS)],
+                eager=number % 7 == 3 and not family,
+                family=family,
+                prepared=number % 11 == 6 and not family,
+                checks=checks,
+            )
+        )
+    return made
+
+
+class Healthy:
+    """Makes the case of each variation; full-precision references are recorded once per dtype and seed, and shared.
+
+    Args:
+        seed: Which probes all variations are judged on; those that need the model's knowledge have probes of their
+            own, and the others those of :data:`~pytest_qvl.faults.case.SEED`, if not given.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._cases: dict[tuple[str, int], Case] = {}
+        self._seed = seed
+
+    @contextmanager
+    def case(self, variation: Variation) -> Iterator[Case]:
+        """The case of a variation, its model in the wanted state."""
+        from pytest_qvl.models.anatomy import anatomy
+        from pytest_qvl.models.attention import other_attention
+
+        knows = "alignment" in variation.checks
+        own = variation.number if knows else SEED
+        base = self._base(variation.dtype, own if self._seed is None else self._seed)
+        changed = replace(base, collators=[], rows=_rows(variation.number))
+        changed.lora_config = lora_config(**ADAPTERS[variation.adapter])
+        changed.make_optimizer = _optimizer(variation.optimizer)
+        if variation.family:
+            with _random_case(changed, variation) as made:
+                yield made
+            return
+        changed.model = self._model(variation, changed.lora_config)
+        if not variation.eager:
+            yield changed
+            return
+        with other_attention(anatomy(changed.model)):
+            yield changed
+
+    def _base(self, dtype: str, seed: int) -> Case:
+        if (dtype, seed) not in self._cases:
+            self._cases[dtype, seed] = healthy_case(dtype=dtype, seed=seed)
+        return self._cases[dtype, seed]
+
+    def _model(self, variation: Variation, config: Any) -> Any:
+        import torch
+
+        base = load(dtype=variation.dtype, lora=None)
+        if variation.prepared:
+            from peft import prepare_model_for_kbit_training
+
+            base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(variation.number)
+            model = _adapted(base, variation, config)
+        if variation.prepared:
+            from pytest_qvl.models.anatomy import anatomy
+            from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+
+            remove_vision_grad_hooks(anatomy(model).patch_embed)
+        return model
+
+
+@contextmanager
+def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
+    import torch
+
+    from pytest_qvl import checks
+    from pytest_qvl.checks.support.reference import noise_floor
+    from pytest_qvl.faults.matrix.random_models import PATCH, random_model
+
+    dtype = getattr(torch, variation.dtype)
+    model = random_model(
+        variation.family,
+        seed=variation.number,
+        dtype=dtype,
+        quantization_config=usual_quantization(dtype),
+    )
+    patch = PATCH[variation.family]
+    processor: Any = case.processor.image_processor
+    with attribute(processor, "patch_size", patch):
+        floor: Any = case.reference.floor
+        if "generation_batch_invariance" in variation.checks:
+            floor = noise_floor(model, case.processor, case.probes)
+        model = _adapted(model, variation, case.lora_config)
+        policy = checks.QuantizationPolicy(compute_dtype=variation.dtype)
+        yield replace(case, model=model, policy=policy, reference=floor)
+
+
+def _adapted(base: Any, variation: Variation, config: Any) -> Any:
+    from peft import get_peft_model
+
+    return get_peft_model(base, config, ADAPTER_NAMES.get(variation.adapter, "default")).eval()
+
+
+def _optimizer(name: str) -> Any:
+    """Makes an optimizer as people set it; ``None`` for the one that the checks derive."""
+    import torch
+    from transformers.optimization import Adafactor
+
+    makers: dict[str, Any] = {
+        "AdamW 2e-4": lambda p: torch.optim.AdamW(p, lr=2e-4),
+        "SGD 0.1, momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+        "Adafactor 1e-3": lambda p: Adafactor(p, lr=1e-3, relative_step=False, scale_parameter=False),
+        "AdamW 1e-5, no decay": lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+    }
+    return makers.get(name)
+
+
+def _rows(seed: int) -> list[Sample]:
+    """Two or three samples of random skills; every other time over pictures of other sizes."""
+    from pytest_qvl.samples import ALL_SKILLS, TEXT_ONLY_SKILLS, scenes
+
+    rng = random.Random(f"healthy {seed}")
+    chosen = rng.sample(ALL_SKILLS, rng.randint(2, 3))
+    if rng.random() < 0.5 and TEXT_ONLY_SKILLS[0] not in chosen:
+        chosen[-1] = TEXT_ONLY_SKILLS[0]
+    rows = scenes(seed, 1, chosen)
+    if seed % 2:
+        rows = [
+            replace(s, images=tuple(i.resize((rng.choice(SIDES), rng.choice(SIDES))) for i in s.images)) for s in rows
+        ]
+    return rows

@@ -1,0 +1,86 @@
+"""``pytest-qvl faults --healthy``: run healthy variations, and go on with those of an earlier call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import argparse
+    from pathlib import Path
+
+    from pytest_qvl.faults.matrix.healthy_record import Outcome
+
+OTHERS = ("model", "device", "dtype", "only", "named_only", "matrix", "table", "docs", "name")
+GOOD, BAD, UNFINISHED = 0, 1, 3
+
+
+def healthy(options: argparse.Namespace, jobs: int) -> int:
+    """Run healthy variations, print what they showed, and write their record if asked.
+
+    Args:
+        options: The command line.
+        jobs: Threads of all processes together.
+
+    Returns:
+        The exit status: 1 if a check called one broken or a process gave no result, 3 if the time of ``--minutes``
+        was up before all were judged and no such thing happened so far, 0 otherwise.
+
+    Raises:
+        ValueError: Options that do not go together, or a file that holds the results of another run.
+    """
+    from pytest_qvl.faults.matrix.healthy_panel import run
+    from pytest_qvl.faults.matrix.healthy_record import record, shown
+    from pytest_qvl.faults.matrix.isa import settings, this_cpu
+
+    _check(options)
+    cpu, out = this_cpu(), options.out
+    partial = None if out is None else out.with_name(out.name + ".part")
+    chosen = settings(options.isa or "native")
+    outcomes = run(options.healthy, chosen, cpu, jobs, partial=partial, minutes=options.minutes)
+    left = options.healthy - sum(len(outcome.numbers) for outcome in outcomes)
+    if out is not None:
+        text = json.dumps(record(outcomes, cpu, options.healthy), indent=1, ensure_ascii=False)
+        out.write_text(text + "\n", encoding="utf-8")
+    if partial is not None and not left:
+        partial.unlink()
+    sys.stdout.write(shown(outcomes, cpu) + "\n")
+    if left:
+        again = "run the same again to go on" if out is not None else "with --out FILE.json the next call goes on there"
+        sys.stdout.write(f"unfinished: {left:,} of {options.healthy:,} variations are left: {again}\n")
+    return exit_status(outcomes, left)
+
+
+def exit_status(outcomes: list[Outcome], left: int) -> int:
+    """What the command exits with."""
+    if not all(outcome.green for outcome in outcomes):
+        return BAD
+    return UNFINISHED if left else GOOD
+
+
+def _check(options: argparse.Namespace) -> None:
+    given = [f"--{name.replace('_', '-')}" for name in OTHERS if getattr(options, name) not in (None, False)]
+    if given:
+        raise ValueError(f"--healthy takes no {', no '.join(given)}")
+    if options.healthy < 1:
+        raise ValueError(f"--healthy is a number of variations from 1, not {options.healthy}")
+    if options.minutes is not None and options.minutes <= 0:
+        raise ValueError(f"--minutes is a time above 0, not {options.minutes:g}")
+
+
+def split_records(files: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The records of healthy variations among the files, read, and the other files, readable or not."""
+    from pytest_qvl.faults.matrix.healthy_record import SCHEMA
+
+    variations, others = [], []
+    for file in files:
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            data = None
+        if isinstance(data, dict) and data.get("schema") == SCHEMA:
+            variations.append(data)
+        else:
+            others.append(file)
+    return variations, others

@@ -1,0 +1,244 @@
+"""Healthy variations under every instruction set that the CPU offers: whatever is no fault is called one nowhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from threading import Lock, Timer
+from typing import IO, TYPE_CHECKING, Any
+
+from pytest_qvl.evidence import printable
+from pytest_qvl.faults.matrix.freshness import definitions_digest
+from pytest_qvl.faults.matrix.healthy_child import SEPARATOR, Judged
+from pytest_qvl.faults.matrix.healthy_plan import Schedule, spread
+from pytest_qvl.faults.matrix.healthy_record import Outcome
+from pytest_qvl.faults.matrix.isa_used import Used
+from pytest_qvl.faults.matrix.journal import JsonLines
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from pytest_qvl.faults.matrix.isa import Cpu, Setting
+
+PROGRESS = 20
+GRACE = 30.0  # seconds after the deadline until processes are ended that still judge a variation
+
+
+class ChildEnded(RuntimeError):
+    """A process ended without an answer; the message says how."""
+
+
+def run(
+    count: int,
+    settings: Sequence[Setting],
+    cpu: Cpu,
+    jobs: int,
+    *,
+    partial: Path | None = None,
+    minutes: float | None = None,
+) -> list[Outcome]:
+    """Spread `count` healthy variations over the settings that the CPU offers, each in processes of its own.
+
+    Args:
+        count: How many variations in all.
+        settings: Where to run them.
+        cpu: What this CPU offers.
+        jobs: Threads of all processes together.
+        partial: Where results are kept as they come; what is there already is not done again.
+        minutes: Begin no variation after so many; what is not judged half a minute later is left for the next call.
+
+    Raises:
+        ValueError: `partial` holds the results of another run.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    outcomes = [Outcome(setting, setting.lacks(cpu)) for setting in settings]
+    offered = {str(outcome.setting): outcome for outcome in outcomes if not outcome.missing}
+    journal = JsonLines(partial, {"healthy": count, "settings": list(offered), "definitions": definitions_digest()})
+    for kept in journal.kept:
+        _add(offered[kept["setting"]], kept)
+    waiting = spread(count, [outcome.setting for outcome in offered.values()])
+    left = {s: [n for n in numbers if n not in offered[str(s)].numbers] for s, numbers in waiting.items()}
+    panel = _Panel(offered, list(settings), journal, cpu, count)
+    schedule = Schedule(left, jobs, deadline)
+    with panel.ended_after(deadline), ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(panel.work, schedule) for _ in range(jobs)]:
+            future.result()
+    return outcomes
+
+
+class _Panel:
+    """What the threads share: each starts processes and asks them, one after the other."""
+
+    def __init__(
+        self, offered: dict[str, Outcome], settings: list[Setting], journal: JsonLines, cpu: Cpu, count: int
+    ) -> None:
+        self._offered, self._settings, self._journal = offered, settings, journal
+        self._cpu, self._count, self._lock = cpu.model, count, Lock()
+        self._children: set[Child] = set()
+        self._time_is_up = False
+
+    @contextmanager
+    def ended_after(self, deadline: float | None) -> Iterator[None]:
+        """End processes that are still at work some time after the deadline."""
+        if deadline is None:
+            yield
+            return
+        timer = Timer(deadline + GRACE - time.monotonic(), self._end_all)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end_all(self) -> None:
+        with self._lock:
+            self._time_is_up = True
+            for child in self._children:
+                child.kill()
+
+    def work(self, schedule: Schedule) -> None:
+        while (setting := schedule.begin()) is not None:
+            outcome, broken = self._offered[str(setting)], True
+            try:
+                self._ask(outcome, schedule)
+                broken = False
+            except ChildEnded as reason:
+                if not self._time_is_up:
+                    outcome.broken.append(str(reason))
+                    _say(f"BROKEN {reason}")
+            finally:
+                schedule.end(setting, broken=broken)
+
+    def _ask(self, outcome: Outcome, schedule: Schedule) -> None:
+        setting = outcome.setting
+        # The probes' seed: one for all variations of a setting, whose references one process then shares.
+        with Child(setting, seed=self._settings.index(setting)) as child, self._noted(child):
+            child.greet()
+            if reason := child.used.contradicts(setting):
+                raise ChildEnded(f"{setting}: {reason}")
+            while (number := schedule.number(setting)) is not None:
+                self._keep(outcome, child.judge(number), child.used)
+
+    @contextmanager
+    def _noted(self, child: Child) -> Iterator[None]:
+        with self._lock:
+            self._children.add(child)
+            if self._time_is_up:
+                child.kill()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._children.discard(child)
+
+    def _keep(self, outcome: Outcome, judged: Judged, used: Used) -> None:
+        line = {"setting": str(outcome.setting), "cpu": self._cpu, "used": vars(used), **vars(judged)}
+        with self._lock:
+            self._journal.write(line)
+            _add(outcome, line)
+            for alarm in judged.alarms:
+                _say(f"FALSE ALARM under {outcome.setting}: {alarm}")
+            done = sum(len(one.numbers) for one in self._offered.values())
+            if done % PROGRESS == 0:
+                _say(f"{done} of {self._count} healthy variations")
+
+
+def _add(outcome: Outcome, line: dict[str, Any]) -> None:
+    names = Judged.__dataclass_fields__
+    outcome.add(Judged(**{name: line[name] for name in names}), Used(**line["used"]), line["cpu"])
+
+
+class Child:
+    """One process that judges variations under a setting.
+
+    Args:
+        setting: Its instruction set and threads.
+        seed: Of the probes.
+
+    Attributes:
+        used: What it computes with, once it was greeted.
+    """
+
+    used: Used
+
+    def __init__(self, setting: Setting, *, seed: int) -> None:
+        self._setting = setting
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pytest_qvl.faults.matrix.healthy_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env=os.environ | setting.environment,
+            text=True,
+        )
+        self._send(json.dumps({"threads": setting.threads, "seed": seed}))
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop()
+
+    def greet(self) -> None:
+        """Wait until it has started and says what it computes with.
+
+        Raises:
+            ChildEnded: It could not start.
+        """
+        self.used = Used(**self._answer())
+
+    def kill(self) -> None:
+        """End it now."""
+        self._process.kill()
+
+    def judge(self, number: int) -> Judged:
+        """Let it judge one variation.
+
+        Raises:
+            ChildEnded: It died over it.
+        """
+        self._send(str(number))
+        try:
+            return Judged(**self._answer())
+        except ChildEnded as reason:
+            raise ChildEnded(f"{reason} (variation #{number})") from None
+
+    def _send(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # one that has ended: the answer that does not come says so
+            self._stdin.write(line + "\n")
+            self._stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(SEPARATOR):
+                found: dict[str, Any] = json.loads(line.removeprefix(SEPARATOR))
+                return found
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:] or ["without a word"]
+        raise ChildEnded(f"{self._setting}: the process ended with {code}: {printable(last[0])}")
+
+    @property
+    def _stdin(self) -> IO[str]:
+        assert self._process.stdin is not None
+        return self._process.stdin
+
+    def _stop(self) -> None:
+        self.kill()  # it would end with its stdin, but not if it hangs
+        with suppress(BrokenPipeError):
+            self._process.communicate()
+        self._errors.close()
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(printable(line) + "\n")
+    sys.stderr.flush()

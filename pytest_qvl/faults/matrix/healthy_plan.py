@@ -1,0 +1,135 @@
+"""Which healthy variation runs under which setting, and which process takes the next one."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter, deque
+from functools import partial
+from threading import Condition
+from typing import TYPE_CHECKING
+
+from pytest_qvl.faults.matrix.healthy import DTYPES, KNOWLEDGE, variations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pytest_qvl.faults.matrix.healthy import Variation
+    from pytest_qvl.faults.matrix.isa import Setting
+
+# A setting with two threads gets one variation where one with a single thread gets so many: it keeps two cores busy
+# and is hardly faster, and threads change the order of additions only.
+SINGLE_THREAD_SHARE = 6
+START = 8  # imports, loading and references of a process take as long as about so many variations
+
+
+def spread(count: int, settings: Sequence[Setting]) -> dict[Setting, list[int]]:
+    """The numbers of the variations that each setting gets; always the same ones.
+
+    Kinds of variations recur with small periods, so they are shuffled: in order, a setting would never meet some of
+    them. Every setting gets at least one, and one that needs the model's knowledge and one of each dtype, as far as
+    they go.
+    """
+    left = variations(count)
+    random.Random(0).shuffle(left)
+    found: dict[Setting, list[int]] = {setting: [] for setting in settings}
+    sizes = _sizes(count, settings)
+    kinds: list[Callable[[Variation], bool]] = [_needs_knowledge]
+    kinds += [partial(_has_dtype, dtype) for dtype in dict.fromkeys(DTYPES)]
+    for wanted in kinds:
+        for setting in settings:
+            place = next((place for place, one in enumerate(left) if wanted(one)), None)
+            if place is not None and len(found[setting]) < sizes[setting]:
+                found[setting].append(left.pop(place).number)
+    for setting in settings:
+        found[setting] += [left.pop().number for _ in range(sizes[setting] - len(found[setting]))]
+    return found
+
+
+def _needs_knowledge(variation: Variation) -> bool:
+    return KNOWLEDGE[0] in variation.checks
+
+
+def _has_dtype(dtype: str, variation: Variation) -> bool:
+    return variation.dtype == dtype
+
+
+def _sizes(count: int, settings: Sequence[Setting]) -> dict[Setting, int]:
+    if not settings:
+        return {}
+    single = min(count, len(settings))
+    weights = [SINGLE_THREAD_SHARE if setting.threads == 1 else 1 for setting in settings]
+    bounds = [(count - single) * sum(weights[:place]) // sum(weights) for place in range(len(weights) + 1)]
+    return {setting: bounds[place + 1] - bounds[place] + (place < single) for place, setting in enumerate(settings)}
+
+
+def expected_cost(variation: Variation) -> float:
+    """About how long its checks take, against those of a short one; torch's CPU kernels for float16 are slow."""
+    slow = 3.0 if variation.eager and variation.dtype == "float16" else 1.0
+    return slow * (1.0 + 3.0 * _needs_knowledge(variation) + 1.0 * ("training_step" in variation.checks))
+
+
+class Schedule:
+    """Hands variations to processes, one at a time; used by several threads.
+
+    Settings with more threads come first, and the longest variations of each setting, so that short ones are left at
+    the end and fill it up. A setting is shared by several processes only where what is left of it is worth their start.
+
+    Args:
+        waiting: Numbers of the variations of each setting.
+        jobs: Threads of all processes together.
+        deadline: Hand out nothing after this, a ``time.monotonic()``.
+    """
+
+    def __init__(self, waiting: Mapping[Setting, Sequence[int]], jobs: int, deadline: float | None = None) -> None:
+        highest = max((max(numbers, default=-1) for numbers in waiting.values()), default=-1)
+        costs = [expected_cost(variation) for variation in variations(highest + 1)]
+        self._waiting = {s: deque(sorted(numbers, key=lambda n: -costs[n])) for s, numbers in waiting.items()}
+        self._jobs = self._free = jobs
+        self._deadline = deadline
+        self._processes: Counter[Setting] = Counter()
+        self._changed = Condition()
+
+    def begin(self) -> Setting | None:
+        """Wait until a process may start; the setting it is for, or ``None`` if no other will."""
+        with self._changed:
+            while not self._over() and any(self._waiting.values()):
+                setting = self._next()
+                if setting is not None:
+                    self._processes[setting] += 1
+                    self._free -= self._slots(setting)
+                    return setting
+                self._changed.wait()
+        return None
+
+    def number(self, setting: Setting) -> int | None:
+        """The next variation for a process of this setting, or ``None`` if it should end."""
+        with self._changed:
+            waiting = self._waiting[setting]
+            return None if self._over() or not waiting else waiting.popleft()
+
+    def end(self, setting: Setting, *, broken: bool = False) -> None:
+        """A process has ended; if it broke, its setting gets no other."""
+        with self._changed:
+            self._processes[setting] -= 1
+            self._free += self._slots(setting)
+            if broken:
+                self._waiting[setting].clear()
+            self._changed.notify_all()
+
+    def _over(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _slots(self, setting: Setting) -> int:
+        return min(setting.threads, self._jobs)
+
+    def _next(self) -> Setting | None:
+        possible = [s for s in self._waiting if self._slots(s) <= self._free and self._worth_a_start(s)]
+        return max(possible, key=lambda s: (s.threads, self._left(s)), default=None)
+
+    def _worth_a_start(self, setting: Setting) -> bool:
+        return bool(self._waiting[setting]) and (not self._processes[setting] or self._left(setting) >= START)
+
+    def _left(self, setting: Setting) -> float:
+        """Variations for each process, if there were one more."""
+        return len(self._waiting[setting]) / (self._processes[setting] + 1)

@@ -1,0 +1,95 @@
+"""Partial results, line by line as they come: a run that is cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.matrix.work import Done, Plan, Task
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class JsonLines:
+    """A file of JSON lines: what run it belongs to, then a line per result.
+
+    Args:
+        path: The file; ``None`` for none.
+        head: What run the results belong to.
+
+    Attributes:
+        kept: What earlier calls of the same run have written.
+
+    Raises:
+        ValueError: The file holds the results of another run, or is damaged.
+    """
+
+    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
+        self._path = path
+        self.kept: list[dict[str, Any]] = []
+        if path is None:
+            return
+        if path.exists():
+            self._read(path, head)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.write(head)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        if self._path is None:
+            return
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _read(self, path: Path, head: dict[str, Any]) -> None:
+        text = path.read_text(encoding="utf-8")
+        first, *lines = text.splitlines() or [""]
+        if _parsed(first) != head:
+            raise ValueError(f"{path} holds the results of another run ({first}): remove it, or give another --out")
+        for number, line in enumerate(lines, start=2):
+            kept = _parsed(line)
+            if kept is not None:
+                self.kept.append(kept)
+            elif number <= len(lines):
+                raise ValueError(f"{path}, line {number} is no JSON: remove the file")
+            else:  # cut off while it was written: what comes next must not continue that line
+                path.write_text(text.removesuffix("\n").removesuffix(line), encoding="utf-8")
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+class Journal:
+    """What is done of a matrix.
+
+    Args:
+        path: The file; ``None`` for none.
+        plan: What is run.
+        definitions: Digest of what decides the results.
+
+    Attributes:
+        done: What this and earlier calls of the same plan have done.
+
+    Raises:
+        ValueError: The file holds the results of another plan or of other definitions.
+    """
+
+    def __init__(self, path: Path | None, plan: Plan, definitions: str) -> None:
+        head = {"subject": str(plan.subject), "named_only": plan.named_only, "definitions": definitions}
+        self._lines = JsonLines(path, head)
+        self.done: list[Done] = [
+            Done(Task(kept["part"], kept["key"]), kept["found"], kept["seconds"]) for kept in self._lines.kept
+        ]
+
+    def add(self, done: Done) -> None:
+        """Keep what was done."""
+        self.done.append(done)
+        self._lines.write({**asdict(done.task), "found": done.found, "seconds": round(done.seconds, 3)})

@@ -1,0 +1,184 @@
+"""The matrix as a page and as a picture."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from pytest_qvl.faults.catalogue import catalogue
+from pytest_qvl.faults.matrix.by_model import NAME as BY_MODEL
+from pytest_qvl.faults.unreproduced import UNREPRODUCED
+
+if TYPE_CHECKING:
+    from pytest_qvl.faults.matrix.results import Result
+
+NOTICED = ("caught", "refused")
+COLOURS = {
+    "named": "#1b5e20",
+    "caught": "#81c784",
+    "refused": "#c5e1a5",
+    "crashed": "#bdbdbd",
+    "cannot judge": "#eeeeee",
+    "pass": "#ffffff",
+    "missed": "#c62828",
+}
+WORDS = {
+    "named": "the check that must catch it",
+    "caught": "also caught",
+    "refused": "inputs refused in words",
+    "crashed": "exception from the model",
+    "cannot judge": "cannot judge (a skip)",
+    "pass": "not noticed",
+}
+COMMAND = "pytest-qvl faults --matrix --docs docs"
+CELL, LEFT, TOP = 14, 280, 190
+
+
+def page(result: Result) -> str:
+    """``docs/faults.md``."""
+    from pytest_qvl.faults.matrix.results import summary
+
+    faults = catalogue()
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    minutes = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in result.seconds.items())
+    lines = [
+        "# What is caught",
+        "",
+        f"<!-- Written by `{COMMAND}`; definitions {result.definitions} -->",
+        "",
+        "A catalogue of deliberate faults, each taken from a public thread where one is given, is applied to the",
+        "embedded model in NF4 with LoRA; every check then judges the damaged model. One command makes this page:",
+        f"`{COMMAND}`.",
+        "",
+        *(f"- {line}" for line in summary(result).splitlines()),
+        f"- Run with {versions}, on CPU, one thread; CPU time: {minutes}.",
+        "",
+        "See one for yourself: `pytest --pyargs pytest_qvl.suite --qvl-fault scatter-off-by-one`. The same faults",
+        f"on a GPU and on models of true size: [{BY_MODEL}]({BY_MODEL}).",
+        "",
+        "![Faults by checks](faults.svg)",
+        "",
+        "## The faults",
+        "",
+        '"Silent": forward, backward and `generate` raise nothing. "Smoke test": one training step with a finite',
+        "loss, then text comes out; what a project without further tests sees.",
+        "",
+    ]
+    for family in dict.fromkeys(fault.family for fault in faults.values()):
+        head = "| fault | what is wrong | caught by | also by | silent | smoke test | from |"
+        lines += [f"### {family[0].upper()}{family[1:]}", "", head]
+        lines.append("|---|---|---|---|---|---|---|")
+        for name, fault in faults.items():
+            row = result.rows.get(name)
+            if fault.family != family or row is None:
+                continue
+            if row.missing:
+                lines.append(
+                    f"| `{name}` | {_cell(fault.summary)} | not made here: {row.missing} | | | | {fault.source} |"
+                )
+                continue
+            also = [c for c, o in row.outcomes.items() if o in NOTICED and c != fault.check]
+            smoke = "passes" if row.smoke == "pass" else "fails"
+            caught = fault.check if row.named else "**missed**"
+            lines.append(
+                f"| `{name}` | {_cell(fault.summary)} | {caught} | {', '.join(also)} | "
+                f"{'yes' if fault.silent else 'no'} | {smoke} | {fault.source} |"
+            )
+        lines.append("")
+    lines += _checks(result) + _doses(result) + _unreproduced() + _alarms(result)
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text inside a table: a bare bar would end its column."""
+    return text.replace("|", "\\|")
+
+
+def _checks(result: Result) -> list[str]:
+    faults = catalogue()
+    checks = next(iter(result.made.values())).outcomes
+    lines = [
+        "## The checks",
+        "",
+        '"Only": faults that no other check catches. "Healthy": on how many of the healthy variations it ran (dtypes,',
+        "seeds, batch shapes, grids, padding, attention kernels, adapters, k-bit preparation, and random weights of",
+        "Qwen2-VL, Qwen2.5-VL and Qwen3-VL), false alarms, and cases it could not judge.",
+        "",
+        "| check | named for | notices | only | for instance | healthy | false alarms | cannot judge |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for check in checks:
+        seen = [n for n, row in result.made.items() if row.outcomes[check] in NOTICED]
+        only = result.only(check)
+        named = sum(faults[n].check == check for n in result.made)
+        alarms = sum(f", {check} (" in alarm for alarm in result.alarms)
+        lines.append(
+            f"| {check} | {named} | {len(seen)} | {len(only)} | {', '.join(f'`{n}`' for n in only[:2])} | "
+            f"{result.healthy.get(check, 0)} | {alarms} | {result.undecided.get(check, 0)} |"
+        )
+    return [*lines, ""]
+
+
+def _doses(result: Result) -> list[str]:
+    lines = [
+        "## The smallest dose",
+        "",
+        "| defect | check | smallest dose caught | smaller doses not noticed |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {d['defect']} | {d['check']} | {d['caught'] or 'none'} | {', '.join(d['missed'])} |" for d in result.doses
+    ]
+    return [
+        *lines,
+        "",
+        "Where structure can be counted or compared bitwise, one token, one layer or one weight is enough. Alignment",
+        "asks the model: what its answers do not depend on, it does not notice, whatever the dose.",
+        "",
+    ]
+
+
+def _unreproduced() -> list[str]:
+    lines = ["## Known failures that are not in the catalogue", "", "| failure | thread | why |", "|---|---|---|"]
+    return [*lines, *(f"| {what} | {thread} | {why} |" for what, thread, why in UNREPRODUCED), ""]
+
+
+def _alarms(result: Result) -> list[str]:
+    if not result.alarms:
+        return []
+    return ["## False alarms", "", *(f"- {' '.join(alarm.split())[:400]}" for alarm in result.alarms), ""]
+
+
+def picture(result: Result) -> str:
+    """``docs/faults.svg``: a row per fault, a column per check, and the smoke test."""
+    faults = catalogue()
+    made = {name: result.made[name] for name in faults if name in result.made}  # a record has them as they were done
+    checks = list(next(iter(made.values())).outcomes)
+    columns = [*checks, "smoke test"]
+    width, height = LEFT + CELL * len(columns) + 200, TOP + CELL * len(made) + 20
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="10">',
+        f'<rect width="{width}" height="{height}" fill="#fafafa"/>',
+    ]
+    for column, name in enumerate(columns):
+        x = LEFT + CELL * column + CELL - 4
+        out.append(f'<text transform="translate({x},{TOP - 6}) rotate(-60)">{escape(name)}</text>')
+    squares: dict[str, list[str]] = {}
+    for number, (name, row) in enumerate(made.items()):
+        y = TOP + CELL * number
+        out.append(f'<text x="{LEFT - 6}" y="{y + CELL - 4}" text-anchor="end">{escape(name)}</text>')
+        smoke = "pass" if row.smoke == "pass" else "caught"
+        for column, outcome in enumerate([*row.outcomes.values(), smoke]):
+            kind = outcome
+            if columns[column] == faults[name].check:
+                kind = "named" if row.named else "missed"
+            squares.setdefault(kind, []).append(f"M{LEFT + CELL * column} {y}h{CELL - 1}v{CELL - 1}h{1 - CELL}z")
+    # One path per colour: a square of its own each, with its name, would take ten times the bytes.
+    for kind, places in squares.items():
+        out.append(f'<path fill="{COLOURS[kind]}" stroke="#dddddd" d="{"".join(places)}"/>')
+    for number, (kind, words) in enumerate(WORDS.items()):
+        x, y = LEFT + CELL * len(columns) + 16, TOP + 18 * number
+        out.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{COLOURS[kind]}" stroke="#999999"/>')
+        out.append(f'<text x="{x + 18}" y="{y + 10}">{words}</text>')
+    return "\n".join([*out, "</svg>", ""])

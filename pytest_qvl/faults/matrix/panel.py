@@ -1,0 +1,175 @@
+"""Every check on one case, with a small fixed set of probes."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from pytest_qvl.faults.case import Case
+    from pytest_qvl.samples.batch import PaddingSide
+
+PASS, CAUGHT, REFUSED, UNDECIDED, CRASHED = "pass", "caught", "refused", "cannot judge", "crashed"
+BOTH_SIDES: tuple[PaddingSide, ...] = ("left", "right")
+WELLFORMED_PROBES = 10
+PACKAGE = Path(__file__).resolve().parents[2]
+
+
+class Verdict(NamedTuple):
+    """What one check said of one case.
+
+    Attributes:
+        outcome: ``"pass"``; ``"caught"`` (:class:`CheckFailed`); ``"refused"``: the check turned its inputs down with
+            a sentence (``ValueError`` from the check itself, which fails a test as well); ``"cannot judge"``
+            (a skip); ``"crashed"``: an exception out of the model, which a test without any check would see.
+        message: What it said.
+    """
+
+    outcome: str
+    message: str = ""
+
+    @property
+    def noticed(self) -> bool:
+        """Whether the check fails with words of its own."""
+        return self.outcome in (CAUGHT, REFUSED)
+
+
+def panel(device: str = "cpu") -> dict[str, Callable[[Case], Any]]:
+    """Every check that a device allows by name, as a function of a case: ``"cuda"`` has one more than ``"cpu"``."""
+    from pytest_qvl import checks
+
+    def noise(case: Case) -> list[Any]:
+        return [sample.noise(seed=0) for sample in case.rows]
+
+    def training(case: Case) -> Any:
+        return case.batch(padding_side="right", answers=True)
+
+    def on_both_sides(check: Any, samples: Callable[[Case], Any]) -> Callable[[Case], Any]:
+        return lambda c: [check(c.model, c.batch(samples(c), padding_side=side)) for side in BOTH_SIDES]
+
+    def rows(case: Case) -> Any:
+        return case.rows
+
+    def mrope(case: Case) -> None:
+        checks.mrope_positions(case.model, case.batch())
+        checks.mrope_positions(case.model, training(case), training=True)
+
+    def training_step(case: Case) -> None:
+        for checkpointing in (False, True):
+            checks.training_step(
+                case.model,
+                training(case),
+                gradient_checkpointing=checkpointing,
+                make_optimizer=case.make_optimizer,
+            )
+
+    def spared(case: Case) -> None:
+        for checkpointing in (False, True):
+            checks.vision_not_backpropagated(case.model, training(case), gradient_checkpointing=checkpointing)
+
+    def peak_vram(case: Case) -> None:
+        from pytest_qvl.vram.meter import Meter
+
+        checks.peak_vram(case.model, case.batch(), training(case), Meter())
+
+    return {
+        **({"peak_vram": peak_vram} if device == "cuda" else {}),
+        "checkpoint_complete": lambda c: checks.checkpoint_complete(c.model),
+        "quantization_census": lambda c: checks.quantization_census(c.model, c.policy),
+        "adapter_census": lambda c: checks.adapter_census(c.model, c.lora_config, c.optimizer),
+        "adapter_roundtrip": lambda c: checks.adapter_roundtrip(c.model, c.adapter_folder),
+        "adapter_neutrality": lambda c: checks.adapter_neutrality(c.model, c.batch()),
+        "placeholder_counts": on_both_sides(checks.placeholder_counts, rows),
+        "feature_scatter": on_both_sides(checks.feature_scatter, noise),
+        "visual_token_order": lambda c: checks.visual_token_order(c.model, c.batch()),
+        "causality": lambda c: checks.causality(c.model, c.batch()),
+        "image_isolation": lambda c: checks.image_isolation(c.model, c.processor, c.rows),
+        "picture_pairing": lambda c: [
+            checks.picture_pairing(c.model, c.processor, c.rows, batch) for batch in (c.batch(), training(c))
+        ],
+        "malformed_inputs": lambda c: checks.malformed_inputs(c.model, c.batch()),
+        "mrope_positions": mrope,
+        "decode_positions": lambda c: [
+            checks.decode_positions(c.model, batch) for batch in (c.batch(), c.long_batch())
+        ],
+        "position_state": lambda c: checks.position_state(c.model, c.batch()),
+        "vision_stability": lambda c: checks.vision_stability(c.model, c.processor, c.probes, c.reference),
+        "greedy_is_argmax": lambda c: checks.greedy_is_argmax(c.model, c.batch()),
+        "generation_repeatable": lambda c: checks.generation_repeatable(c.model, c.batch()),
+        "generation_batch_invariance": lambda c: checks.generation_batch_invariance(
+            c.model, c.processor, c.rows, c.reference
+        ),
+        "generation_cache_invariance": lambda c: checks.generation_cache_invariance(c.model, c.batch(), c.reference),
+        "generation_wellformed": lambda c: checks.generation_wellformed(
+            c.model, c.processor, c.probes[:WELLFORMED_PROBES], c.reference
+        ),
+        "alignment": lambda c: checks.alignment(c.model, c.processor, c.probes, c.reference),
+        "training_step": training_step,
+        "vision_not_backpropagated": spared,
+        "label_mask": lambda c: checks.label_mask(c.model, training(c), c.processor),
+        "frozen_vision": lambda c: checks.frozen_vision(c.model, training(c), make_optimizer=c.make_optimizer),
+    }
+
+
+def judge(case: Case, check: str) -> Verdict:
+    """Run one check on a case."""
+    import torch
+
+    try:
+        with torch.random.fork_rng(devices=case.subject.random_devices()):
+            panel(case.subject.device)[check](case)
+    except ModelCrashed as failure:
+        return Verdict(CRASHED, str(failure))
+    except CheckFailed as failure:
+        return Verdict(CAUGHT, str(failure))
+    except CannotJudge as reason:
+        return Verdict(UNDECIDED, str(reason))
+    except ValueError as error:
+        return Verdict(REFUSED if _raised_here(error) else CRASHED, str(error))
+    except Exception as error:
+        return Verdict(CRASHED, f"{type(error).__name__}: {error}")
+    return Verdict(PASS)
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether an exception comes from this package's own code, and not from a library beneath it.
+
+    By the package's folder: a clone of this repository may lie in a folder of any name, torch's beside it.
+    """
+    *_, innermost = traceback.extract_tb(error.__traceback__)
+    return Path(innermost.filename).resolve().is_relative_to(PACKAGE)
+
+
+def judge_all(case: Case, checks: Iterable[str] = ()) -> dict[str, Verdict]:
+    """Run the given checks, or all of them."""
+    return {check: judge(case, check) for check in (checks or panel(case.subject.device))}
+
+
+def smoke(case: Case) -> Verdict:
+    """The test that most projects have: one training step and a generation; does it raise, is there text?"""
+    import torch
+
+    try:
+        with torch.random.fork_rng(devices=case.subject.random_devices()):
+            wrapped = case.model
+            wrapped.train()
+            loss = wrapped(**case.batch(padding_side="right", answers=True), use_cache=False).loss
+            loss.backward()
+            if not bool(torch.isfinite(loss)):
+                return Verdict(CAUGHT, f"the loss is {float(loss)}")
+            wrapped.zero_grad(set_to_none=True)
+            wrapped.eval()
+            with torch.no_grad():
+                batch = case.batch()
+                made = wrapped.generate(**batch, max_new_tokens=8, do_sample=False)
+    except Exception as error:
+        return Verdict(CRASHED, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    tokenizer = case.processor.tokenizer
+    new = made[:, batch["input_ids"].shape[1] :]
+    text = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
+    return Verdict(PASS, text[-1]) if any(text) else Verdict(CAUGHT, "no text")

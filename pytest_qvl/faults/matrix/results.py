@@ -1,0 +1,172 @@
+"""What the matrix found, as data: one row per fault, the healthy variations and the graded doses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pytest_qvl.faults.catalogue import catalogue
+
+SCHEMA = "pytest-qvl/faults/1"
+CAUGHT, OTHER_WORDS, MISSED, NOT_JUDGED, NOT_CARRIED, BROKEN = (
+    *("caught", "other words", "missed"),
+    *("not judged", "not carried", "broken"),
+)
+UNDECIDED = "cannot judge"
+
+
+@dataclass
+class Row:
+    """One fault against the checks.
+
+    Attributes:
+        check: The check that must catch it.
+        outcomes: Check name to outcome.
+        named: Whether the named check notices it and its message holds the words it must.
+        smoke: Outcome of the plain smoke test; empty where it was not run.
+        missing: Why the fault could not be made, or empty: what the model, its device or this machine lacks.
+        broken: What went wrong in the fault's own code, or empty.
+        said: What the named check said, its beginning.
+    """
+
+    check: str = ""
+    outcomes: dict[str, str] = field(default_factory=dict)
+    named: bool = False
+    smoke: str = ""
+    missing: str = ""
+    broken: str = ""
+    said: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """What became of the fault: one of the words above."""
+        if self.missing:
+            return NOT_CARRIED
+        if self.broken:
+            return BROKEN
+        if self.named:
+            return CAUGHT
+        own = self.outcomes.get(self.check)
+        if own in ("caught", "refused"):
+            return OTHER_WORDS
+        return NOT_JUDGED if own == UNDECIDED else MISSED
+
+
+@dataclass
+class Result:
+    """Everything that one run found.
+
+    Attributes:
+        definitions: Digest of what decides the content, see :mod:`pytest_qvl.faults.matrix.freshness`.
+        versions: Of the packages that compute.
+        model: The model's source, as ``--model`` takes it.
+        label: Of model and device, short.
+        device: Name of the device: of the GPU, or ``"CPU"``.
+        dtype: Load and compute dtype.
+        rows: By fault.
+        ill: What checks say of the model without any fault, where they do not pass.
+        healthy: How many healthy variations each check judged.
+        undecided: How many of them it could not judge.
+        variations: How many there were.
+        alarms: False alarms.
+        doses: Graded defects.
+        seconds: CPU time, by part.
+    """
+
+    definitions: str
+    versions: dict[str, str]
+    model: str = "embedded"
+    label: str = "embedded × CPU"
+    device: str = "CPU"
+    dtype: str = "bfloat16"
+    rows: dict[str, Row] = field(default_factory=dict)
+    ill: dict[str, str] = field(default_factory=dict)
+    healthy: dict[str, int] = field(default_factory=dict)
+    undecided: dict[str, int] = field(default_factory=dict)
+    variations: int = 0
+    alarms: list[str] = field(default_factory=list)
+    doses: list[dict[str, Any]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def made(self) -> dict[str, Row]:
+        """The faults that could be made here."""
+        return {name: row for name, row in self.rows.items() if not row.missing}
+
+    @property
+    def caught(self) -> int:
+        """How many faults their named check caught, in the right words."""
+        return sum(row.verdict == CAUGHT for row in self.rows.values())
+
+    @property
+    def verdicts(self) -> Counter[str]:
+        """How many faults ended in which way."""
+        return Counter(row.verdict for row in self.rows.values())
+
+    @property
+    def good(self) -> bool:
+        """Whether every fault that could be made was caught in the right words, without a false alarm."""
+        bad = {OTHER_WORDS, MISSED, NOT_JUDGED, BROKEN}
+        return not (bad & self.verdicts.keys() or self.ill or self.alarms)
+
+    def silent(self) -> list[str]:
+        """Faults at which Transformers raises nothing."""
+        faults = catalogue()
+        return [name for name in self.made if faults[name].silent]
+
+    def smoke_passes(self) -> list[str]:
+        """Silent faults that the smoke test does not notice."""
+        return [name for name in self.silent() if self.rows[name].smoke == "pass"]
+
+    def only(self, check: str) -> list[str]:
+        """Faults that no other check catches; one that refuses the same inputs repeats ``validate_batch``."""
+        return [
+            name
+            for name, row in self.made.items()
+            if row.outcomes.get(check) == "caught"
+            and not any(outcome == "caught" for other, outcome in row.outcomes.items() if other != check)
+        ]
+
+    def without_own_fault(self) -> list[str]:
+        """Checks of which every fault is caught by another check too."""
+        checks = next((row.outcomes for row in self.made.values() if row.outcomes), {})
+        return [check for check in checks if not self.only(check)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Result:
+        """Inverse of :meth:`as_dict`.
+
+        Raises:
+            ValueError: It is no record of faults of this version.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ValueError(f"no record of faults: its schema is {data.get('schema')!r}, not {SCHEMA!r}")
+        fields = {name: value for name, value in data.items() if name != "schema"}
+        return cls(**{**fields, "rows": {name: Row(**row) for name, row in data["rows"].items()}})
+
+
+def summary(result: Result) -> str:
+    """The figures, a line each."""
+    silent, passes = result.silent(), result.smoke_passes()
+    lines = [
+        f"{result.caught} of {len(result.made)} faults caught by the named check, in the right words; "
+        f"{len(result.rows) - len(result.made)} cannot be made here"
+    ]
+    if result.variations:
+        lines.append(
+            f"{len(result.alarms)} false alarms over {result.variations} healthy variations "
+            f"({sum(result.healthy.values()):,} checks)"
+        )
+    if any(row.smoke for row in result.rows.values()):
+        lines += [
+            f"{len(silent)} of {len(result.made)} faults raise nothing in Transformers; "
+            f"{len(passes)} of these {len(silent)} pass a plain test that trains one step and generates text",
+            f"checks without a fault that only they catch: {', '.join(result.without_own_fault()) or 'none'}",
+        ]
+    lines += [f"the model without a fault fails {check}: {said}" for check, said in result.ill.items()]
+    return "\n".join(lines)

@@ -1,0 +1,186 @@
+"""The cross matrix, the healthy variations and the graded doses: one command, one loaded model per process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from pytest_qvl.faults.catalogue import catalogue
+from pytest_qvl.faults.matrix.freshness import definitions_digest
+from pytest_qvl.faults.matrix.journal import Journal
+from pytest_qvl.faults.matrix.results import UNDECIDED, Result, Row
+from pytest_qvl.faults.matrix.work import DeviceBroken, Done, Plan, Task, do, say, tasks
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PROGRESS = 20
+NAMES = {"health": "healthy model", "fault": "faults", "dose": "doses", "variation": "healthy variations"}
+
+
+class MatrixStopped(RuntimeError):
+    """The matrix cannot go on; the message says what happened and how it does."""
+
+
+def run(plan: Plan, jobs: int = 1, *, partial: Path | None = None, minutes: float | None = None) -> Result:
+    """Run the plan; the whole matrix takes more than an hour of one core.
+
+    Args:
+        plan: What to run.
+        jobs: Processes that share the work; each loads the model once and keeps one core busy.
+        partial: Where results are kept as they come; what is there already is not done again.
+        minutes: Begin nothing new after so many.
+
+    Returns:
+        What was found; of what was done, if the time was up before the end.
+
+    Raises:
+        ValueError: There is no GPU to be had, or `partial` holds the results of something else.
+        MatrixStopped: A process died, or CUDA broke.
+    """
+    wanted = tasks(plan)
+    journal = Journal(partial, plan, definitions_digest())
+    done = {one.task for one in journal.done}
+    todo = [task for task in wanted if task not in done]
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    with _leased(plan):
+        for count, one in enumerate(_results(plan, todo, jobs, deadline), start=1):
+            journal.add(one)
+            if one.task.part == "variation" and count % PROGRESS == 0:
+                say(f"{len(journal.done)} of {len(wanted)} done")
+            if one.task.part == "fault" and one.found["broken"].startswith(DeviceBroken.__name__):
+                raise MatrixStopped(
+                    f"CUDA answers nothing after {one.task.key}: {one.found['said']}; run it again to go on behind it"
+                )
+        result = assembled(plan, journal.done, _device_name(plan, jobs))
+    left = len(wanted) - len({one.task for one in journal.done})
+    if left:
+        say(f"{left} of {len(wanted)} pieces are left: run the same again to go on")
+    return result
+
+
+def complete(plan: Plan, result: Result) -> bool:
+    """Whether everything was done before the time was up."""
+    from pytest_qvl.faults.matrix.work import VARIATIONS
+
+    return len(result.rows) == len(plan.faults) and result.variations == (VARIATIONS if plan.whole else 0)
+
+
+def _results(plan: Plan, todo: Sequence[Task], jobs: int, deadline: float | None) -> Iterator[Done]:
+    waiting = deque(todo)
+
+    def due() -> bool:
+        return bool(waiting) and (deadline is None or time.monotonic() < deadline)
+
+    if jobs == 1:
+        while due():
+            yield do(plan, waiting.popleft())
+        return
+    # Not forked: torch's threads do not survive a fork, and neither does CUDA.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool:
+        running: set[Future[Done]] = set()
+        try:
+            while running or due():
+                while len(running) < jobs and due():
+                    running.add(pool.submit(do, plan, waiting.popleft()))
+                ready, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in ready:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise MatrixStopped(
+                "a process of the matrix died, as one does that finds no memory: give fewer --jobs; with --out the "
+                "same command goes on where it was"
+            ) from None
+
+
+def end_with_parent() -> None:
+    """In a process of the pool: end when the one that started it was killed, which would leave it busy for an hour."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _leased(plan: Plan) -> Iterator[None]:
+    """Hold the lease of a GPU for all processes of the pool, which inherit it; this process starts no CUDA itself.
+
+    Unless it does the work alone.
+    """
+    if plan.subject.device != "cuda":
+        yield
+        return
+    from pytest_qvl.gpu.lease import LeaseError, acquire
+    from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
+
+    try:
+        lease = acquire(visible_gpus(), say=say)
+    except (LeaseError, VisibleDevicesError) as error:
+        raise ValueError(f"--device cuda: {error}") from None
+    with lease:
+        yield
+
+
+def _device_name(plan: Plan, jobs: int) -> str:
+    if plan.subject.device == "cpu":
+        return "CPU"
+    from pytest_qvl.gpu.visible import visible_gpus
+
+    name = next((gpu.name for gpu in visible_gpus().gpus), "CUDA")
+    return name if jobs == 1 else f"{name}, {jobs} processes"
+
+
+def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
+    """One result of all pieces, as if one process had done everything.
+
+    A check that does not pass on the model without a fault tells nothing about the faults: what it is named for
+    counts as not judged, and the result as not good. One that cannot judge the healthy model for lack of knowledge
+    is no such check: its faults need knowledge too.
+    """
+    subject = plan.subject
+    fine = ("pass",) if subject.is_default else ("pass", UNDECIDED)
+    result = Result(definitions_digest(), _versions(), str(subject.source), subject.label, device, subject.dtype)
+    counts, undecided = Counter[str](), Counter[str]()
+    rows: dict[str, Row] = {}
+    doses: dict[int, list[dict[str, object]]] = {}
+    for one in done:
+        part, key = one.task.part, one.task.key
+        result.seconds[NAMES[part]] = result.seconds.get(NAMES[part], 0.0) + one.seconds
+        if part == "health" and one.found["outcome"] not in fine:
+            result.ill[key] = f"{one.found['outcome']}: {one.found['message']}"
+        elif part == "fault":
+            rows[key] = Row(**one.found)
+        elif part == "dose":
+            doses[int(key)] = one.found
+        elif part == "variation":
+            counts.update(one.found["outcomes"].keys())
+            undecided.update(check for check, outcome in one.found["outcomes"].items() if outcome == UNDECIDED)
+            result.alarms += one.found["alarms"]
+            result.variations += 1
+    for row in rows.values():
+        if row.check in result.ill and not row.missing:
+            row.named, row.outcomes[row.check] = False, UNDECIDED
+            row.said = "the model without a fault fails this check"
+    result.rows = {name: rows[name] for name in catalogue() if name in rows}
+    result.healthy, result.undecided = dict(counts), dict(undecided)
+    result.doses = [dose for number in sorted(doses) for dose in doses[number]]
+    return result
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}

@@ -1,0 +1,1 @@
+"""Where models come from: released, embedded and synthetic weights, folders, hub ids, and their processors."""

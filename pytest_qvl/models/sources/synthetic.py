@@ -1,0 +1,147 @@
+"""True-size models with random weights, built straight onto the device: no download, no 16-bit copy of the whole.
+
+Every tensor is drawn from its own seed, so one layer can be made again without the others. Linear weights are drawn
+with standard deviation ``1/sqrt(in_features)``, those that write into a residual stream of depth ``n`` smaller by
+``1/sqrt(2 n)`` (Radford et al. 2019, section 2.3): each layer keeps its input's scale and the stream stays of order
+one, so that nothing overflows in float16 and nothing collapses to a constant. Embeddings have standard deviation one;
+where the head is tied to them, that of the head, so that logits are of order one in every family.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.sources.loading import LoadingReport, keep_report
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+BIAS_STD = 0.02
+RESIDUAL_WRITERS = ("o_proj", "down_proj", "proj", "fc2", "linear_fc2")
+
+
+def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """The exact architecture that ``config`` describes, with random weights.
+
+    Which layers are quantized is decided by Transformers' own quantizer from ``quantization_config``, as in
+    ``from_pretrained``; each quantized weight exists in 16 bits only while it is being packed.
+
+    Args:
+        config: A Qwen-VL configuration (:func:`pytest_qvl.models.sources.released.released_config`).
+        quantization_config: A ``transformers.BitsAndBytesConfig``, or ``None`` for all weights in ``dtype``.
+        device: Where to build.
+        dtype: Dtype of what is not quantized.
+        seed: Seed of all tensors.
+
+    Raises:
+        torch.OutOfMemoryError: The device is too small.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa", dtype=dtype)
+    quantizer = None
+    if quantization_config is not None:
+        from transformers.quantizers.auto import AutoHfQuantizer
+
+        quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
+        quantizer.preprocess_model(model=model, device_map={"": device})
+    model.tie_weights()  # the skeleton has the head twice, and it would be drawn to be thrown away
+    _fill(model, torch.device(device), dtype, seed)
+    if quantizer is not None:
+        model.hf_quantizer = quantizer
+        quantizer.postprocess_model(model)
+    model.generation_config = generation_config(config)
+    keep_report(model, LoadingReport("synthetic weights, drawn and not loaded"))
+    return model.eval()
+
+
+def generation_config(config: Any) -> Any:
+    """A ``transformers.GenerationConfig``: greedy, with the special ids of the released checkpoint."""
+    from transformers import GenerationConfig
+
+    text = config.get_text_config()
+    return GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.bos_token_id
+    )
+
+
+def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> None:
+    """Give every parameter real values on the device, packing quantized ones at once."""
+    import torch
+
+    parts = anatomy(model)
+    seen: dict[int, nn.Parameter] = {}
+    for module_name, module in model.named_modules():
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in seen:  # tied: the head of the smaller models is the embedding table
+                setattr(module, key, seen[id(parameter)])
+                continue
+            name = f"{module_name}.{key}"
+            values = draw(parts, name, device, dtype, seed)
+            seen[id(parameter)] = _store(module, key, parameter, values, device)
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[key] = buffer.to(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def draw(parts: Parts, name: str, device: torch.device, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """The values of one parameter, of which only the shape need exist yet (meta device).
+
+    Args:
+        parts: The model.
+        name: Dotted name of the parameter in the model, which its own seed comes from.
+        device: Where to draw: CPU and CUDA give different values.
+        dtype: Of the values.
+        seed: Of the whole model.
+    """
+    import torch
+    from torch import nn
+
+    module = parts.base.get_submodule(name.rpartition(".")[0])
+    parameter = parts.base.get_parameter(name)
+    generator = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    shape = parameter.shape
+    if isinstance(module, nn.Linear):
+        shape = torch.Size((module.out_features, module.in_features)) if parameter.ndim == 2 else shape
+    values = torch.empty(shape, dtype=dtype, device=device)
+    if parameter.ndim == 1:
+        if name.endswith("bias"):
+            return values.normal_(0.0, BIAS_STD, generator=generator)
+        return values.fill_(1.0)  # normalisation gains
+    if isinstance(module, nn.Embedding) and not parts.config.tie_word_embeddings:
+        return values.normal_(0.0, 1.0, generator=generator)
+    std = 1.0 / math.sqrt(math.prod(shape[1:]))
+    if name.split(".")[-2] in RESIDUAL_WRITERS:
+        in_vision = parts.group_of(name) in ("vision", "merger")
+        depth = len(parts.blocks) if in_vision else parts.text_config.num_hidden_layers
+        std /= math.sqrt(2 * depth)
+    return values.normal_(0.0, std, generator=generator)
+
+
+def _store(module: nn.Module, key: str, parameter: Any, values: torch.Tensor, device: torch.device) -> nn.Parameter:
+    import bitsandbytes as bnb
+    from torch import nn
+
+    stored: nn.Parameter
+    if isinstance(module, bnb.nn.Linear4bit) and key == "weight":
+        packed = bnb.nn.Params4bit(
+            values,
+            requires_grad=False,
+            compress_statistics=parameter.compress_statistics,
+            quant_type=parameter.quant_type,
+            quant_storage=parameter.quant_storage,
+            module=module,
+        )
+        stored = packed.to(device)
+    else:
+        stored = nn.Parameter(values, requires_grad=False)
+    module._parameters[key] = stored
+    return stored

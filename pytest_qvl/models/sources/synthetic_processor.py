@@ -1,0 +1,142 @@
+"""A processor for synthetic weights: real classes, real special-token ids, nothing downloaded.
+
+The released tokenizers put their special tokens at ids 151643 and above. Here the 256 byte tokens come first and
+unreachable fillers take the rest, so that every text still encodes, byte by byte, and every special id is the real one.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pytest_qvl.models.backends import one_line
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.hub import hub_options
+from pytest_qvl.models.sources.model_source import ModelSource, ModelSourceError
+from pytest_qvl.models.sources.processors import load_processor
+from pytest_qvl.models.sources.released import picture_sizes, released_config
+
+FIRST_SPECIAL = 151643
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_PROCESSOR_CLASSES = {
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+}
+
+
+@cache
+def synthetic_processor(name: str) -> Any:
+    """The processor for the released configuration ``name``.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    with tempfile.TemporaryDirectory(prefix="qvl-processor-") as folder:
+        write_processor(Path(folder), name)
+        return load_processor(folder)
+
+
+def processor_for(source: ModelSource) -> Any:
+    """The processor that belongs to a source: loaded, or made for synthetic weights.
+
+    Raises:
+        ModelSourceError: Its files cannot be read, or make no processor for pictures with a chat template.
+    """
+    if source.kind == "synthetic":
+        return synthetic_processor(source.location)
+    options = hub_options(source)
+    try:
+        processor = load_processor(source.pretrained, **options)
+    except Exception as error:  # tokenizers raises bare exceptions
+        why = _unreadable(Path(source.pretrained)) or one_line(error)
+        raise ModelSourceError(
+            f"the processor of {source} cannot be read ({why}): save it again beside the model with "
+            "processor.save_pretrained"
+        ) from None
+    if getattr(processor, "image_processor", None) is None:
+        raise ModelSourceError(f"{source} has a {type(processor).__name__} but no image processor: save both with it")
+    if not processor.chat_template:
+        raise ModelSourceError(
+            f"the processor of {source} has no chat template, so no prompt can be written: set processor.chat_template "
+            "(that of the released model) and save it again"
+        )
+    return processor
+
+
+def _unreadable(folder: Path) -> str:
+    """The first of a tokenizer's files that is no JSON, with the error; or empty.
+
+    Transformers 4 tries the slow tokenizer next and says only what that one lacks ("requires the protobuf library").
+    """
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        try:
+            json.loads((folder / name).read_text(encoding="utf-8"))
+        except OSError:
+            continue
+        except ValueError as error:
+            return f"{one_line(error)} in {name}"
+    return ""
+
+
+def write_processor(folder: Path, name: str) -> None:
+    """Write the files of :func:`synthetic_processor` into ``folder``.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    config = released_config(name)
+    vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    for i in range(len(vocabulary), FIRST_SPECIAL):
+        vocabulary[f"<filler {i}>"] = i
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\s+|\S+"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    embedded = embedded_model_dir()
+    settings = json.loads((embedded / "tokenizer_config.json").read_text(encoding="utf-8"))
+    settings.pop("added_tokens_decoder", None)
+    _write(folder / "tokenizer_config.json", settings)
+    template = embedded / "chat_template.json"
+    (folder / template.name).write_bytes(template.read_bytes())
+    vision, sizes = config.vision_config, picture_sizes(name)
+    images = json.loads((embedded / "preprocessor_config.json").read_text(encoding="utf-8"))
+    images |= {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+        "min_pixels": sizes.min_pixels,
+        "max_pixels": sizes.max_pixels,
+        "processor_class": _PROCESSOR_CLASSES[config.model_type],
+    }
+    _write(folder / "preprocessor_config.json", images)
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""More than one backend: each runs its tests in a process of its own."""

@@ -1,0 +1,81 @@
+"""Before any conftest is loaded: import what a backend needs to have imported before everything else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from pytest_qvl.models.backends import BACKENDS, start_first
+from pytest_qvl.options import backends_before_conftests
+from pytest_qvl.processes import child
+
+# Options with which pytest runs no test.
+_RUNS_NOTHING = ("help", "version", "collectonly", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
+_REFUSED = pytest.StashKey[str]()
+
+
+def import_first(config: pytest.Config) -> None:
+    """Do so if this process runs the tests of one backend, which asks for it; a refusal waits for :func:`refuse`."""
+    backend = _only_backend(config)
+    if backend is None or backend not in BACKENDS or not _runs_tests(config):
+        return
+    try:
+        start_first(backend, lambda line: _show(config, f"qvl: {line}"))
+    except RuntimeError as error:
+        config.stash[_REFUSED] = str(error)
+
+
+def refuse(config: pytest.Config) -> None:
+    """Say why a backend cannot be used in this process; here, because pytest before 9.2 shows a traceback earlier.
+
+    Raises:
+        pytest.UsageError: With the reason.
+    """
+    reason = config.stash.get(_REFUSED, "") or _too_many_workers(config)
+    if reason:
+        own: child.Child | None = config.pluginmanager.get_plugin(child.NAME)
+        if own is not None:
+            own.tell("interrupted", text=reason, for_all=False, status=None)
+        raise pytest.UsageError(reason)
+
+
+def _too_many_workers(config: pytest.Config) -> str:
+    """Workers that wait for a GPU while they start: xdist begins when all have started, so none would ever run."""
+    workers = getattr(config.option, "tx", None) or ()
+    backend = _only_backend(config)
+    if backend is None or not BACKENDS[backend].first or not workers or hasattr(config, "workerinput"):
+        return ""
+    from pytest_qvl.gpu.visible import visible_gpus
+
+    gpus = len(visible_gpus().gpus)
+    if not 0 < gpus < len(workers):
+        return ""
+    return (
+        f"backend {backend!r} takes its GPU when a process starts, so {len(workers)} workers need as many GPUs, and "
+        f"{gpus} may be used; give -n {gpus}"
+    )
+
+
+def _show(config: pytest.Config, line: str) -> None:
+    capture: Any = config.pluginmanager.get_plugin("capturemanager")  # has begun to capture by now
+    with capture.global_and_fixture_disabled():
+        print(line, file=sys.stderr, flush=True)
+
+
+def _only_backend(config: pytest.Config) -> str | None:
+    backend = child.backend_of(config) or child.backend_of_worker()
+    if backend is not None:
+        return backend
+    names = backends_before_conftests(config)
+    return names[0] if len(names) == 1 else None
+
+
+def _runs_tests(config: pytest.Config) -> bool:
+    options = config.known_args_namespace
+    if any(getattr(options, name, None) for name in _RUNS_NOTHING):
+        return False
+    distributed = getattr(options, "numprocesses", None) or getattr(options, "tx", None)
+    return not distributed or "PYTEST_XDIST_WORKER" in os.environ

@@ -1,0 +1,1 @@
+"""The pytest side: one file is one plugin object, or one helper of them."""

@@ -1,0 +1,163 @@
+"""``--qvl-fault``: run the shipped suite on a deliberately damaged model, to see what that failure looks like."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl.models.backends import BASELINE, ModelLoadError
+from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model
+from pytest_qvl.session.errors import Refusal
+from pytest_qvl.session.suite_collection import is_shipped
+from pytest_qvl.session.targets import Target, target_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from contextlib import AbstractContextManager
+
+    from pytest_qvl.faults import Case
+    from pytest_qvl.options import Settings
+
+# A fault is made on a set-up of its own, with a fresh adapter and rendered scenes; these would have no effect.
+WITHOUT_EFFECT = ("adapter", "images")
+
+
+def refuse_without_effect(settings: Settings) -> None:
+    """Refuse what a fault cannot be combined with.
+
+    Raises:
+        pytest.UsageError: An adapter, a folder of images or another backend was asked for as well.
+    """
+    asked = [name for name in WITHOUT_EFFECT if settings.source(name) != "default"]
+    if settings.backend != (BASELINE,):
+        asked.append("backend")
+    if asked:
+        flags = ", ".join(f"qvl_{name} ({settings.source(name)})" for name in asked)
+        raise pytest.UsageError(
+            f"qvl_fault ({settings.source('fault')}): faults are made on a set-up of their own, with a fresh adapter, "
+            f"rendered scenes and the backend {BASELINE!r}; drop {flags}"
+        )
+
+
+class Faulted:
+    """Registered only when a fault was named.
+
+    Args:
+        settings: The run's settings.
+        default_dtype: Says which dtype a device computes in, where no setting does.
+        shared: Around what one test allocates for those after it.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        default_dtype: Callable[[str], str],
+        shared: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        from pytest_qvl.faults import find
+
+        self._default_dtype, self._shared = default_dtype, shared
+
+        self._fault = find(settings.fault)
+        self._settings = settings
+        self._noticed: dict[str, bool] = {}
+        self._made: tuple[Target, Case] | None = None
+
+    def _case(self, item: pytest.Function) -> Case:
+        """The healthy case of a test's model and device; one is kept, because a second model may not fit."""
+        target = target_of(item)
+        assert target is not None
+        if self._made is None or self._made[0] != target:
+            self._made = None
+            with self._shared():
+                self._made = target, self._healthy(target)
+        return self._made[1]
+
+    def _healthy(self, target: Target) -> Case:
+        from pytest_qvl.faults import healthy_case
+        from pytest_qvl.faults.subject import Subject
+
+        chosen: str = self._settings.compute_dtype
+        dtype = self._default_dtype(target.device) if chosen == "auto" else chosen
+        try:
+            subject = Subject(parse_model(target.model), target.device, dtype)
+            return healthy_case(seed=self._settings.seed, subject=subject)
+        except (ModelLoadError, ModelSourceError) as error:
+            raise Refusal(f"qvl_fault ({self._settings.source('fault')}): {error}") from None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self) -> None:
+        """Let go of the model before somebody looks for what is left."""
+        self._made = None
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self, item: pytest.Function) -> Generator[None, object, object]:
+        """Give a test of the suite the damaged case in place of the healthy one."""
+        if not is_shipped(item):
+            return (yield)
+        from pytest_qvl.faults import apply
+
+        if target_of(item) is None:  # a test without a model
+            return (yield)
+        case = self._case(item)
+        if reason := self._fault.missing(case):
+            pytest.skip(f"the fault {self._fault.name} cannot be made here: {reason}")
+        healthy = item.funcargs
+        with apply(self._fault.name, case) as damaged:
+            item.funcargs = {**healthy, **{name: make() for name, make in _inputs(damaged).items() if name in healthy}}
+            try:
+                return (yield)
+            finally:
+                item.funcargs = healthy
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note which checks noticed it."""
+        found = getattr(report, "qvl", {})
+        check = found.get("check")
+        if check is None or report.when != "call":
+            return
+        if not report.skipped or found["not_judged"]:  # a fault that cannot be made here proves nothing
+            self._noticed[check] = self._noticed.get(check, False) or report.failed
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say what was damaged, which check must notice it, and which did."""
+        fault = self._fault
+        terminalreporter.line(f"qvl: fault {fault.name}: {fault.summary}")
+        if fault.check not in self._noticed:
+            terminalreporter.line(f"qvl: {fault.check} must catch it, and was not run", yellow=True)
+            return
+        caught = self._noticed[fault.check]
+        verdict = "caught it" if caught else "DID NOT CATCH IT"
+        also = [check for check, noticed in self._noticed.items() if noticed and check != fault.check]
+        line = f"qvl: {fault.check} must catch it, and {verdict}; so did {', '.join(also) or 'no other check'}"
+        terminalreporter.line(line if caught or also else line.partition(";")[0], green=caught, red=not caught)
+
+
+def _inputs(case: Case) -> dict[str, Callable[[], Any]]:
+    """What makes each fixture of the suite, had the fault been there from the start."""
+    from pytest_qvl.faults.case import ROW_SKILLS
+    from pytest_qvl.samples import first_of_each_skill
+
+    return {
+        "qvl_quantized_model": lambda: case.model,
+        "qvl_lora_model": lambda: case.model,
+        "qvl_lora_config": lambda: case.lora_config,
+        "qvl_processor": lambda: case.processor,
+        "qvl_image_samples": lambda: case.probes,
+        "qvl_reference": lambda: case.reference,
+        "qvl_batch": lambda: case.batch,
+        "qvl_adapter": lambda: case.adapter_folder,
+        "qvl_optimizer": lambda: case.optimizer,
+        "qvl_make_optimizer": lambda: case.make_optimizer,
+        "row_samples": lambda: [case.rows],
+        "noise_samples": lambda: [[sample.noise(seed=0) for sample in case.rows]],
+        "answered_samples": lambda: [s for s in first_of_each_skill(case.probes) if s.skill in ROW_SKILLS],
+        "mixed_batches": lambda: [case.batch()],
+        "long_batch": case.long_batch,
+        "training_samples": lambda: case.rows,
+        "training_batch": lambda: case.batch(padding_side="right", answers=True),
+        "rows": lambda: case.batch(padding_side="right", answers=True),
+        "training_halves": lambda: [case.batch(padding_side="right", answers=True)],
+    }

@@ -1,0 +1,152 @@
+"""Out of memory, and CUDA broken for good: verdicts of their own, so that one test does not drag the rest along.
+
+Whoever runs out of memory is told how much was asked for, in which phase, and who else holds the card; what its frames
+hold is let go before the next test. After work that broke CUDA every later call in the process fails, so its GPU tests
+are not run, and say whose doing it is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl.session.errors import NotRun
+from pytest_qvl.session.gpu_access import is_gpu
+from pytest_qvl.session.process_gpu import others_on
+from pytest_qvl.session.tracebacks import release_frames
+from pytest_qvl.vram.units import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pytest_qvl.session.gpu_access import GpuAccess
+    from pytest_qvl.vram.meter import Meter
+
+ASKED = re.compile(r"Tried to allocate (\d[\d.]* [KMGT]?i?B)")
+# The driver's own refusals, which torch's allocator does not see; CUDA works on after them.
+OTHER_REFUSALS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = pytest.StashKey[list[BaseException]]()
+SECTION = "GPU"
+
+
+class GpuFailures:
+    """Registered in every process; counts on the controller under xdist.
+
+    Args:
+        access: The way to the GPU.
+        meter: The one meter of this process.
+
+    Attributes:
+        found: One entry per verdict: ``kind``, ``test``, ``when``, ``text``, ``by``.
+    """
+
+    def __init__(self, access: GpuAccess, meter: Meter) -> None:
+        self._access, self._meter = access, meter
+        self.found: list[dict[str, Any]] = []
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Say the verdict where the failure is reported."""
+        report = yield
+        error = None if call.excinfo is None else call.excinfo.value
+        if isinstance(error, NotRun):
+            _mark(report, "not run", str(error), by=error.by)
+        elif self._just_broken(item, call.when):
+            text = f"{item.nodeid} broke CUDA ({call.when}): {self._access.broken}"
+            _conclude(report, f"{text}; no later GPU test of this process can run")
+            _mark(report, "broken", text, by=item.nodeid)
+        elif error is not None and ran_out(error):
+            if call.when == "teardown":
+                release_frames(error)
+            else:
+                item.stash.setdefault(OUT_OF_MEMORY, []).append(error)
+            if report.failed:
+                text = self._told(error, call.when)
+                _conclude(report, text)
+                _mark(report, "out of memory", text)
+        return report
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Before tear-down and the next test: let go of what a failed allocation left in frames and cache."""
+        errors = item.stash.get(OUT_OF_MEMORY, [])
+        for error in errors:
+            release_frames(error)
+        if errors:
+            errors.clear()
+            self._meter.reclaim("after running out of memory")
+        return (yield)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count, over all workers."""
+        data = getattr(report, "qvl_gpu_failure", None)
+        if data is not None:
+            self.found.append({"test": report.nodeid, "when": report.when, **data})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for the record."""
+        return {"gpu_failures": self.found}
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """One line for each, but for what was not run: a count."""
+        for one in self.found:
+            if one["kind"] == "out of memory":
+                terminalreporter.line(f"qvl: {one['test']} ({one['when']}): {one['text']}", red=True)
+            elif one["kind"] == "broken":
+                terminalreporter.line(f"qvl: {one['text']}; {self._not_run(one['test'])}", red=True)
+
+    def _not_run(self, by: str) -> str:
+        count = sum(one["kind"] == "not run" and one["by"] == by for one in self.found)
+        return f"{count} later GPU {'test was' if count == 1 else 'tests were'} not run"
+
+    def _just_broken(self, item: pytest.Item, when: str) -> bool:
+        if self._access.breaker or not is_gpu(item):
+            return False
+        return self._access.note_broken(item.nodeid, f"in {item.nodeid} ({when})")
+
+    def _told(self, error: BaseException, when: str) -> str:
+        phase = getattr(error, "qvl_phase", "")
+        asked = ASKED.search(str(error))
+        alive = self._meter.alive()
+        uuid = self._access.gpu.uuid()
+        others = others_on(uuid) if uuid else ""
+        return "; ".join(
+            [
+                f"out of GPU memory in {f'phase {phase!r}' if phase else when}"
+                + (f": {asked[1]} were asked for" if asked else ""),
+                *([f"torch holds {format_bytes(alive.reserved)} of the card"] if alive else []),
+                f"other processes hold {others}" if others else "no other process is known to hold any of it",
+            ]
+        )
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception, or what it was explicitly raised from, is an allocation that failed on the GPU."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        text = str(cause)
+        if type(cause).__name__ == "OutOfMemoryError" or any(refusal in text for refusal in OTHER_REFUSALS):
+            return True
+        seen.append(cause)
+        cause = cause.__cause__
+    return False
+
+
+def _conclude(report: pytest.TestReport, text: str) -> None:
+    """Make a verdict the failure's message (in the short summary, in JUnit's file); its traceback stays."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if report.failed and crash is not None:
+        crash.message = text
+        report.sections.append((SECTION, text))
+    else:
+        report.outcome, report.longrepr = "failed", text
+        vars(report).pop("wasxfail", None)
+
+
+def _mark(report: pytest.TestReport, kind: str, text: str, by: str = "") -> None:
+    vars(report)["qvl_gpu_failure"] = {"kind": kind, "text": text, "by": by}

@@ -1,0 +1,419 @@
+"""``limit_vram``: a test's peak VRAM as a limit, refused at collection if it is nonsense, else enforced.
+
+Imports stdlib and pytest only; the meter's side is imported when the first limit is met.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import pickle
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+
+    from pytest_qvl.evidence import Evidence
+    from pytest_qvl.options import Settings
+    from pytest_qvl.session.session_results import Verdict
+    from pytest_qvl.vram.meter import Meter, Number, Phase, Usage
+
+LIMIT_VRAM = "limit_vram"
+LIMIT_VRAM_HELP = (
+    "limit_vram(limit, *, of='fit', scope='call'): fail the test if its peak VRAM exceeds limit, such as "
+    "'15 GiB'; of: allocated, reserved, process (by the driver) or fit (reserved + CUDA context, what a card "
+    "must have); "
+    "scope: call (the test's body), test (with its own set-up and teardown) or session; "
+    "limit_vram(None) lifts every limit from further out"
+)
+Scope = Literal["call", "test", "session"]
+
+
+def insists_on(mark: str, expression: str) -> bool:
+    """Whether a ``-m`` expression selects only tests that carry ``mark``.
+
+    ``gpu``, ``gpu and not slow`` and ``not (slow or not gpu)`` do; ``not gpu``, ``gpu or slow`` and nothing
+    do not, nor does an expression that pytest will refuse a moment later.
+    """
+    from _pytest.mark.expression import Expression
+
+    if mark not in expression:
+        return False
+    try:
+        compiled = Expression.compile(expression)
+    except SyntaxError:
+        return False
+    others = sorted(set(re.findall(r"[\w:+\-.\[\]\\/]+", expression)) - {mark, "and", "or", "not"})
+    # Every combination of a handful of names; of more (nobody types that) none, each alone, and all.
+    sizes = range(len(others) + 1) if len(others) <= 8 else (0, 1, len(others))
+    worlds = [set(world) for size in sizes for world in itertools.combinations(others, size)]
+
+    def selects(present: set[str]) -> bool:
+        return compiled.evaluate(lambda name, /, **_: name in present)
+
+    return any(selects(world | {mark}) for world in worlds) and not any(selects(world) for world in worlds)
+
+
+def asks_for_gpus(config: pytest.Config, settings: Settings) -> bool:
+    """Whether whoever started this run asked for GPUs: by ``-m gpu``, by requiring one, or by the device."""
+    insists = insists_on("gpu", config.getoption("markexpr", "") or "")
+    return insists or bool(settings.require_gpu) or settings.device == "cuda"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit on one test.
+
+    Attributes:
+        size: Bytes.
+        of: The number it bounds.
+        scope: What is measured.
+        marked: Whether a mark on the test set it, not the default for all tests.
+    """
+
+    size: int
+    of: Number
+    scope: Scope
+    marked: bool = True
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one limit; plain data, on its way from an xdist worker to the summary and the record.
+
+    Attributes:
+        test: Node id.
+        limit: Bytes.
+        of: The number bounded.
+        scope: What was measured.
+        value: Bytes; ``None`` where nothing was measured.
+        reason: Why nothing was measured.
+        marked: Whether a mark on the test set the limit.
+        usage: All numbers of the measured scope.
+    """
+
+    test: str
+    limit: int
+    of: str
+    scope: str
+    value: int | None
+    reason: str
+    marked: bool
+    usage: dict[str, Any]
+
+    @property
+    def held(self) -> bool:
+        """Whether it was measured and is within the limit."""
+        return self.value is not None and self.value <= self.limit
+
+
+def limits_on(item: pytest.Item, default: int | None = None) -> tuple[Limit, ...]:
+    """The limits that hold for a test: for each number and scope the nearest mark, then the default.
+
+    On one level the later mark wins: a parameter's over its function's, a derived class's over its base's.
+    ``limit_vram(None)`` ends the search.
+
+    Args:
+        item: The test.
+        default: Bytes of *fit* in the body of every test; ``None`` for no default.
+
+    Raises:
+        ValueError: A mark is nonsense; names the test, the mark and the mend.
+    """
+    found: dict[tuple[str, str], Limit] = {}
+    for node in item.iter_parents():
+        for mark in reversed(node.own_markers):
+            if mark.name != LIMIT_VRAM:
+                continue
+            try:
+                limit = _limit_vram(*mark.args, **mark.kwargs)
+            except (TypeError, ValueError) as error:
+                shown = ", ".join([*map(repr, mark.args), *(f"{k}={v!r}" for k, v in mark.kwargs.items())])
+                raise ValueError(f"{item.nodeid}: limit_vram({shown}): {error}") from None
+            if limit is None:
+                return tuple(found.values())
+            found.setdefault((limit.of, limit.scope), limit)
+    if default is not None:
+        found.setdefault(("fit", "call"), Limit(default, "fit", "call", marked=False))
+    return tuple(found.values())
+
+
+def _limit_vram(limit: str | int | None, *, of: str = "fit", scope: str = "call") -> Limit | None:
+    from pytest_qvl.vram.meter import NUMBERS
+    from pytest_qvl.vram.units import parse_bytes
+
+    if limit is None:
+        if (of, scope) != ("fit", "call"):
+            raise ValueError("None lifts every limit, so it takes no of= and no scope=")
+        return None
+    if of not in NUMBERS:
+        raise ValueError(f"of={of!r} is none of {', '.join(NUMBERS)}")
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope={scope!r} is none of {', '.join(get_args(Scope))}")
+    return Limit(parse_bytes(limit), of, scope)  # type: ignore[arg-type]
+
+
+_TEST_PHASE = pytest.StashKey["Phase"]()
+_OUTCOMES = pytest.StashKey[list[Outcome]]()
+_UNMEASURED = pytest.StashKey[list[Outcome]]()
+_UNFINISHED = (pytest.skip.Exception, pytest.exit.Exception, KeyboardInterrupt)
+
+
+class VramLimits:
+    """Enforces ``limit_vram``; register it as a plugin.
+
+    Args:
+        config: pytest's configuration.
+        meter: The one meter of this process.
+        default: Limit of *fit* for the body of every test, in bytes.
+        required: Whether a marked limit that could not be measured is an error of its test.
+
+    Attributes:
+        outcomes: What became of each limit; with xdist complete in the controller.
+    """
+
+    def __init__(
+        self, config: pytest.Config, meter: Meter, *, default: int | None = None, required: bool = False
+    ) -> None:
+        self._config = config
+        self._meter = meter
+        self._default = default
+        self._required = required
+        self._session_limits: tuple[Limit, ...] = ()
+        self.outcomes: list[Outcome] = []
+
+    # ---- what a user reads ---------------------------------------------------------------------------------
+
+    def summary(self) -> list[str]:
+        """One line about the limits of this run, and one for each reason why some were not measured."""
+        if not self.outcomes:
+            return []
+        reasons = Counter(outcome.reason for outcome in self.outcomes if outcome.value is None)
+        held = sum(outcome.held for outcome in self.outcomes)
+        exceeded = len(self.outcomes) - held - reasons.total()
+        line = f"vram limits: {held} held, {exceeded} exceeded, {reasons.total()} not measured"
+        return [line, *(f"  not measured: {reason} ({count} ×)" for reason, count in reasons.most_common())]
+
+    def session_evidence(self) -> list[Evidence]:
+        """The verdicts of limits on the whole session, one per number; empty problems where they hold.
+
+        Call it once, at the end of the session of the process that ran the tests.
+        """
+        from pytest_qvl.evidence import CheckFailed
+        from pytest_qvl.vram.meter import hold_limit
+
+        phase = self._meter.session()
+        verdicts = []
+        for limit in self._session_limits:
+            outcome = self._note("session", phase, limit)
+            self.outcomes.append(outcome)
+            if outcome.value is None:
+                continue
+            try:
+                verdicts.append(hold_limit(phase, limit.size, limit.of))
+            except CheckFailed as failure:
+                verdicts.append(failure.evidence)
+        return verdicts
+
+    def judge_session(self, session: pytest.Session) -> Iterator[Verdict]:  # noqa: ARG002 - as every judge
+        """The same as session verdicts."""
+        from pytest_qvl.evidence import CheckFailed
+        from pytest_qvl.session.session_results import Verdict
+
+        for evidence in self.session_evidence():
+            (figure,) = evidence.figures
+            if evidence.ok:
+                yield Verdict(figure.name, "kept", str(figure))
+            else:
+                yield Verdict(figure.name, "BROKEN", str(CheckFailed(evidence)))
+
+    def session_outcomes(self) -> list[dict[str, Any]]:
+        """What became of limits on the session, as plain data for another process's :meth:`add`."""
+        return [asdict(outcome) for outcome in self.outcomes if outcome.scope == "session"]
+
+    def add(self, outcomes: Iterable[dict[str, Any]]) -> None:
+        """Take over what became of limits in another process."""
+        self.outcomes += [Outcome(**data) for data in outcomes]
+
+    # ---- collection ----------------------------------------------------------------------------------------
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        """Refuse nonsense before the first test runs.
+
+        Raises:
+            pytest.UsageError: Some limits are nonsense; one line for each.
+        """
+        wrong = list(_nonsense(items))
+        # A worker that raises here is reported as a crash of the worker; there each such test fails at its
+        # set-up.
+        if wrong and not hasattr(config, "workerinput"):
+            raise pytest.UsageError("\n".join(wrong))
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Note the limits on the session that the selected tests ask for: the smallest of each number."""
+        smallest: dict[str, Limit] = {}
+        for item in session.items:
+            for limit in self._limits(item, "session", or_none=True):
+                if limit.of not in smallest or limit.size < smallest[limit.of].size:
+                    smallest[limit.of] = limit
+        self._session_limits = tuple(smallest.values())
+
+    # ---- run -----------------------------------------------------------------------------------------------
+
+    # No wrapper: one that raises before its yield leaves out the set-up of other plugins' wrappers, not their
+    # teardown.
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Begin measuring scope ``test`` before the first fixture."""
+        item.stash[_OUTCOMES], item.stash[_UNMEASURED] = [], []
+        limits = self._limits(item, "test")
+        if limits:
+            name = f"{item.nodeid} with set-up and teardown"
+            item.stash[_TEST_PHASE] = self._meter.begin(name, keep=_exceeds(limits))
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Measure the body, next to it, and hold scope ``call``."""
+        limits = self._limits(item, "call")
+        if not limits:
+            return (yield)
+        phase = self._meter.begin(item.nodeid, keep=_exceeds(limits))
+        try:
+            result = yield
+        except BaseException as error:
+            self._meter.end(phase, error)
+            if not isinstance(error, _UNFINISHED):
+                self._hold(item, phase, limits, failed=True)
+            raise
+        self._meter.end(phase)
+        self._hold(item, phase, limits, failed=False)
+        return result
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Hold scope ``test`` after the last fixture, and ask for what was not measured."""
+        phase = item.stash.get(_TEST_PHASE, None)
+        try:
+            result = yield
+        except BaseException as error:
+            if phase:
+                self._finish(item, phase, error)
+            raise
+        if phase:
+            self._finish(item, phase, None)
+        self._require(item)
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Send what was measured along with the report, which is all that leaves an xdist worker."""
+        report = yield
+        outcomes = item.stash.get(_OUTCOMES, [])
+        if outcomes:
+            vars(report)["qvl_vram"] = [asdict(outcome) for outcome in outcomes]
+            outcomes.clear()
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Collect what was measured, from this process or a worker."""
+        self.add(getattr(report, "qvl_vram", ()))
+
+    # ---- the rest ------------------------------------------------------------------------------------------
+
+    def _limits(self, item: pytest.Item, scope: Scope, *, or_none: bool = False) -> list[Limit]:
+        # Read at each use: a fixture may have marked its test meanwhile.
+        try:
+            return [limit for limit in limits_on(item, self._default) if limit.scope == scope]
+        except ValueError as error:
+            if or_none:
+                return []
+            raise pytest.fail.Exception(str(error), pytrace=False) from None
+
+    def _finish(self, item: pytest.Item, phase: Phase, error: BaseException | None) -> None:
+        del item.stash[_TEST_PHASE]
+        self._meter.end(phase, error)
+        self._hold(item, phase, self._limits(item, "test"), failed=error is not None)
+
+    def _hold(self, item: pytest.Item, phase: Phase, limits: list[Limit], *, failed: bool) -> None:
+        from pytest_qvl.evidence import CheckFailed
+        from pytest_qvl.session.vram_properties import tell
+        from pytest_qvl.vram.meter import hold_limit, tell_holders
+
+        failures: list[CheckFailed] = []
+        for limit in limits:
+            outcome = self._note(item.nodeid, phase, limit)
+            item.stash[_OUTCOMES].append(outcome)
+            if outcome.value is None:
+                item.stash[_UNMEASURED].append(outcome)
+                continue
+            try:
+                hold_limit(phase, limit.size, limit.of)
+            except CheckFailed as failure:
+                failures.append(failure)
+        scope = limits[0].scope
+        if phase.usage:
+            tell(item, scope, phase.usage)
+        paragraphs = [str(failure) for failure in failures]
+        if phase.history and not failures:
+            paragraphs.append("\n".join([f"{phase.name}: ran out of memory", *tell_holders(phase)]))
+        paragraphs += self._keep(item.nodeid, phase)
+        text = "\n\n".join(paragraphs)
+        if failures and not failed:
+            raise pytest.fail.Exception(text, pytrace=False)
+        if text:
+            item.add_report_section("teardown" if scope == "test" else "call", "vram", text)
+
+    def _note(self, test: str, phase: Phase, limit: Limit) -> Outcome:
+        usage = phase.usage
+        assert usage is not None
+        return Outcome(
+            test,
+            limit.size,
+            limit.of,
+            limit.scope,
+            usage.number(limit.of),
+            usage.missing(limit.of),
+            limit.marked,
+            usage.as_dict(),
+        )
+
+    def _require(self, item: pytest.Item) -> None:
+        missing = [outcome for outcome in item.stash.get(_UNMEASURED, []) if outcome.marked]
+        if self._required and missing:
+            raise pytest.fail.Exception(
+                f"{item.nodeid}: its limit_vram was not measured, and a GPU is required: {missing[0].reason}",
+                pytrace=False,
+            )
+
+    def _keep(self, name: str, phase: Phase) -> list[str]:
+        """Write the allocator's snapshot where pytest's cache is, and say where."""
+        cache = getattr(self._config, "cache", None)
+        if cache is None or phase.history is None or phase.history.snapshot is None:
+            return []
+        path = Path(cache.mkdir("qvl-vram")) / f"{_file_name(name)}.pickle"
+        path.write_bytes(pickle.dumps(phase.history.snapshot))
+        return [f"allocator snapshot: {path} (open it at https://docs.pytorch.org/memory_viz)"]
+
+
+def _nonsense(items: Iterable[pytest.Item]) -> Iterator[str]:
+    for item in items:
+        try:
+            limits_on(item)
+        except ValueError as error:
+            yield str(error)
+
+
+def _exceeds(limits: Iterable[Limit]) -> Callable[[Usage], bool]:
+    return lambda usage: any((usage.number(limit.of) or 0) > limit.size for limit in limits)
+
+
+def _file_name(name: str) -> str:
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{re.sub(r'[^A-Za-z0-9]+', '-', name)[-80:]}-{digest}"

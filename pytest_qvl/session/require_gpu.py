@@ -1,0 +1,97 @@
+"""``--qvl-require-gpu``: where a GPU is promised, a skipped GPU test is an error; so is a run without any.
+
+A GPU test counts as executed if its body ran and torch gave out memory on CUDA between the beginning of its setup and
+the end of its body, in the process that ran it. The mark alone proves nothing: a test may carry it and never touch a
+GPU. (Work in place on tensors that were there before, and in processes that a test starts, is not seen.)
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.session.results import skip_reason
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+
+_BEFORE = pytest.StashKey[int]()
+
+
+def given_out_on_cuda() -> int:
+    """Bytes that torch has ever given out on CUDA in this process, over all devices; neither imports nor starts it."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is None or not cuda.is_initialized():
+        return 0
+    stats = map(cuda.memory_stats_as_nested_dict, range(cuda.device_count()))
+    return sum(one["allocated_bytes"]["all"]["allocated"] for one in stats)
+
+
+class GpuRequired:
+    """Registered only when the switch is on."""
+
+    def __init__(self) -> None:
+        self._executed = self._idle = 0
+        self._ran = False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        """Note how much was allocated before the first fixture."""
+        item.stash[_BEFORE] = given_out_on_cuda()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
+        """Tests are about to run; listing options, ``--collect-only`` and ``--setup-plan`` ask for none."""
+        options = session.config.option
+        self._ran = not (options.collectonly or getattr(options, "setuponly", False))
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Turn the skip of a GPU test into a failure with its reason."""
+        report = yield
+        on_gpu = item.get_closest_marker("gpu") is not None
+        if on_gpu and call.when == "call" and (not report.skipped or hasattr(report, "wasxfail")):
+            vars(report)["qvl_gpu"] = given_out_on_cuda() != item.stash[_BEFORE]
+        if not on_gpu or not report.skipped or hasattr(report, "wasxfail"):
+            return report
+        judged = call.excinfo is not None and isinstance(call.excinfo.value.__cause__, CannotJudge)
+        if judged or item.get_closest_marker("skip") is not None:
+            return report
+        report.outcome = "failed"
+        report.longrepr = f"--qvl-require-gpu: a GPU test was skipped: {skip_reason(report)}"
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Count what ran, over all workers."""
+        on_cuda = getattr(report, "qvl_gpu", None)
+        self._executed += on_cuda is True
+        self._idle += on_cuda is False
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """A green run without a GPU test is not what was asked for."""
+        if hasattr(session.config, "workerinput"):
+            return
+        if self._without_gpu and session.exitstatus in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        ):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say so."""
+        if self._without_gpu:
+            idle = f": {self._idle} marked gpu ran and allocated nothing on CUDA" if self._idle else ""
+            terminalreporter.line(f"qvl: --qvl-require-gpu: no GPU test was executed{idle}", red=True, bold=True)
+
+    @property
+    def _without_gpu(self) -> bool:
+        return self._ran and self._executed == 0

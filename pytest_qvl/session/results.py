@@ -1,0 +1,122 @@
+"""What a test found out, taken from the test to the report and from there to whoever writes it down.
+
+Everything on a report is plain data: under xdist it travels from the worker to the controller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
+from pytest_qvl.report.promises import promise_of
+from pytest_qvl.session.suite_collection import check_name, is_shipped
+from pytest_qvl.session.targets import NEEDS_CUDA, target_of
+
+CHECKS = "pytest_qvl.checks"
+_HIDDEN = (CHECKS, "pytest_qvl.evidence", "pytest_qvl.models", "pytest_qvl.samples")
+_IN_WORDS = (CheckFailed, InputError)
+
+
+@dataclass
+class Outcome:
+    """What one phase of a test found out.
+
+    Attributes:
+        evidence: Verdicts of the checks it called.
+        not_judged: Check and reason, where a check could not decide.
+    """
+
+    evidence: list[Evidence] = field(default_factory=list)
+    not_judged: list[tuple[str, str]] = field(default_factory=list)
+
+
+OUTCOME_KEY = pytest.StashKey[Outcome]()
+
+
+@contextmanager
+def judging(item: pytest.Item) -> Iterator[None]:
+    """Collect evidence; a check that cannot judge becomes a skip with its reason."""
+    outcome = item.stash[OUTCOME_KEY] = Outcome()
+    with collecting() as collected:
+        outcome.evidence = collected
+        try:
+            yield
+        except CannotJudge as reason:
+            outcome.not_judged.append((_check_in(reason, item), str(reason)))
+            raise pytest.skip.Exception(printable(f"not judged: {reason}"), _use_item_location=True) from reason
+
+
+def _check_in(reason: CannotJudge, item: pytest.Item) -> str:
+    """The check that could not judge: the outermost one that the exception went through."""
+    trace = reason.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        module = trace.tb_frame.f_globals.get("__name__", "")
+        if module.startswith(CHECKS) and promise_of(code.co_name) is not None:
+            return code.co_name
+        trace = trace.tb_next
+    return check_name(item)
+
+
+@contextmanager
+def short_trace(config: pytest.Config, excinfo: pytest.ExceptionInfo[BaseException] | None) -> Iterator[None]:
+    """Let a report end the traceback of a check where the test called it, except with ``--full-trace``.
+
+    Where the model crashed or an argument is wrong, the message says all there is to know: by default neither the
+    test's fixtures nor the exception behind it are shown then; with ``--tb=long`` or ``--tb=native`` both are.
+    """
+    if excinfo is None or not isinstance(excinfo.value, _IN_WORDS):
+        yield
+        return
+    for entry in excinfo.traceback:
+        names = entry.frame.f_globals
+        if names.get("__name__", "").startswith(_HIDDEN):
+            names.setdefault("__tracebackhide__", _says_all)
+    style = config.getoption("tbstyle", "auto")
+    if not isinstance(excinfo.value, ModelCrashed | InputError) or style in ("long", "native"):
+        yield
+        return
+    error, cause, suppressed = excinfo.value, excinfo.value.__cause__, excinfo.value.__suppress_context__
+    config.option.tbstyle = "short" if style == "auto" else style
+    error.__cause__ = None  # which suppresses the context, too
+    try:
+        yield
+    finally:
+        config.option.tbstyle = style
+        error.__cause__, error.__suppress_context__ = cause, suppressed
+
+
+def _says_all(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+    """Whether an exception's message tells all there is to know: not where a check itself has a bug."""
+    return isinstance(excinfo.value, _IN_WORDS)
+
+
+def attach(item: pytest.Item, report: pytest.TestReport) -> None:
+    """Put what was found out on the report."""
+    target = target_of(item)
+    shipped = is_shipped(item)
+    found = item.stash.get(OUTCOME_KEY, Outcome())
+    item.stash[OUTCOME_KEY] = Outcome()
+    if target is None and not shipped and not (found.evidence or found.not_judged):
+        return
+    reason = skip_reason(report) if report.skipped and not found.not_judged else ""
+    report.qvl = {  # type: ignore[attr-defined]
+        "target": None if target is None else str(target),
+        "subject": None if target is None else target.subject,
+        "backend": None if target is None else target.backend,
+        "check": check_name(item) if shipped else None,
+        "evidence": [e.as_dict() for e in found.evidence],
+        "not_judged": found.not_judged,
+        # In a user's own test, every other skip is the test's own affair.
+        "skipped": reason if shipped or reason.startswith(NEEDS_CUDA) else None,
+    }
+
+
+def skip_reason(report: pytest.TestReport) -> str:
+    """Why a test was skipped."""
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")

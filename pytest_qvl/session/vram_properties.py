@@ -1,0 +1,65 @@
+"""The VRAM numbers of a test, for those who read its JUnit properties or pytest-benchmark's ``extra_info``.
+
+Imports stdlib and pytest only; pytest-benchmark is known by the fixture that a test uses, never imported.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl.session.fixture_graph import fixture_names
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from pytest_qvl.vram.meter import Meter, Usage
+
+METER_FIXTURE = "qvl_vram"
+
+
+def tell(item: pytest.Item, what: str, usage: Usage) -> None:
+    """Note the numbers of one measured phase, in bytes, as ``qvl_vram_<what>_<number>``; none if not measured.
+
+    Where a phase was measured several times, the highest stays.
+    """
+    from pytest_qvl.vram.meter import NUMBERS
+
+    before: dict[str, Any] = dict(item.user_properties)
+    for of in NUMBERS:
+        value = usage.number(of)
+        if value is None:
+            continue
+        name = f"qvl_vram_{what}_{of}"
+        highest = max(value, before.get(name, 0))
+        item.user_properties[:] = [(n, v) for n, v in item.user_properties if n != name]
+        item.user_properties.append((name, highest))
+        benchmark = (getattr(item, "funcargs", None) or {}).get("benchmark")
+        if isinstance(extra_info := getattr(benchmark, "extra_info", None), dict):
+            extra_info[name] = highest
+
+
+class PhaseNumbers:
+    """Tells the numbers of the phases that a test measures with the fixture ``qvl_vram``.
+
+    Args:
+        meter: What the fixture gives.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
+        """Tell what has ended since the test's body began, also when the body failed."""
+        if METER_FIXTURE not in fixture_names(item):
+            return (yield)
+        ended = len(self._meter.session().inner)
+        try:
+            return (yield)
+        finally:
+            for usage in self._meter.session().inner[ended:]:
+                if usage.name != item.nodeid:  # the body itself, under a limit, is told with it
+                    tell(item, re.sub(r"[^a-z0-9]+", "_", usage.name.lower()).strip("_"), usage)

@@ -1,0 +1,239 @@
+"""A model, its adapter and its optimizer without data, built as loading and PEFT build them on a device.
+
+The classes are the real ones: Transformers' model, ``bitsandbytes.nn.Linear4bit``, PEFT's LoRA layers,
+bitsandbytes' and torch's optimizers. Only the tensors in them are ghosts (see :mod:`.recorder`).
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+
+from pytest_qvl.models.adapters import adapter_parameters
+from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+from pytest_qvl.vram.forecast.engine.recorder import Ghost, Recorder
+
+if TYPE_CHECKING:
+    from pytest_qvl.vram.forecast.request import Checkpoint, Optimizer
+
+# ``get_state_buffer`` in ``bitsandbytes/optim/optimizer.py``: smaller states of a paged optimizer are not
+# paged.
+PAGED_ELEMENTS = 100_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized and adapted.
+
+    Attributes:
+        quantized: Names of the linears in 4 bits; ``None`` for every one of the language backbone.
+        nested: Whether the statistics of their blocks are quantized too.
+        lora: A ``peft.LoraConfig``; ``None`` for the rank that is asked for on every language linear.
+        adapter_in_float32: Whether PEFT keeps the adapter in float32 (its default) or in the base model's dtype.
+    """
+
+    quantized: frozenset[str] | None = None
+    nested: bool = True
+    lora: Any = None
+    adapter_in_float32: bool = True
+
+
+def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder: Recorder, recipe: Recipe) -> Any:
+    """The frozen base model in eval mode: 4-bit linears as the recipe wants them, the rest in ``dtype``.
+
+    From a checkpoint, memory is used as ``from_pretrained`` uses it: one allocation of the expected total, given back
+    at once (``caching_allocator_warmup``), then the tensors in natural order of their names
+    (``convert_and_load_state_dict_in_model``). From a 16-bit checkpoint, a 4-bit weight first arrives whole.
+    ``"synthetic"`` is the order of :func:`pytest_qvl.models.sources.synthetic.build_synthetic`.
+    """
+    model = _skeleton(config, dtype)
+    parts = anatomy(model)
+    quantized = {
+        f"{name}.weight": module
+        for name, module in parts.named_linears()
+        if (parts.group_of(name) == "language" if recipe.quantized is None else name in recipe.quantized)
+    }
+    made: dict[int, nn.Parameter] = {}
+    packed: dict[str, Any] = {}
+
+    def arrive(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        if name in quantized:
+            whole, packed[name.removesuffix(".weight")] = _pack(parameter, checkpoint, recorder, recipe.nested)
+            return whole
+        made[id(parameter)] = nn.Parameter(recorder.ghost(tuple(parameter.shape), parameter.dtype))
+        return made[id(parameter)]
+
+    with recorder, recorder.labelled("weights"):
+        if checkpoint == "synthetic":
+            _arrive_in_module_order(model, arrive, made, recorder)
+        else:
+            _arrive_as_from_pretrained(model, arrive, quantized, recorder)
+    for name, weight in packed.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _linear_4bit(quantized[f"{name}.weight"], weight, dtype))
+    for module in model.modules():
+        for name, own in list(module._parameters.items()):
+            if own is not None and id(own) in made:
+                module._parameters[name] = made[id(own)]
+    model.is_loaded_in_4bit = True
+    keep_quantized_weights_in_place(model)
+    model.requires_grad_(False)
+    model.eval()
+    return model
+
+
+def _arrive_as_from_pretrained(model: Any, arrive: Any, quantized: Any, recorder: Recorder) -> None:
+    parameters = sorted(model.named_parameters(), key=lambda item: _natural(item[0]))
+    expected = sum(p.numel() // 2 if name in quantized else p.numel() * p.element_size() for name, p in parameters)
+    recorder.tape.free(recorder.tape.alloc(expected, "weights"))
+    for name, parameter in parameters:
+        arrive(name, parameter)
+    for module in model.modules():
+        _place_buffers(module, recorder)
+
+
+def _arrive_in_module_order(model: Any, arrive: Any, made: Any, recorder: Recorder) -> None:
+    held = None  # the builder lets go of a tensor when it has drawn the next one
+    for module_name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in made:  # tied
+                held = arrive(f"{module_name}.{key}", parameter)
+        _place_buffers(module, recorder)
+    del held
+
+
+def _place_buffers(module: nn.Module, recorder: Recorder) -> None:
+    for name, buffer in list(module._buffers.items()):
+        if buffer is not None:
+            module._buffers[name] = recorder.ghost(tuple(buffer.shape), buffer.dtype)
+
+
+def _skeleton(config: Any, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    config = deepcopy(config)
+    # Transformers 4 builds each part in the dtype of its own configuration.
+    for part in (config, config.get_text_config(), config.vision_config):
+        part.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    model.tie_weights()
+    return model
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
+def _pack(
+    parameter: torch.Tensor, checkpoint: Checkpoint, recorder: Recorder, nested: bool
+) -> tuple[torch.Tensor, nn.Parameter]:
+    """A weight as it arrived, and packed."""
+    with recorder.off_device() if checkpoint == "nf4" else nullcontext():
+        whole = recorder.ghost(tuple(parameter.shape), parameter.dtype)
+        data, state = bnb.functional.quantize_4bit(whole, compress_statistics=nested, quant_type="nf4")
+    if checkpoint == "nf4":
+        second = (state.offset, state.state2.absmax, state.state2.code) if nested else ()
+        for tensor in (data, state.absmax, state.code, *second):
+            recorder.place(tensor)
+    # A Params4bit cannot hold a tensor subclass; its attributes are all that Linear4bit and PEFT read.
+    weight: Any = nn.Parameter(data, requires_grad=False)
+    weight.quant_state, weight.compress_statistics, weight.quant_type = state, nested, "nf4"
+    return whole, weight
+
+
+def _linear_4bit(linear: Any, weight: Any, dtype: torch.dtype) -> Any:
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=dtype,
+        compress_statistics=True,
+        quant_type="nf4",
+        device="meta",
+    )
+    layer.weight, layer.quant_state, layer.bias = weight, weight.quant_state, linear.bias
+    return layer
+
+
+def usual_lora(parts: Parts, rank: int) -> Any:
+    """A ``peft.LoraConfig`` of that rank on every language linear."""
+    from peft import LoraConfig
+
+    targets = [name for name, _ in parts.named_linears() if parts.group_of(name) == "language"]
+    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=targets)
+
+
+def attach_lora(model: Any, rank: int, recorder: Recorder, recipe: Recipe) -> Any:
+    """PEFT's LoRA as the recipe wants it, in place; returns the PEFT model.
+
+    ``recorder`` must not be active.
+    """
+    from peft import get_peft_model
+
+    config = usual_lora(anatomy(model), rank)
+    if recipe.lora is not None:
+        # What the first values are does not change their size, and some ways to find them read the weights.
+        config = replace(recipe.lora, inference_mode=False, init_lora_weights=True)
+    with recorder, recorder.labelled("adapters"), warnings.catch_warnings():
+        # PEFT 0.21 reads a property that Transformers 5.23 deprecates.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        wrapped = get_peft_model(model, config, autocast_adapter_dtype=recipe.adapter_in_float32)
+        _drop_data(wrapped, recorder)
+    return wrapped
+
+
+def _drop_data(model: nn.Module, recorder: Recorder) -> None:
+    """Turn adapter parameters that were small enough to be created with data into ghosts."""
+    for module in model.modules():
+        for name, own in list(module._parameters.items()):
+            if own is not None and not isinstance(own, Ghost):
+                module._parameters[name] = nn.Parameter(
+                    recorder.ghost(tuple(own.shape), own.dtype), requires_grad=own.requires_grad
+                )
+
+
+def follow_gradients(parts: Parts, recorder: Recorder) -> None:
+    """Count a gradient as ``"gradients"`` from the moment it stays on its adapter parameter."""
+
+    def keep(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        recorder.relabel(parameter.grad, "gradients")
+
+    for parameter in adapter_parameters(parts).values():
+        parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
+
+
+def make_optimizer(name: Optimizer, parameters: list[Any], recorder: Recorder) -> Any:
+    """The optimizer called ``name`` in Transformers' ``TrainingArguments``, over ``parameters``.
+
+    States of a paged optimizer live in managed memory outside the caching allocator and are not counted.
+    """
+    if name == "adamw_torch":
+        return torch.optim.AdamW(parameters, foreach=True)
+    kinds = {
+        "adamw_8bit": bnb.optim.AdamW8bit,
+        "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
+        "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
+    }
+    optimizer = kinds[name](parameters)
+    plain = optimizer.get_state_buffer
+
+    def state_buffer(parameter: Any, dtype: torch.dtype = torch.float32) -> Any:
+        if optimizer.is_paged and parameter.numel() >= PAGED_ELEMENTS:
+            with recorder.off_device():
+                return plain(parameter, dtype=dtype)
+        return plain(parameter, dtype=dtype)
+
+    # bitsandbytes does not page on CPU, where ghosts say they are, and would warn about it.
+    optimizer._cpu_paged_warned = True
+    optimizer.get_state_buffer = state_buffer
+    return optimizer

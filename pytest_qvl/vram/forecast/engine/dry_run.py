@@ -1,0 +1,196 @@
+"""The run whose memory is forecast: load, an inference pass, training steps, on tensors without data."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.renamed import kv_cache_name
+from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine.build import Recipe, attach_lora, build_base, follow_gradients, make_optimizer
+from pytest_qvl.vram.forecast.engine.kernels import Device
+from pytest_qvl.vram.forecast.engine.recorder import Recorder
+from pytest_qvl.vram.forecast.engine.trace import Tape
+from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.vram.forecast.engine.trace import Kind
+    from pytest_qvl.vram.forecast.request import Optimizer, Request
+    from pytest_qvl.vram.forecast.source import Source
+
+# ``torch.amp.GradScaler``'s initial scale; any other gives the same memory.
+LOSS_SCALE = 65536.0
+
+
+class Rehearsal:
+    """One model on a pretended device, run as often as asked with other pictures, batches or lengths.
+
+    Building the model is recorded once and is the common beginning of every tape.
+
+    Args:
+        request: What to build; later requests may differ in picture size, pictures, batch, tokens and new
+            tokens.
+        source: The model's configuration.
+        recipe: How it is quantized and adapted; by default every language linear, by ``request.lora_r``.
+    """
+
+    def __init__(self, request: Request, source: Source, recipe: Recipe | None = None) -> None:
+        recipe = recipe or Recipe()
+        self.source = source
+        tape = Tape()
+        device = Device(request.capability)
+        self._recorder = Recorder(tape, device, source.config.get_text_config().vocab_size)
+        self._stage = GhostStage(self._recorder, scaled=request.compute_dtype == "float16")
+        tape.phase(phases.LOAD)
+        dtype = getattr(torch, request.compute_dtype)
+        model = build_base(source.config, dtype, request.checkpoint, self._recorder, recipe)
+        if request.kbit_upcast:
+            from peft import prepare_model_for_kbit_training
+
+            tape.phase(phases.PREPARE)
+            with self._recorder, self._recorder.labelled("weights"):
+                prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+            tape.empty_cache()
+        if request.lora_r:
+            tape.phase(phases.ATTACH)
+            model = attach_lora(model, request.lora_r, self._recorder, recipe)
+        self._parts = anatomy(model)
+        if request.lora_r:
+            prepare_training(self._parts, request, self._stage)
+            follow_gradients(self._parts, self._recorder)
+        self._beginning = tape
+
+    def run(self, request: Request, *, inference: bool = True) -> Tape:
+        """Run the real model code without data and return what it did to device memory, loading included.
+
+        Args:
+            request: What to run.
+            inference: Whether to make the inference pass before the training step.
+        """
+        tape = self._begin()
+        with self._recorder:
+            if inference:
+                infer(self._parts, request, self.source, self._stage)
+            if request.lora_r:
+                train(self._parts, request, self.source, self._stage)
+        tape.close()
+        return tape
+
+    def run_work(
+        self,
+        batches: Sequence[Mapping[str, torch.Tensor]],
+        work_of: Callable[..., Mapping[str, Callable[[], object]]],
+    ) -> Tape:
+        """Run somebody else's work on batches of the same shapes and return what it did to device memory.
+
+        Each piece of work is a phase of its own that begins as one of the meter's does: without garbage, library
+        workspaces and cached memory.
+
+        Args:
+            batches: Real inputs: ids, masks and grids keep their values, pictures their shape and dtype.
+            work_of: Given the model's parts and the batches, pieces of work by name.
+        """
+        tape = self._begin()
+        with self._recorder:
+            with self._recorder.labelled("inputs"):
+                placed = [{name: self._input(tensor) for name, tensor in batch.items()} for batch in batches]
+            for name, work in work_of(self._parts, *placed).items():
+                gc.collect()
+                self._recorder.drop_workspaces()
+                self._stage.empty_cache()
+                tape.phase(name)
+                work()
+        tape.close()
+        return tape
+
+    def _begin(self) -> Tape:
+        tape = self._beginning.fork()
+        self._recorder.continue_on(tape, self._beginning.allocations)
+        return tape
+
+    def _input(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_floating_point():
+            return self._recorder.ghost(tuple(tensor.shape), tensor.dtype)
+        return tensor.to("cpu", copy=True)
+
+
+class GhostStage:
+    """A stage on which nothing has data; see :class:`~pytest_qvl.vram.forecast.engine.workload.Stage`.
+
+    Args:
+        recorder: Follows what happens.
+        scaled: Whether the loss is scaled, as for float16.
+    """
+
+    autocast_device = "cpu"  # ghosts say that they are there
+
+    def __init__(self, recorder: Recorder, *, scaled: bool) -> None:
+        self._recorder = recorder
+        self._scaled = scaled
+
+    def labelled(self, kind: Kind) -> AbstractContextManager[None]:
+        """Allocations inside count as ``kind``."""
+        return self._recorder.labelled(kind)
+
+    def phase(self, name: str) -> None:
+        """Everything from here on belongs to phase ``name``."""
+        self._recorder.tape.phase(name)
+
+    def empty_cache(self) -> None:
+        """Give cached memory back."""
+        self._recorder.tape.empty_cache()
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself: the recorder saw it come."""
+        return tensor
+
+    def pixels(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A ghost."""
+        return self._recorder.ghost(shape, dtype)
+
+    def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:
+        """A ``DynamicCache`` whose keys and values count as ``"cache"`` from the moment they are in it."""
+        from transformers import DynamicCache
+
+        recorder = self._recorder
+
+        class FollowedCache(DynamicCache):  # type: ignore[misc]
+            def update(self, *args: Any, **kwargs: Any) -> Any:
+                states = super().update(*args, **kwargs)
+                for state in states:
+                    recorder.relabel(state, "cache")
+                return states
+
+        return {kv_cache_name(parts): FollowedCache(config=source.config.get_text_config())}
+
+    def checkpoint_arguments(self) -> dict[str, Any]:
+        """Recompute under the recorder's rules."""
+        return {"context_fn": self._recorder.for_recomputation}
+
+    def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
+        """The real optimizer over ghosts."""
+        return make_optimizer(name, parameters, self._recorder)
+
+    def first_step(self, step: Callable[[], None], parameters: list[Any], optimizer: Any) -> None:  # noqa: ARG002
+        """An update alone: forward and backward of the step leave library workspaces behind and nothing else."""
+        self._recorder.keep_workspaces()
+        for parameter in parameters:
+            parameter.grad = self._recorder.ghost(tuple(parameter.shape), parameter.dtype)
+        with self.labelled("optimizer"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the scale, for float16."""
+        return loss * LOSS_SCALE if self._scaled else loss
+
+    def update(self, optimizer: Any) -> None:
+        """Update the parameters; taking the scale away needs no memory."""
+        optimizer.step()

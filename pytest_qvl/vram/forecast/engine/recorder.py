@@ -1,0 +1,338 @@
+"""Tensors without data, and a record of the device memory they would take.
+
+Inside a :class:`Recorder` the real model code runs unchanged, on the CPU build of torch:
+
+- A **ghost** is a tensor with shape, strides, dtype and autograd but no bytes. Weights, pictures and whatever
+  is computed from them are ghosts; each operation runs on ``meta``, so shapes and aliasing are torch's own.
+- **Everything else is real**: token ids, grids, masks, positions, window indices keep their values, so code
+  that looks at values (``.tolist()``, ``.all()``, splitting by lengths) runs as written. An integer that is
+  computed from ghosts (the argmax of fake logits) becomes zeros.
+- Storages are followed with weak references: an allocation is recorded when an operation returns a new
+  storage, a free when the last tensor, autograd node or Python frame lets go of it, exactly when CUDA memory
+  would be released.
+
+Ghosts call themselves CPU tensors because Python indexing of fake CUDA tensors needs a CUDA build; what
+differs on CUDA (attention kernels, scratch memory inside kernels) comes from :mod:`.kernels`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytest_qvl.vram.forecast.engine import kernels
+from pytest_qvl.vram.forecast.engine.shapes import ShapeCache
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_qvl.vram.forecast.engine.trace import Kind, Tape
+
+aten = torch.ops.aten
+
+# Floats computed from real values stay real up to this size, so that index arithmetic through floats keeps
+# its values; larger ones (cos and sin of a whole sequence) are activations and carry no information anyone
+# looks at.
+REAL_FLOAT_ELEMENTS = 4096
+# Integers computed from ghosts become real zeros up to this size (token ids); larger ones stay ghosts.
+REAL_INTEGER_ELEMENTS = 1 << 20
+_META = torch.device("meta")
+_DISCRETE = (torch.int64, torch.int32, torch.bool)
+
+
+class Ghost(torch.Tensor):
+    """A tensor without data; only valid inside the :class:`Recorder` that made it."""
+
+    elem: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, elem: torch.Tensor) -> Ghost:
+        """A ghost of the shape, strides and dtype of ``elem``, a tensor on ``meta``."""
+        ghost: Any = torch.Tensor._make_wrapper_subclass(
+            cls,
+            elem.size(),
+            strides=elem.stride(),
+            storage_offset=elem.storage_offset(),
+            dtype=elem.dtype,
+            device=torch.device("cpu"),
+        )
+        ghost.elem = elem
+        return ghost  # type: ignore[no-any-return]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{func} was called on a tensor without data outside the recorder that follows it")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Ghost({tuple(self.elem.shape)}, {self.elem.dtype})"
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records on a tape what operations on ghosts would allocate on a CUDA device.
+
+    Args:
+        tape: Where to record.
+        device: What the device's kernels do.
+        vocabulary: Width of the logits; floats with that last dimension count as ``"logits"``.
+    """
+
+    def __init__(self, tape: Tape, device: kernels.Device, vocabulary: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = tape
+        self.device = device
+        self.vocabulary = vocabulary
+        self._kind: Kind = "activations"
+        self._counting = True
+        self._numbers: dict[int, int] = {}
+        self._watches: dict[int, weakref.ref[Any]] = {}
+        self._workspaces: dict[tuple[str, bool], int] = {}
+        self._shapes = ShapeCache()
+        self._functions = _PythonCalls(self)
+
+    def __enter__(self) -> Recorder:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._functions.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._functions.__exit__(*exc)  # type: ignore[no-untyped-call]
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def continue_on(self, tape: Tape, common: int) -> None:
+        """Record on ``tape`` from now on, whose first ``common`` allocations are those of the tape so far.
+
+        Anything newer that is still alive (until garbage collection) belongs to another continuation.
+        """
+        self.tape = tape
+        self._workspaces.clear()
+        for key, number in list(self._numbers.items()):
+            if number >= common:
+                del self._numbers[key], self._watches[key]
+
+    @contextmanager
+    def labelled(self, kind: Kind) -> Iterator[None]:
+        """Allocations inside count as ``kind``."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    @contextmanager
+    def off_device(self) -> Iterator[None]:
+        """Allocations inside are not device memory of the caching allocator (paged optimizer states)."""
+        before, self._counting = self._counting, False
+        try:
+            yield
+        finally:
+            self._counting = before
+
+    def for_recomputation(self) -> tuple[Any, Any]:
+        """The ``context_fn`` of a checkpoint: torch switches function modes off during backward."""
+        return nullcontext(), _PythonCalls(self)
+
+    def ghost(self, shape: tuple[int, ...], dtype: torch.dtype) -> Ghost:
+        """A new ghost, recorded as an allocation."""
+        return self._adopt(torch.empty(shape, dtype=dtype, device="meta"))
+
+    def place(self, tensor: torch.Tensor) -> None:
+        """``tensor`` was made off the device and is on it from now on."""
+        self._follow(_storage(tensor), self._kind)
+
+    def relabel(self, tensor: torch.Tensor, kind: Kind) -> None:
+        """``tensor``'s storage counts as ``kind`` from now on."""
+        number = self._numbers.get(_storage(tensor)._cdata)
+        if number is not None:
+            self.tape.relabel(number, kind)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        ghosts: list[Ghost] = []
+        _collect(args, ghosts)
+        if kwargs:
+            _collect(kwargs.values(), ghosts)
+        if not ghosts:
+            return self._run_real(func, args, kwargs)
+        if func is aten._local_scalar_dense.default:
+            raise RuntimeError("the model asked for the value of a tensor without data: a forecast cannot follow it")
+        scratch = kernels.scratch(func, args)
+        if func in _INDEXING:
+            indices, scratch = _without_masks(args[1])
+            args = (args[0], indices, *args[2:])
+        held = [self.tape.alloc(size, "activations") for size in scratch]
+        self._count_workspace(func)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": "meta"}
+        out = self._shapes.run(func, _to_meta(args), {name: _to_meta(value) for name, value in kwargs.items()})
+        out = self._wrap(out, ghosts, func)
+        for number in held:
+            self.tape.free(number)
+        return out
+
+    def _run_real(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs.get("device") == _META:
+            return func(*args, **kwargs)
+        if not _has_tensor(args) and _may_be_large_float(kwargs):
+            # A factory: ask for the shape first, so that a big one never takes real memory.
+            shaped = func(*args, **{**kwargs, "device": "meta"}) if "device" in kwargs else None
+            if isinstance(shaped, torch.Tensor) and shaped.is_floating_point() and _large(shaped):
+                return self._adopt(shaped)
+        out = func(*args, **kwargs)
+        if isinstance(out, torch.Tensor):
+            return self._keep_real(out)
+        if isinstance(out, (list, tuple)):
+            return type(out)(self._keep_real(item) if isinstance(item, torch.Tensor) else item for item in out)
+        return out
+
+    def _keep_real(self, out: torch.Tensor) -> torch.Tensor:
+        if out.is_meta:
+            return out
+        if out.is_floating_point() and _large(out):
+            return self._adopt(torch.empty_strided(out.size(), out.stride(), dtype=out.dtype, device="meta"))
+        self._follow(out.untyped_storage(), "inputs" if self._kind == "activations" else self._kind)
+        return out
+
+    def _wrap(self, out: Any, ghosts: list[Ghost], func: Any) -> Any:
+        if isinstance(out, torch.Tensor):
+            for ghost in ghosts:
+                if ghost.elem is out:
+                    return ghost
+            if out.dtype in _DISCRETE and out.numel() <= REAL_INTEGER_ELEMENTS and not func.is_view:
+                return self._keep_real(torch.zeros(out.shape, dtype=out.dtype))
+            return self._adopt(out)
+        if isinstance(out, (list, tuple)):
+            if func in kernels.LAST_RESULT_FIRST:
+                return type(out)(reversed([self._wrap(item, ghosts, func) for item in reversed(out)]))
+            return type(out)(self._wrap(item, ghosts, func) for item in out)
+        return out
+
+    def _adopt(self, elem: torch.Tensor) -> Ghost:
+        kind = self._kind
+        if kind == "activations" and elem.dim() > 1 and elem.shape[-1] == self.vocabulary:
+            kind = "logits"
+        self._follow(elem.untyped_storage(), kind)
+        return Ghost(elem)
+
+    def _follow(self, storage: Any, kind: Kind) -> None:
+        key = storage._cdata
+        if key in self._numbers or not self._counting:
+            return
+        size = storage.nbytes()
+        if size == 0:
+            return
+        self._numbers[key] = self.tape.alloc(size, kind)
+        self._watches[key] = weakref.ref(storage, self._release(key))
+
+    def _release(self, key: int) -> Callable[[Any], None]:
+        def released(_: Any) -> None:
+            del self._watches[key]
+            self.tape.free(self._numbers.pop(key))
+
+        return released
+
+    def keep_workspaces(self) -> None:
+        """From here on every library workspace is allocated, as after the first step of a training."""
+        for backward in (False, True):
+            for libraries in kernels.WORKSPACES_OF.values():
+                self._take_workspaces(libraries, backward)
+
+    def drop_workspaces(self) -> None:
+        """Every library gives its workspace back, as before a measurement, and takes a new one when it needs it."""
+        for number in self._workspaces.values():
+            self.tape.free(number)
+        self._workspaces.clear()
+
+    def _count_workspace(self, func: Any) -> None:
+        libraries = kernels.WORKSPACES_OF.get(func)
+        if libraries is not None:
+            self._take_workspaces(libraries, torch._C._current_graph_task_id() != -1)
+
+    def _take_workspaces(self, libraries: tuple[str, ...], backward: bool) -> None:
+        # Backward runs on autograd's own thread on CUDA, and each thread has its own handle and workspace.
+        for library in libraries:
+            if (library, backward) not in self._workspaces:
+                number = self.tape.alloc(self.device.workspaces[library], "workspace")
+                self._workspaces[library, backward] = number
+
+
+class _PythonCalls(TorchFunctionMode):
+    """The Python-level calls whose CUDA behaviour is not what dispatch on CPU shows."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._device = recorder.device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return kernels.attention(self._device, *args, **(kwargs or {}))
+        if func is torch.nn.functional.dropout:
+            return kernels.dropout(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        if func == _SET_DATA and isinstance(args[0], Ghost):
+            args[0].elem = args[1].elem
+        return out
+
+
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+def _storage(tensor: torch.Tensor) -> Any:
+    return (tensor.elem if isinstance(tensor, Ghost) else tensor).untyped_storage()
+
+
+def _collect(values: Any, into: list[Ghost]) -> None:
+    for value in values:
+        if isinstance(value, Ghost):
+            into.append(value)
+        elif isinstance(value, (list, tuple)):
+            _collect(value, into)
+
+
+def _has_tensor(values: Any) -> bool:
+    return any(
+        isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and _has_tensor(value)) for value in values
+    )
+
+
+def _to_meta(value: Any) -> Any:
+    if type(value) is Ghost:
+        return value.elem
+    if isinstance(value, (list, tuple)):
+        return [_to_meta(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    return value
+
+
+def _without_masks(indices: Any) -> tuple[list[Any], list[int]]:
+    """Indices with each mask as the coordinates it selects, and the bytes those coordinates take.
+
+    On ``meta`` a mask would select an unknown number of elements; CUDA kernels turn it into coordinates as
+    well.
+    """
+    expanded: list[Any] = []
+    sizes: list[int] = []
+    for index in indices:
+        if isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, Ghost):
+            count = int(index.sum())
+            expanded += [torch.empty(count, dtype=torch.int64, device="meta") for _ in range(index.dim())]
+            sizes.append(8 * count * index.dim())
+        else:
+            expanded.append(index)
+    return expanded, sizes
+
+
+def _may_be_large_float(kwargs: Any) -> bool:
+    dtype = kwargs.get("dtype") or torch.get_default_dtype()
+    return bool(dtype.is_floating_point)
+
+
+def _large(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > REAL_FLOAT_ELEMENTS

@@ -1,0 +1,194 @@
+"""What happened to device memory, in order: allocations, frees, phases. And its replay through the allocator.
+
+Recording and replaying are apart on purpose: one recorded run answers "how much at the peak?", "how much is
+reserved?" and "does it fit into so many bytes?" by three replays of some 10 ms, without running the model
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pytest_qvl.vram.forecast.engine.allocator import CachingAllocator, CardFullError
+
+Kind = Literal[
+    "weights",
+    "adapters",
+    "optimizer",
+    "gradients",
+    "inputs",
+    "activations",
+    "logits",
+    "cache",
+    "workspace",
+]
+KINDS: tuple[Kind, ...] = (
+    "weights",
+    "adapters",
+    "optimizer",
+    "gradients",
+    "cache",
+    "inputs",
+    "activations",
+    "logits",
+    "workspace",
+)
+_INDEX = {kind: index for index, kind in enumerate(KINDS)}
+
+_ALLOC, _FREE, _RELABEL, _PHASE, _EMPTY_CACHE = range(5)
+
+
+class Tape:
+    """Events of one run; every allocation gets the next number, starting at 0."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[int, int, int]] = []
+        self.phases: list[str] = []
+        self._allocations = 0
+        self._closed = False
+
+    def alloc(self, size: int, kind: Kind) -> int:
+        """Record an allocation of ``size`` bytes; returns its number."""
+        number = self._allocations
+        self._allocations += 1
+        self.events.append((_ALLOC, size, _INDEX[kind]))
+        return number
+
+    def free(self, number: int) -> None:
+        """Record that allocation ``number`` was freed."""
+        if not self._closed:
+            self.events.append((_FREE, number, 0))
+
+    @property
+    def allocations(self) -> int:
+        """How many allocations were recorded."""
+        return self._allocations
+
+    def fork(self) -> Tape:
+        """An independent copy to which another continuation can be recorded."""
+        copy = Tape()
+        copy.events = list(self.events)
+        copy.phases = list(self.phases)
+        copy._allocations = self._allocations
+        return copy
+
+    def close(self) -> None:
+        """The run is over; what Python frees from now on does not belong to it."""
+        self._closed = True
+
+    def relabel(self, number: int, kind: Kind) -> None:
+        """From here on, allocation ``number`` counts as ``kind`` (a gradient kept, a KV cache)."""
+        self.events.append((_RELABEL, number, _INDEX[kind]))
+
+    def phase(self, name: str) -> None:
+        """Everything from here on belongs to phase ``name``; a name may come back later."""
+        if name not in self.phases:
+            self.phases.append(name)
+        self.events.append((_PHASE, self.phases.index(name), 0))
+
+    def empty_cache(self) -> None:
+        """Record a ``torch.cuda.empty_cache()``."""
+        self.events.append((_EMPTY_CACHE, 0, 0))
+
+
+@dataclass
+class PhaseBytes:
+    """Device memory of one phase, in bytes.
+
+    Attributes:
+        name: The phase.
+        peak_allocated: Highest ``memory_allocated`` while the phase ran, what was already live included.
+        peak_reserved: Highest ``memory_reserved`` while it ran, starting from an emptied cache.
+        by_kind: What was live at the allocated peak; sums to :attr:`peak_allocated`.
+        start_allocated: Bytes live when the phase began.
+        end_allocated: Bytes live when the phase (last) ended.
+    """
+
+    name: str
+    peak_allocated: int = -1
+    peak_reserved: int = 0
+    by_kind: dict[Kind, int] = field(default_factory=dict)
+    start_allocated: int = 0
+    end_allocated: int = 0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Where a run with a limit ran out of memory.
+
+    Attributes:
+        phase: The phase that failed.
+        requested: Bytes of the allocation that failed.
+    """
+
+    phase: str
+    requested: int
+
+
+@dataclass
+class Replay:
+    """A tape run through the caching allocator.
+
+    Attributes:
+        phases: Bytes per phase, in order of first appearance.
+        failure: Where it ran out of memory under the limit; ``None`` if it fitted.
+    """
+
+    phases: dict[str, PhaseBytes]
+    failure: Failure | None = None
+
+
+Watcher = Callable[[str, tuple[int, ...]], None]
+
+
+def replay(tape: Tape, *, limit: int | None = None, watch: Watcher | None = None) -> Replay:
+    """Run ``tape`` through a caching allocator.
+
+    Args:
+        tape: The recorded run.
+        limit: Bytes the process may reserve.
+        watch: Called after every event that changed the live bytes, with the phase's name and the live bytes
+            by kind (in the order of :data:`KINDS`).
+    """
+    allocator = CachingAllocator(limit)
+    addresses: list[int] = []
+    kinds: list[int] = []
+    live = [0] * len(KINDS)
+    phases: dict[str, PhaseBytes] = {}
+    now = PhaseBytes("")
+    for code, value, kind in tape.events:
+        if code == _ALLOC:
+            try:
+                address = allocator.malloc(value)
+            except CardFullError as error:
+                return Replay(phases, Failure(now.name, error.requested))
+            addresses.append(address)
+            kinds.append(kind)
+            live[kind] += allocator.block_size(address)
+            if allocator.allocated > now.peak_allocated:
+                now.peak_allocated = allocator.allocated
+                now.by_kind = dict(zip(KINDS, live, strict=True))
+            now.peak_reserved = max(now.peak_reserved, allocator.reserved)
+        elif code == _FREE:
+            live[kinds[value]] -= allocator.block_size(addresses[value])
+            allocator.free(addresses[value])
+        elif code == _RELABEL:
+            size = allocator.block_size(addresses[value])
+            live[kinds[value]] -= size
+            live[kind] += size
+            kinds[value] = kind
+        elif code == _EMPTY_CACHE:
+            allocator.empty_cache()
+        else:
+            name = tape.phases[value]
+            now = phases.setdefault(name, PhaseBytes(name, start_allocated=allocator.allocated))
+            if allocator.allocated > now.peak_allocated:
+                now.peak_allocated = allocator.allocated
+                now.by_kind = dict(zip(KINDS, live, strict=True))
+            now.peak_reserved = max(now.peak_reserved, allocator.reserved)
+        now.end_allocated = allocator.allocated
+        if watch is not None and code != _EMPTY_CACHE:
+            watch(now.name, tuple(live))
+    return Replay(phases)

@@ -1,0 +1,1 @@
+"""A forecast as text and as a figure."""

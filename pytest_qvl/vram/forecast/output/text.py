@@ -1,0 +1,112 @@
+"""A forecast as a table for the terminal. Standard library only."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine.trace import KINDS
+from pytest_qvl.vram.units import MiB, format_bytes
+
+if TYPE_CHECKING:
+    from pytest_qvl.vram.forecast.request import Request
+    from pytest_qvl.vram.forecast.result import Forecast, Largest, Verdict
+
+
+def render(forecast: Forecast, largest: Largest | None = None) -> str:
+    """The whole answer: what was asked, a row per phase, the peak, the verdict."""
+    parts = [_asked(forecast), _table(forecast), _peak(forecast)]
+    if forecast.verdict is not None:
+        parts.append(_verdict(forecast.verdict))
+    if largest is not None:
+        parts.append(_largest(largest))
+    return "\n\n".join(parts)
+
+
+def _asked(forecast: Forecast) -> str:
+    request = forecast.request
+    height, width = request.image
+    training = "no adapter, inference only"
+    if request.lora_r:
+        options = [f"LoRA r={request.lora_r} (fp32, language linears)", request.optimizer]
+        options.append("gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing")
+        if request.vision_hook:
+            options.append("vision hook left on")
+        if request.kbit_upcast:
+            options.append("fp32 upcast")
+        if request.trains_under_autocast:
+            options.append("autocast")
+        training = ", ".join(options)
+    return (
+        f"{forecast.label}: NF4 with nested statistics, rest {request.compute_dtype}; {training}\n"
+        f"batch {request.batch}, pictures {request.images} x {height}x{width}: "
+        f"{forecast.visual_tokens:,} visual + {request.tokens:,} text = {forecast.sequence:,} tokens each"
+    )
+
+
+def _table(forecast: Forecast) -> str:
+    shown = [kind for kind in KINDS if any(phase.by_kind.get(kind, 0) >= MiB / 2 for phase in forecast.phases)]
+    rows = [["phase", "allocated", "reserved", *shown]]
+    for phase in forecast.phases:
+        sizes = (phase.peak_allocated, phase.peak_reserved, *(phase.by_kind.get(kind, 0) for kind in shown))
+        rows.append([phase.name, *(f"{size / MiB:,.0f}" for size in sizes)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
+    rule = "-" * len(lines[0])
+    return "\n".join(["MiB at the peak of each phase", lines[0], rule, *lines[1:]])
+
+
+def _peak(forecast: Forecast) -> str:
+    peak = forecast.peak
+    return (
+        f"peak: {format_bytes(peak.peak_allocated)} allocated in {peak.name!r} "
+        f"({phases.EXPLAIN[peak.name]}), of it {format_bytes(peak.peak_allocated - forecast.resident)} above the "
+        f"loaded model; {format_bytes(forecast.peak_reserved)} reserved by the allocator"
+    )
+
+
+def _verdict(verdict: Verdict) -> str:
+    card = verdict.card
+    have = (
+        f"{card.title}: torch sees {format_bytes(card.usable_bytes)}, less about "
+        f"{format_bytes(card.context_bytes)} for the CUDA context and libraries leaves "
+        f"{format_bytes(verdict.available)}"
+    )
+    if verdict.failure is not None:
+        return (
+            f"{have}\nDOES NOT FIT: out of memory in {verdict.failure.phase!r}, asking for "
+            f"{format_bytes(verdict.failure.requested)}"
+        )
+    if verdict.tight:
+        return (
+            f"{have}\nFITS, JUST: {format_bytes(verdict.reserved - verdict.available)} too much would be "
+            "reserved, so the allocator has to give its cache back on the way, which is slow"
+        )
+    return f"{have}\nFITS with {format_bytes(verdict.available - verdict.reserved)} to spare"
+
+
+def _largest(largest: Largest) -> str:
+    what = "picture" if largest.dimension == "image" else "batch"
+    if largest.forecast is None:
+        return f"no {what} fits"
+    found = f"largest {what} that still fits: {_name(largest, largest.forecast)}"
+    if largest.bounded:
+        return f"{found}; the processor shrinks every larger picture to this size, so any picture fits"
+    if largest.refused is not None:
+        return f"{found}; {_name(largest, largest.refused)} does not"
+    return f"{found} (no larger one was tried)"
+
+
+def _name(largest: Largest, forecast: Forecast) -> str:
+    request: Request = forecast.request
+    if largest.dimension == "batch":
+        return str(request.batch)
+    return f"{request.image[0]}x{request.image[1]} ({forecast.visual_tokens // request.images:,} visual tokens)"

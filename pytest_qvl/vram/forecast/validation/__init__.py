@@ -1,0 +1,1 @@
+"""Forecasts against what was measured, and against other estimates."""

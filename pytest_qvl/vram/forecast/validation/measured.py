@@ -1,0 +1,215 @@
+"""The same run as the forecast's, on a real device under the meter."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.quantized import keep_quantized_weights_in_place, usual_quantization
+from pytest_qvl.models.sources.synthetic import build_synthetic
+from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine.build import usual_lora
+from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
+from pytest_qvl.vram.forecast.source import find_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
+    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.vram.forecast.engine.trace import Kind
+    from pytest_qvl.vram.forecast.request import Optimizer, Request
+    from pytest_qvl.vram.forecast.source import Source
+    from pytest_qvl.vram.meter import Meter, Phase, Usage
+
+# A loss scale that is too large leaves out the update, and with it the optimizer's states; it is halved each time.
+FIRST_STEPS = 12
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one run used.
+
+    Attributes:
+        phases: What each phase used, in the order they ran.
+    """
+
+    phases: tuple[Usage, ...]
+
+    @property
+    def baseline(self) -> int:
+        """Bytes that were allocated before anything was loaded."""
+        return self.phases[0].alive_allocated
+
+    @property
+    def resident(self) -> int:
+        """Bytes allocated once the model is ready, before the adapter; without what was there before."""
+        building = (phases.LOAD, phases.PREPARE)
+        return next(u.alive_allocated for u in self.phases if u.name not in building) - self.baseline
+
+    def peak(self, phase: str) -> int:
+        """Peak allocated of a phase, without what was there before loading."""
+        return next(u.allocated for u in self.phases if u.name == phase) - self.baseline
+
+
+def measure(request: Request, meter: Meter, device: str = "cuda", *, inference: bool = True) -> Measurement:
+    """Build a synthetic model as ``request`` says, run what is forecast, and measure each phase.
+
+    Nothing of it is left in memory afterwards, also if it runs out of memory.
+
+    Args:
+        request: With ``checkpoint="synthetic"``, and an optimizer that is not paged.
+        meter: Measures.
+        device: Where to run.
+        inference: Whether to make the inference pass before the training steps.
+
+    Raises:
+        ValueError: Something else than a synthetic model is asked for.
+        torch.OutOfMemoryError: It does not fit; the phase's name is on it as ``qvl_phase``.
+    """
+    if request.checkpoint != "synthetic":
+        raise ValueError(f"checkpoint is {request.checkpoint!r}: what is measured here is built with random weights")
+    stage = MeterStage(meter, device, scaled=request.compute_dtype == "float16")
+    try:
+        _run(request, stage, inference=inference)
+    except BaseException as error:
+        stage.end(error)
+        traceback.clear_frames(error.__traceback__)  # they hold the model
+        raise
+    finally:
+        stage.end(None)
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return Measurement(tuple(stage.usages))
+
+
+def _run(request: Request, stage: MeterStage, *, inference: bool) -> None:
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    source, dtype = find_source(request.model), getattr(torch, request.compute_dtype)
+    stage.begin()
+    model = build_synthetic(source.config, usual_quantization(dtype), stage.device, dtype)
+    keep_quantized_weights_in_place(model)
+    model.requires_grad_(False)
+    if request.kbit_upcast:
+        stage.phase(phases.PREPARE)
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        stage.empty_cache()
+    if request.lora_r:
+        stage.phase(phases.ATTACH)
+        model = get_peft_model(model, usual_lora(anatomy(model), request.lora_r))
+    parts = anatomy(model)
+    if request.lora_r:
+        prepare_training(parts, request, stage)
+    if inference:
+        infer(parts, request, source, stage)
+    if request.lora_r:
+        train(parts, request, source, stage)
+
+
+class MeterStage:
+    """A stage on which everything is real; see :class:`~pytest_qvl.vram.forecast.engine.workload.Stage`.
+
+    Args:
+        meter: Measures.
+        device: ``"cuda"``, or ``"cpu"`` to see that the script runs.
+        scaled: Whether the loss is scaled, as for float16.
+
+    Attributes:
+        usages: What each phase used that has ended.
+    """
+
+    def __init__(self, meter: Meter, device: str, *, scaled: bool) -> None:
+        self.device = self.autocast_device = device
+        self._meter = meter
+        self._open: Phase | None = None
+        self._scaler: Any = torch.amp.GradScaler(device) if scaled else None
+        self.usages: list[Usage] = []
+
+    def begin(self) -> None:
+        """The first phase, without garbage, library workspaces and cached memory."""
+        self._open = self._meter.begin(phases.LOAD)
+
+    def phase(self, name: str) -> None:
+        """End the phase that is open and begin another; nothing happens if it has that name already."""
+        if self._open is None or self._open.name != name:
+            self.end(None)
+            self._open = self._meter.begin(name, settle=False)
+
+    def end(self, error: BaseException | None) -> None:
+        """End the phase that is open, if any."""
+        if self._open is not None:
+            ended, self._open = self._open, None
+            self.usages.append(self._meter.end(ended, error))
+
+    def labelled(self, kind: Kind) -> AbstractContextManager[None]:  # noqa: ARG002 - a device knows no kinds
+        """Nothing."""
+        return nullcontext()
+
+    def empty_cache(self) -> None:
+        """Collect garbage and give cached memory back; library workspaces stay."""
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor on the device."""
+        return tensor.to(self.device)
+
+    def pixels(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Grey pictures."""
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:  # noqa: ARG002 - the model has its own
+        """Nothing: the model makes its own cache."""
+        return {}
+
+    def checkpoint_arguments(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
+        """The real optimizer.
+
+        Raises:
+            ValueError: A paged one, whose states are not in torch's allocator.
+        """
+        import bitsandbytes as bnb
+
+        if name == "adamw_torch":
+            return torch.optim.AdamW(parameters, foreach=True)
+        if name == "adamw_8bit":
+            return bnb.optim.AdamW8bit(parameters)
+        raise ValueError(f"optimizer is {name!r}: paged states cannot be measured by torch's allocator")
+
+    def first_step(self, step: Callable[[], None], parameters: list[Any], optimizer: Any) -> None:  # noqa: ARG002
+        """Real steps until the optimizer has states.
+
+        Raises:
+            RuntimeError: Gradients overflow however small the loss scale.
+        """
+        for _ in range(FIRST_STEPS):
+            step()
+            if optimizer.state:
+                return
+        raise RuntimeError(f"{FIRST_STEPS} training steps overflowed, so the optimizer has no states")
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the scale, for float16."""
+        scaled: torch.Tensor = loss if self._scaler is None else self._scaler.scale(loss)
+        return scaled
+
+    def update(self, optimizer: Any) -> None:
+        """Update the parameters, through the scaler for float16."""
+        if self._scaler is None:
+            optimizer.step()
+        else:
+            self._scaler.step(optimizer)
+            self._scaler.update()

@@ -1,0 +1,162 @@
+"""Predict first, then measure: forecasts written to a file before the run that judges them.
+
+``python -m pytest_qvl.vram.forecast.validation.predictions docs/records/forecast-predictions.json`` writes the file;
+``tests/gpu/test_forecast_cases.py`` and ``tests/gpu/test_t4_cap.py`` build the very requests in it on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.vram.cards import card as find_card
+from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.request import Request
+from pytest_qvl.vram.units import GiB
+
+if TYPE_CHECKING:
+    from pytest_qvl.vram.forecast.run import Forecaster
+
+SCHEMA = "pytest-qvl/forecast-predictions/1"
+PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes")
+MODELS = ("qwen2.5-vl-3b", "qwen2.5-vl-7b")
+# Side of a square picture in pixels, by its visual tokens.
+SIDES = {256: 448, 1024: 896, 4096: 1792}
+TEXT_TOKENS = 68
+# More would not fit the GPUs that the cases are measured on, with what else they hold.
+MOST = 70 * GiB
+CAP = "t4"
+# What a phase of the forecast and of a measurement do not share: the first training step, of which the forecast makes
+# the update only.
+NOT_COMPARED = (phases.STATES,)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration to predict and to measure.
+
+    Attributes:
+        request: All of it.
+        card: The card to judge; ``None`` for the GPU as it is.
+    """
+
+    request: Request
+    card: str | None = None
+
+    @property
+    def inference(self) -> bool:
+        """Whether it generates before it trains."""
+        return self.request.generate > 0
+
+    @property
+    def name(self) -> str:
+        """Short and unique, for test ids and tables."""
+        request = self.request
+        tokens = next(tokens for tokens, side in SIDES.items() if side == request.image[0])
+        words = [request.model.removeprefix("qwen2.5-vl-"), str(tokens)]
+        words += [] if request.gradient_checkpointing else ["kept"]
+        words += ["upcast"] if request.kbit_upcast else []
+        words += ["hook"] if request.vision_hook else []
+        return "-".join([*words, *([self.card] if self.card else [])])
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Case:
+        """The case of one entry of the file."""
+        fields = {**data["request"], "image": tuple(data["request"]["image"])}
+        fields["capability"] = tuple(fields["capability"])
+        return cls(Request(**fields), data["card"])
+
+
+def cases() -> list[Case]:
+    """Every case: models by visual tokens by checkpointing, then a 7B training step on a capped card."""
+    common = {"tokens": TEXT_TOKENS, "optimizer": "adamw_8bit", "checkpoint": "synthetic"}
+    found = [
+        Case(Request(model, (side, side), gradient_checkpointing=on, generate=32, **common))  # type: ignore[arg-type]
+        for model in MODELS
+        for on in (True, False)
+        for side in SIDES.values()
+    ]
+    capped = Request(
+        MODELS[-1],
+        compute_dtype="float16",
+        capability=find_card(CAP).compute_capability,
+        **common,  # type: ignore[arg-type]
+    )
+    found += [
+        Case(replace(capped, image=(side, side), kbit_upcast=upcast, vision_hook=hook), CAP)
+        for upcast in (False, True)
+        for hook in (False, True)
+        for side in SIDES.values()
+    ]
+    return found
+
+
+def predict(case: Case, forecaster: Forecaster) -> dict[str, Any]:
+    """The forecast of one case, all sizes in bytes."""
+    found = forecaster.forecast(case.request, inference=case.inference)
+    verdict = found.verdict
+    return {
+        "name": case.name,
+        "card": case.card,
+        "request": asdict(case.request),
+        "visual_tokens": found.visual_tokens,
+        "sequence": found.sequence,
+        "resident": found.resident,
+        "phases": {
+            phase.name: {"allocated": phase.peak_allocated, "reserved": phase.peak_reserved} for phase in found.phases
+        },
+        "verdict": verdict
+        and {
+            "available": verdict.available,
+            "reserved": verdict.reserved,
+            "fits": verdict.fits,
+            "fails_in": verdict.failure and verdict.failure.phase,
+        },
+        "too_large_to_measure": case.card is None and found.peak_reserved > MOST,
+    }
+
+
+def write_predictions(path: Path) -> None:
+    """Predict every case and write the file."""
+    from pytest_qvl.vram.forecast.run import Forecaster
+
+    entries = []
+    built: tuple[Any, Forecaster] | None = None
+    for case in cases():
+        # One model serves every picture size.
+        kind = (replace(case.request, image=(1, 1)), case.card)
+        if built is None or built[0] != kind:
+            built = kind, Forecaster(case.request, None if case.card is None else find_card(case.card))
+        entries.append(predict(case, built[1]))
+    data = {"schema": SCHEMA, "versions": {name: version(name) for name in PACKAGES}, "cases": entries}
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """The entries of the file.
+
+    Raises:
+        ValueError: The file is of another schema.
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {data.get('schema')!r}; this reads {SCHEMA}")
+    entries: list[dict[str, Any]] = data["cases"]
+    return entries
+
+
+def main(arguments: list[str]) -> int:
+    """Write the file named by the only argument."""
+    if len(arguments) != 1:
+        print("usage: python -m pytest_qvl.vram.forecast.validation.predictions OUT.json", file=sys.stderr)
+        return 2
+    write_predictions(Path(arguments[0]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
