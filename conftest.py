@@ -24,6 +24,18 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(LEFT_OUT)
 
 
+@pytest.fixture
+def transformers_takes_peft():
+    """Skip where ``model.add_adapter`` of Transformers refuses the installed PEFT (5.24.0 wants 0.22)."""
+    from importlib.metadata import version
+
+    from packaging.version import Version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(version("peft")) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"this Transformers' add_adapter wants PEFT {MIN_PEFT_VERSION} or newer")
+
+
 def pytest_collection_finish():
     """Each run that a test starts ends with five garbage collections, which would look at all of torch each time."""
     gc.collect()

@@ -347,18 +347,22 @@ def test_neutral_when_everything_that_peft_trains_was_trained(fresh_model: Any, 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT:UserWarning")
 @pytest.mark.filterwarnings("ignore:Already found a .peft_config. attribute in the model:UserWarning")
-def test_neutral_without_a_wrapper_and_wrapped_twice(fresh_model: Any, batch: Any, lora_config: Any) -> None:
-    from peft import get_peft_model
-
-    from pytest_qvl.models.adapters import remove_peft_layers
-
+@pytest.mark.usefixtures("transformers_takes_peft")
+def test_neutral_without_a_wrapper(fresh_model: Any, batch: Any, lora_config: Any) -> None:
     base = fresh_model()
     base.add_adapter(lora_config(init_lora_weights=False), adapter_name="vlm")
     assert adapter_neutrality(base, batch).ok
     assert adapter_census(base, lora_config()).ok
-    remove_peft_layers(base)
+
+
+def test_neutral_when_wrapped_twice(fresh_model: Any, batch: Any, lora_config: Any) -> None:
+    from peft import get_peft_model
+
+    base = fresh_model()
     get_peft_model(base, lora_config())
-    assert adapter_neutrality(get_peft_model(base, lora_config(init_lora_weights=False)), batch).ok
+    with pytest.warns(UserWarning, match="for a second time"):
+        model = get_peft_model(base, lora_config(init_lora_weights=False))
+    assert adapter_neutrality(model, batch).ok
 
 
 def test_what_is_no_lora_is_judged_when_disabled_only(fresh_model: Any, batch: Any) -> None:

@@ -88,6 +88,7 @@ def test_the_active_one_of_several_adapters_is_judged(bare: Any, lora_config: An
     assert state(model) == before
 
 
+@pytest.mark.usefixtures("transformers_takes_peft")
 @pytest.mark.parametrize("name", ["default", "vlm"])
 def test_an_adapter_that_transformers_added(bare: Any, lora_config: Any, name: str) -> None:
     bare.add_adapter(lora_config(target_modules=["q_proj"]), adapter_name=name)

@@ -366,6 +366,7 @@ def test_what_peft_trains_besides_adapters_comes_off_and_back_too(owner, base, l
     owner.drop_adapter()
 
 
+@pytest.mark.usefixtures("transformers_takes_peft")
 def test_an_adapter_that_transformers_added_is_taken_over(owner, request_for, lora):
     base = owner.base(request_for(), "transformers")
     base.add_adapter(lora(r=3), adapter_name="vlm")
