@@ -12,8 +12,8 @@ import pytest
 
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.options import SETTINGS_KEY
-from pytest_qvl.session.errors import Refusal
-from pytest_qvl.session.state import STATE_KEY, one_clear_error
+from pytest_qvl.session.errors import UserError, as_usage_error
+from pytest_qvl.session.state import STATE_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ def qvl_target(request: pytest.FixtureRequest) -> Target:
     """Model, device and backend of this test (``--qvl-model``, ``--qvl-device``, ``--qvl-backend``)."""
     target: Target | None = getattr(request, "param", None)
     if target is None:
-        raise Refusal(
+        raise UserError(
             "a fixture of pytest-qvl was asked for by request.getfixturevalue in a test that names none, so nothing "
             "said on which model and device to run the test. Name the fixture as an argument of the test, or with "
             "@pytest.mark.usefixtures"
@@ -76,7 +76,7 @@ def qvl_quantization_config(qvl_compute_dtype: str, qvl_model: str) -> Any:
     from pytest_qvl.models.sources.hub import saved_quantization
     from pytest_qvl.models.sources.model_source import parse_model
 
-    with one_clear_error("qvl_model"):
+    with as_usage_error("qvl_model"):
         saved = saved_quantization(parse_model(qvl_model))
     if saved is not None:
         from transformers import BitsAndBytesConfig
@@ -95,7 +95,7 @@ def qvl_lora_config(qvl_adapter: Path | None) -> Any:
 
     from pytest_qvl.models.attaching import adapter_folder, saved_lora_config
 
-    with one_clear_error("qvl_lora_config"):
+    with as_usage_error("qvl_lora_config"):
         folder = adapter_folder(qvl_adapter)
         if folder is not None:
             return saved_lora_config(folder)
@@ -108,7 +108,7 @@ def qvl_processor(qvl_model: str) -> Any:
     from pytest_qvl.models.sources.model_source import parse_model
     from pytest_qvl.models.sources.synthetic_processor import processor_for
 
-    with one_clear_error("qvl_processor"):
+    with as_usage_error("qvl_processor"):
         return processor_for(parse_model(qvl_model))
 
 
@@ -122,14 +122,14 @@ def _qvl_load_request(
     from pytest_qvl.models.sources.model_source import parse_model
     from pytest_qvl.vram.cap import compute_dtype
 
-    with one_clear_error("qvl_model"):
+    with as_usage_error("qvl_model"):
         source = parse_model(qvl_model)
         saved = saved_quantization(source)
-    with one_clear_error("qvl_quantization_config"):
+    with as_usage_error("qvl_quantization_config"):
         asks_for_4bit(qvl_quantization_config)
         refuse_other_than_saved(qvl_quantization_config, saved)
     if qvl_card is not None and qvl_target.device == "cuda":
-        with one_clear_error("qvl_compute_dtype"):
+        with as_usage_error("qvl_compute_dtype"):
             compute_dtype(qvl_card, qvl_compute_dtype)
     return LoadRequest(source, qvl_quantization_config, qvl_target.device, qvl_compute_dtype)
 
@@ -140,7 +140,7 @@ def qvl_quantized_model(request: pytest.FixtureRequest, _qvl_load_request: LoadR
     state = request.config.stash[STATE_KEY]
     state.refuse_unannounced(request, "qvl_quantized_model")
     state.record_reference_first(request)
-    with one_clear_error("qvl_quantized_model"):
+    with as_usage_error("qvl_quantized_model"):
         return state.owner.base(_qvl_load_request, qvl_backend)
 
 
@@ -157,7 +157,7 @@ def qvl_lora_model(
 
     state, settings = request.config.stash[STATE_KEY], request.config.stash[SETTINGS_KEY]
     state.refuse_unannounced(request, "qvl_lora_model")
-    with one_clear_error("qvl_lora_model"):
+    with as_usage_error("qvl_lora_model"):
         folder = adapter_folder(qvl_adapter)
         adapter = None if folder is None else str(folder)
         model = state.owner.adapted(qvl_quantized_model, qvl_backend, qvl_lora_config, adapter, settings.seed)
@@ -201,7 +201,7 @@ def qvl_probe_sizes(qvl_model: str, qvl_processor: Any) -> ProbeSizes:
     from pytest_qvl.checks.support.sizing import sizes_for
     from pytest_qvl.models.sources.model_source import parse_model
 
-    with one_clear_error("qvl_probe_sizes"):
+    with as_usage_error("qvl_probe_sizes"):
         return sizes_for(parse_model(qvl_model), qvl_processor)
 
 
@@ -216,7 +216,7 @@ def qvl_image_samples(pytestconfig: pytest.Config, qvl_model: str, qvl_probe_siz
     from pytest_qvl.samples import folder_samples, has_photos, photo_samples, probe_samples
 
     settings = pytestconfig.stash[SETTINGS_KEY]
-    with one_clear_error("qvl_image_samples"):
+    with as_usage_error("qvl_image_samples"):
         if settings.images is not None:
             return folder_samples(settings.images)
         scenes = probe_samples(qvl_probe_sizes, settings.seed, settings.samples)
@@ -268,7 +268,7 @@ def qvl_reference(
         source = f"{base.name}, {reference.vision_dtype}" if base.name else reference.source
         return replace(reference, source=source, caveat=base.caveat)
 
-    with one_clear_error("qvl_reference"), lifted(), state.apart("reference"):
+    with as_usage_error("qvl_reference"), lifted(), state.apart("reference"):
         return record()
 
 

@@ -43,7 +43,7 @@ ERRORS_KEY = pytest.StashKey[list[BaseException]]()
 MARKERS = ("gpu: the test executes on CUDA", LIMIT_VRAM_HELP)
 
 
-def _beside_the_point(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+def _hide_hook_frame(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
     """Whether to leave a hook's frame out of a traceback; where only a message is shown, pytest wants one frame."""
     return bool(getattr(excinfo.value, "pytrace", True))
 
@@ -186,7 +186,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, object, object]:
     """Note what a fixture is made from, what it trained, and which test met its error first."""
-    __tracebackhide__ = _beside_the_point
+    __tracebackhide__ = _hide_hook_frame
     state, item = request.config.stash[STATE_KEY], request._pyfuncitem
     state.note(fixturedef, item)
     known = state.known_failure(fixturedef, item)
@@ -229,10 +229,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
     """Point to the first test that met a fixture's error; from the end of set-up on, the test is watched."""
-    __tracebackhide__ = _beside_the_point
+    __tracebackhide__ = _hide_hook_frame
     state = item.config.stash[STATE_KEY]
     if any(map(fixture_graph.is_ours, fixture_graph.fixture_names(item))):
-        warning_filters.hush()
+        warning_filters.filter_for_test()
         if is_shipped(item):
             warning_filters.spare()
         threads.limit_threads(item.config)
@@ -245,7 +245,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
             raise
         raise pointer from None
     state.access.verify()
-    state.settle(item)
+    state.begin_watch(item)
     return result
 
 
@@ -260,7 +260,7 @@ def pytest_runtest_setup_model(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Collect the evidence of every check that the test calls."""
-    __tracebackhide__ = _beside_the_point
+    __tracebackhide__ = _hide_hook_frame
     state = item.config.stash[STATE_KEY]
     with results.judging(item), state.kept_as_found():
         result = yield
@@ -288,9 +288,9 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Put evidence, target and check on the report."""
-    if call.excinfo is not None and (target_of(item) is not None or fixture_graph.views(item)):
+    if call.excinfo is not None and (target_of(item) is not None or fixture_graph.requested_models(item)):
         item.stash.setdefault(ERRORS_KEY, []).append(call.excinfo.value)
-    with results.short_trace(item.config, call.excinfo):
+    with results.trim_traceback(item.config, call.excinfo):
         report = yield
     results.attach(item, report)
     return report
@@ -306,7 +306,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """A backend's process tells the one that was started what became of limits on its session."""
     own: child.Child | None = session.config.pluginmanager.get_plugin(child.NAME)
     if own is not None:
-        own.tell("limits", outcomes=session.config.stash[LIMITS_KEY].session_outcomes())
+        own.request("limits", outcomes=session.config.stash[LIMITS_KEY].session_outcomes())
 
 
 @pytest.hookimpl(trylast=True)

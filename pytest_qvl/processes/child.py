@@ -126,7 +126,7 @@ class Child:
         self._config: pytest.Config | None = None
         self._uncollected = False
 
-    def tell(self, kind: str, **message: Any) -> None:
+    def request(self, kind: str, **message: Any) -> None:
         """Tell the parent, and wait until it has heard; it may answer that this was the last test."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -184,25 +184,25 @@ class Child:
         """What failed to import here, although it imports in the parent."""
         if report.failed:
             self._uncollected = True
-            self.tell("collected", report=self._plain(report))
+            self.request("collected", report=self._plain(report))
 
     def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
         """A test begins."""
-        self.tell("start", nodeid=nodeid, location=location)
+        self.request("start", nodeid=nodeid, location=location)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """A phase of a test has ended."""
-        self.tell("report", report=self._plain(report))
+        self.request("report", report=self._plain(report))
 
     def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
         """A test has ended."""
-        self.tell("finish", nodeid=nodeid, location=location)
+        self.request("finish", nodeid=nodeid, location=location)
 
     def pytest_warning_recorded(self, warning_message: Any, when: str, nodeid: str, location: Any) -> None:
         """A test warned; what warns while collecting does so in the parent too."""
         if when == "runtest":
-            self.tell(
+            self.request(
                 "warning",
                 name=warning_message.category.__name__,
                 text=str(warning_message.message),
@@ -214,20 +214,20 @@ class Child:
 
     def pytest_internalerror(self, excrepr: Any) -> bool:
         """Pytest itself failed."""
-        self.tell("internalerror", text=str(excrepr))
+        self.request("internalerror", text=str(excrepr))
         return True
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
         """Something ended the run: ``pytest.exit``, a plugin, a signal; or nothing could be collected here."""
         status = getattr(excinfo.value, "returncode", None)
-        self.tell(
+        self.request(
             "interrupted", text=str(excinfo.value) or excinfo.typename, for_all=not self._uncollected, status=status
         )
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
         """All tests are reported, fixtures torn down."""
-        self.tell("end")
+        self.request("end")
 
     def _plain(self, report: pytest.CollectReport | pytest.TestReport) -> dict[str, Any]:
         assert self._config is not None

@@ -38,7 +38,7 @@ def refuse(config: pytest.Config) -> None:
     if reason:
         own: child.Child | None = config.pluginmanager.get_plugin(child.NAME)
         if own is not None:
-            own.tell("interrupted", text=reason, for_all=False, status=None)
+            own.request("interrupted", text=reason, for_all=False, status=None)
         raise pytest.UsageError(reason)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from pytest_qvl.models.backends import BASELINE, ModelLoadError
 from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model
-from pytest_qvl.session.errors import Refusal
+from pytest_qvl.session.errors import UserError
 from pytest_qvl.session.suite_collection import is_shipped
 from pytest_qvl.session.targets import Target, target_of
 
@@ -84,7 +84,7 @@ class Faulted:
             subject = Subject(parse_model(target.model), target.device, dtype)
             return healthy_case(seed=self._settings.seed, subject=subject)
         except (ModelLoadError, ModelSourceError) as error:
-            raise Refusal(f"qvl_fault ({self._settings.source('fault')}): {error}") from None
+            raise UserError(f"qvl_fault ({self._settings.source('fault')}): {error}") from None
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:

@@ -51,24 +51,24 @@ def definitions(item: Any, name: str) -> Sequence[Definition]:
     return found or ()
 
 
-def in_play(item: Any, name: str) -> list[Definition]:
+def active_definitions(item: Any, name: str) -> list[Definition]:
     """The definitions that take part for a test: the most specific, and what it builds on."""
     taking_part = []
     for definition in reversed(definitions(item, name)):
         taking_part.append(definition)
-        if name not in stands_on(definition, item):
+        if name not in resolved_dependencies(definition, item):
             break
     return taking_part
 
 
-def stands_on(definition: Definition, item: Any) -> frozenset[str]:
+def resolved_dependencies(definition: Definition, item: Any) -> frozenset[str]:
     """Names of all fixtures that a definition is made from; its own too if it builds on what it overrides."""
     return frozenset(_walk(definition.argnames, item))
 
 
 def lineage(definition: Definition, item: Any) -> Lineage:
     """Every fixture that a definition is made from, with the definitions of it that a test sees."""
-    return frozenset((name, tuple(definitions(item, name))) for name in stands_on(definition, item))
+    return frozenset((name, tuple(definitions(item, name))) for name in resolved_dependencies(definition, item))
 
 
 def parameters(definition: Definition, item: Any) -> frozenset[tuple[str, Any]]:
@@ -76,7 +76,7 @@ def parameters(definition: Definition, item: Any) -> frozenset[tuple[str, Any]]:
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return frozenset()
-    names = {definition.argname, *stands_on(definition, item)}
+    names = {definition.argname, *resolved_dependencies(definition, item)}
 
     def key(value: Any) -> Any:
         try:
@@ -88,7 +88,7 @@ def parameters(definition: Definition, item: Any) -> frozenset[tuple[str, Any]]:
     return frozenset((name, key(value)) for name, value in callspec.params.items() if name in names)
 
 
-def views(item: Any) -> frozenset[str]:
+def requested_models(item: Any) -> frozenset[str]:
     """Which of the two model fixtures a test asks for, directly or through fixtures of its own.
 
     What this package's fixtures are made from does not count: the LoRA model stands on the base model, and a
@@ -99,7 +99,7 @@ def views(item: Any) -> frozenset[str]:
     return MODEL_FIXTURES & set(_walk(item._fixtureinfo.initialnames, item, through_ours=False))
 
 
-def asked_while_running(item: Any) -> frozenset[str]:
+def requested_dynamically(item: Any) -> frozenset[str]:
     """Model fixtures that a test got by ``request.getfixturevalue``, which nothing announced beforehand."""
     request = getattr(item, "_request", None)
     got = set(getattr(request, "_fixture_defs", ()))

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_qvl.gpu.lease import LeaseError, LeaseTimeout, NoGpu
 from pytest_qvl.gpu.nvml import ProcessMemory
-from pytest_qvl.session.errors import NotRun, Refusal
+from pytest_qvl.session.errors import CudaUnusable, UserError
 from pytest_qvl.session.limit_vram import asks_for_gpus
 from pytest_qvl.session.process_gpu import ProcessGpu
 from pytest_qvl.session.targets import NEEDS_CUDA, on_cuda
@@ -56,13 +56,13 @@ class GpuAccess:
         """Before the fixtures of a test.
 
         Raises:
-            NotRun: Work before it broke CUDA in this process.
-            Refusal: There are GPUs, and this run does not get one.
+            CudaUnusable: Work before it broke CUDA in this process.
+            UserError: There are GPUs, and this run does not get one.
         """
         if not is_gpu(item) or getattr(self._config.option, "setupplan", False):
             return
         if self.note_broken("work outside of GPU tests", "before a GPU test"):
-            raise NotRun(self.breaker, self.broken)
+            raise CudaUnusable(self.breaker, self.broken)
         try:
             if on_cuda(item):
                 self.need_cuda()
@@ -71,7 +71,7 @@ class GpuAccess:
         except LeaseError as error:
             first, self._refused_at = self._refused_at, self._refused_at or item.nodeid
             hint = " (--qvl-gpu-patience)" if isinstance(error, LeaseTimeout) else ""
-            raise Refusal(f"not run: see the error of {first}" if first else f"{error}{hint}") from None
+            raise UserError(f"not run: see the error of {first}" if first else f"{error}{hint}") from None
 
     def need_cuda(self) -> None:
         """Lease a GPU and start CUDA on it; skip the test, with the reason, where there is none to be had.
@@ -102,12 +102,12 @@ class GpuAccess:
         """Once CUDA has started, wherever it was: it computes on the leased GPU.
 
         Raises:
-            Refusal: It computes on another, which cannot be had.
+            UserError: It computes on another, which cannot be had.
         """
         try:
             self.gpu.verify()
         except LeaseError as error:
-            raise Refusal(str(error)) from None
+            raise UserError(str(error)) from None
 
     def note_broken(self, by: str, when: str) -> bool:
         """Ask the device whether CUDA is broken; if so, and nobody has been found out before, ``by`` has done it."""

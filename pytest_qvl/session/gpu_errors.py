@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qvl.session.errors import NotRun
+from pytest_qvl.session.errors import CudaUnusable
 from pytest_qvl.session.gpu_access import is_gpu
 from pytest_qvl.session.process_gpu import others_on
 from pytest_qvl.session.tracebacks import release_frames
@@ -53,7 +53,7 @@ class GpuFailures:
         """Say the verdict where the failure is reported."""
         report = yield
         error = None if call.excinfo is None else call.excinfo.value
-        if isinstance(error, NotRun):
+        if isinstance(error, CudaUnusable):
             _mark(report, "not run", str(error), by=error.by)
         elif self._just_broken(item, call.when):
             text = f"{item.nodeid} broke CUDA ({call.when}): {self._access.broken}"
@@ -65,7 +65,7 @@ class GpuFailures:
             else:
                 item.stash.setdefault(OUT_OF_MEMORY, []).append(error)
             if report.failed:
-                text = self._told(error, call.when)
+                text = self._describe_out_of_memory(error, call.when)
                 _conclude(report, text)
                 _mark(report, "out of memory", text)
         return report
@@ -108,7 +108,7 @@ class GpuFailures:
             return False
         return self._access.note_broken(item.nodeid, f"in {item.nodeid} ({when})")
 
-    def _told(self, error: BaseException, when: str) -> str:
+    def _describe_out_of_memory(self, error: BaseException, when: str) -> str:
         phase = getattr(error, "qvl_phase", "")
         asked = ASKED.search(str(error))
         alive = self._meter.alive()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qvl.releases import known_defects, out_of_range, stack
-from pytest_qvl.session.errors import Refusal
+from pytest_qvl.session.errors import UserError
 from pytest_qvl.session.suite_collection import is_shipped
 from pytest_qvl.session.targets import target_of
 
@@ -39,7 +39,7 @@ class Installed:
         """Refuse in a worker of xdist, which must hand over what it collected: once, at its first test."""
         if self._refusal and _use_a_model([item]):
             item.session.shouldstop = self._refusal
-            raise Refusal(self._refusal)
+            raise UserError(self._refusal)
 
     def pytest_report_collectionfinish(self, config: pytest.Config, items: Sequence[pytest.Item]) -> list[str]:
         """Versions, and a line for each known defect."""

@@ -64,7 +64,7 @@ class LeakWatch:
         # From cheap to dear: most tests leave nothing, and collecting garbage among a model's objects takes a while.
         measures = (lambda: None, let_go, lambda: self._meter.reclaim("after a test"))
         left = self._left_after(measures, self._before + self._made)
-        return self._told(left, own_storages()) if left else ""
+        return self._describe_left(left, own_storages()) if left else ""
 
     def left_by_session(self, let_go: Callable[[], None]) -> str:
         """After everything is torn down: how much is left and who holds it; empty where nothing is.
@@ -77,7 +77,7 @@ class LeakWatch:
             self._meter.reclaim("after the session")
 
         left = self._left_after((reclaim, let_go, reclaim), self._first or 0)
-        return self._told(left, frozenset()) if left else ""
+        return self._describe_left(left, frozenset()) if left else ""
 
     def _left_after(self, measures: Iterable[Callable[[], object]], before: int) -> int:
         """How much more is allocated than before, once a measure after another was taken; 0 as soon as nothing is."""
@@ -93,7 +93,7 @@ class LeakWatch:
         reading = self._meter.at_rest()
         return 0 if reading is None else reading.allocated
 
-    def _told(self, left: int, besides: frozenset[int]) -> str:
+    def _describe_left(self, left: int, besides: frozenset[int]) -> str:
         process = self._meter.process.read() if self._meter.process else None
         driver = f" (the driver counts {format_bytes(process.used)} for this process)" if process else ""
         lines = [f"{format_bytes(left)} of GPU memory stayed allocated{driver}"]

@@ -343,7 +343,7 @@ class VramLimits:
 
     def _hold(self, item: pytest.Item, phase: Phase, limits: list[Limit], *, failed: bool) -> None:
         from pytest_qvl.evidence import CheckFailed
-        from pytest_qvl.session.vram_properties import tell
+        from pytest_qvl.session.vram_properties import add_properties
         from pytest_qvl.vram.meter import hold_limit, tell_holders
 
         failures: list[CheckFailed] = []
@@ -359,7 +359,7 @@ class VramLimits:
                 failures.append(failure)
         scope = limits[0].scope
         if phase.usage:
-            tell(item, scope, phase.usage)
+            add_properties(item, scope, phase.usage)
         paragraphs = [str(failure) for failure in failures]
         if phase.history and not failures:
             paragraphs.append("\n".join([f"{phase.name}: ran out of memory", *tell_holders(phase)]))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.session import fixture_graph
-from pytest_qvl.session.errors import Refusal
+from pytest_qvl.session.errors import UserError
 from pytest_qvl.session.fixture_values import judged
 from pytest_qvl.session.suite_collection import FOLDER, PACKAGE
 
@@ -68,12 +68,12 @@ def value_of(config: pytest.Config, fixturedef: Any, value: Any) -> Any:
     """The value of an overriding fixture as the tests get it, if it is what that fixture has to give.
 
     Raises:
-        Refusal: Names the fixture, the line that defines it, what it gave and what it has to give; also for every
+        UserError: Names the fixture, the line that defines it, what it gave and what it has to give; also for every
             later test.
     """
     meant, problem = judged(fixturedef.argname, value)
     if problem:
-        refusal = Refusal(f"the fixture {fixturedef.argname} ({_place(config, fixturedef)}) gives {problem}")
+        refusal = UserError(f"the fixture {fixturedef.argname} ({_place(config, fixturedef)}) gives {problem}")
         fixture_graph.keep_error(fixturedef, refusal)
         raise refusal
     if meant is not value:

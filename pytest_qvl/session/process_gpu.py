@@ -129,7 +129,7 @@ def others_on(uuid: str) -> str:
     holdings = driver().holdings(uuid)
     if holdings is None:
         return ""
-    parts = [_told(process) for process in holdings.others[:_SHOWN]]
+    parts = [_describe_process(process) for process in holdings.others[:_SHOWN]]
     if len(holdings.others) > _SHOWN:
         parts.append(f"{len(holdings.others) - _SHOWN} more")
     if holdings.unlisted >= NOTEWORTHY:
@@ -139,7 +139,7 @@ def others_on(uuid: str) -> str:
     return ", ".join(parts)
 
 
-def _told(process: GpuProcess) -> str:
+def _describe_process(process: GpuProcess) -> str:
     size = "an unknown amount" if process.used is None else format_bytes(process.used)
     # The driver gives the path of the program; it comes from a stranger and is shown on a terminal.
     name = "".join(c if c.isprintable() else "?" for c in Path(process.name).name)[:80]

@@ -63,7 +63,7 @@ def _check_in(reason: CannotJudge, item: pytest.Item) -> str:
 
 
 @contextmanager
-def short_trace(config: pytest.Config, excinfo: pytest.ExceptionInfo[BaseException] | None) -> Iterator[None]:
+def trim_traceback(config: pytest.Config, excinfo: pytest.ExceptionInfo[BaseException] | None) -> Iterator[None]:
     """Let a report end the traceback of a check where the test called it, except with ``--full-trace``.
 
     Where the model crashed or an argument is wrong, the message says all there is to know: by default neither the
@@ -75,7 +75,7 @@ def short_trace(config: pytest.Config, excinfo: pytest.ExceptionInfo[BaseExcepti
     for entry in excinfo.traceback:
         names = entry.frame.f_globals
         if names.get("__name__", "").startswith(_HIDDEN):
-            names.setdefault("__tracebackhide__", _says_all)
+            names.setdefault("__tracebackhide__", _is_check_failure)
     style = config.getoption("tbstyle", "auto")
     if not isinstance(excinfo.value, ModelCrashed | InputError) or style in ("long", "native"):
         yield
@@ -90,7 +90,7 @@ def short_trace(config: pytest.Config, excinfo: pytest.ExceptionInfo[BaseExcepti
         error.__cause__, error.__suppress_context__ = cause, suppressed
 
 
-def _says_all(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
+def _is_check_failure(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
     """Whether an exception's message tells all there is to know: not where a check itself has a bug."""
     return isinstance(excinfo.value, _IN_WORDS)
 

@@ -81,7 +81,7 @@ class SessionVerdicts:
             return
         own: Child | None = config.pluginmanager.get_plugin(CHILD_NAME)
         if own is not None:
-            own.tell("session", output=output)
+            own.request("session", output=output)
             return
         self._report(config)
         if session.exitstatus == pytest.ExitCode.OK and any(v.state == "BROKEN" for v in self.verdicts):

@@ -16,7 +16,7 @@ import pytest
 from pytest_qvl.evidence import printable
 from pytest_qvl.processes.child import NAME as CHILD
 from pytest_qvl.session import fixture_graph
-from pytest_qvl.session.errors import Refusal
+from pytest_qvl.session.errors import UserError
 from pytest_qvl.session.fixture_graph import BASE_FIXTURE, LORA_FIXTURE, MODEL_FIXTURES, Definition, Lineage
 from pytest_qvl.session.gpu_access import GpuAccess
 from pytest_qvl.session.leaks import LeakWatch
@@ -41,17 +41,6 @@ STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)  # with 
 FailureKey = tuple[Definition, Lineage, frozenset[tuple[str, Any]]]
 
 
-@contextmanager
-def one_clear_error(fixture: str) -> Iterator[None]:
-    """Turn an error that a user can mend into a :class:`Refusal`; others keep their traceback."""
-    from pytest_qvl.models.backends import ModelLoadError
-
-    try:
-        yield
-    except (ModelLoadError, ValueError, OSError) as error:
-        raise Refusal(f"{fixture}: {error}") from None
-
-
 @dataclass
 class State:
     """The session's state; one per process."""
@@ -66,7 +55,7 @@ class State:
     _changed_in_setup: bool = False
     _got_unannounced: bool = False
     _device_set_up: bool = False
-    _device_refused: Refusal | None = None
+    _device_refused: UserError | None = None
     _undo_device: ExitStack = field(default_factory=ExitStack)
     _tearing_down: tuple[pytest.Item, list[BaseException]] | None = None
     _left: str = ""
@@ -110,7 +99,7 @@ class State:
         """Show a line of progress on a terminal, past captured output; silent under ``-q`` and in workers."""
         child = self.config.pluginmanager.get_plugin(CHILD)
         if child is not None:
-            child.tell("progress", line=line)
+            child.request("progress", line=line)
             return
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is None or self.config.get_verbosity() < 0 or not reporter.isatty:
@@ -126,7 +115,7 @@ class State:
         """
         child = self.config.pluginmanager.get_plugin(CHILD)
         if child is not None:
-            child.tell("announce", line=f"{child.backend}: {line}")
+            child.request("announce", line=f"{child.backend}: {line}")
             return
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         worker = getattr(self.config, "workerinput", {}).get("workerid", "")
@@ -153,7 +142,7 @@ class State:
         :meth:`close` undoes it.
 
         Raises:
-            Refusal: The card has more memory than the GPU; the same one every time.
+            UserError: The card has more memory than the GPU; the same one every time.
         """
         if not self._device_set_up:
             from pytest_qvl.vram.cap import capped, pinned_attention
@@ -168,7 +157,7 @@ class State:
                     self._undo_device.enter_context(capped(card))
                     self.meter.context = card.context_bytes
             except ValueError as error:
-                self._device_refused = Refusal(f"{self.settings.source('card')}: {error}")
+                self._device_refused = UserError(f"{self.settings.source('card')}: {error}")
             self._device_set_up = True
         if self._device_refused is not None:
             raise self._device_refused.with_traceback(None)
@@ -217,13 +206,13 @@ class State:
         """Remember what the value stands on that a fixture of a wider scope than one test is about to make."""
         if definition.scope == "function":
             return
-        names = (definition.argname, *fixture_graph.stands_on(definition, item))
+        names = (definition.argname, *fixture_graph.resolved_dependencies(definition, item))
         if any(map(fixture_graph.is_ours, names)):
             self._made_from[definition] = fixture_graph.lineage(definition, item)
 
     def note_trainer(self, definition: Definition, item: Any) -> None:
         """If a fixture of a wider scope than one test has just trained the model, the weights are its own."""
-        if "owner" in vars(self) and definition.scope != "function" and _stands_on_model(definition, item):
+        if "owner" in vars(self) and definition.scope != "function" and _depends_on_model(definition, item):
             self.owner.adopt(definition)
 
     def note_failure(self, definition: Definition, error: BaseException, item: pytest.Item) -> None:
@@ -233,7 +222,7 @@ class State:
             if definition.argname in MODEL_FIXTURES and not self._got_unannounced:
                 self._failed.setdefault(_failure_key(definition, item), self._first_met[error])
 
-    def known_failure(self, definition: Definition, item: Any) -> Refusal | None:
+    def known_failure(self, definition: Definition, item: Any) -> UserError | None:
         """For a model that could not be made before from the same fixtures: one line that points to the first test.
 
         pytest forgets an error with the fixtures below it, and the base may have to be loaded again meanwhile.
@@ -241,14 +230,14 @@ class State:
         if definition.argname not in MODEL_FIXTURES or not self._failed:
             return None
         first = self._failed.get(_failure_key(definition, item), item.nodeid)
-        return None if first == item.nodeid else Refusal(f"not run: see the error of {first}")
+        return None if first == item.nodeid else UserError(f"not run: see the error of {first}")
 
-    def pointer(self, error: BaseException, item: pytest.Item) -> Refusal | None:
+    def pointer(self, error: BaseException, item: pytest.Item) -> UserError | None:
         """For every test but the one that met an error first: one line that points to it."""
         first = self._first_met.get(error, item.nodeid)
         if not first:
             self._first_met[error] = first = item.nodeid
-        return None if first == item.nodeid else Refusal(f"not run: see the error of {first}")
+        return None if first == item.nodeid else UserError(f"not run: see the error of {first}")
 
     def note_end(self, definition: Definition) -> None:
         """A fixture is torn down: what it trained is forgotten once the running test has been judged."""
@@ -262,7 +251,7 @@ class State:
         item = request._pyfuncitem
         if name not in fixture_graph.fixture_names(item):
             self._got_unannounced = True
-            raise Refusal(_unannounced(item))
+            raise UserError(_unannounced(item))
 
     # ---- before a test -----------------------------------------------------------------------------------
 
@@ -270,13 +259,13 @@ class State:
         """Drop what was made for tests that see other overrides, and show the model that this test asks for.
 
         Raises:
-            Refusal: The test asks for the base and the LoRA model at once.
+            UserError: The test asks for the base and the LoRA model at once.
         """
         self._watched = frozenset()
         self._changed_in_setup = self._got_unannounced = False
-        wanted = fixture_graph.views(item)
+        wanted = fixture_graph.requested_models(item)
         if wanted == MODEL_FIXTURES:
-            raise Refusal(
+            raise UserError(
                 f"{item.nodeid} asks for {BASE_FIXTURE} and {LORA_FIXTURE}: both show one model; take "
                 f"{LORA_FIXTURE} and run the base model inside `with model.disable_adapter():`"
             )
@@ -290,7 +279,7 @@ class State:
             return
         (name,) = wanted
         used = _used_by(item)
-        made = any(map(fixture_graph.has_value, fixture_graph.in_play(item, name)))
+        made = any(map(fixture_graph.has_value, fixture_graph.active_definitions(item, name)))
         if not self.owner.fit_for(used):
             self._finish_models(item)
         elif not made:
@@ -298,30 +287,30 @@ class State:
         elif not (self.owner.show_base() if name == BASE_FIXTURE else self.owner.show_adapted(self.owner.latest(used))):
             self._finish_models(item)
 
-    def settle(self, item: pytest.Item) -> None:
+    def begin_watch(self, item: pytest.Item) -> None:
         """After set-up: from here on the test answers for what becomes of the model.
 
         Raises:
-            Refusal: A fixture of the test got a model by ``request.getfixturevalue``.
+            UserError: A fixture of the test got a model by ``request.getfixturevalue``.
         """
         self.check_announced(item)
-        for name in fixture_graph.views(item):
-            maker = fixture_graph.in_play(item, name)[0]
+        for name in fixture_graph.requested_models(item):
+            maker = fixture_graph.active_definitions(item, name)[0]
             if maker.cached_result is None or not self.owner.take(maker.cached_result[0], maker):
                 continue
             self._watched = frozenset({name})
             # What a function fixture does to the model ends with this test, and is not the test's doing.
-            own = [d for d in _used_by(item) if d.scope == "function" and _stands_on_model(d, item)]
+            own = [d for d in _used_by(item) if d.scope == "function" and _depends_on_model(d, item)]
             self._changed_in_setup = bool(own and (self.owner.adapter_changes() or self.owner.base_changes()))
 
     def check_announced(self, item: pytest.Item) -> None:
         """Refuse a test that got a model by ``request.getfixturevalue``: it may be in another test's state.
 
         Raises:
-            Refusal: It has.
+            UserError: It has.
         """
-        if fixture_graph.asked_while_running(item):
-            raise Refusal(_unannounced(item))
+        if fixture_graph.requested_dynamically(item):
+            raise UserError(_unannounced(item))
 
     @contextmanager
     def kept_as_found(self) -> Iterator[None]:
@@ -342,7 +331,7 @@ class State:
                 continue
             visible = definition in fixture_graph.definitions(item, name)
             # One model at a time: a definition that takes no part here would hold a second one in memory.
-            beside = name in MODEL_FIXTURES and definition not in fixture_graph.in_play(item, name)
+            beside = name in MODEL_FIXTURES and definition not in fixture_graph.active_definitions(item, name)
             if beside or (visible and fixture_graph.lineage(definition, item) != made_from):
                 fixture_graph.finish(definition, item)
         self._forget_torn_down()
@@ -394,7 +383,7 @@ class State:
             errors: What it raised so far; their frames are let go if memory is missing.
         """
         self._left = ""
-        self._tearing_down = (item, errors) if fixture_graph.views(item) else None
+        self._tearing_down = (item, errors) if fixture_graph.requested_models(item) else None
 
     def judge_memory(self) -> str | None:
         """After tear-down: say if a test that uses the model left memory allocated."""
@@ -465,8 +454,8 @@ def _used_by(item: Any) -> frozenset[Definition]:
     return frozenset(d for name in fixture_graph.fixture_names(item) for d in fixture_graph.definitions(item, name))
 
 
-def _stands_on_model(definition: Definition, item: Any) -> bool:
-    return bool(MODEL_FIXTURES & fixture_graph.stands_on(definition, item))
+def _depends_on_model(definition: Definition, item: Any) -> bool:
+    return bool(MODEL_FIXTURES & fixture_graph.resolved_dependencies(definition, item))
 
 
 def _unannounced(item: pytest.Item) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 METER_FIXTURE = "qvl_vram"
 
 
-def tell(item: pytest.Item, what: str, usage: Usage) -> None:
+def add_properties(item: pytest.Item, what: str, usage: Usage) -> None:
     """Note the numbers of one measured phase, in bytes, as ``qvl_vram_<what>_<number>``; none if not measured.
 
     Where a phase was measured several times, the highest stays.
@@ -62,4 +62,4 @@ class PhaseNumbers:
         finally:
             for usage in self._meter.session().inner[ended:]:
                 if usage.name != item.nodeid:  # the body itself, under a limit, is told with it
-                    tell(item, re.sub(r"[^a-z0-9]+", "_", usage.name.lower()).strip("_"), usage)
+                    add_properties(item, re.sub(r"[^a-z0-9]+", "_", usage.name.lower()).strip("_"), usage)

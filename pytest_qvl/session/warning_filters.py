@@ -94,7 +94,7 @@ def register(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{message}:{category.__name__}:{module}")
 
 
-def hush() -> None:
+def filter_for_test() -> None:
     """Silence them for the test that is about to be set up; ``-W error`` comes after the ini and would win.
 
     pytest puts the warning filters back after each test.

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from pytest_qvl.session.errors import UserError
 from pytest_qvl.session.gpu_access import GpuAccess
-from pytest_qvl.session.state import Refusal, State
+from pytest_qvl.session.state import State
 from pytest_qvl.vram.cap import allocator_bytes
 from pytest_qvl.vram.cards import card
 
@@ -90,9 +91,11 @@ def test_without_a_card_the_kernels_of_the_gpu_itself_are_pinned(gpu, state):
 def test_a_card_bigger_than_the_gpu_is_refused_and_nothing_is_set(monkeypatch, with_torch, state):
     gpu = Gpu(monkeypatch, 8 * GiB)
     before, too_big = gpu.kernels(), state(T4)
-    with pytest.raises(Refusal, match="--qvl-card: t4 has 14.03 GiB for the allocator and this GPU only 8.00 GiB") as a:
+    with pytest.raises(
+        UserError, match="--qvl-card: t4 has 14.03 GiB for the allocator and this GPU only 8.00 GiB"
+    ) as a:
         too_big.set_up_device()
-    with pytest.raises(Refusal) as b:
+    with pytest.raises(UserError) as b:
         too_big.set_up_device()
     assert a.value is b.value  # so that the session points from the second test to the first
     too_big.close()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from pytest_qvl.session import fixture_graph
-from pytest_qvl.session.state import Refusal, State, one_clear_error
+from pytest_qvl.session.errors import UserError, as_usage_error
+from pytest_qvl.session.state import State
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("gone"), OSError("offline")])
 def test_what_a_user_can_mend_is_one_line(error):
-    with pytest.raises(Refusal) as caught, one_clear_error("qvl_model"):
+    with pytest.raises(UserError) as caught, as_usage_error("qvl_model"):
         raise error
     assert caught.value.msg == f"qvl_model: {error}"
     assert not caught.value.pytrace
@@ -18,7 +19,7 @@ def test_what_a_user_can_mend_is_one_line(error):
 
 
 def test_a_bug_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError), one_clear_error("qvl_model"):
+    with pytest.raises(ZeroDivisionError), as_usage_error("qvl_model"):
         _ = 1 / 0
 
 
@@ -99,12 +100,12 @@ BASE, LORA = "qvl_quantized_model", "qvl_lora_model"
     ],
 )
 def test_which_views_a_test_asks_for(items, test, views):
-    assert fixture_graph.views(items[test]) == views
+    assert fixture_graph.requested_models(items[test]) == views
 
 
 def test_which_definitions_take_part(items):
     def modules(test):
-        return [d.func.__module__.rpartition(".")[2] for d in fixture_graph.in_play(items[test], LORA)]
+        return [d.func.__module__.rpartition(".")[2] for d in fixture_graph.active_definitions(items[test], LORA)]
 
     assert modules("test_lora") == ["fixtures"]
     assert modules("test_wrapped") == ["test_b", "fixtures"]
@@ -112,16 +113,16 @@ def test_which_definitions_take_part(items):
 
 
 def test_the_same_definition_has_another_lineage_where_something_below_it_is_overridden(items):
-    (lora,) = fixture_graph.in_play(items["test_lora"], LORA)
-    assert fixture_graph.in_play(items["test_in_a"], LORA) == [lora]
+    (lora,) = fixture_graph.active_definitions(items["test_lora"], LORA)
+    assert fixture_graph.active_definitions(items["test_in_a"], LORA) == [lora]
     assert fixture_graph.lineage(lora, items["test_lora"]) == fixture_graph.lineage(lora, items["test_through"])
     assert fixture_graph.lineage(lora, items["test_lora"]) == fixture_graph.lineage(lora, items["test_plain"])
     assert fixture_graph.lineage(lora, items["test_lora"]) != fixture_graph.lineage(lora, items["test_in_a"])
-    (trained,) = fixture_graph.in_play(items["test_through"], "trained")
+    (trained,) = fixture_graph.active_definitions(items["test_through"], "trained")
     assert fixture_graph.lineage(trained, items["test_through"]) != fixture_graph.lineage(
         trained, items["test_trained_in_a"]
     )
-    (base,) = fixture_graph.in_play(items["test_base"], BASE)
+    (base,) = fixture_graph.active_definitions(items["test_base"], BASE)
     assert fixture_graph.lineage(base, items["test_base"]) == fixture_graph.lineage(base, items["test_in_a"])
-    assert LORA in fixture_graph.stands_on(trained, items["test_through"])
-    assert LORA not in fixture_graph.stands_on(base, items["test_through"])
+    assert LORA in fixture_graph.resolved_dependencies(trained, items["test_through"])
+    assert LORA not in fixture_graph.resolved_dependencies(base, items["test_through"])
