@@ -355,14 +355,14 @@ def test_neutral_without_a_wrapper(fresh_model: Any, batch: Any, lora_config: An
     assert adapter_census(base, lora_config()).ok
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time:UserWarning")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute in the model:UserWarning")
 def test_neutral_when_wrapped_twice(fresh_model: Any, batch: Any, lora_config: Any) -> None:
     from peft import get_peft_model
 
     base = fresh_model()
     get_peft_model(base, lora_config())
-    with pytest.warns(UserWarning, match="for a second time"):
-        model = get_peft_model(base, lora_config(init_lora_weights=False))
-    assert adapter_neutrality(model, batch).ok
+    assert adapter_neutrality(get_peft_model(base, lora_config(init_lora_weights=False)), batch).ok
 
 
 def test_what_is_no_lora_is_judged_when_disabled_only(fresh_model: Any, batch: Any) -> None:
