@@ -587,12 +587,12 @@ class _Probe:
         return logits.cpu()
 
     def _bare(self, number: int, mode: str) -> torch.Tensor:
-        self._slot.take_off()
+        self._slot.detach()
         try:
             # The wrapper passes everything through, but may look for its adapter first.
             return self._run(number, mode, self._parts.base)
         finally:
-            self._slot.put_back()
+            self._slot.attach()
 
     def _disabled(self, number: int, mode: str) -> torch.Tensor:
         with warnings.catch_warnings():

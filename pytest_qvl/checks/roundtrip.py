@@ -151,7 +151,7 @@ def _loaded(parts: Parts, adapter: str, folder: Path) -> Iterator[Parts]:
     from peft import PeftModel
 
     slot, biases = AdapterSlot.of(parts.wrapped), list(asked_biases(parts).values())
-    slot.take_off()
+    slot.detach()
     try:
         with torch.no_grad():
             for bias in biases:  # part of the base model: not to be found there already
@@ -164,7 +164,7 @@ def _loaded(parts: Parts, adapter: str, folder: Path) -> Iterator[Parts]:
                 yield anatomy(parts.base)
     finally:
         remove_peft_layers(parts.base)
-        slot.put_back()
+        slot.attach()
 
 
 def _note_beside(judge: Judge, parts: Parts, saved: Mapping[str, torch.Tensor], folder: Path) -> None:

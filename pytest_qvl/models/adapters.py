@@ -216,7 +216,7 @@ def remove_peft_layers(model: Any) -> None:
 
 @dataclass
 class AdapterSlot:
-    """One adapted view of a base model that can be taken off and put back with its weights.
+    """One adapted view of a base model that can be detached and attached again with its weights.
 
     ``PeftModel.unload`` throws the adapter away; a trained adapter that a user's module fixture holds must survive a
     base-only test in between.
@@ -248,7 +248,7 @@ class AdapterSlot:
             places[name] = (parts.base.get_submodule(parent), child, layer)
         return cls(peft_model, parts.base, places)
 
-    def take_off(self) -> None:
+    def detach(self) -> None:
         """Let the base model run on its own modules; the adapter's weights stay in this slot."""
         for parent, child, layer in self.layers.values():
             setattr(parent, child, original_module(layer))
@@ -259,7 +259,7 @@ class AdapterSlot:
             parameter.requires_grad_(False)
         self.attached = False
 
-    def put_back(self) -> None:
+    def attach(self) -> None:
         """Let the base model run through the adapter again."""
         for parent, child, layer in self.layers.values():
             setattr(parent, child, layer)

@@ -131,7 +131,7 @@ class ModelOwner:
         Raises:
             ModelLoadError: The adapter cannot be attached; the base model is left without one.
         """
-        if not self.take(model, maker=None):
+        if not self.track_external(model, maker=None):
             raise ModelLoadError(f"no adapter on {type(model).__name__}: not a model that this package knows")
         key = value_key(lora_config, adapter, seed)
         if self._adapted is None or self._adapted.key != key or not self.show_adapted(FRESH):
@@ -157,7 +157,7 @@ class ModelOwner:
             model = _load(replace(request, quantization_config=None), backend_name)
         yield model
 
-    def take(self, model: Any, maker: Hashable) -> bool:
+    def track_external(self, model: Any, maker: Hashable) -> bool:
         """Own a model that ``maker`` made: loaded by somebody else, or wrapped around the one held here.
 
         Returns:
@@ -181,10 +181,10 @@ class ModelOwner:
         self._adapted = None
         if parts.is_peft or peft_layers(parts):  # Transformers adds an adapter without a wrapper
             self._note_adapter(model, key=None)
-            self._adopt_base(maker)
+            self._snapshot_base(maker)
         return True
 
-    def fit_for(self, users: frozenset[Hashable]) -> bool:
+    def usable_by(self, users: frozenset[Hashable]) -> bool:
         """Whether the base model is as loaded, or as one of ``users`` changed it."""
         return self._changed_by is None or self._changed_by in users
 
@@ -200,8 +200,8 @@ class ModelOwner:
         if self._model is None:
             return True
         if self._adapted is not None and self._adapted.slot.attached:
-            self._adapted.slot.take_off()
-        self._rest()
+            self._adapted.slot.detach()
+        self._reset()
         return not peft_layers(anatomy(self._model))
 
     def show_adapted(self, version: Hashable) -> bool:
@@ -213,13 +213,13 @@ class ModelOwner:
         if self._adapted is None:
             return False
         if not self._adapted.slot.attached:
-            self._adapted.slot.put_back()
+            self._adapted.slot.attach()
         if version != self._adapted.current and not self._load_version(version):
             return False
-        self._rest()
+        self._reset()
         return True
 
-    def adopt(self, trainer: Hashable) -> None:
+    def snapshot_trained(self, trainer: Hashable) -> None:
         """Remember what ``trainer`` made of the model, so that it is not held against a test."""
         if self._model is None:
             return
@@ -227,7 +227,7 @@ class ModelOwner:
             self._adapted.versions.pop(trainer, None)
             self._adapted.versions[trainer] = self._version()
             self._adapted.current = trainer
-        self._adopt_base(trainer)
+        self._snapshot_base(trainer)
 
     def latest(self, trainers: frozenset[Hashable]) -> Hashable:
         """Which of the trainers trained last; :data:`FRESH` if none of them did."""
@@ -271,14 +271,14 @@ class ModelOwner:
     def drop_adapter(self) -> None:
         """Take the adapter off for good."""
         if self._adapted is not None and self._adapted.slot.attached:
-            self._adapted.slot.take_off()
+            self._adapted.slot.detach()
         self._adapted = None
 
     def release(self) -> None:
         """Drop everything and give the memory back."""
         if self._model is None:
             return
-        self.give_back()
+        self.free_buffers()
         self._adapted = None
         self._model = self._backend = None
         self._base_key = None
@@ -287,10 +287,10 @@ class ModelOwner:
         self._new_fingerprints()
         collect()
 
-    def give_back(self) -> None:
+    def free_buffers(self) -> None:
         """Let go of what the backend keeps on the device beside the model."""
         if self._backend is not None:
-            self._backend.give_back()
+            self._backend.free_buffers()
 
     def _new_fingerprints(self) -> None:
         """Kept from test to test, because base and adapter are read after every one."""
@@ -306,7 +306,7 @@ class ModelOwner:
         self._model, self._base_key = model, key
         self._pristine = self._base_digests()
 
-    def _adopt_base(self, maker: Hashable) -> None:
+    def _snapshot_base(self, maker: Hashable) -> None:
         now = self._base_digests()
         if now != self._pristine:
             self._pristine, self._changed_by = now, maker
@@ -338,16 +338,16 @@ class ModelOwner:
         slot = adapted if isinstance(adapted, AdapterSlot) else AdapterSlot.of(adapted)
         self._adapted = _Adapted(key, slot)
         self._adapted.versions[FRESH] = self._version()
-        self._rest()
+        self._reset()
 
-    def _rest(self) -> None:
+    def _reset(self) -> None:
         """The state every test starts from: eval mode, no gradients, no positions of an earlier call."""
         from pytest_qvl.models.anatomy import anatomy
         from pytest_qvl.models.taps import forget_positions
 
         model = self.resident
         if model is not None:
-            (self._backend or backend(BASELINE)).rest(model)
+            (self._backend or backend(BASELINE)).reset(model)
             model.zero_grad(set_to_none=True)
             forget_positions(anatomy(model))
 

@@ -213,7 +213,7 @@ class State:
     def note_trainer(self, definition: Definition, item: Any) -> None:
         """If a fixture of a wider scope than one test has just trained the model, the weights are its own."""
         if "owner" in vars(self) and definition.scope != "function" and _depends_on_model(definition, item):
-            self.owner.adopt(definition)
+            self.owner.snapshot_trained(definition)
 
     def note_failure(self, definition: Definition, error: BaseException, item: pytest.Item) -> None:
         """Remember which test met a fixture's error first; pytest raises it again for every other test."""
@@ -280,7 +280,7 @@ class State:
         (name,) = wanted
         used = _used_by(item)
         made = any(map(fixture_graph.has_value, fixture_graph.active_definitions(item, name)))
-        if not self.owner.fit_for(used):
+        if not self.owner.usable_by(used):
             self._finish_models(item)
         elif not made:
             self.owner.drop_adapter()
@@ -296,7 +296,7 @@ class State:
         self.check_announced(item)
         for name in fixture_graph.requested_models(item):
             maker = fixture_graph.active_definitions(item, name)[0]
-            if maker.cached_result is None or not self.owner.take(maker.cached_result[0], maker):
+            if maker.cached_result is None or not self.owner.track_external(maker.cached_result[0], maker):
                 continue
             self._watched = frozenset({name})
             # What a function fixture does to the model ends with this test, and is not the test's doing.
@@ -402,7 +402,7 @@ class State:
             if hasattr(item, "funcargs"):
                 item.funcargs.clear()  # pytest does it a moment later
             if "owner" in vars(self):
-                self.owner.give_back()
+                self.owner.free_buffers()
 
         left = self.leaks.left_by_test(let_go, lambda: self.owner.storages() if "owner" in vars(self) else frozenset())
         if left:

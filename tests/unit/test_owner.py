@@ -139,7 +139,7 @@ def test_the_adapter_goes_on_and_off_in_place(owner, base, lora):
 
 def test_the_same_configuration_keeps_the_adapter_and_another_replaces_it(owner, base, adapted, lora):
     fill(adapted, 3)
-    owner.adopt("somebody")
+    owner.snapshot_trained("somebody")
     assert owner.adapted(base, "transformers", lora(), None, 0) is adapted
     assert holds(adapted, 0)
     other = owner.adapted(base, "transformers", lora(r=2), None, 0)
@@ -173,9 +173,9 @@ def test_peft_does_not_write_into_the_users_configuration(owner, base, lora):
 
 def test_who_trained_gets_back_what_they_trained(owner, adapted):
     fill(adapted, 1)
-    owner.adopt("first")
+    owner.snapshot_trained("first")
     fill(adapted, 2)
-    owner.adopt("second")
+    owner.snapshot_trained("second")
     assert owner.adapter_changes() == []
     assert owner.latest(frozenset({"first", "second", "nobody"})) == "second"
     for version, value in (("first", 1), (FRESH, 0), ("second", 2)):
@@ -242,7 +242,7 @@ def test_a_first_forward_of_a_model_that_somebody_else_loaded_is_no_change(owner
     model = AutoModelForImageTextToText.from_pretrained(
         embedded_model_dir(), quantization_config=request_for().quantization_config, dtype=torch.float32
     )
-    assert owner.take(model, "somebody")
+    assert owner.track_external(model, "somebody")
     assert owner.resident is model
     with torch.no_grad():
         model.eval()(**make_batch(load_processor(embedded_model_dir()), scenes(0, 1)[:1]))
@@ -371,7 +371,7 @@ def test_an_adapter_that_transformers_added_is_taken_over(owner, request_for, lo
     base = owner.base(request_for(), "transformers")
     base.add_adapter(lora(r=3), adapter_name="vlm")
     fill(base, 5)
-    assert owner.take(base, "somebody")
+    assert owner.track_external(base, "somebody")
     assert owner.adapter_changes() == owner.base_changes() == []
     fill(base, 6)
     assert owner.restore_adapter()
@@ -386,9 +386,9 @@ def test_a_model_wrapped_by_somebody_else_is_taken_over(owner, base, lora):
 
     model = get_peft_model(base, lora(r=3))
     fill(model, 5)
-    assert owner.take(model, "somebody")
+    assert owner.track_external(model, "somebody")
     assert owner.resident is model
-    assert owner.fit_for(frozenset())
+    assert owner.usable_by(frozenset())
     assert owner.adapter_changes() == owner.base_changes() == []
     fill(model, 6)
     assert owner.restore_adapter()
@@ -402,17 +402,17 @@ def test_whoever_changes_the_base_while_wrapping_it_is_the_only_one_it_fits(owne
 
     base = owner.base(request_for(), "transformers")
     model = get_peft_model(prepare_model_for_kbit_training(base, use_gradient_checkpointing=False), lora())
-    assert owner.take(model, "somebody")
-    assert owner.fit_for(frozenset({"somebody", "else"}))
-    assert not owner.fit_for(frozenset({"else"}))
+    assert owner.track_external(model, "somebody")
+    assert owner.usable_by(frozenset({"somebody", "else"}))
+    assert not owner.usable_by(frozenset({"else"}))
     owner.forget("somebody")
-    assert not owner.fit_for(frozenset({"somebody"}))
+    assert not owner.usable_by(frozenset({"somebody"}))
     assert owner.base(request_for(), "transformers") is not base
-    assert owner.fit_for(frozenset())
+    assert owner.usable_by(frozenset())
 
 
 def test_what_is_no_model_is_not_taken(owner, base, lora):
-    assert not owner.take(object(), "somebody")
+    assert not owner.track_external(object(), "somebody")
     assert owner.resident is base
     with pytest.raises(ModelLoadError, match="no adapter on object: not a model that this package knows"):
         owner.adapted(object(), "transformers", lora(), None, 0)

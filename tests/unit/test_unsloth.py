@@ -208,16 +208,16 @@ class FastVisionModel:
 
 
 def test_buffers_of_its_checkpointing_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    UnslothBackend().give_back()  # where it was never imported there is nothing
+    UnslothBackend().free_buffers()  # where it was never imported there is nothing
     zoo = ModuleType("unsloth_zoo.gradient_checkpointing")
     made = []
     zoo.initialize_unsloth_gradient_checkpointing = made.append
     zoo.GPU_BUFFER_DTYPE = "float16"
     monkeypatch.setitem(sys.modules, zoo.__name__, zoo)
-    UnslothBackend().give_back()
+    UnslothBackend().free_buffers()
     assert made == [], "before its first training it keeps none"
     zoo.GPU_BUFFERS = [None]
-    UnslothBackend().give_back()
+    UnslothBackend().free_buffers()
     assert made == ["float16"]
 
 

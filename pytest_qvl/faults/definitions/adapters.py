@@ -30,15 +30,15 @@ def another_adapter(case: Case, config: Any, *, asked: Any = None) -> Iterator[N
 
     slot, old = AdapterSlot.of(case.model), case.model
     base = anatomy(old).base
-    slot.take_off()
+    slot.detach()
     # A copy, because PEFT writes into it: "all-linear" becomes a list of names.
     made = AdapterSlot.of(get_peft_model(base, deepcopy(config)))
     case.model, case.lora_config = made.peft_model.eval(), config if asked is None else asked
     try:
         yield
     finally:
-        made.take_off()
-        slot.put_back()
+        made.detach()
+        slot.attach()
 
 
 def _config(case: Case, **changed: Any) -> Any:

@@ -55,13 +55,13 @@ class Backend(Protocol):
     def attach(self, model: Any, lora_config: Any, adapter: str | None) -> AdapterSlot:
         """Wrap the base model in place with a fresh adapter, or with the one saved in the folder ``adapter``."""
 
-    def rest(self, model: Any) -> None:
+    def reset(self, model: Any) -> None:
         """Put a model, adapted or not, into the mode that tests start from: eval, without checkpointing of its own."""
 
     def prepare_training(self, model: Any, *, gradient_checkpointing: bool) -> None:
         """Put an adapted model into the state this backend trains in, the vision tower out of autograd's way."""
 
-    def give_back(self) -> None:
+    def free_buffers(self) -> None:
         """Give back what the backend itself keeps on the device from one training to the next."""
 
 

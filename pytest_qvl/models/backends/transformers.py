@@ -53,7 +53,7 @@ class TransformersBackend:
             return AdapterSlot.of(get_peft_model(model, lora_config))
         return AdapterSlot.of(PeftModel.from_pretrained(model, adapter, config=lora_config, is_trainable=True))
 
-    def rest(self, model: Any) -> None:
+    def reset(self, model: Any) -> None:
         """Eval mode."""
         model.eval()
 
@@ -70,7 +70,7 @@ class TransformersBackend:
             parts.base.enable_input_require_grads()
         remove_vision_grad_hooks(parts.patch_embed)
 
-    def give_back(self) -> None:
+    def free_buffers(self) -> None:
         """It keeps nothing."""
 
 

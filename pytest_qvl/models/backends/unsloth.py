@@ -75,7 +75,7 @@ class UnslothBackend:
             # `from None`, because the traceback's frames would keep the half-built model alive on the GPU.
             raise ModelLoadError(f"{request.source} could not be loaded by Unsloth: {said}") from None
         model.requires_grad_(False)
-        self.rest(model)
+        self.reset(model)
         return model
 
     def attach(self, model: Any, lora_config: Any, adapter: str | None) -> AdapterSlot:
@@ -101,7 +101,7 @@ class UnslothBackend:
         remove_vision_grad_hooks(anatomy(wrapped).patch_embed)
         return AdapterSlot.of(wrapped)
 
-    def rest(self, model: Any) -> None:
+    def reset(self, model: Any) -> None:
         """Eval mode by ``for_inference``, which also turns checkpointing off and the cache on."""
         with quiet():
             _fast_vision_model().for_inference(model)
@@ -114,7 +114,7 @@ class UnslothBackend:
             _fast_vision_model().for_training(model, use_gradient_checkpointing=mode)
         remove_vision_grad_hooks(anatomy(model).patch_embed)
 
-    def give_back(self) -> None:
+    def free_buffers(self) -> None:
         """Let go of the GPU buffers of Unsloth's checkpointing, which it keeps for the life of the process.
 
         Its own ``reset_unsloth_gradient_checkpointing_buffers`` leaves them at their size.
