@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.generation import generation_repeatable as generation_repeatable
     from pytest_qvl.checks.generation import generation_wellformed as generation_wellformed
     from pytest_qvl.checks.generation import greedy_is_argmax as greedy_is_argmax
+    from pytest_qvl.checks.isolation import causality as causality
+    from pytest_qvl.checks.isolation import image_isolation as image_isolation
+    from pytest_qvl.checks.pairing import picture_pairing as picture_pairing
     from pytest_qvl.checks.positions import decode_positions as decode_positions
     from pytest_qvl.checks.positions import mrope_oracle as mrope_oracle
     from pytest_qvl.checks.positions import mrope_positions as mrope_positions
@@ -28,14 +31,11 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.quantization import QuantizationPolicy as QuantizationPolicy
     from pytest_qvl.checks.quantization import quantization_census as quantization_census
     from pytest_qvl.checks.roundtrip import adapter_roundtrip as adapter_roundtrip
-    from pytest_qvl.checks.routing import causality as causality
     from pytest_qvl.checks.routing import feature_scatter as feature_scatter
-    from pytest_qvl.checks.routing import image_isolation as image_isolation
     from pytest_qvl.checks.routing import malformed_inputs as malformed_inputs
-    from pytest_qvl.checks.routing import picture_pairing as picture_pairing
     from pytest_qvl.checks.routing import placeholder_counts as placeholder_counts
-    from pytest_qvl.checks.routing import validate_batch as validate_batch
     from pytest_qvl.checks.routing import visual_token_order as visual_token_order
+    from pytest_qvl.checks.support.placeholders import validate_batch as validate_batch
     from pytest_qvl.checks.support.reference import Reference as Reference
     from pytest_qvl.checks.support.reference import record_reference as record_reference
     from pytest_qvl.checks.training import label_mask as label_mask
@@ -50,47 +50,25 @@ if TYPE_CHECKING:
     from pytest_qvl.evidence import InputError as InputError
     from pytest_qvl.models.policy import AdapterPolicy as AdapterPolicy
 
-_HOMES = {
-    "adapter": ("adapter_census", "adapter_neutrality"),
-    "checkpoint": ("checkpoint_complete",),
-    "forecast": ("forecast_agrees", "forecast_fits_card"),
-    "frozen": ("frozen_vision",),
-    "generation": (
-        "generation_batch_invariance",
-        "generation_cache_invariance",
-        "generation_repeatable",
-        "generation_wellformed",
-        "greedy_is_argmax",
-    ),
-    "positions": ("decode_positions", "mrope_oracle", "mrope_positions", "position_state"),
-    "quantization": ("QuantizationPolicy", "quantization_census"),
-    "support.reference": ("Reference", "record_reference"),
-    "roundtrip": ("adapter_roundtrip",),
-    "routing": (
-        "causality",
-        "feature_scatter",
-        "image_isolation",
-        "malformed_inputs",
-        "picture_pairing",
-        "placeholder_counts",
-        "validate_batch",
-        "visual_token_order",
-    ),
-    "training": ("label_mask", "training_step", "vision_not_backpropagated"),
-    "vision": ("vision_stability",),
-    "visual_alignment": ("alignment",),
-    "vram": ("peak_vram",),
+_OTHERS = {
+    "AdapterPolicy": "pytest_qvl.models.policy",
+    **dict.fromkeys(("CannotJudge", "CheckFailed", "Evidence", "InputError"), "pytest_qvl.evidence"),
+    "QuantizationPolicy": f"{__name__}.quantization",
+    **dict.fromkeys(("Reference", "record_reference"), f"{__name__}.support.reference"),
+    "mrope_oracle": f"{__name__}.positions",
+    "validate_batch": f"{__name__}.support.placeholders",
 }
-_HOME_OF = {name: f"{__name__}.{home}" for home, names in _HOMES.items() for name in names}
-_HOME_OF["AdapterPolicy"] = "pytest_qvl.models.policy"
-_HOME_OF |= dict.fromkeys(("CannotJudge", "CheckFailed", "Evidence", "InputError"), "pytest_qvl.evidence")
-__all__ = sorted(_HOME_OF)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    from pytest_qvl.checks.declared import declared
+
+    homes = {each.name: f"{__name__}.{each.module}" for each in declared().values()} | _OTHERS
+    if name == "__all__":
+        return sorted(homes)
+    if name not in homes:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     # Bound at once, so that the next use finds it.
-    value = getattr(import_module(_HOME_OF[name]), name)
+    value = getattr(import_module(homes[name]), name)
     globals()[name] = value
     return value

@@ -92,7 +92,7 @@ def matrix_of(name: str) -> str:
     return f"lora_{rest.split('.')[0]}" if dot else ""
 
 
-@check
+@check(promise=2)
 def adapter_census(
     model: Any,
     lora_config: Any,
@@ -457,7 +457,7 @@ def _judge_optimizer(judge: Judge, parts: Parts, optimizer: Any) -> None:
         judge.problem(f"the optimizer holds {len(twice)} tensors more than once: {some(twice)}")
 
 
-@check
+@check(promise=3)
 def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence:
     """Prove that an adapter which has learned nothing, or is switched off, leaves the logits bitwise alone.
 

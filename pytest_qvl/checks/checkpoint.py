@@ -13,7 +13,7 @@ from pytest_qvl.models.quantized import base_tensors
 from pytest_qvl.models.sources.loading import LoadingReport, compared_with, kept_report
 
 
-@check
+@check(promise=1)
 def checkpoint_complete(model: Any, checkpoint: str | Path | None = None) -> Evidence:
     """Prove that the checkpoint held every tensor of the model, in its shape, and nothing for which it has no place.
 

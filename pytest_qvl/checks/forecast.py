@@ -28,6 +28,7 @@ REHEARSED_STEPS = 2
 NO_CARD = "no card was named: --qvl-card t4 forecasts for one"
 
 
+@check(promise=11, needs=("forecast", "request"), guarded=False)
 def forecast_fits_card(
     model: str,
     quantization_config: Any,
@@ -162,7 +163,7 @@ def _largest(found: Largest | None) -> str:
     return f"the largest picture of that shape that fits is {height}x{width} ({tokens:,} visual tokens)"
 
 
-@check
+@check(promise=11, needs=("gpu", "forecast"))
 def forecast_agrees(model: Any, batch: Mapping[str, Any], training_batch: Mapping[str, Any], meter: Meter) -> Evidence:
     """Hold the forecast to what the meter measures for the same model, adapter, batches and work.
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 _SEED = 20_311
 
 
-@check
+@check(promise=4, needs=("time",))
 def frozen_vision(
     model: Any,
     batches: Batch | Sequence[Batch],

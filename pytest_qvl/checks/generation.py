@@ -38,7 +38,7 @@ FORM = {
 }
 
 
-@check
+@check(promise=8)
 def greedy_is_argmax(model: Any, batch: dict[str, torch.Tensor], *, max_new_tokens: int = STEPS) -> Evidence:
     """Every token that greedy decoding chooses has the highest raw logit of its step.
 
@@ -97,7 +97,7 @@ def greedy_is_argmax(model: Any, batch: dict[str, torch.Tensor], *, max_new_toke
     return judge.verdict()
 
 
-@check
+@check(promise=8, needs=("time",))
 def generation_repeatable(model: Any, batch: dict[str, torch.Tensor], *, max_new_tokens: int = STEPS) -> Evidence:
     """The same inputs give bitwise the same logits at every step, and so the same tokens, twice in a row.
 
@@ -145,7 +145,7 @@ def generation_repeatable(model: Any, batch: dict[str, torch.Tensor], *, max_new
     return judge.verdict()
 
 
-@check
+@check(promise=8, needs=("time",))
 def generation_batch_invariance(
     model: Any,
     processor: Any,
@@ -205,7 +205,7 @@ def generation_batch_invariance(
     return judge.verdict()
 
 
-@check
+@check(promise=8, needs=("time",))
 def generation_cache_invariance(
     model: Any,
     batch: dict[str, torch.Tensor],
@@ -273,7 +273,7 @@ def generation_cache_invariance(
     return judge.verdict()
 
 
-@check
+@check(promise=8, needs=("knowledge",))
 def generation_wellformed(
     model: Any,
     processor: Any,

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pytest_qvl.samples.batch import PaddingSide
 
 
-@check
+@check(promise=5)
 def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evidence:
     """Changing one visual token moves its own placeholder's embedding, and no output before or in other rows.
 
@@ -86,7 +86,7 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
     return judge.verdict()
 
 
-@check
+@check(promise=5)
 def image_isolation(
     model: Any, processor: Any, samples: Sequence[Sample], *, padding_side: PaddingSide = "left"
 ) -> Evidence:

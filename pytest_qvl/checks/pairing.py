@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_qvl.samples import Sample
 
 
-@check
+@check(promise=5)
 def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch: Mapping[str, Any]) -> Evidence:
     """Every row of the batch holds its own sample's prompt and pictures, in the sample's order.
 

@@ -160,7 +160,7 @@ def _row_positions(row: int, tokens: Sequence[int], kinds: Mapping[int, _Grids],
         place, start = place + size, largest + 1
 
 
-@check
+@check(promise=6)
 def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = False) -> Evidence:
     """Positions of a forward pass equal the oracle at every token that is no padding.
 
@@ -195,7 +195,7 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
     return judge.verdict()
 
 
-@check
+@check(promise=6)
 def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) -> Evidence:
     """Positions inside ``generate()`` equal the oracle at prefill, and grow by one with each decode step.
 
@@ -231,7 +231,7 @@ def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) ->
     return judge.verdict()
 
 
-@check
+@check(promise=6, needs=("time",))
 def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> Evidence:
     """What an earlier call leaves in the model (``rope_deltas``) changes no position of a later one.
 

@@ -124,7 +124,7 @@ def _counted(values: Any) -> str:
     return ", ".join(f"{value} x{count}" for value, count in counts.most_common())
 
 
-@check
+@check(promise=1)
 def quantization_census(model: Any, policy: QuantizationPolicy | None = None) -> Evidence:
     """Prove that exactly the parts which should be quantized are, in the way they should.
 

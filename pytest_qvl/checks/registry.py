@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from pytest_qvl.checks.declared import NEEDS, Declared
 from pytest_qvl.evidence import (
     CannotJudge,
     CheckFailed,
@@ -64,8 +65,40 @@ _GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 _GPU_WORDS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
 
 
-def check(function: Callable[P, R]) -> Callable[P, R]:
-    """Make a function one of the public checks.
+DECLARED: dict[str, Declared] = {}
+"""What the checks that were imported said of themselves."""
+
+
+def check(
+    *, promise: int, needs: tuple[str, ...] = (), guarded: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Make a function one of the public checks; the only place that says which promise it proves and what it needs.
+
+    Everything that lists checks comes from this (:mod:`pytest_qvl.checks.declared`, which reads the arguments without
+    importing the check: they are literals).
+
+    Args:
+        promise: Number of the promise, as :data:`pytest_qvl.report.promises.PROMISES` counts from 1.
+        needs: Keys of :data:`pytest_qvl.checks.declared.NEEDS`.
+        guarded: Whether its arguments and the model's exceptions are looked after (:func:`_guarded`); a check that is
+            given no model looks after itself.
+
+    Raises:
+        ValueError: A need that nobody knows.
+    """
+    if unknown := set(needs) - set(NEEDS):
+        raise ValueError(f"a check cannot need {', '.join(sorted(unknown))}; known: {', '.join(NEEDS)}")
+
+    def declare(function: Callable[P, R]) -> Callable[P, R]:
+        module = function.__module__.rpartition(".")[2]
+        DECLARED[function.__name__] = Declared(function.__name__, module, promise, needs)
+        return _guarded(function) if guarded else function
+
+    return declare
+
+
+def _guarded(function: Callable[P, R]) -> Callable[P, R]:
+    """Look after what a check is given, and after the exceptions of a model under it.
 
     - ``model``: taken out of ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, which the evidence
       notes.

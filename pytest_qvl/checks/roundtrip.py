@@ -47,7 +47,7 @@ _DEVIATION = 0.02
 _STACKS = (".layers.", ".blocks.")
 
 
-@check
+@check(promise=2)
 def adapter_roundtrip(model: Any, folder: str | Path | None = None) -> Evidence:
     """Prove that the adapter in the model is, bit for bit, the adapter in a folder; or that saving and loading keep it.
 

@@ -2,7 +2,7 @@
 
 Routing moves numbers without computing with them, so every comparison is bitwise. :mod:`isolation
 <pytest_qvl.checks.isolation>` looks at what a picture moves from there on, :mod:`pairing
-<pytest_qvl.checks.pairing>` at whether it is the right picture; their checks are named here too.
+<pytest_qvl.checks.pairing>` at whether it is the right picture.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.isolation import causality, image_isolation
-from pytest_qvl.checks.pairing import picture_pairing
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.bitwise import bits_of, differs
 from pytest_qvl.checks.support.not_finite import require_finite
@@ -37,19 +35,7 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
 
 
-__all__ = [
-    "causality",
-    "feature_scatter",
-    "image_isolation",
-    "malformed_inputs",
-    "picture_pairing",
-    "placeholder_counts",
-    "validate_batch",
-    "visual_token_order",
-]
-
-
-@check
+@check(promise=5)
 def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Each picture has as many placeholders as its grid makes visual tokens, neither comes alone.
 
@@ -82,7 +68,7 @@ def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
     return judge.verdict()
 
 
-@check
+@check(promise=5)
 def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Each visual token lands bitwise at its own placeholder, and the text's own embeddings everywhere else.
 
@@ -160,7 +146,7 @@ def _scatter_sentence(
     return f"{describe(found, row, token)} {holds}; {len(bad)} tokens in {rows} rows are wrong"
 
 
-@check
+@check(promise=5)
 def visual_token_order(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """The vision tower puts its visual tokens out in the order of the patches that went in.
 
@@ -225,7 +211,7 @@ def visual_token_order(model: Any, batch: Mapping[str, Any]) -> Evidence:
     return judge.verdict()
 
 
-@check
+@check(promise=5)
 def malformed_inputs(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Batches whose placeholders and pixels do not belong together are noticed, however silent the model is.
 

@@ -59,7 +59,7 @@ _MOVE_PER_STEP = 0.2
 _SEED = 20_311
 
 
-@check
+@check(promise=10, needs=("time",))
 def training_step(
     model: Any,
     batch: Batch,
@@ -355,7 +355,7 @@ def _judge_learning(judge: Judge, lesson: Lesson, course: _Course, own: MakeOpti
     judge.at_most(name, smallest, course.goal, unit="nat", else_say=story)
 
 
-@check
+@check(promise=10)
 def vision_not_backpropagated(
     model: Any, batch: Batch, *, gradient_checkpointing: bool, policy: AdapterPolicy | None = None
 ) -> Evidence:
@@ -467,7 +467,7 @@ def _saved_tensors_of(module: nn.Module, keep: Any) -> Iterator[None]:
         after.remove()
 
 
-@check
+@check(promise=10)
 def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
     """Prove that the loss counts answers only: no prompt, no placeholder or other vision token, no padding.
 

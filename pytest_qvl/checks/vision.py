@@ -169,7 +169,7 @@ class _Seen:
         return Drift(math.sqrt(self.squares / self.rows) if self.rows else 0.0, self.largest)
 
 
-@check
+@check(promise=7, needs=("knowledge",))
 def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], reference: Reference | None) -> Evidence:
     """The pictures' features are finite, far from overflow, and those of the full-precision pass.
 

@@ -51,7 +51,7 @@ class _Skill:
         return 2 * self.before >= self.asked
 
 
-@check
+@check(promise=9, needs=("knowledge",))
 def alignment(
     model: Any,
     processor: Any,

@@ -34,7 +34,7 @@ LOADING = ("load", "attach adapter")
 MOST_REPEATS = 2  # Unsloth compiles a step of decoding only when a shape comes for the second time
 
 
-@check
+@check(promise=11, needs=("gpu",))
 def peak_vram(
     model: Any,
     batch: Mapping[str, Any],

@@ -1,8 +1,10 @@
-"""The promises that the suite proves, and which checks prove each of them."""
+"""The promises that the suite proves; which checks prove each of them, the checks say themselves."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from pytest_qvl.checks.declared import declared, needing
 
 
 @dataclass(frozen=True)
@@ -10,58 +12,42 @@ class Promise:
     """One line of the summary.
 
     Attributes:
+        number: Its place in the summary, from 1; what ``@check(promise=…)`` names.
         title: What is promised.
-        checks: Names of the check functions that prove it.
-        on_request: Those that a run without a certain setting does not ask for; they are not missed there.
         needs_limit: Whether it is about a limit, so that measuring alone keeps nothing.
     """
 
+    number: int
     title: str
-    checks: tuple[str, ...]
-    on_request: tuple[str, ...] = ()
     needs_limit: bool = False
+
+    @property
+    def checks(self) -> tuple[str, ...]:
+        """Names of the check functions that prove it."""
+        return tuple(each.name for each in declared().values() if each.promise == self.number)
+
+    @property
+    def on_request(self) -> tuple[str, ...]:
+        """Those that a run without a certain setting does not ask for; they are not missed there."""
+        return tuple(name for name in self.checks if name in needing("request"))
 
 
 PROMISES = (
-    Promise("quantized where it should be", ("quantization_census", "checkpoint_complete")),
-    Promise("LoRA on the language backbone, whole", ("adapter_census", "adapter_roundtrip")),
-    Promise("fresh or disabled adapter is neutral", ("adapter_neutrality",)),
-    Promise("vision stays frozen", ("frozen_vision",)),
-    Promise(
-        "features land on their placeholders",
-        (
-            "placeholder_counts",
-            "feature_scatter",
-            "visual_token_order",
-            "causality",
-            "image_isolation",
-            "picture_pairing",
-            "malformed_inputs",
-        ),
-    ),
-    Promise("M-RoPE positions", ("mrope_positions", "decode_positions", "position_state")),
-    Promise("vision and merger are stable", ("vision_stability",)),
-    Promise(
-        "generation is stable",
-        (
-            "greedy_is_argmax",
-            "generation_repeatable",
-            "generation_batch_invariance",
-            "generation_cache_invariance",
-            "generation_wellformed",
-        ),
-    ),
-    Promise("answers come from the pictures", ("alignment",)),
-    Promise("training step", ("training_step", "vision_not_backpropagated", "label_mask")),
-    Promise(
-        "peak VRAM within its limit",
-        ("peak_vram", "forecast_fits_card", "forecast_agrees"),
-        on_request=("forecast_fits_card",),
-        needs_limit=True,
-    ),
+    Promise(1, "quantized where it should be"),
+    Promise(2, "LoRA on the language backbone, whole"),
+    Promise(3, "fresh or disabled adapter is neutral"),
+    Promise(4, "vision stays frozen"),
+    Promise(5, "features land on their placeholders"),
+    Promise(6, "M-RoPE positions"),
+    Promise(7, "vision and merger are stable"),
+    Promise(8, "generation is stable"),
+    Promise(9, "answers come from the pictures"),
+    Promise(10, "training step"),
+    Promise(11, "peak VRAM within its limit", needs_limit=True),
 )
 
 
 def promise_of(check: str) -> int | None:
     """Index in :data:`PROMISES` of the promise that a check proves; ``None`` for somebody else's check."""
-    return next((i for i, promise in enumerate(PROMISES) if check in promise.checks), None)
+    said = declared().get(check)
+    return None if said is None else said.promise - 1

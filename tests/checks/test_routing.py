@@ -15,8 +15,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image, ImageOps
 
-from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle, mrope_positions
-from pytest_qvl.checks.routing import (
+from pytest_qvl.checks import (
     causality,
     feature_scatter,
     image_isolation,
@@ -26,6 +25,7 @@ from pytest_qvl.checks.routing import (
     validate_batch,
     visual_token_order,
 )
+from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle, mrope_positions
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import embeddings_changed, features_replaced

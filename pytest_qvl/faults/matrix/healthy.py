@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.declared import declared, needing
 from pytest_qvl.faults.case import SEED, healthy_case, load, lora_config
 from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
@@ -35,33 +37,19 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "dora, rslora, dropout": {"use_dora": True, "use_rslora": True, "lora_dropout": 0.05},
 }
 ADAPTER_NAMES = {"renamed": "step-500"}
-ALWAYS = (
-    "checkpoint_complete",
-    "quantization_census",
-    "adapter_census",
-    "adapter_roundtrip",
-    "adapter_neutrality",
-    "placeholder_counts",
-    "feature_scatter",
-    "visual_token_order",
-    "causality",
-    "image_isolation",
-    "picture_pairing",
-    "malformed_inputs",
-    "mrope_positions",
-    "decode_positions",
-    "greedy_is_argmax",
-    "vision_not_backpropagated",
-    "label_mask",
+KNOWLEDGE = needing("knowledge")
+ALWAYS = tuple(
+    each.name for each in declared().values() if not {"gpu", "forecast", "time", "knowledge"}.intersection(each.needs)
 )
-IN_TURN = (
+# Those that take turns; generation against a reference shares the noise floor that random weights are measured for.
+_TURNS = (
     ("training_step",),
     ("frozen_vision",),
     ("position_state",),
     ("generation_repeatable",),
     ("generation_batch_invariance", "generation_cache_invariance"),
 )
-KNOWLEDGE = ("vision_stability", "generation_wellformed", "alignment")
+IN_TURN = (*_TURNS, *((name,) for name in needing("time") if name not in chain(*_TURNS)))
 KNOWLEDGE_EVERY = 8
 RANDOM_EVERY = 5
 SIDES = tuple(range(56, 197, 28))  # px

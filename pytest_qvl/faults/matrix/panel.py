@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import traceback
+from operator import attrgetter, methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_qvl import checks
+from pytest_qvl.checks.declared import declared, needing
 from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
 
 if TYPE_CHECKING:
@@ -41,79 +45,85 @@ class Verdict(NamedTuple):
 
 def panel(device: str = "cpu") -> dict[str, Callable[[Case], Any]]:
     """Every check that a device allows by name, as a function of a case: ``"cuda"`` has one more than ``"cpu"``."""
-    from pytest_qvl import checks
+    left_out = {*needing("forecast"), *(needing("gpu") if device != "cuda" else ())}
+    return {name: _CALLS.get(name) or _plain(name) for name in declared() if name not in left_out}
 
-    def noise(case: Case) -> list[Any]:
-        return [sample.noise(seed=0) for sample in case.rows]
 
-    def training(case: Case) -> Any:
-        return case.batch(padding_side="right", answers=True)
-
-    def on_both_sides(check: Any, samples: Callable[[Case], Any]) -> Callable[[Case], Any]:
-        return lambda c: [check(c.model, c.batch(samples(c), padding_side=side)) for side in BOTH_SIDES]
-
-    def rows(case: Case) -> Any:
-        return case.rows
-
-    def mrope(case: Case) -> None:
-        checks.mrope_positions(case.model, case.batch())
-        checks.mrope_positions(case.model, training(case), training=True)
-
-    def training_step(case: Case) -> None:
-        for checkpointing in (False, True):
-            checks.training_step(
-                case.model,
-                training(case),
-                gradient_checkpointing=checkpointing,
-                make_optimizer=case.make_optimizer,
-            )
-
-    def spared(case: Case) -> None:
-        for checkpointing in (False, True):
-            checks.vision_not_backpropagated(case.model, training(case), gradient_checkpointing=checkpointing)
-
-    def peak_vram(case: Case) -> None:
-        from pytest_qvl.vram.meter import Meter
-
-        checks.peak_vram(case.model, case.batch(), training(case), Meter())
-
-    return {
-        **({"peak_vram": peak_vram} if device == "cuda" else {}),
-        "checkpoint_complete": lambda c: checks.checkpoint_complete(c.model),
-        "quantization_census": lambda c: checks.quantization_census(c.model, c.policy),
-        "adapter_census": lambda c: checks.adapter_census(c.model, c.lora_config, c.optimizer),
-        "adapter_roundtrip": lambda c: checks.adapter_roundtrip(c.model, c.adapter_folder),
-        "adapter_neutrality": lambda c: checks.adapter_neutrality(c.model, c.batch()),
-        "placeholder_counts": on_both_sides(checks.placeholder_counts, rows),
-        "feature_scatter": on_both_sides(checks.feature_scatter, noise),
-        "visual_token_order": lambda c: checks.visual_token_order(c.model, c.batch()),
-        "causality": lambda c: checks.causality(c.model, c.batch()),
-        "image_isolation": lambda c: checks.image_isolation(c.model, c.processor, c.rows),
-        "picture_pairing": lambda c: [
-            checks.picture_pairing(c.model, c.processor, c.rows, batch) for batch in (c.batch(), training(c))
-        ],
-        "malformed_inputs": lambda c: checks.malformed_inputs(c.model, c.batch()),
-        "mrope_positions": mrope,
-        "decode_positions": lambda c: [
-            checks.decode_positions(c.model, batch) for batch in (c.batch(), c.long_batch())
-        ],
-        "position_state": lambda c: checks.position_state(c.model, c.batch()),
-        "vision_stability": lambda c: checks.vision_stability(c.model, c.processor, c.probes, c.reference),
-        "greedy_is_argmax": lambda c: checks.greedy_is_argmax(c.model, c.batch()),
-        "generation_repeatable": lambda c: checks.generation_repeatable(c.model, c.batch()),
-        "generation_batch_invariance": lambda c: checks.generation_batch_invariance(
-            c.model, c.processor, c.rows, c.reference
-        ),
-        "generation_cache_invariance": lambda c: checks.generation_cache_invariance(c.model, c.batch(), c.reference),
-        "generation_wellformed": lambda c: checks.generation_wellformed(
-            c.model, c.processor, c.probes[:WELLFORMED_PROBES], c.reference
-        ),
-        "alignment": lambda c: checks.alignment(c.model, c.processor, c.probes, c.reference),
-        "training_step": training_step,
-        "vision_not_backpropagated": spared,
-        "label_mask": lambda c: checks.label_mask(c.model, training(c), c.processor),
-        "frozen_vision": lambda c: checks.frozen_vision(c.model, training(c), make_optimizer=c.make_optimizer),
+def _plain(name: str) -> Callable[[Case], Any]:
+    """A check on a case, each argument that it cannot do without by its name."""
+    samples = "probes" if name in needing("knowledge") else "rows"
+    givers: dict[str, Callable[[Case], Any]] = {
+        "model": attrgetter("model"),
+        "processor": attrgetter("processor"),
+        "reference": attrgetter("reference"),
+        "samples": attrgetter(samples),
+        "batch": methodcaller("batch"),
+        "batches": methodcaller("batch"),
     }
+
+    def call(case: Case) -> Any:
+        check = getattr(checks, name)
+        required = [p.name for p in inspect.signature(check).parameters.values() if p.default is p.empty]
+        return check(**{parameter: givers[parameter](case) for parameter in required})
+
+    return call
+
+
+def _training(case: Case) -> Any:
+    return case.batch(padding_side="right", answers=True)
+
+
+def _on_both_sides(name: str, samples: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    def call(case: Case) -> Any:
+        return [getattr(checks, name)(case.model, case.batch(samples(case), padding_side=side)) for side in BOTH_SIDES]
+
+    return call
+
+
+def _mrope_positions(case: Case) -> None:
+    checks.mrope_positions(case.model, case.batch())
+    checks.mrope_positions(case.model, _training(case), training=True)
+
+
+def _training_step(case: Case) -> None:
+    for checkpointing in (False, True):
+        checks.training_step(
+            case.model, _training(case), gradient_checkpointing=checkpointing, make_optimizer=case.make_optimizer
+        )
+
+
+def _vision_not_backpropagated(case: Case) -> None:
+    for checkpointing in (False, True):
+        checks.vision_not_backpropagated(case.model, _training(case), gradient_checkpointing=checkpointing)
+
+
+def _peak_vram(case: Case) -> None:
+    from pytest_qvl.vram.meter import Meter
+
+    checks.peak_vram(case.model, case.batch(), _training(case), Meter())
+
+
+# Checks that take more of a case than the arguments they cannot do without, or other inputs than the usual ones.
+_CALLS: dict[str, Callable[[Case], Any]] = {
+    "peak_vram": _peak_vram,
+    "quantization_census": lambda c: checks.quantization_census(c.model, c.policy),
+    "adapter_census": lambda c: checks.adapter_census(c.model, c.lora_config, c.optimizer),
+    "adapter_roundtrip": lambda c: checks.adapter_roundtrip(c.model, c.adapter_folder),
+    "placeholder_counts": _on_both_sides("placeholder_counts", attrgetter("rows")),
+    "feature_scatter": _on_both_sides("feature_scatter", lambda c: [sample.noise(seed=0) for sample in c.rows]),
+    "picture_pairing": lambda c: [
+        checks.picture_pairing(c.model, c.processor, c.rows, batch) for batch in (c.batch(), _training(c))
+    ],
+    "mrope_positions": _mrope_positions,
+    "decode_positions": lambda c: [checks.decode_positions(c.model, batch) for batch in (c.batch(), c.long_batch())],
+    "generation_wellformed": lambda c: checks.generation_wellformed(
+        c.model, c.processor, c.probes[:WELLFORMED_PROBES], c.reference
+    ),
+    "training_step": _training_step,
+    "vision_not_backpropagated": _vision_not_backpropagated,
+    "label_mask": lambda c: checks.label_mask(c.model, _training(c), c.processor),
+    "frozen_vision": lambda c: checks.frozen_vision(c.model, _training(c), make_optimizer=c.make_optimizer),
+}
 
 
 def judge(case: Case, check: str) -> Verdict:
@@ -145,9 +155,9 @@ def _raised_here(error: Exception) -> bool:
     return Path(innermost.filename).resolve().is_relative_to(PACKAGE)
 
 
-def judge_all(case: Case, checks: Iterable[str] = ()) -> dict[str, Verdict]:
+def judge_all(case: Case, names: Iterable[str] = ()) -> dict[str, Verdict]:
     """Run the given checks, or all of them."""
-    return {check: judge(case, check) for check in (checks or panel(case.subject.device))}
+    return {name: judge(case, name) for name in (names or panel(case.subject.device))}
 
 
 def smoke(case: Case) -> Verdict:
