@@ -207,6 +207,7 @@ def three_billion() -> Rehearsal:
     return Rehearsal(request, source, recipe_from_configs(source.config, NF4, LORA))
 
 
+@pytest.mark.slow
 def test_the_suites_own_batch_is_forecast_as_an_h200_measured_it(three_billion: Rehearsal) -> None:
     """Against the figures of the committed record, which were measured before this comparison was written.
 

@@ -55,7 +55,7 @@ def figure(evidence: Evidence, name: str) -> float:
     return float(next(f.value for f in evidence.figures if f.name == name))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "float32"])
 def test_healthy(fresh_model: Any, processor: Any, batch: dict[str, torch.Tensor], dtype: str) -> None:
     model = fresh_model(dtype=dtype, lora=True)
     floor = noise_floor(fresh_model(quantized=False, dtype=dtype), processor, ONE_EACH)

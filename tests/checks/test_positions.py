@@ -205,7 +205,7 @@ def test_oracle_agrees_with_transformers_on_random_batches(model: Any, side: str
 # Healthy models
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "float32"])
 def test_healthy_model_keeps_every_position_promise(fresh_model: Any, processor: Any, dtype: str) -> None:
     model = fresh_model(dtype=dtype, lora={"init_lora_weights": False})
     for side in ("left", "right"):

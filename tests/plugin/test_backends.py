@@ -143,8 +143,8 @@ def test_what_both_measured_is_compared(pytester, run_both):
     ("death", "how"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "died with signal 9 (SIGKILL)"),
-        ("os.kill(os.getpid(), signal.SIGSEGV)", "died with signal 11 (SIGSEGV)"),
-        ("os._exit(3)", "ended with exit status 3"),
+        pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", "died with signal 11 (SIGSEGV)", marks=pytest.mark.slow),
+        pytest.param("os._exit(3)", "ended with exit status 3", marks=pytest.mark.slow),
     ],
 )
 def test_a_process_that_dies_fails_its_tests_by_name_and_nobody_elses(pytester, run_both, death, how):
@@ -198,7 +198,10 @@ FAILS = """
 
 @pytest.mark.parametrize(
     ("arguments", "failed", "passed", "says"),
-    [(["-x"], 1, 0, "stopping after 1 fail*"), (["--maxfail=3"], 3, 2, "stopping after 3 fail*")],
+    [
+        pytest.param(["-x"], 1, 0, "stopping after 1 fail*", marks=pytest.mark.slow),
+        (["--maxfail=3"], 3, 2, "stopping after 3 fail*"),
+    ],
     ids=["x", "maxfail"],
 )
 def test_failures_are_counted_over_processes(pytester, run_both, arguments, failed, passed, says):

@@ -114,9 +114,9 @@ SHOWS = """
     [
         ([], True),
         (["-s"], True),
-        (["-p", "no:terminal"], False),
+        pytest.param(["-p", "no:terminal"], False, marks=pytest.mark.slow),
         (["-q"], False),
-        (["--capture=sys"], True),
+        pytest.param(["--capture=sys"], True, marks=pytest.mark.slow),
         (["-n1"], False),
     ],
     ids=str,

@@ -200,7 +200,9 @@ backends.BACKENDS["other"] = backends.Registration("other:Nothing", devices=("cu
 BOTH_BACKENDS = ("--qvl-backend", "transformers", "--qvl-backend", "other")
 
 
-@pytest.mark.parametrize(("gpus", "together"), [(("GPU-aaaa", "GPU-bbbb"), True), (("GPU-aaaa",), False)])
+@pytest.mark.parametrize(
+    ("gpus", "together"), [(("GPU-aaaa", "GPU-bbbb"), True), pytest.param(("GPU-aaaa",), False, marks=pytest.mark.slow)]
+)
 def test_backends_run_together_where_each_has_a_gpu(machine, pytester, gpus, together):
     pytester.makepyfile(other=OTHER, test_two=TWO_BACKENDS if together else TWO_BACKENDS.replace("20", "1"))
     result = machine("-m", "gpu", "-p", "other", *BOTH_BACKENDS, gpus=[(gpu, 0) for gpu in gpus])
@@ -310,9 +312,9 @@ def test_on_a_model(qvl_lora_model): pass
     ("selected", "idle"),
     [
         ("works", None),
-        ("known", None),
+        pytest.param("known", None, marks=pytest.mark.slow),
         ("on_a_model and cuda", None),
-        ("marked or works", None),
+        pytest.param("marked or works", None, marks=pytest.mark.slow),
         ("marked and not not_marked", 1),
         ("starts_cuda or marked", 2),
         ("not_marked", 0),
@@ -327,7 +329,7 @@ def test_a_required_gpu_is_one_that_was_seen_to_work(machine, pytester, selected
     assert [one for one in result.outlines if one.startswith(line)] == ([] if idle is None else [expected])
 
 
-@pytest.mark.parametrize(("selected", "status"), [("", 0), ("marked", 1)])
+@pytest.mark.parametrize(("selected", "status"), [pytest.param("", 0, marks=pytest.mark.slow), ("marked", 1)])
 def test_a_required_gpu_is_counted_over_workers(machine, pytester, selected, status):
     pytester.makepyfile(REQUIRED)
     result = machine("-n", "2", "--qvl-require-gpu", "-k", selected, gpus=(("GPU-aaaa", 0), ("GPU-bbbb", 0)))
@@ -431,7 +433,7 @@ def test_it(qvl_lora_model, qvl_vram):
     ("how", "processes"),
     [
         ((), None),
-        (("-n", "1"), ["gw0"]),
+        pytest.param(("-n", "1"), ["gw0"], marks=pytest.mark.slow),
         (("-p", "other", *BOTH_BACKENDS), ["transformers", "other"]),
     ],
     ids=["alone", "worker", "backends"],
@@ -510,7 +512,7 @@ def test_innocent_tests_leak_nothing_and_the_session_says_so(machine, pytester):
     assert [list(c) for c in cases if (c.get("classname"), c.get("name")) == ("qvl session", "leak")] == [[]]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_leak_is_named_for_its_test_and_for_the_session(machine, pytester, workers):
     pytester.makeconftest(MODEL)
     pytester.makepyfile(test_x=INNOCENT.partition("def test_d")[0] + LEAKS)
@@ -542,7 +544,7 @@ def test_it(qvl_target, n): torch.Tensor((2 << 30) if n == 0 else 5)
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_session_limit_is_a_verdict_of_the_session(machine, pytester, workers):
     pytester.makepyfile(LIMITED)
     spread = ["-n", "2", "--dist", "each"] if workers else []
@@ -587,6 +589,7 @@ def test_limited(qvl_lora_model): pass
     assert sorted(name for name in names if not name.startswith("test_")) == ["leak", "peak allocated"]
 
 
+@pytest.mark.slow
 def test_waiting_in_a_backends_process_is_seen_in_the_one_that_was_started(machine, pytester, holder):
     pytester.makepyfile(other=OTHER, test_x="def test_it(qvl_target): pass")
     result = machine("-p", "other", "--qvl-device", "cuda", "--qvl-gpu-patience", "1", *BOTH_BACKENDS)

@@ -49,8 +49,16 @@ def _installed(pytester, monkeypatch):
         info.mkdir()
         (info / "METADATA").write_text(METADATA.format(name=name))
     pytester.makepyfile(**{"packages/unsloth/__init__": PACKAGE, "a_gpu": A_GPU, "test_it": TEST})
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{packages}:{pytester.path}")
+    folders = (Path(__file__).parents[2], packages, pytester.path)
+    monkeypatch.setenv("PYTHONPATH", ":".join(map(str, folders)))
     pytester.makeconftest(CONFTEST)
+
+
+@pytest.fixture
+def light_torch(monkeypatch):
+    """Torch's stand-in, as a build without CUDA: importing the real one takes most of the time where it is not used."""
+    monkeypatch.setenv("MACHINE", '{"gpus": [], "cuda": null}')
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).with_name("machine")), prepend=":")
 
 
 def seen(pytester):
@@ -63,10 +71,10 @@ def seen(pytester):
 @pytest.mark.parametrize(
     ("arguments", "imports"),
     [
-        (["--qvl-backend", "unsloth", "-s"], [True]),
+        pytest.param(["--qvl-backend", "unsloth", "-s"], [True], marks=pytest.mark.slow),
         (["--qvl-backend", "transformers", "--qvl-backend", "unsloth"], [False, False, True]),
         (["--qvl-backend", "unsloth", "--collect-only"], [False]),
-        (["--qvl-backend", "unsloth", "-p", "xdist", "-n", "1"], [False, True]),
+        pytest.param(["--qvl-backend", "unsloth", "-p", "xdist", "-n", "1"], [False, True], marks=pytest.mark.slow),
     ],
     ids=["alone", "in its process", "collecting", "in a worker"],
 )
@@ -83,7 +91,7 @@ def test_it_is_imported_first_where_its_tests_run_and_nowhere_else(pytester, arg
 
 
 @pytest.mark.parametrize("beside", [[], ["--qvl-backend", "transformers"]], ids=["alone", "beside the baseline"])
-def test_workers_that_would_wait_for_one_gpu_are_refused(pytester, beside):
+def test_workers_that_would_wait_for_one_gpu_are_refused(pytester, light_torch, beside):
     arguments = ["-p", "a_gpu", "-p", "xdist", "-n", "2", "--qvl-device", "cuda", *beside, "--qvl-backend", "unsloth"]
     result = pytester.runpytest_subprocess(*arguments)
     says = "backend 'unsloth' takes its GPU when a process starts, so 2 workers need as many GPUs, and 1 may be used; *"
@@ -94,7 +102,7 @@ def test_workers_that_would_wait_for_one_gpu_are_refused(pytester, beside):
         assert result.ret == pytest.ExitCode.USAGE_ERROR
 
 
-def test_the_baseline_before_it_is_one_clear_error(pytester):
+def test_the_baseline_before_it_is_one_clear_error(pytester, light_torch):
     pytester.makepyfile(too_early="import sys, types\nsys.modules['peft'] = types.ModuleType('peft')")
     result = pytester.runpytest_subprocess("-p", "too_early", "--qvl-backend", "unsloth")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -107,7 +115,7 @@ def test_the_baseline_before_it_is_one_clear_error(pytester):
     result.stderr.fnmatch_lines(["ERROR: Unsloth has to be imported before *"])
 
 
-def test_without_a_gpu_its_tests_are_skipped_with_the_reason(pytester, monkeypatch):
+def test_without_a_gpu_its_tests_are_skipped_with_the_reason(pytester, monkeypatch, light_torch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     pytester.makepyfile(test_it="def test_it(qvl_backend): pass")
     result = pytester.runpytest_subprocess("--qvl-backend", "unsloth", "-rs")

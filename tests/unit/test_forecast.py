@@ -459,6 +459,7 @@ def test_loading_a_16_bit_checkpoint_keeps_the_measured_gaps() -> None:
     assert abs(loaded.peak_reserved - 6598 * MiB) <= 2 * MiB
 
 
+@pytest.mark.slow
 def test_a_capped_gpu_runs_out_where_the_replay_says() -> None:
     """A float16 step at 1,024 visual tokens, flash attention off, fitted 10 GiB of an H200 and not 9 GiB."""
     from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
@@ -543,8 +544,8 @@ def test_a_card_that_holds_every_picture_is_said_to() -> None:
 
 
 def test_a_model_that_never_fits_has_no_largest() -> None:
-    request = Request(model="qwen2.5-vl-7b", image=(112, 112), tokens=8, kbit_upcast=True)
-    tiny = replace(card("rtx3060-12gb"), usable_bytes=6 * GiB)
+    request = Request(model=EMBEDDED, image=(112, 112), tokens=8, kbit_upcast=True)
+    tiny = replace(card("rtx3060-12gb"), usable_bytes=card("rtx3060-12gb").context_bytes + 3 * MiB)
     forecaster, request = make_forecaster(request, tiny, None)
     found = largest(forecaster, forecaster.forecast(request), "image")
     assert found.forecast is None

@@ -19,14 +19,14 @@ from pytest_qvl.models.sources.synthetic_processor import synthetic_processor
 from pytest_qvl.models.taps import tapped
 from pytest_qvl.samples import make_batch, scenes
 
-WORDS = 1024
 
-
-def small(name: str, words: int | None = None) -> Any:
-    """Fewer and narrower layers; with `words` also a small vocabulary, which takes most of the time of drawing."""
+def small(name: str, tiny: bool = False) -> Any:
+    """Fewer and narrower layers; `tiny` also a narrow vision tower and a few words, which is quickly drawn and packed."""
     config = released_config(name)
     text, vision = config.get_text_config(), config.vision_config
-    text.vocab_size = words or text.vocab_size
+    if tiny:
+        text.vocab_size = 1024
+        vision.hidden_size, vision.num_heads, vision.intermediate_size = 160, 2, 320
     text.num_hidden_layers, text.hidden_size, text.intermediate_size = 2, 256, 512
     text.num_attention_heads, text.num_key_value_heads = 2, 1
     if getattr(text, "layer_types", None):
@@ -77,14 +77,14 @@ def test_a_tied_head_is_the_table_and_is_drawn_once(monkeypatch: pytest.MonkeyPa
         return draw(parts, name, *rest)
 
     monkeypatch.setattr(synthetic, "draw", counting)
-    model = build_synthetic(small("qwen2.5-vl-3b", WORDS), None, "cpu", torch.bfloat16)
+    model = build_synthetic(small("qwen2.5-vl-3b", tiny=True), None, "cpu", torch.bfloat16)
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert (drawn["embed_tokens"], drawn["lm_head"]) == (1, 0), "600 MiB of a 3B model for nothing"
 
 
 def test_activations_neither_explode_nor_collapse(built: tuple[str, Any]) -> None:
     name, model = built
-    batch = make_batch(synthetic_processor(name), scenes(0, 1)[:3])
+    batch = make_batch(synthetic_processor(name), scenes(0, 1)[:1])
     with torch.no_grad(), tapped(anatomy(model)) as tap:
         logits = model(**batch).logits.float()
     features = tap.vision[0].features.float()
@@ -94,14 +94,16 @@ def test_activations_neither_explode_nor_collapse(built: tuple[str, Any]) -> Non
 
 
 def test_the_same_seed_gives_the_same_weights() -> None:
-    one, same = (build_synthetic(small("qwen2.5-vl-7b", WORDS), None, "cpu", torch.bfloat16, seed=3) for _ in range(2))
+    one, same = (
+        build_synthetic(small("qwen2.5-vl-7b", tiny=True), None, "cpu", torch.bfloat16, seed=3) for _ in range(2)
+    )
     for (name, a), (_, b) in zip(base_tensors(anatomy(one)), base_tensors(anatomy(same)), strict=True):
         assert torch.equal(a, b), name
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="Transformers 4 matches parts of names")
 def test_the_silent_skip_list_is_silent_here_too() -> None:
-    model = build_synthetic(small("qwen2.5-vl-7b", WORDS), nf4(["visual", "lm_head"]), "cpu", torch.bfloat16)
+    model = build_synthetic(small("qwen2.5-vl-7b", tiny=True), nf4(["visual", "lm_head"]), "cpu", torch.bfloat16)
     quantized = {state.group for state in linear_states(anatomy(model)) if state.is_4bit}
     assert "vision" in quantized, "Transformers 5 matches from the start of the name"
 

@@ -6,6 +6,7 @@ PEFT on the embedded model, with the signatures of its source.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -19,7 +20,13 @@ from pytest_qvl.gpu.visible import Visible
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.backends import BACKENDS, LoadRequest, ModelLoadError, Registration, unsloth_start
 from pytest_qvl.models.backends.unsloth import UnslothBackend
-from pytest_qvl.models.backends.unsloth_start import UnslothStartError, import_first, problem, use_own_compile_folder
+from pytest_qvl.models.backends.unsloth_start import (
+    UnslothStartError,
+    import_first,
+    let_compiled_code_be,
+    problem,
+    use_own_compile_folder,
+)
 from pytest_qvl.models.sources.model_source import parse_model
 
 # ---- usable or not -----------------------------------------------------------------------------------------
@@ -105,8 +112,23 @@ def test_the_gpu_is_leased_before_the_import_and_an_import_that_fails_is_one_lin
     assert not Path(os.environ["UNSLOTH_COMPILE_LOCATION"]).is_relative_to(Path.cwd())
 
 
-# Not told is the control: pytest and CI do change it.
-@pytest.mark.parametrize("told", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_what_pytest_and_ci_change_is_put_back(monkeypatch):
+    from torch._functorch import config
+
+    name, trace = "error_on_custom_op_aliasing", logging.getLogger("torch.__trace")
+    monkeypatch.setattr(trace, "disabled", False)
+    monkeypatch.setenv("TORCH_TRACE", "/asked/for")
+    with config.patch({name: True} if hasattr(config, name) else {}):
+        let_compiled_code_be()
+        assert getattr(config, name, False) is False
+        assert not trace.disabled  # somebody wants it
+        monkeypatch.delenv("TORCH_TRACE")
+        let_compiled_code_be()
+        assert trace.disabled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [True, False])
 def test_pytest_and_ci_change_nothing_of_what_is_compiled(pytester, monkeypatch, told):
     monkeypatch.setenv("CI", "true")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
