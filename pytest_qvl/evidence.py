@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -111,6 +111,7 @@ class Evidence:
         problems: One sentence per defect: what broke, where, by how much, against what limit.
         notes: What a reader should know although it is no defect.
         table: Optional details.
+        data: Numbers that reports compute with, by name, as lists of plain values; nobody reads them in the record.
     """
 
     check: str
@@ -119,6 +120,7 @@ class Evidence:
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     table: Table | None = None
+    data: Mapping[str, list[Value]] = field(default_factory=dict, hash=False)
 
     @property
     def ok(self) -> bool:
@@ -131,7 +133,7 @@ class Evidence:
         return max(self.figures, key=lambda f: f.strain, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for the JSON record and for the way from an xdist worker to the controller."""
+        """Plain data for the JSON record, without :attr:`data`."""
         return {
             "check": self.check,
             "promise": self.promise,
@@ -143,7 +145,7 @@ class Evidence:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Evidence:
-        """Inverse of :meth:`as_dict`."""
+        """Inverse of :meth:`as_dict`; takes ``data`` as well, where there is any."""
         table = data.get("table")
         return cls(
             check=data["check"],
@@ -152,6 +154,7 @@ class Evidence:
             problems=tuple(data["problems"]),
             notes=tuple(data["notes"]),
             table=table and Table(tuple(table["columns"]), tuple(tuple(r) for r in table["rows"])),
+            data=data.get("data", {}),
         )
 
 
@@ -210,6 +213,7 @@ class Judge:
     figures: list[Figure] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    data: dict[str, list[Value]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         begun = _judges.get()
@@ -261,7 +265,8 @@ class Judge:
         """The evidence, kept promise or broken one alike, for :func:`collecting` to collect."""
         table = Table(tuple(columns), tuple(tuple(row) for row in rows)) if columns else None
         notes = (*self.notes, *(_notes.get() or ()), *(known_defects(self.check) if self.problems else ()))
-        evidence = Evidence(self.check, self.promise, tuple(self.figures), tuple(self.problems), notes, table)
+        figures, problems = tuple(self.figures), tuple(self.problems)
+        evidence = Evidence(self.check, self.promise, figures, problems, notes, table, self.data)
         collected = _collected.get()
         if collected is not None:
             collected.append(evidence)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.evidence import Evidence, Table, Value
+from pytest_qvl.evidence import Table, Value
+from pytest_qvl.session.report_data import report_data
 
 if TYPE_CHECKING:
     import pytest
+
+    from pytest_qvl.evidence import Evidence
 
 TITLE = "backends side by side"
 PEAKS, CENSUS = "peak_vram", "quantization_census"
@@ -23,13 +26,13 @@ class Comparison:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take what can be compared off a report."""
-        data = getattr(report, "qvl", None)
-        if data is None or data.get("backend") is None:
+        finding = report_data(report).finding
+        if finding is None or finding.subject is None or finding.backend is None:
             return
-        for evidence in map(Evidence.from_dict, data["evidence"]):
+        for evidence in finding.evidence:
             if evidence.check in (PEAKS, CENSUS):
-                by_check = self._found.setdefault(data["subject"], {})
-                by_check.setdefault(evidence.check, {})[data["backend"]] = evidence
+                by_check = self._found.setdefault(finding.subject, {})
+                by_check.setdefault(evidence.check, {})[finding.backend] = evidence
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Write one table for each thing that more than one backend has measured."""

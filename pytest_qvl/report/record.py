@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl.session.report_data import report_data
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
 
@@ -74,7 +76,8 @@ class Record:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take outcome, seconds and evidence off a report."""
-        if hasattr(report, "qvl_session_verdict"):  # has an entry of its own
+        data = report_data(report)
+        if data.session_verdict is not None:  # has an entry of its own
             return
         if report.when == "call" or report.outcome != "passed":
             outcome = report.outcome if report.when == "call" or report.skipped else "error"
@@ -82,20 +85,20 @@ class Record:
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self._skipped[reason] = self._skipped.get(reason, 0) + 1
-        data = getattr(report, "qvl", None)
-        if data is None:
+        finding = data.finding
+        if finding is None:
             return
         test = report.nodeid.rsplit("::", 1)[-1]
-        self._seconds.setdefault((data["target"], test), {})[str(report.when)] = round(report.duration, 3)
+        self._seconds.setdefault((finding.target, test), {})[str(report.when)] = round(report.duration, 3)
         common = {
-            "target": data["target"],
+            "target": finding.target,
             "test": test,
             "outcome": report.outcome,
             "seconds": round(report.duration, 3),
         }
-        for evidence in data["evidence"]:
-            self._checks.append({**common, **evidence})
-        for check, reason in data["not_judged"]:
+        for evidence in finding.evidence:
+            self._checks.append({**common, **evidence.as_dict()})
+        for check, reason in finding.not_judged:
             self._checks.append({**common, "check": check, "not_judged": reason})
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)

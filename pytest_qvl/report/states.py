@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_qvl.evidence import Evidence
+    from pytest_qvl.session.report_data import Said
 
 STATES = ("kept", "partly judged", "BROKEN", "error", "not judged", "skipped", "not run")
 MEASURED_ONLY = "measured only: neither --qvl-vram-limit nor --qvl-card was given"
-Said = tuple[str, str]  # check, and what was said about it
 
 
 @dataclass(frozen=True)

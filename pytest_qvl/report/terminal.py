@@ -11,7 +11,8 @@ import pytest
 
 from pytest_qvl.evidence import Evidence, printable
 from pytest_qvl.report.promises import PROMISES, promise_of
-from pytest_qvl.report.states import STATES, PromiseState, Said, promise_states
+from pytest_qvl.report.states import STATES, PromiseState, promise_states
+from pytest_qvl.session.report_data import Said, report_data
 
 TITLE = "does QLoRA leave the model seeing?"
 TITLE_WIDTH = max(len(promise.title) for promise in PROMISES)
@@ -55,18 +56,17 @@ class Summary:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take what was found out off a report."""
-        data = getattr(report, "qvl", None)
-        if data is None:
+        finding = report_data(report).finding
+        if finding is None:
             return
-        target, check = data["target"] or OWN_MODELS, data["check"]
+        target, check, found = finding.target or OWN_MODELS, finding.check, finding.evidence
         results = (self._own if check is None else self._suite).setdefault(target, Results())
-        found = [Evidence.from_dict(item) for item in data["evidence"]]
         # A broken promise that a passing test expected (with pytest.raises, or xfail) is no finding.
         results.evidence += found if report.failed else [e for e in found if e.ok]
-        results.not_judged += [(name, reason) for name, reason in data["not_judged"]]
+        results.not_judged += finding.not_judged
         results.seconds += report.duration
-        if report.skipped and data["skipped"] is not None:
-            results.skipped.append((check, data["skipped"]))
+        if report.skipped and finding.skipped is not None:
+            results.skipped.append((check or "", finding.skipped))
         if check is not None and report.failed and all(e.ok for e in found):
             results.errors.append((check, _first_line(report)))
 

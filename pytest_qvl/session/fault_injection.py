@@ -9,6 +9,7 @@ import pytest
 from pytest_qvl.models.backends import BASELINE, ModelLoadError
 from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model
 from pytest_qvl.session.errors import UserError
+from pytest_qvl.session.report_data import report_data
 from pytest_qvl.session.suite_collection import is_shipped
 from pytest_qvl.session.targets import Target, target_of
 
@@ -113,12 +114,11 @@ class Faulted:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note which checks noticed it."""
-        found = getattr(report, "qvl", {})
-        check = found.get("check")
-        if check is None or report.when != "call":
+        found = report_data(report).finding
+        if found is None or found.check is None or report.when != "call":
             return
-        if not report.skipped or found["not_judged"]:  # a fault that cannot be made here proves nothing
-            self._noticed[check] = self._noticed.get(check, False) or report.failed
+        if not report.skipped or found.not_judged:  # a fault that cannot be made here proves nothing
+            self._noticed[found.check] = self._noticed.get(found.check, False) or report.failed
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

@@ -8,6 +8,7 @@ are not run, and say whose doing it is.
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from pytest_qvl.session.errors import CudaUnusable
 from pytest_qvl.session.gpu_access import is_gpu
 from pytest_qvl.session.process_gpu import others_on
+from pytest_qvl.session.report_data import GpuFailure, Kind, add_to_report, report_data
 from pytest_qvl.session.tracebacks import release_frames
 from pytest_qvl.vram.units import format_bytes
 
@@ -83,9 +85,9 @@ class GpuFailures:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count, over all workers."""
-        data = getattr(report, "qvl_gpu_failure", None)
-        if data is not None:
-            self.found.append({"test": report.nodeid, "when": report.when, **data})
+        failure = report_data(report).gpu_failure
+        if failure is not None:
+            self.found.append({"test": report.nodeid, "when": report.when, **asdict(failure)})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the record."""
@@ -148,5 +150,5 @@ def _conclude(report: pytest.TestReport, text: str) -> None:
         vars(report).pop("wasxfail", None)
 
 
-def _mark(report: pytest.TestReport, kind: str, text: str, by: str = "") -> None:
-    vars(report)["qvl_gpu_failure"] = {"kind": kind, "text": text, "by": by}
+def _mark(report: pytest.TestReport, kind: Kind, text: str, by: str = "") -> None:
+    add_to_report(report, gpu_failure=GpuFailure(kind, text, by))

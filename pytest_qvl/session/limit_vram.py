@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pytest
 
+from pytest_qvl.session.report_data import LimitOutcome, add_to_report, report_data
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
@@ -83,36 +85,6 @@ class Limit:
     marked: bool = True
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one limit; plain data, on its way from an xdist worker to the summary and the record.
-
-    Attributes:
-        test: Node id.
-        limit: Bytes.
-        of: The number bounded.
-        scope: What was measured.
-        value: Bytes; ``None`` where nothing was measured.
-        reason: Why nothing was measured.
-        marked: Whether a mark on the test set the limit.
-        usage: All numbers of the measured scope.
-    """
-
-    test: str
-    limit: int
-    of: str
-    scope: str
-    value: int | None
-    reason: str
-    marked: bool
-    usage: dict[str, Any]
-
-    @property
-    def held(self) -> bool:
-        """Whether it was measured and is within the limit."""
-        return self.value is not None and self.value <= self.limit
-
-
 def limits_on(item: pytest.Item, default: int | None = None) -> tuple[Limit, ...]:
     """The limits that hold for a test: for each number and scope the nearest mark, then the default.
 
@@ -160,8 +132,8 @@ def _limit_vram(limit: str | int | None, *, of: str = "fit", scope: str = "call"
 
 
 _TEST_PHASE = pytest.StashKey["Phase"]()
-_OUTCOMES = pytest.StashKey[list[Outcome]]()
-_UNMEASURED = pytest.StashKey[list[Outcome]]()
+_OUTCOMES = pytest.StashKey[list[LimitOutcome]]()
+_UNMEASURED = pytest.StashKey[list[LimitOutcome]]()
 _UNFINISHED = (pytest.skip.Exception, pytest.exit.Exception, KeyboardInterrupt)
 
 
@@ -186,7 +158,7 @@ class VramLimits:
         self._default = default
         self._required = required
         self._session_limits: tuple[Limit, ...] = ()
-        self.outcomes: list[Outcome] = []
+        self.outcomes: list[LimitOutcome] = []
 
     # ---- what a user reads ---------------------------------------------------------------------------------
 
@@ -239,7 +211,7 @@ class VramLimits:
 
     def add(self, outcomes: Iterable[dict[str, Any]]) -> None:
         """Take over what became of limits in another process."""
-        self.outcomes += [Outcome(**data) for data in outcomes]
+        self.outcomes += [LimitOutcome(**data) for data in outcomes]
 
     # ---- collection ----------------------------------------------------------------------------------------
 
@@ -317,13 +289,13 @@ class VramLimits:
         report = yield
         outcomes = item.stash.get(_OUTCOMES, [])
         if outcomes:
-            vars(report)["qvl_vram"] = [asdict(outcome) for outcome in outcomes]
+            add_to_report(report, limits=tuple(outcomes))
             outcomes.clear()
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Collect what was measured, from this process or a worker."""
-        self.add(getattr(report, "qvl_vram", ()))
+        self.outcomes += report_data(report).limits
 
     # ---- the rest ------------------------------------------------------------------------------------------
 
@@ -370,10 +342,10 @@ class VramLimits:
         if text:
             item.add_report_section("teardown" if scope == "test" else "call", "vram", text)
 
-    def _note(self, test: str, phase: Phase, limit: Limit) -> Outcome:
+    def _note(self, test: str, phase: Phase, limit: Limit) -> LimitOutcome:
         usage = phase.usage
         assert usage is not None
-        return Outcome(
+        return LimitOutcome(
             test,
             limit.size,
             limit.of,

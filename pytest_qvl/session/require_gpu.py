@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.session.report_data import add_to_report, report_data
 from pytest_qvl.session.results import skip_reason
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class GpuRequired:
         report = yield
         on_gpu = item.get_closest_marker("gpu") is not None
         if on_gpu and call.when == "call" and (not report.skipped or hasattr(report, "wasxfail")):
-            vars(report)["qvl_gpu"] = given_out_on_cuda() != item.stash[_BEFORE]
+            add_to_report(report, ran_on_cuda=given_out_on_cuda() != item.stash[_BEFORE])
         if not on_gpu or not report.skipped or hasattr(report, "wasxfail"):
             return report
         judged = call.excinfo is not None and isinstance(call.excinfo.value.__cause__, CannotJudge)
@@ -71,7 +72,7 @@ class GpuRequired:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Count what ran, over all workers."""
-        on_cuda = getattr(report, "qvl_gpu", None)
+        on_cuda = report_data(report).ran_on_cuda
         self._executed += on_cuda is True
         self._idle += on_cuda is False
 

@@ -1,7 +1,4 @@
-"""What a test found out, taken from the test to the report and from there to whoever writes it down.
-
-Everything on a report is plain data: under xdist it travels from the worker to the controller.
-"""
+"""What a test found out, taken from the test to its report."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ import pytest
 
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
 from pytest_qvl.report.promises import promise_of
+from pytest_qvl.session.report_data import Finding, add_to_report
 from pytest_qvl.session.suite_collection import check_name, is_shipped
 from pytest_qvl.session.targets import NEEDS_CUDA, target_of
 
@@ -104,16 +102,17 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
     if target is None and not shipped and not (found.evidence or found.not_judged):
         return
     reason = skip_reason(report) if report.skipped and not found.not_judged else ""
-    report.qvl = {  # type: ignore[attr-defined]
-        "target": None if target is None else str(target),
-        "subject": None if target is None else target.subject,
-        "backend": None if target is None else target.backend,
-        "check": check_name(item) if shipped else None,
-        "evidence": [e.as_dict() for e in found.evidence],
-        "not_judged": found.not_judged,
+    finding = Finding(
+        target=None if target is None else str(target),
+        subject=None if target is None else target.subject,
+        backend=None if target is None else target.backend,
+        check=check_name(item) if shipped else None,
+        evidence=tuple(found.evidence),
+        not_judged=tuple(found.not_judged),
         # In a user's own test, every other skip is the test's own affair.
-        "skipped": reason if shipped or reason.startswith(NEEDS_CUDA) else None,
-    }
+        skipped=reason if shipped or reason.startswith(NEEDS_CUDA) else None,
+    )
+    add_to_report(report, finding=finding)
 
 
 def skip_reason(report: pytest.TestReport) -> str:

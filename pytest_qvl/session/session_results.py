@@ -14,6 +14,7 @@ import pytest
 
 from pytest_qvl.processes.child import NAME as CHILD_NAME
 from pytest_qvl.processes.child import PARENT_NAME
+from pytest_qvl.session.report_data import add_to_report, report_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -96,7 +97,7 @@ class SessionVerdicts:
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
         """Broken verdicts count as failures; none of them is a test's letter in the progress."""
-        word = getattr(report, "qvl_session_verdict", None)
+        word = report_data(report).session_verdict
         return None if word is None else ("failed" if report.failed else "", "", word)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -122,9 +123,9 @@ class SessionVerdicts:
         for name in dict.fromkeys(verdict.name for verdict in self.verdicts):
             same = [verdict for verdict in self.verdicts if verdict.name == name]
             report = _merged(name, same)
-            vars(report)["qvl_session_verdict"] = ""
+            add_to_report(report, session_verdict="")
             config.hook.pytest_runtest_logreport(report=report)
-            vars(report)["qvl_session_verdict"] = report.outcome.upper()  # for the short summary
+            add_to_report(report, session_verdict=report.outcome.upper())  # for the short summary
 
 
 def _merged(name: str, verdicts: Sequence[Verdict]) -> pytest.TestReport:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from pytest_qvl.checks import vram
 from pytest_qvl.evidence import Evidence, Figure, Table
 from pytest_qvl.report.comparison import SOME_LOGITS, TOP_TOKENS, Comparison
+from pytest_qvl.session.report_data import Finding, add_to_report
 
 
 def peaks(allocated, seconds, tokens="1 2", logits="0.5 -1.0", process=10.0):
@@ -18,8 +19,9 @@ def peaks(allocated, seconds, tokens="1 2", logits="0.5 -1.0", process=10.0):
 def compared(**found):
     comparison = Comparison()
     for backend, evidence in found.items():
-        data = {"subject": "7b on cuda", "backend": backend, "evidence": [evidence.as_dict()]}
-        comparison.pytest_runtest_logreport(SimpleNamespace(qvl=data))
+        report = SimpleNamespace()
+        add_to_report(report, finding=Finding(f"7b on cuda by {backend}", "7b on cuda", backend, None, (evidence,)))
+        comparison.pytest_runtest_logreport(report)
     return comparison
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_qvl.report.record import VARIABLES, Record, environment
+from pytest_qvl.session.report_data import Finding, add_to_report
 
 CPU = "embedded on cpu"
 
@@ -15,7 +16,7 @@ CPU = "embedded on cpu"
 def report(test, when, seconds, target=CPU):
     made = pytest.TestReport(f"suite/test_x.py::{test}", ("x", 0, test), {}, "passed", None, when, duration=seconds)
     if target is not None:
-        made.qvl = {"target": target, "check": None, "evidence": [], "not_judged": [], "skipped": None}
+        add_to_report(made, finding=Finding(target, target, "transformers", None))
     return made
 
 

@@ -10,6 +10,7 @@ import pytest
 from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Table
 from pytest_qvl.report.promises import PROMISES, promise_of
 from pytest_qvl.report.terminal import TITLE, Summary
+from pytest_qvl.session.report_data import Finding, add_to_report
 
 CPU, CUDA = "embedded on cpu", "embedded on cuda"
 
@@ -35,13 +36,8 @@ def report(check=None, outcome="passed", *, target=CPU, evidence=(), not_judged=
     made = pytest.TestReport(
         "test_x.py::test_x", ("test_x.py", 0, "test_x"), {}, outcome, longrepr, "call", duration=2.0
     )
-    made.qvl = {
-        "target": target,
-        "check": check,
-        "evidence": [e.as_dict() for e in evidence],
-        "not_judged": [list(pair) for pair in not_judged],
-        "skipped": skipped,
-    }
+    finding = Finding(target, target, "transformers", check, tuple(evidence), tuple(not_judged), skipped)
+    add_to_report(made, finding=finding)
     return made
 
 

@@ -1,0 +1,58 @@
+"""What a report carries comes out as it went in, by JSON and by execnet alike."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from pytest_qvl.evidence import Evidence, Figure, Table
+from pytest_qvl.session.report_data import (
+    ATTRIBUTE,
+    Finding,
+    GpuFailure,
+    LimitOutcome,
+    ReportData,
+    add_to_report,
+    report_data,
+)
+
+EVIDENCE = Evidence(
+    "peak_vram",
+    "p",
+    (Figure("drift", 0.5, 1.0, "<="), Figure("dtype", "bfloat16")),
+    ("too much",),
+    ("a note",),
+    Table(("phase", "GiB"), (("load", 1.5), ("prefill", None))),
+    {"logits": [0.5, -1.0]},
+)
+WHOLE = ReportData(
+    Finding("7b on cuda by x", "7b on cuda", "x", "peak_vram", (EVIDENCE,), (("alignment", "why"),), "needs CUDA: no"),
+    (LimitOutcome("a::b", 7, "fit", "call", None, "no CUDA", True, {"inner": [], "seconds": 0.5}),),
+    False,
+    GpuFailure("broken", "CUDA is broken", "a::b"),
+    "FAILED",
+)
+
+
+@pytest.mark.parametrize("data", [WHOLE, ReportData()], ids=["all of it", "nothing"])
+def test_it_comes_back_from_json_and_from_execnet(data):
+    execnet = pytest.importorskip("execnet")
+    plain = data.as_dict()
+    assert ReportData.from_dict(plain) == data
+    assert ReportData.from_dict(json.loads(json.dumps(plain))) == data
+    assert ReportData.from_dict(execnet.loads(execnet.dumps(plain))) == data
+
+
+def test_setting_one_field_leaves_the_others():
+    report = SimpleNamespace()
+    assert report_data(report) == ReportData()
+    add_to_report(report, limits=WHOLE.limits)
+    add_to_report(report, finding=WHOLE.finding)
+    assert report_data(report) == ReportData(WHOLE.finding, WHOLE.limits)
+    assert list(vars(report)) == [ATTRIBUTE]
+
+
+def test_the_record_has_no_data_of_evidence():
+    assert "data" not in EVIDENCE.as_dict()
