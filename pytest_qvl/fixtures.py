@@ -13,7 +13,8 @@ import pytest
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.options import SETTINGS_KEY
 from pytest_qvl.session.errors import UserError, as_usage_error
-from pytest_qvl.session.state import STATE_KEY
+from pytest_qvl.session.keys import DEVICE_KEY, METER_KEY, MODEL_KEY
+from pytest_qvl.session.reference_first import record_reference_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +42,7 @@ def qvl_target(request: pytest.FixtureRequest) -> Target:
             "@pytest.mark.usefixtures"
         )
     if target.device == "cuda":
-        request.config.stash[STATE_KEY].need_cuda()
+        request.config.stash[DEVICE_KEY].need_cuda()
     return target
 
 
@@ -61,7 +62,7 @@ def qvl_backend(qvl_target: Target) -> str:
 def qvl_compute_dtype(pytestconfig: pytest.Config, qvl_target: Target) -> str:
     """Name of the dtype of 4-bit matrix products and of everything that is not quantized."""
     chosen: str = pytestconfig.stash[SETTINGS_KEY].compute_dtype
-    return pytestconfig.stash[STATE_KEY].default_dtype(qvl_target.device) if chosen == "auto" else chosen
+    return pytestconfig.stash[DEVICE_KEY].default_dtype(qvl_target.device) if chosen == "auto" else chosen
 
 
 @pytest.fixture(scope="session")
@@ -137,11 +138,11 @@ def _qvl_load_request(
 @pytest.fixture(scope="session")
 def qvl_quantized_model(request: pytest.FixtureRequest, _qvl_load_request: LoadRequest, qvl_backend: str) -> Any:
     """The 4-bit base model without an adapter: frozen, in eval mode at the start of every test."""
-    state = request.config.stash[STATE_KEY]
-    state.refuse_unannounced(request, "qvl_quantized_model")
-    state.record_reference_first(request)
+    model = request.config.stash[MODEL_KEY]
+    model.refuse_unannounced(request, "qvl_quantized_model")
+    record_reference_first(request)
     with as_usage_error("qvl_quantized_model"):
-        return state.owner.base(_qvl_load_request, qvl_backend)
+        return model.owner.base(_qvl_load_request, qvl_backend)
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +156,7 @@ def qvl_lora_model(
     """The 4-bit base model wrapped with LoRA in place: a ``PeftModel``, in eval mode when a test starts."""
     from pytest_qvl.models.attaching import adapter_folder
 
-    state, settings = request.config.stash[STATE_KEY], request.config.stash[SETTINGS_KEY]
+    state, settings = request.config.stash[MODEL_KEY], request.config.stash[SETTINGS_KEY]
     state.refuse_unannounced(request, "qvl_lora_model")
     with as_usage_error("qvl_lora_model"):
         folder = adapter_folder(qvl_adapter)
@@ -259,7 +260,7 @@ def qvl_reference(
     from pytest_qvl.models.sources.base import reference_request
     from pytest_qvl.vram.cap import lifted
 
-    state = request.config.stash[STATE_KEY]
+    state = request.config.stash[MODEL_KEY]
 
     def record() -> Reference:  # its model is gone when the phase ends
         base = reference_request(_qvl_load_request, request.config.stash[SETTINGS_KEY].reference_model)
@@ -275,7 +276,7 @@ def qvl_reference(
 @pytest.fixture(scope="session")
 def qvl_vram(pytestconfig: pytest.Config) -> Meter:
     """The session's VRAM meter: ``with qvl_vram.phase("prefill") as phase: ...``, then ``phase.usage``."""
-    return pytestconfig.stash[STATE_KEY].meter
+    return pytestconfig.stash[METER_KEY]
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl.session.process_link import CHILD_NAME
+
 if TYPE_CHECKING:
     import socket
 
-NAME = "qvl-child"
-PARENT_NAME = "qvl-children"
 WORKER_NAME = "qvl-child-worker"
 WORKER_INPUT = "qvl_share"
 # How an xdist worker learns whose it is before its configuration exists; its tests do not see it.
@@ -86,7 +86,7 @@ def main(connection: socket.socket, task: dict[str, Any]) -> int:
 
 def backend_of(config: pytest.Config) -> str | None:
     """The backend whose tests this process runs; ``None`` where it is nobody's child."""
-    share = config.pluginmanager.get_plugin(NAME) or getattr(config, "workerinput", {}).get(WORKER_INPUT)
+    share = config.pluginmanager.get_plugin(CHILD_NAME) or getattr(config, "workerinput", {}).get(WORKER_INPUT)
     backend: str | None = share["backend"] if isinstance(share, dict) else getattr(share, "backend", None)
     return backend
 
@@ -119,7 +119,7 @@ class Child:
     """
 
     def __init__(self, channel: Channel, task: dict[str, Any]) -> None:
-        self.__name__ = NAME  # what it is registered under
+        self.__name__ = CHILD_NAME  # what it is registered under
         self.backend: str = task["backend"]
         self._nodeids: list[str] = task["items"]
         self._channel = channel

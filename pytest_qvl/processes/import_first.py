@@ -11,6 +11,7 @@ import pytest
 from pytest_qvl.models.backends import BACKENDS, start_first
 from pytest_qvl.options import backends_before_conftests
 from pytest_qvl.processes import child
+from pytest_qvl.session.process_link import parent_link
 
 # Options with which pytest runs no test.
 _RUNS_NOTHING = ("help", "version", "collectonly", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
@@ -36,9 +37,9 @@ def refuse(config: pytest.Config) -> None:
     """
     reason = config.stash.get(_REFUSED, "") or _too_many_workers(config)
     if reason:
-        own: child.Child | None = config.pluginmanager.get_plugin(child.NAME)
-        if own is not None:
-            own.request("interrupted", text=reason, for_all=False, status=None)
+        parent = parent_link(config)
+        if parent is not None:
+            parent.request("interrupted", text=reason, for_all=False, status=None)
         raise pytest.UsageError(reason)
 
 

@@ -24,7 +24,7 @@ import pytest
 from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
 from pytest_qvl.processes.child import BOOT, Channel
 from pytest_qvl.session import results
-from pytest_qvl.session.state import STATE_KEY
+from pytest_qvl.session.keys import CONSOLE_KEY, LIMITS_KEY, VERDICTS_KEY
 from pytest_qvl.session.targets import target_of
 
 if TYPE_CHECKING:
@@ -274,18 +274,16 @@ class ChildRun:
         )
 
     def _on_progress(self, line: str) -> None:
-        self._config.stash[STATE_KEY].progress(line)
+        self._config.stash[CONSOLE_KEY].progress(line)
 
     def _on_announce(self, line: str) -> None:
-        self._config.stash[STATE_KEY].announce(line)
+        self._config.stash[CONSOLE_KEY].announce(line)
 
     def _on_limits(self, outcomes: list[dict[str, Any]]) -> None:
-        limits: Any = self._config.pluginmanager.get_plugin("qvl-vram-limits")
-        limits.add(outcomes)
+        self._config.stash[LIMITS_KEY].add(outcomes)
 
     def _on_session(self, output: dict[str, Any]) -> None:
-        verdicts: Any = self._config.pluginmanager.get_plugin("qvl-session-verdicts")
-        verdicts.take(output, self._backend)
+        self._config.stash[VERDICTS_KEY].take(output, self._backend)
 
     def _on_internalerror(self, text: str) -> None:
         self._why = f"met an internal error of pytest:\n{text}"

@@ -11,7 +11,7 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
+from pytest_qvl.session.keys import FIXTURE_NAMES_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 BASE_FIXTURE = "qvl_quantized_model"
 LORA_FIXTURE = "qvl_lora_model"
 MODEL_FIXTURES = frozenset({BASE_FIXTURE, LORA_FIXTURE})
-NAMES_KEY = pytest.StashKey[frozenset[str]]()
 
 Definition = Any  # `pytest.FixtureDef`; its attributes used here are not all public
 Lineage = frozenset[tuple[str, tuple[Definition, ...]]]
@@ -34,9 +33,9 @@ def fixture_names(item: Any) -> frozenset[str]:
     info = getattr(item, "_fixtureinfo", None)
     if info is None:
         return frozenset()
-    if NAMES_KEY not in item.stash:
-        item.stash[NAMES_KEY] = frozenset({*item.fixturenames, *_walk(info.initialnames, item)})
-    names: frozenset[str] = item.stash[NAMES_KEY]
+    if FIXTURE_NAMES_KEY not in item.stash:
+        item.stash[FIXTURE_NAMES_KEY] = frozenset({*item.fixturenames, *_walk(info.initialnames, item)})
+    names: frozenset[str] = item.stash[FIXTURE_NAMES_KEY]
     return names
 
 

@@ -11,7 +11,7 @@ import pytest
 from pytest_qvl.gpu.lease import LeaseError, LeaseTimeout, NoGpu
 from pytest_qvl.gpu.nvml import ProcessMemory
 from pytest_qvl.session.errors import CudaUnusable, UserError
-from pytest_qvl.session.limit_vram import asks_for_gpus
+from pytest_qvl.session.mark_expressions import asks_for_gpus
 from pytest_qvl.session.process_gpu import ProcessGpu
 from pytest_qvl.session.targets import NEEDS_CUDA, on_cuda
 
@@ -114,6 +114,13 @@ class GpuAccess:
         if self._meter.probe(when):
             self.breaker = self.breaker or by
         return bool(self.breaker)
+
+    def facts(self) -> dict[str, Any]:
+        """What summary and record say of this process, as plain data: its lease, its VRAM as a whole and by phase."""
+        session = self._meter.session()
+        assert session.usage is not None
+        vram = {"session": session.usage.as_dict(), "phases": [usage.as_dict() for usage in session.inner]}
+        return {"lease": self.gpu.facts(), "vram": vram}
 
     def _concerns(self, session: pytest.Session) -> bool:
         # A mark named gpu is not ours alone: where nothing else of the run is about us, it is left in peace.

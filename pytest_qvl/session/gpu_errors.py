@@ -15,6 +15,7 @@ import pytest
 
 from pytest_qvl.session.errors import CudaUnusable
 from pytest_qvl.session.gpu_access import is_gpu
+from pytest_qvl.session.keys import OUT_OF_MEMORY_KEY
 from pytest_qvl.session.process_gpu import others_on
 from pytest_qvl.session.report_data import GpuFailure, Kind, add_to_report, report_data
 from pytest_qvl.session.tracebacks import release_frames
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 ASKED = re.compile(r"Tried to allocate (\d[\d.]* [KMGT]?i?B)")
 # The driver's own refusals, which torch's allocator does not see; CUDA works on after them.
 OTHER_REFUSALS = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-OUT_OF_MEMORY = pytest.StashKey[list[BaseException]]()
 SECTION = "GPU"
 
 
@@ -65,7 +65,7 @@ class GpuFailures:
             if call.when == "teardown":
                 release_frames(error)
             else:
-                item.stash.setdefault(OUT_OF_MEMORY, []).append(error)
+                item.stash.setdefault(OUT_OF_MEMORY_KEY, []).append(error)
             if report.failed:
                 text = self._describe_out_of_memory(error, call.when)
                 _conclude(report, text)
@@ -75,7 +75,7 @@ class GpuFailures:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
         """Before tear-down and the next test: let go of what a failed allocation left in frames and cache."""
-        errors = item.stash.get(OUT_OF_MEMORY, [])
+        errors = item.stash.get(OUT_OF_MEMORY_KEY, [])
         for error in errors:
             release_frames(error)
         if errors:

@@ -9,16 +9,25 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import pytest
+
+from pytest_qvl.session import fixture_graph
+from pytest_qvl.session.session_results import Verdict
+from pytest_qvl.session.tracebacks import forget, forget_last, release_frames
 from pytest_qvl.vram.units import MiB, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    from pytest_qvl.session.first_errors import FirstErrors
+    from pytest_qvl.session.gpu_access import GpuAccess
+    from pytest_qvl.session.model_state import ModelState
     from pytest_qvl.vram.meter import Meter
 
 # A block that is reused may count for up to 1 MiB more than was asked for; tables that libraries make once per
 # process (bitsandbytes' quantization maps) are a thousandth of that.
 TOLERANCE = MiB
+STOPPED = (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)  # with fixtures still alive
 
 
 class LeakWatch:
@@ -35,6 +44,11 @@ class LeakWatch:
         self._made = 0
         self._making = 0
 
+    @property
+    def begun(self) -> bool:
+        """Whether a test has used the model so far."""
+        return self._first is not None
+
     def begin(self) -> None:
         """A test that uses the model begins, before its fixtures are made."""
         if self._first is None:
@@ -45,6 +59,9 @@ class LeakWatch:
     @contextmanager
     def making(self) -> Iterator[None]:
         """A fixture of a wider scope than one test is made: what it allocates stays, unless it fails."""
+        if not self.begun:
+            yield
+            return
         before = self._allocated()
         self._making += 1
         try:
@@ -101,3 +118,82 @@ class LeakWatch:
         if len(lines) == 1:
             lines.append("  no tensor that Python knows holds it: a C++ object (an autograd graph, a CUDA graph) does")
         return "\n".join(lines)
+
+
+class LeakVerdicts:
+    """Which test left memory allocated, and whether the session did; one per process.
+
+    Args:
+        meter: The one meter of this process.
+        access: The way to the GPU; says whether CUDA still works.
+        model: The model between two tests.
+        errors: Which test met a fixture's error first.
+
+    Attributes:
+        watch: What is allocated, compared with what was.
+    """
+
+    def __init__(self, meter: Meter, access: GpuAccess, model: ModelState, errors: FirstErrors) -> None:
+        self._meter, self._access, self._model, self._errors = meter, access, model, errors
+        self.watch = LeakWatch(meter)
+        self._tearing_down: tuple[pytest.Item, list[BaseException]] | None = None
+        self._left = ""
+
+    def begin_teardown(self, item: pytest.Item, errors: list[BaseException]) -> None:
+        """The test's own fixtures are torn down next, then perhaps wider ones.
+
+        Args:
+            item: The test.
+            errors: What it raised so far; their frames are let go if memory is missing.
+        """
+        self._left = ""
+        self._tearing_down = (item, errors) if fixture_graph.requested_models(item) else None
+
+    def look(self) -> None:
+        """Look for what the test left, once: before the first wider fixture goes, whose memory would make up for it."""
+        if self._tearing_down is None or self._access.broken:
+            return
+        (item, errors), self._tearing_down = self._tearing_down, None
+
+        def let_go() -> None:
+            self.let_go_of(errors)
+            forget_last()
+            if hasattr(item, "funcargs"):
+                item.funcargs.clear()  # pytest does it a moment later
+            self._model.free_buffers()
+
+        left = self.watch.left_by_test(let_go, self._model.storages)
+        if left:
+            failed = self._errors.met_first_by(item)
+            after = "a load that failed half-way" if failed else "the test and its tear-down"
+            amount, *holders = left.splitlines()
+            self._left = "\n".join([f"{item.nodeid} leaks: {amount}, after {after}", *holders])
+
+    def judge(self) -> str | None:
+        """After teardown: say if a test that uses the model left memory allocated."""
+        self.look()
+        return self._left or None
+
+    def let_go_of(self, errors: Iterable[BaseException]) -> None:
+        """Drop what kept errors hold in their frames, half-built models too."""
+        for error in errors:
+            release_frames(error)
+            forget(error)
+        for definition in self._model.noted:
+            fixture_graph.forget_traceback(definition)
+
+    def judge_session(self, session: pytest.Session) -> list[Verdict]:
+        """After all fixtures are torn down: is all memory of models free again?"""
+        if not self.watch.begun or session.exitstatus in STOPPED:
+            return []
+        self._errors.clear()
+        self._model.release()
+        left = self.watch.left_by_session(forget_last) if self._meter.alive() else ""
+        if self._access.broken:
+            text = f"CUDA was broken by {self._access.breaker}: {self._access.broken}"
+            return [Verdict("leak", "not judged", text)]
+        if not self._meter.alive():
+            return []
+        if left:
+            return [Verdict("leak", "BROKEN", left)]
+        return [Verdict("leak", "kept", "all memory of models is free again")]

@@ -6,7 +6,6 @@ Imports stdlib and pytest only; the meter's side is imported when the first limi
 from __future__ import annotations
 
 import hashlib
-import itertools
 import pickle
 import re
 from collections import Counter
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pytest
 
+from pytest_qvl.session.keys import TEST_PHASE_KEY, UNMEASURED_KEY, VRAM_OUTCOMES_KEY
 from pytest_qvl.session.report_data import LimitOutcome, add_to_report, report_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from pytest_qvl.evidence import Evidence
-    from pytest_qvl.options import Settings
     from pytest_qvl.session.session_results import Verdict
     from pytest_qvl.vram.meter import Meter, Number, Phase, Usage
 
@@ -35,37 +34,6 @@ LIMIT_VRAM_HELP = (
     "limit_vram(None) lifts every limit from further out"
 )
 Scope = Literal["call", "test", "session"]
-
-
-def insists_on(mark: str, expression: str) -> bool:
-    """Whether a ``-m`` expression selects only tests that carry ``mark``.
-
-    ``gpu``, ``gpu and not slow`` and ``not (slow or not gpu)`` do; ``not gpu``, ``gpu or slow`` and nothing
-    do not, nor does an expression that pytest will refuse a moment later.
-    """
-    from _pytest.mark.expression import Expression
-
-    if mark not in expression:
-        return False
-    try:
-        compiled = Expression.compile(expression)
-    except SyntaxError:
-        return False
-    others = sorted(set(re.findall(r"[\w:+\-.\[\]\\/]+", expression)) - {mark, "and", "or", "not"})
-    # Every combination of a handful of names; of more (nobody types that) none, each alone, and all.
-    sizes = range(len(others) + 1) if len(others) <= 8 else (0, 1, len(others))
-    worlds = [set(world) for size in sizes for world in itertools.combinations(others, size)]
-
-    def selects(present: set[str]) -> bool:
-        return compiled.evaluate(lambda name, /, **_: name in present)
-
-    return any(selects(world | {mark}) for world in worlds) and not any(selects(world) for world in worlds)
-
-
-def asks_for_gpus(config: pytest.Config, settings: Settings) -> bool:
-    """Whether whoever started this run asked for GPUs: by ``-m gpu``, by requiring one, or by the device."""
-    insists = insists_on("gpu", config.getoption("markexpr", "") or "")
-    return insists or bool(settings.require_gpu) or settings.device == "cuda"
 
 
 @dataclass(frozen=True)
@@ -131,9 +99,6 @@ def _limit_vram(limit: str | int | None, *, of: str = "fit", scope: str = "call"
     return Limit(parse_bytes(limit), of, scope)  # type: ignore[arg-type]
 
 
-_TEST_PHASE = pytest.StashKey["Phase"]()
-_OUTCOMES = pytest.StashKey[list[LimitOutcome]]()
-_UNMEASURED = pytest.StashKey[list[LimitOutcome]]()
 _UNFINISHED = (pytest.skip.Exception, pytest.exit.Exception, KeyboardInterrupt)
 
 
@@ -244,11 +209,11 @@ class VramLimits:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Begin measuring scope ``test`` before the first fixture."""
-        item.stash[_OUTCOMES], item.stash[_UNMEASURED] = [], []
+        item.stash[VRAM_OUTCOMES_KEY], item.stash[UNMEASURED_KEY] = [], []
         limits = self._limits(item, "test")
         if limits:
             name = f"{item.nodeid} with set-up and teardown"
-            item.stash[_TEST_PHASE] = self._meter.begin(name, keep=_exceeds(limits))
+            item.stash[TEST_PHASE_KEY] = self._meter.begin(name, keep=_exceeds(limits))
 
     @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -271,7 +236,7 @@ class VramLimits:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
         """Hold scope ``test`` after the last fixture, and ask for what was not measured."""
-        phase = item.stash.get(_TEST_PHASE, None)
+        phase = item.stash.get(TEST_PHASE_KEY, None)
         try:
             result = yield
         except BaseException as error:
@@ -287,7 +252,7 @@ class VramLimits:
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         """Send what was measured along with the report, which is all that leaves an xdist worker."""
         report = yield
-        outcomes = item.stash.get(_OUTCOMES, [])
+        outcomes = item.stash.get(VRAM_OUTCOMES_KEY, [])
         if outcomes:
             add_to_report(report, limits=tuple(outcomes))
             outcomes.clear()
@@ -309,7 +274,7 @@ class VramLimits:
             raise pytest.fail.Exception(str(error), pytrace=False) from None
 
     def _finish(self, item: pytest.Item, phase: Phase, error: BaseException | None) -> None:
-        del item.stash[_TEST_PHASE]
+        del item.stash[TEST_PHASE_KEY]
         self._meter.end(phase, error)
         self._hold(item, phase, self._limits(item, "test"), failed=error is not None)
 
@@ -321,9 +286,9 @@ class VramLimits:
         failures: list[CheckFailed] = []
         for limit in limits:
             outcome = self._note(item.nodeid, phase, limit)
-            item.stash[_OUTCOMES].append(outcome)
+            item.stash[VRAM_OUTCOMES_KEY].append(outcome)
             if outcome.value is None:
-                item.stash[_UNMEASURED].append(outcome)
+                item.stash[UNMEASURED_KEY].append(outcome)
                 continue
             try:
                 hold_limit(phase, limit.size, limit.of)
@@ -357,7 +322,7 @@ class VramLimits:
         )
 
     def _require(self, item: pytest.Item) -> None:
-        missing = [outcome for outcome in item.stash.get(_UNMEASURED, []) if outcome.marked]
+        missing = [outcome for outcome in item.stash.get(UNMEASURED_KEY, []) if outcome.marked]
         if self._required and missing:
             raise pytest.fail.Exception(
                 f"{item.nodeid}: its limit_vram was not measured, and a GPU is required: {missing[0].reason}",

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.session.keys import GIVEN_OUT_KEY
 from pytest_qvl.session.report_data import add_to_report, report_data
 from pytest_qvl.session.results import skip_reason
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-
-
-_BEFORE = pytest.StashKey[int]()
 
 
 def given_out_on_cuda() -> int:
@@ -43,7 +41,7 @@ class GpuRequired:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """Note how much was allocated before the first fixture."""
-        item.stash[_BEFORE] = given_out_on_cuda()
+        item.stash[GIVEN_OUT_KEY] = given_out_on_cuda()
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -60,7 +58,7 @@ class GpuRequired:
         report = yield
         on_gpu = item.get_closest_marker("gpu") is not None
         if on_gpu and call.when == "call" and (not report.skipped or hasattr(report, "wasxfail")):
-            add_to_report(report, ran_on_cuda=given_out_on_cuda() != item.stash[_BEFORE])
+            add_to_report(report, ran_on_cuda=given_out_on_cuda() != item.stash[GIVEN_OUT_KEY])
         if not on_gpu or not report.skipped or hasattr(report, "wasxfail"):
             return report
         judged = call.excinfo is not None and isinstance(call.excinfo.value.__cause__, CannotJudge)

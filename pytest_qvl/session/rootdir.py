@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qvl.options import SETTINGS
+from pytest_qvl.session.keys import AGAIN_KEY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ADDOPTS = "PYTEST_ADDOPTS"
 TAKE_A_VALUE = frozenset(setting.flag for setting in SETTINGS if not setting.switch)
-_AGAIN = pytest.StashKey[list[str]]()
 
 
 def joined(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -61,7 +61,7 @@ def start_over_if_misled(config: pytest.Config, parser: pytest.Parser, args: lis
     _, misled_by_environment = joined(shlex.split(os.environ.get(ADDOPTS, "")))
     if not (misled or misled_by_environment):
         return False
-    config.stash[_AGAIN] = arguments
+    config.stash[AGAIN_KEY] = arguments
     args.clear()
     config.known_args_namespace = parser.parse_known_args([], namespace=copy.copy(config.option))
     config.known_args_namespace.noconftest = True
@@ -70,7 +70,7 @@ def start_over_if_misled(config: pytest.Config, parser: pytest.Parser, args: lis
 
 def run_again(config: pytest.Config) -> int | pytest.ExitCode | None:
     """The exit status of the run that started over; ``None`` where nothing did."""
-    arguments = config.stash.get(_AGAIN, None)
+    arguments = config.stash.get(AGAIN_KEY, None)
     if arguments is None:
         return None
     given = os.environ.get(ADDOPTS)

@@ -12,14 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from pytest_qvl.processes.child import NAME as CHILD_NAME
-from pytest_qvl.processes.child import PARENT_NAME
+from pytest_qvl.session.process_link import parent_link, starts_processes
 from pytest_qvl.session.report_data import add_to_report, report_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    from pytest_qvl.processes.child import Child
 
 NODE = "qvl session"
 _OUTPUT = "qvl_session"
@@ -73,16 +70,16 @@ class SessionVerdicts:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Judge, before JUnit's file and the record are written; send the verdicts to whoever reports them."""
         config: Any = session.config
-        if not config.pluginmanager.has_plugin(PARENT_NAME):  # which runs no tests itself
+        if not starts_processes(config):
             found = [asdict(verdict) for judge in self._judges for verdict in judge(session)]
             self.take({"verdicts": found, "facts": [self._ask_facts()]}, "")
         output = {"verdicts": [asdict(verdict) for verdict in self.verdicts], "facts": self.facts}
         if hasattr(config, "workeroutput"):
             config.workeroutput[_OUTPUT] = output
             return
-        own: Child | None = config.pluginmanager.get_plugin(CHILD_NAME)
-        if own is not None:
-            own.request("session", output=output)
+        parent = parent_link(config)
+        if parent is not None:
+            parent.request("session", output=output)
             return
         self._report(config)
         if session.exitstatus == pytest.ExitCode.OK and any(v.state == "BROKEN" for v in self.verdicts):

@@ -70,9 +70,9 @@ def pytest_sessionfinish(session):
 
 
 def _meter(config):
-    from pytest_qvl.session.state import STATE_KEY
+    from pytest_qvl.session.keys import METER_KEY
 
-    return config.stash[STATE_KEY].meter
+    return config.stash[METER_KEY]
 
 
 def _without_data(tensors):

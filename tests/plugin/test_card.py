@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from pytest_qvl.session.device import Device
 from pytest_qvl.session.errors import UserError
 from pytest_qvl.session.gpu_access import GpuAccess
-from pytest_qvl.session.state import State
 from pytest_qvl.vram.cap import allocator_bytes
 from pytest_qvl.vram.cards import card
+from pytest_qvl.vram.meter import Meter
 
 GiB = 1024**3
 T4 = card("t4")
@@ -55,18 +56,22 @@ def gpu(monkeypatch, with_torch):
 
 
 @pytest.fixture
-def state(pytestconfig):
+def device(pytestconfig):
     def make(chosen):
-        return State(pytestconfig, SimpleNamespace(card=chosen, gpu_patience=0.0, source=lambda name: "--qvl-card"))
+        settings = SimpleNamespace(card=chosen, gpu_patience=0.0, source=lambda name: "--qvl-card")
+        meter = Meter()
+        made = Device(settings, GpuAccess(pytestconfig, settings, meter, print), meter)
+        made.meter = meter
+        return made
 
     return make
 
 
-def test_a_card_is_set_up_once_and_undone(gpu, state):
-    before, simulating = gpu.kernels(), state(T4)
+def test_a_card_is_set_up_once_and_undone(gpu, device):
+    before, simulating = gpu.kernels(), device(T4)
     assert gpu.asked == []
-    simulating.set_up_device()
-    simulating.set_up_device()
+    simulating.set_up()
+    simulating.set_up()
     assert gpu.asked == [(allocator_bytes(T4) / (140 * GiB), 0)]
     assert gpu.kernels() == {"efficient", "math"}
     assert simulating.meter.context == T4.context_bytes
@@ -77,9 +82,9 @@ def test_a_card_is_set_up_once_and_undone(gpu, state):
     assert gpu.kernels() == before
 
 
-def test_without_a_card_the_kernels_of_the_gpu_itself_are_pinned(gpu, state):
-    before, plain = gpu.kernels(), state(None)
-    plain.set_up_device()
+def test_without_a_card_the_kernels_of_the_gpu_itself_are_pinned(gpu, device):
+    before, plain = gpu.kernels(), device(None)
+    plain.set_up()
     assert gpu.kernels() == {"flash", "efficient", "math"}
     assert gpu.asked == []
     assert plain.meter.context is None
@@ -88,15 +93,15 @@ def test_without_a_card_the_kernels_of_the_gpu_itself_are_pinned(gpu, state):
     assert gpu.kernels() == before
 
 
-def test_a_card_bigger_than_the_gpu_is_refused_and_nothing_is_set(monkeypatch, with_torch, state):
+def test_a_card_bigger_than_the_gpu_is_refused_and_nothing_is_set(monkeypatch, with_torch, device):
     gpu = Gpu(monkeypatch, 8 * GiB)
-    before, too_big = gpu.kernels(), state(T4)
+    before, too_big = gpu.kernels(), device(T4)
     with pytest.raises(
         UserError, match="--qvl-card: t4 has 14.03 GiB for the allocator and this GPU only 8.00 GiB"
     ) as a:
-        too_big.set_up_device()
+        too_big.set_up()
     with pytest.raises(UserError) as b:
-        too_big.set_up_device()
+        too_big.set_up()
     assert a.value is b.value  # so that the session points from the second test to the first
     too_big.close()
     assert (gpu.asked, gpu.kernels()) == ([], before)

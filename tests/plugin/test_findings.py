@@ -104,8 +104,8 @@ def test_evidence_travels_from_workers(pytester, run_apart):
 
 
 SHOWS = """
-    from pytest_qvl.session.state import STATE_KEY
-    def test_it(pytestconfig): pytestconfig.stash[STATE_KEY].progress("loading the model")
+    from pytest_qvl.session.keys import CONSOLE_KEY
+    def test_it(pytestconfig): pytestconfig.stash[CONSOLE_KEY].progress("loading the model")
 """
 
 

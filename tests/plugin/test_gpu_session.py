@@ -340,7 +340,6 @@ def test_a_required_gpu_is_counted_over_workers(machine, pytester, selected, sta
 
 FAILS = """
 import pytest, torch
-from pytest_qvl.session.state import STATE_KEY
 GIB = 1 << 30
 def test_a_greedy(qvl_target, qvl_vram):
     kept = torch.Tensor(10 * GIB)

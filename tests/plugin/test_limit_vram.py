@@ -9,7 +9,8 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import pytest_qvl
-from pytest_qvl.session.limit_vram import VramLimits, insists_on
+from pytest_qvl.session.limit_vram import VramLimits
+from pytest_qvl.session.mark_expressions import insists_on
 
 ROOT = Path(pytest_qvl.__file__).parents[1]
 
@@ -518,7 +519,7 @@ def test_the_module_imports_nothing_heavy(pytester):
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pytest_qvl.session.limit_vram; "
         "print([n for n in sys.modules if n.startswith(('torch', 'pytest_qvl.'))])"
     )
-    light = ["session", "releases", "evidence", "session.report_data", "session.limit_vram"]
+    light = ["session", "session.keys", "releases", "evidence", "session.report_data", "session.limit_vram"]
     assert result.stdout.lines[-1] == str([f"pytest_qvl.{name}" for name in light])
     assert VramLimits.__module__ == "pytest_qvl.session.limit_vram"
 

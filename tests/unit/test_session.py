@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from pytest_qvl.session import fixture_graph
+from pytest_qvl.session.device import Device
 from pytest_qvl.session.errors import UserError, as_usage_error
-from pytest_qvl.session.state import State
 
 
 @pytest.mark.parametrize("error", [ValueError("wrong"), FileNotFoundError("gone"), OSError("offline")])
@@ -23,8 +23,8 @@ def test_a_bug_keeps_its_traceback():
         _ = 1 / 0
 
 
-def test_bfloat16_is_the_default_without_a_card(pytestconfig):
-    assert State(pytestconfig, None).default_dtype("cpu") == "bfloat16"
+def test_bfloat16_is_the_default_without_a_card():
+    assert Device(None, None, None).default_dtype("cpu") == "bfloat16"
 
 
 CONFTEST = """
