@@ -34,7 +34,7 @@ AMX = Cpu(
 
 def test_all_settings_are_listed_and_only_offered_ones_run() -> None:
     everywhere = settings("all")
-    assert len(everywhere) == len(set(everywhere)) == 5 * 3 * 2
+    assert len(everywhere) == len(set(everywhere)) == (4 * 3 + 1) * 2
     assert all(not setting.lacks(AMX) for setting in everywhere)
     offered = [str(s) for s in everywhere if not s.lacks(OLD)]
     assert offered == [

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
 
 _FIRST_SHARE = 1 / 4
-_HALVINGS = 8
+_HALVINGS = 10
 _AGREES = 1 / 2
 
 
@@ -111,7 +111,7 @@ def descent(lesson: Lesson, move: Move) -> Descent:
 
     By Taylor, ``loss(w + t d) - loss(w) = t <gradient, d> + O(t**2)``, so seen over promised tends to 1 as ``t``
     goes to 0, and each halving of ``t`` halves the deviation. ``t`` starts where the promise is a quarter of the
-    loss, whatever the learning rate was, and is halved up to eight times, down to a thousandth of the loss. It
+    loss, whatever the learning rate was, and is halved up to ten times, down to a 4,000th of the loss. It
     agrees where the deviation is at most half of the promise twice in a row; once could be a loss that rises and
     comes down again. The promise is taken from the weights as rounded, so that a 16-bit adapter is judged too.
     The weights are put back where the move began.
