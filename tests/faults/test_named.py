@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -9,8 +10,18 @@ import pytest
 
 from pytest_qvl.faults import apply, catalogue, healthy_case
 from pytest_qvl.faults.catalogue import FAMILIES, find
-from pytest_qvl.faults.matrix.healthy import ALWAYS, IN_TURN, KNOWLEDGE, Healthy, variations
-from pytest_qvl.faults.matrix.panel import PASS, judge, judge_all, panel, smoke
+from pytest_qvl.faults.matrix.healthy import (
+    ADAPTERS,
+    ALWAYS,
+    BIASES,
+    DTYPES,
+    IN_TURN,
+    KNOWLEDGE,
+    OPTIMIZERS,
+    Healthy,
+    variations,
+)
+from pytest_qvl.faults.matrix.panel import PASS, UNDECIDED, judge, judge_all, panel, smoke
 from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.sizes import EMBEDDED, sizes_of
 
@@ -100,6 +111,30 @@ def test_healthy_variation_raises_no_alarm(variation: Any) -> None:
 
 
 HEALTHY_CASES = Healthy()
+RARE = ("copy of the head", "token rows", "biases trained", "biases of its own", "a second one at rest", "AdaLoRA")
+
+
+@pytest.mark.parametrize("adapter", RARE)
+def test_an_adapter_that_the_first_variations_do_not_have_raises_no_alarm(adapter: str) -> None:
+    checks = ("adapter_census", "adapter_roundtrip", "adapter_neutrality")
+    variation = replace(variations(1)[0], adapter=adapter, checks=checks)
+    with HEALTHY_CASES.case(variation) as made:
+        verdicts = judge_all(made, checks)
+    undecided = {"adapter_census"} if adapter == "AdaLoRA" else set()
+    assert {name for name, verdict in verdicts.items() if verdict.outcome != PASS} == undecided
+    assert all(verdicts[name].outcome == UNDECIDED for name in undecided)
+
+
+def test_every_kind_comes_up_and_knowledge_is_asked_for_in_every_dtype() -> None:
+    every = variations(1000)
+    known = [variation for variation in every if KNOWLEDGE[0] in variation.checks]
+    assert {v.dtype for v in known} == set(DTYPES)
+    assert {v.eager for v in known} == {True, False}
+    assert {(v.adapter, v.dtype) for v in every if not v.family} == {
+        (adapter, dtype) for adapter in ADAPTERS for dtype in DTYPES if (adapter, dtype) != (BIASES, "float16")
+    }
+    assert {v.optimizer for v in every if "training_step" in v.checks} == set(OPTIMIZERS)
+    assert {v.optimizer for v in every if "frozen_vision" in v.checks} == set(OPTIMIZERS)
 
 
 def test_every_check_has_a_fault_of_its_own() -> None:

@@ -35,8 +35,19 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "renamed": {},
     "first layers": {"target_modules": ["q_proj", "v_proj", "o_proj"], "layers_to_transform": [0, 1]},
     "dora, rslora, dropout": {"use_dora": True, "use_rslora": True, "lora_dropout": 0.05},
+    "copy of the head": {"modules_to_save": ["lm_head"]},
+    "token rows": {"trainable_token_indices": [1, 5, 9]},
+    "biases trained": {"bias": "lora_only"},
+    "biases of its own": {"lora_bias": True},
+    "a second one at rest": {},
+    "AdaLoRA": {"init_r": 8, "target_r": 4, "total_step": 1_000, "tinit": 100, "tfinal": 200},
 }
 ADAPTER_NAMES = {"renamed": "step-500"}
+ADALORA, AT_REST = "AdaLoRA", "a second one at rest"
+MOVES_ANSWERS = ("trained",)  # by random weights: the model's knowledge is lost, as alignment should say
+# Tensors that are trained in the model's own dtype, where float16 cannot be trained, as training_step says. K-bit
+# preparation makes the head float32; bitsandbytes casts biases back to the compute dtype at the first forward.
+COPIES, BIASES = "copy of the head", "biases trained"
 KNOWLEDGE = needing("knowledge")
 ALWAYS = tuple(
     each.name for each in declared().values() if not {"gpu", "forecast", "time", "knowledge"}.intersection(each.needs)
@@ -50,10 +61,13 @@ _TURNS = (
     ("generation_batch_invariance", "generation_cache_invariance"),
 )
 IN_TURN = (*_TURNS, *((name,) for name in needing("time") if name not in chain(*_TURNS)))
-KNOWLEDGE_EVERY = 8
+KNOWLEDGE_EVERY = 9  # no divisor in common with other periods: all combinations come up
 RANDOM_EVERY = 5
 SIDES = tuple(range(56, 197, 28))  # px
-OPTIMIZERS = ("derived", "AdamW 2e-4", "SGD 0.1, momentum", "Adafactor 1e-3", "AdamW 1e-5, no decay")
+OPTIMIZERS = (
+    *("derived", "AdamW 2e-4", "SGD 0.1, momentum", "Adafactor 1e-3", "AdamW 1e-5, no decay"),
+    *("8-bit AdamW 2e-4", "paged 8-bit AdamW 1e-4"),
+)
 OPTIMIZER_EVERY = 10  # variations in a row with the same one, so that each meets both training checks
 
 
@@ -99,18 +113,24 @@ def variations(count: int) -> list[Variation]:
             family = RANDOM_FAMILIES[number // RANDOM_EVERY % len(RANDOM_FAMILIES)]
         else:
             knowledge = number % KNOWLEDGE_EVERY == 0
-        adapter = "fresh" if knowledge else list(ADAPTERS)[number % len(ADAPTERS)]
+        adapter = list(ADAPTERS)[number % len(ADAPTERS)]
+        if knowledge and adapter in MOVES_ANSWERS:
+            adapter = "fresh"
+        dtype = DTYPES[number % len(DTYPES)]
+        if dtype == "float16" and (adapter == BIASES or (adapter == COPIES and family)):
+            dtype = "float32"
+        needs_float32 = dtype == "float16" and adapter == COPIES
         turn = number // (RANDOM_EVERY if family else 2) % len(IN_TURN)
         checks = (*ALWAYS, *IN_TURN[turn], *(KNOWLEDGE if knowledge else ()))
         made.append(
             Variation(
                 number,
-                DTYPES[number % len(DTYPES)],
+                dtype,
                 adapter,
                 OPTIMIZERS[number // OPTIMIZER_EVERY % len(OPTIMIZERS)],
                 eager=number % 7 == 3 and not family,
                 family=family,
-                prepared=number % 11 == 6 and not family,
+                prepared=(number % 11 == 6 or needs_float32) and not family,
                 checks=checks,
             )
         )
@@ -139,7 +159,7 @@ class Healthy:
         own = variation.number if knows else SEED
         base = self._base(variation.dtype, own if self._seed is None else self._seed)
         changed = replace(base, collators=[], rows=_rows(variation.number))
-        changed.lora_config = lora_config(**ADAPTERS[variation.adapter])
+        changed.lora_config = _adapter_config(variation.adapter)
         changed.make_optimizer = _optimizer(variation.optimizer)
         if variation.family:
             with _random_case(changed, variation) as made:
@@ -202,14 +222,26 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
         yield replace(case, model=model, policy=policy, reference=floor)
 
 
+def _adapter_config(name: str) -> Any:
+    from peft import AdaLoraConfig
+
+    if name == ADALORA:
+        return AdaLoraConfig(**{"lora_alpha": 16, "target_modules": LANGUAGE_ONLY, **ADAPTERS[name]})
+    return lora_config(**ADAPTERS[name])
+
+
 def _adapted(base: Any, variation: Variation, config: Any) -> Any:
     from peft import get_peft_model
 
-    return get_peft_model(base, config, ADAPTER_NAMES.get(variation.adapter, "default")).eval()
+    model = get_peft_model(base, config, ADAPTER_NAMES.get(variation.adapter, "default"))
+    if variation.adapter == AT_REST:
+        model.add_adapter("second", lora_config(r=2, init_lora_weights=False))
+    return model.eval()
 
 
 def _optimizer(name: str) -> Any:
     """Makes an optimizer as people set it; ``None`` for the one that the checks derive."""
+    import bitsandbytes as bnb
     import torch
     from transformers.optimization import Adafactor
 
@@ -218,6 +250,8 @@ def _optimizer(name: str) -> Any:
         "SGD 0.1, momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         "Adafactor 1e-3": lambda p: Adafactor(p, lr=1e-3, relative_step=False, scale_parameter=False),
         "AdamW 1e-5, no decay": lambda p: torch.optim.AdamW(p, lr=1e-5, weight_decay=0.0),
+        "8-bit AdamW 2e-4": lambda p: bnb.optim.AdamW8bit(p, lr=2e-4, min_8bit_size=0),
+        "paged 8-bit AdamW 1e-4": lambda p: bnb.optim.PagedAdamW8bit(p, lr=1e-4, min_8bit_size=0),  # unpaged on a CPU
     }
     return makers.get(name)
 
