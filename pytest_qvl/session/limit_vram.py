@@ -6,7 +6,6 @@ Imports stdlib and pytest only; the meter's side is imported when the first limi
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -334,6 +333,8 @@ class VramLimits:
         cache = getattr(self._config, "cache", None)
         if cache is None or phase.history is None or phase.history.snapshot is None:
             return []
+        import pickle
+
         path = Path(cache.mkdir("qvl-vram")) / f"{_file_name(name)}.pickle"
         path.write_bytes(pickle.dumps(phase.history.snapshot))
         return [f"allocator snapshot: {path} (open it at https://docs.pytorch.org/memory_viz)"]

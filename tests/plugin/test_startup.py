@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
 HEAVY = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "PIL", "numpy", "safetensors")
+# Of the standard library: dear, and not among what pytest itself imports in every release.
+DEAR = (
+    "asyncio",
+    "email",
+    "importlib.metadata",
+    "inspect",
+    "multiprocessing",
+    "pickle",
+    "socket",
+    "subprocess",
+    "urllib",
+)
 
 SPY = """
 import json, sys
@@ -36,11 +49,41 @@ def pytest_unconfigure(config):
 def test_starting_imports_nothing_heavy_and_starts_no_process(pytester, monkeypatch, arguments):
     pytester.makepyfile(spy=SPY.format(heavy=HEAVY), test_unrelated="def test_it(tmp_path): pass")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    monkeypatch.setenv("PYTHONPATH", str(pytester.path))
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path), prepend=os.pathsep)
     result = pytester.runpytest_subprocess("-p", "spy", "-s", *arguments)
     assert result.ret == 0
     (line,) = [line for line in result.outlines if line.startswith("SPY ")]
     assert json.loads(line.removeprefix("SPY ")) == {"heavy": [], "started": [], "plugin": True}
+
+
+MODULES = """
+import sys
+
+def pytest_unconfigure(config):
+    print("SPY", *(name for name in {dear!r} if name in sys.modules))
+"""
+
+
+def test_a_run_without_a_model_imports_of_the_standard_library_what_pytest_does(pytester, monkeypatch):
+    pytester.makepyfile(spy=MODULES.format(dear=DEAR), test_unrelated="def test_it(): pass")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path), prepend=os.pathsep)
+
+    def imported(*arguments):
+        lines = pytester.runpytest_subprocess("-p", "spy", "-s", *arguments, "test_unrelated.py").outlines
+        return [line for line in lines if line.startswith("SPY")]
+
+    assert imported("-p", "qvl") == imported()
+
+
+def test_importing_the_plugin_imports_pytest_and_names_only():
+    code = (
+        "import sys, pytest; before = set(sys.modules); import pytest_qvl.plugin; "
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = ("", ".plugin", ".session", ".session.keys", ".session.process_link")
+    assert done.stdout.split() == [f"pytest_qvl{name}" for name in names]
 
 
 def test_importing_the_package_imports_nothing_heavy():
