@@ -128,6 +128,10 @@ def _register(config: pytest.Config, settings: Settings, *, writes_record: bool)
     register, stash = config.pluginmanager.register, config.stash
     register(ShippedSuite(), "qvl-suite")
     register(Installed(), "qvl-installed")
+    if settings.images is not None:
+        from pytest_qvl.session.image_folder import ImageFolder
+
+        register(ImageFolder(settings.images, settings.source("images")), "qvl-image-folder")
     summary, comparison = Summary(), Comparison()
     register(summary, "qvl-summary")
     register(comparison, "qvl-comparison")
