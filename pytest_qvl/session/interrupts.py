@@ -4,7 +4,8 @@ A KeyboardInterrupt in the middle of an import does not always arrive: it is swa
 leaves a half-imported module to every later test, or ends the process in torch's C++ code. One that comes while
 fixtures are torn down and the summary is written is a traceback without either. So signals are noted when they come: an
 import that is under way comes to its end first, a run goes on no longer than its current phase, and one that is ending
-ends in peace. Whoever presses Ctrl-C once more gets Python's own reaction.
+ends in peace: it reports the interrupt, tears fixtures down and writes its summary. Ctrl-C twice meanwhile ends the
+process at once, as the signal does by default: without a traceback of pytest's own inner life.
 
 Imports stdlib and pytest only.
 """
@@ -45,6 +46,7 @@ class Interrupts:
         self._before: dict[signal.Signals, Any] = {}
         self._process = 0
         self._tearing_down = False  # the fixtures of a test, or the whole session
+        self._ending = False  # no test runs any more
         self._deferred = False  # until an import has come to its end
         self._awaited: set[signal.Signals] = set()
         self.caught = ""
@@ -59,9 +61,10 @@ class Interrupts:
             self._install()
         try:
             return (yield)
-        except KeyboardInterrupt:
-            self._tearing_down = True
-            raise
+        finally:
+            # One that stopped the run has got through: the next, while pytest reports it, is the first to meet the end.
+            self._ending = self._tearing_down = True
+            self._deferred, self.caught = False, ""
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self) -> Generator[None, object, object]:
@@ -84,7 +87,6 @@ class Interrupts:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
         """To the end of the session: tear-down and summary are not interrupted."""
-        self._tearing_down, self._deferred, self.caught = True, False, ""
         try:
             return (yield)
         finally:
@@ -133,6 +135,10 @@ class Interrupts:
                 self._interrupt(came, frame)
             return
         again, self.caught = bool(self.caught), came.name
+        if again and self._ending:
+            signal.signal(came, signal.SIG_DFL)
+            os.kill(os.getpid(), came)
+            return
         if again:
             raise KeyboardInterrupt(came.name)
         if self._tearing_down:

@@ -75,6 +75,18 @@ FINISHED = """
         request.config.pluginmanager.register(type("P", (), {"pytest_sessionfinish": lambda self: finish()})())
     def test_it(qvl_backend): pass
 """
+# While pytest reports the first, which takes a second where the frames are those of a model that loads.
+AGAIN = """
+    @pytest.fixture(scope="session")
+    def long_lived(request):
+        def again(self):
+            for _ in range({times}): signal.raise_signal(signal.SIGINT)
+        hook = pytest.hookimpl(tryfirst=True)(again)
+        request.config.pluginmanager.register(type("P", (), {{"pytest_keyboard_interrupt": hook}})())
+        yield
+        print("TIDIED")
+    def test_it(qvl_backend, long_lived): signal.raise_signal(signal.SIGINT)
+"""
 UNRELATED = """
     def test_it():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -94,10 +106,12 @@ def heed_ctrl_c():  # a shell's background jobs, and all they start, ignore it
         (TERMINATED, 2, ["TIDIED", "KeyboardInterrupt: SIGTERM", "1 passed"]),
         (ENDING, 2, ["TIDIED", "qvl: SIGINT: the run stops when fixtures are torn down", "3 passed"]),
         (FINISHED, 2, ["qvl: SIGINT: the run stops when fixtures are torn down", "3 passed"]),
+        (AGAIN.format(times=1), 2, ["TIDIED", "qvl: SIGINT: the run stops when fixtures are torn down", "1 passed"]),
+        (AGAIN.format(times=2), -signal.SIGINT, ["qvl: SIGINT: the run stops when fixtures are torn down; once more"]),
         (EXPECTS, 0, ["3 passed"]),
         (FORKS, 0, ["3 passed"]),
     ],
-    ids=["import", "setup", "body", "SIGTERM", "teardown", "ending", "expected", "forked"],
+    ids=["import", "setup", "body", "SIGTERM", "teardown", "ending", "again", "at once", "expected", "forked"],
 )
 def test_a_signal_ends_the_run_with_a_summary(pytester, monkeypatch, body, status, says):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
