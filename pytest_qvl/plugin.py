@@ -1,7 +1,7 @@
 """The door: options, the objects of a session and how they are put together, the header, and targets of tests.
 
-What happens around a test stands in :mod:`pytest_qvl.session.phases`. Every pytest run imports this module, whether it
-uses the package or not, so it imports pytest only; each hook imports what it needs when it is called.
+What happens around a test stands in :mod:`pytest_qvl.session.phases`. Importing this module imports pytest and names
+only; each hook imports what it needs when it is called, most of it in ``pytest_configure``.
 """
 
 from __future__ import annotations
