@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.matrix.healthy import Variation
     from pytest_qvl.faults.matrix.isa import Setting
 
-# A setting with two threads gets one variation where one with a single thread gets so many: it keeps two cores busy
-# and is hardly faster, and threads change the order of additions only.
-SINGLE_THREAD_SHARE = 6
+# How many variations a setting gets against others. Two threads keep two cores busy, are hardly faster, and change the
+# order of additions only; torch's kernels without vectors take twice as long and are used by few CPUs.
+SINGLE_THREAD, WITHOUT_VECTORS, SEVERAL_THREADS = 6, 3, 1
+SLOWDOWN = {"default": 2.0}  # value of ATEN_CPU_CAPABILITY to time, against kernels with vectors
 START = 8  # imports, loading and references of a process take as long as about so many variations
 
 
@@ -58,9 +59,15 @@ def _sizes(count: int, settings: Sequence[Setting]) -> dict[Setting, int]:
     if not settings:
         return {}
     single = min(count, len(settings))
-    weights = [SINGLE_THREAD_SHARE if setting.threads == 1 else 1 for setting in settings]
+    weights = [_weight(setting) for setting in settings]
     bounds = [(count - single) * sum(weights[:place]) // sum(weights) for place in range(len(weights) + 1)]
     return {setting: bounds[place + 1] - bounds[place] + (place < single) for place, setting in enumerate(settings)}
+
+
+def _weight(setting: Setting) -> int:
+    if setting.threads > 1:
+        return SEVERAL_THREADS
+    return WITHOUT_VECTORS if setting.aten in SLOWDOWN else SINGLE_THREAD
 
 
 def expected_cost(variation: Variation) -> float:
@@ -72,8 +79,9 @@ def expected_cost(variation: Variation) -> float:
 class Schedule:
     """Hands variations to processes, one at a time; used by several threads.
 
-    Settings with more threads come first, and the longest variations of each setting, so that short ones are left at
-    the end and fill it up. A setting is shared by several processes only where what is left of it is worth their start.
+    Settings with more threads come first, then those with the most work left, and the longest variations of each
+    setting, so that short ones are left at the end and fill it up. A setting is shared by several processes only where
+    what is left of it is worth their start.
 
     Args:
         waiting: Numbers of the variations of each setting.
@@ -125,7 +133,7 @@ class Schedule:
 
     def _next(self) -> Setting | None:
         possible = [s for s in self._waiting if self._slots(s) <= self._free and self._worth_a_start(s)]
-        return max(possible, key=lambda s: (s.threads, self._left(s)), default=None)
+        return max(possible, key=lambda s: (s.threads, self._left(s) * SLOWDOWN.get(s.aten, 1.0)), default=None)
 
     def _worth_a_start(self, setting: Setting) -> bool:
         return bool(self._waiting[setting]) and (not self._processes[setting] or self._left(setting) >= START)
