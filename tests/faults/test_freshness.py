@@ -100,7 +100,13 @@ def test_what_is_left_aside_is_there() -> None:
 
 def test_everything_that_decides_a_verdict_is_read() -> None:
     names = {file.relative_to(PACKAGE).as_posix() for file in deciding_files()}
-    assert {"evidence.py", "checks/routing.py", "faults/routing.py", "samples/scenes.py", "models/state.py"} <= names
+    assert {
+        "evidence.py",
+        "checks/routing.py",
+        "faults/definitions/routing.py",
+        "samples/scenes.py",
+        "models/state.py",
+    } <= names
     assert "models/backends/transformers.py" in names  # folders inside folders
-    assert "faults/page.py" not in names
+    assert "faults/matrix/page.py" not in names
     assert len(definitions_digest()) == 16

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     "One weight of the tower is NaN.",
     damages="model",
     check="vision_stability",
-    says=("visual features are not finite", "beginning at model.visual.blocks.1.mlp.up_proj"),
+    says=(
+        "visual features are not finite",
+        "begins at model.visual.blocks.1.mlp.up_proj, whose own weight is not finite",
+    ),
     source="vllm-project/vllm#14126",
     requires=("gated vision MLP",),
 )
@@ -58,7 +61,7 @@ def _half_tower(case: Case, factor: float) -> Iterator[None]:
     "A vision activation exceeds 65,504 in float16 and becomes infinite.",
     damages="load",
     check="vision_stability",
-    says=("visual features are not finite", "model.visual.blocks.3.mlp.down_proj", "its dtype ends at 65504"),
+    says=("visual features are not finite", "model.visual.blocks.3.mlp.down_proj", "whose dtype ends at 65504"),
     source="ggml-org/llama.cpp#17534, huggingface/transformers#33294",
     requires=("gated vision MLP",),
 )
