@@ -28,7 +28,11 @@ def test_refused_before_the_work(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for work in ("vram.forecast.run.make_forecaster", "faults.matrix.run", "models.released.released_config"):
+    for work in (
+        "vram.forecast.run.make_forecaster",
+        "faults.matrix.runner.run",
+        "models.sources.released.released_config",
+    ):
         monkeypatch.delattr(f"pytest_qvl.{work}")
     file = tmp_path / "file"
     file.write_text("no folder")
