@@ -35,8 +35,7 @@ class Console:
         if reporter is None or self._config.get_verbosity() < 0 or not reporter.isatty:
             return
         with self._uncaptured():
-            reporter.ensure_newline()
-            reporter.write_line(printable(f"qvl: {line}"))
+            _write(reporter, line)
 
     def announce(self, line: str) -> None:
         """Show what somebody may be waiting for at once, on a terminal or not.
@@ -53,10 +52,15 @@ class Console:
             if reporter is None or worker:
                 print(f"\nqvl: {f'{worker}: ' if worker else ''}{line}", file=sys.__stderr__, flush=True)
             else:
-                reporter.ensure_newline()
-                reporter.write_line(printable(f"qvl: {line}"))
+                _write(reporter, line)
                 reporter.flush()
 
     def _uncaptured(self) -> AbstractContextManager[object]:
         capture: Any = self._config.pluginmanager.get_plugin("capturemanager")
         return nullcontext() if capture is None else capture.global_and_fixture_disabled()
+
+
+def _write(reporter: Any, line: str) -> None:
+    """A line of its own, whatever stands on the terminal."""
+    reporter.ensure_newline()
+    reporter.write_line(printable(f"qvl: {line}"))
