@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, InputTypeError, Judge
 from pytest_qvl.models.adapters import (
@@ -500,7 +500,7 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
         raise CannotJudge("no batch has pictures (pixel_values), so the adapter would only be seen on text")
     if is_merged(parts):
         raise CannotJudge("the adapter is merged into the base weights, so there is no base model to compare with")
-    hold_packing(parts)
+    require_unpacked_weights(parts)
     judge = Judge("adapter_neutrality", "an untrained or disabled adapter changes nothing")
     found = {name: p.detach().to("cpu", copy=True) for name, p in gates(parameters).items()}
     fresh = not any(bool(value.any()) for value in found.values()) and not trained_copies(parts)

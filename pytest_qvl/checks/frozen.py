@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import matrix_of
-from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.teaching import (
     adamw,
@@ -18,6 +17,7 @@ from pytest_qvl.checks.support.teaching import (
     taught_wrong,
     trainable_parameters,
 )
+from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapter_parameters
@@ -98,7 +98,7 @@ def frozen_vision(
         raise InputError(f"steps must be at least 2, got {steps}: with B = 0 the first step leaves A where it is")
     trained = trainable_parameters(parts)
     check_labels(parts, given)
-    hold_packing(parts)
+    require_unpacked_weights(parts)
     policy = policy or AdapterPolicy()
     adapters = {**adapter_parameters(parts), **trained_copies(parts), **trained_on_purpose(parts, policy)}
     judge = Judge("frozen_vision", "training moves the adapter and nothing else")

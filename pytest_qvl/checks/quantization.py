@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
-from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
+from pytest_qvl.checks.support.unpacked_weights import repacked_sentence
+from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.quantized import (
     LinearState,
     asks_for_4bit,
     dtype_name,
-    keep_quantized_weights_in_place,
     linear_states,
 )
 from pytest_qvl.models.skips import (
@@ -174,27 +174,6 @@ def quantization_census(model: Any, policy: QuantizationPolicy | None = None) ->
     return judge.verdict(_COLUMNS, [census.row(group) for group, census in found.items() if census.states])
 
 
-def hold_packing(parts: Parts) -> None:
-    """Make sure that a forward does not rewrite the quantized weights, before a check runs one.
-
-    Raises:
-        CannotJudge: They have been rewritten already, so nothing can be compared bitwise.
-    """
-    repacked = [state.name for state in linear_states(parts) if state.repacked]
-    if repacked:
-        raise CannotJudge(_repacked(repacked))
-    keep_quantized_weights_in_place(parts.base)
-
-
-def _repacked(names: Sequence[str]) -> str:
-    return (
-        f"{len(names)} quantized weights were rewritten in place for a CPU kernel by an earlier eval forward "
-        f"(first: {names[0]}), which loses their double quantization and breaks training: load the model "
-        "again and call pytest_qvl.models.quantized.keep_quantized_weights_in_place(model) before any "
-        "forward"
-    )
-
-
 def _judge_quantized(judge: Judge, parts: Parts, group: Group, census: _Census, policy: QuantizationPolicy) -> None:
     if not census.states:
         judge.problem(f"{group}: there is no linear layer to quantize")
@@ -227,7 +206,7 @@ def _judge_quantized(judge: Judge, parts: Parts, group: Group, census: _Census, 
     four_bit = [state for state in counted if state.is_4bit]
     repacked = [state.name for state in four_bit if state.repacked]
     if repacked:
-        judge.problem(f"{group}: {_repacked(repacked)}")
+        judge.problem(f"{group}: {repacked_sentence(repacked)}")
     # Rewriting changes the statistics and their dtype, so those figures would only repeat the finding above.
     intact = [state for state in four_bit if not state.repacked]
     wanted: tuple[tuple[str, str, Any, str], ...] = (

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.adapter import SINGULAR_VALUES, gates, layer_of, matrix_of
-from pytest_qvl.checks.quantization import hold_packing
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.descent import Lesson, descent, take_step
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
@@ -22,6 +21,7 @@ from pytest_qvl.checks.support.teaching import (
     taught_wrong,
     trainable_parameters,
 )
+from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.user_optimizer import judge_optimizer
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
@@ -123,7 +123,7 @@ def training_step(
         raise InputError(f"steps_to_halve must be at least 2, got {steps_to_halve}")
     trained = trainable_parameters(parts)
     check_labels(parts, [batch])
-    hold_packing(parts)
+    require_unpacked_weights(parts)
     how = "with" if gradient_checkpointing else "without"
     judge = Judge("training_step", f"a training step {how} gradient checkpointing teaches the adapter")
     _judge_trained(judge, parts, trained, policy or AdapterPolicy())
@@ -394,7 +394,7 @@ def vision_not_backpropagated(
             f"the vision tower is not frozen{declared}: {len(trained)} of its tensors require grad (first: "
             f"{trained[0]}), so back-propagation through it is asked for"
         )
-    hold_packing(parts)
+    require_unpacked_weights(parts)
     how = "with" if gradient_checkpointing else "without"
     judge = Judge("vision_not_backpropagated", f"training {how} checkpointing spares the frozen vision tower")
     with preserved(model, training=True, seed=_SEED), torch.enable_grad():

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from pytest_qvl.checks.quantization import QuantizationPolicy, hold_packing, quantization_census
+from pytest_qvl.checks.quantization import QuantizationPolicy, quantization_census
+from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import make_batch, scenes
@@ -216,7 +217,7 @@ def test_weights_rewritten_for_the_cpu_are_named_as_such(fresh_model: Any, proce
     assert "keep_quantized_weights_in_place(model)" in message
     assert "nested" not in message.splitlines()[0]
     with pytest.raises(CannotJudge, match="rewritten in place"):
-        hold_packing(anatomy(model))
+        require_unpacked_weights(anatomy(model))
 
 
 def test_float32_leftovers_of_kbit_preparation_are_a_note(fresh_model: Any) -> None:
