@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_qvl.checks.adapter import adapter_census as adapter_census
-    from pytest_qvl.checks.adapter import adapter_neutrality as adapter_neutrality
     from pytest_qvl.checks.checkpoint import checkpoint_complete as checkpoint_complete
     from pytest_qvl.checks.forecast import forecast_agrees as forecast_agrees
     from pytest_qvl.checks.forecast import forecast_fits_card as forecast_fits_card
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.generation import greedy_is_argmax as greedy_is_argmax
     from pytest_qvl.checks.isolation import causality as causality
     from pytest_qvl.checks.isolation import image_isolation as image_isolation
+    from pytest_qvl.checks.neutrality import adapter_neutrality as adapter_neutrality
     from pytest_qvl.checks.pairing import picture_pairing as picture_pairing
     from pytest_qvl.checks.positions import decode_positions as decode_positions
     from pytest_qvl.checks.positions import mrope_oracle as mrope_oracle

@@ -19,6 +19,7 @@ ORDER = (
     "checkpoint",
     "quantization",
     "adapter",
+    "neutrality",
     "roundtrip",
     "routing",
     "isolation",

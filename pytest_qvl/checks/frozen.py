@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.adapter import matrix_of
 from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.lora import matrix_of
 from pytest_qvl.checks.support.teaching import (
     adamw,
     check_labels,

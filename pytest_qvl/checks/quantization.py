@@ -11,12 +11,7 @@ from pytest_qvl.checks.support.unpacked_weights import repacked_sentence
 from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
-from pytest_qvl.models.quantized import (
-    LinearState,
-    asks_for_4bit,
-    dtype_name,
-    linear_states,
-)
+from pytest_qvl.models.quantized import LinearState, asks_for_4bit, dtype_name, linear_states
 from pytest_qvl.models.skips import (
     chosen_by_name,
     entries_keeping,

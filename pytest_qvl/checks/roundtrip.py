@@ -7,10 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.adapter import foreign_types, gates, heads_are_tied, no_adapter, rewrites_base
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.adapter_effect import judge_effect, judge_finite, judge_numbers
 from pytest_qvl.checks.support.bitwise import bits_of
+from pytest_qvl.checks.support.lora import (
+    foreign_types,
+    heads_are_tied,
+    no_adapter,
+    rewrites_base,
+    zero_initialised_matrices,
+)
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import (
@@ -136,7 +142,7 @@ def _random(parts: Parts, adapter: str) -> Iterator[None]:
     """Random values in place of the zeros of a fresh adapter, so that a lost tensor shows."""
     import torch
 
-    zeros = gates(adapter_tensors(parts, adapter))
+    zeros = zero_initialised_matrices(adapter_tensors(parts, adapter))
     with weights_restored([*zeros.values(), *asked_biases(parts).values()]), torch.no_grad():
         generator = torch.Generator().manual_seed(_SEED)
         for parameter in zeros.values():

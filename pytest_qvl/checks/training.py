@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.adapter import SINGULAR_VALUES, gates, layer_of, matrix_of
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.descent import Lesson, descent, take_step
+from pytest_qvl.checks.support.lora import SINGULAR_VALUES, layer_of, matrix_of, zero_initialised_matrices
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
 from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.checks.support.teaching import (
@@ -134,7 +134,7 @@ def training_step(
         checkpointing(parts, gradient_checkpointing),
     ):
         with torch.no_grad():
-            for gate in gates(trained).values():
+            for gate in zero_initialised_matrices(trained).values():
                 gate.zero_()
         wrong = taught_wrong(parts, batch)
         parts.wrapped.train()
@@ -255,7 +255,7 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
     if with_grad:
         values = torch.stack([grad.abs().amax().float() for grad in with_grad.values()]).tolist()
         peaks |= dict(zip(with_grad, values, strict=True))
-    starts_at_zero = gates(trained)
+    starts_at_zero = zero_initialised_matrices(trained)
     by_values = any(matrix_of(name) == SINGULAR_VALUES for name in starts_at_zero)
     zero, others = ("E", "A and B") if by_values else ("B", "A")
     when = (f"first step ({zero} = 0)", "second step")[step]

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_qvl.checks.adapter import adapter_census, adapter_neutrality, gates
+from pytest_qvl.checks.adapter import adapter_census
+from pytest_qvl.checks.neutrality import adapter_neutrality
+from pytest_qvl.checks.support.lora import zero_initialised_matrices
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, ModelCrashed
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
@@ -524,7 +526,7 @@ def test_a_difference_in_train_mode_only(fresh_model: Any, batch: Any) -> None:
 def test_b_is_put_back_when_the_model_breaks(fresh_model: Any, batch: Any) -> None:
     model = fresh_model(lora={"init_lora_weights": False})
     parts = anatomy(model)
-    before = digests(gates(adapter_parameters(parts)).items())
+    before = digests(zero_initialised_matrices(adapter_parameters(parts)).items())
     layer = q_proj(model)
 
     def broken(x: torch.Tensor) -> torch.Tensor:
@@ -535,7 +537,7 @@ def test_b_is_put_back_when_the_model_breaks(fresh_model: Any, batch: Any) -> No
     layer.forward = broken
     with pytest.raises(ModelCrashed, match="RuntimeError: out of memory"):
         adapter_neutrality(model, batch)
-    assert digests(gates(adapter_parameters(parts)).items()) == before
+    assert digests(zero_initialised_matrices(adapter_parameters(parts)).items()) == before
     assert "self_attn.q_proj.lora_A" in " ".join(name for name, _ in model.named_parameters())
 
 

@@ -257,9 +257,9 @@ def _for_inference(case: Case) -> Iterator[None]:
 @contextmanager
 def _loaded_from_a_folder(case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[Path]:
     """The adapter saved with its B matrices changed, and the same in the model, as if it had been loaded from there."""
-    from pytest_qvl.checks.adapter import gates
+    from pytest_qvl.checks.support.lora import zero_initialised_matrices
 
-    matrices = list(gates(adapter_parameters(anatomy(case.model))).values())
+    matrices = list(zero_initialised_matrices(adapter_parameters(anatomy(case.model))).values())
     with TemporaryDirectory(prefix="qvl-fault-") as name, all_of([values(p, change) for p in matrices]):
         case.adapter_folder = save_adapter(case.model, Path(name))
         yield case.adapter_folder

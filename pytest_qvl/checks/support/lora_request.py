@@ -1,0 +1,91 @@
+"""Which modules a LoRA configuration asks for and how large their adapters are, worked out without PEFT."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.lora import heads_are_tied
+from pytest_qvl.models.adapters import base_modules
+from pytest_qvl.models.anatomy import Parts
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def requested_modules(parts: Parts, config: Any, candidates: Mapping[str, nn.Module]) -> set[str]:
+    """Modules that the configuration names, and those tied to them where ``ensure_weight_tying`` asks for it.
+
+    PEFT's documentation of ``ensure_weight_tying``: tied layers get one adapter, whichever of them is named.
+    """
+    asked = {name for name, module in candidates.items() if _is_asked_for(config, name, module)}
+    tied = {parts.roots["embeddings"], parts.roots["lm_head"]}
+    if getattr(config, "ensure_weight_tying", False) and heads_are_tied(parts) and asked & tied:
+        asked |= tied
+    return asked
+
+
+def adaptable_modules(parts: Parts) -> dict[str, nn.Module]:
+    """Every module that LoRA can adapt, by the name it has without an adapter."""
+    from torch import nn
+
+    return {
+        name: module
+        for name, module in base_modules(parts).items()
+        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d)
+    }
+
+
+def _is_asked_for(config: Any, name: str, module: nn.Module) -> bool:
+    """PEFT's documented matching: a regex fits the whole name, a list entry its dotted end or all of it."""
+    from torch import nn
+
+    if config.exclude_modules and _matches(config.exclude_modules, name):
+        return False
+    if any(re.match(rf"(.*\.)?{saved}(\..*)?$", name) for saved in config.modules_to_save or ()):
+        return False
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        return isinstance(module, nn.Linear) and name != "lm_head"
+    if not _matches(config.target_modules, name):
+        return False
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    patterns = config.layers_pattern or r"[^.]*"
+    index = next(
+        (
+            int(found.group(1))
+            for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+            if (found := re.match(rf"(?:.*?\.)?{pattern}\.(\d+)\.", name))
+        ),
+        None,
+    )
+    return index in ([layers] if isinstance(layers, int) else layers)
+
+
+def _matches(request: str | Iterable[str], name: str) -> bool:
+    if isinstance(request, str):
+        return re.fullmatch(request, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in request)
+
+
+def patterned(pattern: Mapping[str, int], name: str, default: int) -> int:
+    """PEFT's documented matching of ``rank_pattern`` and ``alpha_pattern``: a key fits the end of the name."""
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def expected_size(config: Any, name: str, module: nn.Module) -> int:
+    """Parameters of the adapter on one module."""
+    import torch
+
+    rank = patterned(config.rank_pattern, name, config.r)
+    if isinstance(module, torch.nn.Linear):
+        fan_in, fan_out = module.in_features, module.out_features
+    elif isinstance(module, torch.nn.Embedding):
+        fan_in, fan_out = module.num_embeddings, module.embedding_dim
+    else:
+        weight: Any = module.weight
+        fan_in, fan_out = weight[0].numel(), weight.shape[0]
+    vectors = bool(config.use_dora) + bool(getattr(config, "lora_bias", False))
+    return int(rank * (fan_in + fan_out) + vectors * fan_out)
