@@ -21,6 +21,7 @@ from pytest_qvl.vram.units import GiB, format_bytes
 if TYPE_CHECKING:
     import torch
 
+    from pytest_qvl.evidence import Value
     from pytest_qvl.vram.meter import Meter, Number, Usage
 
 DECODE_STEPS = 8
@@ -82,8 +83,7 @@ def peak_vram(
         if compiling:
             judge.note(f"{usage.name}: the last of {1 + MOST_REPEATS} calls compiled something too, within its seconds")
         if result is not None:
-            for figure, value in logits_digest(result).items():
-                judge.report(f"{usage.name}: {figure}", value)
+            _report_digest(judge, usage.name, result)
         del result
     return judge.verdict(COLUMNS, rows)
 
@@ -94,15 +94,15 @@ def loading(meter: Meter) -> list[Usage]:
     return [ended[name] for name in LOADING if name in ended]
 
 
-def logits_digest(logits: torch.Tensor) -> dict[str, str]:
+def logits_digest(logits: torch.Tensor) -> dict[str, list[Value]]:
     """What two runs are compared by: the most probable token of each row, and logits of some fixed tokens.
 
     Args:
         logits: ``(rows, vocabulary)``.
 
     Returns:
-        Numbers separated by spaces: :data:`TOP_TOKENS` one per row, :data:`SOME_LOGITS` :data:`DIGEST_LOGITS` per
-        row.
+        :data:`TOP_TOKENS`, one per row; :data:`SOME_LOGITS`, :data:`DIGEST_LOGITS` per row (all of a smaller
+        vocabulary) to six significant digits.
     """
     import torch
 
@@ -110,9 +110,18 @@ def logits_digest(logits: torch.Tensor) -> dict[str, str]:
     some = torch.linspace(0, vocabulary - 1, min(DIGEST_LOGITS, vocabulary), device=logits.device).round().long()
     values = logits.float()[:, some].flatten().tolist()
     return {
-        TOP_TOKENS: " ".join(map(str, logits.argmax(-1).tolist())),
-        SOME_LOGITS: " ".join(f"{value:.6g}" for value in values),
+        TOP_TOKENS: [int(token) for token in logits.argmax(-1).tolist()],
+        SOME_LOGITS: [float(f"{value:.6g}") for value in values],
     }
+
+
+def _report_digest(judge: Judge, phase: str, logits: torch.Tensor) -> None:
+    """Digest of a phase's logits: as data for reports that compute with it, as text for the record."""
+    for name, values in logits_digest(logits).items():
+        judge.data[f"{phase}: {name}"] = values
+        judge.report(
+            f"{phase}: {name}", " ".join(f"{value:.6g}" if name == SOME_LOGITS else str(value) for value in values)
+        )
 
 
 def _tokens(parts: Parts, batch: Mapping[str, Any], training_batch: Mapping[str, Any]) -> dict[str, int]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from pytest_qvl.checks import vram
-from pytest_qvl.evidence import Evidence, Figure, Table
+from pytest_qvl.evidence import Evidence, Figure, Judge, Table
 from pytest_qvl.report.comparison import SOME_LOGITS, TOP_TOKENS, Comparison
-from pytest_qvl.session.report_data import Finding, add_to_report
+from pytest_qvl.session.report_data import Finding, add_to_report, report_data
 
 
 def peaks(allocated, seconds, tokens="1 2", logits="0.5 -1.0", process=10.0):
@@ -65,10 +65,26 @@ def test_the_digest_of_logits_is_what_the_comparison_reads():
 
     logits = torch.zeros(2, 100)
     logits[0, 3], logits[1, 99] = 2.0, 1.5
-    digest = {f"prefill: {name}": text for name, text in vram.logits_digest(logits).items()}
-    assert digest[TOP_TOKENS] == "3 99"
-    values = digest[SOME_LOGITS].split()
+    digest = {f"prefill: {name}": values for name, values in vram.logits_digest(logits).items()}
+    assert digest[TOP_TOKENS] == [3, 99]
+    values = digest[SOME_LOGITS]
     assert len(values) == 2 * vram.DIGEST_LOGITS
-    assert values[-1] == "1.5"
-    assert values[:3] == ["0", "0", "2"]
-    assert vram.logits_digest(torch.ones(1, 5, dtype=torch.bfloat16))[vram.SOME_LOGITS] == "1 1 1 1 1"
+    assert values[-1] == 1.5
+    assert values[:3] == [0.0, 0.0, 2.0]
+    assert vram.logits_digest(torch.ones(1, 5, dtype=torch.bfloat16))[vram.SOME_LOGITS] == [1.0] * 5
+
+
+def test_the_digest_of_logits_reaches_a_report_as_numbers_and_the_record_as_text():
+    import json
+
+    import torch
+
+    judge = Judge("peak_vram", "p")
+    vram._report_digest(judge, "prefill", torch.tensor([[0.123456789, -2.0, 1e-9]]))
+    report = SimpleNamespace()
+    add_to_report(report, finding=Finding("t", "s", "b", None, (judge.verdict(),)))
+    sent = SimpleNamespace(**json.loads(json.dumps(vars(report))))
+    (evidence,) = report_data(sent).finding.evidence
+    assert evidence.data == {TOP_TOKENS: [0], SOME_LOGITS: [0.123457, -2.0, 1e-09]}
+    assert [figure.value for figure in evidence.figures] == ["0", "0.123457 -2 1e-09"]
+    assert "data" not in evidence.as_dict()
