@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_qvl.checks.adapter import adapter_census as adapter_census
+    from pytest_qvl.checks.backpropagation import vision_not_backpropagated as vision_not_backpropagated
     from pytest_qvl.checks.checkpoint import checkpoint_complete as checkpoint_complete
     from pytest_qvl.checks.forecast import forecast_agrees as forecast_agrees
     from pytest_qvl.checks.forecast import forecast_fits_card as forecast_fits_card
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.generation import greedy_is_argmax as greedy_is_argmax
     from pytest_qvl.checks.isolation import causality as causality
     from pytest_qvl.checks.isolation import image_isolation as image_isolation
+    from pytest_qvl.checks.labels import label_mask as label_mask
     from pytest_qvl.checks.neutrality import adapter_neutrality as adapter_neutrality
     from pytest_qvl.checks.pairing import picture_pairing as picture_pairing
     from pytest_qvl.checks.positions import decode_positions as decode_positions
@@ -38,9 +40,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.support.placeholders import validate_batch as validate_batch
     from pytest_qvl.checks.support.reference import Reference as Reference
     from pytest_qvl.checks.support.reference import record_reference as record_reference
-    from pytest_qvl.checks.training import label_mask as label_mask
     from pytest_qvl.checks.training import training_step as training_step
-    from pytest_qvl.checks.training import vision_not_backpropagated as vision_not_backpropagated
     from pytest_qvl.checks.vision import vision_stability as vision_stability
     from pytest_qvl.checks.visual_alignment import alignment as alignment
     from pytest_qvl.checks.vram import peak_vram as peak_vram

@@ -29,6 +29,8 @@ ORDER = (
     "generation",
     "visual_alignment",
     "training",
+    "backpropagation",
+    "labels",
     "frozen",
 )
 NEEDS = {

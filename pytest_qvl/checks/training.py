@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,25 +10,15 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.descent import Lesson, descent, take_step
 from pytest_qvl.checks.support.lora import SINGULAR_VALUES, layer_of, matrix_of, zero_initialised_matrices
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
-from pytest_qvl.checks.support.placeholders import attended
-from pytest_qvl.checks.support.teaching import (
-    IGNORED,
-    NO_LABELS,
-    adamw,
-    check_labels,
-    forward,
-    taught_wrong,
-    trainable_parameters,
-)
+from pytest_qvl.checks.support.teaching import adamw, check_labels, forward, taught_wrong, trainable_parameters
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.user_optimizer import judge_optimizer
 from pytest_qvl.checks.support.wording import some, tally
-from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
+from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.state import preserved
-from pytest_qvl.models.taps import tapped
 from pytest_qvl.models.training import (
     FIRST_FLOAT16_SCALE,
     backward,
@@ -45,16 +34,12 @@ from pytest_qvl.models.training import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
-    import torch
     from torch import nn
 
     from pytest_qvl.checks.support.teaching import Batch, MakeOptimizer
 
-ANSWER_HEADER = "<|im_start|>assistant\n"
-END_OF_TURN = "<|im_end|>"
-MIB = 2**20
 _MOVE_PER_STEP = 0.2
 _SEED = 20_311
 
@@ -353,234 +338,3 @@ def _judge_learning(judge: Judge, lesson: Lesson, course: _Course, own: MakeOpti
             f"; to first order the gradient promises {found.promised:+.3g} nat where {found.seen:+.3g} nat are seen"
         )
     judge.at_most(name, smallest, course.goal, unit="nat", else_say=story)
-
-
-@check(promise=10)
-def vision_not_backpropagated(
-    model: Any, batch: Batch, *, gradient_checkpointing: bool, policy: AdapterPolicy | None = None
-) -> Evidence:
-    """Prove that autograd does not follow the frozen vision tower in a training forward.
-
-    Seen at the tower's output in train mode (``requires_grad``), with the model as the user prepared it.
-    Parameter gradients would not tell: a hook that makes the patch embedding's output require grad gives no
-    vision parameter a ``.grad``, and yet the whole tower is kept and walked back through. On Transformers 5
-    ``gradient_checkpointing_enable`` and ``prepare_model_for_kbit_training`` register such hooks. On
-    Qwen2.5-VL-7B in NF4 on an H200 they cost 1.7 (1,024 visual tokens) to 2.8 (4,096) times the step time,
-    and 5.7 GiB more memory at 1,024 visual tokens without checkpointing.
-
-    Args:
-        model: The model, bare or wrapped, prepared for training.
-        batch: Model inputs with ``pixel_values``; labels are not needed.
-        gradient_checkpointing: Judge with it or without; hooks stay as they are found.
-        policy: What is trained on purpose; the text side only if not given.
-
-    Raises:
-        CheckFailed: Autograd follows the tower; names the hooks and what they cost on this batch.
-        CannotJudge: No pictures, a tower that was not called, or one that is trained on purpose.
-    """
-    import torch
-
-    parts = anatomy(model)
-    if "pixel_values" not in batch:
-        raise CannotJudge("the batch has no pictures (pixel_values), so the vision tower would not run")
-    trained = [
-        name
-        for name, parameter in parts.base.named_parameters()
-        if parameter.requires_grad and parts.group_of(name) in ("vision", "merger")
-    ]
-    if trained:
-        declared = "" if policy is None or policy.text_only else " as declared (qvl_adapter_policy)"
-        raise CannotJudge(
-            f"the vision tower is not frozen{declared}: {len(trained)} of its tensors require grad (first: "
-            f"{trained[0]}), so back-propagation through it is asked for"
-        )
-    require_unpacked_weights(parts)
-    how = "with" if gradient_checkpointing else "without"
-    judge = Judge("vision_not_backpropagated", f"training {how} checkpointing spares the frozen vision tower")
-    with preserved(model, training=True, seed=_SEED), torch.enable_grad():
-        with checkpointing(parts, gradient_checkpointing), tapped(parts) as tap:
-            forward(parts, batch)
-        followed = sum(call.requires_grad for call in tap.vision)
-        cost = _kept_bytes(parts, batch) if followed else 0
-    if not tap.vision:
-        raise CannotJudge("the forward did not call the vision tower")
-    judge.equal(
-        "vision tower calls that autograd follows",
-        followed,
-        0,
-        else_say=(
-            "the frozen vision tower is back-propagated through: its output requires grad in train "
-            f"mode{_why_followed(parts, batch)}. On this batch {cost / MIB:.3g} MiB of its activations are "
-            "kept (without checkpointing) for gradients that train nothing; on Qwen2.5-VL-7B steps took 1.7 "
-            "to 2.8 times as long"
-        ),
-    )
-    return judge.verdict()
-
-
-def _why_followed(parts: Parts, batch: Batch) -> str:
-    if batch["pixel_values"].requires_grad:
-        return " because pixel_values do"
-    hooks = [
-        getattr(hook, "__name__", type(hook).__name__)
-        for module in (parts.vision_tower, parts.patch_embed)
-        for hook in vars(module)["_forward_hooks"].values()
-    ]
-    if not hooks:
-        return ""
-    return (
-        f"; forward hooks on the patch embedding: {tally(hooks)}, registered by "
-        "gradient_checkpointing_enable or prepare_model_for_kbit_training; remove them from there, all of "
-        "them (pytest_qvl.models.backends.transformers.remove_vision_grad_hooks), and keep those on the "
-        "text embeddings"
-    )
-
-
-def _kept_bytes(parts: Parts, batch: Batch) -> int:
-    """Bytes of activations that autograd keeps of the vision tower in one forward without checkpointing."""
-    weights = {parameter.data_ptr() for parameter in parts.base.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with checkpointing(parts, False), _saved_tensors_of(parts.vision_tower, keep):
-        forward(parts, batch)
-    return sum(kept.values())
-
-
-@contextmanager
-def _saved_tensors_of(module: nn.Module, keep: Any) -> Iterator[None]:
-    """Pass what autograd saves during `module`'s own forward through `keep`."""
-    import torch
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-    before = module.register_forward_pre_hook(lambda _module, _args: hooks.__enter__())
-    after = module.register_forward_hook(lambda _module, _args, _output: hooks.__exit__())
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
-
-
-@check(promise=10)
-def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
-    """Prove that the loss counts answers only: no prompt, no placeholder or other vision token, no padding.
-
-    Works on the ids alone; all comparisons are exact. An answer is what follows ``<|im_start|>assistant`` and
-    a line break, up to and with ``<|im_end|>`` (the ChatML of every Qwen-VL release); the line break that the
-    template puts behind it may be supervised too. An answer of which anything is taught must be taught to its
-    end; a turn of which nothing is taught is left out on purpose.
-
-    Args:
-        model: Gives the ids of the vision tokens.
-        batch: ``input_ids`` and ``labels``, (rows, length) int64, labels not shifted; without an
-            ``attention_mask`` nothing is padding.
-        processor: The processor (or tokenizer) that made the batch.
-
-    Raises:
-        CheckFailed: Names row, place and token: supervised outside an answer, a label that is another token
-            than the one at its place, a row that teaches nothing, or an answer whose end is not taught.
-        CannotJudge: A row has no answer in it that can be found.
-        ValueError: No labels, or of another shape than the ids.
-    """
-    parts = anatomy(model)
-    if "labels" not in batch:
-        raise InputError(f"label_mask: {NO_LABELS}")
-    if batch["labels"].shape != batch["input_ids"].shape:
-        raise InputError(
-            f"labels are {tuple(batch['labels'].shape)} but input_ids are {tuple(batch['input_ids'].shape)}"
-        )
-    tokenizer = getattr(processor, "tokenizer", processor)
-    judge = Judge("label_mask", "only answers are learned")
-    reader = _LabelReader(parts, tokenizer)
-    rows = zip(batch["input_ids"].tolist(), batch["labels"].tolist(), attended(batch).tolist(), strict=True)
-    for row, (ids, labels, mask) in enumerate(rows):
-        reader.read(row, ids, labels, mask)
-    reader.judge(judge)
-    return judge.verdict()
-
-
-class _LabelReader:
-    """Sorts the supervised tokens of each row by what they are."""
-
-    _KINDS: Mapping[str, str] = {
-        "vision": "are vision tokens, which a model then learns to write",
-        "padding": "are padding",
-        "prompt": "belong to the prompt",
-        "other token": "are labelled with another token than the one at their place (labels must not be shifted)",
-        "no answer token": "rows have no supervised token, so they teach nothing",
-        "no end": "answers end without a supervised <|im_end|>, so the model does not learn to stop",
-    }
-
-    def __init__(self, parts: Parts, tokenizer: Any) -> None:
-        self._vision = set(parts.vision_token_ids)
-        self._tokenizer = tokenizer
-        self._header: list[int] = tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"]
-        self._end: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        self._break = set(tokenizer("\n", add_special_tokens=False)["input_ids"])
-        self._found: dict[str, list[str]] = {kind: [] for kind in self._KINDS}
-        self._supervised = 0
-
-    def read(self, row: int, ids: list[int], labels: list[int], mask: list[bool]) -> None:
-        answers = self._answers(row, ids, mask)
-        inside = {place for answer in answers for place in answer}
-        after = {answer[-1] + 1 for answer in answers if answer and ids[answer[-1]] == self._end}
-        supervised = [place for place, label in enumerate(labels) if label != IGNORED]
-        self._supervised += len(supervised)
-        for place in supervised:
-            kind = self._kind(ids[place], labels[place], mask[place])
-            if kind is None and place not in inside and not (place in after and ids[place] in self._break):
-                kind = "prompt"
-            if kind is not None:
-                token = self._tokenizer.convert_ids_to_tokens(ids[place])
-                self._found[kind].append(f"row {row}, token {place} {token!r}")
-        if not supervised:
-            self._found["no answer token"].append(f"row {row}")
-        self._found["no end"] += [
-            f"row {row}, answer {number}" if len(answers) > 1 else f"row {row}"
-            for number, answer in enumerate(answers)
-            if any(labels[place] != IGNORED for place in answer)
-            and (ids[answer[-1]] != self._end or labels[answer[-1]] == IGNORED)
-        ]
-
-    def judge(self, judge: Judge) -> None:
-        judge.report("supervised tokens", self._supervised)
-        for kind, story in self._KINDS.items():
-            places = self._found[kind]
-            of_tokens = "" if kind.startswith("no ") else " supervised tokens"
-            judge.equal(
-                f"supervised: {kind}" if of_tokens else f"rows with {kind}",
-                len(places),
-                0,
-                else_say=f"{len(places)}{of_tokens} {story}: {some(places, '; ')}",
-            )
-
-    def _kind(self, token: int, label: int, is_attended: bool) -> str | None:
-        if not is_attended:
-            return "padding"
-        if token in self._vision or label in self._vision:
-            return "vision"
-        return "other token" if label != token else None
-
-    def _answers(self, row: int, ids: list[int], mask: list[bool]) -> list[list[int]]:
-        """Places of each answer with its closing token; an answer that is cut off ends with its row."""
-        length = len(self._header)
-        starts = [at + length for at in range(len(ids) - length + 1) if ids[at : at + length] == self._header]
-        if not starts:
-            raise CannotJudge(f"row {row} has no {ANSWER_HEADER!r} in it, so where its answer begins is unknown")
-        answers = []
-        for start in starts:
-            places: list[int] = []
-            for place in range(start, len(ids)):
-                if not mask[place]:
-                    break
-                places.append(place)
-                if ids[place] == self._end:
-                    break
-            answers.append(places)
-        return answers

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from pytest_qvl.checks.backpropagation import vision_not_backpropagated
 from pytest_qvl.checks.frozen import frozen_vision
-from pytest_qvl.checks.training import training_step, vision_not_backpropagated
+from pytest_qvl.checks.training import training_step
 from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.fingerprint.digests import digests

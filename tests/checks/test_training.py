@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 
+from pytest_qvl.checks.backpropagation import vision_not_backpropagated
 from pytest_qvl.checks.frozen import frozen_vision
+from pytest_qvl.checks.labels import label_mask
 from pytest_qvl.checks.support.teaching import WRONG_RANK, taught_wrong
-from pytest_qvl.checks.training import label_mask, training_step, vision_not_backpropagated
+from pytest_qvl.checks.training import training_step
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import TransformersBackend, remove_vision_grad_hooks
