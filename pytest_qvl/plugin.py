@@ -223,9 +223,9 @@ def _simulated(settings: Settings) -> list[str]:
 
     if settings.card is None or all(target.device == "cpu" for target in targets(settings)):
         return []
-    from pytest_qvl.vram.cap import told
+    from pytest_qvl.vram.cap import describe_cap
 
-    return [told(settings.card)]
+    return [describe_cap(settings.card)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pytest_qvl.samples import Sample
     from pytest_qvl.vram.forecast.engine.trace import PhaseBytes
     from pytest_qvl.vram.forecast.result import Forecast, Largest
-    from pytest_qvl.vram.meter import Meter, Usage
+    from pytest_qvl.vram.meter import Meter
+    from pytest_qvl.vram.usage import Usage
 
 # The peak of decoding is that of the prompt it begins with; more steps add keys and values of single tokens.
 REHEARSED_STEPS = 2

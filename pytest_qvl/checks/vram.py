@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_qvl.evidence import Value
-    from pytest_qvl.vram.meter import Meter, Number, Usage
+    from pytest_qvl.vram.meter import Meter
+    from pytest_qvl.vram.usage import Number, Usage
 
 DECODE_STEPS = 8
 COLUMNS = ("phase", "allocated GiB", "reserved GiB", "process GiB", "seconds", "tokens/s")

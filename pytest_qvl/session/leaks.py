@@ -107,7 +107,7 @@ class LeakWatch:
         return left
 
     def _allocated(self) -> int:
-        reading = self._meter.at_rest()
+        reading = self._meter.read_without_workspaces()
         return 0 if reading is None else reading.allocated
 
     def _describe_left(self, left: int, besides: frozenset[int]) -> str:

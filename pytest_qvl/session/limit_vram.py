@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.session.session_results import Verdict
-    from pytest_qvl.vram.meter import Meter, Number, Phase, Usage
+    from pytest_qvl.vram.meter import Meter, Phase
+    from pytest_qvl.vram.usage import Number, Usage
 
 LIMIT_VRAM = "limit_vram"
 LIMIT_VRAM_HELP = (
@@ -84,8 +85,8 @@ def limits_on(item: pytest.Item, default: int | None = None) -> tuple[Limit, ...
 
 
 def _limit_vram(limit: str | int | None, *, of: str = "fit", scope: str = "call") -> Limit | None:
-    from pytest_qvl.vram.meter import NUMBERS
     from pytest_qvl.vram.units import parse_bytes
+    from pytest_qvl.vram.usage import NUMBERS
 
     if limit is None:
         if (of, scope) != ("fit", "call"):
@@ -142,7 +143,7 @@ class VramLimits:
         Call it once, at the end of the session of the process that ran the tests.
         """
         from pytest_qvl.evidence import CheckFailed
-        from pytest_qvl.vram.meter import hold_limit
+        from pytest_qvl.vram.limit import hold_limit
 
         phase = self._meter.session()
         verdicts = []
@@ -280,7 +281,7 @@ class VramLimits:
     def _hold(self, item: pytest.Item, phase: Phase, limits: list[Limit], *, failed: bool) -> None:
         from pytest_qvl.evidence import CheckFailed
         from pytest_qvl.session.vram_properties import add_properties
-        from pytest_qvl.vram.meter import hold_limit, tell_holders
+        from pytest_qvl.vram.limit import describe_holders, hold_limit
 
         failures: list[CheckFailed] = []
         for limit in limits:
@@ -298,7 +299,7 @@ class VramLimits:
             add_properties(item, scope, phase.usage)
         paragraphs = [str(failure) for failure in failures]
         if phase.history and not failures:
-            paragraphs.append("\n".join([f"{phase.name}: ran out of memory", *tell_holders(phase)]))
+            paragraphs.append("\n".join([f"{phase.name}: ran out of memory", *describe_holders(phase)]))
         paragraphs += self._keep(item.nodeid, phase)
         text = "\n\n".join(paragraphs)
         if failures and not failed:

@@ -57,7 +57,7 @@ class ModelState:
 
     def apart(self, phase: str) -> AbstractContextManager[object]:
         """A phase of the meter for what many tests share: never charged to the one that comes first."""
-        return self._meter.phase(phase, apart=True)
+        return self._meter.phase(phase, exclusive=True)
 
     def storages(self) -> frozenset[int]:
         """Addresses of the model's own storages, which are no leak of a test."""

@@ -15,7 +15,8 @@ from pytest_qvl.session.fixture_graph import fixture_names
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from pytest_qvl.vram.meter import Meter, Usage
+    from pytest_qvl.vram.meter import Meter
+    from pytest_qvl.vram.usage import Usage
 
 METER_FIXTURE = "qvl_vram"
 
@@ -25,7 +26,7 @@ def add_properties(item: pytest.Item, what: str, usage: Usage) -> None:
 
     Where a phase was measured several times, the highest stays.
     """
-    from pytest_qvl.vram.meter import NUMBERS
+    from pytest_qvl.vram.usage import NUMBERS
 
     before: dict[str, Any] = dict(item.user_properties)
     for of in NUMBERS:

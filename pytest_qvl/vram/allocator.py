@@ -80,7 +80,7 @@ class Allocator(Protocol):
             RuntimeError: The device reports an error of earlier work.
         """
 
-    def settle(self) -> None:
+    def release_cached(self) -> None:
         """Give cached memory back, so that what is reserved does not depend on what ran before.
 
         Raises:
@@ -141,7 +141,7 @@ class TorchAllocator:
         """See :class:`Allocator`."""
         sys.modules["torch"].cuda.synchronize(self._device)
 
-    def settle(self) -> None:
+    def release_cached(self) -> None:
         """See :class:`Allocator`."""
         self.drop_workspaces()
         sys.modules["torch"].cuda.empty_cache()

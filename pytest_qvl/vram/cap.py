@@ -40,7 +40,7 @@ class Cap:
     attention: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{told(self.card)}; this GPU has {format_bytes(self.device)}"
+        return f"{describe_cap(self.card)}; this GPU has {format_bytes(self.device)}"
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def lifted(device: int = 0) -> Iterator[None]:
         cuda.set_per_process_memory_fraction(before, device)
 
 
-def told(card: Card) -> str:
+def describe_cap(card: Card) -> str:
     """What a cap to this card means, in one line for people."""
     allowed, usable, context = map(format_bytes, (allocator_bytes(card), card.usable_bytes, card.context_bytes))
     return (

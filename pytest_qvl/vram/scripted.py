@@ -90,7 +90,7 @@ class ScriptedAllocator:
         if self.trouble:
             raise RuntimeError(self.trouble)
 
-    def settle(self) -> None:
+    def release_cached(self) -> None:
         """See :class:`pytest_qvl.vram.allocator.Allocator`."""
         self.synchronize()
         self.drop_workspaces()

@@ -39,10 +39,10 @@ def tensors_alive(torch: Any, device: str, besides: frozenset[int] = frozenset()
             found.setdefault(address, (size, thing))
     biggest = sorted(found.values(), key=lambda pair: -pair[0])[:SHOWN]
     ours = {id(found), id(biggest), *map(id, biggest)}
-    return tuple(Holder(_told(thing, ours), size, 1) for size, thing in biggest)
+    return tuple(Holder(_describe_tensor(thing, ours), size, 1) for size, thing in biggest)
 
 
-def _told(tensor: Any, ours: set[int]) -> str:
+def _describe_tensor(tensor: Any, ours: set[int]) -> str:
     shape = " x ".join(map(str, tensor.shape)) or "scalar"
     keeper = _keeper(tensor, ours, _STEPS)
     return f"a tensor {shape} of {str(tensor.dtype).removeprefix('torch.')}{f', kept by {keeper}' if keeper else ''}"

@@ -36,8 +36,9 @@ from pytest_qvl.vram.forecast.source import find_source, find_weights_source
 from pytest_qvl.vram.forecast.validation.agreement import Comparison
 from pytest_qvl.vram.forecast.validation.measured import measure
 from pytest_qvl.vram.forecast.validation.predictions import Case, read_predictions
-from pytest_qvl.vram.meter import Meter, Usage
+from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.units import GiB, MiB
+from pytest_qvl.vram.usage import Usage
 
 RECORDS = Path(__file__).parents[2] / "docs" / "records"
 NF4 = usual_quantization(torch.bfloat16)

@@ -99,7 +99,7 @@ def test_loading_is_that_of_the_model_which_is_there_now() -> None:
     meter = Meter(card)
     assert loading(meter) == []
     for number, name in enumerate(["load", "attach adapter", "prefill", "load"], start=1):
-        with meter.phase(name, apart=True), card.taken(number * MiB):
+        with meter.phase(name, exclusive=True), card.taken(number * MiB):
             pass
     assert [(usage.name, usage.allocated // MiB) for usage in loading(meter)] == [("load", 4), ("attach adapter", 2)]
 

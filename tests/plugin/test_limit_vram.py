@@ -58,7 +58,7 @@ def meter():
 
 @pytest.fixture(scope="session")
 def model():
-    with METER.phase("load", apart=True):
+    with METER.phase("load", exclusive=True):
         with CARD.taken(900 * MiB):
             pass
         address = CARD.take(400 * MiB)

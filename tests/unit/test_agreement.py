@@ -12,8 +12,8 @@ from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.vram.forecast.engine.trace import PhaseBytes
 from pytest_qvl.vram.forecast.validation.agreement import Comparison
 from pytest_qvl.vram.forecast.validation.predictions import NOT_COMPARED, SCHEMA, SIDES, Case, cases, read_predictions
-from pytest_qvl.vram.meter import Usage
 from pytest_qvl.vram.units import GiB, MiB
+from pytest_qvl.vram.usage import Usage
 
 RESIDENT = 7000 * MiB
 # What a 7B model takes above its weights, in MiB.

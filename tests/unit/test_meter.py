@@ -11,8 +11,10 @@ import pytest
 from pytest_qvl.evidence import CheckFailed, Figure
 from pytest_qvl.vram.allocator import Event, TorchAllocator, blame
 from pytest_qvl.vram.holders import Holder, holders_at_peak
-from pytest_qvl.vram.meter import CudaBroken, Meter, Usage, hold_limit
+from pytest_qvl.vram.limit import hold_limit
+from pytest_qvl.vram.meter import CudaBroken, Meter
 from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
+from pytest_qvl.vram.usage import Usage
 
 MiB, GiB = 1024**2, 1024**3
 
@@ -77,7 +79,7 @@ def test_phases_may_end_in_any_order(card, meter):
 def test_loading_is_charged_to_itself_and_the_session_alone(card, meter):
     with meter.phase("test") as test:
         card.free(card.take(100 * MiB))
-        with meter.phase("load", apart=True) as load:
+        with meter.phase("load", exclusive=True) as load:
             with meter.phase("read shards") as inside:
                 card.free(card.take(900 * MiB))
             card.take(400 * MiB)
@@ -187,7 +189,7 @@ def test_a_process_held_what_was_reserved_though_no_reading_fell_on_it(card):
     meter = Meter(card, ScriptedProcess(card, 600 * MiB), context=300 * MiB)
     with meter.phase("train") as phase:
         card.free(card.take(100 * MiB))
-        card.settle()
+        card.release_cached()
     assert numbers(phase.usage) == (100, 100, 700, 400)
 
 
@@ -195,9 +197,9 @@ def test_seconds_are_the_blocks_own():
     ticks = {"now": 0.0}
 
     class Slow(ScriptedAllocator):
-        def settle(self):
+        def release_cached(self):
             ticks["now"] += 100
-            super().settle()
+            super().release_cached()
 
         def history(self):
             ticks["now"] += 1000

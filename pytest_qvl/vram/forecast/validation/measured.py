@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.engine.trace import Kind
     from pytest_qvl.vram.forecast.request import Optimizer, Request
     from pytest_qvl.vram.forecast.source import Source
-    from pytest_qvl.vram.meter import Meter, Phase, Usage
+    from pytest_qvl.vram.meter import Meter, Phase
+    from pytest_qvl.vram.usage import Usage
 
 # A loss scale that is too large leaves out the update, and with it the optimizer's states; it is halved each time.
 FIRST_STEPS = 12
