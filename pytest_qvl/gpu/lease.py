@@ -14,19 +14,17 @@ POSIX only: elsewhere :func:`acquire` says so. Standard library only.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
 import shlex
-import stat
 import sys
 import time
-import weakref
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pytest_qvl.gpu.errors import LeaseError, LeaseTimeout, NoGpu
+from pytest_qvl.gpu.lock_file import DIRECTORY_VARIABLE, Holder, LockFile, unusable, usable_folder
 from pytest_qvl.gpu.visible import VISIBLE_DEVICES, Visible
 
 if TYPE_CHECKING:
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 # Fixed, because a CI job's TMPDIR is its own and the lease must meet every other job of the machine.
 DIRECTORY = Path("/tmp/pytest-qvl-gpus")
-DIRECTORY_VARIABLE = "QVL_GPU_LEASES"
 TOKEN_VARIABLE = "QVL_GPU_LEASE"
 SESSION_VARIABLE = "QVL_GPU_SESSION"
 # A CI job that waits longer for somebody else's run is better started again than kept.
@@ -47,42 +44,6 @@ _SLOWEST_POLL_S = 1.0
 _FASTEST_POLL_S = 0.02
 # Between taking a lock and saying who did lie microseconds, or a process that was not scheduled for a while.
 _SIGNING_S = 1.0
-_NOTE_BYTES = 4096
-
-
-class LeaseError(RuntimeError):
-    """No lease can be had, for a reason that waiting does not mend."""
-
-
-class NoGpu(LeaseError):
-    """The caller allows no GPU, or there is none; the message says which."""
-
-
-class LeaseTimeout(LeaseError):
-    """Others held every allowed GPU for longer than the patience; the message names them."""
-
-
-@dataclass(frozen=True)
-class Holder:
-    """Who holds a lease, by its own account.
-
-    Attributes:
-        pid: Process number, as the holder sees it.
-        command: Its command line, shortened.
-        since: Seconds since the epoch.
-        session: The run it belongs to; equal for the processes that one ``pytest`` command started.
-        token: What its descendants inherit.
-    """
-
-    pid: int
-    command: str
-    since: float
-    session: str
-    token: str
-
-    def __str__(self) -> str:
-        since = time.strftime("%H:%M:%S", time.localtime(self.since))
-        return f"process {self.pid} ({self.command}) since {since}"
 
 
 def join_session(environ: MutableMapping[str, str] | None = None) -> str:
@@ -101,7 +62,7 @@ class Lease:
     """
 
     def __init__(
-        self, gpu: Gpu, lock: _Lock | None, waited: float, environ: MutableMapping[str, str], token: str
+        self, gpu: Gpu, lock: LockFile | None, waited: float, environ: MutableMapping[str, str], token: str
     ) -> None:
         self.gpu, self.inherited, self.waited = gpu, lock is None, waited
         self._lock, self._environ, self._pid = lock, environ, os.getpid()
@@ -187,10 +148,10 @@ def acquire(
         raise NoGpu(visible.reason)
     token = environ.get(TOKEN_VARIABLE, "")
     session = join_session(environ)
-    folder = _usable(directory or Path(environ.get(DIRECTORY_VARIABLE, DIRECTORY)))
+    folder = usable_folder(directory or Path(environ.get(DIRECTORY_VARIABLE, DIRECTORY)))
     # Another environment than this process's own chooses nothing for its CUDA.
     gpus = _open_to_cuda(visible.gpus) if environ is os.environ else visible.gpus
-    locks = {gpu: _Lock(folder / (re.sub(r"[^\w-]", "_", gpu.uuid) + ".lock")) for gpu in _emptiest_first(gpus)}
+    locks = {gpu: LockFile(folder / (re.sub(r"[^\w-]", "_", gpu.uuid) + ".lock")) for gpu in _emptiest_first(gpus)}
     started = last = clock()
     outside, pause, next_word = 0.0, _FASTEST_POLL_S, started
     unsigned_since: float | None = None
@@ -216,12 +177,12 @@ def acquire(
         last = now
         if counts and outside >= patience:
             raise LeaseTimeout(
-                f"no GPU became free within {patience:.0f} s: {_told(holders)}; wait for them to end, "
+                f"no GPU became free within {patience:.0f} s: {_describe_holders(holders)}; wait for them to end, "
                 f"allow more GPUs in {VISIBLE_DEVICES}, or raise the patience"
             )
         if say and now >= next_word:
             bound = "a process of this run, waited for as long as it runs" if own else f"at most {patience:.0f} s"
-            say(f"waiting for a GPU ({bound}; {now - started:.0f} s so far): {_told(holders)}")
+            say(f"waiting for a GPU ({bound}; {now - started:.0f} s so far): {_describe_holders(holders)}")
             next_word = now + REMIND_S
         sleep(min(pause, max(patience - outside, 0.0)) if counts else pause)
         pause = min(pause * 2, _SLOWEST_POLL_S)
@@ -244,14 +205,14 @@ def _open_to_cuda(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
     return same
 
 
-def _sign(lock: _Lock, session: str) -> str:
+def _sign(lock: LockFile, session: str) -> str:
     """Write down who holds the lock; the token that descendants inherit."""
     holder = Holder(os.getpid(), _command(sys.argv), time.time(), session, secrets.token_hex(16))
     try:
         lock.sign(holder)
     except OSError as error:
         lock.drop()
-        raise LeaseError(_unusable(lock.path, error)) from None
+        raise LeaseError(unusable(lock.path, error)) from None
     return holder.token
 
 
@@ -259,7 +220,7 @@ def _emptiest_first(gpus: Sequence[Gpu]) -> list[Gpu]:
     return sorted(gpus, key=lambda gpu: int(10 * gpu.used / gpu.total) if gpu.total else 0)
 
 
-def _told(holders: dict[Gpu, Holder | None]) -> str:
+def _describe_holders(holders: dict[Gpu, Holder | None]) -> str:
     return "; ".join(
         f"{gpu} is held by {holder or 'a process that has not said who it is'}" for gpu, holder in holders.items()
     )
@@ -283,146 +244,3 @@ def _running_on() -> str | None:
     except AssertionError:  # torch counts devices by what the variable says now, CUDA by what it said at its start
         return f"a GPU that {VISIBLE_DEVICES} does not name"
     return f"GPU-{properties.uuid}" if hasattr(properties, "uuid") else None
-
-
-def _usable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True)
-        # Any user of the machine may lease, and nobody may take away another's lock file.
-        folder.chmod(0o1777)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise LeaseError(_unusable(folder, error)) from None
-    if not stat.S_ISDIR(folder.lstat().st_mode):
-        raise LeaseError(_unusable(folder, "it is no directory (a link is not followed)"))
-    return folder
-
-
-def _unusable(path: Path, why: object) -> str:
-    return (
-        f"GPU leases need {path}, which cannot be used: {why}; mend it, or set {DIRECTORY_VARIABLE} to another folder"
-    )
-
-
-class _Lock:
-    """One lock file; never deleted, since a deleted file that is still locked lets two in."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = -1
-
-    def try_lock(self) -> bool:
-        """Whether the lock was free and is now held."""
-        try:
-            import fcntl
-        except ImportError:
-            raise LeaseError("GPU leases need flock, which this platform does not have") from None
-        while True:
-            fd = self._open()
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
-                return False
-            except OSError as error:
-                os.close(fd)
-                raise LeaseError(_unusable(self.path, error)) from None
-            if self._still_named(fd):
-                break
-            os.close(fd)
-        self._fd = fd
-        _held.add(self)
-        return True
-
-    def sign(self, holder: Holder) -> None:
-        """Say who holds it."""
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps(asdict(holder)).encode(), 0)
-
-    def holder(self) -> Holder | None:
-        """Who signed; ``None`` where nobody has (yet), or what is there is not a signature."""
-        try:
-            fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError:
-            return None
-        try:
-            return _parse(os.read(fd, _NOTE_BYTES))
-        finally:
-            os.close(fd)
-
-    def unlock(self) -> None:
-        """Erase the signature and let go."""
-        os.ftruncate(self._fd, 0)
-        self.drop()
-
-    def drop(self) -> None:
-        """Close this process's handle; the lock itself ends with its last handle."""
-        _held.discard(self)
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def _open(self) -> int:
-        # O_NOFOLLOW, the link count and the file type: the folder is everybody's, and this process will
-        # write. Without O_CREAT first: the kernel refuses that on other people's files in such a folder.
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        try:
-            try:
-                fd = os.open(self.path, flags)
-            except FileNotFoundError:
-                fd = self._create(flags)
-        except OSError as error:
-            raise LeaseError(_unusable(self.path, error)) from None
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
-            os.close(fd)
-            raise LeaseError(_unusable(self.path, "it is no plain file of its own"))
-        return fd
-
-    def _create(self, flags: int) -> int:
-        try:
-            fd = os.open(self.path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            return os.open(self.path, flags)
-        os.fchmod(fd, 0o666)
-        return fd
-
-    def _still_named(self, fd: int) -> bool:
-        # Somebody tidied the folder between open and lock: the lock is then on a file that nobody else will
-        # find.
-        try:
-            return os.path.samestat(os.fstat(fd), self.path.lstat())
-        except FileNotFoundError:
-            return False
-
-
-def _parse(note: bytes) -> Holder | None:
-    try:
-        data: Any = json.loads(note)
-        holder = Holder(
-            int(data["pid"]),
-            str(data["command"]),
-            float(data["since"]),
-            str(data["session"]),
-            str(data["token"]),
-        )
-        time.localtime(holder.since)
-    except (ValueError, KeyError, TypeError, OverflowError, OSError):
-        return None
-    # Shown on a terminal, and anybody may have written it.
-    return Holder(**{**asdict(holder), "command": "".join(c if c.isprintable() else "?" for c in holder.command)[:200]})
-
-
-_held: weakref.WeakSet[_Lock] = weakref.WeakSet()
-
-
-def _drop_in_child() -> None:
-    # A fork shares the lock: left open there, an orphaned child would hold the GPU after its parent was
-    # killed.
-    for lock in list(_held):
-        lock.drop()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_drop_in_child)

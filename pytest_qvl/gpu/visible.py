@@ -22,7 +22,7 @@ _UUID = re.compile(r"(GPU|MIG)-.+", re.IGNORECASE)
 
 
 class VisibleDevicesError(ValueError):
-    """The caller's list cannot be translated without guessing; the message names it and the mend."""
+    """The caller's list cannot be translated without guessing; the message names it and the fix."""
 
 
 @dataclass(frozen=True)

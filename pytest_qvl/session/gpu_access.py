@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from pytest_qvl.gpu.lease import LeaseError, LeaseTimeout, NoGpu
+from pytest_qvl.gpu.errors import LeaseError, LeaseTimeout, NoGpu
 from pytest_qvl.gpu.nvml import ProcessMemory
 from pytest_qvl.session.errors import CudaUnusable, UserError
 from pytest_qvl.session.mark_expressions import asks_for_gpus

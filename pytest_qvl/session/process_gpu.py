@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.gpu.lease import Lease, LeaseError, acquire, cuda_started
+from pytest_qvl.gpu.errors import LeaseError
+from pytest_qvl.gpu.lease import Lease, acquire, cuda_started
 from pytest_qvl.gpu.nvml import driver
 from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
 from pytest_qvl.vram.units import MiB, format_bytes
@@ -46,7 +47,7 @@ class ProcessGpu:
 
         Raises:
             NoGpu: Nothing is allowed, or there is none; says which.
-            LeaseError: None can be had; a :class:`pytest_qvl.gpu.lease.LeaseTimeout` names who has them.
+            LeaseError: None can be had; a :class:`pytest_qvl.gpu.errors.LeaseTimeout` names who has them.
         """
         if self._refused is not None:
             raise self._refused.with_traceback(None)

@@ -15,7 +15,8 @@ from pytest_qvl.gpu.lease import SESSION_VARIABLE, TOKEN_VARIABLE
 from pytest_qvl.gpu.nvml import ProcessMemory, driver
 from pytest_qvl.vram.cap import allocator_bytes, capped
 from pytest_qvl.vram.cards import card
-from pytest_qvl.vram.meter import Meter, hold_limit
+from pytest_qvl.vram.limit import hold_limit
+from pytest_qvl.vram.meter import Meter
 
 pytestmark = pytest.mark.gpu
 MiB = 1024**2
@@ -169,7 +170,8 @@ def test_a_lease_is_what_cuda_shows(torch, tmp_path):
     done = in_a_fresh_process(
         f"""
         from pathlib import Path
-        from pytest_qvl.gpu.lease import LeaseError, acquire
+        from pytest_qvl.gpu.errors import LeaseError
+        from pytest_qvl.gpu.lease import acquire
         from pytest_qvl.gpu.nvml import Gpu
         from pytest_qvl.gpu.visible import Visible, visible_gpus
         lease = acquire(visible_gpus(), directory=Path({str(tmp_path / "leases")!r}))
@@ -196,7 +198,8 @@ def test_a_lease_taken_too_late_is_noticed(torch, tmp_path):
         import torch
         torch.cuda.is_available()
         from pathlib import Path
-        from pytest_qvl.gpu.lease import LeaseError, acquire
+        from pytest_qvl.gpu.errors import LeaseError
+        from pytest_qvl.gpu.lease import acquire
         from pytest_qvl.gpu.nvml import Gpu
         from pytest_qvl.gpu.visible import Visible
         lease = acquire(Visible((Gpu("GPU-00000000"),)), directory=Path({str(tmp_path / "leases")!r}))

@@ -8,7 +8,8 @@ import os
 import hypothesis  # noqa: F401 - its plugin imports it at the end of a run, and inner runs would each time anew
 import pytest
 
-from pytest_qvl.gpu.lease import DIRECTORY_VARIABLE, SESSION_VARIABLE, TOKEN_VARIABLE
+from pytest_qvl.gpu.lease import SESSION_VARIABLE, TOKEN_VARIABLE
+from pytest_qvl.gpu.lock_file import DIRECTORY_VARIABLE
 
 # Adding a key raises the version.
 RECORD = "pytest-qvl/record/2"

@@ -18,7 +18,8 @@ from types import SimpleNamespace
 import pytest
 
 import pytest_qvl
-from pytest_qvl.gpu.lease import LeaseError, LeaseTimeout, NoGpu, acquire, join_session
+from pytest_qvl.gpu.errors import LeaseError, LeaseTimeout, NoGpu
+from pytest_qvl.gpu.lease import acquire, join_session
 from pytest_qvl.gpu.nvml import Gpu
 from pytest_qvl.gpu.visible import Visible
 

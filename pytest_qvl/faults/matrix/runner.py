@@ -123,7 +123,8 @@ def _leased(plan: Plan) -> Iterator[None]:
     if plan.subject.device != "cuda":
         yield
         return
-    from pytest_qvl.gpu.lease import LeaseError, acquire
+    from pytest_qvl.gpu.errors import LeaseError
+    from pytest_qvl.gpu.lease import acquire
     from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
 
     try:

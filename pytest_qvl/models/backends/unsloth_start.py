@@ -76,7 +76,8 @@ def import_first(say: Callable[[str], None]) -> None:
         UnslothStartError: What it patches is there already, its compiled code is left from another run, no GPU
             can be leased, or its import fails.
     """
-    from pytest_qvl.gpu.lease import LeaseError, acquire
+    from pytest_qvl.gpu.errors import LeaseError
+    from pytest_qvl.gpu.lease import acquire
     from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
 
     if "unsloth" in sys.modules:
