@@ -294,9 +294,9 @@ def test_other_samples_are_refused(base: Any, processor: Any, reference: Referen
         alignment(base, processor, scenes(seed=12, per_skill=1), reference)
 
 
-def test_model_is_left_as_it_was(lora_model: Any, processor: Any, reference: Reference) -> None:
-    lora_model.train()
-    alignment(lora_model, processor, SAMPLES, reference)
-    assert all(module.training for module in lora_model.modules())
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in lora_model.modules())
-    lora_model.eval()
+def test_model_is_left_as_it_was(lightly_trained: Any, processor: Any, reference: Reference) -> None:
+    lightly_trained.train()
+    alignment(lightly_trained, processor, SAMPLES, reference, max_new_tokens=SHORT)
+    assert all(module.training for module in lightly_trained.modules())
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in lightly_trained.modules())
+    lightly_trained.eval()

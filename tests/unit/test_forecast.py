@@ -354,30 +354,32 @@ def _small(**changes: Any) -> Forecast:
     return forecast(**{"model": EMBEDDED, "image": (224, 224), "tokens": 40, "lora_r": 8, **changes})
 
 
-def _training(**changes: Any) -> int:
-    peak = _small(**changes).training_peak
-    assert peak is not None
-    return peak.peak_allocated
-
-
 def test_what_takes_more_memory_is_forecast_to_take_more() -> None:
-    base = _training()
-    assert _training(gradient_checkpointing=False) > base
-    assert TRANSFORMERS_4 or _training(vision_hook=True) > base
-    assert _training(batch=2) > base
-    assert _training(images=2, tokens=44) > base
-    assert _training(tokens=200) > base
-    assert _training(lora_r=16) > base
-    assert _training(kbit_upcast=True) > base
+    request = Request(model=EMBEDDED, image=(112, 112), tokens=40, lora_r=8)
+    forecaster, request = make_forecaster(request, None, None)
+
+    def training(**changes: Any) -> int:
+        peak = forecaster.forecast(replace(request, **changes), inference=False).training_peak
+        assert peak is not None
+        return peak.peak_allocated
+
+    base = training()
+    for changes in ({"batch": 2}, {"images": 2, "tokens": 44}, {"tokens": 200}):
+        assert training(**changes) > base
+    for other in ({"gradient_checkpointing": False}, {"vision_hook": True}, {"lora_r": 16}, {"kbit_upcast": True}):
+        if "vision_hook" not in other or not TRANSFORMERS_4:
+            forecaster, _ = make_forecaster(replace(request, **other), None, None)
+            assert training(**other) > base
 
 
 def test_optimizers_differ_by_their_states() -> None:
     """r = 1024 makes adapters large enough that bitsandbytes pages all of them (100,000 values and more)."""
-    kept = {
-        name: _small(optimizer=name, lora_r=1024).phase(phases.OPTIMIZER).by_kind["optimizer"]
+    found = {
+        name: _small(optimizer=name, lora_r=1024, image=(56, 56))
         for name in ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
     }
-    adapters = _small(lora_r=1024).phase(phases.ATTACH).by_kind["adapters"]
+    kept = {name: one.phase(phases.OPTIMIZER).by_kind["optimizer"] for name, one in found.items()}
+    adapters = found["adamw_torch"].phase(phases.ATTACH).by_kind["adapters"]
     # fp32 twice; AdamW's step counters are 0-dimensional and live on the host.
     assert kept["adamw_torch"] >= 2 * adapters
     # A byte twice and 2/64 of it in scales; rounding adds at most 512 bytes to each of four tensors.
@@ -495,12 +497,14 @@ def test_lora_parameters_are_the_released_count() -> None:
 
 
 def test_a_verdict_names_the_phase_that_runs_out() -> None:
-    fits = forecast("qwen2.5-vl-3b", image=(448, 448), card="t4")
+    request = Request("qwen2.5-vl-3b", image=(56, 56), tokens=512, gradient_checkpointing=False)
+    forecaster, request = make_forecaster(request, "t4", None)
+    fits = forecaster.forecast(request, inference=False)
     assert fits.verdict is not None
     assert fits.verdict.fits
     assert fits.request.compute_dtype == "float16"
     assert fits.request.capability == (7, 5)
-    refused = forecast("qwen2.5-vl-7b", image=(896, 896), gradient_checkpointing=False, card="t4")
+    refused = forecaster.forecast(replace(request, tokens=4096), inference=False)
     assert refused.verdict is not None
     assert refused.verdict.failure is not None
     assert refused.verdict.failure.phase == phases.FORWARD
