@@ -66,7 +66,22 @@ def qvl_compute_dtype(pytestconfig: pytest.Config, qvl_target: Target) -> str:
 
 
 @pytest.fixture(scope="session")
-def qvl_quantization_config(qvl_compute_dtype: str, qvl_model: str) -> Any:
+def _qvl_saved_quantization(qvl_model: str) -> Any:
+    """The ``BitsAndBytesConfig`` that the checkpoint was saved with in 4 bits; ``None`` for one in 16 bits."""
+    from pytest_qvl.models.sources.hub import saved_quantization
+    from pytest_qvl.models.sources.model_source import parse_model
+
+    with as_usage_error("qvl_model"):
+        saved = saved_quantization(parse_model(qvl_model))
+    if saved is None:
+        return None
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig.from_dict(saved)
+
+
+@pytest.fixture(scope="session")
+def qvl_quantization_config(qvl_compute_dtype: str, _qvl_saved_quantization: Any) -> Any:
     """A ``transformers.BitsAndBytesConfig``: NF4, nested; vision tower, merger and head in 16 bits.
 
     Of a checkpoint that was saved in 4 bits, its own: ``from_pretrained`` takes no other.
@@ -74,15 +89,9 @@ def qvl_quantization_config(qvl_compute_dtype: str, qvl_model: str) -> Any:
     import torch
 
     from pytest_qvl.models.quantized import usual_quantization
-    from pytest_qvl.models.sources.hub import saved_quantization
-    from pytest_qvl.models.sources.model_source import parse_model
 
-    with as_usage_error("qvl_model"):
-        saved = saved_quantization(parse_model(qvl_model))
-    if saved is not None:
-        from transformers import BitsAndBytesConfig
-
-        return BitsAndBytesConfig.from_dict(saved)
+    if _qvl_saved_quantization is not None:
+        return _qvl_saved_quantization
     return usual_quantization(getattr(torch, qvl_compute_dtype))
 
 

@@ -29,8 +29,15 @@ if TYPE_CHECKING:
 QUANT_TYPES = ("nf4", "fp4")
 MIB = 2**20
 OWN = (
-    "; the checkpoint was saved in 4 bits, so its own configuration counts and a BitsAndBytesConfig given now does not"
+    "; the checkpoint was saved in 4 bits, so its own configuration counts and a BitsAndBytesConfig given now does "
+    "not: quantize its 16-bit base again"
 )
+SAVED_IN_FP4 = (
+    "; the checkpoint was saved in FP4, and QLoRA is proven with NF4: quantize its 16-bit base again with "
+    "bnb_4bit_quant_type='nf4', or declare FP4 if you chose it (the fixture qvl_quantization_config, or "
+    "QuantizationPolicy(quant_type='fp4'))"
+)
+DEFAULT_FP4 = "; BitsAndBytesConfig defaults to fp4: pass bnb_4bit_quant_type='nf4'"
 _COLUMNS = ("group", "linears", "quantized", "stored as", "double quantized", "block size", "compute")
 
 
@@ -182,56 +189,63 @@ def _judge_quantized(judge: Judge, parts: Parts, group: Group, census: _Census, 
         )
     # Those whose class and weight do not belong together are a finding of their own.
     counted = [state for state in census.states if state.name not in chosen and not state.misfit]
-    total = len(counted)
     wrong = [state for state in counted if state.storage != policy.quant_type]
-    keeping = entries_keeping(parts, [state.name for state in wrong if not state.is_quantized])
-    kinds = _counted(state.storage for state in wrong)
-    where = f"{group}: {len(wrong)} of {total} linears are"
-    hint = ""
-    if keeping:
-        hint = f"; of the skip list {skip_list(parts)}, {keeping}"
-    elif not census.quantized:
-        hint = "; the quantization config was not given, or was dropped on the way"
-    elif kinds == "fp4":
-        hint = OWN if saved_quantized(parts) else "; BitsAndBytesConfig defaults to fp4: pass bnb_4bit_quant_type='nf4'"
     nothing = "" if census.quantized else "nothing is quantized: "
-    story = f"{nothing}{where} {kinds} instead of {policy.quant_type} (first: {wrong[0].name}){hint}" if wrong else ""
-    judge.equal(f"{group} linears in {policy.quant_type}", total - len(wrong), total, else_say=story)
+    story = (
+        f"{nothing}{group}: {len(wrong)} of {len(counted)} linears are {_counted(state.storage for state in wrong)} "
+        f"instead of {policy.quant_type} (first: {wrong[0].name}){_why_not_packed(parts, census, wrong)}"
+        if wrong
+        else ""
+    )
+    right = len(counted) - len(wrong)
+    judge.equal(f"{group} linears in {policy.quant_type}", right, len(counted), else_say=story)
 
     four_bit = [state for state in counted if state.is_4bit]
     repacked = [state.name for state in four_bit if state.repacked]
     if repacked:
         judge.problem(f"{group}: {repacked_sentence(repacked)}")
     # Rewriting changes the statistics and their dtype, so those figures would only repeat the finding above.
-    intact = [state for state in four_bit if not state.repacked]
-    wanted: tuple[tuple[str, str, Any, str], ...] = (
-        ("double-quantized", "nested", policy.double_quant, "bnb_4bit_use_double_quant"),
-        (f"in blocks of {policy.blocksize}", "blocksize", policy.blocksize, "the loader"),
+    _judge_packing(judge, parts, group, [state for state in four_bit if not state.repacked], policy)
+
+
+def _why_not_packed(parts: Parts, census: _Census, wrong: Sequence[LinearState]) -> str:
+    """Why these linears are not packed as the policy asks, as the end of a sentence; empty where nobody knows."""
+    keeping = entries_keeping(parts, [state.name for state in wrong if not state.is_quantized])
+    if keeping:
+        return f"; of the skip list {skip_list(parts)}, {keeping}"
+    if not census.quantized:
+        return "; the quantization config was not given, or was dropped on the way"
+    if {state.storage for state in wrong} == {"fp4"}:
+        return SAVED_IN_FP4 if saved_quantized(parts) else DEFAULT_FP4
+    return ""
+
+
+def _judge_packing(
+    judge: Judge, parts: Parts, group: Group, packed: Sequence[LinearState], policy: QuantizationPolicy
+) -> None:
+    """Hold how 4-bit linears are packed and multiplied against the policy, one property after the other."""
+    wanted: list[tuple[str, str, Any, str]] = [
         (
-            f"computing in {policy.compute_dtype}",
-            "compute_dtype",
-            policy.compute_dtype,
-            "bnb_4bit_compute_dtype",
+            "double-quantized" if policy.double_quant else "without double quantization",
+            "nested",
+            policy.double_quant,
+            "bnb_4bit_use_double_quant",
         ),
-    )
+        (f"in blocks of {policy.blocksize}", "blocksize", policy.blocksize, "the loader"),
+        (f"computing in {policy.compute_dtype}", "compute_dtype", policy.compute_dtype, "bnb_4bit_compute_dtype"),
+    ]
     if policy.quant_storage is not None:
-        stored_in = (
-            f"stored in {policy.quant_storage}",
-            "quant_storage",
-            policy.quant_storage,
-            "bnb_4bit_quant_storage",
-        )
-        wanted = (*wanted, stored_in)
+        storage = policy.quant_storage
+        wanted.append((f"stored in {storage}", "quant_storage", storage, "bnb_4bit_quant_storage"))
     for words, attribute, value, setting in wanted:
-        off = [state for state in intact if getattr(state, attribute) != value]
+        off = [state for state in packed if getattr(state, attribute) != value]
         have = _counted(str(getattr(state, attribute)) for state in off)
-        label = words if attribute != "nested" or value else "without double quantization"
         judge.equal(
-            f"{group} linears {label}",
-            len(intact) - len(off),
-            len(intact),
+            f"{group} linears {words}",
+            len(packed) - len(off),
+            len(packed),
             else_say=(
-                f"{group}: {len(off)} of {len(intact)} quantized linears have {attribute} {have} instead of "
+                f"{group}: {len(off)} of {len(packed)} quantized linears have {attribute} {have} instead of "
                 f"{value} (first: {off[0].name if off else ''}); it is set by {setting}"
                 f"{OWN if saved_quantized(parts) else ''}"
             ),
@@ -326,6 +340,11 @@ def _cause(parts: Parts, leaked: Sequence[Group]) -> str:
 
     works = [parts.roots["vision"], parts.roots["lm_head"]]
     given = skip_list(parts)
+    if given is None and saved_quantized(parts):
+        return (
+            "the checkpoint was saved in 4 bits, and without a skip list: quantize its 16-bit base again with "
+            f"llm_int8_skip_modules={works}"
+        )
     if given is None:
         return f"no skip list was given: pass llm_int8_skip_modules={works}"
     again = ", and quantize the 16-bit base again: the checkpoint was saved so" if saved_quantized(parts) else ""

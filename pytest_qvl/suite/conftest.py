@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl import checks
 from pytest_qvl.options import SETTINGS_KEY
 from pytest_qvl.samples import first_of_each_skill, long_sample, row_groups, structure_rows, training_rows
 
 if TYPE_CHECKING:
     from pytest_qvl.samples import ProbeSizes, Sample
+
+
+@pytest.fixture(scope="session")
+def quantization_policy(qvl_quantization_config: Any, _qvl_saved_quantization: Any) -> checks.QuantizationPolicy:
+    """How layers have to be packed: as ``qvl_quantization_config`` asks.
+
+    Another type than NF4 has to be asked for by a user; that a checkpoint was saved so is no declaration.
+    """
+    policy = checks.QuantizationPolicy.from_config(qvl_quantization_config)
+    return replace(policy, quant_type="nf4") if qvl_quantization_config is _qvl_saved_quantization else policy
 
 
 @pytest.fixture(scope="session")

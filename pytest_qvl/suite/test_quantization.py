@@ -12,7 +12,6 @@ def test_checkpoint_complete(qvl_quantized_model: Any) -> None:
     checks.checkpoint_complete(qvl_quantized_model)
 
 
-def test_quantization_census(qvl_quantized_model: Any, qvl_quantization_config: Any) -> None:
+def test_quantization_census(qvl_quantized_model: Any, quantization_policy: Any) -> None:
     """Language linears are NF4 as asked; vision tower, merger, head and embeddings are not."""
-    policy = checks.QuantizationPolicy.from_config(qvl_quantization_config)
-    checks.quantization_census(qvl_quantized_model, policy)
+    checks.quantization_census(qvl_quantized_model, quantization_policy)

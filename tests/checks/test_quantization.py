@@ -204,6 +204,23 @@ def test_a_checkpoint_saved_in_4_bits_counts_by_its_own_configuration(fresh_mode
     assert "its own configuration counts and a BitsAndBytesConfig given now does not" in message
 
 
+def test_a_checkpoint_saved_in_fp4_without_a_skip_list_is_to_be_quantized_again(
+    fresh_model: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    fresh_model(skip=None, bnb_4bit_quant_type="fp4").save_pretrained(tmp_path)
+    message = refused(AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    assert "28 of 28 linears are fp4 instead of nf4" in message
+    assert "the checkpoint was saved in FP4, and QLoRA is proven with NF4: quantize its 16-bit base again" in message
+    assert "the fixture qvl_quantization_config, or QuantizationPolicy(quant_type='fp4')" in message
+    assert (
+        "the checkpoint was saved in 4 bits, and without a skip list: quantize its 16-bit base again with "
+        "llm_int8_skip_modules=['model.visual', 'lm_head']"
+    ) in message
+    assert "pass llm_int8_skip_modules" not in message
+
+
 def test_weights_rewritten_for_the_cpu_are_named_as_such(fresh_model: Any, processor: Any) -> None:
     from bitsandbytes.nn.modules import has_avx512bf16
 

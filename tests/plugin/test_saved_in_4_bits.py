@@ -31,6 +31,30 @@ def test_the_suite_keeps_its_promises_against_its_own_weights_dequantized(pytest
     assert "its own quantization_config counts" in text
 
 
+def test_a_checkpoint_saved_in_fp4_is_kept_only_where_fp4_was_declared(pytester, run_real, tmp_path, real_stack):
+    from pytest_qvl.faults.case import load
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
+
+    folder = shutil.copytree(embedded_model_dir(), tmp_path / "in-fp4")
+    load(lora=None, bnb_4bit_quant_type="fp4").save_pretrained(folder)
+    pytester.makeini("[pytest]")
+    census = (*SUITE, f"--qvl-model={folder}", "-k", "quantization_census")
+    result = run_real(*census)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*linears are fp4 instead of nf4*the checkpoint was saved in FP4*"])
+    pytester.makeconftest(
+        """
+    import json, pathlib, pytest
+    @pytest.fixture(scope="session")
+    def qvl_quantization_config(qvl_model):
+        from transformers import BitsAndBytesConfig
+        saved = json.loads((pathlib.Path(qvl_model.removeprefix("local:")) / "config.json").read_text())
+        return BitsAndBytesConfig.from_dict(saved["quantization_config"])
+    """
+    )
+    run_real(*census, "--rootdir=.").assert_outcomes(passed=1)
+
+
 def test_a_named_base_is_the_reference(pytester, run_real, in_4bit):
     pytester.makeini("[pytest]")
     pytester.makepyfile(
