@@ -208,14 +208,14 @@ def forecast_work(model: Any, batch: Mapping[str, Any], training_batch: Mapping[
     Raises:
         NotFollowed: The model is of a kind that the forecast does not follow.
     """
-    from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
+    from pytest_qvl.vram.forecast.engine.dry_run import DryRun
     from pytest_qvl.vram.forecast.engine.recipes import recipe_from_model
     from pytest_qvl.vram.forecast.engine.trace import replay
 
     request, source, recipe = recipe_from_model(model)
     work = partial(work_of, decode_steps=REHEARSED_STEPS)
-    tape = Rehearsal(request, source, recipe).run_work((batch, training_batch), work)
-    return replay(tape).phases
+    trace = DryRun(request, source, recipe).run_work((batch, training_batch), work)
+    return replay(trace).phases
 
 
 def judge_agreement(forecast: Mapping[str, PhaseBytes], measured: Sequence[Usage]) -> Evidence:

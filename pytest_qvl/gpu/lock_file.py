@@ -98,7 +98,11 @@ class LockFile:
         return True
 
     def sign(self, holder: Holder) -> None:
-        """Say who holds it."""
+        """Write down who holds the lock, for whoever waits.
+
+        Raises:
+            OSError: The disk is full, or the file is gone.
+        """
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, json.dumps(asdict(holder)).encode(), 0)
 

@@ -1,4 +1,4 @@
-"""The allocator whose peaks are measured, behind a contract small enough to script in a test."""
+"""The allocator whose peaks are measured, behind a contract small enough for a scripted one in a test."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Allocator(Protocol):
         """Bytes now and their peaks; ``None`` while nothing can be measured."""
 
     def why_not(self) -> str:
-        """Why nothing can be measured."""
+        """Why nothing can be measured, in a few words; empty when it can."""
 
     def reset_peaks(self) -> None:
         """Let peaks start again from what is allocated now."""
@@ -97,7 +97,7 @@ class Allocator(Protocol):
         """Record allocations; ``False`` where somebody else records already, whose history is then used."""
 
     def stop_history(self) -> None:
-        """Stop recording and forget."""
+        """Stop recording and drop what was recorded."""
 
     def history(self) -> History | None:
         """The recorded history; ``None`` where the allocator keeps none."""

@@ -28,7 +28,7 @@ from pytest_qvl.samples import make_batch, scenes
 from pytest_qvl.vram.cards import card
 from pytest_qvl.vram.forecast import Request, phases
 from pytest_qvl.vram.forecast.engine.allocator import round_size
-from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
+from pytest_qvl.vram.forecast.engine.dry_run import DryRun
 from pytest_qvl.vram.forecast.engine.recipes import NotFollowed, recipe_from_configs, recipe_from_model
 from pytest_qvl.vram.forecast.engine.trace import replay
 from pytest_qvl.vram.forecast.run import Forecaster
@@ -201,15 +201,15 @@ def test_without_a_gpu_there_is_nothing_to_compare(lora_model: Any, processor: A
 
 
 @pytest.fixture(scope="module")
-def three_billion() -> Rehearsal:
+def three_billion() -> DryRun:
     """The 3B model as the suite and the predictions build it."""
     source = find_source("qwen2.5-vl-3b")
     request = Request("qwen2.5-vl-3b", checkpoint="synthetic")
-    return Rehearsal(request, source, recipe_from_configs(source.config, NF4, LORA))
+    return DryRun(request, source, recipe_from_configs(source.config, NF4, LORA))
 
 
 @pytest.mark.slow
-def test_the_suites_own_batch_is_forecast_as_an_h200_measured_it(three_billion: Rehearsal) -> None:
+def test_the_suites_own_batch_is_forecast_as_an_h200_measured_it(three_billion: DryRun) -> None:
     """Against the figures of the committed record, which were measured before this comparison was written.
 
     The record has the bytes requested for what is resident, not those of the allocator's blocks, which are up to 1 MiB
@@ -226,7 +226,7 @@ def test_the_suites_own_batch_is_forecast_as_an_h200_measured_it(three_billion: 
     assert judge_agreement(found, usages).ok
 
 
-def test_the_committed_predictions_are_still_what_is_forecast(three_billion: Rehearsal) -> None:
+def test_the_committed_predictions_are_still_what_is_forecast(three_billion: DryRun) -> None:
     """Of one case its training step, within the limits that measurements are held to, on any release."""
     entry = next(e for e in read_predictions(RECORDS / "forecast-predictions.json") if e["name"] == "3b-256")
     found = replay(three_billion.run(Case.from_dict(entry).request, inference=False)).phases

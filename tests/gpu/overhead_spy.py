@@ -76,9 +76,9 @@ def _meter(config):
 
 
 def _without_data(tensors):
-    from pytest_qvl.vram.forecast.engine.recorder import Ghost
+    from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor
 
-    return any(isinstance(tensor, Ghost) for tensor in tensors)
+    return any(isinstance(tensor, DatalessTensor) for tensor in tensors)
 
 
 class Tape:
@@ -136,7 +136,7 @@ class Tape:
 
         note = {"kind": kind, "stage": self.stage}
         if _without_data([model] if kind == "backward" else model.parameters()):
-            return None  # a rehearsal of the forecast
+            return None  # a dry run of the forecast
         if kind != "backward":
             names = ("pixel_values", "image_grid_thw") if kind == "vision" else ("input_ids", "attention_mask")
             given = {**dict(zip(names, args, strict=False)), **kwargs}

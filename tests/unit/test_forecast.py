@@ -1,4 +1,4 @@
-"""The forecast: its allocator, its ghosts, and its figures against a real GPU's."""
+"""The forecast: its allocator, its tensors without data, and its figures against a real GPU's."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from pytest_qvl.vram.forecast.engine.allocator import (
     segment_size,
 )
 from pytest_qvl.vram.forecast.engine.kernels import Device
-from pytest_qvl.vram.forecast.engine.recorder import Ghost, Recorder
-from pytest_qvl.vram.forecast.engine.trace import KINDS, Tape, replay
+from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor, Recorder
+from pytest_qvl.vram.forecast.engine.trace import KINDS, AllocationTrace, replay
 from pytest_qvl.vram.forecast.output.timeline import draw_timeline
 from pytest_qvl.vram.forecast.run import largest, make_forecaster
 from pytest_qvl.vram.units import GiB, MiB
@@ -121,7 +121,7 @@ def test_blocks_never_overlap_and_everything_comes_back(steps: list[tuple[bool, 
     assert (allocator.allocated, allocator.reserved) == (0, 0)
 
 
-# --- ghosts ------------------------------------------------------------------------------------------------------
+# --- tensors without data ----------------------------------------------------------------------------------------
 
 
 class _RealBytes(TorchDispatchMode):
@@ -155,39 +155,39 @@ def _network() -> nn.Module:
     return nn.Sequential(nn.Linear(96, 256), nn.SiLU(), nn.LayerNorm(256), nn.Linear(256, 64, bias=False))
 
 
-def test_a_run_on_ghosts_takes_the_bytes_of_the_same_run_on_real_tensors() -> None:
+def test_a_run_without_data_takes_the_bytes_of_the_same_run_on_real_tensors() -> None:
     """Live bytes, peak included, equal to the byte over forward, loss and backward of a small network."""
     model, x = _network(), torch.randn(40, 96)
     with _RealBytes([*model.parameters(), x]) as real:
         _step(model, x, torch.zeros(40, dtype=torch.int64))
-    tape = Tape()
-    recorder = Recorder(tape, HOPPER, vocabulary=10**9)
-    ghosts = _network()
+    trace = AllocationTrace()
+    recorder = Recorder(trace, HOPPER, vocabulary=10**9)
+    network = _network()
     with recorder:
-        for module in ghosts.modules():
+        for module in network.modules():
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None:
-                    module._parameters[name] = nn.Parameter(recorder.ghost(tuple(parameter.shape), parameter.dtype))
-        ghost_x = recorder.ghost((40, 96), torch.float32)
-        tape.phase("step")
-        _step(ghosts, ghost_x, torch.zeros(40, dtype=torch.int64))
-        assert isinstance(ghosts[0].weight.grad, Ghost)
-        tape.close()
-    step = replay(tape).phases["step"]
+                    module._parameters[name] = nn.Parameter(recorder.dataless(tuple(parameter.shape), parameter.dtype))
+        x = recorder.dataless((40, 96), torch.float32)
+        trace.phase("step")
+        _step(network, x, torch.zeros(40, dtype=torch.int64))
+        assert isinstance(network[0].weight.grad, DatalessTensor)
+        trace.close()
+    step = replay(trace).phases["step"]
     before = sum(round_size(p.nbytes) for p in [*model.parameters(), x])
     assert step.start_allocated == before
     assert step.peak_allocated - before - step.by_kind["workspace"] == real.peak
     assert step.by_kind["workspace"] > 0
 
 
-def test_integers_keep_their_values_and_what_is_computed_from_ghosts_is_zero() -> None:
-    recorder = Recorder(Tape(), HOPPER, vocabulary=7)
+def test_integers_keep_their_values_and_what_is_computed_without_data_is_zero() -> None:
+    recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=7)
     with recorder:
         ids = torch.arange(6).view(2, 3)
-        table = recorder.ghost((100, 7), torch.bfloat16)
+        table = recorder.dataless((100, 7), torch.bfloat16)
         logits = nn.functional.embedding(ids, table)
         assert ids.tolist() == [[0, 1, 2], [3, 4, 5]]
-        assert isinstance(logits, Ghost)
+        assert isinstance(logits, DatalessTensor)
         assert logits.argmax(-1).tolist() == [[0, 0, 0], [0, 0, 0]]
         assert logits[ids > 2].shape == (3, 7)
         with pytest.raises(RuntimeError, match="value of a tensor without data"):
@@ -196,10 +196,10 @@ def test_integers_keep_their_values_and_what_is_computed_from_ghosts_is_zero() -
         logits + 1
 
 
-def test_assigning_data_reaches_the_ghost() -> None:
-    recorder = Recorder(Tape(), HOPPER, vocabulary=7)
+def test_assigning_data_reaches_the_tensor_without_data() -> None:
+    recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=7)
     with recorder:
-        parameter = nn.Parameter(recorder.ghost((4, 4), torch.bfloat16))
+        parameter = nn.Parameter(recorder.dataless((4, 4), torch.bfloat16))
         parameter.data = parameter.data.float()
         assert (parameter.dtype, parameter.elem.dtype) == (torch.float32, torch.float32)  # type: ignore[attr-defined]
 
@@ -215,17 +215,17 @@ def test_assigning_data_reaches_the_ghost() -> None:
 )
 def test_attention_runs_the_kernel_the_card_has(device: Device, grouped: bool, kernel: str | None) -> None:
     """A T4 has no fused kernel for grouped heads: the whole fp32 score matrix is kept for backward."""
-    tape = Tape()
-    recorder = Recorder(tape, device, vocabulary=10**9)
+    trace = AllocationTrace()
+    recorder = Recorder(trace, device, vocabulary=10**9)
     heads, length = 8, 512
     with recorder:
-        query = recorder.ghost((1, heads, length, 64), torch.float16).requires_grad_()
-        key = recorder.ghost((1, 2 if grouped else heads, length, 64), torch.float16)
-        tape.phase("attention")
+        query = recorder.dataless((1, heads, length, 64), torch.float16).requires_grad_()
+        key = recorder.dataless((1, 2 if grouped else heads, length, 64), torch.float16)
+        trace.phase("attention")
         out = nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=grouped)
         name = type(out.grad_fn).__name__
-        tape.phase("kept")
-    kept = replay(tape).phases["kept"]
+        trace.phase("kept")
+    kept = replay(trace).phases["kept"]
     scores = heads * length * length * 4
     if kernel is None:
         assert kept.start_allocated > scores
@@ -235,16 +235,16 @@ def test_attention_runs_the_kernel_the_card_has(device: Device, grouped: bool, k
 
 
 def test_dropout_keeps_a_mask_of_one_byte_per_element() -> None:
-    tape = Tape()
-    recorder = Recorder(tape, HOPPER, vocabulary=10**9)
+    trace = AllocationTrace()
+    recorder = Recorder(trace, HOPPER, vocabulary=10**9)
     with recorder:
-        x = recorder.ghost((1024, 1024), torch.float32).requires_grad_()
+        x = recorder.dataless((1024, 1024), torch.float32).requires_grad_()
         assert nn.functional.dropout(x, 0.5, training=False) is x
-        tape.phase("dropout")
+        trace.phase("dropout")
         out = nn.functional.dropout(x, 0.1)
-        tape.phase("kept")
+        trace.phase("kept")
         assert out.requires_grad
-    found = replay(tape).phases
+    found = replay(trace).phases
     assert found["kept"].start_allocated - found["dropout"].start_allocated == (4 + 1) * MiB
 
 
@@ -464,7 +464,7 @@ def test_loading_a_16_bit_checkpoint_keeps_the_measured_gaps() -> None:
 @pytest.mark.slow
 def test_a_capped_gpu_runs_out_where_the_replay_says() -> None:
     """A float16 step at 1,024 visual tokens, flash attention off, fitted 10 GiB of an H200 and not 9 GiB."""
-    from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
+    from pytest_qvl.vram.forecast.engine.dry_run import DryRun
     from pytest_qvl.vram.forecast.source import find_source
 
     request = Request(
@@ -476,9 +476,9 @@ def test_a_capped_gpu_runs_out_where_the_replay_says() -> None:
         vision_hook=True,
         capability=(7, 5),
     )
-    tape = Rehearsal(request, find_source(request.model)).run(request, inference=False)
-    assert replay(tape, limit=10 * GiB).failure is None
-    failure = replay(tape, limit=9 * GiB).failure
+    trace = DryRun(request, find_source(request.model)).run(request, inference=False)
+    assert replay(trace, limit=10 * GiB).failure is None
+    failure = replay(trace, limit=9 * GiB).failure
     assert failure is not None
     assert failure.phase in phases.TRAINING
 
@@ -493,7 +493,7 @@ def test_lora_parameters_are_the_released_count() -> None:
     assert 4 * parameters <= adapters <= 4 * parameters + 4 * MiB
 
 
-# --- verdict, search, picture, command ---------------------------------------------------------------------------
+# --- verdict, search, figure, command ---------------------------------------------------------------------------
 
 
 def test_a_verdict_names_the_phase_that_runs_out() -> None:
@@ -512,7 +512,7 @@ def test_a_verdict_names_the_phase_that_runs_out() -> None:
 
 @pytest.mark.parametrize("dimension", ["image", "batch"])
 def test_the_largest_that_fits_is_confirmed_and_the_next_refused(dimension: Any) -> None:
-    """On a card made to hold exactly a batch of three, or a picture of 784 visual tokens."""
+    """On a card made to hold exactly a batch of three, or an image of 784 visual tokens."""
     request = Request(model=EMBEDDED, image=(224, 224), tokens=40, gradient_checkpointing=False)
     enough = {"batch": 3} if dimension == "batch" else {"image": (784, 784)}
     forecaster, request = make_forecaster(request, None, "float16")
@@ -536,8 +536,8 @@ def test_the_largest_that_fits_is_confirmed_and_the_next_refused(dimension: Any)
         assert found.forecast.visual_tokens > request_tokens
 
 
-def test_a_card_that_holds_every_picture_is_said_to() -> None:
-    """The processor of the released models shrinks pictures to 16,384 tokens; this folder's to far fewer."""
+def test_a_card_that_holds_every_image_is_said_to() -> None:
+    """The processor of the released models shrinks images to 16,384 tokens; this folder's to far fewer."""
     forecaster, request = make_forecaster(Request(model=EMBEDDED, image=(112, 112), tokens=40), "h200", None)
     found = largest(forecaster, forecaster.forecast(request), "image")
     assert found.bounded
@@ -612,13 +612,13 @@ def test_the_command_fails_when_it_does_not_fit(capsys: pytest.CaptureFixture[st
     assert "DOES NOT FIT: out of memory in" in capsys.readouterr().out
 
 
-def test_the_command_writes_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = tmp_path / "step.svg"
-    assert main(_command("--card", "l4", "--largest", "none", "--json", "--timeline", str(picture))) == 0
+def test_the_command_writes_json_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "step.svg"
+    assert main(_command("--card", "l4", "--largest", "none", "--json", "--timeline", str(figure))) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["card"]["fits"] is True
     assert data["peak"]["allocated"] == max(phase["peak_allocated"] for phase in data["phases"])
-    root = ElementTree.fromstring(picture.read_text(encoding="utf-8"))
+    root = ElementTree.fromstring(figure.read_text(encoding="utf-8"))
     words = " ".join(root.itertext())
     for expected in ("one training step", "L4: 21.45 GiB for the allocator", "weights", "backward"):
         assert expected in words

@@ -43,8 +43,8 @@ def forecast(
 
     Args:
         model: Released name or a local folder with a ``config.json``.
-        image: Height and width of each picture in pixels.
-        images: Pictures per sample.
+        image: Height and width of each image in pixels.
+        images: Images per sample.
         batch: Samples per step.
         tokens: Text tokens per sample; visual tokens come on top.
         lora_r: Rank of the LoRA on all language linears; 0 for inference on the bare quantized model.
@@ -56,14 +56,14 @@ def forecast(
         kbit_upcast: Whether ``prepare_model_for_kbit_training`` raised 16-bit parameters to fp32.
         autocast: Whether the forward runs under autocast; ``None`` for yes after the upcast and for float16.
         generate: New tokens to decode.
-        pixel_dtype: Dtype in which pictures reach the device.
+        pixel_dtype: Dtype in which images reach the device.
         all_logits: Whether inference keeps the logits of every position.
         checkpoint: Whether a ``16bit`` checkpoint is quantized while loading, one saved in ``nf4`` is loaded, or
             random weights are drawn layer by layer (``synthetic``).
         card: The card to judge, such as ``"t4"``.
 
     Raises:
-        ValueError: Unknown model, card or option; a picture without pixels; a negative rank; bfloat16 on a
+        ValueError: Unknown model, card or option; an image without pixels; a negative rank; bfloat16 on a
             card that lacks it.
     """
     request = Request(

@@ -25,12 +25,10 @@ def add_forecast(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     what = parser.add_argument_group("what")
     what.add_argument("--model", default="qwen2.5-vl-7b", help="released name or folder with a config.json")
     what.add_argument("--card", help=f"card to judge: {', '.join(card_names())}")
-    what.add_argument("--image", type=_image, default=(1024, 1024), metavar="HxW", help="picture size in pixels")
-    what.add_argument("--images", type=int, default=1, metavar="N", help="pictures per sample")
+    what.add_argument("--image", type=_image, default=(1024, 1024), metavar="HxW", help="image size in pixels")
+    what.add_argument("--images", type=int, default=1, metavar="N", help="images per sample")
     what.add_argument("--batch", type=int, default=1, metavar="N", help="samples per step")
-    what.add_argument(
-        "--tokens", type=int, default=256, metavar="N", help="text tokens per sample, pictures not counted"
-    )
+    what.add_argument("--tokens", type=int, default=256, metavar="N", help="text tokens per sample, images not counted")
     what.add_argument("--generate", type=int, default=0, metavar="N", help="new tokens to decode")
     how = parser.add_argument_group("how")
     how.add_argument("--lora-r", type=int, default=16, metavar="R", help="LoRA rank; 0: inference only")
@@ -64,7 +62,7 @@ def run_forecast(options: argparse.Namespace) -> int:
     """Make the forecast and print it; 0 if it fits or no card was named, 1 if it does not fit.
 
     Raises:
-        ValueError: Nonsense in the options.
+        ValueError: An option's value cannot be used; the message names it.
     """
     request = Request(
         model=options.model,
@@ -96,7 +94,7 @@ def run_forecast(options: argparse.Namespace) -> int:
         from pytest_qvl.vram.forecast.output.text import render
         from pytest_qvl.vram.forecast.output.timeline import draw_timeline
         from pytest_qvl.vram.forecast.run import largest, make_forecaster
-        from pytest_qvl.vram.forecast.validation.rules_of_thumb import render_rules, side_by_side
+        from pytest_qvl.vram.forecast.validation.rules_of_thumb import render_rules_of_thumb, side_by_side
     finally:
         gc.freeze()
         gc.enable()
@@ -104,7 +102,7 @@ def run_forecast(options: argparse.Namespace) -> int:
     forecaster, request = make_forecaster(request, card, options.compute_dtype)
     forecast = forecaster.forecast(request)
     found = None if card is None or options.largest == "none" else largest(forecaster, forecast, options.largest)
-    rules = side_by_side(forecast, forecaster.source.config) if options.compare else []
+    rules_of_thumb = side_by_side(forecast, forecaster.source.config) if options.compare else []
     if options.timeline is not None:
         options.timeline.write_text(draw_timeline(forecast), encoding="utf-8")
     if options.json:
@@ -116,11 +114,11 @@ def run_forecast(options: argparse.Namespace) -> int:
                 "refused": found.refused and found.refused.as_dict()["request"],
                 "bounded": found.bounded,
             }
-        if rules:
-            data["rules"] = [vars(rule) for rule in rules]
+        if rules_of_thumb:
+            data["rules"] = [vars(rule) for rule in rules_of_thumb]
         print(json.dumps(data, indent=1))
     else:
         print(render(forecast, found))
-        if rules:
-            print("\n" + render_rules(rules, forecast))
+        if rules_of_thumb:
+            print("\n" + render_rules_of_thumb(rules_of_thumb, forecast))
     return 0 if forecast.verdict is None or forecast.verdict.fits else 1

@@ -19,10 +19,10 @@ class Request:
 
     Attributes:
         model: Released name (``"qwen2.5-vl-7b"``) or a local folder with a ``config.json``.
-        image: Height and width of each picture in pixels, before the processor resizes it.
-        images: Pictures per sample.
+        image: Height and width of each image in pixels, before the processor resizes it.
+        images: Images per sample.
         batch: Samples per step, all of the same length (no padding).
-        tokens: Text tokens per sample, the markers around pictures included; visual tokens come on top.
+        tokens: Text tokens per sample, the markers around images included; visual tokens come on top.
         lora_r: Rank of the LoRA on all language linears; 0 for the bare quantized model, without a training
             step.
         gradient_checkpointing: Whether decoder layers (and vision blocks) are recomputed in backward.
@@ -34,7 +34,7 @@ class Request:
         autocast: Whether forward and loss run under autocast to ``compute_dtype``; ``None`` for what trainers
             do: yes after the fp32 upcast and for float16, else no.
         generate: New tokens to decode; 0 for none.
-        pixel_dtype: Dtype in which pictures reach the device; processors give float32.
+        pixel_dtype: Dtype in which images reach the device; processors give float32.
         all_logits: Whether the inference forward keeps the logits of every position (a plain
             ``model(**batch)``) rather than of the last one (``generate``).
         checkpoint: Whether a 16-bit checkpoint is quantized while it loads, one saved in NF4 is loaded, or random
@@ -61,7 +61,7 @@ class Request:
     capability: tuple[int, int] = (9, 0)
 
     def __post_init__(self) -> None:
-        """Refuse nonsense.
+        """Refuse values that describe no run.
 
         Raises:
             ValueError: Names the field, what it was and what it may be.
@@ -75,7 +75,7 @@ class Request:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
         if self.tokens < 2 * self.images + 2:
             raise ValueError(
-                f"tokens is {self.tokens}: each of {self.images} pictures needs two marker tokens, and a "
+                f"tokens is {self.tokens}: each of {self.images} images needs two marker tokens, and a "
                 "sample one token at its start and end"
             )
         choices: dict[str, tuple[str, ...]] = {

@@ -47,7 +47,7 @@ class Verdict:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase runs."""
+        """Whether every phase runs on the card."""
         return self.failure is None
 
     @property
@@ -136,13 +136,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Largest:
-    """The largest picture or batch found to fit the card.
+    """The largest image or batch found to fit the card.
 
     Attributes:
         dimension: What was varied.
         forecast: The forecast that confirms it; ``None`` if not even the smallest fits.
         bounded: Whether a larger one was impossible for another reason (the processor shrinks every larger
-            picture).
+            image).
         refused: The smallest one tried that does not fit, if any.
     """
 

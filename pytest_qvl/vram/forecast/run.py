@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from pytest_qvl.vram.cards import Card
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.engine.dry_run import Rehearsal
-from pytest_qvl.vram.forecast.engine.trace import Tape, replay
+from pytest_qvl.vram.forecast.engine.dry_run import DryRun
+from pytest_qvl.vram.forecast.engine.trace import AllocationTrace, replay
 from pytest_qvl.vram.forecast.result import Dimension, Forecast, Largest, Timeline, Verdict
 from pytest_qvl.vram.forecast.source import Source, find_source
 
@@ -30,7 +30,7 @@ class Forecaster:
     """Forecasts for one model and one way of training it; the model is built once.
 
     Args:
-        request: What to forecast; :meth:`forecast` may vary picture size, pictures, batch, tokens and new
+        request: What to forecast; :meth:`forecast` may vary image size, images, batch, tokens and new
             tokens.
         card: The card to judge, if any.
         source: The model's configuration; by default what ``request.model`` names.
@@ -50,7 +50,7 @@ class Forecaster:
     ) -> None:
         self.source: Source = source or find_source(request.model)
         self.card = card
-        self._rehearsal = Rehearsal(request, self.source, recipe)
+        self._dry_run = DryRun(request, self.source, recipe)
 
     def forecast(self, request: Request, *, inference: bool = True) -> Forecast:
         """The forecast for ``request``.
@@ -60,17 +60,17 @@ class Forecaster:
             inference: Whether to make the inference pass too.
 
         Raises:
-            ValueError: A picture the processor refuses.
+            ValueError: An image the processor refuses.
         """
         visual = request.images * self.source.sizes.visual_tokens(*request.image)
-        tape = self._rehearsal.run(request, inference=inference)
+        trace = self._dry_run.run(request, inference=inference)
         points: list[tuple[str, tuple[int, ...]]] = []
 
         def watch(phase: str, live: tuple[int, ...]) -> None:
             if phase in phases.TRAINING:
                 points.append((phase, live))
 
-        found = replay(tape, watch=watch).phases
+        found = replay(trace, watch=watch).phases
         ready = found.get(phases.PREPARE) or found[phases.LOAD]
         return Forecast(
             request=request,
@@ -80,23 +80,23 @@ class Forecaster:
             resident=ready.end_allocated,
             phases=tuple(found.values()),
             timeline=Timeline(tuple(p for p, _ in points), tuple(v for _, v in points)),
-            verdict=self._judge(tape, max(phase.peak_reserved for phase in found.values())),
+            verdict=self._judge(trace, max(phase.peak_reserved for phase in found.values())),
         )
 
-    def _judge(self, tape: Tape, reserved: int) -> Verdict | None:
+    def _judge(self, trace: AllocationTrace, reserved: int) -> Verdict | None:
         if self.card is None:
             return None
         available = self.card.usable_bytes - self.card.context_bytes
-        failure = replay(tape, limit=available).failure if reserved > available else None
+        failure = replay(trace, limit=available).failure if reserved > available else None
         return Verdict(self.card, available, reserved, failure)
 
 
 def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> Largest:
-    """Search the largest picture (same aspect ratio) or batch that fits the forecaster's card.
+    """Search the largest image (same aspect ratio) or batch that fits the forecaster's card.
 
     The peak is nearly linear in the number of tokens, so a line through two forecasts gives a guess, and a
     forecast of its own confirms or refutes it; then the gap is halved, until the largest that fits and the
-    smallest that does not are neighbours (for pictures: within 5 % of their tokens) or :data:`SEARCH_STEPS`
+    smallest that does not are neighbours (for images: within 5 % of their tokens) or :data:`SEARCH_STEPS`
     forecasts were made.
 
     Args:
@@ -109,7 +109,7 @@ def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> La
     """
     if forecaster.card is None or first.verdict is None:
         raise ValueError("the largest that fits needs a card")
-    ladder: _Ladder = _Pictures(forecaster, first.request) if dimension == "image" else _Batches(first)
+    ladder: _Ladder = _Images(forecaster, first.request) if dimension == "image" else _Batches(first)
     known = {ladder.size_of(first.request): first}
     target = SEARCH_TARGET * first.verdict.available
     for steps_left in reversed(range(SEARCH_STEPS)):
@@ -170,7 +170,7 @@ class _Ladder(Protocol):
         """The request nearest to ``size`` from below."""
 
     def size_of(self, request: Request) -> int:
-        """The size of a request."""
+        """The size of a request: its batch, or the visual tokens of one image."""
 
 
 class _Batches:
@@ -190,8 +190,8 @@ class _Batches:
         return request.batch
 
 
-class _Pictures:
-    """Pictures of one aspect ratio, ordered by their visual tokens."""
+class _Images:
+    """Images of one aspect ratio, ordered by their visual tokens."""
 
     def __init__(self, forecaster: Forecaster, request: Request) -> None:
         self._sizes = forecaster.source.sizes

@@ -1,4 +1,4 @@
-"""From a model's name or folder to its configuration and picture sizes."""
+"""From a model's name or folder to its configuration and image sizes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Source:
     Attributes:
         label: What to call it.
         config: The Transformers configuration.
-        sizes: What its processor does with picture sizes.
+        sizes: What its processor does with image sizes.
     """
 
     label: str
@@ -85,7 +85,7 @@ def find_weights_source(weights: ModelSource) -> Source:
 
 
 def source_of(config: Any, label: str) -> Source:
-    """A source for a configuration at hand, with the picture sizes of its family's released processor."""
+    """A source for a configuration at hand, with the image sizes of its family's released processor."""
     return Source(label, config, picture_sizes(_TYPICAL[config.model_type]))
 
 

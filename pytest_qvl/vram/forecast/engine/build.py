@@ -1,7 +1,7 @@
 """A model, its adapter and its optimizer without data, built as loading and PEFT build them on a device.
 
 The classes are the real ones: Transformers' model, ``bitsandbytes.nn.Linear4bit``, PEFT's LoRA layers,
-bitsandbytes' and torch's optimizers. Only the tensors in them are ghosts (see :mod:`.recorder`).
+bitsandbytes' and torch's optimizers. Only the tensors in them have no data (see :mod:`.recorder`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import keep_quantized_weights_in_place
-from pytest_qvl.vram.forecast.engine.recorder import Ghost, Recorder
+from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor, Recorder
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.request import Checkpoint, Optimizer
@@ -68,7 +68,7 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
         if name in quantized:
             whole, packed[name.removesuffix(".weight")] = _pack(parameter, checkpoint, recorder, recipe.nested)
             return whole
-        made[id(parameter)] = nn.Parameter(recorder.ghost(tuple(parameter.shape), parameter.dtype))
+        made[id(parameter)] = nn.Parameter(recorder.dataless(tuple(parameter.shape), parameter.dtype))
         return made[id(parameter)]
 
     with recorder, recorder.labelled("weights"):
@@ -93,7 +93,7 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
 def _arrive_as_from_pretrained(model: Any, arrive: Any, quantized: Any, recorder: Recorder) -> None:
     parameters = sorted(model.named_parameters(), key=lambda item: _natural(item[0]))
     expected = sum(p.numel() // 2 if name in quantized else p.numel() * p.element_size() for name, p in parameters)
-    recorder.tape.free(recorder.tape.alloc(expected, "weights"))
+    recorder.trace.free(recorder.trace.alloc(expected, "weights"))
     for name, parameter in parameters:
         arrive(name, parameter)
     for module in model.modules():
@@ -113,7 +113,7 @@ def _arrive_in_module_order(model: Any, arrive: Any, made: Any, recorder: Record
 def _place_buffers(module: nn.Module, recorder: Recorder) -> None:
     for name, buffer in list(module._buffers.items()):
         if buffer is not None:
-            module._buffers[name] = recorder.ghost(tuple(buffer.shape), buffer.dtype)
+            module._buffers[name] = recorder.dataless(tuple(buffer.shape), buffer.dtype)
 
 
 def _skeleton(config: Any, dtype: torch.dtype) -> Any:
@@ -138,7 +138,7 @@ def _pack(
 ) -> tuple[torch.Tensor, nn.Parameter]:
     """A weight as it arrived, and packed."""
     with recorder.off_device() if checkpoint == "nf4" else nullcontext():
-        whole = recorder.ghost(tuple(parameter.shape), parameter.dtype)
+        whole = recorder.dataless(tuple(parameter.shape), parameter.dtype)
         data, state = bnb.functional.quantize_4bit(whole, compress_statistics=nested, quant_type="nf4")
     if checkpoint == "nf4":
         second = (state.offset, state.state2.absmax, state.state2.code) if nested else ()
@@ -192,12 +192,12 @@ def attach_lora(model: Any, rank: int, recorder: Recorder, recipe: Recipe) -> An
 
 
 def _drop_data(model: nn.Module, recorder: Recorder) -> None:
-    """Turn adapter parameters that were small enough to be created with data into ghosts."""
+    """Turn adapter parameters that were small enough to be created with data into tensors without data."""
     for module in model.modules():
         for name, own in list(module._parameters.items()):
-            if own is not None and not isinstance(own, Ghost):
+            if own is not None and not isinstance(own, DatalessTensor):
                 module._parameters[name] = nn.Parameter(
-                    recorder.ghost(tuple(own.shape), own.dtype), requires_grad=own.requires_grad
+                    recorder.dataless(tuple(own.shape), own.dtype), requires_grad=own.requires_grad
                 )
 
 
@@ -233,7 +233,7 @@ def make_optimizer(name: Optimizer, parameters: list[Any], recorder: Recorder) -
                 return plain(parameter, dtype=dtype)
         return plain(parameter, dtype=dtype)
 
-    # bitsandbytes does not page on CPU, where ghosts say they are, and would warn about it.
+    # bitsandbytes does not page on CPU, where tensors without data say they are, and would warn about it.
     optimizer._cpu_paged_warned = True
     optimizer.get_state_buffer = state_buffer
     return optimizer

@@ -13,7 +13,7 @@ from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.build import Recipe, attach_lora, build_base, follow_gradients, make_optimizer
 from pytest_qvl.vram.forecast.engine.kernels import Device
 from pytest_qvl.vram.forecast.engine.recorder import Recorder
-from pytest_qvl.vram.forecast.engine.trace import Tape
+from pytest_qvl.vram.forecast.engine.trace import AllocationTrace
 from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 LOSS_SCALE = 65536.0
 
 
-class Rehearsal:
-    """One model on a pretended device, run as often as asked with other pictures, batches or lengths.
+class DryRun:
+    """One model on a pretended device, run as often as asked with other images, batches or lengths.
 
-    Building the model is recorded once and is the common beginning of every tape.
+    Building the model is recorded once and is the common beginning of every trace.
 
     Args:
-        request: What to build; later requests may differ in picture size, pictures, batch, tokens and new
+        request: What to build; later requests may differ in image size, images, batch, tokens and new
             tokens.
         source: The model's configuration.
         recipe: How it is quantized and adapted; by default every language linear, by ``request.lora_r``.
@@ -44,60 +44,60 @@ class Rehearsal:
     def __init__(self, request: Request, source: Source, recipe: Recipe | None = None) -> None:
         recipe = recipe or Recipe()
         self.source = source
-        tape = Tape()
+        trace = AllocationTrace()
         device = Device(request.capability)
-        self._recorder = Recorder(tape, device, source.config.get_text_config().vocab_size)
-        self._stage = GhostStage(self._recorder, scaled=request.compute_dtype == "float16")
-        tape.phase(phases.LOAD)
+        self._recorder = Recorder(trace, device, source.config.get_text_config().vocab_size)
+        self._stage = DryRunStage(self._recorder, scaled=request.compute_dtype == "float16")
+        trace.phase(phases.LOAD)
         dtype = getattr(torch, request.compute_dtype)
         model = build_base(source.config, dtype, request.checkpoint, self._recorder, recipe)
         if request.kbit_upcast:
             from peft import prepare_model_for_kbit_training
 
-            tape.phase(phases.PREPARE)
+            trace.phase(phases.PREPARE)
             with self._recorder, self._recorder.labelled("weights"):
                 prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-            tape.empty_cache()
+            trace.empty_cache()
         if request.lora_r:
-            tape.phase(phases.ATTACH)
+            trace.phase(phases.ATTACH)
             model = attach_lora(model, request.lora_r, self._recorder, recipe)
         self._parts = anatomy(model)
         if request.lora_r:
             prepare_training(self._parts, request, self._stage)
             follow_gradients(self._parts, self._recorder)
-        self._beginning = tape
+        self._beginning = trace
 
-    def run(self, request: Request, *, inference: bool = True) -> Tape:
+    def run(self, request: Request, *, inference: bool = True) -> AllocationTrace:
         """Run the real model code without data and return what it did to device memory, loading included.
 
         Args:
             request: What to run.
             inference: Whether to make the inference pass before the training step.
         """
-        tape = self._begin()
+        trace = self._begin()
         with self._recorder:
             if inference:
                 infer(self._parts, request, self.source, self._stage)
             if request.lora_r:
                 train(self._parts, request, self.source, self._stage)
-        tape.close()
-        return tape
+        trace.close()
+        return trace
 
     def run_work(
         self,
         batches: Sequence[Mapping[str, torch.Tensor]],
         work_of: Callable[..., Mapping[str, Callable[[], object]]],
-    ) -> Tape:
+    ) -> AllocationTrace:
         """Run somebody else's work on batches of the same shapes and return what it did to device memory.
 
         Each piece of work is a phase of its own that begins as one of the meter's does: without garbage, library
         workspaces and cached memory.
 
         Args:
-            batches: Real inputs: ids, masks and grids keep their values, pictures their shape and dtype.
+            batches: Real inputs: ids, masks and grids keep their values, images their shape and dtype.
             work_of: Given the model's parts and the batches, pieces of work by name.
         """
-        tape = self._begin()
+        trace = self._begin()
         with self._recorder:
             with self._recorder.labelled("inputs"):
                 placed = [{name: self._input(tensor) for name, tensor in batch.items()} for batch in batches]
@@ -105,23 +105,23 @@ class Rehearsal:
                 gc.collect()
                 self._recorder.drop_workspaces()
                 self._stage.empty_cache()
-                tape.phase(name)
+                trace.phase(name)
                 work()
-        tape.close()
-        return tape
+        trace.close()
+        return trace
 
-    def _begin(self) -> Tape:
-        tape = self._beginning.fork()
-        self._recorder.continue_on(tape, self._beginning.allocations)
-        return tape
+    def _begin(self) -> AllocationTrace:
+        trace = self._beginning.fork()
+        self._recorder.continue_on(trace, self._beginning.allocations)
+        return trace
 
     def _input(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.is_floating_point():
-            return self._recorder.ghost(tuple(tensor.shape), tensor.dtype)
+            return self._recorder.dataless(tuple(tensor.shape), tensor.dtype)
         return tensor.to("cpu", copy=True)
 
 
-class GhostStage:
+class DryRunStage:
     """A stage on which nothing has data; see :class:`~pytest_qvl.vram.forecast.engine.workload.Stage`.
 
     Args:
@@ -129,7 +129,7 @@ class GhostStage:
         scaled: Whether the loss is scaled, as for float16.
     """
 
-    autocast_device = "cpu"  # ghosts say that they are there
+    autocast_device = "cpu"  # tensors without data say that they are there
 
     def __init__(self, recorder: Recorder, *, scaled: bool) -> None:
         self._recorder = recorder
@@ -141,19 +141,19 @@ class GhostStage:
 
     def phase(self, name: str) -> None:
         """Everything from here on belongs to phase ``name``."""
-        self._recorder.tape.phase(name)
+        self._recorder.trace.phase(name)
 
     def empty_cache(self) -> None:
-        """Give cached memory back."""
-        self._recorder.tape.empty_cache()
+        """Note that the allocator gives its cached segments back to the driver."""
+        self._recorder.trace.empty_cache()
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself: the recorder saw it come."""
         return tensor
 
     def pixels(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A ghost."""
-        return self._recorder.ghost(shape, dtype)
+        """Images without data, of that shape."""
+        return self._recorder.dataless(shape, dtype)
 
     def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:
         """A ``DynamicCache`` whose keys and values count as ``"cache"`` from the moment they are in it."""
@@ -175,14 +175,14 @@ class GhostStage:
         return {"context_fn": self._recorder.for_recomputation}
 
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
-        """The real optimizer over ghosts."""
+        """The real optimizer over parameters without data."""
         return make_optimizer(name, parameters, self._recorder)
 
     def first_step(self, step: Callable[[], None], parameters: list[Any], optimizer: Any) -> None:  # noqa: ARG002
         """An update alone: forward and backward of the step leave library workspaces behind and nothing else."""
         self._recorder.keep_workspaces()
         for parameter in parameters:
-            parameter.grad = self._recorder.ghost(tuple(parameter.shape), parameter.dtype)
+            parameter.grad = self._recorder.dataless(tuple(parameter.shape), parameter.dtype)
         with self.labelled("optimizer"):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -62,7 +62,7 @@ def recipe_from_configs(config: Any, quantization_config: Any, lora_config: Any)
 
 
 def recipe_from_model(model: Any) -> tuple[Request, Source, Recipe]:
-    """What would build a model like this one again, without data; pictures and lengths are left at their defaults.
+    """What would build a model like this one again, without data; images and lengths are left at their defaults.
 
     Args:
         model: A LoRA model.

@@ -2,16 +2,16 @@
 
 Inside a :class:`Recorder` the real model code runs unchanged, on the CPU build of torch:
 
-- A **ghost** is a tensor with shape, strides, dtype and autograd but no bytes. Weights, pictures and whatever
-  is computed from them are ghosts; each operation runs on ``meta``, so shapes and aliasing are torch's own.
+- A **tensor without data** has shape, strides, dtype and autograd but no bytes. Weights, images and whatever is
+  computed from them are of that kind; each operation runs on ``meta``, so shapes and aliasing are torch's own.
 - **Everything else is real**: token ids, grids, masks, positions, window indices keep their values, so code
   that looks at values (``.tolist()``, ``.all()``, splitting by lengths) runs as written. An integer that is
-  computed from ghosts (the argmax of fake logits) becomes zeros.
+  computed from tensors without data (the argmax of fake logits) becomes zeros.
 - Storages are followed with weak references: an allocation is recorded when an operation returns a new
   storage, a free when the last tensor, autograd node or Python frame lets go of it, exactly when CUDA memory
   would be released.
 
-Ghosts call themselves CPU tensors because Python indexing of fake CUDA tensors needs a CUDA build; what
+Tensors without data call themselves CPU tensors because Python indexing of fake CUDA tensors needs a CUDA build; what
 differs on CUDA (attention kernels, scratch memory inside kernels) comes from :mod:`.kernels`.
 """
 
@@ -31,7 +31,7 @@ from pytest_qvl.vram.forecast.engine.shapes import ShapeCache
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pytest_qvl.vram.forecast.engine.trace import Kind, Tape
+    from pytest_qvl.vram.forecast.engine.trace import AllocationTrace, Kind
 
 aten = torch.ops.aten
 
@@ -39,22 +39,22 @@ aten = torch.ops.aten
 # its values; larger ones (cos and sin of a whole sequence) are activations and carry no information anyone
 # looks at.
 REAL_FLOAT_ELEMENTS = 4096
-# Integers computed from ghosts become real zeros up to this size (token ids); larger ones stay ghosts.
+# Integers computed from tensors without data become real zeros up to this size (token ids); larger ones get no data.
 REAL_INTEGER_ELEMENTS = 1 << 20
 _META = torch.device("meta")
 _DISCRETE = (torch.int64, torch.int32, torch.bool)
 
 
-class Ghost(torch.Tensor):
+class DatalessTensor(torch.Tensor):
     """A tensor without data; only valid inside the :class:`Recorder` that made it."""
 
     elem: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, elem: torch.Tensor) -> Ghost:
-        """A ghost of the shape, strides and dtype of ``elem``, a tensor on ``meta``."""
-        ghost: Any = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, elem: torch.Tensor) -> DatalessTensor:
+        """A tensor of the shape, strides and dtype of ``elem``, a tensor on ``meta``."""
+        made: Any = torch.Tensor._make_wrapper_subclass(
             cls,
             elem.size(),
             strides=elem.stride(),
@@ -62,29 +62,29 @@ class Ghost(torch.Tensor):
             dtype=elem.dtype,
             device=torch.device("cpu"),
         )
-        ghost.elem = elem
-        return ghost  # type: ignore[no-any-return]
+        made.elem = elem
+        return made  # type: ignore[no-any-return]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise RuntimeError(f"{func} was called on a tensor without data outside the recorder that follows it")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Ghost({tuple(self.elem.shape)}, {self.elem.dtype})"
+        return f"DatalessTensor({tuple(self.elem.shape)}, {self.elem.dtype})"
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records on a tape what operations on ghosts would allocate on a CUDA device.
+    """Records on a trace what operations on tensors without data would allocate on a CUDA device.
 
     Args:
-        tape: Where to record.
+        trace: Where to record.
         device: What the device's kernels do.
         vocabulary: Width of the logits; floats with that last dimension count as ``"logits"``.
     """
 
-    def __init__(self, tape: Tape, device: kernels.Device, vocabulary: int) -> None:
+    def __init__(self, trace: AllocationTrace, device: kernels.Device, vocabulary: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tape = tape
+        self.trace = trace
         self.device = device
         self.vocabulary = vocabulary
         self._kind: Kind = "activations"
@@ -104,12 +104,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._functions.__exit__(*exc)  # type: ignore[no-untyped-call]
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
-    def continue_on(self, tape: Tape, common: int) -> None:
-        """Record on ``tape`` from now on, whose first ``common`` allocations are those of the tape so far.
+    def continue_on(self, trace: AllocationTrace, common: int) -> None:
+        """Record on ``trace`` from now on, whose first ``common`` allocations are those of the trace so far.
 
         Anything newer that is still alive (until garbage collection) belongs to another continuation.
         """
-        self.tape = tape
+        self.trace = trace
         self._workspaces.clear()
         for key, number in list(self._numbers.items()):
             if number >= common:
@@ -137,8 +137,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """The ``context_fn`` of a checkpoint: torch switches function modes off during backward."""
         return nullcontext(), _PythonCalls(self)
 
-    def ghost(self, shape: tuple[int, ...], dtype: torch.dtype) -> Ghost:
-        """A new ghost, recorded as an allocation."""
+    def dataless(self, shape: tuple[int, ...], dtype: torch.dtype) -> DatalessTensor:
+        """A new tensor without data, recorded as an allocation."""
         return self._adopt(torch.empty(shape, dtype=dtype, device="meta"))
 
     def place(self, tensor: torch.Tensor) -> None:
@@ -149,15 +149,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """``tensor``'s storage counts as ``kind`` from now on."""
         number = self._numbers.get(_storage(tensor)._cdata)
         if number is not None:
-            self.tape.relabel(number, kind)
+            self.trace.relabel(number, kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        ghosts: list[Ghost] = []
-        _collect(args, ghosts)
+        dataless: list[DatalessTensor] = []
+        _collect(args, dataless)
         if kwargs:
-            _collect(kwargs.values(), ghosts)
-        if not ghosts:
+            _collect(kwargs.values(), dataless)
+        if not dataless:
             return self._run_real(func, args, kwargs)
         if func is aten._local_scalar_dense.default:
             raise RuntimeError("the model asked for the value of a tensor without data: a forecast cannot follow it")
@@ -165,14 +165,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _INDEXING:
             indices, scratch = _without_masks(args[1])
             args = (args[0], indices, *args[2:])
-        held = [self.tape.alloc(size, "activations") for size in scratch]
+        held = [self.trace.alloc(size, "activations") for size in scratch]
         self._count_workspace(func)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "meta"}
         out = self._shapes.run(func, _to_meta(args), {name: _to_meta(value) for name, value in kwargs.items()})
-        out = self._wrap(out, ghosts, func)
+        out = self._wrap(out, dataless, func)
         for number in held:
-            self.tape.free(number)
+            self.trace.free(number)
         return out
 
     def _run_real(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -198,26 +198,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._follow(out.untyped_storage(), "inputs" if self._kind == "activations" else self._kind)
         return out
 
-    def _wrap(self, out: Any, ghosts: list[Ghost], func: Any) -> Any:
+    def _wrap(self, out: Any, dataless: list[DatalessTensor], func: Any) -> Any:
         if isinstance(out, torch.Tensor):
-            for ghost in ghosts:
-                if ghost.elem is out:
-                    return ghost
+            for tensor in dataless:
+                if tensor.elem is out:
+                    return tensor
             if out.dtype in _DISCRETE and out.numel() <= REAL_INTEGER_ELEMENTS and not func.is_view:
                 return self._keep_real(torch.zeros(out.shape, dtype=out.dtype))
             return self._adopt(out)
         if isinstance(out, (list, tuple)):
             if func in kernels.LAST_RESULT_FIRST:
-                return type(out)(reversed([self._wrap(item, ghosts, func) for item in reversed(out)]))
-            return type(out)(self._wrap(item, ghosts, func) for item in out)
+                return type(out)(reversed([self._wrap(item, dataless, func) for item in reversed(out)]))
+            return type(out)(self._wrap(item, dataless, func) for item in out)
         return out
 
-    def _adopt(self, elem: torch.Tensor) -> Ghost:
+    def _adopt(self, elem: torch.Tensor) -> DatalessTensor:
         kind = self._kind
         if kind == "activations" and elem.dim() > 1 and elem.shape[-1] == self.vocabulary:
             kind = "logits"
         self._follow(elem.untyped_storage(), kind)
-        return Ghost(elem)
+        return DatalessTensor(elem)
 
     def _follow(self, storage: Any, kind: Kind) -> None:
         key = storage._cdata
@@ -226,13 +226,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = storage.nbytes()
         if size == 0:
             return
-        self._numbers[key] = self.tape.alloc(size, kind)
+        self._numbers[key] = self.trace.alloc(size, kind)
         self._watches[key] = weakref.ref(storage, self._release(key))
 
     def _release(self, key: int) -> Callable[[Any], None]:
         def released(_: Any) -> None:
             del self._watches[key]
-            self.tape.free(self._numbers.pop(key))
+            self.trace.free(self._numbers.pop(key))
 
         return released
 
@@ -245,7 +245,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def drop_workspaces(self) -> None:
         """Every library gives its workspace back, as before a measurement, and takes a new one when it needs it."""
         for number in self._workspaces.values():
-            self.tape.free(number)
+            self.trace.free(number)
         self._workspaces.clear()
 
     def _count_workspace(self, func: Any) -> None:
@@ -257,7 +257,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Backward runs on autograd's own thread on CUDA, and each thread has its own handle and workspace.
         for library in libraries:
             if (library, backward) not in self._workspaces:
-                number = self.tape.alloc(self.device.workspaces[library], "workspace")
+                number = self.trace.alloc(self.device.workspaces[library], "workspace")
                 self._workspaces[library, backward] = number
 
 
@@ -274,7 +274,7 @@ class _PythonCalls(TorchFunctionMode):
         if func is torch.nn.functional.dropout:
             return kernels.dropout(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        if func == _SET_DATA and isinstance(args[0], Ghost):
+        if func == _SET_DATA and isinstance(args[0], DatalessTensor):
             args[0].elem = args[1].elem
         return out
 
@@ -284,12 +284,12 @@ _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 def _storage(tensor: torch.Tensor) -> Any:
-    return (tensor.elem if isinstance(tensor, Ghost) else tensor).untyped_storage()
+    return (tensor.elem if isinstance(tensor, DatalessTensor) else tensor).untyped_storage()
 
 
-def _collect(values: Any, into: list[Ghost]) -> None:
+def _collect(values: Any, into: list[DatalessTensor]) -> None:
     for value in values:
-        if isinstance(value, Ghost):
+        if isinstance(value, DatalessTensor):
             into.append(value)
         elif isinstance(value, (list, tuple)):
             _collect(value, into)
@@ -302,7 +302,7 @@ def _has_tensor(values: Any) -> bool:
 
 
 def _to_meta(value: Any) -> Any:
-    if type(value) is Ghost:
+    if type(value) is DatalessTensor:
         return value.elem
     if isinstance(value, (list, tuple)):
         return [_to_meta(item) for item in value]
@@ -320,7 +320,7 @@ def _without_masks(indices: Any) -> tuple[list[Any], list[int]]:
     expanded: list[Any] = []
     sizes: list[int] = []
     for index in indices:
-        if isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, Ghost):
+        if isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, DatalessTensor):
             count = int(index.sum())
             expanded += [torch.empty(count, dtype=torch.int64, device="meta") for _ in range(index.dim())]
             sizes.append(8 * count * index.dim())

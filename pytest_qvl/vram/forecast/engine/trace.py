@@ -40,7 +40,7 @@ _INDEX = {kind: index for index, kind in enumerate(KINDS)}
 _ALLOC, _FREE, _RELABEL, _PHASE, _EMPTY_CACHE = range(5)
 
 
-class Tape:
+class AllocationTrace:
     """Events of one run; every allocation gets the next number, starting at 0."""
 
     def __init__(self) -> None:
@@ -66,9 +66,9 @@ class Tape:
         """How many allocations were recorded."""
         return self._allocations
 
-    def fork(self) -> Tape:
+    def fork(self) -> AllocationTrace:
         """An independent copy to which another continuation can be recorded."""
-        copy = Tape()
+        copy = AllocationTrace()
         copy.events = list(self.events)
         copy.phases = list(self.phases)
         copy._allocations = self._allocations
@@ -129,7 +129,7 @@ class Failure:
 
 @dataclass
 class Replay:
-    """A tape run through the caching allocator.
+    """A trace run through the caching allocator.
 
     Attributes:
         phases: Bytes per phase, in order of first appearance.
@@ -143,11 +143,11 @@ class Replay:
 Watcher = Callable[[str, tuple[int, ...]], None]
 
 
-def replay(tape: Tape, *, limit: int | None = None, watch: Watcher | None = None) -> Replay:
-    """Run ``tape`` through a caching allocator.
+def replay(trace: AllocationTrace, *, limit: int | None = None, watch: Watcher | None = None) -> Replay:
+    """Run ``trace`` through a caching allocator.
 
     Args:
-        tape: The recorded run.
+        trace: The recorded run.
         limit: Bytes the process may reserve.
         watch: Called after every event that changed the live bytes, with the phase's name and the live bytes
             by kind (in the order of :data:`KINDS`).
@@ -158,7 +158,7 @@ def replay(tape: Tape, *, limit: int | None = None, watch: Watcher | None = None
     live = [0] * len(KINDS)
     phases: dict[str, PhaseBytes] = {}
     now = PhaseBytes("")
-    for code, value, kind in tape.events:
+    for code, value, kind in trace.events:
         if code == _ALLOC:
             try:
                 address = allocator.malloc(value)
@@ -182,7 +182,7 @@ def replay(tape: Tape, *, limit: int | None = None, watch: Watcher | None = None
         elif code == _EMPTY_CACHE:
             allocator.empty_cache()
         else:
-            name = tape.phases[value]
+            name = trace.phases[value]
             now = phases.setdefault(name, PhaseBytes(name, start_allocated=allocator.allocated))
             if allocator.allocated > now.peak_allocated:
                 now.peak_allocated = allocator.allocated

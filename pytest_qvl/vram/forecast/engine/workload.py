@@ -1,8 +1,8 @@
 """The run that is forecast and measured: an inference pass, then training steps, on whatever stage.
 
-One script, two stages. On the stage of :mod:`.record` tensors have no data and memory is noted on a tape; on that of
-:mod:`.measured` they are real and the meter reads a GPU. What is forecast and what is measured is the same run because
-it is the same code.
+One workload, two stages. On the stage of :mod:`.dry_run` tensors have no data and memory is noted on a trace; on that
+of :mod:`pytest_qvl.vram.forecast.validation.measured` they are real and the meter reads a GPU. What is forecast and
+what is measured is the same run because it is the same code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Stage(Protocol):
-    """Where the script runs.
+    """Where the workload runs.
 
     Attributes:
         autocast_device: The device type that autocast knows this stage's tensors by.
@@ -51,7 +51,7 @@ class Stage(Protocol):
         """Token ids, a mask or a grid, on the device."""
 
     def pixels(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Pictures of that shape on the device."""
+        """Images of that shape on the device."""
 
     def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:
         """What this stage adds to the arguments of ``generate``."""
@@ -175,10 +175,10 @@ def autocast(request: Request, stage: Stage) -> Any:
 
 
 def model_inputs(parts: Parts, request: Request, source: Source, stage: Stage) -> dict[str, Any]:
-    """Model inputs of ``request``: token ids, masks and grids, and pictures.
+    """Model inputs of ``request``: token ids, masks and grids, and images.
 
     ``input_ids``, ``attention_mask``, ``mm_token_type_ids``: (batch, sequence) int64; ``pixel_values``:
-    (patches of all pictures, values per patch); ``image_grid_thw``: (pictures, 3) int64. Without what this Transformers
+    (patches of all images, values per patch); ``image_grid_thw``: (images, 3) int64. Without what this Transformers
     does not know (4.x has no ``mm_token_type_ids``).
     """
     config, vision = source.config, source.config.vision_config
@@ -190,7 +190,7 @@ def model_inputs(parts: Parts, request: Request, source: Source, stage: Stage) -
     for _ in range(request.images):
         ids += [config.vision_start_token_id, *[parts.image_token_id] * visual, config.vision_end_token_id]
     ids += [0] * (text // 2)
-    pictures = request.images * request.batch
+    images = request.images * request.batch
     values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
     with stage.labelled("inputs"):
         input_ids = stage.place(torch.tensor([ids] * request.batch))
@@ -198,8 +198,8 @@ def model_inputs(parts: Parts, request: Request, source: Source, stage: Stage) -
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "mm_token_type_ids": (input_ids == parts.image_token_id).long(),
-            "pixel_values": stage.pixels((pictures * patches, values), getattr(torch, request.pixel_dtype)),
-            "image_grid_thw": stage.place(torch.tensor([grid] * pictures)),
+            "pixel_values": stage.pixels((images * patches, values), getattr(torch, request.pixel_dtype)),
+            "image_grid_thw": stage.place(torch.tensor([grid] * images)),
         }
     known = inspect.signature(type(parts.base).forward).parameters
     return {name: tensor for name, tensor in inputs.items() if name in known}

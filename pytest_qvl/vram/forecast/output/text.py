@@ -39,7 +39,7 @@ def _asked(forecast: Forecast) -> str:
         training = ", ".join(options)
     return (
         f"{forecast.label}: NF4 with nested statistics, rest {request.compute_dtype}; {training}\n"
-        f"batch {request.batch}, pictures {request.images} x {height}x{width}: "
+        f"batch {request.batch}, images {request.images} x {height}x{width}: "
         f"{forecast.visual_tokens:,} visual + {request.tokens:,} text = {forecast.sequence:,} tokens each"
     )
 
@@ -94,12 +94,12 @@ def _verdict(verdict: Verdict) -> str:
 
 
 def _largest(largest: Largest) -> str:
-    what = "picture" if largest.dimension == "image" else "batch"
+    what = "image" if largest.dimension == "image" else "batch"
     if largest.forecast is None:
         return f"no {what} fits"
     found = f"largest {what} that still fits: {_name(largest, largest.forecast)}"
     if largest.bounded:
-        return f"{found}; the processor shrinks every larger picture to this size, so any picture fits"
+        return f"{found}; the processor shrinks every larger image to this size, so any image fits"
     if largest.refused is not None:
         return f"{found}; {_name(largest, largest.refused)} does not"
     return f"{found} (no larger one was tried)"

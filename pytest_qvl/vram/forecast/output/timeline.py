@@ -84,7 +84,7 @@ def _columns(timeline: Timeline) -> list[tuple[str, tuple[int, ...]]]:
     """:data:`COLUMNS` points along the bytes allocated and freed so far, each the highest of its stretch.
 
     Bytes moved are a rough stand-in for time: by count of events, the many small allocations of the vision
-    windows would fill the picture and the loss would be a hair.
+    windows would fill the figure and the loss would be a hair.
     """
     points = list(zip(timeline.phases, timeline.live, strict=True))
     totals = [sum(live) for live in timeline.live]

@@ -38,12 +38,12 @@ class Comparison:
 
     @property
     def error(self) -> int:
-        """Forecast less measured peak."""
+        """Forecast peak less measured peak, in bytes."""
         return self.forecast - self.measured
 
     @property
     def allowed(self) -> int:
-        """How far off the peak may be."""
+        """How far the forecast may be off the peak, in bytes."""
         return max(int(PEAK_SHARE * self.measured), PEAK_FLOOR)
 
     @property

@@ -120,7 +120,7 @@ class MeterStage:
 
     Args:
         meter: Measures.
-        device: ``"cuda"``, or ``"cpu"`` to see that the script runs.
+        device: ``"cuda"``, or ``"cpu"`` to see that the workload runs.
         scaled: Whether the loss is scaled, as for float16.
 
     Attributes:
@@ -151,7 +151,7 @@ class MeterStage:
             self.usages.append(self._meter.end(ended, error))
 
     def labelled(self, kind: Kind) -> AbstractContextManager[None]:  # noqa: ARG002 - a device knows no kinds
-        """Nothing."""
+        """No label: a device knows no kinds of memory."""
         return nullcontext()
 
     def empty_cache(self) -> None:
@@ -161,19 +161,19 @@ class MeterStage:
             torch.cuda.empty_cache()
 
     def place(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor on the device."""
+        """A copy of the tensor on the device."""
         return tensor.to(self.device)
 
     def pixels(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Grey pictures."""
+        """Zeros of that shape on the device: what an image shows does not change its memory."""
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:  # noqa: ARG002 - the model has its own
-        """Nothing: the model makes its own cache."""
+        """No arguments: the model makes its own cache."""
         return {}
 
     def checkpoint_arguments(self) -> dict[str, Any]:
-        """Nothing."""
+        """No arguments: recomputation needs no recorder here."""
         return {}
 
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:

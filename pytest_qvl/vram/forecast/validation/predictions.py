@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SCHEMA = "pytest-qvl/forecast-predictions/1"
 PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes")
 MODELS = ("qwen2.5-vl-3b", "qwen2.5-vl-7b")
-# Side of a square picture in pixels, by its visual tokens.
+# Side of a square image in pixels, by its visual tokens.
 SIDES = {256: 448, 1024: 896, 4096: 1792}
 TEXT_TOKENS = 68
 # More would not fit the GPUs that the cases are measured on, with what else they hold.
@@ -127,7 +127,7 @@ def write_predictions(path: Path) -> None:
     entries = []
     built: tuple[Any, Forecaster] | None = None
     for case in cases():
-        # One model serves every picture size.
+        # One model serves every image size.
         kind = (replace(case.request, image=(1, 1)), case.card)
         if built is None or built[0] != kind:
             built = kind, Forecaster(case.request, None if case.card is None else find_card(case.card))

@@ -1,6 +1,6 @@
 """The same question put to others: ``accelerate estimate-memory`` and the rules of thumb in use.
 
-None of them knows pictures, sequence length or logits; the comparison shows what that costs.
+None of them knows images, sequence length or logits; the comparison shows what that costs.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def analytic_bytes(forecast: Forecast, config: Any) -> int:
     )
 
 
-def render_rules(rules: list[Rule], forecast: Forecast) -> str:
+def render_rules_of_thumb(rules: list[Rule], forecast: Forecast) -> str:
     """The comparison as lines for the terminal, in GiB."""
     step = forecast.training_peak or forecast.peak
     rows: list[tuple[str, int | None, str]] = [
