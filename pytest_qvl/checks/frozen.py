@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
-from pytest_qvl.checks.support.lora import matrix_of
+from pytest_qvl.checks.support.lora import layer_of, matrix_of
 from pytest_qvl.checks.support.teaching import (
     adamw,
     check_labels,
@@ -20,8 +20,8 @@ from pytest_qvl.checks.support.teaching import (
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
-from pytest_qvl.models.adapters import adapter_parameters
-from pytest_qvl.models.anatomy import GROUPS, Parts, anatomy
+from pytest_qvl.models.adapters import active_adapters, adapter_parameters
+from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
 from pytest_qvl.models.fingerprint.digests import Fingerprint, digests
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import base_tensors, dtype_name
@@ -122,26 +122,54 @@ def frozen_vision(
         adapter_after = adapter.read(adapters.items())
         own = {id(parameter) for parameter in adapters.values()}
         not_own = sorted(n.replace(".base_layer", "") for n, p in trained.items() if id(p) not in own)
-        _judge_base(judge, parts, base_before, base_after, not_own)
+        _judge_base(judge, parts, base_before, base_after, not_own, policy=policy)
         _judge_adapter(judge, adapters, adapter_before, adapter_after, steps)
-        if declared := _declared_in_vision(parts, policy, adapters):
+        in_vision = _trained_in_vision(parts, adapters)
+        undeclared = [name for name in in_vision if parts.group_of(name) not in (*policy.adapted, *policy.trained)]
+        if in_vision and not undeclared:
             judge.note(
-                f"visual tokens are not compared: {tally(map(parts.group_of, declared))} tensors are trained on "
-                f"purpose (qvl_adapter_policy), first {declared[0]}"
+                f"visual tokens are not compared: {tally(map(parts.group_of, in_vision))} tensors are trained on "
+                f"purpose (qvl_adapter_policy), first {in_vision[0]}"
             )
         else:
-            _judge_features(judge, features, _features(parts, given))
+            cause = _adapted_in_vision(parts, undeclared, policy)
+            _judge_features(judge, features, _features(parts, given), cause)
     all_of = Counter(parts.group_of(name) for name in base_before)
     moved = Counter(parts.group_of(name) for name in _changed(base_before, base_after))
     rows = [(group, all_of[group], moved[group]) for group in GROUPS if all_of[group]]
     return judge.verdict(("group", "tensors", "moved"), rows)
 
 
-def _declared_in_vision(parts: Parts, policy: AdapterPolicy, adapters: Mapping[str, nn.Parameter]) -> list[str]:
-    """What is trained in vision tower and merger, all of it declared; empty if any of it is not."""
-    trained = [name for name, p in adapters.items() if p.requires_grad and parts.group_of(name) in ("vision", "merger")]
-    declared = {*policy.adapted, *policy.trained}
-    return trained if all(parts.group_of(name) in declared for name in trained) else []
+def _trained_in_vision(parts: Parts, adapters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of what is trained in vision tower and merger beside their own weights."""
+    return [name for name, p in adapters.items() if p.requires_grad and parts.group_of(name) in ("vision", "merger")]
+
+
+def _adapted_in_vision(parts: Parts, names: Sequence[str], policy: AdapterPolicy) -> str:
+    """Which modules of vision tower and merger carry these adapter tensors, and how to declare them.
+
+    Returns:
+        The end of a sentence; empty without names.
+    """
+    if not names:
+        return ""
+    modules = list(dict.fromkeys(layer_of(name) if matrix_of(name) else name.rpartition(".")[0] for name in names))
+    adapted = ", ".join(repr(name) for name in active_adapters(parts))
+    return (
+        f"; the adapter {adapted} sits in {tally(map(parts.group_of, modules))}: {some(modules)}; let target_modules "
+        "and modules_to_save name the language backbone only, or declare what is adapted on purpose: "
+        f"{_declaration(policy, adapted={*map(parts.group_of, names)})}"
+    )
+
+
+def _declaration(policy: AdapterPolicy, adapted: Collection[Group] = (), trained: Collection[Group] = ()) -> str:
+    """How a user declares these parts beside those of the policy."""
+
+    def more(groups: Sequence[Group], others: Collection[Group]) -> tuple[Group, ...]:
+        return (*groups, *(group for group in GROUPS if group in others and group not in groups))
+
+    whole = AdapterPolicy(more(policy.adapted, {*adapted, *trained}), more(policy.trained, trained))
+    return f"qvl_adapter_policy (--qvl-adapter-policy, ini or fixture) = {str(whole)!r}"
 
 
 def _frozen_tensors(parts: Parts, adapters: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -238,7 +266,13 @@ def _loss(parts: Parts, batch: Batch) -> torch.Tensor:
 
 
 def _judge_base(
-    judge: Judge, parts: Parts, before: Mapping[str, int], after: Mapping[str, int], trained_base: list[str]
+    judge: Judge,
+    parts: Parts,
+    before: Mapping[str, int],
+    after: Mapping[str, int],
+    trained_base: list[str],
+    *,
+    policy: AdapterPolicy,
 ) -> None:
     judge.equal(
         "base tensors that are trained",
@@ -247,7 +281,8 @@ def _judge_base(
         else_say=(
             f"{len(trained_base)} base tensors require grad and go to the optimizer, in "
             f"{tally(map(parts.group_of, trained_base))}: {some(trained_base)}; freeze the base "
-            "(requires_grad_(False)) before the adapter is attached"
+            "(requires_grad_(False)) before the adapter is attached, or declare what is trained on purpose: "
+            f"{_declaration(policy, trained={*map(parts.group_of, trained_base)})}"
         ),
     )
     moved = _changed(before, after)
@@ -294,11 +329,11 @@ def _judge_adapter(
         judge.problem(f"{len(astray)} adapter tensors that do not require grad moved: {some(astray)}")
 
 
-def _judge_features(judge: Judge, before: Mapping[str, int], after: Mapping[str, int]) -> None:
+def _judge_features(judge: Judge, before: Mapping[str, int], after: Mapping[str, int], cause: str) -> None:
     changed = _changed(before, after)
     judge.equal(
         "batches whose visual tokens changed",
         len(changed),
         0,
-        else_say=f"the vision tower's output is not bitwise what it was before training: {some(changed)}",
+        else_say=f"the vision tower's output is not bitwise what it was before training: {some(changed)}{cause}",
     )

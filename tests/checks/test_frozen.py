@@ -149,8 +149,14 @@ def test_vision_adapted_on_purpose(fresh_model: Any, batch: Any) -> None:
     model = fresh_model(dtype="float32", lora=VISION_TOO)
     policy = AdapterPolicy(("language", "vision"))
     assert "visual tokens are not compared: vision (16) tensors" in frozen_vision(model, batch, policy=policy).notes[0]
-    for other in (None, AdapterPolicy(("language", "merger"))):
-        assert "the vision tower's output is not bitwise what it was" in refused(model, batch, policy=other)
+    for other, declared in (
+        (None, "language, lm_head, embeddings, vision"),
+        ("language, merger", "language, merger, "),
+    ):
+        message = refused(model, batch, policy=other and AdapterPolicy.parse(other))
+        assert "the vision tower's output is not bitwise what it was" in message
+        assert "the adapter 'default' sits in vision (8): model.visual.blocks.0.attn.qkv, " in message
+        assert f"qvl_adapter_policy (--qvl-adapter-policy, ini or fixture) = '{declared}" in message
     weight = core(model).visual.blocks[2].attn.qkv.base_layer.weight
     message = refused(model, batch, policy=policy, make_optimizer=meddling(flip(weight.data)))
     assert message.startswith("1 of ")
@@ -160,7 +166,10 @@ def test_vision_adapted_on_purpose(fresh_model: Any, batch: Any) -> None:
 def test_a_merger_trained_on_purpose(fresh_model: Any, batch: Any) -> None:
     copied = fresh_model(dtype="float32", lora={"modules_to_save": ["merger"]})
     assert "merger (5) tensors" in frozen_vision(copied, batch, policy=AdapterPolicy(("language", "merger"))).notes[0]
-    assert "output is not bitwise" in refused(copied, batch)
+    message = refused(copied, batch)
+    assert "output is not bitwise" in message
+    assert "the adapter 'default' sits in merger (3): " in message
+    assert "fixture) = 'language, lm_head, embeddings, merger'" in message
 
     own = fresh_model(dtype="float32", lora=True)
     for parameter in anatomy(own).merger.parameters():
@@ -168,7 +177,10 @@ def test_a_merger_trained_on_purpose(fresh_model: Any, batch: Any) -> None:
     policy = AdapterPolicy.parse("language, merger:full")
     assert "merger (5) tensors" in frozen_vision(own, batch, policy=policy).notes[0]
     assert training_step(own, batch, gradient_checkpointing=False, policy=policy).ok
-    assert "5 base tensors require grad" in refused(own, batch, policy=AdapterPolicy(("language", "merger")))
+    message = refused(own, batch, policy=AdapterPolicy(("language", "merger")))
+    assert "5 base tensors require grad" in message
+    assert "or declare what is trained on purpose: qvl_adapter_policy (--qvl-adapter-policy, ini" in message
+    assert "= 'language, merger:full'" in message
     with pytest.raises(CannotJudge, match=r"not frozen as declared \(qvl_adapter_policy\): 5 of its tensors"):
         vision_not_backpropagated(own, batch, gradient_checkpointing=False, policy=policy)
 
