@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from pytest_qvl.checks.declared import NEEDS, Declared
+from pytest_qvl.checks.support.code_places import file_of, is_own
 from pytest_qvl.evidence import (
     CannotJudge,
     CheckFailed,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PACKAGE = Path(__file__).parents[1].resolve()
 # The attribute in which each wrapper of torch keeps the model that was wrapped.
 WRAPPERS = {
     "DataParallel": "module",
@@ -280,7 +280,7 @@ def _crash(error: Exception, arguments: Mapping[str, Any]) -> _Crash | None:
         return None
     entries = list(traceback.walk_tb(error.__traceback__))
     frames = [frame for frame, _line in entries]
-    if not frames or _is_own(frames[-1]):
+    if not frames or is_own(frames[-1]):
         return None
     model = arguments.get("model")
     shown = text.splitlines()[0] if text else "without a message"
@@ -309,24 +309,17 @@ def _place(entries: Sequence[tuple[FrameType, int]]) -> str:
     outside = [
         (frame, line)
         for frame, line in entries
-        if not _is_own(frame) and not Path(frame.f_code.co_filename).is_relative_to(inside_torch)
+        if not is_own(frame) and not Path(frame.f_code.co_filename).is_relative_to(inside_torch)
     ]
     frame, line = outside[-1] if outside else entries[-1]
-    file = Path(frame.f_code.co_filename)
-    packages = [number for number, part in enumerate(file.parts) if part == "site-packages"]
-    shown = Path(*file.parts[packages[-1] + 1 :]) if packages else file
-    return f"raised at {shown}:{line}, in {frame.f_code.co_qualname}()"
-
-
-def _is_own(frame: FrameType) -> bool:
-    return Path(frame.f_code.co_filename).resolve().is_relative_to(PACKAGE)
+    return f"raised at {file_of(frame)}:{line}, in {frame.f_code.co_qualname}()"
 
 
 def _raiser(frames: list[FrameType], model: Any) -> str:
     """Who raised: the innermost module of the model, the optimizer, autograd, or the function called."""
     import torch
 
-    ours = max(number for number, frame in enumerate(frames) if _is_own(frame))
+    ours = max(number for number, frame in enumerate(frames) if is_own(frame))
     foreign = frames[ours + 1 :]
     names = _names(model)
     for frame in reversed(foreign):

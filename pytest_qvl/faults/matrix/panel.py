@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import traceback
 from operator import attrgetter, methodcaller
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_qvl import checks
 from pytest_qvl.checks.declared import declared, needing
+from pytest_qvl.checks.support.code_places import is_own
 from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 PASS, CAUGHT, REFUSED, UNDECIDED, CRASHED = "pass", "caught", "refused", "cannot judge", "crashed"
 BOTH_SIDES: tuple[PaddingSide, ...] = ("left", "right")
 WELLFORMED_PROBES = 10
-PACKAGE = Path(__file__).resolve().parents[2]
 
 
 class Verdict(NamedTuple):
@@ -140,19 +139,11 @@ def judge(case: Case, check: str) -> Verdict:
     except CannotJudge as reason:
         return Verdict(UNDECIDED, str(reason))
     except ValueError as error:
-        return Verdict(REFUSED if _raised_here(error) else CRASHED, str(error))
+        *_, (innermost, _line) = traceback.walk_tb(error.__traceback__)
+        return Verdict(REFUSED if is_own(innermost) else CRASHED, str(error))
     except Exception as error:
         return Verdict(CRASHED, f"{type(error).__name__}: {error}")
     return Verdict(PASS)
-
-
-def _raised_here(error: Exception) -> bool:
-    """Whether an exception comes from this package's own code, and not from a library beneath it.
-
-    By the package's folder: a clone of this repository may lie in a folder of any name, torch's beside it.
-    """
-    *_, innermost = traceback.extract_tb(error.__traceback__)
-    return Path(innermost.filename).resolve().is_relative_to(PACKAGE)
 
 
 def judge_all(case: Case, names: Iterable[str] = ()) -> dict[str, Verdict]:
