@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.lora import (
+    GRADIENT_INITIALISATION,
     foreign_types,
     matrix_of,
     no_adapter,
@@ -19,6 +20,7 @@ from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import (
     AdapterSlot,
+    adapted_layers,
     adapter_configs,
     adapter_parameters,
     copies_disabled,
@@ -28,6 +30,7 @@ from pytest_qvl.models.adapters import (
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.compiled import uncompiled
 from pytest_qvl.models.fingerprint.digests import digests
+from pytest_qvl.models.quantized import linear_states
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.training import checkpointing, trained_biases, trained_copies
 
@@ -58,7 +61,7 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
     not repeat themselves, equality proves nothing and the check says so.
 
     What is said and not judged: that initialisations which write into the base weights (OLoRA, PiSSA, CorDA,
-    LoftQ, LoRA-GA) leave a base model that is no longer the one loaded; how far the adapter as found moves
+    LoftQ, LoRA-GA on gradients) leave a base model that is no longer the one loaded; how far the adapter as found moves
     the logits; and B = 0 with DoRA, whose output is the base's times magnitude over norm: PEFT rounds the
     magnitude to the weights' dtype and computes the norm in another, so that even a fresh one is not neutral
     bitwise.
@@ -87,7 +90,8 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
     require_unpacked_weights(parts)
     judge = Judge("adapter_neutrality", "an untrained or disabled adapter changes nothing")
     found = {name: p.detach().to("cpu", copy=True) for name, p in zero_initialised_matrices(parameters).items()}
-    fresh = not any(bool(value.any()) for value in found.values()) and not trained_copies(parts)
+    zero = not any(bool(value.any()) for value in found.values())
+    fresh = zero and not trained_copies(parts)
     probe = _Probe(parts, given, zero_initialised_matrices(parameters), found)
     modes = _modes(judge, parts)
     unjudged = _not_zero_by_b(parts, parameters)
@@ -115,6 +119,7 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
             "configuration) and stay as trained while it is off: the base model here has the trained ones"
         )
     _note_initialisation(judge, parts, fresh=fresh)
+    _note_gradient_initialisation(judge, parts, zero=zero)
     return judge.verdict()
 
 
@@ -309,3 +314,30 @@ def _note_initialisation(judge: Judge, parts: Parts, *, fresh: bool) -> None:
             )
         elif kind is False and not fresh:
             judge.note("init_lora_weights=False starts with a random B: as attached, the adapter is not neutral")
+
+
+def _note_gradient_initialisation(judge: Judge, parts: Parts, *, zero: bool) -> None:
+    """Say whether LoRA-GA (arXiv:2407.05000) wrote into the base weights.
+
+    PEFT's ``lora_ga_init`` subtracts the adapter's start, whose B is not zero, from the base weights where
+    ``preprocess_loraga`` has left gradients on the layers, which refuses 4-bit layers. Without gradients, as on
+    loading, it falls back to the default (B = 0) without a word.
+    """
+    kinds = [getattr(config, "init_lora_weights", True) for config in adapter_configs(parts).values()]
+    if GRADIENT_INITIALISATION not in kinds:
+        return
+    four_bit = {state.name for state in linear_states(parts) if state.is_4bit}
+    packed = not four_bit.isdisjoint(adapted_layers(parts))
+    if packed or zero:
+        why = "preprocess_loraga refuses 4-bit weights" if packed else "preprocess_loraga has left none"
+        judge.note(
+            f"init_lora_weights={GRADIENT_INITIALISATION!r} found no gradients to start from ({why}): PEFT initialised "
+            "the adapter as by default, and the base weights are those that were loaded"
+        )
+        return
+    judge.note(
+        f"init_lora_weights={GRADIENT_INITIALISATION!r} writes into the base weights if preprocess_loraga ran before "
+        "the adapter attached: with the adapter off this is then not the model that was loaded. Loading the adapter "
+        "does not write them again, so it fits no other base unless PEFT converts it when it is saved "
+        "(path_initial_model_for_weight_conversion)"
+    )

@@ -22,6 +22,7 @@ from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import (
     AdapterSlot,
     active_adapters,
+    adapted_layers,
     adapter_configs,
     adapter_parameters,
     adapter_tensors,
@@ -113,6 +114,7 @@ def adapter_roundtrip(model: Any, folder: str | Path | None = None) -> Evidence:
             _note_beside(judge, parts, saved, saved_in)
     if is_merged(parts):
         judge.note("the adapter is merged into the base weights, and stayed merged")
+    _note_ranks(judge, parts, adapter)
     return judge.verdict()
 
 
@@ -129,7 +131,31 @@ def _judge_folder(parts: Parts, adapter: str, folder: Path) -> Evidence:
         judge.problem(said.sentence)
     elif said.sentence:
         judge.note(said.sentence)
+    _note_ranks(judge, parts, adapter)
     return judge.verdict()
+
+
+def _note_ranks(judge: Judge, parts: Parts, adapter: str) -> None:
+    """Say what PEFT does not save of AdaLoRA: ``ranknum``, by which a layer divides, and how ranks are allotted.
+
+    ``ranknum`` is set to the layer's rank on loading. PEFT leaves it trainable once it has moved or cast it, so that an
+    optimizer may have moved it.
+    """
+    ranks = {
+        name: (layer.ranknum[adapter], layer.r[adapter])
+        for name, layer in adapted_layers(parts).items()
+        if adapter in getattr(layer, "ranknum", {})
+    }
+    if not ranks:
+        return
+    trainable = sum(number.requires_grad for number, _ in ranks.values())
+    off = [f"{name} ({number.item():g}, loaded as {rank})" for name, (number, rank) in ranks.items() if number != rank]
+    judge.note(
+        "AdaLoRA: PEFT does not save ranknum and the importance of each rank: a loaded adapter divides by its layers' "
+        "own ranks, and rank allocation starts again"
+        + (f"; {trainable} of {len(ranks)} ranknum require grad, so an optimizer moves them" if trainable else "")
+        + (f"; {len(off)} are no longer their layer's rank: {some(off)}" if off else "")
+    )
 
 
 def _held(parts: Parts, adapter: str) -> dict[str, nn.Parameter]:

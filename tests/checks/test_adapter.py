@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import peft
 import pytest
 import torch
 
 from pytest_qvl.checks.adapter import adapter_census
 from pytest_qvl.checks.neutrality import adapter_neutrality
+from pytest_qvl.checks.roundtrip import adapter_roundtrip
 from pytest_qvl.checks.support.lora import zero_initialised_matrices
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, ModelCrashed
 from pytest_qvl.models.adapters import adapter_parameters
@@ -454,6 +456,36 @@ def test_initialisations_that_rewrite_the_base_are_named(fresh_model: Any, batch
         assert figure(evidence, "adapter as found: largest logit change") > 1
     evidence = adapter_neutrality(fresh_model(lora={"init_lora_weights": False}), batch)
     assert "starts with a random B" in evidence.notes[0]
+
+
+@pytest.mark.skipif(not hasattr(peft, "LoraGAConfig"), reason="this release of PEFT has no LoRA-GA")
+@pytest.mark.parametrize("quantized", [True, False], ids=["4-bit", "16-bit"])
+def test_lora_ga_without_gradients_is_the_default_initialisation(fresh_model: Any, batch: Any, quantized: bool) -> None:
+    ga = {"init_lora_weights": "lora_ga", "lora_ga_config": peft.LoraGAConfig()}
+    evidence = adapter_neutrality(fresh_model(quantized=quantized, lora=ga), batch)
+    why = "refuses 4-bit weights" if quantized else "has left none"
+    assert f"found no gradients to start from (preprocess_loraga {why}): PEFT initialised" in evidence.notes[0]
+
+
+@pytest.mark.skipif(not hasattr(peft, "LoraGAConfig"), reason="this release of PEFT has no LoRA-GA")
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # PEFT's, on the first layer
+def test_lora_ga_on_gradients_rewrites_the_base(fresh_model: Any, batch: Any) -> None:
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    model = fresh_model(quantized=False)
+    weight = model.model.language_model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=r".*language_model.*\.(q_proj|v_proj)",
+        init_lora_weights="lora_ga",
+        lora_ga_config=peft.LoraGAConfig(),
+    )
+    preprocess_loraga(model, config, lambda: model(**batch).loss.backward())
+    model = peft.get_peft_model(model, config)
+    assert not torch.equal(q_proj(model, 0).base_layer.weight, before)
+    assert "writes into the base weights if preprocess_loraga ran" in adapter_neutrality(model, batch).notes[0]
+    assert not adapter_roundtrip(model).notes  # loading it writes nothing: it is loaded back and compared
 
 
 def test_dora_is_judged_when_disabled_only(fresh_model: Any, batch: Any) -> None:

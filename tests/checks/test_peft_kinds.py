@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from pytest_qvl.checks import adapter_neutrality, checkpoint_complete, frozen_vision, training_step
+from pytest_qvl.checks import adapter_neutrality, adapter_roundtrip, checkpoint_complete, frozen_vision, training_step
 from pytest_qvl.checks.support.adapter_effect import judge_effect
 from pytest_qvl.evidence import Judge
 from pytest_qvl.models.adapters import adapter_parameters, remove_peft_layers
@@ -93,3 +93,21 @@ def test_an_adalora_whose_singular_values_are_zero_does_nothing(adalora: Any) ->
     judge = Judge("adapter_roundtrip", "an adapter does something")
     judge_effect(judge, anatomy(adalora), "default", "the file")
     assert "(E is all zero in 8" in judge.problems[0]
+
+
+def test_what_peft_does_not_save_of_adalora_is_a_note(adalora: Any) -> None:
+    (note,) = adapter_roundtrip(adalora).notes
+    assert "PEFT does not save ranknum" in note
+    assert "rank allocation starts again; 8 of 8 ranknum require grad" in note
+    assert "no longer" not in note
+    number = next(p for n, p in adalora.named_parameters() if "ranknum" in n)
+    with torch.no_grad():
+        number.sub_(1)
+    try:
+        assert (
+            "1 are no longer their layer's rank: model.language_model.layers.0.self_attn.q_proj (5, loaded as 6)"
+            in (adapter_roundtrip(adalora).notes[0])
+        )
+    finally:
+        with torch.no_grad():
+            number.add_(1)

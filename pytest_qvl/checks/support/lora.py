@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 # embedding; with AdaLoRA the singular values E between the two, and B is random.
 _STARTS_AT_ZERO = ("lora_B", "lora_embedding_A")
 SINGULAR_VALUES = "lora_E"
-# Initialisations that write into the base weights when they attach (PEFT's LoraConfig, "init_lora_weights").
-_REWRITES_BASE = ("olora", "pissa", "corda", "loftq", "lora_ga")
+# Initialisations that write into the base weights whenever they attach (PEFT's LoraConfig, "init_lora_weights").
+_REWRITES_BASE = ("olora", "pissa", "corda", "loftq")
+# Writes into them only where `peft.tuners.lora.preprocess_loraga` has left gradients on the layers, never on loading.
+GRADIENT_INITIALISATION = "lora_ga"
 
 
 def zero_initialised_matrices(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
