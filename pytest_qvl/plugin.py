@@ -124,10 +124,12 @@ def _register(config: pytest.Config, settings: Settings, *, writes_record: bool)
     from pytest_qvl.session.interrupts import Interrupts
     from pytest_qvl.session.suite_collection import ShippedSuite
     from pytest_qvl.session.vram_properties import PhaseNumbers
+    from pytest_qvl.session.worker_crashes import WorkerCrashes
 
     register, stash = config.pluginmanager.register, config.stash
     register(ShippedSuite(), "qvl-suite")
     register(Installed(), "qvl-installed")
+    register(WorkerCrashes(settings, config.rootpath), "qvl-worker-crashes")
     if settings.images is not None:
         from pytest_qvl.session.image_folder import ImageFolder
 

@@ -89,7 +89,8 @@ class Record:
         if finding is None:
             return
         test = report.nodeid.rsplit("::", 1)[-1]
-        self._seconds.setdefault((finding.target, test), {})[str(report.when)] = round(report.duration, 3)
+        if report.when in ("setup", "call", "teardown"):  # not the report of a worker that crashed
+            self._seconds.setdefault((finding.target, test), {})[report.when] = round(report.duration, 3)
         common = {
             "target": finding.target,
             "test": test,

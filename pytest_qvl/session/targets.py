@@ -79,6 +79,26 @@ def targets(settings: Settings) -> Iterator[Target]:
                     yield Target(str(source), device, source.label, backend)
 
 
+def named_targets(settings: Settings) -> dict[str, Target]:
+    """All targets by the name that they have in ids of tests."""
+    found: dict[str, Target] = {}
+    seen: dict[str, int] = {}
+    for target in targets(settings):
+        name = target.id
+        seen[name] = seen.get(name, 0) + 1
+        if seen[name] > 1:  # two folders of the same name; strict pytest refuses equal ids
+            name += f"-{seen[name]}"
+        found[name] = target
+    return found
+
+
+def target_in(parameters: str, settings: Settings) -> Target | None:
+    """The target that is named among a test's parameters, such as ``left-embedded-cpu``; ``None`` for none."""
+    named = named_targets(settings)
+    inside = [name for name in named if f"-{name}-" in f"-{parameters}-"]
+    return named[max(inside, key=len)] if inside else None
+
+
 def target_of(item: pytest.Item) -> Target | None:
     """The target that a test runs on; ``None`` if it uses no model fixture."""
     callspec = getattr(item, "callspec", None)
@@ -98,13 +118,8 @@ def parametrize(metafunc: pytest.Metafunc, settings: Settings) -> None:
     """
     if FIXTURE not in metafunc.fixturenames:
         return
-    params = []
-    seen: dict[str, int] = {}
-    for target in targets(settings):
-        name = target.id
-        seen[name] = seen.get(name, 0) + 1
-        if seen[name] > 1:  # two folders of the same name; strict pytest refuses equal ids
-            name += f"-{seen[name]}"
-        marks = [pytest.mark.gpu] if target.device == "cuda" else []
-        params.append(pytest.param(target, marks=marks, id=name))
+    params = [
+        pytest.param(target, marks=[pytest.mark.gpu] if target.device == "cuda" else [], id=name)
+        for name, target in named_targets(settings).items()
+    ]
     metafunc.parametrize(FIXTURE, params, indirect=True, scope="session")

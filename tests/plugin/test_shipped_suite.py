@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 SUITE = ("--pyargs", "pytest_qvl.suite")
@@ -120,3 +122,34 @@ def test_an_override_in_a_test_module_is_its_own_affair(pytester, run_light, rea
     pytester.makeconftest(STAND_IN)
     pytester.makepyfile(test_own=STAND_IN + "    def test_own(qvl_quantized_model): pass\n")
     assert "for the tests below it" not in run_light(*ONE, ".", *SUITE).stdout.str()
+
+
+CRASHING = """
+    import os, pytest
+    @pytest.fixture(scope="session")
+    def qvl_quantized_model(qvl_target): {setup}
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_call(item): {call}
+"""
+CRASH, PASS = "os._exit(1)", "pass"
+
+
+@pytest.mark.parametrize(("setup", "call"), [(CRASH, PASS), (PASS, CRASH)], ids=["setup", "call"])
+def test_a_check_whose_worker_crashed_is_an_error_of_its_promise(pytester, run_apart, setup, call):
+    pytester.makeini("[pytest]")
+    pytester.makepyfile(crashing=CRASHING.format(setup=setup, call=call))
+    arguments = ("-n", "1", "--qvl-device", "cpu", "-k", "checkpoint_complete", "--qvl-record", "r.json")
+    result = run_apart(*arguments, *SUITE, plugins=["crashing", "xdist"])
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*does QLoRA leave the model seeing?*",
+            "embedded on cpu",
+            "    1  quantized where it should be          error",
+            "       error: checkpoint_complete: worker 'gw0' crashed while running *",
+            "   verdict: could not be judged: *",
+        ]
+    )
+    record = json.loads((pytester.path / "r.json").read_text())
+    assert (record["promises"][0]["target"], record["promises"][0]["state"]) == ("embedded on cpu", "error")
+    assert {key for one in record["seconds_by_test"] for key in one} <= {"target", "test", "setup"}
