@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.evidence import InputTypeError
+from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 Group = Literal["language", "vision", "merger", "lm_head", "embeddings", "other"]
 GROUPS: tuple[Group, ...] = ("language", "vision", "merger", "lm_head", "embeddings", "other")
-FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 
 
 class UnknownModelError(InputTypeError):
@@ -138,9 +138,10 @@ def anatomy(model: Any) -> Parts:
     family = FAMILIES.get(getattr(config, "model_type", ""))
     core = getattr(base, "model", None)
     if family is None or core is None or not hasattr(core, "language_model"):
+        labels = ", ".join(known.label for known in FAMILIES.values())
         raise UnknownModelError(
             f"{type(model).__name__} (model_type {getattr(config, 'model_type', None)!r}) is not a model this package "
-            f"knows; expected {', '.join(FAMILIES.values())} for conditional generation on Transformers >= 4.57"
+            f"knows; expected {labels} for conditional generation on Transformers >= 4.57"
         )
     vision = core.visual
     text_ids = (
@@ -170,7 +171,7 @@ def anatomy(model: Any) -> Parts:
         language_backbone=core.language_model,
         embeddings=core.language_model.embed_tokens,
         lm_head=base.lm_head,
-        family=family,
+        family=family.label,
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
         vision_token_ids=tuple(vision_ids),

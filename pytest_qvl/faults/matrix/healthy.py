@@ -12,6 +12,7 @@ from pytest_qvl.checks.declared import declared, needing
 from pytest_qvl.faults.case import SEED, healthy_case, load, lora_config
 from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.quantized import usual_quantization
 
 if TYPE_CHECKING:
@@ -202,7 +203,7 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
 
     from pytest_qvl import checks
     from pytest_qvl.checks.support.reference import noise_floor
-    from pytest_qvl.faults.matrix.random_models import PATCH, random_model
+    from pytest_qvl.faults.matrix.random_models import random_model
 
     dtype = getattr(torch, variation.dtype)
     model = random_model(
@@ -211,7 +212,7 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
         dtype=dtype,
         quantization_config=usual_quantization(dtype),
     )
-    patch = PATCH[variation.family]
+    patch = FAMILIES[variation.family].small_vision["patch_size"]
     processor: Any = case.processor.image_processor
     with attribute(processor, "patch_size", patch):
         floor: Any = case.reference.floor

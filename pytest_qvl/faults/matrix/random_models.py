@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.families import FAMILIES, SMALL_WIDTH
 
 if TYPE_CHECKING:
     import torch
 
-RANDOM_FAMILIES = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl")
-WIDTH = 128
-PATCH = {"qwen2_5_vl": 14, "qwen2_vl": 14, "qwen3_vl": 16}
+RANDOM_FAMILIES = tuple(sorted(FAMILIES))
 
 
 def random_model(
@@ -57,8 +58,8 @@ def random_config(
     }
     text_config = {
         "vocab_size": text.vocab_size,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
+        "hidden_size": SMALL_WIDTH,
+        "intermediate_size": 2 * SMALL_WIDTH,
         "num_hidden_layers": layers,
         "tie_word_embeddings": tied,
         "num_attention_heads": 4,
@@ -66,31 +67,23 @@ def random_config(
         "max_position_embeddings": 2048,
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
-        "head_dim": WIDTH // 4,
+        "head_dim": SMALL_WIDTH // 4,
         "rope_parameters": rope,
         "rope_scaling": {**rope, "type": "mrope"},
     }
     vision_config: dict[str, Any] = {
         "depth": blocks,
         "num_heads": 2,
-        "patch_size": PATCH[family],
         "spatial_merge_size": 2,
         "temporal_patch_size": 2,
         "in_channels": 3,
+        **deepcopy(dict(FAMILIES[family].small_vision)),
     }
-    if family == "qwen2_vl":
-        vision_config |= {"embed_dim": 64, "hidden_size": WIDTH, "mlp_ratio": 2}
-    else:
-        vision_config |= {"hidden_size": 64, "intermediate_size": 128, "out_hidden_size": WIDTH}
-    if family == "qwen2_5_vl":
-        vision_config |= {"window_size": 56, "fullatt_block_indexes": [1, 3]}
-    if family == "qwen3_vl":
-        vision_config |= {"deepstack_visual_indexes": [0, 2], "num_position_embeddings": 256}
     return AutoConfig.for_model(
         family,
         text_config=text_config,
         vision_config=vision_config | (vision or {}),
         tie_word_embeddings=tied,
-        qvl_scene_cell=2 * PATCH[family],  # small probes: there is nothing to read
+        qvl_scene_cell=2 * FAMILIES[family].small_vision["patch_size"],  # small probes: there is nothing to read
         **shared,
     )

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.released import hub_id, released_config, released_names
 
 if TYPE_CHECKING:
@@ -25,8 +26,8 @@ _SIZE = re.compile(r"(?<![a-z0-9])\d+(\.\d+)?[bm](?![a-z0-9])")
 # Endings that name a copy of the same weights in another format.
 _FORMAT = re.compile(r"[-_.](unsloth|bnb|dynamic|4-?bit|8-?bit|nf4|fp4|fp8|bf16|fp16|int4|int8|awq|gptq)$")
 # A release's whole name ("qwen2.5-vl-7b-instruct", "qwen3-vl-30b-a3b-thinking"), so that no fine-tune is taken for one.
-_RELEASE = re.compile(r"qwen(2\.5|2|3)-vl-\d+b(-a\d+b)?(-instruct|-thinking)?")
-_TYPES = {"2": "qwen2_vl", "25": "qwen2_5_vl", "3": "qwen3_vl"}
+_TYPES = {family.label.lower(): family.model_type for family in FAMILIES.values()}
+_RELEASE = re.compile(rf"({'|'.join(map(re.escape, _TYPES))})-\d+b(-a\d+b)?(-instruct|-thinking)?")
 
 
 class OtherBase(NamedTuple):
@@ -97,7 +98,7 @@ def _cannot_be(named: str, config: Any) -> str:
     """Why a model of this configuration cannot be the one of that name; empty if it can."""
     release = _RELEASE.fullmatch(_plain(named))
     kind = getattr(config, "model_type", "")
-    if release and _TYPES[re.sub(r"\D", "", release[1])] != kind:
+    if release and _TYPES[release[1]] != kind:
         return f"which is {kind}"
     released = next((name for name in released_names() if _plain(hub_id(name)) == _plain(named)), None)
     if released is not None and _hub_id(named):

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 
 Kind = Literal["embedded", "local", "hub", "synthetic"]
-SUPPORTED_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 # What the reference of a checkpoint saved in 4 bits is, where no other model was named for it.
 DEQUANTIZED = (
@@ -142,10 +142,10 @@ def check_folder(folder: Path) -> None:
     """
     config = _read_json(folder, "config.json", "model folder", _FOLDER_HELP)
     model_type = config.get("model_type")
-    if model_type not in SUPPORTED_TYPES:
+    if model_type not in FAMILIES:
         raise ModelSourceError(
             f"model folder {str(folder)!r}: config.json says model_type {model_type!r}; "
-            f"this package tests {', '.join(SUPPORTED_TYPES)}"
+            f"this package tests {', '.join(FAMILIES)}"
         )
     if not isinstance(config.get("vision_config"), dict):
         raise ModelSourceError(

@@ -15,11 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pytest_qvl.models.families import DEFAULT, FAMILIES
+
 PREPROCESSOR_FILE = "preprocessor_config.json"
 IMAGE_SETTINGS_FILES = (PREPROCESSOR_FILE, "processor_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
-DEFAULT_PROCESSOR = "Qwen2_5_VLProcessor"
-KNOWN_PROCESSORS = ("Qwen2VLProcessor", DEFAULT_PROCESSOR, "Qwen3VLProcessor")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -112,9 +112,10 @@ def _load_image_only(source: str, **kwargs: Any) -> Any:
     image_processor_class = _pillow_image_processor()
     settings: dict[str, Any] = ProcessorMixin.get_processor_dict(source, **kwargs)[0]
     image_settings: dict[str, Any] = image_processor_class.get_image_processor_dict(source, **kwargs)[0]
-    name = settings.get("processor_class") or image_settings.get("processor_class") or DEFAULT_PROCESSOR
-    if name not in KNOWN_PROCESSORS:
-        raise ValueError(f"{source} is for {name}; this package knows {', '.join(KNOWN_PROCESSORS)}")
+    name = settings.get("processor_class") or image_settings.get("processor_class") or DEFAULT.processor_class
+    known = [family.processor_class for family in FAMILIES.values()]
+    if name not in known:
+        raise ValueError(f"{source} is for {name}; this package knows {', '.join(known)}")
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
     return _image_only(getattr(transformers, name))(
         image_processor=image_processor_class.from_pretrained(source, **kwargs),

@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_CLASSES = {"qwen2_vl": "Qwen2VLConfig", "qwen2_5_vl": "Qwen2_5_VLConfig", "qwen3_vl": "Qwen3VLConfig"}
+from pytest_qvl.models.families import FAMILIES
+
 # The processor refuses pictures more oblong than this (``smart_resize`` in Transformers).
 MAX_ASPECT_RATIO = 200
 
@@ -101,7 +102,7 @@ def released_config(name: str) -> Any:
     import transformers
 
     fields = deepcopy(_model(name)["config"])
-    return getattr(transformers, _CLASSES[fields["model_type"]]).from_dict(fields)
+    return getattr(transformers, FAMILIES[fields["model_type"]].config_class).from_dict(fields)
 
 
 def expectations(name: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.models.backends import one_line
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource, ModelSourceError
@@ -36,11 +37,6 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-_PROCESSOR_CLASSES = {
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "qwen3_vl": "Qwen3VLProcessor",
-}
 
 
 @cache
@@ -133,7 +129,7 @@ def write_processor(folder: Path, name: str) -> None:
         "merge_size": vision.spatial_merge_size,
         "min_pixels": sizes.min_pixels,
         "max_pixels": sizes.max_pixels,
-        "processor_class": _PROCESSOR_CLASSES[config.model_type],
+        "processor_class": FAMILIES[config.model_type].processor_class,
     }
     _write(folder / "preprocessor_config.json", images)
 

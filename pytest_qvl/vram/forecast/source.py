@@ -7,13 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pytest_qvl.models.anatomy import FAMILIES
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource
 from pytest_qvl.models.sources.released import PictureSizes, hub_id, picture_sizes, released_config, released_names
-
-# Whose processor a folder without preprocessor_config.json is taken to have.
-_TYPICAL = {"qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-7b", "qwen3_vl": "qwen3-vl-8b"}
 
 
 @dataclass(frozen=True)
@@ -86,12 +83,12 @@ def find_weights_source(weights: ModelSource) -> Source:
 
 def source_of(config: Any, label: str) -> Source:
     """A source for a configuration at hand, with the image sizes of its family's released processor."""
-    return Source(label, config, picture_sizes(_TYPICAL[config.model_type]))
+    return Source(label, config, picture_sizes(FAMILIES[config.model_type].typical))
 
 
 def _folder_sizes(folder: Path, config: Any) -> PictureSizes:
     vision = config.vision_config
-    known = asdict(picture_sizes(_TYPICAL[config.model_type]))
+    known = asdict(picture_sizes(FAMILIES[config.model_type].typical))
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             fields = json.loads((folder / name).read_text(encoding="utf-8"))

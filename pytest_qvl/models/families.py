@@ -1,0 +1,90 @@
+"""The Qwen-VL families that this package knows: one row each.
+
+Everything that differs by family and is data stands here: names, Transformers classes, the released checkpoint whose
+processor is typical of it, a small configuration with all of its features. A new family is a row here and its released
+configurations in ``sources/released.json``. Standard library only, because a model's name is checked while pytest
+starts.
+
+Source of class and field names: ``transformers/models/qwen2_vl``, ``qwen2_5_vl`` and ``qwen3_vl``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+SMALL_WIDTH = 128  # hidden size of the small random models' language backbone, which their vision tower writes into
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Attributes:
+        model_type: What its ``config.json`` says.
+        label: Its name in prose.
+        config_class: Class of its configuration in Transformers.
+        processor_class: Class of its processor in Transformers.
+        typical: The released configuration (a name in ``released.json``) whose processor's image sizes are assumed
+            where a configuration comes without a processor.
+        small_vision: Fields of its vision configuration in small random models of :data:`SMALL_WIDTH`, beside those
+            that all families share: every feature of the family is there, in few pixels. ``patch_size`` is one.
+    """
+
+    model_type: str
+    label: str
+    config_class: str
+    processor_class: str
+    typical: str
+    small_vision: Mapping[str, Any]
+
+
+def _small(**fields: Any) -> Mapping[str, Any]:
+    return MappingProxyType(fields)
+
+
+_ROWS = (
+    Family(
+        "qwen2_vl",
+        "Qwen2-VL",
+        "Qwen2VLConfig",
+        "Qwen2VLProcessor",
+        "qwen2-vl-2b",
+        _small(patch_size=14, embed_dim=64, hidden_size=SMALL_WIDTH, mlp_ratio=2),
+    ),
+    Family(
+        "qwen2_5_vl",
+        "Qwen2.5-VL",
+        "Qwen2_5_VLConfig",
+        "Qwen2_5_VLProcessor",
+        "qwen2.5-vl-7b",
+        _small(
+            patch_size=14,
+            hidden_size=64,
+            intermediate_size=128,
+            out_hidden_size=SMALL_WIDTH,
+            window_size=56,
+            fullatt_block_indexes=[1, 3],
+        ),
+    ),
+    Family(
+        "qwen3_vl",
+        "Qwen3-VL",
+        "Qwen3VLConfig",
+        "Qwen3VLProcessor",
+        "qwen3-vl-8b",
+        _small(
+            patch_size=16,
+            hidden_size=64,
+            intermediate_size=128,
+            out_hidden_size=SMALL_WIDTH,
+            deepstack_visual_indexes=[0, 2],
+            num_position_embeddings=256,
+        ),
+    ),
+)
+FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in _ROWS})
+# The family of the embedded model; a processor that does not say what it is is taken for one of its.
+DEFAULT = FAMILIES["qwen2_5_vl"]
