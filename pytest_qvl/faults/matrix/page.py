@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.matrix.by_model import NAME as BY_MODEL
 from pytest_qvl.faults.unreproduced import UNREPRODUCED
+from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from pytest_qvl.faults.matrix.results import Result
@@ -97,12 +98,13 @@ def _cell(text: str) -> str:
 def _checks(result: Result) -> list[str]:
     faults = catalogue()
     checks = next(iter(result.made.values())).outcomes
+    labels = [family.label for family in FAMILIES.values()]
     lines = [
         "## The checks",
         "",
         '"Only": faults that no other check catches. "Healthy": on how many of the healthy variations it ran (dtypes,',
         "seeds, batch shapes, grids, padding, attention kernels, adapters, k-bit preparation, and random weights of",
-        "Qwen2-VL, Qwen2.5-VL and Qwen3-VL), false alarms, and cases it could not judge.",
+        f"{', '.join(labels[:-1])} and {labels[-1]}), false alarms, and cases it could not judge.",
         "",
         "| check | named for | notices | only | for instance | healthy | false alarms | cannot judge |",
         "|---|---|---|---|---|---|---|---|",
