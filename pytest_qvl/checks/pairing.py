@@ -61,39 +61,12 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     if not pictures:
         raise CannotJudge("no sample has a picture")
     judge.report("pictures", len(pictures))
-    misplaced = []
-    for row in range(len(ids)):
-        promised = sum(len(each.pixels) for each in pictures if each.row == row) // parts.merge_size**2
-        placeholders = int((ids[row] == parts.image_token_id).sum())
-        if placeholders != promised:
-            misplaced.append(
-                f"row {row} has {placeholders} placeholders, the pictures of its sample "
-                f"{samples[row].id!r} make {promised} visual tokens"
-            )
-    judge.equal("rows with another sample's placeholders", len(misplaced), 0, else_say="; ".join(misplaced[:3]))
-    strangers = [
-        f"row {row} does not hold the question of sample {sample.id!r} ({sample.question!r})"
-        for row, sample in enumerate(samples)
-        if _plain(sample.question) not in _plain(_decoded(processor, ids[row][attended(inputs)[row]]))
-    ]
-    judge.equal("rows with another question", len(strangers), 0, else_say="; ".join(strangers[:3]))
-    if not misplaced and not strangers:
+    if _judge_rows(judge, parts, processor, samples, inputs, pictures=pictures):
         expected = [
             _prompt_ids(parts, processor, sample, [picture for picture in pictures if picture.row == row])
             for row, sample in enumerate(samples)
         ]
-        padding = [_leading_padding(processor, inputs, row, wanted) for row, wanted in enumerate(expected)]
-        _judge_padding(judge, inputs, padding)
-        drifts = _prompt_drifts(processor, samples, inputs, expected, padding)
-        judge.equal(
-            "rows with another prompt than the chat template's",
-            len(drifts),
-            0,
-            else_say=(
-                f"{len(drifts)} of {len(samples)} prompts are not those of the processor's chat template, with which "
-                f"replies are generated: {'; '.join(drifts[:2])}; use one template for both (processor.chat_template)"
-            ),
-        )
+        _judge_prompts(judge, processor, samples, inputs, expected)
     complete = "image_grid_thw" in inputs and "pixel_values" in inputs
     grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()] if complete else []
     if not judge.equal(
@@ -114,6 +87,55 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     wrong_pixels = _wrong_pixels(processor, inputs["pixel_values"], grids, pictures)
     judge.equal("pictures with wrong pixels", len(wrong_pixels), 0, else_say="; ".join(wrong_pixels[:3]))
     return judge.verdict()
+
+
+def _judge_rows(
+    judge: Judge,
+    parts: Parts,
+    processor: Any,
+    samples: Sequence[Sample],
+    inputs: Mapping[str, Any],
+    *,
+    pictures: Sequence[_Picture],
+) -> bool:
+    """Whether each row has its own sample's question and as many placeholders as its pictures make visual tokens."""
+    ids, mask = inputs["input_ids"], attended(inputs)
+    misplaced, strangers = [], []
+    for row, sample in enumerate(samples):
+        promised = sum(len(each.pixels) for each in pictures if each.row == row) // parts.merge_size**2
+        placeholders = int((ids[row] == parts.image_token_id).sum())
+        if placeholders != promised:
+            misplaced.append(
+                f"row {row} has {placeholders} placeholders, the pictures of its sample {sample.id!r} make {promised} "
+                "visual tokens"
+            )
+        if _plain(sample.question) not in _plain(_decoded(processor, ids[row][mask[row]])):
+            strangers.append(f"row {row} does not hold the question of sample {sample.id!r} ({sample.question!r})")
+    judge.equal("rows with another sample's placeholders", len(misplaced), 0, else_say="; ".join(misplaced[:3]))
+    judge.equal("rows with another question", len(strangers), 0, else_say="; ".join(strangers[:3]))
+    return not misplaced and not strangers
+
+
+def _judge_prompts(
+    judge: Judge,
+    processor: Any,
+    samples: Sequence[Sample],
+    inputs: Mapping[str, Any],
+    expected: Sequence[list[int]],
+) -> None:
+    """Hold each row, behind padding that must not be attended to, against the tokens that it has to begin with."""
+    padding = [_leading_padding(processor, inputs, row, wanted) for row, wanted in enumerate(expected)]
+    _judge_padding(judge, inputs, padding)
+    drifts = _prompt_drifts(processor, samples, inputs, expected, padding)
+    judge.equal(
+        "rows with another prompt than the chat template's",
+        len(drifts),
+        0,
+        else_say=(
+            f"{len(drifts)} of {len(samples)} prompts are not those of the processor's chat template, with which "
+            f"replies are generated: {'; '.join(drifts[:2])}; use one template for both (processor.chat_template)"
+        ),
+    )
 
 
 def _leading_padding(processor: Any, inputs: Mapping[str, Any], row: int, expected: Sequence[int]) -> int:

@@ -27,6 +27,14 @@ def add_faults(subparsers: Any) -> None:
         description="List the deliberate faults, explain one, or hold them all against every check.",
     )
     parser.add_argument("name", nargs="?", help="explain this fault")
+    _add_matrix(parser)
+    _add_records(parser)
+    _add_healthy(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_matrix(parser: argparse.ArgumentParser) -> None:
+    """Options that say which faults and checks run, on which model."""
     parser.add_argument(
         "--matrix",
         action="store_true",
@@ -49,6 +57,10 @@ def add_faults(subparsers: Any) -> None:
         help="with --matrix: processes (default: one per core on the CPU, 1 on CUDA); with --healthy: threads of all "
         "processes together",
     )
+
+
+def _add_records(parser: argparse.ArgumentParser) -> None:
+    """Options that say what becomes of a run's record, and what is made of records."""
     parser.add_argument(
         "--out",
         type=Path,
@@ -77,6 +89,10 @@ def add_faults(subparsers: Any) -> None:
         help="with --matrix or --table: write faults.md and faults.svg here; with --table also faults-by-model.md, and "
         "the table of a record of --healthy into checks.md",
     )
+
+
+def _add_healthy(parser: argparse.ArgumentParser) -> None:
+    """Options of healthy variations."""
     parser.add_argument(
         "--healthy",
         type=int,
@@ -89,7 +105,6 @@ def add_faults(subparsers: Any) -> None:
         help="with --healthy: on the machine as it is (default), or spread over every instruction set that this CPU "
         "offers (ONEDNN_MAX_CPU_ISA, ATEN_CPU_CAPABILITY), with one and two threads, each in processes of its own",
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
