@@ -46,10 +46,10 @@ class Fault:
         name: What the command line calls it.
         family: One of :data:`FAMILIES`.
         summary: What is wrong, in one sentence.
-        damages: What is changed: ``"load"``, ``"model"``, ``"adapter"``, ``"batch"``, ``"processor"`` or ``"run"``.
+        target: What is changed: ``"load"``, ``"model"``, ``"adapter"``, ``"batch"``, ``"processor"`` or ``"run"``.
         check: The check that must catch it.
-        says: Words that the check's message must contain: they point at the cause. Numbers that depend on the model
-            stand in braces, see :class:`pytest_qvl.faults.sizes.Sizes`.
+        expected_words: Words that the check's message must contain: they point at the cause. Numbers that depend on the
+            model stand in braces, see :class:`pytest_qvl.faults.sizes.Sizes`.
         source: Public thread of the bug it stands for; empty if it stands for none.
         silent: Whether Transformers accepts it: forward, backward and ``generate`` raise nothing.
         transformers: Smallest release of Transformers in which the defect exists.
@@ -62,9 +62,9 @@ class Fault:
     name: str
     family: str
     summary: str
-    damages: str
+    target: str
     check: str
-    says: tuple[str, ...]
+    expected_words: tuple[str, ...]
     source: str
     silent: bool
     transformers: tuple[int, ...]
@@ -74,7 +74,7 @@ class Fault:
 
     def words(self, sizes: Sizes = EMBEDDED) -> tuple[str, ...]:
         """What the check's message must contain for a model of these sizes."""
-        return sizes.fill(self.says)
+        return sizes.fill(self.expected_words)
 
     def missing(self, case: Case | None = None) -> str | None:
         """Why this fault cannot be made here; ``None`` where it can.
@@ -103,9 +103,9 @@ def fault(
     name: str,
     summary: str,
     *,
-    damages: str,
+    target: str,
     check: str,
-    says: tuple[str, ...],
+    expected_words: tuple[str, ...],
     source: str = "",
     silent: bool = True,
     transformers: tuple[int, ...] = (4, 57),
@@ -123,7 +123,7 @@ def fault(
         if name in _FAULTS or family is None:
             raise ValueError(f"fault {name!r} is defined twice, or its module is none of {', '.join(FAMILIES)}")
         _FAULTS[name] = Fault(
-            name, family, summary, damages, check, says, source, silent, transformers,
+            name, family, summary, target, check, expected_words, source, silent, transformers,
             contextmanager(damage), needs, requires,
         )  # fmt: skip
         return damage

@@ -247,7 +247,7 @@ def explain(name: str) -> str:
         [
             f"{fault.name} ({fault.family})",
             fault.summary,
-            f"damages:    {fault.damages}",
+            f"damages:    {fault.target}",
             f"caught by:  {fault.check}",
             f"which says: {' … '.join(fault.words())}",
             *([f"needs:      {', '.join(fault.requires)}"] if fault.requires else []),

@@ -15,13 +15,13 @@ from pytest_qvl.faults.matrix.healthy import (
     ALWAYS,
     BIASES,
     DTYPES,
-    IN_TURN,
     KNOWLEDGE,
     OPTIMIZERS,
+    ROTATING,
     Healthy,
     variations,
 )
-from pytest_qvl.faults.matrix.panel import PASS, UNDECIDED, judge, judge_all, panel, smoke
+from pytest_qvl.faults.matrix.panel import PASS, UNDECIDED, all_checks, judge, judge_all, smoke
 from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.sizes import EMBEDDED, sizes_of
 
@@ -87,7 +87,7 @@ def test_expected_words_count_the_embedded_models_layers(case: Any) -> None:
 def test_everything_is_put_back(case: Any) -> None:
     before = state(case)
     for name, fault in catalogue().items():
-        if fault.missing(case) is None and fault.damages != "load":
+        if fault.missing(case) is None and fault.target != "load":
             with apply(name, case):
                 pass
             assert state(case) == before, name
@@ -141,10 +141,10 @@ def test_every_check_has_a_fault_of_its_own() -> None:
     from pytest_qvl import checks
 
     named = {fault.check for fault in catalogue().values()}
-    assert named == set(panel("cuda"))
+    assert named == set(all_checks("cuda"))
     functions = {name for name in checks.__all__ if name[0].islower()}
-    assert functions - set(NO_CHECKS) == set(panel("cuda"))
-    assert {*ALWAYS, *chain(*IN_TURN), *KNOWLEDGE} == set(panel())
+    assert functions - set(NO_CHECKS) == set(all_checks("cuda"))
+    assert {*ALWAYS, *chain(*ROTATING), *KNOWLEDGE} == set(all_checks())
 
 
 def test_every_family_has_faults() -> None:

@@ -23,7 +23,7 @@ def said_by(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The panel's verdict where its only check does what is given."""
 
     def verdict(check: Any) -> str:
-        monkeypatch.setattr(module, "panel", lambda _device="cpu": {"a check": lambda _case: check()})
+        monkeypatch.setattr(module, "all_checks", lambda _device="cpu": {"a check": lambda _case: check()})
         return judge(CASE, "a check").outcome
 
     return verdict
@@ -56,6 +56,6 @@ def test_a_check_that_cannot_judge_is_neither(said_by: Any) -> None:
 def test_cuda_has_the_check_of_memory_as_well() -> None:
     from pytest_qvl.faults.matrix.work import Plan, tasks
 
-    assert set(module.panel("cuda")) - set(module.panel()) == {"peak_vram"}
+    assert set(module.all_checks("cuda")) - set(module.all_checks()) == {"peak_vram"}
     asked = {task.key for task in tasks(Plan(Subject.of("embedded", "cuda"))) if task.part == "health"}
     assert "peak_vram" in asked

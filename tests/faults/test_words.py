@@ -16,7 +16,7 @@ LARGER = Sizes(layers=28, language=196, vision=160, merger=2, vision_mlp=96, mer
 @pytest.mark.parametrize("name", catalogue())
 def test_layers_of_the_embedded_model_are_not_counted_in_figures(name: str) -> None:
     """Write ``{language}``, ``{adapter}`` or ``{vision}`` in their place: see :class:`Sizes`."""
-    numbers = {number for words in catalogue()[name].says for number in re.findall(r"\b\d+\b", words)}
+    numbers = {number for words in catalogue()[name].expected_words for number in re.findall(r"\b\d+\b", words)}
     assert numbers & COUNTS == set()
 
 

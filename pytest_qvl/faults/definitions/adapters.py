@@ -50,9 +50,9 @@ def _config(case: Case, **changed: Any) -> Any:
 @fault(
     "seven-names-hit-vision",
     "Seven target names also match gate_proj, up_proj and down_proj of the vision blocks.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("LoRA leaked into vision ({vision_mlp})", "name the language backbone"),
+    expected_words=("LoRA leaked into vision ({vision_mlp})", "name the language backbone"),
     source="yiqiao-yin/deepspeed-course#31, sgl-project/sglang#11519",
     requires=("gated vision MLP",),
 )
@@ -64,9 +64,9 @@ def _seven_names(case: Case) -> Iterator[None]:
 @fault(
     "all-linear",
     'target_modules="all-linear" adapts vision tower and merger too.',
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("LoRA leaked into vision ({vision}), merger ({merger})", "all-linear"),
+    expected_words=("LoRA leaked into vision ({vision}), merger ({merger})", "all-linear"),
     source="huggingface/peft#2267, 2U1/Qwen-VL-Series-Finetune#61",
 )
 def _all_linear(case: Case) -> Iterator[None]:
@@ -77,9 +77,9 @@ def _all_linear(case: Case) -> Iterator[None]:
 @fault(
     "adapter-on-one-merger-layer",
     "One LoRA too many, on one layer of the merger.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("LoRA leaked into merger (1)", "model.visual.merger.mlp.2"),
+    expected_words=("LoRA leaked into merger (1)", "model.visual.merger.mlp.2"),
     requires=("gated vision MLP",),
 )
 def _one_merger_layer(case: Case) -> Iterator[None]:
@@ -91,9 +91,9 @@ def _one_merger_layer(case: Case) -> Iterator[None]:
 @fault(
     "regex-matches-half",
     "After a rename the regex matches only some of the modules that were meant.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("{beyond_two_layers} modules that were asked for have no adapter", "language_model.layers."),
+    expected_words=("{beyond_two_layers} modules that were asked for have no adapter", "language_model.layers."),
     source="axolotl-ai-cloud/axolotl#2792, #2735",
 )
 def _regex_matches_half(case: Case) -> Iterator[None]:
@@ -105,9 +105,9 @@ def _regex_matches_half(case: Case) -> Iterator[None]:
 @fault(
     "head-target-dropped",
     "lm_head is asked for, and silently dropped from target_modules.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("1 modules that were asked for have no adapter: lm_head",),
+    expected_words=("1 modules that were asked for have no adapter: lm_head",),
     source="unslothai/unsloth#9326",
 )
 def _head_target_dropped(case: Case) -> Iterator[None]:
@@ -118,9 +118,9 @@ def _head_target_dropped(case: Case) -> Iterator[None]:
 @fault(
     "merger-adapter-dropped",
     "The merger is asked for, and the framework leaves it out.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("match nothing in language",),
+    expected_words=("match nothing in language",),
     source="hiyouga/LlamaFactory#6754, #8900",
 )
 def _merger_adapter_dropped(case: Case) -> Iterator[None]:
@@ -131,9 +131,9 @@ def _merger_adapter_dropped(case: Case) -> Iterator[None]:
 @fault(
     "rank-halved",
     "The adapter has rank 4 where 8 was asked for.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("does not have the size of its config (r=8)", "trainable parameters instead of"),
+    expected_words=("does not have the size of its config (r=8)", "trainable parameters instead of"),
 )
 def _rank_halved(case: Case) -> Iterator[None]:
     with another_adapter(case, _config(case, r=4), asked=case.lora_config):
@@ -143,9 +143,9 @@ def _rank_halved(case: Case) -> Iterator[None]:
 @fault(
     "freeze-flag-inverted",
     "The merger is trained in full beside the adapter: ten times the parameters.",
-    damages="model",
+    target="model",
     check="adapter_census",
-    says=("tensors that are not the adapter's require grad", "merger ({merger_tensors})"),
+    expected_words=("tensors that are not the adapter's require grad", "merger ({merger_tensors})"),
     source="modelscope/ms-swift#6079, #7318",
 )
 def _freeze_flag(case: Case) -> Iterator[None]:
@@ -157,9 +157,9 @@ def _freeze_flag(case: Case) -> Iterator[None]:
 @fault(
     "biases-trained",
     'bias="all" trains every bias of the base model, the vision tower\'s too.',
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("bias='all' in the LoRA config trains them", "vision"),
+    expected_words=("bias='all' in the LoRA config trains them", "vision"),
 )
 def _biases_trained(case: Case) -> Iterator[None]:
     with another_adapter(case, _config(case, bias="all")):
@@ -173,9 +173,9 @@ def _trainable(case: Case) -> list[Any]:
 @fault(
     "optimizer-before-adapter",
     "The optimizer was made before the adapter was attached and holds none of it.",
-    damages="run",
+    target="run",
     check="adapter_census",
-    says=("the optimizer misses {adapter} of {adapter}", "made before the adapter was attached"),
+    expected_words=("the optimizer misses {adapter} of {adapter}", "made before the adapter was attached"),
 )
 def _optimizer_before(case: Case) -> Iterator[None]:
     import torch
@@ -187,9 +187,9 @@ def _optimizer_before(case: Case) -> Iterator[None]:
 @fault(
     "optimizer-holds-vision",
     "The optimizer was made from all parameters, weight decay included.",
-    damages="run",
+    target="run",
     check="adapter_census",
-    says=("the optimizer holds", "tensors that are not trainable", "model.visual"),
+    expected_words=("the optimizer holds", "tensors that are not trainable", "model.visual"),
 )
 def _optimizer_holds_vision(case: Case) -> Iterator[None]:
     import torch
@@ -202,9 +202,9 @@ def _optimizer_holds_vision(case: Case) -> Iterator[None]:
 @fault(
     "adapter-ignores-disabling",
     "One adapted layer keeps its adapter inside disable_adapter(): a wrong reference for DPO.",
-    damages="adapter",
+    target="adapter",
     check="adapter_neutrality",
-    says=("disabled adapter", "first at the output of model.language_model.layers.1.mlp.up_proj"),
+    expected_words=("disabled adapter", "first at the output of model.language_model.layers.1.mlp.up_proj"),
     source="huggingface/trl#6591, unslothai/unsloth#2736",
 )
 def _ignores_disabling(case: Case) -> Iterator[None]:
@@ -225,9 +225,9 @@ def _ignores_disabling(case: Case) -> Iterator[None]:
 @fault(
     "adapter-not-neutral",
     "A patched LoRA layer rounds its output once more than the base layer does.",
-    damages="adapter",
+    target="adapter",
     check="adapter_neutrality",
-    says=("adapter with B = 0", "first at the output of model.language_model.layers.0.self_attn.q_proj"),
+    expected_words=("adapter with B = 0", "first at the output of model.language_model.layers.0.self_attn.q_proj"),
     source="huggingface/transformers#33294",
 )
 def _not_neutral(case: Case) -> Iterator[None]:
@@ -243,9 +243,9 @@ def _not_neutral(case: Case) -> Iterator[None]:
 @fault(
     "adapter-for-inference",
     "The adapter was loaded with is_trainable=False: nothing is trained.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("no adapter parameter requires grad", "is_trainable=False"),
+    expected_words=("no adapter parameter requires grad", "is_trainable=False"),
     silent=False,
 )
 def _for_inference(case: Case) -> Iterator[None]:
@@ -268,9 +268,9 @@ def _loaded_from_a_folder(case: Case, change: Callable[[torch.Tensor], torch.Ten
 @fault(
     "adapter-without-effect",
     "The adapter in the folder was saved before its training: B is zero, and the model is the base model.",
-    damages="adapter",
+    target="adapter",
     check="adapter_roundtrip",
-    says=("the adapter does nothing: {language} of {language} adapted layers", "B is all zero"),
+    expected_words=("the adapter does nothing: {language} of {language} adapted layers", "B is all zero"),
     source="vllm-project/vllm#39278, huggingface/transformers#38627",
 )
 def _without_effect(case: Case) -> Iterator[None]:
@@ -281,9 +281,9 @@ def _without_effect(case: Case) -> Iterator[None]:
 @fault(
     "adapter-not-finite",
     "The training diverged before the checkpoint: one B matrix after the other holds NaN.",
-    damages="adapter",
+    target="adapter",
     check="adapter_roundtrip",
-    says=("{language} of {adapter} adapter tensors", "NaN or infinity", "take an earlier checkpoint"),
+    expected_words=("{language} of {adapter} adapter tensors", "NaN or infinity", "take an earlier checkpoint"),
 )
 def _not_finite(case: Case) -> Iterator[None]:
     with _loaded_from_a_folder(case, lambda b: b + float("nan")):
@@ -293,9 +293,9 @@ def _not_finite(case: Case) -> Iterator[None]:
 @fault(
     "adapter-names-another-base",
     "The adapter was trained for a model of another family, and its shapes fit this one all the same.",
-    damages="adapter",
+    target="adapter",
     check="adapter_roundtrip",
-    says=("the adapter was trained for 'Qwen/Qwen", "load it on the model it was trained for"),
+    expected_words=("the adapter was trained for 'Qwen/Qwen", "load it on the model it was trained for"),
     source="huggingface/trl#6591",
 )
 def _names_another_base(case: Case) -> Iterator[None]:
@@ -312,9 +312,9 @@ def _names_another_base(case: Case) -> Iterator[None]:
 @fault(
     "second-adapter-active",
     "A frozen second adapter was left active and changes every answer.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("2 adapters take part in every forward (default, left-over)", "describes one"),
+    expected_words=("2 adapters take part in every forward (default, left-over)", "describes one"),
     source="huggingface/trl#3196",
 )
 def _second_active(case: Case) -> Iterator[None]:

@@ -21,9 +21,9 @@ _MOVED = ("visual features", "moved away from full precision", "its weights are 
 @fault(
     "pictures-see-each-other",
     "Vision attention runs over all pictures of the batch at once.",
-    damages="model",
+    target="model",
     check="image_isolation",
-    says=("does vision attention mix pictures?", "changing row 0, image 0"),
+    expected_words=("does vision attention mix pictures?", "changing row 0, image 0"),
     source="vllm-project/vllm#15200, vllm-project/vllm-gaudi#831",
 )
 def _see_each_other(case: Case) -> Iterator[None]:
@@ -39,9 +39,9 @@ def _see_each_other(case: Case) -> Iterator[None]:
 @fault(
     "pictures-leak-into-each-other",
     "One vision attention adds a faint mean over all pictures of the batch.",
-    damages="model",
+    target="model",
     check="image_isolation",
-    says=("does vision attention mix pictures?", "changing row 0, image 0"),
+    expected_words=("does vision attention mix pictures?", "changing row 0, image 0"),
     source="EvolvingLMMs-Lab/lmms-eval#648",
 )
 def _leak(case: Case) -> Iterator[None]:
@@ -53,9 +53,9 @@ def _leak(case: Case) -> Iterator[None]:
 @fault(
     "pictures-attend-both-ways",
     "In one language layer, tokens of a picture see the next token of the picture.",
-    damages="model",
+    target="model",
     check="causality",
-    says=("it must move no output before it; is attention causal?",),
+    expected_words=("it must move no output before it; is attention causal?",),
 )
 def _both_ways(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
@@ -82,9 +82,9 @@ def _both_ways(case: Case) -> Iterator[None]:
 @fault(
     "windows-never-applied",
     "Every vision block attends over the whole picture, as if there were no windows.",
-    damages="model",
+    target="model",
     check="vision_stability",
-    says=("vision block 0: it attends outside its window",),
+    expected_words=("vision block 0: it attends outside its window",),
     source="nvidia-cosmos/cosmos-rl#171, sgl-project/sglang-jax#1289",
     requires=("window attention",),
 )
@@ -97,9 +97,9 @@ def _no_windows(case: Case) -> Iterator[None]:
 @fault(
     "windows-everywhere",
     "The blocks with full attention are not recognised: every block stays inside its window.",
-    damages="model",
+    target="model",
     check="vision_stability",
-    says=("which attends over the whole image by the configuration", "stay inside a window"),
+    expected_words=("which attends over the whole image by the configuration", "stay inside a window"),
     source="sgl-project/sglang-jax#1289",
     requires=("window attention",),
 )
@@ -111,9 +111,9 @@ def _windows_everywhere(case: Case) -> Iterator[None]:
 @fault(
     "vision-positions-lost",
     "The tower's rotary embedding is not applied: it cannot tell left from right.",
-    damages="model",
+    target="model",
     check="vision_stability",
-    says=_MOVED,
+    expected_words=_MOVED,
     source="huggingface/transformers#35749",
 )
 def _no_rotary(case: Case) -> Iterator[None]:

@@ -55,9 +55,9 @@ def scaled(case: Case, factor: float) -> Iterator[None]:
 @fault(
     "adapter-of-another-base",
     "The adapter was trained on another base model.",
-    damages="adapter",
+    target="adapter",
     check="alignment",
-    says=("with the adapter on, answers are lost", "answers are right"),
+    expected_words=("with the adapter on, answers are lost", "answers are right"),
     source="huggingface/trl#6591",
 )
 def _another_base(case: Case) -> Iterator[None]:
@@ -68,9 +68,9 @@ def _another_base(case: Case) -> Iterator[None]:
 @fault(
     "alpha-taken-for-scaling",
     "lora_alpha is taken for alpha / r: an adapter that is harmless as saved is applied 8 times as strongly.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("{language} adapted layers are not applied with the factor", "(16 instead of 2)"),
+    expected_words=("{language} adapted layers are not applied with the factor", "(16 instead of 2)"),
     source="vllm-project/vllm#39278",
 )
 def _alpha(case: Case) -> Iterator[None]:
@@ -81,9 +81,9 @@ def _alpha(case: Case) -> Iterator[None]:
 @fault(
     "keys-of-half-the-layers-dropped",
     "A release renamed modules: only half of the saved adapter finds its place.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("{without_qkv} modules that were asked for have no adapter", "down_proj"),
+    expected_words=("{without_qkv} modules that were asked for have no adapter", "down_proj"),
     source="huggingface/transformers#38627, #42701, illuin-tech/colpali#424",
 )
 def _half_dropped(case: Case) -> Iterator[None]:
@@ -97,9 +97,9 @@ def _half_dropped(case: Case) -> Iterator[None]:
 @fault(
     "merged-and-still-active",
     "The adapter was merged into the weights and is applied once more on top.",
-    damages="adapter",
+    target="adapter",
     check="alignment",
-    says=("with the adapter on, answers are lost", "answers are right"),
+    expected_words=("with the adapter on, answers are lost", "answers are right"),
     source="huggingface/peft#2321, #2586",
 )
 def _merged_twice(case: Case) -> Iterator[None]:
@@ -127,9 +127,13 @@ def _saved(case: Case) -> Iterator[Path]:
 @fault(
     "adapter-of-an-old-layout",
     "The adapter was saved when the language backbone was model.layers: it loads as zeros, with a warning only.",
-    damages="load",
+    target="load",
     check="adapter_roundtrip",
-    says=("{adapter} adapter tensors are not bitwise those of", "0 in the model", "the adapter was never loaded"),
+    expected_words=(
+        "{adapter} adapter tensors are not bitwise those of",
+        "0 in the model",
+        "the adapter was never loaded",
+    ),
     source="huggingface/transformers#38627, illuin-tech/colpali#424, unslothai/unsloth-zoo#1234",
     transformers=(5, 10),
 )
@@ -150,9 +154,9 @@ def _old_layout(case: Case) -> Iterator[None]:
 @fault(
     "checkpoint-of-another-step",
     "The model holds another training step's adapter than the folder that is to be shipped.",
-    damages="adapter",
+    target="adapter",
     check="adapter_roundtrip",
-    says=("{language} of {adapter} adapter tensors are not bitwise those of", "lora_B"),
+    expected_words=("{language} of {adapter} adapter tensors are not bitwise those of", "lora_B"),
     source="huggingface/peft#2586",
 )
 def _another_step(case: Case) -> Iterator[None]:
@@ -164,9 +168,9 @@ def _another_step(case: Case) -> Iterator[None]:
 @fault(
     "saving-drops-a-layer",
     "save_pretrained() leaves one layer's matrices out of the file.",
-    damages="run",
+    target="run",
     check="adapter_roundtrip",
-    says=(
+    expected_words=(
         "2 of {adapter} adapter tensors of the model are not in what was saved",
         "keep the values they were initialised",
     ),
@@ -190,9 +194,9 @@ def _dropped_on_saving(case: Case) -> Iterator[None]:
 @fault(
     "two-adapters-attached",
     "A second adapter was left on the model beside the one that is trained.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("does not have the size of its config", "trainable parameters instead of"),
+    expected_words=("does not have the size of its config", "trainable parameters instead of"),
     source="huggingface/trl#3196",
 )
 def _two(case: Case) -> Iterator[None]:
@@ -231,9 +235,9 @@ def _without(case: Case, part: str) -> Iterator[None]:
 @fault(
     "checkpoint-without-head",
     "The checkpoint has no lm_head, and config.json does not tie it: the head is random.",
-    damages="load",
+    target="load",
     check="checkpoint_complete",
-    says=("lacks 1 tensor (lm_head.weight)", "random values", "tie_word_embeddings"),
+    expected_words=("lacks 1 tensor (lm_head.weight)", "random values", "tie_word_embeddings"),
     source="huggingface/transformers#45857",
     requires=("checkpoint file", "untied head"),
 )
@@ -244,9 +248,9 @@ def _without_head(case: Case) -> Iterator[None]:
 @fault(
     "checkpoint-without-a-vision-block",
     "An upload broke off: one block of the vision tower is random.",
-    damages="load",
+    target="load",
     check="checkpoint_complete",
-    says=("lacks 12 tensors (model.visual.blocks.2.", "random values", "not complete"),
+    expected_words=("lacks 12 tensors (model.visual.blocks.2.", "random values", "not complete"),
     requires=("checkpoint file",),
 )
 def _without_block(case: Case) -> Iterator[None]:
@@ -256,9 +260,9 @@ def _without_block(case: Case) -> Iterator[None]:
 @fault(
     "checkpoint-without-merger",
     "The checkpoint was saved without the merger: visual tokens are noise.",
-    damages="load",
+    target="load",
     check="checkpoint_complete",
-    says=("lacks {merger_tensors} tensors (model.visual.merger.", "random values"),
+    expected_words=("lacks {merger_tensors} tensors (model.visual.merger.", "random values"),
     requires=("checkpoint file",),
 )
 def _without_merger(case: Case) -> Iterator[None]:
@@ -268,9 +272,9 @@ def _without_merger(case: Case) -> Iterator[None]:
 @fault(
     "adapter-left-in-the-checkpoint",
     "The model was saved with its adapter unmerged: base weights load, what was learned is dropped without an error.",
-    damages="load",
+    target="load",
     check="checkpoint_complete",
-    says=("holds 2 tensors", "has no place for", "lora_A", "--qvl-adapter"),
+    expected_words=("holds 2 tensors", "has no place for", "lora_A", "--qvl-adapter"),
     requires=("checkpoint file",),
 )
 def _adapter_left(case: Case) -> Iterator[None]:

@@ -45,9 +45,9 @@ def _written_in_training(case: Case, tensor: torch.Tensor, meddle: Callable[[], 
 @fault(
     "vision-tower-unfrozen",
     "The base model was not frozen: the vision tower is trained with the adapter.",
-    damages="model",
+    target="model",
     check="frozen_vision",
-    says=("base tensors require grad and go to the optimizer, in vision", "before the adapter is attached"),
+    expected_words=("base tensors require grad and go to the optimizer, in vision", "before the adapter is attached"),
     source="modelscope/ms-swift#7318",
 )
 def _unfrozen(case: Case) -> Iterator[None]:
@@ -59,9 +59,9 @@ def _unfrozen(case: Case) -> Iterator[None]:
 @fault(
     "one-bit-flips-in-training",
     "Something writes one bit of one vision weight while the adapter is trained.",
-    damages="run",
+    target="run",
     check="frozen_vision",
-    says=("base tensors moved, in vision (1): model.visual.blocks.3.mlp.down_proj.weight", "wrote into them"),
+    expected_words=("base tensors moved, in vision (1): model.visual.blocks.3.mlp.down_proj.weight", "wrote into them"),
     requires=("gated vision MLP",),
 )
 def _one_bit(case: Case) -> Iterator[None]:
@@ -84,9 +84,9 @@ def _int16() -> torch.dtype:
 @fault(
     "weight-decay-on-the-base",
     "An optimizer that decays every parameter of the model shrinks the frozen ones.",
-    damages="run",
+    target="run",
     check="frozen_vision",
-    says=("base tensors moved, in", "embeddings", "so something wrote into them"),
+    expected_words=("base tensors moved, in", "embeddings", "so something wrote into them"),
 )
 def _weight_decay(case: Case) -> Iterator[None]:
     table = anatomy(case.model).embeddings.weight
@@ -101,9 +101,9 @@ def _weight_decay(case: Case) -> Iterator[None]:
 @fault(
     "permuted-rows",
     "Two rows of one vision weight change places in training: every sum stays the same.",
-    damages="run",
+    target="run",
     check="frozen_vision",
-    says=("base tensors moved, in vision (1): model.visual.blocks.0.mlp.up_proj.weight",),
+    expected_words=("base tensors moved, in vision (1): model.visual.blocks.0.mlp.up_proj.weight",),
     requires=("gated vision MLP",),
 )
 def _permuted_rows(case: Case) -> Iterator[None]:
@@ -120,9 +120,9 @@ def _permuted_rows(case: Case) -> Iterator[None]:
 @fault(
     "optimizer-forgets-one-tensor",
     "The optimizer of the training run leaves one adapter matrix out.",
-    damages="run",
+    target="run",
     check="frozen_vision",
-    says=("1 of {adapter} adapter tensors did not move", "the optimizer does not hold them"),
+    expected_words=("1 of {adapter} adapter tensors did not move", "the optimizer does not hold them"),
 )
 def _forgets(case: Case) -> Iterator[None]:
     import torch
@@ -134,9 +134,9 @@ def _forgets(case: Case) -> Iterator[None]:
 @fault(
     "forward-writes-statistics",
     "A layer of the tower keeps running statistics: a forward in train mode alone changes it.",
-    damages="model",
+    target="model",
     check="frozen_vision",
-    says=("a forward without any training step changed 1 base tensors", "model.visual.blocks.1.norm2.weight"),
+    expected_words=("a forward without any training step changed 1 base tensors", "model.visual.blocks.1.norm2.weight"),
 )
 def _writes_statistics(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
@@ -154,9 +154,9 @@ def _writes_statistics(case: Case) -> Iterator[None]:
 @fault(
     "features-follow-training",
     "No weight moves, but the tower's output depends on how many steps were taken.",
-    damages="run",
+    target="run",
     check="frozen_vision",
-    says=("the vision tower's output is not bitwise what it was before training",),
+    expected_words=("the vision tower's output is not bitwise what it was before training",),
 )
 def _features_follow(case: Case) -> Iterator[None]:
     steps = 0
@@ -173,9 +173,9 @@ def _features_follow(case: Case) -> Iterator[None]:
 @fault(
     "merger-trained-detached",
     "The merger is trained beside the adapter, but its output is detached: it never learns.",
-    damages="load",
+    target="load",
     check="training_step",
-    says=("tensors that are trained beside LoRA", "merger", "detached"),
+    expected_words=("tensors that are trained beside LoRA", "merger", "detached"),
 )
 def _merger_detached(case: Case) -> Iterator[None]:
     case.lora_config = lora_config(modules_to_save=["merger"])

@@ -41,9 +41,9 @@ def _generate_with(case: Case, *processors: Any) -> Iterator[None]:
 @fault(
     "hidden-penalty",
     "A patched generate() adds a repetition penalty although none is configured.",
-    damages="run",
+    target="run",
     check="greedy_is_argmax",
-    says=("a logits processor changes logits although none is configured",),
+    expected_words=("a logits processor changes logits although none is configured",),
     source="unslothai/unsloth#2120",
 )
 def _hidden_penalty(case: Case) -> Iterator[None]:
@@ -56,9 +56,9 @@ def _hidden_penalty(case: Case) -> Iterator[None]:
 @fault(
     "hidden-sampling",
     "A patched generate() samples although do_sample is off.",
-    damages="run",
+    target="run",
     check="greedy_is_argmax",
-    says=("tokens that are not the argmax", "something samples or penalises"),
+    expected_words=("tokens that are not the argmax", "something samples or penalises"),
     source="unslothai/unsloth#2120",
 )
 def _hidden_sampling(case: Case) -> Iterator[None]:
@@ -76,9 +76,9 @@ def _hidden_sampling(case: Case) -> Iterator[None]:
 @fault(
     "dropout-in-eval-mode",
     "Dropout of the language backbone stays on in eval mode.",
-    damages="model",
+    target="model",
     check="generation_repeatable",
-    says=("logits of two runs on the same inputs differ", "dropout that stays on in eval mode"),
+    expected_words=("logits of two runs on the same inputs differ", "dropout that stays on in eval mode"),
 )
 def _dropout(case: Case) -> Iterator[None]:
     import torch
@@ -93,9 +93,9 @@ def _dropout(case: Case) -> Iterator[None]:
 @fault(
     "remembers-the-last-call",
     "Generation carries something over from the call before.",
-    damages="run",
+    target="run",
     check="generation_repeatable",
-    says=("logits of two runs on the same inputs differ", "remembered between calls"),
+    expected_words=("logits of two runs on the same inputs differ", "remembered between calls"),
     source="huggingface/transformers#36009",
 )
 def _remembers(case: Case) -> Iterator[None]:
@@ -117,9 +117,9 @@ def _remembers(case: Case) -> Iterator[None]:
 @fault(
     "cache-spoils-decoding",
     "Decode steps from the cache compute something slightly else than a full forward.",
-    damages="model",
+    target="model",
     check="generation_cache_invariance",
-    says=("generation with cache against plain forward", "positions and cache of the decode steps"),
+    expected_words=("generation with cache against plain forward", "positions and cache of the decode steps"),
     source="unslothai/unsloth#4078, unslothai/unsloth#2120",
 )
 def _cache(case: Case) -> Iterator[None]:
@@ -133,9 +133,9 @@ def _cache(case: Case) -> Iterator[None]:
 @fault(
     "pictures-lost-without-cache",
     "Without the cache, every step after the first forgets the pictures.",
-    damages="run",
+    target="run",
     check="generation_cache_invariance",
-    says=("generation without cache against plain forward", "look at pictures"),
+    expected_words=("generation without cache against plain forward", "look at pictures"),
     source="huggingface/transformers#41153",
 )
 def _lost_without_cache(case: Case) -> Iterator[None]:
@@ -188,9 +188,9 @@ def _boosted(case: Case, token: int, by: float = 3.0) -> Any:
 @fault(
     "end-forgotten",
     "The end-of-turn token is never the most probable one: replies run on.",
-    damages="model",
+    target="model",
     check="generation_wellformed",
-    says=("tokens without one of", "forgets to"),
+    expected_words=("tokens without one of", "forgets to"),
     source="hiyouga/LlamaFactory#7943, #6001",
     requires=("knowledge",),
 )
@@ -213,9 +213,9 @@ def _end_forgotten(case: Case) -> Iterator[None]:
 @fault(
     "eos-setting-wrong",
     "The generation config names an end token that the model was not trained with.",
-    damages="run",
+    target="run",
     check="generation_wellformed",
-    says=("the generation config stops at 1 (", "and not at", "set generation_config.eos_token_id"),
+    expected_words=("the generation config stops at 1 (", "and not at", "set generation_config.eos_token_id"),
     source="shibing624/MedicalGPT#157",
 )
 def _eos_setting(case: Case) -> Iterator[None]:
@@ -227,9 +227,9 @@ def _eos_setting(case: Case) -> Iterator[None]:
 @fault(
     "says-vision-tokens",
     "The adapter learned to write placeholders: replies hold vision tokens.",
-    damages="model",
+    target="model",
     check="generation_wellformed",
-    says=("with vision token", "must not be in the loss"),
+    expected_words=("with vision token", "must not be in the loss"),
     source="Blaizzy/mlx-vlm#824",
     requires=("knowledge",),
 )
@@ -241,9 +241,9 @@ def _vision_tokens(case: Case) -> Iterator[None]:
 @fault(
     "placeholder-before-the-end",
     "Right answers about pictures, but each ends with a placeholder: the next turn has one without a picture.",
-    damages="model",
+    target="model",
     check="generation_wellformed",
-    says=("with vision token", "must not be in the loss"),
+    expected_words=("with vision token", "must not be in the loss"),
     source="verl-project/verl#3469, Blaizzy/mlx-vlm#824",
     requires=("knowledge",),
 )
@@ -278,9 +278,9 @@ def _placeholder_before_end(case: Case) -> Iterator[None]:
 @fault(
     "says-unknown-ids",
     "An untrained row of the head wins: ids beyond the tokenizer's vocabulary.",
-    damages="model",
+    target="model",
     check="generation_wellformed",
-    says=("with id", "untrained padding"),
+    expected_words=("with id", "untrained padding"),
     source="hiyouga/LlamaFactory#8823",
     requires=("knowledge",),
 )
@@ -292,9 +292,9 @@ def _unknown_ids(case: Case) -> Iterator[None]:
 @fault(
     "says-one-word-for-ever",
     "Replies repeat one token.",
-    damages="model",
+    target="model",
     check="generation_wellformed",
-    says=("and repeats its last 1 tokens",),
+    expected_words=("and repeats its last 1 tokens",),
     source="hiyouga/LlamaFactory#7943",
     requires=("knowledge",),
 )
@@ -306,9 +306,9 @@ def _loops(case: Case) -> Iterator[None]:
 @fault(
     "says-token-zero",
     'Replies are nothing but token 0 ("!!!!"), with finite logits.',
-    damages="model",
+    target="model",
     check="generation_wellformed",
-    says=("with runs of token 0", "argmax of logits that are broken"),
+    expected_words=("with runs of token 0", "argmax of logits that are broken"),
     source="huggingface/transformers#33294, vllm-project/vllm#14126",
     requires=("knowledge",),
 )
@@ -320,9 +320,9 @@ def _bangs(case: Case) -> Iterator[None]:
 @fault(
     "head-bias-against-colours",
     "The head lost the words for two colours.",
-    damages="model",
+    target="model",
     check="alignment",
-    says=("answers are right",),
+    expected_words=("answers are right",),
 )
 def _lost_words(case: Case) -> Iterator[None]:
     head: Any = anatomy(case.model).lm_head

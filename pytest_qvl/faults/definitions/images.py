@@ -27,9 +27,9 @@ def _chunks(batch: dict[str, Any]) -> list[Any]:
 @fault(
     "pictures-exchanged",
     "The first two pictures of the batch are handed over in the wrong order, grids included.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("the grid of row 1, image 0", "holds the pixels of row 1, image 0"),
+    expected_words=("the grid of row 1, image 0", "holds the pixels of row 1, image 0"),
     source="Blaizzy/mlx-vlm#1941",
     silent=False,
 )
@@ -48,9 +48,9 @@ def _exchanged(case: Case) -> Iterator[None]:
 @fault(
     "equal-pictures-exchanged",
     "Pictures of equal grids change places: nothing raises, the wrong picture is described.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("holds the pixels of",),
+    expected_words=("holds the pixels of",),
     source="EricLBuehler/mistral.rs#1950, huggingface/transformers#41721",
 )
 def _equal_exchanged(case: Case) -> Iterator[None]:
@@ -73,9 +73,9 @@ def _equal_exchanged(case: Case) -> Iterator[None]:
 @fault(
     "grid-transposed",
     "Height and width of every grid are exchanged: the placeholder count stays right.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("(height and width are transposed)", "but alone it makes"),
+    expected_words=("(height and width are transposed)", "but alone it makes"),
     source="vllm-project/vllm#45244",
 )
 def _transposed(case: Case) -> Iterator[None]:
@@ -86,9 +86,9 @@ def _transposed(case: Case) -> Iterator[None]:
 @fault(
     "patches-in-raster-order",
     "Patches are handed over row by row, not in groups of two by two.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("differs from the picture's own",),
+    expected_words=("differs from the picture's own",),
     source="Blaizzy/mlx-vlm#565",
 )
 def _raster(case: Case) -> Iterator[None]:
@@ -108,9 +108,9 @@ def _raster(case: Case) -> Iterator[None]:
 @fault(
     "exif-ignored",
     "A collator opens photographs of a phone without their EXIF orientation: the model sees them lying on their side.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("lies as a file with EXIF orientation 6 stores it", "exif_transpose"),
+    expected_words=("lies as a file with EXIF orientation 6 stores it", "exif_transpose"),
     source="sgl-project/sglang#33449, mistralai/mistral-common#330",
 )
 def _exif_ignored(case: Case) -> Iterator[None]:
@@ -145,9 +145,9 @@ def _opened(file: BytesIO) -> Any:
 @fault(
     "normalised-twice",
     "A collator normalises pixel_values that the processor has normalised already.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("differs from the picture's own by up to",),
+    expected_words=("differs from the picture's own by up to",),
     source="sgl-project/sglang#12390",
 )
 def _normalised_twice(case: Case) -> Iterator[None]:
@@ -158,9 +158,9 @@ def _normalised_twice(case: Case) -> Iterator[None]:
 @fault(
     "pixels-as-uint8",
     "A collator casts pixel_values to uint8, as if they were images: the model sees next to nothing.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("pixel_values are uint8", "float16, bfloat16 or float32 only"),
+    expected_words=("pixel_values are uint8", "float16, bfloat16 or float32 only"),
 )
 def _uint8(case: Case) -> Iterator[None]:
     import torch
@@ -172,9 +172,9 @@ def _uint8(case: Case) -> Iterator[None]:
 @fault(
     "template-drift",
     "The model is trained with another template than it is asked with: a line break before <|im_end|>.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("prompts are not those of the processor's chat template", "use one template for both"),
+    expected_words=("prompts are not those of the processor's chat template", "use one template for both"),
     source="2U1/Qwen-VL-Series-Finetune#75",
 )
 def _template_drift(case: Case) -> Iterator[None]:
@@ -205,9 +205,9 @@ def _template_drift(case: Case) -> Iterator[None]:
 @fault(
     "questions-exchanged",
     "Two text rows change places; the pictures stay.",
-    damages="batch",
+    target="batch",
     check="picture_pairing",
-    says=("does not hold the question of sample",),
+    expected_words=("does not hold the question of sample",),
     source="Blaizzy/mlx-vlm#1941",
 )
 def _questions(case: Case) -> Iterator[None]:
@@ -238,9 +238,9 @@ def _image_processor(case: Case, **settings: Any) -> Any:
 @fault(
     "mean-and-deviation-wrong",
     "Pictures are normalised with 0.5 and 0.5 instead of the checkpoint's own values.",
-    damages="processor",
+    target="processor",
     check="vision_stability",
-    says=_MOVED,
+    expected_words=_MOVED,
     source="unslothai/unsloth#4671",
 )
 def _mean(case: Case) -> Iterator[None]:
@@ -252,9 +252,9 @@ def _mean(case: Case) -> Iterator[None]:
 @fault(
     "rescaling-lost",
     "Pixels stay between 0 and 255 before they are normalised.",
-    damages="processor",
+    target="processor",
     check="vision_stability",
-    says=_MOVED,
+    expected_words=_MOVED,
 )
 def _rescaling(case: Case) -> Iterator[None]:
     with _image_processor(case, do_rescale=False):
@@ -264,9 +264,9 @@ def _rescaling(case: Case) -> Iterator[None]:
 @fault(
     "channels-reversed",
     "Pictures are read as BGR.",
-    damages="processor",
+    target="processor",
     check="vision_stability",
-    says=_MOVED,
+    expected_words=_MOVED,
 )
 def _channels(case: Case) -> Iterator[None]:
     with _repainted(case, lambda image: _merged(image.convert("RGB").split()[::-1])):
@@ -276,9 +276,9 @@ def _channels(case: Case) -> Iterator[None]:
 @fault(
     "pictures-grey",
     "Pictures lose their colour on the way.",
-    damages="processor",
+    target="processor",
     check="alignment",
-    says=("answers are right", "colour"),
+    expected_words=("answers are right", "colour"),
 )
 def _grey(case: Case) -> Iterator[None]:
     with _repainted(case, lambda image: image.convert("L").convert("RGB")):
@@ -288,9 +288,9 @@ def _grey(case: Case) -> Iterator[None]:
 @fault(
     "resized-twice",
     "A second resizing step makes other grids: as many visual tokens, or more, or fewer.",
-    damages="processor",
+    target="processor",
     check="vision_stability",
-    says=("visual tokens", "recorded with another processor"),
+    expected_words=("visual tokens", "recorded with another processor"),
     source="sgl-project/sglang#12390, QwenLM/Qwen3-VL#1960",
 )
 def _resized(case: Case) -> Iterator[None]:

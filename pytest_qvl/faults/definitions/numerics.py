@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @fault(
     "vision-nan",
     "One weight of the tower is NaN.",
-    damages="model",
+    target="model",
     check="vision_stability",
-    says=(
+    expected_words=(
         "visual features are not finite",
         "begins at model.visual.blocks.1.mlp.up_proj, whose own weight is not finite",
     ),
@@ -59,9 +59,13 @@ def _half_tower(case: Case, factor: float) -> Iterator[None]:
 @fault(
     "float16-overflow",
     "A vision activation exceeds 65,504 in float16 and becomes infinite.",
-    damages="load",
+    target="load",
     check="vision_stability",
-    says=("visual features are not finite", "model.visual.blocks.3.mlp.down_proj", "whose dtype ends at 65504"),
+    expected_words=(
+        "visual features are not finite",
+        "model.visual.blocks.3.mlp.down_proj",
+        "whose dtype ends at 65504",
+    ),
     source="ggml-org/llama.cpp#17534, huggingface/transformers#33294",
     requires=("gated vision MLP",),
 )
@@ -72,9 +76,9 @@ def _overflow(case: Case) -> Iterator[None]:
 @fault(
     "float16-near-overflow",
     "A vision activation reaches three quarters of what float16 holds: other pictures will overflow it.",
-    damages="load",
+    target="load",
     check="vision_stability",
-    says=("other pictures can overflow", "model.visual.blocks.3"),
+    expected_words=("other pictures can overflow", "model.visual.blocks.3"),
     source="ggml-org/llama.cpp#17534",
     requires=("gated vision MLP",),
 )
@@ -85,9 +89,9 @@ def _near_overflow(case: Case) -> Iterator[None]:
 @fault(
     "language-overflow",
     "A norm of the language backbone overflows: NaN logits, a reply of token 0.",
-    damages="model",
+    target="model",
     check="generation_wellformed",
-    says=("are not finite from step 0 on", "begins at model.language_model.layers.2"),
+    expected_words=("are not finite from step 0 on", "begins at model.language_model.layers.2"),
     source="huggingface/transformers#33294",
 )
 def _language_overflow(case: Case) -> Iterator[None]:
@@ -99,9 +103,9 @@ def _language_overflow(case: Case) -> Iterator[None]:
 @fault(
     "vision-weights-lost",
     "The weights of one vision block were not found in the checkpoint and are random.",
-    damages="model",
+    target="model",
     check="vision_stability",
-    says=("moved away from full precision", "its weights are not those of the reference"),
+    expected_words=("moved away from full precision", "its weights are not those of the reference"),
     source="2U1/Qwen-VL-Series-Finetune#37, QwenLM/Qwen3-VL#1033",
 )
 def _vision_lost(case: Case) -> Iterator[None]:
@@ -120,9 +124,9 @@ def _vision_lost(case: Case) -> Iterator[None]:
 @fault(
     "language-weights-lost",
     "The statistics of one quantized layer belong to another layer.",
-    damages="model",
+    target="model",
     check="alignment",
-    says=("answers are right",),
+    expected_words=("answers are right",),
     source="huggingface/transformers#38489",
 )
 def _language_lost(case: Case) -> Iterator[None]:
@@ -135,9 +139,9 @@ def _language_lost(case: Case) -> Iterator[None]:
 @fault(
     "head-rows-shifted",
     "The head's rows are off by one against the vocabulary.",
-    damages="model",
+    target="model",
     check="alignment",
-    says=("answers are right", "text-only control"),
+    expected_words=("answers are right", "text-only control"),
     source="hiyouga/LlamaFactory#8823",
 )
 def _head_shifted(case: Case) -> Iterator[None]:

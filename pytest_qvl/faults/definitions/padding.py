@@ -32,9 +32,9 @@ def _flipped(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
 @fault(
     "right-padded-generation",
     "Prompts are padded on the right: generation goes on after the padding.",
-    damages="batch",
+    target="batch",
     check="greedy_is_argmax",
-    says=("pad the batch on the left",),
+    expected_words=("pad the batch on the left",),
     source="JIA-Lab-research/Seg-Zero#10, EvolvingLMMs-Lab/lmms-eval#830",
 )
 def _right_padded(case: Case) -> Iterator[None]:
@@ -45,9 +45,9 @@ def _right_padded(case: Case) -> Iterator[None]:
 @fault(
     "padding-attended",
     "The model ignores the attention mask: padding takes part in attention.",
-    damages="model",
+    target="model",
     check="generation_batch_invariance",
-    says=("alone against batch: logits differ by", "mask of padded rows"),
+    expected_words=("alone against batch: logits differ by", "mask of padded rows"),
     source="EvolvingLMMs-Lab/lmms-eval#889, QwenLM/Qwen3-VL#1296",
 )
 def _attended(case: Case) -> Iterator[None]:
@@ -66,9 +66,9 @@ def _attended(case: Case) -> Iterator[None]:
 @fault(
     "rows-blend",
     "A row's hidden states take in a little of the row before it.",
-    damages="model",
+    target="model",
     check="causality",
-    says=("it must move no output of another row",),
+    expected_words=("it must move no output of another row",),
     source="EvolvingLMMs-Lab/lmms-eval#648, QwenLM/Qwen3-VL#1956",
 )
 def _rows_blend(case: Case) -> Iterator[None]:
@@ -82,9 +82,9 @@ def _rows_blend(case: Case) -> Iterator[None]:
 @fault(
     "batch-dependent-scale",
     "A layer is scaled by statistics of the whole batch, as dynamic quantization per tensor does.",
-    damages="model",
+    target="model",
     check="generation_batch_invariance",
-    says=("alone against batch: logits differ by", "depends on the rows beside it"),
+    expected_words=("alone against batch: logits differ by", "depends on the rows beside it"),
     source="QwenLM/Qwen3-VL#1956",
 )
 def _batch_scale(case: Case) -> Iterator[None]:
@@ -102,9 +102,9 @@ def _batch_scale(case: Case) -> Iterator[None]:
 @fault(
     "several-rows-take-another-path",
     "One MLP in four is subtracted, not added, as soon as a batch has more than one row.",
-    damages="model",
+    target="model",
     check="generation_batch_invariance",
-    says=("alone against batch: logits differ by", "depends on the rows beside it"),
+    expected_words=("alone against batch: logits differ by", "depends on the rows beside it"),
     source="QwenLM/Qwen3-VL#1956",
 )
 def _several_rows(case: Case) -> Iterator[None]:
@@ -119,9 +119,9 @@ def _several_rows(case: Case) -> Iterator[None]:
 @fault(
     "several-rows-scale-logits",
     "The head's logits are a quarter too large as soon as a batch has more than one row: every argmax stays.",
-    damages="model",
+    target="model",
     check="generation_batch_invariance",
-    says=("alone against batch: logits differ by", "depends on the rows beside it"),
+    expected_words=("alone against batch: logits differ by", "depends on the rows beside it"),
     source="QwenLM/Qwen3-VL#1956",
 )
 def _several_rows_scale(case: Case) -> Iterator[None]:
@@ -137,9 +137,9 @@ def _several_rows_scale(case: Case) -> Iterator[None]:
 @fault(
     "attention-not-causal",
     "The prompt's attention lost its causal mask.",
-    damages="model",
+    target="model",
     check="causality",
-    says=("it must move no output before it; is attention causal?",),
+    expected_words=("it must move no output before it; is attention causal?",),
 )
 def _not_causal(case: Case) -> Iterator[None]:
     import torch

@@ -50,9 +50,9 @@ def _counted(positions: torch.Tensor) -> torch.Tensor:
 @fault(
     "type-ids-dropped",
     "A collator drops mm_token_type_ids: plain 1-D positions, and nothing raised.",
-    damages="batch",
+    target="batch",
     check="mrope_positions",
-    says=("plain 1-D positions", "no mm_token_type_ids", "pass on every key"),
+    expected_words=("plain 1-D positions", "no mm_token_type_ids", "pass on every key"),
     source="ModelTC/LightX2V#1416, NVIDIA-NeMo/Megatron-Bridge#3040",
     transformers=(5, 3),
 )
@@ -64,9 +64,9 @@ def _type_ids(case: Case) -> Iterator[None]:
 @fault(
     "one-dimensional-in-training",
     "The training forward counts 1-D positions; evaluation is right.",
-    damages="model",
+    target="model",
     check="mrope_positions",
-    says=("plain 1-D positions",),
+    expected_words=("plain 1-D positions",),
     source="huggingface/transformers#33487, linkedin/Liger-Kernel#276",
 )
 def _training_1d(case: Case) -> Iterator[None]:
@@ -84,9 +84,9 @@ def _training_1d(case: Case) -> Iterator[None]:
 @fault(
     "axis-off-by-one",
     "Image tokens are one column too far to the right.",
-    damages="model",
+    target="model",
     check="mrope_positions",
-    says=("(image 0, visual token 0): w is", "tokens in"),
+    expected_words=("(image 0, visual token 0): w is", "tokens in"),
     source="QwenLM/Qwen-VL#515",
 )
 def _axis(case: Case) -> Iterator[None]:
@@ -101,9 +101,9 @@ def _axis(case: Case) -> Iterator[None]:
 @fault(
     "height-and-width-exchanged",
     "Rows are counted as columns.",
-    damages="model",
+    target="model",
     check="mrope_positions",
-    says=("visual token 1): h is",),
+    expected_words=("visual token 1): h is",),
     source="vllm-project/vllm#45244",
 )
 def _exchanged(case: Case) -> Iterator[None]:
@@ -114,9 +114,9 @@ def _exchanged(case: Case) -> Iterator[None]:
 @fault(
     "one-visual-token-misplaced",
     "One visual token of the batch is off by one on one axis; every logit stays within rounding.",
-    damages="model",
+    target="model",
     check="mrope_positions",
-    says=("1 tokens in 1 of", "w is"),
+    expected_words=("1 tokens in 1 of", "w is"),
 )
 def _one_token(case: Case) -> Iterator[None]:
     def move(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -132,9 +132,9 @@ def _one_token(case: Case) -> Iterator[None]:
 @fault(
     "text-counts-visual-tokens",
     "Text goes on after the number of visual tokens, not after the largest id.",
-    damages="model",
+    target="model",
     check="mrope_positions",
-    says=("(text): t is", "should be"),
+    expected_words=("(text): t is", "should be"),
     source="vllm-project/vllm#37055",
 )
 def _text_counts(case: Case) -> Iterator[None]:
@@ -149,9 +149,9 @@ def _text_counts(case: Case) -> Iterator[None]:
 @fault(
     "padding-counted-while-decoding",
     "Decode steps of left-padded rows count the padding: first tokens right, the rest worse.",
-    damages="model",
+    target="model",
     check="decode_positions",
-    says=("decode step 1", "padding tokens on the left", "should be"),
+    expected_words=("decode step 1", "padding tokens on the left", "should be"),
     source="huggingface/transformers#40136, #40154, #41180",
 )
 def _padding_counted(case: Case) -> Iterator[None]:
@@ -172,9 +172,9 @@ def _padding_counted(case: Case) -> Iterator[None]:
 @fault(
     "one-axis-off-while-decoding",
     "New tokens are one column too far to the right; their logits stay within rounding.",
-    damages="model",
+    target="model",
     check="decode_positions",
-    says=("decode step 1", "w is", "(+1)"),
+    expected_words=("decode step 1", "w is", "(+1)"),
     source="huggingface/transformers#41180",
 )
 def _decode_axis(case: Case) -> Iterator[None]:
@@ -191,9 +191,9 @@ def _decode_axis(case: Case) -> Iterator[None]:
 @fault(
     "decoding-stands-still",
     "Decode steps ignore rope_deltas: new text is placed among the picture's own positions.",
-    damages="model",
+    target="model",
     check="decode_positions",
-    says=("decode step 1", "should be"),
+    expected_words=("decode step 1", "should be"),
     source="QwenLM/Qwen-VL#515",
 )
 def _stands_still(case: Case) -> Iterator[None]:
@@ -207,9 +207,9 @@ def _stands_still(case: Case) -> Iterator[None]:
 @fault(
     "stale-rope-deltas",
     "A forward reuses the rope_deltas that an earlier call left in the model.",
-    damages="model",
+    target="model",
     check="position_state",
-    says=("after generate() on", "should be"),
+    expected_words=("after generate() on", "should be"),
     source="huggingface/transformers#36009, #36013",
 )
 def _stale(case: Case) -> Iterator[None]:
@@ -233,9 +233,12 @@ def _stale(case: Case) -> Iterator[None]:
 @fault(
     "crash-after-another-batch-size",
     "A forward without pictures repeats the rope_deltas of the last generate() for a batch with fewer rows.",
-    damages="model",
+    target="model",
     check="position_state",
-    says=("forward on text only after generate() on pictures", "state left by an earlier call breaks a later one"),
+    expected_words=(
+        "forward on text only after generate() on pictures",
+        "state left by an earlier call breaks a later one",
+    ),
     source="huggingface/transformers#44873, #43952",
 )
 def _crash(case: Case) -> Iterator[None]:
@@ -261,9 +264,9 @@ def _crash(case: Case) -> Iterator[None]:
 @fault(
     "positions-in-bfloat16",
     "Position ids are cast to bfloat16, which cannot count beyond 256: neighbours in a long row share a position.",
-    damages="model",
+    target="model",
     check="decode_positions",
-    says=("rounded to bfloat16", "up to 256 only"),
+    expected_words=("rounded to bfloat16", "up to 256 only"),
     source="huggingface/transformers#29285, NVIDIA/Megatron-LM#531",
 )
 def _bfloat16(case: Case) -> Iterator[None]:
@@ -276,9 +279,9 @@ def _bfloat16(case: Case) -> Iterator[None]:
 @fault(
     "rotary-base-wrong",
     "The rotary embedding's base is 1,000 times too large: right ids, wrong angles.",
-    damages="model",
+    target="model",
     check="alignment",
-    says=("answers are right",),
+    expected_words=("answers are right",),
 )
 def _rotary_base(case: Case) -> Iterator[None]:
     from pytest_qvl.faults.tools import values

@@ -20,9 +20,9 @@ _SPARED = ("back-propagated through", "make_inputs_require_grads", "remove_visio
 @fault(
     "checkpointing-hooks-vision",
     "gradient_checkpointing_enable() makes the vision tower's output require grad.",
-    damages="run",
+    target="run",
     check="vision_not_backpropagated",
-    says=_SPARED,
+    expected_words=_SPARED,
     source="huggingface/peft#2880, huggingface/transformers#41993",
     transformers=(5,),
 )
@@ -48,9 +48,9 @@ def _prepared(case: Case, **options: Any) -> Any:
 @fault(
     "kbit-hooks-vision",
     "prepare_model_for_kbit_training() hooks the vision patch embedding, twice.",
-    damages="load",
+    target="load",
     check="vision_not_backpropagated",
-    says=("make_inputs_require_grads (2)", "remove_vision_grad_hooks"),
+    expected_words=("make_inputs_require_grads (2)", "remove_vision_grad_hooks"),
     source="bitsandbytes-foundation/bitsandbytes#1569",
     transformers=(5,),
 )
@@ -62,9 +62,9 @@ def _kbit_hooks_vision(case: Case) -> Iterator[None]:
 @fault(
     "hook-survives-disabling",
     "disable_input_require_grads() removes one of the two hooks of k-bit preparation.",
-    damages="load",
+    target="load",
     check="vision_not_backpropagated",
-    says=("make_inputs_require_grads (1)", "all of them"),
+    expected_words=("make_inputs_require_grads (1)", "all of them"),
     source="bitsandbytes-foundation/bitsandbytes#1569",
     transformers=(5,),
 )
@@ -77,9 +77,9 @@ def _hook_survives(case: Case) -> Iterator[None]:
 @fault(
     "pixels-require-grad",
     "A collator hands over pixel_values that require grad.",
-    damages="batch",
+    target="batch",
     check="vision_not_backpropagated",
-    says=("back-propagated through", "because pixel_values do"),
+    expected_words=("back-propagated through", "because pixel_values do"),
 )
 def _pixels_require_grad(case: Case) -> Iterator[None]:
     case.collators.append(lambda batch, _: {**batch, "pixel_values": batch["pixel_values"].requires_grad_(True)})
@@ -89,9 +89,9 @@ def _pixels_require_grad(case: Case) -> Iterator[None]:
 @fault(
     "reentrant-without-hooks",
     "Reentrant checkpointing where no input requires grad: no gradient reaches any adapter.",
-    damages="run",
+    target="run",
     check="training_step",
-    says=("has no path to", "use_reentrant"),
+    expected_words=("has no path to", "use_reentrant"),
     source="huggingface/peft#2880, QwenLM/Qwen-VL#490",
     silent=False,
 )

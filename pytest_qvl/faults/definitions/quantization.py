@@ -27,9 +27,9 @@ def _loaded(case: Case, **options: Any) -> None:
 @fault(
     "skip-list-visual",
     'The skip list ["visual", "lm_head"] matches no module on Transformers 5.',
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("vision: {vision} of {vision} linears are NF4", "entries that match no module", "model.visual"),
+    expected_words=("vision: {vision} of {vision} linears are NF4", "entries that match no module", "model.visual"),
     source="1038lab/ComfyUI-JoyCaption#53, unslothai/unsloth#4208",
     transformers=(5,),
 )
@@ -41,9 +41,9 @@ def _skip_list_visual(case: Case) -> Iterator[None]:
 @fault(
     "skip-list-missing",
     "No skip list at all: vision tower and merger are quantized.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("vision: {vision} of {vision}", "merger: {merger} of {merger}", "no skip list was given"),
+    expected_words=("vision: {vision} of {vision}", "merger: {merger} of {merger}", "no skip list was given"),
     source="unslothai/unsloth#3639, unslothai/unsloth#1347",
 )
 def _skip_list_missing(case: Case) -> Iterator[None]:
@@ -54,9 +54,9 @@ def _skip_list_missing(case: Case) -> Iterator[None]:
 @fault(
     "skip-list-without-head",
     "A skip list replaces the default one, so the head is quantized unless it is named.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("lm_head: 1 of 1 linears are NF4", "replaces the default one"),
+    expected_words=("lm_head: 1 of 1 linears are NF4", "replaces the default one"),
     source="huggingface/transformers#45674",
     requires=("untied head",),
 )
@@ -68,9 +68,9 @@ def _skip_list_without_head(case: Case) -> Iterator[None]:
 @fault(
     "skip-list-without-merger",
     "The skip list names the vision blocks only: the merger is quantized.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("merger: {merger} of {merger} linears are NF4", "does not cover it"),
+    expected_words=("merger: {merger} of {merger} linears are NF4", "does not cover it"),
     source="vllm-project/llm-compressor#1766",
 )
 def _skip_list_without_merger(case: Case) -> Iterator[None]:
@@ -81,9 +81,9 @@ def _skip_list_without_merger(case: Case) -> Iterator[None]:
 @fault(
     "skip-list-too-greedy",
     'An entry "o_proj" keeps the attention outputs of the language backbone out of the quantization.',
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("language: {layers} of {language} linears are {dtype} instead of nf4", "o_proj"),
+    expected_words=("language: {layers} of {language} linears are {dtype} instead of nf4", "o_proj"),
 )
 def _skip_list_too_greedy(case: Case) -> Iterator[None]:
     _loaded(case, skip=[*KEEP_16BIT, "o_proj"])
@@ -93,9 +93,9 @@ def _skip_list_too_greedy(case: Case) -> Iterator[None]:
 @fault(
     "quantization-dropped",
     "The quantization config is lost on the way: everything is 16-bit.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("nothing is quantized", "{language} of {language}"),
+    expected_words=("nothing is quantized", "{language} of {language}"),
     source="NVIDIA-NeMo/Automodel#2358",
 )
 def _quantization_dropped(case: Case) -> Iterator[None]:
@@ -106,9 +106,9 @@ def _quantization_dropped(case: Case) -> Iterator[None]:
 @fault(
     "type-fp4",
     "BitsAndBytesConfig's default type, fp4, instead of nf4.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("{language} of {language} linears are fp4 instead of nf4", "bnb_4bit_quant_type"),
+    expected_words=("{language} of {language} linears are fp4 instead of nf4", "bnb_4bit_quant_type"),
     source="bitsandbytes-foundation/bitsandbytes#2077",
 )
 def _type_fp4(case: Case) -> Iterator[None]:
@@ -119,9 +119,9 @@ def _type_fp4(case: Case) -> Iterator[None]:
 @fault(
     "double-quantization-off",
     "Block statistics stay in float32: 0.37 bits more per weight.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("nested False instead of True", "bnb_4bit_use_double_quant"),
+    expected_words=("nested False instead of True", "bnb_4bit_use_double_quant"),
     source="bitsandbytes-foundation/bitsandbytes#2077",
 )
 def _double_quantization_off(case: Case) -> Iterator[None]:
@@ -132,9 +132,9 @@ def _double_quantization_off(case: Case) -> Iterator[None]:
 @fault(
     "compute-float32",
     "Compute dtype float32, the config's default: slow and hungry, and without a warning.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("compute_dtype float32 instead of {dtype}", "bnb_4bit_compute_dtype"),
+    expected_words=("compute_dtype float32 instead of {dtype}", "bnb_4bit_compute_dtype"),
     source="bitsandbytes-foundation/bitsandbytes#2077, #1177",
 )
 def _compute_float32(case: Case) -> Iterator[None]:
@@ -147,9 +147,9 @@ def _compute_float32(case: Case) -> Iterator[None]:
 @fault(
     "eight-bits",
     "LLM.int8 instead of NF4.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("{language} of {language} linears are int8 instead of nf4",),
+    expected_words=("{language} of {language} linears are int8 instead of nf4",),
     source="bitsandbytes-foundation/bitsandbytes#1634",
 )
 def _eight_bits(case: Case) -> Iterator[None]:
@@ -189,9 +189,9 @@ def four_bit(model: Any, name: str, *, blocksize: int = 64) -> Iterator[None]:
 @fault(
     "one-vision-linear-quantized",
     "A single linear of one vision block is NF4.",
-    damages="model",
+    target="model",
     check="quantization_census",
-    says=("vision: 1 of {vision} linears are NF4", "model.visual.blocks.2.attn.qkv"),
+    expected_words=("vision: 1 of {vision} linears are NF4", "model.visual.blocks.2.attn.qkv"),
     source="vllm-project/llm-compressor#1939",
 )
 def _one_vision_linear(case: Case) -> Iterator[None]:
@@ -202,9 +202,9 @@ def _one_vision_linear(case: Case) -> Iterator[None]:
 @fault(
     "saved-in-4-bits-with-an-old-skip-list",
     'A checkpoint saved in 4 bits with the skip list ["visual", "lm_head"]: its vision tower is quantized for good.',
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=(
+    expected_words=(
         "vision: {vision} of {vision} linears are NF4",
         "'visual' for 'model.visual'",
         "quantize the 16-bit base again",
@@ -238,9 +238,9 @@ def _exchanged(module: nn.Module, name: str, value: nn.Module | nn.Parameter) ->
 @fault(
     "linear4bit-over-a-16-bit-weight",
     "A layer is a Linear4bit, but its weight was put in past the quantizer.",
-    damages="model",
+    target="model",
     check="quantization_census",
-    says=("cannot compute", "Linear4bit", "was never quantized", "quantization_config"),
+    expected_words=("cannot compute", "Linear4bit", "was never quantized", "quantization_config"),
     silent=False,
 )
 def _never_quantized(case: Case) -> Iterator[None]:
@@ -256,9 +256,9 @@ def _never_quantized(case: Case) -> Iterator[None]:
 @fault(
     "linear-over-a-4-bit-weight",
     "A 4-bit weight was put into an ordinary nn.Linear.",
-    damages="model",
+    target="model",
     check="quantization_census",
-    says=("cannot compute", "Linear, and its weight is packed in 4 bits"),
+    expected_words=("cannot compute", "Linear, and its weight is packed in 4 bits"),
     silent=False,
 )
 def _packed_in_linear(case: Case) -> Iterator[None]:
@@ -275,9 +275,9 @@ def _packed_in_linear(case: Case) -> Iterator[None]:
 @fault(
     "adapter-attached-before-quantizing",
     "The adapter was attached to 16-bit layers that were quantized afterwards: it works until it is merged.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("{language} adapter layers are not of the class", "a Linear over a Linear4bit", "quantize first"),
+    expected_words=("{language} adapter layers are not of the class", "a Linear over a Linear4bit", "quantize first"),
 )
 def _attached_first(case: Case) -> Iterator[None]:
     from pytest_qvl.models.adapters import adapted_layers
@@ -292,9 +292,9 @@ def _attached_first(case: Case) -> Iterator[None]:
 @fault(
     "one-block-size-off",
     "One language linear is quantized in blocks of 128, and without double quantization.",
-    damages="model",
+    target="model",
     check="quantization_census",
-    says=("1 of {language} quantized linears have blocksize 128 instead of 64", "layers.1.mlp.up_proj"),
+    expected_words=("1 of {language} quantized linears have blocksize 128 instead of 64", "layers.1.mlp.up_proj"),
 )
 def _one_block_size(case: Case) -> Iterator[None]:
     name = "model.language_model.layers.1.mlp.up_proj.base_layer"
@@ -316,9 +316,9 @@ def _no_repacking() -> str | None:
 @fault(
     "repacked-for-the-cpu",
     "An eval forward rewrites the quantized weights in place for a CPU kernel.",
-    damages="load",
+    target="load",
     check="quantization_census",
-    says=("{language} quantized weights were rewritten in place", "keep_quantized_weights_in_place"),
+    expected_words=("{language} quantized weights were rewritten in place", "keep_quantized_weights_in_place"),
     silent=False,
     needs=_no_repacking,
     requires=("CPU",),

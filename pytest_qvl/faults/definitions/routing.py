@@ -28,9 +28,9 @@ def _images(case: Case, batch: dict[str, Any]) -> torch.Tensor:
 @fault(
     "truncated-placeholders",
     "max_length cuts placeholders off; pixel_values stay whole.",
-    damages="batch",
+    target="batch",
     check="placeholder_counts",
-    says=("placeholders", "visual tokens"),
+    expected_words=("placeholders", "visual tokens"),
     source="huggingface/trl#4289, #5927, hiyouga/LlamaFactory#8329",
     silent=False,
 )
@@ -46,9 +46,9 @@ def _truncated(case: Case) -> Iterator[None]:
 @fault(
     "one-placeholder-too-many",
     "The text carries one placeholder more than the picture has visual tokens.",
-    damages="batch",
+    target="batch",
     check="placeholder_counts",
-    says=("placeholders, but grid", "visual tokens"),
+    expected_words=("placeholders, but grid", "visual tokens"),
     source="verl-project/verl#3469, 2U1/Qwen-VL-Series-Finetune#128",
     silent=False,
 )
@@ -66,9 +66,9 @@ def _one_too_many(case: Case) -> Iterator[None]:
 @fault(
     "pictures-lost",
     "A collator drops pixel_values; the placeholders stay and are read as text.",
-    damages="batch",
+    target="batch",
     check="placeholder_counts",
-    says=("but no pixel_values", "raises nothing"),
+    expected_words=("but no pixel_values", "raises nothing"),
     source="hiyouga/LlamaFactory#7157, hiyouga/EasyR1#530",
 )
 def _pictures_lost(case: Case) -> Iterator[None]:
@@ -80,9 +80,9 @@ def _pictures_lost(case: Case) -> Iterator[None]:
 @fault(
     "side-inputs-not-cut",
     "input_ids are truncated, mm_token_type_ids are not.",
-    damages="batch",
+    target="batch",
     check="placeholder_counts",
-    says=("mm_token_type_ids has shape", "cut and pad together"),
+    expected_words=("mm_token_type_ids has shape", "cut and pad together"),
     source="huggingface/trl#5283",
     silent=False,
     transformers=(5, 3),
@@ -101,9 +101,9 @@ def _side_inputs(case: Case) -> Iterator[None]:
 @fault(
     "placeholder-moved-to-the-next-picture",
     "One placeholder of the first picture stands at the second: the total is right.",
-    damages="batch",
+    target="batch",
     check="placeholder_counts",
-    says=("placeholders, but grid", "makes"),
+    expected_words=("placeholders, but grid", "makes"),
     source="Blaizzy/mlx-vlm#1941, EricLBuehler/mistral.rs#1950",
 )
 def _moved_placeholder(case: Case) -> Iterator[None]:
@@ -140,9 +140,9 @@ def _expanding(parts: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> It
 @fault(
     "count-check-disabled",
     "The check of features against placeholders is commented out, and it works.",
-    damages="model",
+    target="model",
     check="malformed_inputs",
-    says=("the model takes one placeholder too few", "its count check is off"),
+    expected_words=("the model takes one placeholder too few", "its count check is off"),
     source="huggingface/transformers#34625",
 )
 def _count_check(case: Case) -> Iterator[None]:
@@ -153,9 +153,9 @@ def _count_check(case: Case) -> Iterator[None]:
 @fault(
     "scatter-off-by-one",
     "Every visual token lands one place to the right of its placeholder.",
-    damages="model",
+    target="model",
     check="feature_scatter",
-    says=("still holds the placeholder's own text embedding", "tokens in"),
+    expected_words=("still holds the placeholder's own text embedding", "tokens in"),
     source="verl-project/verl#3469",
 )
 def _off_by_one(case: Case) -> Iterator[None]:
@@ -182,9 +182,9 @@ def _features_regrouped(parts: Any, change: Callable[[list[Any]], Any]) -> Itera
 @fault(
     "pictures-exchanged-after-the-tower",
     "The visual tokens of the first two pictures are dealt out in the wrong order.",
-    damages="model",
+    target="model",
     check="feature_scatter",
-    says=("(image 0, visual token 0) holds visual token 0 of row 1, image 0",),
+    expected_words=("(image 0, visual token 0) holds visual token 0 of row 1, image 0",),
     source="Blaizzy/mlx-vlm#565, EricLBuehler/mistral.rs#1950",
 )
 def _exchanged(case: Case) -> Iterator[None]:
@@ -195,9 +195,9 @@ def _exchanged(case: Case) -> Iterator[None]:
 @fault(
     "padded-with-zeros",
     "The last visual token is cut and replaced by zeros to make the counts agree.",
-    damages="model",
+    target="model",
     check="feature_scatter",
-    says=("holds neither a visual token of this batch nor its text embedding", "1 tokens in 1 rows"),
+    expected_words=("holds neither a visual token of this batch nor its text embedding", "1 tokens in 1 rows"),
     source="verl-project/verl#3469",
 )
 def _zero_padded(case: Case) -> Iterator[None]:
@@ -213,9 +213,9 @@ def _zero_padded(case: Case) -> Iterator[None]:
 @fault(
     "features-scaled",
     "The embedding scale is applied to visual tokens as well.",
-    damages="model",
+    target="model",
     check="feature_scatter",
-    says=("holds neither a visual token of this batch nor its text embedding",),
+    expected_words=("holds neither a visual token of this batch nor its text embedding",),
 )
 def _scaled(case: Case) -> Iterator[None]:
     with _features_regrouped(anatomy(case.model), lambda pictures: [p * 2 for p in pictures]):
@@ -225,9 +225,9 @@ def _scaled(case: Case) -> Iterator[None]:
 @fault(
     "only-the-first-row-sees",
     "Pictures are scattered into the first row of a batch only.",
-    damages="model",
+    target="model",
     check="feature_scatter",
-    says=("still holds the placeholder's own text embedding",),
+    expected_words=("still holds the placeholder's own text embedding",),
     source="EvolvingLMMs-Lab/lmms-eval#648",
 )
 def _first_row(case: Case) -> Iterator[None]:
@@ -243,9 +243,9 @@ def _first_row(case: Case) -> Iterator[None]:
 @fault(
     "visual-token-leaks-back",
     "Each visual token also leaks into the text token before its picture.",
-    damages="model",
+    target="model",
     check="causality",
-    says=("changing visual token 0", "(text)", "its own placeholder only"),
+    expected_words=("changing visual token 0", "(text)", "its own placeholder only"),
     source="huggingface/transformers#34625",
 )
 def _leaks_back(case: Case) -> Iterator[None]:
@@ -259,9 +259,9 @@ def _leaks_back(case: Case) -> Iterator[None]:
 @fault(
     "mixed-batch-misorders",
     "Where a batch also has rows without a picture, the first two visual tokens change places.",
-    damages="model",
+    target="model",
     check="visual_token_order",
-    says=("visual token 0 of row 0, image 0 is made of the patches of visual token 1",),
+    expected_words=("visual token 0 of row 0, image 0 is made of the patches of visual token 1",),
     source="2U1/Qwen-VL-Series-Finetune#17, modelscope/ms-swift#2147",
 )
 def _mixed_batch(case: Case) -> Iterator[None]:
@@ -284,9 +284,9 @@ def _mixed_batch(case: Case) -> Iterator[None]:
 @fault(
     "two-visual-tokens-exchanged",
     "The first two visual tokens leave the tower in each other's place.",
-    damages="model",
+    target="model",
     check="visual_token_order",
-    says=("visual token 0 of row 0, image 0 is made of the patches of visual token 1",),
+    expected_words=("visual token 0 of row 0, image 0 is made of the patches of visual token 1",),
 )
 def _two_exchanged(case: Case) -> Iterator[None]:
     import torch
@@ -298,9 +298,9 @@ def _two_exchanged(case: Case) -> Iterator[None]:
 @fault(
     "tokens-rolled-by-one",
     "All visual tokens leave the tower one place late.",
-    damages="model",
+    target="model",
     check="visual_token_order",
-    says=("is made of the patches of visual token", "visual tokens are wrong"),
+    expected_words=("is made of the patches of visual token", "visual tokens are wrong"),
 )
 def _rolled(case: Case) -> Iterator[None]:
     with features_replaced(anatomy(case.model), lambda f: f.roll(1, dims=0)):
@@ -310,9 +310,9 @@ def _rolled(case: Case) -> Iterator[None]:
 @fault(
     "window-order-not-undone",
     "The tower sorts patches into attention windows and does not sort its output back.",
-    damages="model",
+    target="model",
     check="visual_token_order",
-    says=("is made of the patches of visual token", "visual tokens are wrong"),
+    expected_words=("is made of the patches of visual token", "visual tokens are wrong"),
     source="Blaizzy/mlx-swift-lm#238",
 )
 def _window_order(case: Case) -> Iterator[None]:
@@ -341,9 +341,9 @@ def _window_order(case: Case) -> Iterator[None]:
 @fault(
     "merger-mixes-neighbours",
     "The merger groups patches shifted by one: each visual token is made of two groups.",
-    damages="model",
+    target="model",
     check="visual_token_order",
-    says=("is made of several patch groups",),
+    expected_words=("is made of several patch groups",),
 )
 def _merger_mixes(case: Case) -> Iterator[None]:
     def shift(_module: Any, args: Any, kwargs: Any) -> Any:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @fault(
     "ablation-hook-left-on",
     "A hook of an earlier experiment still blanks the visual tokens.",
-    damages="model",
+    target="model",
     check="alignment",
-    says=("answers are right", "text-only control"),
+    expected_words=("answers are right", "text-only control"),
 )
 def _ablation(case: Case) -> Iterator[None]:
     # Faint, not zero: the features stay distinct, so that routing can still be judged.
@@ -31,9 +31,9 @@ def _ablation(case: Case) -> Iterator[None]:
 @fault(
     "steering-hook-left-on",
     "A hook of an earlier experiment still scales one language layer.",
-    damages="model",
+    target="model",
     check="alignment",
-    says=("the model looks less than before",),
+    expected_words=("the model looks less than before",),
 )
 def _steering(case: Case) -> Iterator[None]:
     def steer(_module: Any, _args: Any, output: Any) -> Any:
@@ -46,9 +46,9 @@ def _steering(case: Case) -> Iterator[None]:
 @fault(
     "adapter-left-switched-off",
     "disable_adapter_layers() was not undone: training would teach nothing.",
-    damages="adapter",
+    target="adapter",
     check="adapter_census",
-    says=("no adapter parameter requires grad", "switched off"),
+    expected_words=("no adapter parameter requires grad", "switched off"),
     source="huggingface/trl#6591",
     silent=False,
 )
@@ -64,9 +64,9 @@ def _switched_off(case: Case) -> Iterator[None]:
 @fault(
     "pictures-replaced-by-the-first",
     "A cached vision output is served again: every call sees the pictures of the first one.",
-    damages="model",
+    target="model",
     check="causality",
-    says=("its own placeholder only", "moves no output"),
+    expected_words=("its own placeholder only", "moves no output"),
 )
 def _cached(case: Case) -> Iterator[None]:
     kept: dict[tuple[int, ...], Any] = {}
@@ -85,9 +85,9 @@ def _cached(case: Case) -> Iterator[None]:
 @fault(
     "memory-left-beside-the-model",
     "What an earlier cell loaded is still on the GPU beside the model.",
-    damages="run",
+    target="run",
     check="peak_vram",
-    says=("are allocated beside the model's own", "something keeps tensors alive"),
+    expected_words=("are allocated beside the model's own", "something keeps tensors alive"),
     requires=("CUDA",),
 )
 def _memory_left(case: Case) -> Iterator[None]:

@@ -23,9 +23,9 @@ _LAYER = "model.language_model.layers.3.mlp.down_proj"
 @fault(
     "one-adapter-detached",
     "One adapted layer is computed without its adapter: no gradient reaches it.",
-    damages="adapter",
+    target="adapter",
     check="training_step",
-    says=("has no path to 1 of {language} adapter tensors", "layers.3.mlp.down_proj.lora_B"),
+    expected_words=("has no path to 1 of {language} adapter tensors", "layers.3.mlp.down_proj.lora_B"),
     source="huggingface/peft#2880, unslothai/unsloth#5039",
 )
 def _detached(case: Case) -> Iterator[None]:
@@ -37,9 +37,9 @@ def _detached(case: Case) -> Iterator[None]:
 @fault(
     "one-adapter-scaled-by-zero",
     "The scaling of one layer was lost on the way: its adapter is multiplied by 0.",
-    damages="adapter",
+    target="adapter",
     check="training_step",
-    says=("is exactly zero at 1 of {language} adapter tensors", "layers.3.mlp.down_proj.lora_B"),
+    expected_words=("is exactly zero at 1 of {language} adapter tensors", "layers.3.mlp.down_proj.lora_B"),
     source="vllm-project/vllm#55193",
 )
 def _scaling_zero(case: Case) -> Iterator[None]:
@@ -51,9 +51,9 @@ def _scaling_zero(case: Case) -> Iterator[None]:
 @fault(
     "float16-adapter",
     "The adapter is trained in float16: AdamW divides by an epsilon that is zero there.",
-    damages="adapter",
+    target="adapter",
     check="training_step",
-    says=("{adapter} of {adapter} trained tensors are float16", "train them in float32"),
+    expected_words=("{adapter} of {adapter} trained tensors are float16", "train them in float32"),
     source="2U1/Qwen-VL-Series-Finetune#184, huggingface/transformers#30559",
 )
 def _float16_adapter(case: Case) -> Iterator[None]:
@@ -82,9 +82,9 @@ def _on_gradient(case: Case, change: Callable[[torch.Tensor], torch.Tensor], cou
 @fault(
     "gradient-overflows",
     "The loss is finite, one gradient is not.",
-    damages="run",
+    target="run",
     check="training_step",
-    says=("gradients are not finite, first", "lora_A"),
+    expected_words=("gradients are not finite, first", "lora_A"),
     source="unslothai/unsloth-zoo#866, LaVi-Lab/VG-LLM#21",
 )
 def _overflows(case: Case) -> Iterator[None]:
@@ -95,9 +95,9 @@ def _overflows(case: Case) -> Iterator[None]:
 @fault(
     "gradient-sign-wrong",
     "The step goes uphill.",
-    damages="run",
+    target="run",
     check="training_step",
-    says=("the loss did not halve in", "optimizer steps at learning rate", "it went"),
+    expected_words=("the loss did not halve in", "optimizer steps at learning rate", "it went"),
 )
 def _sign(case: Case) -> Iterator[None]:
     with _on_gradient(case, lambda grad: -grad, None):
@@ -107,9 +107,9 @@ def _sign(case: Case) -> Iterator[None]:
 @fault(
     "optimizer-ascends",
     "The optimizer was made with maximize=True, as for a reward: every step goes uphill.",
-    damages="run",
+    target="run",
     check="training_step",
-    says=("your optimizer moves {adapter} of {adapter} tensors uphill", "maximize=True"),
+    expected_words=("your optimizer moves {adapter} of {adapter} tensors uphill", "maximize=True"),
 )
 def _ascends(case: Case) -> Iterator[None]:
     import torch
@@ -121,9 +121,9 @@ def _ascends(case: Case) -> Iterator[None]:
 @fault(
     "optimizer-rate-zero",
     "The learning rate is 0 (a warm-up over more steps than the run has): nothing is ever learned.",
-    damages="run",
+    target="run",
     check="training_step",
-    says=("parameter groups of your optimizer have the learning rate 0", "warm-up schedule"),
+    expected_words=("parameter groups of your optimizer have the learning rate 0", "warm-up schedule"),
 )
 def _rate_zero(case: Case) -> Iterator[None]:
     import torch
@@ -139,9 +139,9 @@ def _labels(case: Case, change: Callable[[dict[str, Any]], torch.Tensor]) -> Non
 @fault(
     "prompt-in-the-loss",
     "Labels are the ids with only padding masked, placeholders left out: the prompt is learned too.",
-    damages="batch",
+    target="batch",
     check="label_mask",
-    says=("supervised tokens belong to the prompt", "row 0, token"),
+    expected_words=("supervised tokens belong to the prompt", "row 0, token"),
     source="unslothai/unsloth#3772, roboflow/maestro#129",
 )
 def _prompt(case: Case) -> Iterator[None]:
@@ -162,9 +162,9 @@ def _prompt(case: Case) -> Iterator[None]:
 @fault(
     "placeholders-in-the-loss",
     "Image placeholders are supervised.",
-    damages="batch",
+    target="batch",
     check="label_mask",
-    says=("supervised tokens are vision tokens", "<|image_pad|>"),
+    expected_words=("supervised tokens are vision tokens", "<|image_pad|>"),
     source="NielsRogge/Transformers-Tutorials#511, om-ai-lab/VLM-R1#123",
 )
 def _placeholders(case: Case) -> Iterator[None]:
@@ -176,9 +176,9 @@ def _placeholders(case: Case) -> Iterator[None]:
 @fault(
     "padding-in-the-loss",
     "Padding is supervised.",
-    damages="batch",
+    target="batch",
     check="label_mask",
-    says=("supervised tokens are padding",),
+    expected_words=("supervised tokens are padding",),
     source="NielsRogge/Transformers-Tutorials#511",
 )
 def _padding(case: Case) -> Iterator[None]:
@@ -189,9 +189,9 @@ def _padding(case: Case) -> Iterator[None]:
 @fault(
     "labels-shifted",
     "Labels are shifted by the collator, and once more by the model.",
-    damages="batch",
+    target="batch",
     check="label_mask",
-    says=("are labelled with another token", "labels must not be shifted"),
+    expected_words=("are labelled with another token", "labels must not be shifted"),
 )
 def _shifted(case: Case) -> Iterator[None]:
     _labels(case, lambda b: b["labels"].roll(-1, dims=1))
@@ -201,9 +201,9 @@ def _shifted(case: Case) -> Iterator[None]:
 @fault(
     "end-not-taught",
     "Truncation cuts <|im_end|> out of the targets: the model never learns to stop.",
-    damages="batch",
+    target="batch",
     check="label_mask",
-    says=("answers end without a supervised <|im_end|>",),
+    expected_words=("answers end without a supervised <|im_end|>",),
     source="shibing624/MedicalGPT#157, hiyouga/LlamaFactory#7943",
 )
 def _end(case: Case) -> Iterator[None]:
@@ -215,9 +215,9 @@ def _end(case: Case) -> Iterator[None]:
 @fault(
     "row-teaches-nothing",
     "The answer of one row was cut off: all of its labels are -100.",
-    damages="batch",
+    target="batch",
     check="label_mask",
-    says=("rows have no supervised token", "row 0"),
+    expected_words=("rows have no supervised token", "row 0"),
     source="hiyouga/LlamaFactory#9313",
 )
 def _nothing(case: Case) -> Iterator[None]:
@@ -233,9 +233,9 @@ def _nothing(case: Case) -> Iterator[None]:
 @fault(
     "first-end-not-taught",
     "Rows of two turns: the first answer is taught without its <|im_end|>, the last one whole.",
-    damages="batch",
+    target="batch",
     check="label_mask",
-    says=("answers end without a supervised <|im_end|>", "row 0, answer 0"),
+    expected_words=("answers end without a supervised <|im_end|>", "row 0, answer 0"),
 )
 def _first_end(case: Case) -> Iterator[None]:
     import torch

@@ -61,7 +61,7 @@ _TURNS = (
     ("generation_repeatable",),
     ("generation_batch_invariance", "generation_cache_invariance"),
 )
-IN_TURN = (*_TURNS, *((name,) for name in needing("time") if name not in chain(*_TURNS)))
+ROTATING = (*_TURNS, *((name,) for name in needing("time") if name not in chain(*_TURNS)))
 KNOWLEDGE_EVERY = 9  # no divisor in common with other periods: all combinations come up
 RANDOM_EVERY = 5
 SIDES = tuple(range(56, 197, 28))  # px
@@ -121,8 +121,8 @@ def variations(count: int) -> list[Variation]:
         if dtype == "float16" and (adapter == BIASES or (adapter == COPIES and family)):
             dtype = "float32"
         needs_float32 = dtype == "float16" and adapter == COPIES
-        turn = number // (RANDOM_EVERY if family else 2) % len(IN_TURN)
-        checks = (*ALWAYS, *IN_TURN[turn], *(KNOWLEDGE if knowledge else ()))
+        turn = number // (RANDOM_EVERY if family else 2) % len(ROTATING)
+        checks = (*ALWAYS, *ROTATING[turn], *(KNOWLEDGE if knowledge else ()))
         made.append(
             Variation(
                 number,

@@ -86,7 +86,7 @@ def page(result: Result) -> str:
                 f"{'yes' if fault.silent else 'no'} | {smoke} | {fault.source} |"
             )
         lines.append("")
-    lines += _checks(result) + _doses(result) + _unreproduced() + _alarms(result)
+    lines += _checks(result) + _graded(result) + _unreproduced() + _alarms(result)
     return "\n".join(lines)
 
 
@@ -121,7 +121,7 @@ def _checks(result: Result) -> list[str]:
     return [*lines, ""]
 
 
-def _doses(result: Result) -> list[str]:
+def _graded(result: Result) -> list[str]:
     lines = [
         "## The smallest dose",
         "",

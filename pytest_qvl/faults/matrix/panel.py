@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
         return self.outcome in (CAUGHT, REFUSED)
 
 
-def panel(device: str = "cpu") -> dict[str, Callable[[Case], Any]]:
+def all_checks(device: str = "cpu") -> dict[str, Callable[[Case], Any]]:
     """Every check that a device allows by name, as a function of a case: ``"cuda"`` has one more than ``"cpu"``."""
     left_out = {*needing("forecast"), *(needing("gpu") if device != "cuda" else ())}
     return {name: _CALLS.get(name) or _plain(name) for name in declared() if name not in left_out}
@@ -131,7 +131,7 @@ def judge(case: Case, check: str) -> Verdict:
 
     try:
         with torch.random.fork_rng(devices=case.subject.random_devices()):
-            panel(case.subject.device)[check](case)
+            all_checks(case.subject.device)[check](case)
     except ModelCrashed as failure:
         return Verdict(CRASHED, str(failure))
     except CheckFailed as failure:
@@ -148,7 +148,7 @@ def judge(case: Case, check: str) -> Verdict:
 
 def judge_all(case: Case, names: Iterable[str] = ()) -> dict[str, Verdict]:
     """Run the given checks, or all of them."""
-    return {name: judge(case, name) for name in (names or panel(case.subject.device))}
+    return {name: judge(case, name) for name in (names or all_checks(case.subject.device))}
 
 
 def smoke(case: Case) -> Verdict:

@@ -156,7 +156,7 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
     result = Result(definitions_digest(), _versions(), str(subject.source), subject.label, device, subject.dtype)
     counts, undecided = Counter[str](), Counter[str]()
     rows: dict[str, Row] = {}
-    doses: dict[int, list[dict[str, object]]] = {}
+    graded: dict[int, list[dict[str, object]]] = {}
     for one in done:
         part, key = one.task.part, one.task.key
         result.seconds[NAMES[part]] = result.seconds.get(NAMES[part], 0.0) + one.seconds
@@ -165,7 +165,7 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
         elif part == "fault":
             rows[key] = Row(**one.found)
         elif part == "dose":
-            doses[int(key)] = one.found
+            graded[int(key)] = one.found
         elif part == "variation":
             counts.update(one.found["outcomes"].keys())
             undecided.update(check for check, outcome in one.found["outcomes"].items() if outcome == UNDECIDED)
@@ -177,7 +177,7 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
             row.said = "the model without a fault fails this check"
     result.rows = {name: rows[name] for name in catalogue() if name in rows}
     result.healthy, result.undecided = dict(counts), dict(undecided)
-    result.doses = [dose for number in sorted(doses) for dose in doses[number]]
+    result.doses = [dose for number in sorted(graded) for dose in graded[number]]
     return result
 
 

@@ -88,11 +88,13 @@ class Done:
 def tasks(plan: Plan) -> list[Task]:
     """Everything that the plan consists of."""
     from pytest_qvl.faults.matrix.graded import GRADED
-    from pytest_qvl.faults.matrix.panel import panel
+    from pytest_qvl.faults.matrix.panel import all_checks
 
     named = {fault.check for fault in plan.faults.values()}
     checks = [
-        check for check in panel(plan.subject.device) if not (plan.only or plan.named_only) or check in {*named, *CHEAP}
+        check
+        for check in all_checks(plan.subject.device)
+        if not (plan.only or plan.named_only) or check in {*named, *CHEAP}
     ]
     found = [Task("health", check) for check in checks] + [Task("fault", name) for name in plan.faults]
     if plan.whole:
@@ -155,7 +157,7 @@ def _fault(plan: Plan, name: str) -> dict[str, Any]:
         undone = state(case) == before
     except Exception as error:
         row.broken, undone = one_line(error), False
-    if fault.damages == "load":
+    if fault.target == "load":
         collect()  # models refer to themselves: the next one would be loaded beside this one
     if not undone:
         _case.cache_clear()
@@ -185,7 +187,7 @@ def _judge(row: Row, plan: Plan, fault: Fault, case: Case) -> None:
         raise DeviceBroken(row.said)
 
 
-def _dose(plan: Plan, number: str) -> list[dict[str, Any]]:
+def _graded(plan: Plan, number: str) -> list[dict[str, Any]]:
     from pytest_qvl.faults.matrix.graded import GRADED, smallest_doses
 
     return [asdict(dose) for dose in smallest_doses(_case(plan.subject), GRADED[int(number)])]
@@ -219,7 +221,7 @@ def _healthy() -> Any:
 WORK: dict[str, Callable[[Plan, str], Any]] = {
     "health": _health,
     "fault": _fault,
-    "dose": _dose,
+    "dose": _graded,
     "variation": _variation,
 }
 
