@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -16,6 +16,7 @@ from pytest_qvl.session.process_link import parent_link
 # Options with which pytest runs no test.
 _RUNS_NOTHING = ("help", "version", "collectonly", "markers", "showfixtures", "show_fixtures_per_test", "cacheshow")
 _REFUSED = pytest.StashKey[str]()
+_OUTPUT = "qvl_refused"
 
 
 def import_first(config: pytest.Config) -> None:
@@ -32,15 +33,55 @@ def import_first(config: pytest.Config) -> None:
 def refuse(config: pytest.Config) -> None:
     """Say why a backend cannot be used in this process; here, because pytest before 9.2 shows a traceback earlier.
 
+    A worker of xdist leaves it to the controller: of one that raises here xdist starts another, which would wait for
+    the GPU that the first still holds.
+
     Raises:
         pytest.UsageError: With the reason.
     """
     reason = config.stash.get(_REFUSED, "") or _too_many_workers(config)
+    if hasattr(config, "workerinput"):
+        if reason:
+            config.pluginmanager.register(RefusedWorker(reason), "qvl-refused-worker")
+        return
+    config.pluginmanager.register(Controller(), "qvl-refusals-of-workers")
     if reason:
-        parent = parent_link(config)
-        if parent is not None:
-            parent.request("interrupted", text=reason, for_all=False, status=None)
-        raise pytest.UsageError(reason)
+        _refuse(config, reason)
+
+
+class RefusedWorker:
+    """In a worker that cannot run its backend: end before collection, and leave the reason to the controller."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self, session: pytest.Session) -> None:
+        """The first hook after xdist has announced the worker."""
+        session.config.workeroutput[_OUTPUT] = self._reason  # type: ignore[attr-defined]
+        pytest.exit(self._reason, returncode=pytest.ExitCode.USAGE_ERROR)
+
+
+class Controller:
+    """Where workers are started: end the run with the reason of one that cannot run its backend."""
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Refuse what a worker refused.
+
+        Raises:
+            pytest.UsageError: With the worker's reason.
+        """
+        reason = getattr(node, "workeroutput", {}).get(_OUTPUT)  # a worker that crashed leaves none
+        if reason:
+            _refuse(node.config, reason)
+
+
+def _refuse(config: pytest.Config, reason: str) -> NoReturn:
+    parent = parent_link(config)
+    if parent is not None:
+        parent.request("interrupted", text=reason, for_all=False, status=None)
+    raise pytest.UsageError(reason)
 
 
 def _too_many_workers(config: pytest.Config) -> str:

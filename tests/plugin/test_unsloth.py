@@ -131,3 +131,24 @@ def test_a_missing_unsloth_is_one_clear_error(pytester, monkeypatch):
     result.stderr.fnmatch_lines(
         ["ERROR: --qvl-backend: backend 'unsloth' needs Unsloth, *pip install 'pytest-qvl[[]uns*"]
     )
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param([], id="alone"),
+        pytest.param(["--qvl-backend", "transformers"], id="beside the baseline", marks=pytest.mark.slow),
+    ],
+)
+def test_an_import_that_fails_in_a_worker_ends_the_run_in_one_sentence(pytester, light_torch, beside):
+    pytester.makepyfile(**{"packages/unsloth/__init__": "raise ImportError('no kernel here')"})
+    arguments = ["-p", "a_gpu", "-p", "xdist", "-n", "1", "--qvl-device", "cuda", *beside, "--qvl-backend", "unsloth"]
+    result = pytester.runpytest_subprocess(*arguments, timeout=60)
+    says = "Unsloth could not be imported: ImportError: no kernel here"
+    assert result.stderr.str().splitlines().count(f"ERROR: {says}") == 1
+    result.stdout.no_fnmatch_line("*INTERNALERROR*")
+    if beside:
+        result.assert_outcomes(skipped=1, failed=1)
+        result.stdout.fnmatch_lines([f"FAILED *[[]embedded-cuda-unsloth]* - not run: * stopped: {says}"])
+    else:
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
