@@ -1,4 +1,4 @@
-"""One healthy QLoRA set-up with everything that checks look at; faults change it for the length of a block."""
+"""One healthy QLoRA setup with everything that checks look at; faults change it for the length of a block."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Case:
         processor: Its processor.
         lora_config: The ``peft.LoraConfig`` that was asked for.
         policy: The quantization that was asked for.
-        rows: Samples of the batches: several pictures, one, none; different lengths and grids.
+        rows: Samples of the batches: several images, one, none; different lengths and grids.
         probes: Samples with known answers; `reference` was recorded for them.
         reference: What full precision makes of `probes`.
         load: Loads another model of the same source on the same device, see :func:`load`.
@@ -72,7 +72,7 @@ class Case:
         padding_side: PaddingSide = "left",
         answers: bool = False,
     ) -> Batch:
-        """Model inputs of `samples` (of :attr:`rows` if not given), as this set-up collates them, on its device.
+        """Model inputs of `samples` (of :attr:`rows` if not given), as this setup collates them, on its device.
 
         Collators work on the CPU, as a data loader's do; what they made then goes to the device.
         """
@@ -85,7 +85,7 @@ class Case:
         return {name: _moved(tensor, self.subject.device) for name, tensor in batch.items()}
 
     def long_batch(self) -> Batch:
-        """One row of more than 2,000 tokens, as this set-up collates it."""
+        """One row of more than 2,000 tokens, as this setup collates it."""
         from pytest_qvl.checks.support.sizing import sizes_for
         from pytest_qvl.samples import long_sample
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 GPU = "CUDA kernels only"
 UNSLOTH = "Unsloth needs CUDA; the same checks run on its models there"
 OLD = "an older release only; the defect itself is in the catalogue"
-VIDEO = "video; the position oracle covers it against hand-worked examples, the checks judge pictures"
+VIDEO = "video; the position oracle covers it against hand-worked examples, the checks judge images"
 FILES = "about files beside the model; no check of this package reads them"
 
 UNREPRODUCED: tuple[tuple[str, str, str], ...] = (
@@ -20,7 +20,7 @@ UNREPRODUCED: tuple[tuple[str, str, str], ...] = (
      f"{GPU}; eager and SDPA agree on CPU and are a healthy variation"),
     ("vision tower without gradient checkpointing runs out of memory", "huggingface/transformers#34724", GPU),
     ("loading needs full-precision memory", "huggingface/transformers#43032", f"{GPU}; limit_vram(load)"),
-    ("one large picture fills the memory", "unslothai/unsloth#1326", f"{GPU}; the VRAM forecast covers it"),
+    ("one large image fills the memory", "unslothai/unsloth#1326", f"{GPU}; the VRAM forecast covers it"),
     ("max_pixels accepted and ignored", "huggingface/transformers#41955", "the torchvision image processor only"),
     ("device map splits the multimodal path", "huggingface/transformers#33816", "needs two GPUs"),
     ("tensors left on the meta device", "vllm-project/llm-compressor#1432", "raises by itself"),

@@ -1,4 +1,4 @@
-"""Pictures and questions with known answers, and the batches made of them."""
+"""Images and questions with known answers, and the batches made of them."""
 
 from pytest_qvl.samples.batch import answer_ids, make_batch, prompt
 from pytest_qvl.samples.folder import folder_samples

@@ -28,14 +28,14 @@ def reserved_token(text: str) -> str | None:
 
 
 def messages(sample: Sample) -> list[dict[str, Any]]:
-    """The sample as a one-turn conversation: its pictures, then its question."""
+    """The sample as a one-turn conversation: its images, then its question."""
     content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
     content.append({"type": "text", "text": sample.question})
     return [{"role": "user", "content": content}]
 
 
 def prompt(processor: Any, sample: Sample) -> str:
-    """The prompt's text up to where the answer begins; one placeholder per picture, not yet expanded."""
+    """The prompt's text up to where the answer begins; one placeholder per image, not yet expanded."""
     text: str = processor.apply_chat_template(messages(sample), tokenize=False, add_generation_prompt=True)
     return text
 
@@ -57,7 +57,7 @@ def make_batch(
 ) -> dict[str, torch.Tensor]:
     """Model inputs for samples, made by the processor itself: chat template, placeholders, patches, padding.
 
-    Rows may differ in their number of pictures, none included. What the processor returns is handed on whole,
+    Rows may differ in their number of images, none included. What the processor returns is handed on whole,
     so ``mm_token_type_ids`` is there exactly on releases whose processor makes it (Transformers 5).
 
     Args:
@@ -69,8 +69,8 @@ def make_batch(
         pixel_dtype: Cast of ``pixel_values``; None leaves the processor's float32.
 
     Returns:
-        ``input_ids`` and ``attention_mask`` (samples, length) int64; with pictures ``pixel_values`` (patches,
-        values per patch) float and ``image_grid_thw`` (pictures, 3) int64; with `answers` ``labels``
+        ``input_ids`` and ``attention_mask`` (samples, length) int64; with images ``pixel_values`` (patches,
+        values per patch) float and ``image_grid_thw`` (images, 3) int64; with `answers` ``labels``
         (samples, length) int64, -100 everywhere but on the answer's tokens and the closing ``<|im_end|>``.
 
     Raises:

@@ -65,13 +65,13 @@ class _Line:
             raise self.error(f"{name} is missing", f'add "{name}"')
         return value
 
-    def pictures(self, name: str) -> tuple[Image, ...]:
+    def images(self, name: str) -> tuple[Image, ...]:
         """The images that a field names: one path, or a list of paths."""
         value = self.fields.get(name)
         paths = [] if value is None else value if isinstance(value, list) else [value]
-        return tuple(self._picture(name, path) for path in paths)
+        return tuple(self._image(name, path) for path in paths)
 
-    def _picture(self, field: str, value: object) -> Image:
+    def _image(self, field: str, value: object) -> Image:
         from PIL import Image, ImageOps, UnidentifiedImageError
 
         path = self._path(field, value)
@@ -112,7 +112,7 @@ class _Line:
         if "image" in self.fields and "images" in self.fields:
             raise self.error("both image and images are given", "keep one of them")
         answer = self.required_text("answer")
-        images = self.pictures("image" if "image" in self.fields else "images")
+        images = self.images("image" if "image" in self.fields else "images")
         swapped, swapped_answer = self._swapped(images, answer)
         return Sample(
             images=images,
@@ -125,7 +125,7 @@ class _Line:
         )
 
     def _swapped(self, images: tuple[Image, ...], answer: str) -> tuple[tuple[Image, ...] | None, str | None]:
-        swapped, swapped_answer = self.pictures("swapped"), self.prompt_text("swapped_answer")
+        swapped, swapped_answer = self.images("swapped"), self.prompt_text("swapped_answer")
         if not swapped and swapped_answer is None:
             return None, None
         if not swapped or swapped_answer is None:

@@ -54,33 +54,33 @@ def photo_samples(sizes: ProbeSizes | None = None) -> list[Sample]:
         RuntimeError: scikit-image is not installed (the ``photos`` extra), or its wheel no longer has a
         photograph.
     """
-    pictures = _pictures(SIDE if sizes is None else MOST_CELLS * sizes.cell)
+    photos = _photos(SIDE if sizes is None else MOST_CELLS * sizes.cell)
     return [
         Sample(
-            images=(pictures[name],),
+            images=(photos[name],),
             question=question,
             answer=answer,
             skill="photo",
             id=f"photo-{name}",
-            swapped=(pictures[swap],),
+            swapped=(photos[swap],),
             swapped_answer=OPPOSITE[answer],
         )
         for name, question, answer, swap in QUESTIONS
     ]
 
 
-def _pictures(side: int) -> dict[str, Image]:
+def _photos(side: int) -> dict[str, Image]:
     from PIL import Image
 
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
         raise RuntimeError(f"photo_samples needs the photographs of scikit-image: {EXTRA}")
     folder = Path(spec.origin).parent / "data"
-    pictures = {}
+    photos = {}
     for name, (file, box) in PHOTOS.items():
         path = folder / file
         if not path.is_file():
             raise RuntimeError(f"scikit-image at {folder} has no {file}; reinstall it: {EXTRA}")
         with Image.open(path) as image:
-            pictures[name] = image.convert("RGB").crop(box).resize((side, side))
-    return pictures
+            photos[name] = image.convert("RGB").crop(box).resize((side, side))
+    return photos

@@ -66,10 +66,10 @@ def row_groups(samples: Sequence[Sample]) -> list[list[Sample]]:
 
     Many checks compare a row with the ones beside it, so no batch has one row where there are two samples.
     """
-    pictured, text = [s for s in samples if s.images], [s for s in samples if not s.images]
+    with_images, text = [s for s in samples if s.images], [s for s in samples if not s.images]
     groups: list[list[Sample]] = []
     pixels = 0
-    for sample in pictured:
+    for sample in with_images:
         own = sum(image.width * image.height for image in sample.images)
         full = groups and len(groups[-1]) > 1 and (len(groups[-1]) == ROWS_PER_GROUP or pixels + own > PIXELS_PER_GROUP)
         if not groups or full:

@@ -1,4 +1,4 @@
-"""One probe: pictures, a question, and the answer that is known to be right."""
+"""One probe: images, a question, and the answer that is known to be right."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ MID_GREY = (128, 128, 128)
 
 @dataclass(frozen=True)
 class Sample:
-    """Pictures, a question and its right answer.
+    """Images, a question and its right answer.
 
     Attributes:
-        images: Pictures in the order of the prompt (RGB); empty for a text-only probe.
+        images: Images in the order of the prompt (RGB); empty for a text-only probe.
         question: What the user asks about them.
         answer: The right answer, word for word.
         skill: What it takes to answer, for grouping (one of :data:`pytest_qvl.samples.ALL_SKILLS` for
             rendered scenes).
         id: Unique within one call of the function that made the sample.
-        swapped: Pictures of the same number and sizes for which the same question has a different right
+        swapped: Images of the same number and sizes for which the same question has a different right
             answer, by construction; None where there are none.
         swapped_answer: The right answer for :attr:`swapped`.
         scenes: What :attr:`images` were drawn from; empty where they were not drawn.
@@ -56,7 +56,7 @@ class Sample:
         return replace(self, images=tuple(scene.render(cell) for scene in self.scenes), swapped=swapped or None)
 
     def blank(self) -> Sample:
-        """The same question and answer over uniform mid-grey pictures of the same sizes."""
+        """The same question and answer over uniform mid-grey images of the same sizes."""
         from PIL import Image
 
         return self._over(tuple(Image.new("RGB", image.size, MID_GREY) for image in self.images), "blank")
@@ -66,23 +66,23 @@ class Sample:
         from PIL import Image
 
         rng = random.Random(zlib.crc32(self.id.encode()) ^ seed)
-        pictures = tuple(
+        images = tuple(
             Image.frombytes("RGB", image.size, rng.randbytes(3 * image.width * image.height)) for image in self.images
         )
-        return self._over(pictures, f"noise-{seed}")
+        return self._over(images, f"noise-{seed}")
 
     def with_swapped(self) -> Sample:
         """The same question and *answer* over :attr:`swapped`, for which that answer is wrong.
 
         Like the other ablations it keeps the original answer, so that one can measure how much of its
-        probability came from the pictures. :attr:`swapped_answer` of the original sample is what a model
+        probability came from the images. :attr:`swapped_answer` of the original sample is what a model
         should say now.
 
         Raises:
-            ValueError: The sample has no swapped pictures.
+            ValueError: The sample has no swapped images.
         """
         if self.swapped is None:
-            raise InputError(f"sample {self.id!r} ({self.skill}) has no swapped pictures")
+            raise InputError(f"sample {self.id!r} ({self.skill}) has no swapped images")
         return self._over(self.swapped, "swapped")
 
     def _over(self, images: tuple[Image, ...], ablation: str) -> Sample:

@@ -1,6 +1,6 @@
 """Rendered scenes whose answers are right by construction, one kind per skill.
 
-Every skill chooses the answer first and then builds pictures for which it is right, so the swapped pictures
+Every skill chooses the answer first and then builds images for which it is right, so the swapped images
 (same sizes, same question, another answer) come from the same code with another answer.
 """
 
@@ -28,7 +28,7 @@ WORDS = (*COLOURS, *SHAPES, *NUMBERS)
 
 @dataclass(frozen=True)
 class Puzzle:
-    """Scenes, one picture each, with a question and its right answer."""
+    """Scenes, one image each, with a question and its right answer."""
 
     scenes: tuple[Scene, ...]
     question: str
@@ -43,16 +43,16 @@ class Skill:
         question: Template; ``{}`` takes the subject.
         subjects: What can be asked about.
         answers: All possible answers, each equally likely.
-        build: Makes the things of every picture so that the answer is right, from the random source, the grid
-            of each picture, the subject and the answer.
-        pictures: Possible numbers of pictures.
+        build: Makes the things of every image so that the answer is right, from the random source, the grid
+            of each image, the subject and the answer.
+        images: Possible numbers of images.
     """
 
     question: str
     subjects: tuple[str, ...]
     answers: tuple[str, ...]
     build: Callable[[random.Random, Sequence[Grid], str, str], list[list[Thing]]]
-    pictures: tuple[int, ...] = (1,)
+    images: tuple[int, ...] = (1,)
 
 
 def _cells(grid: Grid) -> list[Cell]:
@@ -145,7 +145,7 @@ SKILLS: dict[str, Skill] = {
     "text": Skill("Say {}.", WORDS, WORDS, _text, (0,)),
 }
 ALL_SKILLS: tuple[str, ...] = tuple(SKILLS)
-TEXT_ONLY_SKILLS: tuple[str, ...] = tuple(name for name, skill in SKILLS.items() if skill.pictures == (0,))
+TEXT_ONLY_SKILLS: tuple[str, ...] = tuple(name for name, skill in SKILLS.items() if skill.images == (0,))
 PLACE_SKILLS: tuple[str, ...] = ("side", "colour_at", "list")
 IMAGE_ORDER_SKILLS: tuple[str, ...] = ("nth_colour", "nth_shape")
 
@@ -156,23 +156,23 @@ def puzzle(rng: random.Random, skill: str) -> Puzzle:
 
 
 def puzzle_and_swap(rng: random.Random, skill: str) -> tuple[Puzzle, Puzzle | None]:
-    """A puzzle, and one with the same question and picture sizes and another answer (None for text-only)."""
+    """A puzzle, and one with the same question and image sizes and another answer (None for text-only)."""
     spec = SKILLS[skill]
-    pictures = rng.choice(spec.pictures)
-    subject = rng.choice(spec.subjects[:pictures] if spec.subjects is ORDINALS else spec.subjects)
+    count = rng.choice(spec.images)
+    subject = rng.choice(spec.subjects[:count] if spec.subjects is ORDINALS else spec.subjects)
     question = spec.question.format(subject)
-    if pictures == 0:
+    if count == 0:
         return Puzzle((), question, subject), None
-    grids = [rng.choice(GRIDS) for _ in range(pictures)]
+    grids = [rng.choice(GRIDS) for _ in range(count)]
     answer, other = rng.sample(spec.answers, 2)
     return _build(rng, spec, grids, subject, answer), _build(rng, spec, grids, subject, other)
 
 
 def _build(rng: random.Random, spec: Skill, grids: Sequence[Grid], subject: str, answer: str) -> Puzzle:
-    pictures = spec.build(rng, grids, subject, answer)
+    images = spec.build(rng, grids, subject, answer)
     made = tuple(
         Scene(columns, rows, random_background(rng), tuple(things))
-        for (columns, rows), things in zip(grids, pictures, strict=True)
+        for (columns, rows), things in zip(grids, images, strict=True)
     )
     return Puzzle(made, spec.question.format(subject), answer)
 

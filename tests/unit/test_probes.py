@@ -14,7 +14,7 @@ from pytest_qvl.checks.support.sizing import sizes_for
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.model_source import parse_model
 from pytest_qvl.models.sources.processors import load_processor
-from pytest_qvl.models.sources.released import PictureSizes, picture_sizes, released_config, released_names
+from pytest_qvl.models.sources.released import ImageSizes, image_sizes, released_config, released_names
 from pytest_qvl.samples import (
     ALL_SKILLS,
     ProbeSizes,
@@ -44,8 +44,8 @@ def processor() -> Any:
     return load_processor(embedded_model_dir())
 
 
-def of_released(name: str, readable: bool = True, **limits: int) -> tuple[ProbeSizes, PictureSizes]:
-    known = picture_sizes(name)
+def of_released(name: str, readable: bool = True, **limits: int) -> tuple[ProbeSizes, ImageSizes]:
+    known = image_sizes(name)
     given = {"min_pixels": known.min_pixels, "max_pixels": known.max_pixels, **limits}
     return probe_sizes(released_config(name).vision_config, readable=readable, **given), known
 
@@ -135,8 +135,8 @@ def test_one_probe_of_a_model_that_reads_one_size_is_as_any_other() -> None:
 
 def own(count: int, side: int = 56, text_only: int = 0) -> list[Sample]:
     image = Image.new("RGB", (side, side))
-    pictured = [Sample((image,), "?", "a", "custom", f"line-{n}") for n in range(count)]
-    return [*(Sample((), "?", "a", "custom", f"text-{n}") for n in range(text_only)), *pictured]
+    with_images = [Sample((image,), "?", "a", "custom", f"line-{n}") for n in range(count)]
+    return [*(Sample((), "?", "a", "custom", f"text-{n}") for n in range(text_only)), *with_images]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pytest_qvl.models.sources.released import (
     MAX_ASPECT_RATIO,
     expectations,
     hub_id,
-    picture_sizes,
+    image_sizes,
     released_config,
     released_names,
 )
@@ -58,7 +58,7 @@ def test_each_call_gives_a_configuration_of_its_own() -> None:
     assert expectations("qwen2.5-vl-3b")["total_params"] == 3_754_622_976
 
 
-@pytest.mark.parametrize("ask", [released_config, expectations, picture_sizes, hub_id])
+@pytest.mark.parametrize("ask", [released_config, expectations, image_sizes, hub_id])
 def test_unknown_names_are_refused_with_the_known(ask: object) -> None:
     with pytest.raises(ValueError, match=r"'qwen9'; known: qwen2-vl-2b, .*qwen3-vl-8b"):
         ask("qwen9")  # type: ignore[operator]
@@ -76,26 +76,26 @@ def test_unknown_names_are_refused_with_the_known(ask: object) -> None:
         (2160, 3840, (1, 154, 274), 10549),
     ],
 )
-def test_known_pictures(height: int, width: int, grid: tuple[int, int, int], tokens: int) -> None:
-    sizes = picture_sizes("qwen2.5-vl-7b")
+def test_known_images(height: int, width: int, grid: tuple[int, int, int], tokens: int) -> None:
+    sizes = image_sizes("qwen2.5-vl-7b")
     assert sizes.grid(height, width) == grid
     assert sizes.visual_tokens(height, width) == tokens
 
 
 @settings(max_examples=300)
 @given(st.integers(1, 6000), st.integers(1, 6000), st.sampled_from(["qwen2.5-vl-7b", "qwen3-vl-8b"]))
-def test_pictures_are_cut_as_the_processor_cuts_them(height: int, width: int, name: str) -> None:
+def test_images_are_cut_as_the_processor_cuts_them(height: int, width: int, name: str) -> None:
     """Bitwise the sizes of ``smart_resize``, the function Transformers' image processor calls."""
     pil = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     assume(max(height, width) <= MAX_ASPECT_RATIO * min(height, width))
-    sizes = picture_sizes(name)
+    sizes = image_sizes(name)
     step = sizes.patch_size * sizes.merge_size
     rows, columns = pil.smart_resize(height, width, step, sizes.min_pixels, sizes.max_pixels)
     assert sizes.grid(height, width) == (1, rows // sizes.patch_size, columns // sizes.patch_size)
 
 
-def test_pictures_the_processor_refuses_are_refused() -> None:
-    sizes = picture_sizes("qwen2.5-vl-7b")
+def test_images_the_processor_refuses_are_refused() -> None:
+    sizes = image_sizes("qwen2.5-vl-7b")
     with pytest.raises(ValueError, match="has no pixels"):
         sizes.grid(0, 10)
     with pytest.raises(ValueError, match="more than 200 times"):

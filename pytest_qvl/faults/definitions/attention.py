@@ -20,7 +20,7 @@ _MOVED = ("visual features", "moved away from full precision", "its weights are 
 
 @fault(
     "pictures-see-each-other",
-    "Vision attention runs over all pictures of the batch at once.",
+    "Vision attention runs over all images of the batch at once.",
     target="model",
     check="image_isolation",
     expected_words=("does vision attention mix pictures?", "changing row 0, image 0"),
@@ -38,7 +38,7 @@ def _see_each_other(case: Case) -> Iterator[None]:
 
 @fault(
     "pictures-leak-into-each-other",
-    "One vision attention adds a faint mean over all pictures of the batch.",
+    "One vision attention adds a faint mean over all images of the batch.",
     target="model",
     check="image_isolation",
     expected_words=("does vision attention mix pictures?", "changing row 0, image 0"),
@@ -52,7 +52,7 @@ def _leak(case: Case) -> Iterator[None]:
 
 @fault(
     "pictures-attend-both-ways",
-    "In one language layer, tokens of a picture see the next token of the picture.",
+    "In one language layer, tokens of an image see the next token of the image.",
     target="model",
     check="causality",
     expected_words=("it must move no output before it; is attention causal?",),
@@ -81,7 +81,7 @@ def _both_ways(case: Case) -> Iterator[None]:
 
 @fault(
     "windows-never-applied",
-    "Every vision block attends over the whole picture, as if there were no windows.",
+    "Every vision block attends over the whole image, as if there were no windows.",
     target="model",
     check="vision_stability",
     expected_words=("vision block 0: it attends outside its window",),

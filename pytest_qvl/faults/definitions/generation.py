@@ -132,7 +132,7 @@ def _cache(case: Case) -> Iterator[None]:
 
 @fault(
     "pictures-lost-without-cache",
-    "Without the cache, every step after the first forgets the pictures.",
+    "Without the cache, every step after the first forgets the images.",
     target="run",
     check="generation_cache_invariance",
     expected_words=("generation without cache against plain forward", "look at pictures"),
@@ -141,7 +141,7 @@ def _cache(case: Case) -> Iterator[None]:
 def _lost_without_cache(case: Case) -> Iterator[None]:
     base = anatomy(case.model).base
     original = base.generate
-    # Steps of the running generation so far; None outside of generate(). Where a step without a cache gets its pictures
+    # Steps of the running generation so far; None outside of generate(). Where a step without a cache gets its images
     # from differs between releases of Transformers, the forward that receives them does not.
     steps: list[int | None] = [None]
 
@@ -240,7 +240,7 @@ def _vision_tokens(case: Case) -> Iterator[None]:
 
 @fault(
     "placeholder-before-the-end",
-    "Right answers about pictures, but each ends with a placeholder: the next turn has one without a picture.",
+    "Right answers about images, but each ends with a placeholder: the next turn has one without an image.",
     target="model",
     check="generation_wellformed",
     expected_words=("with vision token", "must not be in the loss"),
@@ -255,18 +255,18 @@ def _placeholder_before_end(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
     image, stops = parts.image_token_id, torch.tensor(stop_ids(parts), device=parts.device)
     read: list[Any] = [None]
-    pictured: list[Any] = [None]
+    has_image: list[Any] = [None]
 
     def note(_module: Any, _args: Any, kwargs: Any) -> None:
         ids = read[0] = kwargs.get("input_ids")
         if ids is not None and ids.shape[1] > 1:
-            pictured[0] = (ids == image).any(dim=1, keepdim=True)
+            has_image[0] = (ids == image).any(dim=1, keepdim=True)
 
     def write(_module: Any, _args: Any, logits: torch.Tensor) -> torch.Tensor:
         if read[0] is None:
             return logits
         ending = torch.isin(logits.argmax(dim=-1), stops)
-        ending &= (read[0][:, -logits.shape[1] :] != image) & pictured[0]
+        ending &= (read[0][:, -logits.shape[1] :] != image) & has_image[0]
         top = logits.detach().amax(dim=-1, keepdim=True) + 0.25  # the least that bfloat16 can tell
         chosen = ending[..., None] & (_ids(logits) == image)
         return torch.where(chosen, top, logits)

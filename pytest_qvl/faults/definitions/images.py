@@ -1,4 +1,4 @@
-"""Pictures that are not what the samples show, before they reach the model."""
+"""Images that are not what the samples show, before they reach the model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _chunks(batch: dict[str, Any]) -> list[Any]:
 
 @fault(
     "pictures-exchanged",
-    "The first two pictures of the batch are handed over in the wrong order, grids included.",
+    "The first two images of the batch are handed over in the wrong order, grids included.",
     target="batch",
     check="picture_pairing",
     expected_words=("the grid of row 1, image 0", "holds the pixels of row 1, image 0"),
@@ -47,7 +47,7 @@ def _exchanged(case: Case) -> Iterator[None]:
 
 @fault(
     "equal-pictures-exchanged",
-    "Pictures of equal grids change places: nothing raises, the wrong picture is described.",
+    "Images of equal grids change places: nothing raises, the wrong image is described.",
     target="batch",
     check="picture_pairing",
     expected_words=("holds the pixels of",),
@@ -95,11 +95,11 @@ def _raster(case: Case) -> Iterator[None]:
     import torch
 
     def reorder(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
-        pictures = []
+        images = []
         for pixels, (t, h, w) in zip(_chunks(batch), batch["image_grid_thw"].tolist(), strict=True):
             grouped = pixels.reshape(t, h // 2, w // 2, 2, 2, -1)
-            pictures.append(grouped.permute(0, 1, 3, 2, 4, 5).reshape(pixels.shape))
-        return {**batch, "pixel_values": torch.cat(pictures)}
+            images.append(grouped.permute(0, 1, 3, 2, 4, 5).reshape(pixels.shape))
+        return {**batch, "pixel_values": torch.cat(images)}
 
     _collated(case, reorder)
     yield
@@ -204,7 +204,7 @@ def _template_drift(case: Case) -> Iterator[None]:
 
 @fault(
     "questions-exchanged",
-    "Two text rows change places; the pictures stay.",
+    "Two text rows change places; the images stay.",
     target="batch",
     check="picture_pairing",
     expected_words=("does not hold the question of sample",),
@@ -237,7 +237,7 @@ def _image_processor(case: Case, **settings: Any) -> Any:
 
 @fault(
     "mean-and-deviation-wrong",
-    "Pictures are normalised with 0.5 and 0.5 instead of the checkpoint's own values.",
+    "Images are normalised with 0.5 and 0.5 instead of the checkpoint's own values.",
     target="processor",
     check="vision_stability",
     expected_words=_MOVED,
@@ -263,7 +263,7 @@ def _rescaling(case: Case) -> Iterator[None]:
 
 @fault(
     "channels-reversed",
-    "Pictures are read as BGR.",
+    "Images are read as BGR.",
     target="processor",
     check="vision_stability",
     expected_words=_MOVED,
@@ -275,7 +275,7 @@ def _channels(case: Case) -> Iterator[None]:
 
 @fault(
     "pictures-grey",
-    "Pictures lose their colour on the way.",
+    "Images lose their colour on the way.",
     target="processor",
     check="alignment",
     expected_words=("answers are right", "colour"),
@@ -305,7 +305,7 @@ def _merged(bands: Any) -> Any:
 
 
 def _repainted(case: Case, paint: Callable[[Any], Any]) -> Any:
-    """Change every picture before the image processor sees it."""
+    """Change every image before the image processor sees it."""
     processor = case.processor.image_processor
     original = processor.preprocess
 

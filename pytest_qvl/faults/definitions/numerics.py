@@ -75,7 +75,7 @@ def _overflow(case: Case) -> Iterator[None]:
 
 @fault(
     "float16-near-overflow",
-    "A vision activation reaches three quarters of what float16 holds: other pictures will overflow it.",
+    "A vision activation reaches three quarters of what float16 holds: other images will overflow it.",
     target="load",
     check="vision_stability",
     expected_words=("other pictures can overflow", "model.visual.blocks.3"),

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def at_pictures(case: Case, change: Change) -> AbstractContextManager[None]:
+def at_images(case: Case, change: Change) -> AbstractContextManager[None]:
     """Pass positions ``(3, rows, length)`` of every prompt through ``change(positions, image places)``."""
     parts = anatomy(case.model)
     seen: dict[str, Any] = {}
@@ -94,7 +94,7 @@ def _axis(case: Case) -> Iterator[None]:
         positions[2][places] += 1
         return positions
 
-    with at_pictures(case, move):
+    with at_images(case, move):
         yield
 
 
@@ -107,7 +107,7 @@ def _axis(case: Case) -> Iterator[None]:
     source="vllm-project/vllm#45244",
 )
 def _exchanged(case: Case) -> Iterator[None]:
-    with at_pictures(case, lambda positions, _: positions[[0, 2, 1]]):
+    with at_images(case, lambda positions, _: positions[[0, 2, 1]]):
         yield
 
 
@@ -125,7 +125,7 @@ def _one_token(case: Case) -> Iterator[None]:
             positions[2, row, token] += 1
         return positions
 
-    with at_pictures(case, move):
+    with at_images(case, move):
         yield
 
 
@@ -142,7 +142,7 @@ def _text_counts(case: Case) -> Iterator[None]:
         seen = places.long().cumsum(dim=1).masked_fill(places, 0)
         return positions + seen
 
-    with at_pictures(case, move):
+    with at_images(case, move):
         yield
 
 
@@ -190,7 +190,7 @@ def _decode_axis(case: Case) -> Iterator[None]:
 
 @fault(
     "decoding-stands-still",
-    "Decode steps ignore rope_deltas: new text is placed among the picture's own positions.",
+    "Decode steps ignore rope_deltas: new text is placed among the image's own positions.",
     target="model",
     check="decode_positions",
     expected_words=("decode step 1", "should be"),
@@ -219,11 +219,11 @@ def _stale(case: Case) -> Iterator[None]:
     def reused(positions: torch.Tensor) -> torch.Tensor:
         if positions.shape[-1] == 1:
             return positions
-        pictures = bool((positions != positions[:1]).any())
-        stale, seen["last"] = seen["last"], pictures
-        if pictures and stale == "text":
+        images = bool((positions != positions[:1]).any())
+        stale, seen["last"] = seen["last"], images
+        if images and stale == "text":
             return _counted(positions)
-        seen["last"] = "pictures" if pictures else "text"
+        seen["last"] = "images" if images else "text"
         return positions
 
     with positions_changed(parts, reused), attribute(parts.core, "rope_deltas", parts.core.rope_deltas):
@@ -232,7 +232,7 @@ def _stale(case: Case) -> Iterator[None]:
 
 @fault(
     "crash-after-another-batch-size",
-    "A forward without pictures repeats the rope_deltas of the last generate() for a batch with fewer rows.",
+    "A forward without images repeats the rope_deltas of the last generate() for a batch with fewer rows.",
     target="model",
     check="position_state",
     expected_words=(
@@ -246,8 +246,8 @@ def _crash(case: Case) -> Iterator[None]:
     seen: dict[str, Any] = {}
 
     def note(_module: Any, _args: Any, kwargs: Any) -> None:
-        ids, pictures = kwargs.get("input_ids"), kwargs.get("image_grid_thw")
-        text_prompt = ids is not None and ids.shape[1] > 1 and pictures is None
+        ids, images = kwargs.get("input_ids"), kwargs.get("image_grid_thw")
+        text_prompt = ids is not None and ids.shape[1] > 1 and images is None
         seen["deltas"] = parts.core.rope_deltas if text_prompt else None
 
     def repeated(positions: torch.Tensor) -> torch.Tensor:

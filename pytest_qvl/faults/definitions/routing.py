@@ -1,4 +1,4 @@
-"""Placeholders, visual tokens and pictures that do not belong together."""
+"""Placeholders, visual tokens and images that do not belong together."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _truncated(case: Case) -> Iterator[None]:
 
 @fault(
     "one-placeholder-too-many",
-    "The text carries one placeholder more than the picture has visual tokens.",
+    "The text carries one placeholder more than the image has visual tokens.",
     target="batch",
     check="placeholder_counts",
     expected_words=("placeholders, but grid", "visual tokens"),
@@ -71,7 +71,7 @@ def _one_too_many(case: Case) -> Iterator[None]:
     expected_words=("but no pixel_values", "raises nothing"),
     source="hiyouga/LlamaFactory#7157, hiyouga/EasyR1#530",
 )
-def _pictures_lost(case: Case) -> Iterator[None]:
+def _images_lost(case: Case) -> Iterator[None]:
     gone = ("pixel_values", "image_grid_thw")
     case.collators.append(lambda batch, _: {k: v for k, v in batch.items() if k not in gone})
     yield
@@ -100,7 +100,7 @@ def _side_inputs(case: Case) -> Iterator[None]:
 
 @fault(
     "placeholder-moved-to-the-next-picture",
-    "One placeholder of the first picture stands at the second: the total is right.",
+    "One placeholder of the first image stands at the second: the total is right.",
     target="batch",
     check="placeholder_counts",
     expected_words=("placeholders, but grid", "makes"),
@@ -165,7 +165,7 @@ def _off_by_one(case: Case) -> Iterator[None]:
 
 @contextmanager
 def _features_regrouped(parts: Any, change: Callable[[list[Any]], Any]) -> Iterator[None]:
-    """Change the list of pictures' visual tokens on its way from the tower to the placeholders."""
+    """Change the list of images' visual tokens on its way from the tower to the placeholders."""
     original = parts.core.get_image_features
 
     def get_image_features(*args: Any, **kwargs: Any) -> Any:
@@ -181,7 +181,7 @@ def _features_regrouped(parts: Any, change: Callable[[list[Any]], Any]) -> Itera
 
 @fault(
     "pictures-exchanged-after-the-tower",
-    "The visual tokens of the first two pictures are dealt out in the wrong order.",
+    "The visual tokens of the first two images are dealt out in the wrong order.",
     target="model",
     check="feature_scatter",
     expected_words=("(image 0, visual token 0) holds visual token 0 of row 1, image 0",),
@@ -201,10 +201,10 @@ def _exchanged(case: Case) -> Iterator[None]:
     source="verl-project/verl#3469",
 )
 def _zero_padded(case: Case) -> Iterator[None]:
-    def pad(pictures: list[Any]) -> list[Any]:
-        last = pictures[-1].clone()
+    def pad(images: list[Any]) -> list[Any]:
+        last = images[-1].clone()
         last[-1] = 0
-        return [*pictures[:-1], last]
+        return [*images[:-1], last]
 
     with _features_regrouped(anatomy(case.model), pad):
         yield
@@ -218,13 +218,13 @@ def _zero_padded(case: Case) -> Iterator[None]:
     expected_words=("holds neither a visual token of this batch nor its text embedding",),
 )
 def _scaled(case: Case) -> Iterator[None]:
-    with _features_regrouped(anatomy(case.model), lambda pictures: [p * 2 for p in pictures]):
+    with _features_regrouped(anatomy(case.model), lambda images: [p * 2 for p in images]):
         yield
 
 
 @fault(
     "only-the-first-row-sees",
-    "Pictures are scattered into the first row of a batch only.",
+    "Images are scattered into the first row of a batch only.",
     target="model",
     check="feature_scatter",
     expected_words=("still holds the placeholder's own text embedding",),
@@ -242,7 +242,7 @@ def _first_row(case: Case) -> Iterator[None]:
 
 @fault(
     "visual-token-leaks-back",
-    "Each visual token also leaks into the text token before its picture.",
+    "Each visual token also leaks into the text token before its image.",
     target="model",
     check="causality",
     expected_words=("changing visual token 0", "(text)", "its own placeholder only"),
@@ -258,7 +258,7 @@ def _leaks_back(case: Case) -> Iterator[None]:
 
 @fault(
     "mixed-batch-misorders",
-    "Where a batch also has rows without a picture, the first two visual tokens change places.",
+    "Where a batch also has rows without an image, the first two visual tokens change places.",
     target="model",
     check="visual_token_order",
     expected_words=("visual token 0 of row 0, image 0 is made of the patches of visual token 1",),

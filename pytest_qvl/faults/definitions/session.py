@@ -63,7 +63,7 @@ def _switched_off(case: Case) -> Iterator[None]:
 
 @fault(
     "pictures-replaced-by-the-first",
-    "A cached vision output is served again: every call sees the pictures of the first one.",
+    "A cached vision output is served again: every call sees the images of the first one.",
     target="model",
     check="causality",
     expected_words=("its own placeholder only", "moves no output"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.definitions.adapters import another_adapter
 from pytest_qvl.faults.definitions.disk import scaled, trained
-from pytest_qvl.faults.definitions.positions import at_pictures
+from pytest_qvl.faults.definitions.positions import at_images
 from pytest_qvl.faults.definitions.quantization import four_bit
 from pytest_qvl.faults.matrix.panel import judge
 from pytest_qvl.faults.tools import all_of, values
@@ -68,7 +68,7 @@ def _moved(tokens: int) -> Dose:
             positions[2, row, token] += 1
         return positions
 
-    return lambda case: at_pictures(case, change)
+    return lambda case: at_images(case, change)
 
 
 def _exchanged(pairs: int) -> Dose:

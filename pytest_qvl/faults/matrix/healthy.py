@@ -74,7 +74,7 @@ OPTIMIZER_EVERY = 10  # variations in a row with the same one, so that each meet
 
 @dataclass(frozen=True)
 class Variation:
-    """A healthy set-up.
+    """A healthy setup.
 
     Attributes:
         number: Its place in the list, and the seed of everything random in it.
@@ -258,7 +258,7 @@ def _optimizer(name: str) -> Any:
 
 
 def _rows(seed: int) -> list[Sample]:
-    """Two or three samples of random skills; every other time over pictures of other sizes."""
+    """Two or three samples of random skills; every other time over images of other sizes."""
     from pytest_qvl.samples import ALL_SKILLS, TEXT_ONLY_SKILLS, scenes
 
     rng = random.Random(f"healthy {seed}")

@@ -20,7 +20,7 @@ BASELINE = "transformers"
 
 
 class ModelLoadError(RuntimeError):
-    """A model could not be loaded; the message names the source, the cause and, where known, the mend."""
+    """A model could not be loaded; the message names the source, the cause and, where known, the fix."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def check_usable(name: str) -> None:
     """Refuse a backend that is unknown, or cannot be used with what is installed.
 
     Raises:
-        ValueError: Names it and the mend.
+        ValueError: Names it and the fix.
     """
     function = registered(name).problem
     said = pkgutil.resolve_name(function)() if function else ""

@@ -36,7 +36,7 @@ _kept: list[tempfile.TemporaryDirectory[str] | Lease] = []  # until the process 
 
 
 class UnslothStartError(RuntimeError):
-    """Unsloth cannot be used in this process; the message says why, and the mend."""
+    """Unsloth cannot be used in this process; the message says why, and the fix."""
 
 
 def problem() -> str:

@@ -38,7 +38,7 @@ _ADAPTER_HELP = "give the folder that PeftModel.save_pretrained wrote"
 
 
 class ModelSourceError(ValueError):
-    """A model name or folder that cannot be used; the message names it, what is wrong and the mend."""
+    """A model name or folder that cannot be used; the message names it, what is wrong and the fix."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be a Qwen-VL checkpoint with its processor.
 
     Raises:
-        ModelSourceError: Names the folder, the file and the mend.
+        ModelSourceError: Names the folder, the file and the fix.
     """
     config = _read_json(folder, "config.json", "model folder", _FOLDER_HELP)
     model_type = config.get("model_type")
@@ -206,7 +206,7 @@ def check_adapter(folder: Path) -> None:
     """Refuse a folder that is no LoRA adapter saved by PEFT.
 
     Raises:
-        ModelSourceError: Names the folder, the file and the mend.
+        ModelSourceError: Names the folder, the file and the fix.
     """
     if not folder.is_dir():
         raise ModelSourceError(f"the adapter folder {str(folder)!r} does not exist; {_ADAPTER_HELP}")
@@ -268,17 +268,17 @@ def _check_shards(folder: Path) -> None:
         )
 
 
-def _read_json(folder: Path, name: str, what: str, mend: str) -> dict[str, Any]:
+def _read_json(folder: Path, name: str, what: str, fix: str) -> dict[str, Any]:
     path = folder / name
     if not path.is_file():
-        raise ModelSourceError(f"{what} {str(folder)!r} has no {name}; {mend}")
+        raise ModelSourceError(f"{what} {str(folder)!r} has no {name}; {fix}")
     _refuse_lfs_pointer(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelSourceError(f"{what} {str(folder)!r}: {name} is not readable JSON ({error}); {mend}") from None
+        raise ModelSourceError(f"{what} {str(folder)!r}: {name} is not readable JSON ({error}); {fix}") from None
     if not isinstance(content, dict):
-        raise ModelSourceError(f"{what} {str(folder)!r}: {name} is not a JSON object; {mend}")
+        raise ModelSourceError(f"{what} {str(folder)!r}: {name} is not a JSON object; {fix}")
     return content
 
 

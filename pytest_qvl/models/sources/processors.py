@@ -2,7 +2,7 @@
 
 Transformers' Qwen-VL processors insist on a video processor, which needs torchvision. Where torchvision is
 missing they can neither be constructed nor loaded (and ``AutoProcessor`` silently returns the bare tokenizer
-instead). Pictures need none of it: here the processor is then put together from its tokenizer and its Pillow
+instead). Images need none of it: here the processor is then put together from its tokenizer and its Pillow
 image processor, and only the check that a video processor was given is passed over. ``__call__`` and the chat
 template stay Transformers' own.
 """

@@ -18,20 +18,20 @@ from typing import Any
 
 from pytest_qvl.models.families import FAMILIES
 
-# The processor refuses pictures more oblong than this (``smart_resize`` in Transformers).
+# The processor refuses images more oblong than this (``smart_resize`` in Transformers).
 MAX_ASPECT_RATIO = 200
 
 
 @dataclass(frozen=True)
-class PictureSizes:
-    """How a checkpoint's image processor turns a picture's size into patches and visual tokens.
+class ImageSizes:
+    """How a checkpoint's image processor turns an image's size into patches and visual tokens.
 
     Attributes:
         patch_size: Side of a patch in pixels.
         merge_size: Patches per visual token along each side.
-        temporal_patch_size: Frames per patch (a still picture is repeated to fill them).
-        min_pixels: Smaller pictures are enlarged to at least this many pixels.
-        max_pixels: Larger pictures are shrunk to at most this many pixels.
+        temporal_patch_size: Frames per patch (a still image is repeated to fill them).
+        min_pixels: Smaller images are enlarged to at least this many pixels.
+        max_pixels: Larger images are shrunk to at most this many pixels.
     """
 
     patch_size: int
@@ -41,7 +41,7 @@ class PictureSizes:
     max_pixels: int
 
     def grid(self, height: int, width: int) -> tuple[int, int, int]:
-        """The patch grid (time, rows, columns) of a picture of ``height`` × ``width`` pixels.
+        """The patch grid (time, rows, columns) of an image of ``height`` × ``width`` pixels.
 
         Both sides become multiples of ``patch_size * merge_size``, the area is brought between the limits,
         and the aspect ratio is kept as well as that allows.
@@ -64,7 +64,7 @@ class PictureSizes:
         return 1, rows // self.patch_size, columns // self.patch_size
 
     def visual_tokens(self, height: int, width: int) -> int:
-        """Visual tokens of one picture, as :meth:`grid` cuts it."""
+        """Visual tokens of one image, as :meth:`grid` cuts it."""
         time, rows, columns = self.grid(height, width)
         return time * rows * columns // self.merge_size**2
 
@@ -114,13 +114,13 @@ def expectations(name: str) -> dict[str, int]:
     return dict(_model(name)["expect"])
 
 
-def picture_sizes(name: str) -> PictureSizes:
-    """What the released checkpoint's processor does with picture sizes.
+def image_sizes(name: str) -> ImageSizes:
+    """What the released checkpoint's processor does with image sizes.
 
     Raises:
         ValueError: No such name; the message lists the known ones.
     """
-    return PictureSizes(**_model(name)["processor"])
+    return ImageSizes(**_model(name)["processor"])
 
 
 def hub_id(name: str) -> str:

@@ -18,7 +18,7 @@ from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource, ModelSourceError
 from pytest_qvl.models.sources.processors import load_processor
-from pytest_qvl.models.sources.released import picture_sizes, released_config
+from pytest_qvl.models.sources.released import image_sizes, released_config
 
 FIRST_SPECIAL = 151643
 SPECIAL_TOKENS = (
@@ -55,7 +55,7 @@ def processor_for(source: ModelSource) -> Any:
     """The processor that belongs to a source: loaded, or made for synthetic weights.
 
     Raises:
-        ModelSourceError: Its files cannot be read, or make no processor for pictures with a chat template.
+        ModelSourceError: Its files cannot be read, or make no processor for images with a chat template.
     """
     if source.kind == "synthetic":
         return synthetic_processor(source.location)
@@ -121,7 +121,7 @@ def write_processor(folder: Path, name: str) -> None:
     _write(folder / "tokenizer_config.json", settings)
     template = embedded / "chat_template.json"
     (folder / template.name).write_bytes(template.read_bytes())
-    vision, sizes = config.vision_config, picture_sizes(name)
+    vision, sizes = config.vision_config, image_sizes(name)
     images = json.loads((embedded / "preprocessor_config.json").read_text(encoding="utf-8"))
     images |= {
         "patch_size": vision.patch_size,

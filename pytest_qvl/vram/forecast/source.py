@@ -10,7 +10,7 @@ from typing import Any
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource
-from pytest_qvl.models.sources.released import PictureSizes, hub_id, picture_sizes, released_config, released_names
+from pytest_qvl.models.sources.released import ImageSizes, hub_id, image_sizes, released_config, released_names
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Source:
 
     label: str
     config: Any
-    sizes: PictureSizes
+    sizes: ImageSizes
 
 
 def find_source(model: str) -> Source:
@@ -35,7 +35,7 @@ def find_source(model: str) -> Source:
         ValueError: Neither; or the folder's configuration is no Qwen-VL with a vision tower.
     """
     if model in released_names():
-        return Source(model, released_config(model), picture_sizes(model))
+        return Source(model, released_config(model), image_sizes(model))
     file = Path(model).expanduser() / "config.json"
     if not file.is_file():
         raise ValueError(
@@ -83,12 +83,12 @@ def find_weights_source(weights: ModelSource) -> Source:
 
 def source_of(config: Any, label: str) -> Source:
     """A source for a configuration at hand, with the image sizes of its family's released processor."""
-    return Source(label, config, picture_sizes(FAMILIES[config.model_type].typical))
+    return Source(label, config, image_sizes(FAMILIES[config.model_type].typical))
 
 
-def _folder_sizes(folder: Path, config: Any) -> PictureSizes:
+def _folder_sizes(folder: Path, config: Any) -> ImageSizes:
     vision = config.vision_config
-    known = asdict(picture_sizes(FAMILIES[config.model_type].typical))
+    known = asdict(image_sizes(FAMILIES[config.model_type].typical))
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             fields = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -100,4 +100,4 @@ def _folder_sizes(folder: Path, config: Any) -> PictureSizes:
     known["patch_size"] = vision.patch_size
     known["merge_size"] = vision.spatial_merge_size
     known["temporal_patch_size"] = vision.temporal_patch_size
-    return PictureSizes(**known)
+    return ImageSizes(**known)
