@@ -11,7 +11,7 @@ from pytest_qvl.checks.support.unpacked_weights import repacked_sentence
 from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
-from pytest_qvl.models.quantized import LinearState, asks_for_4bit, dtype_name, linear_states
+from pytest_qvl.models.quantized import LinearState, asks_for_4bit, dtype_name, linear_states, with_foreign_tables
 from pytest_qvl.models.skips import (
     chosen_by_name,
     entries_keeping,
@@ -250,6 +250,18 @@ def _judge_packing(
                 f"{OWN if saved_quantized(parts) else ''}"
             ),
         )
+    tables = with_foreign_tables(parts)
+    foreign = [state.name for state in packed if state.name in tables]
+    judge.equal(
+        f"{group} linears with the values of their type",
+        len(packed) - len(foreign),
+        len(packed),
+        else_say=(
+            f"{group}: {len(foreign)} of {len(packed)} quantized linears look their values up in another table than "
+            f"that of their type (first: {foreign[0] if foreign else ''}): quant_map or nested_quant_map of the "
+            "checkpoint was exchanged, or cast to another dtype; quantize its 16-bit base again"
+        ),
+    )
 
 
 def _judge_kept(judge: Judge, group: Group, census: _Census, cause: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import base_modules
@@ -180,6 +180,41 @@ def _state(name: str, group: Group, module: Any) -> LinearState:
         quant_storage=plain,
         misfit="" if wrapped else "its weight is packed in 4 bits, which this class multiplies as it is",
     )
+
+
+# A table computed in another order differs by roundings of float32 at magnitudes up to 1, four at most: one for each
+# bound of an interval, their mean, and the division by the largest. A table cast to bfloat16 differs by up to 2**-9.
+_TABLE_ROUNDINGS = 4 * 2.0**-24
+
+
+def with_foreign_tables(parts: Parts) -> list[str]:
+    """Names of the 4-bit linears whose codes stand for other values than those of their type.
+
+    bitsandbytes looks values up in the tables that a file holds (``quant_map``, and ``nested_quant_map`` of nested
+    statistics), whatever name of a type stands beside them.
+    """
+    states = ((name, getattr(module.weight, "quant_state", None)) for name, module in parts.named_linears())
+    return [name for name, quant in states if quant is not None and not _has_own_tables(quant)]
+
+
+def _has_own_tables(quant: Any) -> bool:
+    tables = [(quant.code, quant.quant_type), *([(quant.state2.code, "dynamic")] if quant.nested else [])]
+    for held, kind in tables:
+        usual = _table(kind)
+        if held.shape != usual.shape or float((held.detach().cpu().float() - usual).abs().max()) > _TABLE_ROUNDINGS:
+            return False
+    return True
+
+
+@cache
+def _table(kind: str) -> torch.Tensor:
+    """What the codes of ``"nf4"``, ``"fp4"`` or ``"dynamic"`` (8 bits, of nested statistics) stand for, on the CPU."""
+    from bitsandbytes import functional
+
+    table: torch.Tensor = (
+        functional.create_dynamic_map() if kind == "dynamic" else functional.get_4bit_type(kind, device="cpu")
+    )
+    return table.float()
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> int:

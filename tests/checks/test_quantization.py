@@ -182,6 +182,21 @@ def test_storage_that_was_not_asked_for(fresh_model: Any) -> None:
     assert quantization_census(model, QuantizationPolicy(quant_storage="bfloat16")).ok
 
 
+def test_values_of_another_type_under_the_name_of_nf4(fresh_model: Any) -> None:
+    """A file says nf4, and its tables say otherwise: of another type, or cast with everything else."""
+    model = fresh_model()
+    quant = anatomy(model).base.get_submodule(LAYER).weight.quant_state
+    healthy, healthy_nested = quant.code, quant.state2.code
+    quant.code = healthy[torch.randperm(16, generator=torch.Generator().manual_seed(0))]
+    assert refused(model).startswith(
+        f"language: 1 of 28 quantized linears look their values up in another table than that of their type (first: {LAYER}"
+    )
+    quant.code, quant.state2.code = healthy, healthy_nested.bfloat16().float()
+    assert "nested_quant_map of the checkpoint was exchanged, or cast to another dtype" in refused(model)
+    quant.state2.code = healthy_nested * (1 + 2**-23)
+    assert quantization_census(model).ok
+
+
 def test_types_that_are_mixed(fresh_model: Any) -> None:
     model, donor = fresh_model(), fresh_model(bnb_4bit_quant_type="fp4")
     model.model.language_model.layers[0].mlp.up_proj = donor.model.language_model.layers[0].mlp.up_proj
