@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.forecast import forecast_agrees as forecast_agrees
     from pytest_qvl.checks.forecast import forecast_fits_card as forecast_fits_card
     from pytest_qvl.checks.frozen import frozen_vision as frozen_vision
-    from pytest_qvl.checks.generation import generation_batch_invariance as generation_batch_invariance
-    from pytest_qvl.checks.generation import generation_cache_invariance as generation_cache_invariance
     from pytest_qvl.checks.generation import generation_repeatable as generation_repeatable
-    from pytest_qvl.checks.generation import generation_wellformed as generation_wellformed
     from pytest_qvl.checks.generation import greedy_is_argmax as greedy_is_argmax
+    from pytest_qvl.checks.generation_form import generation_wellformed as generation_wellformed
+    from pytest_qvl.checks.generation_invariance import generation_batch_invariance as generation_batch_invariance
+    from pytest_qvl.checks.generation_invariance import generation_cache_invariance as generation_cache_invariance
     from pytest_qvl.checks.isolation import causality as causality
     from pytest_qvl.checks.isolation import image_isolation as image_isolation
     from pytest_qvl.checks.labels import label_mask as label_mask

@@ -27,6 +27,8 @@ ORDER = (
     "positions",
     "vision",
     "generation",
+    "generation_invariance",
+    "generation_form",
     "visual_alignment",
     "training",
     "backpropagation",

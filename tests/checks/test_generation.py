@@ -11,13 +11,9 @@ import pytest
 import torch
 
 from pytest_qvl import releases
-from pytest_qvl.checks.generation import (
-    generation_batch_invariance,
-    generation_cache_invariance,
-    generation_repeatable,
-    generation_wellformed,
-    greedy_is_argmax,
-)
+from pytest_qvl.checks.generation import generation_repeatable, greedy_is_argmax
+from pytest_qvl.checks.generation_form import generation_wellformed
+from pytest_qvl.checks.generation_invariance import generation_batch_invariance, generation_cache_invariance
 from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle
 from pytest_qvl.checks.support.greedy import Reply, greedy
 from pytest_qvl.checks.support.placeholders import refuse_positions_in_generation
@@ -363,7 +359,7 @@ def test_runs_of_token_0(fresh_model: Any, processor: Any, reference: Reference)
 
 
 def test_loops_are_found_at_the_end_only() -> None:
-    from pytest_qvl.checks.generation import _loop
+    from pytest_qvl.checks.generation_form import _loop
 
     assert _loop(Reply((1, 2, 3, 2, 3, 2, 3), stopped=False, not_finite=None)) == 2
     assert _loop(Reply((1, 5, 5, 5, 9), stopped=True, not_finite=None)) == 1

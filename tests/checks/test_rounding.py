@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from pytest_qvl.checks.generation import _Apart, _judge_apart, generation_batch_invariance, generation_cache_invariance
+from pytest_qvl.checks.generation_invariance import generation_batch_invariance, generation_cache_invariance
 from pytest_qvl.checks.support.greedy import Reply
 from pytest_qvl.checks.support.reference import EVIDENCE, NoiseFloor
+from pytest_qvl.checks.support.reply_logits import LogitsApart, judge_apart
 from pytest_qvl.checks.support.rounding import last_place_noise, rounded_sums, step
 from pytest_qvl.checks.vision import DRIFT_CAP, drift_limit, row_drift
 from pytest_qvl.evidence import CheckFailed, Judge
@@ -42,9 +43,9 @@ def floor_of(dtype: torch.dtype, value: float, last_place: float, largest: float
 
 def judged(one: torch.Tensor, other: torch.Tensor, floor: NoiseFloor) -> Judge:
     """What the generation checks say of one step with these logits."""
-    apart, judge = _Apart(), Judge("generation", "")
+    apart, judge = LogitsApart(), Judge("generation", "")
     apart.take("row 0", *(Reply((1,), True, None, logits[None].float()) for logits in (one, other)))
-    _judge_apart(judge, "two ways", apart, floor, "")
+    judge_apart(judge, "two ways", apart, floor, "")
     return judge
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pytest_qvl.evidence import Judge
+
+STEPS = 8  # tokens per row that a check generates where nothing asks for more
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -55,6 +59,16 @@ def own_defaults(parts: Parts) -> list[str]:
         if value not in values:
             found.append(f"{name}={value}")
     return found
+
+
+def note_own_defaults(judge: Judge, parts: Parts) -> None:
+    """Note which defaults of the model's own make its ``generate(do_sample=False)`` another than this one."""
+    defaults = own_defaults(parts)
+    if defaults:
+        judge.note(
+            f"generate(do_sample=False) alone is not argmax with this model: its generation config has "
+            f"{', '.join(defaults)}"
+        )
 
 
 def greedy(

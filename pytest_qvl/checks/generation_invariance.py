@@ -1,0 +1,197 @@
+"""Generation says the same words alone and in a batch, with a cache and without."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.greedy import STEPS, Reply, greedy, stop_ids
+from pytest_qvl.checks.support.reference import LOGITS, NoiseFloor, Reference
+from pytest_qvl.checks.support.reply_logits import (
+    LogitsApart,
+    by_row,
+    judge_apart,
+    judge_finite_logits,
+    require_left_padding,
+)
+from pytest_qvl.checks.support.scoring import coarsest_dtype, without_labels
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
+from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.quantized import dtype_name
+from pytest_qvl.models.state import preserved
+from pytest_qvl.samples import Sample, make_batch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+
+@check(promise=8, needs=("time",))
+def generation_batch_invariance(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    reference: Reference | NoiseFloor,
+    *,
+    max_new_tokens: int = STEPS,
+) -> Evidence:
+    """A sample gets the same reply alone and in a left-padded batch.
+
+    Compared are the raw logits of each step, up to and including the first step at which the two choose
+    different tokens; what comes after has different inputs. Each may differ by the limit of the noise floor
+    (:attr:`pytest_qvl.checks.support.reference.NoiseFloor.limit_for`) at most, so a different token is healthy exactly
+    when the two candidates were that close. The classic defect leaves the first step right and the later ones
+    wrong: text positions of padded rows while decoding (huggingface/transformers#40136, 4.54.0 to 4.56.2).
+
+    Args:
+        model: Wrapped or not.
+        processor: Its processor.
+        samples: At least two, of different lengths.
+        reference: Whose noise floor judges; measured on a reference or base model in the dtype that `model`
+            computes in.
+        max_new_tokens: At most so many per reply.
+
+    Returns:
+        Evidence with the largest difference and the number of replies that diverged within the noise.
+
+    Raises:
+        CheckFailed: A logit differs by more than the limit.
+        CannotJudge: All rows have the same length, so that none is padded.
+        ValueError: The floor was measured in another dtype.
+    """
+    parts, floor = anatomy(model), _floor(reference)
+    _check_dtype(parts, floor)
+    batch = make_batch(processor, samples, device=parts.device)
+    if bool(batch["attention_mask"].all()):
+        raise CannotJudge(f"{len(samples)} samples of the same length: no row of the batch is padded")
+    judge = Judge("generation_batch_invariance", "alone and in a left-padded batch a sample gets the same reply")
+    together = greedy(model, batch, max_new_tokens=max_new_tokens, keep_logits=True)
+    names = [f"sample {sample.id!r}" for sample in samples]
+    if not judge_finite_logits(judge, parts, list(zip(names, together, strict=True)), batch):
+        return judge.verdict()
+    apart = LogitsApart()
+    for sample, name, reply in zip(samples, names, together, strict=True):
+        single = make_batch(processor, [sample], device=parts.device)
+        [alone] = greedy(model, single, max_new_tokens=max_new_tokens, keep_logits=True)
+        if not judge_finite_logits(judge, parts, [(f"{name} alone", alone)], single):
+            return judge.verdict()
+        apart.take(name, reply, alone)
+    judge_apart(
+        judge,
+        "alone against batch",
+        apart,
+        floor,
+        "a reply depends on the rows beside it: look at positions and mask of padded rows, and at decoding",
+    )
+    return judge.verdict()
+
+
+@check(promise=8, needs=("time",))
+def generation_cache_invariance(
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    reference: Reference | NoiseFloor,
+    *,
+    max_new_tokens: int = STEPS,
+) -> Evidence:
+    """Generation with and without key-value cache follows the logits of one plain forward.
+
+    The tokens that cached generation chose are appended to the prompt and go through one forward without
+    cache, whose positions come from the whole sequence: the yardstick. The raw logits of cached generation,
+    and those of generation with ``use_cache=False`` up to its first different token, may differ from it by
+    the limit of the noise floor (:attr:`pytest_qvl.checks.support.reference.NoiseFloor.limit_for`) at most. So a defect
+    that both ways of generating share is seen as well.
+
+    Args:
+        model: Wrapped or not.
+        batch: Left-padded inputs; `labels` are ignored.
+        reference: Whose noise floor judges; measured on a reference or base model in the dtype that `model`
+            computes in.
+        max_new_tokens: At most so many per row.
+
+    Returns:
+        Evidence with the largest difference of each way.
+
+    Raises:
+        CheckFailed: A logit differs by more than the limit.
+        CannotJudge: Every reply ends with its first token, so that nothing was decoded from the cache.
+        ValueError: The batch is padded on the right, or the floor was measured in another dtype.
+    """
+    parts, floor = anatomy(model), _floor(reference)
+    require_left_padding(batch)
+    _check_dtype(parts, floor)
+    inputs = without_labels(batch)
+    judge = Judge("generation_cache_invariance", "with and without cache generation follows a plain forward")
+    # A placeholder without a picture would make the plain forward refuse the reply.
+    generate = partial(
+        greedy,
+        model,
+        inputs,
+        max_new_tokens=max_new_tokens,
+        keep_logits=True,
+        suppress=parts.vision_token_ids,
+    )
+    cached = generate()
+    if not judge_finite_logits(judge, parts, by_row(cached), inputs):
+        return judge.verdict()
+    if max(len(reply.ids) for reply in cached) < 2:
+        raise CannotJudge("every reply ends with its first token: no step was decoded from the cache")
+    plain = _teacher_forced(parts, inputs, cached)
+    if not judge_finite_logits(judge, parts, by_row(plain), inputs, lambda: _teacher_forced(parts, inputs, cached)):
+        return judge.verdict()
+    uncached = generate(use_cache=False)
+    if not judge_finite_logits(judge, parts, by_row(uncached), inputs, lambda: generate(use_cache=False)):
+        return judge.verdict()
+    ways = {
+        "with cache": (cached, "look at positions and cache of the decode steps"),
+        "without cache": (uncached, "look at pictures, positions and mask of every step after the first"),
+    }
+    for name, (replies, hint) in ways.items():
+        apart = LogitsApart()
+        for row, (reply, forced) in enumerate(zip(replies, plain, strict=True)):
+            apart.take(f"row {row}", reply, forced)
+        judge_apart(judge, f"generation {name} against plain forward", apart, floor, hint)
+    return judge.verdict()
+
+
+def _teacher_forced(parts: Parts, inputs: dict[str, torch.Tensor], replies: list[Reply]) -> list[Reply]:
+    """The same tokens as `replies`, with the logits of one forward over prompt and reply, without a cache."""
+    import torch
+
+    steps = max(len(reply.ids) for reply in replies)
+    filler = next(iter(stop_ids(parts)), 0)
+    # The last token of the longest reply predicts nothing that is compared, so it is not appended.
+    rows = [[*reply.ids, *[filler] * (steps - len(reply.ids))][: steps - 1] for reply in replies]
+    ids = torch.tensor(rows, device=inputs["input_ids"].device)
+    tail = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "mm_token_type_ids": torch.zeros_like(ids),
+    }
+    forced = inputs | {name: torch.cat([inputs[name], more], dim=1) for name, more in tail.items() if name in inputs}
+    if (positions := inputs.get("position_ids")) is not None:  # the batch's own; a prompt ends with text
+        further = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+        forced["position_ids"] = torch.cat([positions, positions[..., -1:] + further], dim=-1)
+    with preserved(parts.wrapped, training=False), torch.no_grad():
+        logits = parts.wrapped(**forced, logits_to_keep=steps, use_cache=False).logits[:, -steps:].float()
+    made = []
+    for reply, row in zip(replies, logits, strict=True):
+        own = row[: len(reply.ids)]
+        broken = (~own.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        made.append(Reply(reply.ids, reply.stopped, next(iter(broken), None), own))
+    return made
+
+
+def _floor(reference: Reference | NoiseFloor) -> NoiseFloor:
+    return reference.floor if isinstance(reference, Reference) else reference
+
+
+def _check_dtype(parts: Parts, floor: NoiseFloor) -> None:
+    dtype = dtype_name(coarsest_dtype(parts, LOGITS))
+    if dtype != floor.dtype:
+        raise InputError(
+            f"the noise floor was measured in {floor.dtype}, the model computes in {dtype}: record the "
+            "reference, or measure noise_floor() on the base model, in the same dtype"
+        )
