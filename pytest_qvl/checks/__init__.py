@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.neutrality import adapter_neutrality as adapter_neutrality
     from pytest_qvl.checks.pairing import picture_pairing as picture_pairing
     from pytest_qvl.checks.positions import decode_positions as decode_positions
-    from pytest_qvl.checks.positions import mrope_oracle as mrope_oracle
     from pytest_qvl.checks.positions import mrope_positions as mrope_positions
     from pytest_qvl.checks.positions import position_state as position_state
     from pytest_qvl.checks.quantization import QuantizationPolicy as QuantizationPolicy
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.routing import malformed_inputs as malformed_inputs
     from pytest_qvl.checks.routing import placeholder_counts as placeholder_counts
     from pytest_qvl.checks.routing import visual_token_order as visual_token_order
+    from pytest_qvl.checks.support.mrope import mrope_oracle as mrope_oracle
     from pytest_qvl.checks.support.placeholders import validate_batch as validate_batch
     from pytest_qvl.checks.support.reference import Reference as Reference
     from pytest_qvl.checks.support.reference import record_reference as record_reference
@@ -55,7 +55,7 @@ _OTHERS = {
     **dict.fromkeys(("CannotJudge", "CheckFailed", "Evidence", "InputError"), "pytest_qvl.evidence"),
     "QuantizationPolicy": f"{__name__}.quantization",
     **dict.fromkeys(("Reference", "record_reference"), f"{__name__}.support.reference"),
-    "mrope_oracle": f"{__name__}.positions",
+    "mrope_oracle": f"{__name__}.support.mrope",
     "validate_batch": f"{__name__}.support.placeholders",
 }
 

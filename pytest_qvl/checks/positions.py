@@ -8,156 +8,26 @@ tokens moves the logits of a 16-bit model by less than its own rounding.
 
 from __future__ import annotations
 
-import inspect
-import math
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.packing import is_packed, samples_in_rows
-from pytest_qvl.checks.support.placeholders import (
-    attended,
-    describe,
-    model_inputs,
-    refuse_positions_in_generation,
-    show_grid,
-    spans,
-)
+from pytest_qvl.checks.support.placeholders import attended, model_inputs, refuse_positions_in_generation, spans
+from pytest_qvl.checks.support.position_comparison import PositionComparison
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions, tapped
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping
 
     import torch
 
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.models.taps import LanguageCall
-
-AXES = ("t", "h", "w")
-Position = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class VisionIds:
-    """Token ids of the placeholders.
-
-    Attributes:
-        image: ``<|image_pad|>``.
-        video: ``<|video_pad|>``.
-    """
-
-    image: int
-    video: int
-
-
-def mrope_oracle(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    grids: torch.Tensor | Sequence[Sequence[int]] | None,
-    ids: VisionIds,
-    merge_size: int,
-    *,
-    video_grids: torch.Tensor | Sequence[Sequence[int]] | None = None,
-    seconds_per_grid: Sequence[float] | None = None,
-    tokens_per_second: float | None = None,
-) -> torch.Tensor:
-    """M-RoPE position ids, token by token, from the papers' definition and from nothing else.
-
-    - Text: the same id on all three axes, growing by one per token.
-    - Picture: one temporal id for all its visual tokens; height and width ids are the token's row and column.
-    - Video: as a picture, with the temporal id growing per temporal patch: by one (Qwen2-VL), or with
-      absolute time, by ``seconds_per_grid * tokens_per_second``, rounded down each time (Qwen2.5-VL).
-    - Each modality starts at the largest id before it, on any axis, plus one.
-
-    Sources: Qwen2-VL, arXiv:2409.12191, section 2.1 "Multimodal Rotary Position Embedding"; Qwen2.5-VL,
-    arXiv:2502.13923, section 2.1.2 "Multimodal Rotary Position Embedding Aligned to Absolute Time".
-
-    Args:
-        input_ids: ``(rows, length)`` int64, placeholders expanded.
-        attention_mask: ``(rows, length)``, 0 on padding, which has no position; None for no padding.
-        grids: ``(pictures, 3)``: frames, rows, columns in patches, for the pictures of all rows in reading
-            order.
-        ids: The placeholders.
-        merge_size: Patches per visual token along each side.
-        video_grids: As ``grids``, for videos.
-        seconds_per_grid: Seconds between temporal patches of each video; 1 for all if None.
-        tokens_per_second: Temporal ids per second; None where time is counted in temporal patches.
-
-    Returns:
-        ``(3, rows, length)`` int64 on the CPU: t, h, w. Padding holds 0.
-
-    Raises:
-        ValueError: Placeholders and grids do not fit each other; names the row and the token.
-    """
-    import torch
-
-    images = _Grids("image", _rows(grids), None, 1)
-    videos = _Grids("video", _rows(video_grids), seconds_per_grid, tokens_per_second)
-    positions = torch.zeros(3, *input_ids.shape, dtype=torch.int64)
-    mask = attended({"input_ids": input_ids, "attention_mask": attention_mask}).cpu()
-    for row, tokens in enumerate(input_ids.cpu()):
-        kept = tokens[mask[row]].tolist()
-        places = list(_row_positions(row, kept, {ids.image: images, ids.video: videos}, merge_size))
-        positions[:, row, mask[row]] = torch.tensor(places, dtype=torch.int64).reshape(-1, 3).T
-    for left in (images, videos):
-        if left.used < len(left.grids):
-            raise InputError(f"{left.kind} {left.used} has a grid but no placeholders")
-    return positions
-
-
-@dataclass
-class _Grids:
-    """The grids of one kind, dealt out in reading order."""
-
-    kind: str
-    grids: list[list[int]]
-    seconds: Sequence[float] | None
-    ids_per_second: float | None
-    used: int = 0
-
-    def take(self, where: str) -> tuple[list[int], float]:
-        """The next grid, and its temporal ids per temporal patch."""
-        if self.used == len(self.grids):
-            raise InputError(f"{where}: a placeholder, but all {self.used} {self.kind} grids are used up")
-        grid = self.grids[self.used]
-        seconds = 1.0 if self.seconds is None else float(self.seconds[self.used])
-        self.used += 1
-        return grid, 1.0 if self.ids_per_second is None else seconds * self.ids_per_second
-
-
-def _rows(grids: torch.Tensor | Sequence[Sequence[int]] | None) -> list[list[int]]:
-    return [] if grids is None else [[int(n) for n in grid] for grid in grids]
-
-
-def _row_positions(row: int, tokens: Sequence[int], kinds: Mapping[int, _Grids], merge_size: int) -> Iterator[Position]:
-    place, start = 0, 0
-    while place < len(tokens):
-        kind = kinds.get(tokens[place])
-        if kind is None:
-            yield start, start, start
-            place, start = place + 1, start + 1
-            continue
-        where = f"row {row}, token {place} (padding not counted)"
-        (frames, height, width), step = kind.take(where)
-        size = frames * (height // merge_size) * (width // merge_size)
-        if [*tokens[place : place + size]] != [tokens[place]] * size:
-            raise InputError(
-                f"{where}: grid {show_grid((frames, height, width))} makes {size} visual tokens, "
-                "but there are fewer placeholders in a row"
-            )
-        largest = start
-        for frame in range(frames):
-            for line in range(height // merge_size):
-                for column in range(width // merge_size):
-                    position = (start + math.floor(frame * step), start + line, start + column)
-                    largest = max(largest, *position)
-                    yield position
-        place, start = place + size, largest + 1
 
 
 @check(promise=6)
@@ -188,7 +58,7 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
     packed = is_packed(inputs)
     with preserved(model, training=training):
         calls = _forward(parts, inputs)
-    _Comparison(judge, parts, inputs).hold(calls, [_expected(parts, inputs)])
+    PositionComparison(judge, parts, inputs).hold(calls, [_expected(parts, inputs)])
     judge.report("position ids compared", 3 * int(attended(inputs).sum()))
     if packed:
         judge.report("samples packed into rows", int((samples_in_rows(inputs).amax(dim=1) + 1).sum()))
@@ -226,7 +96,7 @@ def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) ->
     with preserved(model, training=False):
         calls = _generate(parts, inputs, steps)
     following = [(last + step)[None, :, None].expand(3, -1, 1) for step in range(1, steps + 1)]
-    _Comparison(judge, parts, inputs).hold(calls, [prefill, *following])
+    PositionComparison(judge, parts, inputs).hold(calls, [prefill, *following])
     judge.report("decode steps", steps)
     return judge.verdict()
 
@@ -278,7 +148,7 @@ def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> E
                         f"{sequence} crashed: {str(error).strip().partition(chr(10))[0] or type(error).__name__}"
                     )
                     continue
-                compare = _Comparison(judge, parts, after, f"{sequence}: ")
+                compare = PositionComparison(judge, parts, after, f"{sequence}: ")
                 broken += not compare.hold(calls, [each.position_ids.cpu() for each in fresh])
     judge.equal("calls that broke", broken, 0, else_say="state left by an earlier call breaks a later one")
     return judge.verdict()
@@ -360,171 +230,3 @@ def _text_only(parts: Parts, inputs: Mapping[str, Any]) -> dict[str, Any]:
     if "mm_token_type_ids" in inputs:
         made["mm_token_type_ids"] = torch.zeros_like(rows).to(inputs["mm_token_type_ids"].dtype)
     return made
-
-
-@dataclass
-class _Comparison:
-    """Seen against expected positions of the calls of one forward or one ``generate()``.
-
-    Attributes:
-        judge: Takes the figures and the problems.
-        parts: The model.
-        inputs: What the model was given.
-        sequence: What happened before, in words with a colon; or empty.
-    """
-
-    judge: Judge
-    parts: Parts
-    inputs: Mapping[str, Any]
-    sequence: str = ""
-
-    def hold(self, calls: Sequence[LanguageCall], expected: Sequence[torch.Tensor]) -> bool:
-        """Compare the ids ``(3, rows, length)`` of the prompt, padding left out, then of each decode step.
-
-        Returns:
-            Whether they could be compared: as many forward passes as expected, each with ids for its rows and tokens.
-        """
-        import torch
-
-        mask = attended(self.inputs).cpu()
-        if not self._right_sizes(calls, expected):
-            return False
-        # A release may leave the rows of a text-only batch to broadcasting.
-        seen = [_exact(call.position_ids.cpu()).expand_as(right) for call, right in zip(calls, expected, strict=True)]
-        difference = seen[0] - expected[0]
-        shift = self._shifts(difference, mask)[None]
-        wrong = (difference != shift) & mask[None]
-        self.judge.equal(
-            f"{self.sequence}wrong position ids",
-            int(wrong.sum()),
-            0,
-            else_say=self._prompt_sentence(seen[0] - shift, expected[0], wrong)
-            + _rounding(seen[0][:, mask], (expected[0] + shift)[:, mask])
-            if wrong.any()
-            else "",
-        )
-        if len(calls) > 1:
-            constant = shift.amax(dim=2, keepdim=True)
-            raw, right = torch.cat(seen[1:], dim=2), torch.cat([*expected[1:]], dim=2)
-            steps = raw - constant
-            self.judge.equal(
-                f"{self.sequence}wrong position ids while decoding",
-                int((steps != right).sum()),
-                0,
-                else_say=self._decode_sentence(steps, right) + _rounding(raw, right + constant)
-                if (steps != right).any()
-                else "",
-            )
-        return True
-
-    def _right_sizes(self, calls: Sequence[LanguageCall], expected: Sequence[torch.Tensor]) -> bool:
-        if not self.judge.equal(
-            f"{self.sequence}forward passes",
-            len(calls),
-            len(expected),
-            else_say=f"{self.sequence}the language backbone ran {len(calls)} times, should be {len(expected)}",
-        ):
-            return False
-        for number, (call, right) in enumerate(zip(calls, expected, strict=True)):
-            seen = tuple(call.position_ids.shape)
-            if not _broadcasts(seen, tuple(right.shape)):
-                where = f"decode step {number}" if number else "prompt"
-                self.judge.problem(
-                    f"{self.sequence}{where}: the rotary embedding gets position ids of shape {seen}, should be "
-                    f"{tuple(right.shape)}: they are not made from this batch"
-                )
-                return False
-        return True
-
-    def _shifts(self, difference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The constant ``(rows, length)`` by which each row, or each sample of a packed row, is shifted."""
-        numbers = samples_in_rows(self.inputs)
-        shift = difference.new_zeros(mask.shape)
-        for row in range(len(mask)):
-            for number in range(int(numbers[row].max()) + 1):
-                own = mask[row] & (numbers[row] == number)
-                if bool(own.any()):
-                    shift[row][numbers[row] == number] = _constant_shift(difference[:, row, own])
-        return shift
-
-    def _prompt_sentence(self, seen: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor) -> str:
-        row, token = wrong.any(0).nonzero()[0].tolist()
-        axis = int(wrong[:, row, token].nonzero()[0])
-        found = spans(self.parts, self.inputs) if "pixel_values" in self.inputs else []
-        sentence = (
-            f"{self.sequence}{describe(found, row, token)}: {AXES[axis]} is {int(seen[axis, row, token])}, "
-            f"should be {int(expected[axis, row, token])}; {int(wrong.any(0).sum())} tokens in "
-            f"{int(wrong.any(0).any(1).sum())} of {wrong.shape[1]} rows are wrong"
-        )
-        if found and bool((seen[:1] == seen)[:, attended(self.inputs).cpu()].all()):
-            given = self.inputs.get("position_ids")
-            if given is not None:
-                return (
-                    f"{sentence}; all three axes are equal everywhere: the batch has plain 1-D positions of its own "
-                    f"(position_ids of {tuple(given.shape)}), and the model takes them as they are"
-                )
-            sentence += "; all three axes are equal everywhere: the model fell back to plain 1-D positions"
-            if "mm_token_type_ids" not in self.inputs and _takes_type_ids(self.parts):
-                sentence += (
-                    ". The batch has no mm_token_type_ids, which Transformers >= 5.3 needs and misses in "
-                    "silence: pass on every key that the processor returns"
-                )
-        return sentence
-
-    def _decode_sentence(self, seen: torch.Tensor, expected: torch.Tensor) -> str:
-        step, row = (seen != expected).any(0).T.nonzero()[0].tolist()
-        axis = int((seen != expected)[:, row, step].nonzero()[0])
-        is_, right = int(seen[axis, row, step]), int(expected[axis, row, step])
-        mask = attended(self.inputs)[row]
-        side = "right" if not bool(mask[-1]) else "left"
-        padding = int((~mask).sum())
-        sentence = (
-            f"{self.sequence}decode step {step + 1}, row {row} ({padding} padding tokens on the {side}): "
-            f"{AXES[axis]} is {is_}, should be {right} ({is_ - right:+d}); "
-            f"{int((seen != expected).any(0).any(1).sum())} of {seen.shape[1]} rows are wrong"
-        )
-        return f"{sentence}; generate() needs padding on the left" if side == "right" else sentence
-
-
-def _exact(positions: torch.Tensor) -> torch.Tensor:
-    """Ids in a dtype in which arithmetic is exact: one with bfloat16 would round the ids that it is held against."""
-    return positions.double() if positions.is_floating_point() else positions.long()
-
-
-def _rounding(seen: torch.Tensor, right: torch.Tensor) -> str:
-    """Words for ids that are the right ones in a float dtype too narrow for them; empty for any others.
-
-    A dtype of ``p`` significant bits holds every whole number up to ``2**p``, and ``eps`` is ``2**(1 - p)``.
-    """
-    import torch
-
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(right.to(dtype).to(seen.dtype), seen):
-            most = round(2 / torch.finfo(dtype).eps)
-            return (
-                f"; every id is the right one rounded to {dtype_name(dtype)}, which counts without gaps up to {most} "
-                "only: keep position ids integers, or in float32"
-            )
-    return ""
-
-
-def _takes_type_ids(parts: Parts) -> bool:
-    """Whether this release lays positions out by ``mm_token_type_ids``."""
-    return "mm_token_type_ids" in inspect.signature(type(parts.base).forward).parameters
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether a tensor of ``shape`` can be expanded to the shape ``to``."""
-    return len(shape) <= len(to) and all(
-        have in (1, wanted) for have, wanted in zip(reversed(shape), reversed(to), strict=False)
-    )
-
-
-def _constant_shift(difference: torch.Tensor) -> int:
-    """The shift of a row ``(3, tokens)``: its first token's, since an error further on moves all after it.
-
-    Where the first token's axes disagree one of them is wrong, and the commonest difference of the row
-    counts.
-    """
-    first = difference[:, 0].tolist()
-    return int(first[0]) if len({*first}) == 1 else int(difference.flatten().mode().values)

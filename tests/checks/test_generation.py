@@ -14,8 +14,9 @@ from pytest_qvl import releases
 from pytest_qvl.checks.generation import generation_repeatable, greedy_is_argmax
 from pytest_qvl.checks.generation_form import generation_wellformed
 from pytest_qvl.checks.generation_invariance import generation_batch_invariance, generation_cache_invariance
-from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle
+from pytest_qvl.checks.positions import decode_positions
 from pytest_qvl.checks.support.greedy import Reply, greedy
+from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.placeholders import refuse_positions_in_generation
 from pytest_qvl.checks.support.reference import Reference, noise_floor, record_reference
 from pytest_qvl.checks.support.scoring import text_of

@@ -10,13 +10,8 @@ import pytest
 import torch
 import transformers
 
-from pytest_qvl.checks.positions import (
-    VisionIds,
-    decode_positions,
-    mrope_oracle,
-    mrope_positions,
-    position_state,
-)
+from pytest_qvl.checks.positions import decode_positions, mrope_positions, position_state
+from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import positions_changed, tapped

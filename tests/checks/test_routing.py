@@ -25,7 +25,8 @@ from pytest_qvl.checks import (
     validate_batch,
     visual_token_order,
 )
-from pytest_qvl.checks.positions import VisionIds, decode_positions, mrope_oracle, mrope_positions
+from pytest_qvl.checks.positions import decode_positions, mrope_positions
+from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import embeddings_changed, features_replaced
