@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.greedy import STEPS, Reply, greedy, stop_ids
-from pytest_qvl.checks.support.reference import LOGITS, NoiseFloor, Reference
+from pytest_qvl.checks.support.noise_floor import LOGITS, NoiseFloor
+from pytest_qvl.checks.support.reference import Reference
 from pytest_qvl.checks.support.reply_logits import (
     LogitsApart,
     by_row,
@@ -40,8 +41,8 @@ def generation_batch_invariance(
     """A sample gets the same reply alone and in a left-padded batch.
 
     Compared are the raw logits of each step, up to and including the first step at which the two choose
-    different tokens; what comes after has different inputs. Each may differ by the limit of the noise floor
-    (:attr:`pytest_qvl.checks.support.reference.NoiseFloor.limit_for`) at most, so a different token is healthy exactly
+    different tokens; what comes after has different inputs. Each may differ by the limit of the noise floor at most
+    (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`), so a different token is healthy exactly
     when the two candidates were that close. The classic defect leaves the first step right and the later ones
     wrong: text positions of padded rows while decoding (huggingface/transformers#40136, 4.54.0 to 4.56.2).
 
@@ -101,8 +102,8 @@ def generation_cache_invariance(
     The tokens that cached generation chose are appended to the prompt and go through one forward without
     cache, whose positions come from the whole sequence: the yardstick. The raw logits of cached generation,
     and those of generation with ``use_cache=False`` up to its first different token, may differ from it by
-    the limit of the noise floor (:attr:`pytest_qvl.checks.support.reference.NoiseFloor.limit_for`) at most. So a defect
-    that both ways of generating share is seen as well.
+    the limit of the noise floor (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`) at most. So a
+    defect that both ways of generating share is seen as well.
 
     Args:
         model: Wrapped or not.

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.binomial import largest_by_chance
+from pytest_qvl.checks.support.noise_floor import EVIDENCE, NoiseFloor
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
 from pytest_qvl.checks.support.probing import AlignmentLimits, Margin, Measured, Run, measure
-from pytest_qvl.checks.support.reference import EVIDENCE, MAX_NEW_TOKENS, NoiseFloor, Reference
+from pytest_qvl.checks.support.reference import MAX_NEW_TOKENS, Reference
 from pytest_qvl.checks.support.scoring import ABLATIONS, answer_logits, chunks
 from pytest_qvl.checks.support.trained_adapter import decisive_ablation, judge_looking
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge

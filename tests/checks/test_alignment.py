@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pytest_qvl.checks.support.noise_floor import NoiseFloor
 from pytest_qvl.checks.support.probing import Margin
-from pytest_qvl.checks.support.reference import NoiseFloor, Reference, record_reference
+from pytest_qvl.checks.support.reference import Reference, record_reference
 from pytest_qvl.checks.support.rounding import step
 from pytest_qvl.checks.visual_alignment import AlignmentLimits, alignment, margin_noise
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence

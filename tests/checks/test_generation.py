@@ -17,8 +17,9 @@ from pytest_qvl.checks.generation_invariance import generation_batch_invariance,
 from pytest_qvl.checks.positions import decode_positions
 from pytest_qvl.checks.support.greedy import Reply, greedy
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
+from pytest_qvl.checks.support.noise_floor import noise_floor
 from pytest_qvl.checks.support.placeholders import refuse_positions_in_generation
-from pytest_qvl.checks.support.reference import Reference, noise_floor, record_reference
+from pytest_qvl.checks.support.reference import Reference, record_reference
 from pytest_qvl.checks.support.scoring import text_of
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.anatomy import anatomy

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from pytest_qvl.checks.support.binomial import largest_by_chance, tail
-from pytest_qvl.checks.support.reference import NoiseFloor, Reference, noise_floor, record_reference, rows_apart
+from pytest_qvl.checks.support.noise_floor import NoiseFloor, noise_floor, rows_apart
+from pytest_qvl.checks.support.reference import Reference, record_reference
 from pytest_qvl.checks.support.scoring import answer_logits, chunks, says, scored_columns
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import adapter_parameters

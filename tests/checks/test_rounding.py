@@ -13,10 +13,11 @@ from torch import nn
 
 from pytest_qvl.checks.generation_invariance import generation_batch_invariance, generation_cache_invariance
 from pytest_qvl.checks.support.greedy import Reply
-from pytest_qvl.checks.support.reference import EVIDENCE, NoiseFloor
+from pytest_qvl.checks.support.noise_floor import EVIDENCE, NoiseFloor
 from pytest_qvl.checks.support.reply_logits import LogitsApart, judge_apart
 from pytest_qvl.checks.support.rounding import last_place_noise, rounded_sums, step
-from pytest_qvl.checks.vision import DRIFT_CAP, drift_limit, row_drift
+from pytest_qvl.checks.support.tower import row_drift
+from pytest_qvl.checks.vision import DRIFT_CAP, drift_limit
 from pytest_qvl.evidence import CheckFailed, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import make_batch, scenes

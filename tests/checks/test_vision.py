@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pytest_qvl.checks.support.reference import Reference, record_reference
-from pytest_qvl.checks.vision import kept_rows, vision_stability
+from pytest_qvl.checks.support.tower import kept_rows
+from pytest_qvl.checks.vision import vision_stability
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.attention import other_attention

@@ -8,9 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.greedy import Reply, greedy
+from pytest_qvl.checks.support.noise_floor import NoiseFloor
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
 from pytest_qvl.checks.support.placeholders import attended
-from pytest_qvl.checks.support.reference import NoiseFloor
 from pytest_qvl.evidence import InputError, Judge
 from pytest_qvl.models.anatomy import Parts
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.support.binomial import largest_by_chance, smallest_by_chance
-from pytest_qvl.checks.support.reference import EVIDENCE
+from pytest_qvl.checks.support.noise_floor import EVIDENCE
 from pytest_qvl.checks.support.scoring import ABLATIONS, ablated, replies, says, text_of
 
 if TYPE_CHECKING:

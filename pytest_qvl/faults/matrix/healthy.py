@@ -202,7 +202,7 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
     import torch
 
     from pytest_qvl import checks
-    from pytest_qvl.checks.support.reference import noise_floor
+    from pytest_qvl.checks.support.noise_floor import noise_floor
     from pytest_qvl.faults.matrix.random_models import random_model
 
     dtype = getattr(torch, variation.dtype)
