@@ -14,7 +14,7 @@ from pytest_qvl.checks.support.teaching import (
     check_labels,
     forward,
     optimizer_of,
-    taught_wrong,
+    with_wrong_labels,
     trainable_parameters,
 )
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
@@ -114,7 +114,7 @@ def frozen_vision(
         adapter_before = adapter.read(adapters.items())
 
         optimizer = optimizer_of(make_optimizer or adamw(learning_rate), list(trained.values()))
-        wrong = [taught_wrong(parts, batch) for batch in given]
+        wrong = [with_wrong_labels(parts, batch) for batch in given]
         loss = _train(parts, wrong, list(trained.values()), optimizer, steps)
         judge.report("loss at the first step", loss, "nat")
 

@@ -10,7 +10,7 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.descent import Lesson, descent, take_step
 from pytest_qvl.checks.support.lora import SINGULAR_VALUES, layer_of, matrix_of, zero_initialised_matrices
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
-from pytest_qvl.checks.support.teaching import adamw, check_labels, forward, taught_wrong, trainable_parameters
+from pytest_qvl.checks.support.teaching import adamw, check_labels, forward, with_wrong_labels, trainable_parameters
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.user_optimizer import judge_optimizer
 from pytest_qvl.checks.support.wording import some, tally
@@ -65,7 +65,7 @@ def training_step(
     - second backward, after one optimizer step: no A and no B without a gradient;
     - nothing else receives a gradient, and nothing is trained in float16, where AdamW divides by zero;
     - the loss on deliberately wrong answers, which begins at 1 nat per token or above (by construction at
-      ``ln 3``, see :func:`pytest_qvl.checks.support.teaching.taught_wrong`), halves within `steps_to_halve` steps.
+      ``ln 3``, see :func:`pytest_qvl.checks.support.teaching.with_wrong_labels`), halves within `steps_to_halve` steps.
       Right answers would show nothing: a trained model is already on the floor there. Where the frozen head
       of a very narrow model cannot go to zero (:func:`pytest_qvl.models.training.loss_floor`), what halves is
       the distance to what it can. An adapter too small to halve it (one projection of an early layer) is
@@ -121,7 +121,7 @@ def training_step(
         with torch.no_grad():
             for gate in zero_initialised_matrices(trained).values():
                 gate.zero_()
-        wrong = taught_wrong(parts, batch)
+        wrong = with_wrong_labels(parts, batch)
         parts.wrapped.train()
         lesson = Lesson(
             parts, wrong, list(trained.values()), FIRST_FLOAT16_SCALE if computes_in_float16(parts) else 1.0, _SEED

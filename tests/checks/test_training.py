@@ -12,7 +12,7 @@ import transformers
 from pytest_qvl.checks.backpropagation import vision_not_backpropagated
 from pytest_qvl.checks.frozen import frozen_vision
 from pytest_qvl.checks.labels import label_mask
-from pytest_qvl.checks.support.teaching import WRONG_RANK, taught_wrong
+from pytest_qvl.checks.support.teaching import WRONG_RANK, with_wrong_labels
 from pytest_qvl.checks.training import training_step
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
 from pytest_qvl.models.anatomy import anatomy
@@ -173,7 +173,7 @@ def test_a_training_step_leaves_no_trace(fresh_model: Any, batch: Any) -> None:
 def test_wrong_answers_are_wrong_and_worth_a_nat(fresh_model: Any, mixed: Any) -> None:
     taught = mixed["labels"] != -100
     for model in (fresh_model(), fresh_model(quantized=False, dtype="float32")):
-        wrong = taught_wrong(anatomy(model), mixed)
+        wrong = with_wrong_labels(anatomy(model), mixed)
         assert bool((wrong["labels"] != -100).eq(taught).all())
         answers = set(wrong["labels"][taught].tolist())
         assert len(answers) == 1

@@ -100,7 +100,7 @@ def check_labels(parts: Parts, batches: list[Batch]) -> None:
         raise InputError(f"the batch is malformed: {problems[0]}")
 
 
-def taught_wrong(parts: Parts, batch: Batch) -> dict[str, torch.Tensor]:
+def with_wrong_labels(parts: Parts, batch: Batch) -> dict[str, torch.Tensor]:
     """The batch with one plausible wrong answer for all its labels, so that there is something left to learn.
 
     On right answers a trained model sits on the floor: losses of 1e-4 nat, gradients that round to nothing.
