@@ -49,13 +49,13 @@ def vision_not_backpropagated(
 
     Raises:
         CheckFailed: Autograd follows the tower; names the hooks and what they cost on this batch.
-        CannotJudge: No pictures, a tower that was not called, or one that is trained on purpose.
+        CannotJudge: No images, a tower that was not called, or one that is trained on purpose.
     """
     import torch
 
     parts = anatomy(model)
     if "pixel_values" not in batch:
-        raise CannotJudge("the batch has no pictures (pixel_values), so the vision tower would not run")
+        raise CannotJudge("the batch has no images (pixel_values), so the vision tower would not run")
     trained = [
         name
         for name, parameter in parts.base.named_parameters()

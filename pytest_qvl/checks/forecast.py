@@ -58,10 +58,10 @@ def forecast_fits_card(
             to compute in (float16 where that is bfloat16 and the card lacks it).
         lora_config: A ``peft.LoraConfig``.
         card: Name of a card, or a card of one's own.
-        samples: Pictures to train on; the largest picture and the most pictures of one sample are forecast, instead of
+        samples: Images to train on; the largest image and the most images of one sample are forecast, instead of
             `image` and `images`.
-        image: Height and width of each picture in pixels.
-        images: Pictures per sample.
+        image: Height and width of each image in pixels.
+        images: Images per sample.
         batch: Samples per step.
         tokens: Text tokens per sample.
         gradient_checkpointing: Whether layers are recomputed in backward.
@@ -70,7 +70,7 @@ def forecast_fits_card(
 
     Raises:
         CannotJudge: No card was named, or the forecast does not follow what the configurations ask for.
-        CheckFailed: It does not fit: says in which phase, by how much, and the largest picture that does.
+        CheckFailed: It does not fit: says in which phase, by how much, and the largest image that does.
         ValueError: Unknown model or card.
     """
     if card is None:
@@ -83,7 +83,7 @@ def forecast_fits_card(
     judge = Judge("forecast_fits_card", f"QLoRA fits {known.title}, by the forecast")
     weights = parse_model(model)
     source = find_weights_source(weights)
-    sizes = [(picture.height, picture.width) for sample in samples or () for picture in sample.images]
+    sizes = [(shown.height, shown.width) for sample in samples or () for shown in sample.images]
     if samples and sizes:
         image = max(sizes, key=lambda size: size[0] * size[1])
         images = max(len(sample.images) for sample in samples)
@@ -128,7 +128,7 @@ def _judge_fit(judge: Judge, found: Forecast, largest: Largest | None) -> None:
     assert verdict is not None
     height, width = request.image
     judge.note(
-        f"forecast for batch {request.batch}, {request.images} picture{'s' if request.images > 1 else ''} of "
+        f"forecast for batch {request.batch}, {request.images} image{'s' if request.images > 1 else ''} of "
         f"{height}x{width} ({found.visual_tokens:,} visual + {request.tokens:,} text tokens), {request.optimizer}"
         f"{', gradient checkpointing' if request.gradient_checkpointing else ''}, {request.compute_dtype}"
     )
@@ -158,10 +158,10 @@ def _judge_fit(judge: Judge, found: Forecast, largest: Largest | None) -> None:
 
 def _largest(found: Largest | None) -> str:
     if found is None or found.forecast is None:
-        return "no picture is small enough"
+        return "no image is small enough"
     height, width = found.forecast.request.image
     tokens = found.forecast.visual_tokens // found.forecast.request.images
-    return f"the largest picture of that shape that fits is {height}x{width} ({tokens:,} visual tokens)"
+    return f"the largest image of that shape that fits is {height}x{width} ({tokens:,} visual tokens)"
 
 
 @check(promise=11, needs=("gpu", "forecast"))
@@ -174,14 +174,14 @@ def forecast_agrees(model: Any, batch: Mapping[str, Any], training_batch: Mappin
 
     Every phase must be within 3 % or 64 MiB of the measured peak allocated, whichever is larger: what the forecast
     promises. The peak less what was resident before must be within 10 % or 32 MiB: weights are most of a peak, and by
-    the first limit alone a forecast of the weights would pass at small pictures. Where it would pass all the same (a
+    the first limit alone a forecast of the weights would pass at small images. Where it would pass all the same (a
     tiny model, whose activations are below 32 MiB beside workspaces of libraries that no model decides), nothing is
     proved and so nothing is judged.
 
     Args:
         model: A LoRA model on CUDA.
-        batch: Inputs with pictures, left-padded.
-        training_batch: Inputs with pictures and labels.
+        batch: Inputs with images, left-padded.
+        training_batch: Inputs with images and labels.
         meter: The session's meter.
 
     Raises:

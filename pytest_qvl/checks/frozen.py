@@ -14,8 +14,8 @@ from pytest_qvl.checks.support.teaching import (
     check_labels,
     forward,
     optimizer_of,
-    with_wrong_labels,
     trainable_parameters,
+    with_wrong_labels,
 )
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.wording import some, tally

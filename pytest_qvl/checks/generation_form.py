@@ -49,7 +49,7 @@ def generation_wellformed(
     token within `max_new_tokens`; it does not end in a block of tokens said three times over; it has no run
     of four tokens 0, which is what argmax makes of broken logits ("!!!!" in Qwen's vocabulary,
     huggingface/transformers#33294); it holds no vision token (one that a model generates is a placeholder
-    without a picture in the next turn) and no id beyond the tokenizer's vocabulary (the rows of the embedding
+    without an image in the next turn) and no id beyond the tokenizer's vocabulary (the rows of the embedding
     above it are untrained padding). Random weights do each of these with some probability, so without a
     reference, or with one that has no knowledge, these five are not judged.
 
@@ -82,7 +82,7 @@ def generation_wellformed(
     if judge_finite_logits(judge, parts, named, inputs):
         judge.equal(NOT_FINITE, 0, 0, else_say="")
     if reference is None or not reference.has_knowledge:
-        why = "no reference" if reference is None else f"{reference.source} knows nothing about the pictures"
+        why = "no reference" if reference is None else f"{reference.source} knows nothing about the images"
         judge.note(f"end, loops, vision tokens and ids beyond the vocabulary are not judged: {why}")
         return judge.verdict()
     judged = {sample: reply for sample, reply in replies.items() if reference.probe(sample).said.stopped}

@@ -125,7 +125,7 @@ def generation_cache_invariance(
     _check_dtype(parts, floor)
     inputs = without_labels(batch)
     judge = Judge("generation_cache_invariance", "with and without cache generation follows a plain forward")
-    # A placeholder without a picture would make the plain forward refuse the reply.
+    # A placeholder without an image would make the plain forward refuse the reply.
     generate = partial(
         greedy,
         model,
@@ -147,7 +147,7 @@ def generation_cache_invariance(
         return judge.verdict()
     ways = {
         "with cache": (cached, "look at positions and cache of the decode steps"),
-        "without cache": (uncached, "look at pictures, positions and mask of every step after the first"),
+        "without cache": (uncached, "look at images, positions and mask of every step after the first"),
     }
     for name, (replies, hint) in ways.items():
         apart = LogitsApart()

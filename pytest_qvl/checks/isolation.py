@@ -1,4 +1,4 @@
-"""What a change of one visual token or of one picture moves, and what it must leave alone.
+"""What a change of one visual token or of one image moves, and what it must leave alone.
 
 Two forward passes are compared bitwise. The pair has the same shapes throughout, hence the same kernels
 (4-bit matrix products choose theirs by the number of rows), and neither matrix products nor normalisation mix
@@ -51,12 +51,12 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
 
     Args:
         model: Qwen-VL model, wrapped or not.
-        batch: What the processor returned, any padding side, rows without a picture allowed.
+        batch: What the processor returned, any padding side, rows without an image allowed.
         probes: How many visual tokens to change, at least 1; the first and the last are among them from 2 on.
 
     Raises:
         CheckFailed: Names the changed visual token, and the token that moved although it cannot see it.
-        CannotJudge: No picture in the batch, or the model does not repeat itself bitwise.
+        CannotJudge: No image in the batch, or the model does not repeat itself bitwise.
         ValueError: The batch is malformed, or ``probes`` below 1.
     """
     import torch
@@ -90,30 +90,30 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
 def image_isolation(
     model: Any, processor: Any, samples: Sequence[Sample], *, padding_side: PaddingSide = "left"
 ) -> Evidence:
-    """Changing one picture moves no other picture's visual tokens, no other row, nothing earlier in its row.
+    """Changing one image moves no other image's visual tokens, no other row, nothing earlier in its row.
 
-    Each picture in turn is replaced by its negative (same size, hence the same shapes) and goes through
+    Each image in turn is replaced by its negative (same size, hence the same shapes) and goes through
     processor, vision tower and language backbone; everything is compared bitwise with the unchanged samples.
-    One forward pass per picture, and two more.
+    One forward pass per image, and two more.
 
     Args:
         model: Qwen-VL model, wrapped or not.
         processor: Its processor.
-        samples: At least two, at least one with a picture; text-only ones and several pictures per sample
+        samples: At least two, at least one with an image; text-only ones and several images per sample
             belong in.
         padding_side: Where rows are padded.
 
     Raises:
-        CheckFailed: Names the changed picture, and what moved although it cannot see it.
-        CannotJudge: Fewer than two rows, no picture, or the model does not repeat itself bitwise.
+        CheckFailed: Names the changed image, and what moved although it cannot see it.
+        CannotJudge: Fewer than two rows, no image, or the model does not repeat itself bitwise.
         ValueError: The processor makes a malformed batch.
     """
     import torch
 
-    judge = Judge("image_isolation", "one picture moves no other picture, row or earlier position")
+    judge = Judge("image_isolation", "one image moves no other image, row or earlier position")
     parts = anatomy(model)
     if len(samples) < 2 or not any(sample.images for sample in samples):
-        raise CannotJudge("isolation needs two samples or more, at least one of them with a picture")
+        raise CannotJudge("isolation needs two samples or more, at least one of them with an image")
 
     def batch_of(given: Sequence[Sample]) -> dict[str, Any]:
         return make_batch(processor, given, padding_side=padding_side, device=parts.device)
@@ -134,14 +134,14 @@ def image_isolation(
             pixels.add(what, found, _at_placeholders(parts, inputs, patches) & others)
             embeddings.add(what, found, differs(before.embeddings, after.embeddings) & others)
             outputs.add(what, span.row, span.start, before, after)
-    pixels.hold(judge, "other pictures' patches moved", "it must leave other pictures' pixels alone")
+    pixels.hold(judge, "other images' patches moved", "it must leave other images' pixels alone")
     embeddings.hold(
         judge,
         "other embeddings moved",
-        "it must move its own visual tokens only; does vision attention mix pictures?",
+        "it must move its own visual tokens only; does vision attention mix images?",
     )
     outputs.hold(judge)
-    judge.report("pictures changed", len(found))
+    judge.report("images changed", len(found))
     return judge.verdict()
 
 
@@ -204,7 +204,7 @@ class _Tally:
         self.count += len(places)
 
     def hold(self, judge: Judge, name: str, promise: str) -> None:
-        """Hold the count to 0."""
+        """Judge that no token moved; `promise` ends the sentence otherwise."""
         judge.equal(name, self.count, 0, else_say=f"{self.first}: {promise}")
 
 
@@ -231,7 +231,7 @@ class _Outputs:
         self.earlier.add(what, self.found, moved & same_row)
 
     def hold(self, judge: Judge) -> None:
-        """Hold them to it."""
+        """Judge that nothing moved outside of what each change may move, and that each moved something there."""
         self.earlier.hold(judge, "earlier outputs moved", "it must move no output before it; is attention causal?")
         self.elsewhere.hold(judge, "outputs of other rows moved", "it must move no output of another row")
         if bool(self.packed.any()):

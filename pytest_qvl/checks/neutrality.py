@@ -72,7 +72,7 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
 
     Raises:
         CheckFailed: Logits differ; names the first adapted layer whose output does.
-        CannotJudge: No pictures in any batch, a merged adapter, repacked weights or kernels that do not
+        CannotJudge: No images in any batch, a merged adapter, repacked weights or kernels that do not
             repeat.
         ValueError: The model is not wrapped, or has no adapter.
     """
@@ -84,7 +84,7 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
         raise InputError(no_adapter(parts))
     given = [batches] if isinstance(batches, Mapping) else list(batches)
     if not any("pixel_values" in batch for batch in given):
-        raise CannotJudge("no batch has pictures (pixel_values), so the adapter would only be seen on text")
+        raise CannotJudge("no batch has images (pixel_values), so the adapter would only be seen on text")
     if is_merged(parts):
         raise CannotJudge("the adapter is merged into the base weights, so there is no base model to compare with")
     require_unpacked_weights(parts)

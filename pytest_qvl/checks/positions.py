@@ -44,12 +44,12 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
 
     Args:
         model: Qwen-VL model, wrapped or not.
-        batch: What the processor returned, any padding side, rows without a picture allowed.
+        batch: What the processor returned, any padding side, rows without an image allowed.
         training: Look at a forward in train mode.
 
     Raises:
         CheckFailed: Some id is wrong; names row, token, axis, the id and the right one.
-        CannotJudge: No picture in the batch, or the model bypasses its rotary embedding module.
+        CannotJudge: No image in the batch, or the model bypasses its rotary embedding module.
         ValueError: The batch is malformed, or has ``position_ids`` of another shape.
     """
     judge = Judge("mrope_positions", "M-RoPE ids of a forward equal the papers' definition")
@@ -82,7 +82,7 @@ def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) ->
 
     Raises:
         CheckFailed: Some id is wrong; names the step, row, axis, the id and the right one.
-        CannotJudge: No picture in the batch, or the model bypasses its rotary embedding module.
+        CannotJudge: No image in the batch, or the model bypasses its rotary embedding module.
         ValueError: The batch is malformed, or ``steps`` below 1.
     """
     if steps < 1:
@@ -109,18 +109,18 @@ def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> E
     a text-only prompt after the batch, with different numbers of rows), against the same call with nothing
     left behind. Whether the ids are right at all is for :func:`mrope_positions` and :func:`decode_positions`
     to say. Leaks gave wrong logits up to Transformers 4.48 (huggingface/transformers#36013) and a crash in
-    5.2 and 5.3 (#44873). A decode loop written by hand that passes no mask after a forward with pictures is
+    5.2 and 5.3 (#44873). A decode loop written by hand that passes no mask after a forward with images is
     not judged: it reads the state by design.
 
     Args:
         model: Qwen-VL model, wrapped or not.
-        batch: What the processor returned, with at least one picture.
+        batch: What the processor returned, with at least one image.
         steps: Decode steps to look at in each ``generate()``, at least 1.
 
     Raises:
         CheckFailed: A position depends on an earlier call, or a call crashed after one; names the sequence of
             calls.
-        CannotJudge: No picture in the batch, or the model bypasses its rotary embedding module.
+        CannotJudge: No image in the batch, or the model bypasses its rotary embedding module.
         ValueError: The batch is malformed, or ``steps`` below 1.
     """
     if steps < 1:
@@ -129,10 +129,10 @@ def position_state(model: Any, batch: Mapping[str, Any], *, steps: int = 2) -> E
     parts, inputs = anatomy(model), model_inputs(batch)
     spans(parts, inputs)
     _refuse_packed(inputs)
-    pictures_first = (("pictures", inputs), ("text only", _text_only(parts, inputs)))
+    images_first = (("images", inputs), ("text only", _text_only(parts, inputs)))
     broken = 0
     with preserved(model, training=False):
-        for (earlier, before), (later, after) in (pictures_first, pictures_first[::-1]):
+        for (earlier, before), (later, after) in (images_first, images_first[::-1]):
             for name, call in (("forward", _forward), ("generate()", partial(_generate, steps=steps))):
                 sequence = f"{name} on {later} after generate() on {earlier}"
                 forget_positions(parts)

@@ -1,8 +1,8 @@
-"""Placeholder routing: every picture's visual tokens stand at its own placeholders.
+"""Placeholder routing: every image's visual tokens stand at its own placeholders.
 
 Routing moves numbers without computing with them, so every comparison is bitwise. :mod:`isolation
-<pytest_qvl.checks.isolation>` looks at what a picture moves from there on, :mod:`pairing
-<pytest_qvl.checks.pairing>` at whether it is the right picture.
+<pytest_qvl.checks.isolation>` looks at what an image moves from there on, :mod:`pairing
+<pytest_qvl.checks.pairing>` at whether it is the right image.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @check(promise=5)
 def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
-    """Each picture has as many placeholders as its grid makes visual tokens, neither comes alone.
+    """Each image has as many placeholders as its grid makes visual tokens, neither comes alone.
 
     The grid formula: frames x rows x columns of patches, divided by the square of the merge size (Qwen2-VL,
     arXiv:2409.12191, section 2.1). Reads the batch only; see :func:`validate_batch` for all that is looked
@@ -49,22 +49,22 @@ def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
 
     Raises:
         CheckFailed: Names row, image and tokens, and both numbers.
-        CannotJudge: Neither pictures nor placeholders in the batch, or a video.
+        CannotJudge: Neither images nor placeholders in the batch, or a video.
         ValueError: No two-dimensional ``input_ids``.
     """
-    judge = Judge("placeholder_counts", "placeholders of each picture = visual tokens by the grid formula")
+    judge = Judge("placeholder_counts", "placeholders of each image = visual tokens by the grid formula")
     parts, inputs = anatomy(model), model_inputs(batch)
     placeholders = int((inputs["input_ids"] == parts.image_token_id).sum())
     grids = inputs.get("image_grid_thw")
-    pictures = 0 if grids is None else len(grids)
-    if not placeholders and not pictures and "pixel_values" not in inputs:
-        raise CannotJudge("the batch has no picture; give at least one sample with a picture")
+    images = 0 if grids is None else len(grids)
+    if not placeholders and not images and "pixel_values" not in inputs:
+        raise CannotJudge("the batch has no image; give at least one sample with an image")
     problems = validate_batch(model, batch)
     promised = 0 if grids is None else int(grids.prod(dim=1).sum()) // parts.merge_size**2
     equal = judge.equal("placeholders", placeholders, promised, else_say=problems[0] if problems else "totals differ")
     for problem in problems[0 if equal else 1 :]:
         judge.problem(problem)
-    judge.report("pictures", pictures)
+    judge.report("images", images)
     return judge.verdict()
 
 
@@ -74,16 +74,16 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
 
     One forward pass: what the vision tower put out (cast to the dtype of the embeddings, as the model does)
     against what the language backbone received. All visual tokens of the batch must differ from one another,
-    or a wrong order would look right: a plain picture makes one visual token many times over.
+    or a wrong order would look right: a plain image makes one visual token many times over.
 
     Args:
         model: Qwen-VL model, wrapped or not.
-        batch: What the processor returned, any padding side, rows without a picture allowed.
+        batch: What the processor returned, any padding side, rows without an image allowed.
 
     Raises:
         CheckFailed: Names row and token, and what stands there instead.
-        CannotJudge: No picture in the batch, or visual tokens that equal each other (``sample.noise(seed)``
-            makes pictures whose visual tokens all differ).
+        CannotJudge: No image in the batch, or visual tokens that equal each other (``sample.noise(seed)``
+            makes images whose visual tokens all differ).
         ValueError: The batch is malformed.
     """
     import torch
@@ -111,7 +111,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     if distinct < count:
         raise CannotJudge(
             f"only {distinct} of {count} visual tokens differ from each other in {str(seen.dtype)[6:]}: a "
-            "wrong order could look right; give pictures with more in them, such as sample.noise(seed)"
+            "wrong order could look right; give images with more in them, such as sample.noise(seed)"
         )
     judge.report("visual tokens that differ from each other", distinct)
     wrong = differs(seen, text.masked_scatter(places.unsqueeze(-1), features)) & mask
@@ -160,12 +160,12 @@ def visual_token_order(model: Any, batch: Mapping[str, Any]) -> Evidence:
 
     Args:
         model: Qwen-VL model, wrapped or not.
-        batch: What the processor returned, any padding side, rows without a picture allowed; plain pictures
+        batch: What the processor returned, any padding side, rows without an image allowed; plain images
             do too.
 
     Raises:
         CheckFailed: Names the first visual token in a wrong place, and whose patches it is made of.
-        CannotJudge: No picture in the batch.
+        CannotJudge: No image in the batch.
         ValueError: The batch is malformed.
     """
     import torch
@@ -229,11 +229,11 @@ def malformed_inputs(model: Any, batch: Mapping[str, Any]) -> Evidence:
 
     Args:
         model: Qwen-VL model, wrapped or not.
-        batch: A sound batch with at least one picture of two visual tokens or more.
+        batch: A sound batch with at least one image of two visual tokens or more.
 
     Raises:
         CheckFailed: Names the malformed batch that went through.
-        CannotJudge: No picture in the batch.
+        CannotJudge: No image in the batch.
         ValueError: The batch is malformed already.
     """
     judge = Judge("malformed_inputs", "batches whose placeholders and pixels do not fit are noticed")

@@ -10,7 +10,7 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.descent import Lesson, descent, take_step
 from pytest_qvl.checks.support.lora import SINGULAR_VALUES, layer_of, matrix_of, zero_initialised_matrices
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
-from pytest_qvl.checks.support.teaching import adamw, check_labels, forward, with_wrong_labels, trainable_parameters
+from pytest_qvl.checks.support.teaching import adamw, check_labels, forward, trainable_parameters, with_wrong_labels
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.user_optimizer import judge_optimizer
 from pytest_qvl.checks.support.wording import some, tally
@@ -98,7 +98,7 @@ def training_step(
     Raises:
         CheckFailed: Names the parameter without a path, the gradient that is not finite, the loss that
             stays, or what your optimizer leaves out, leaves where it is or moves uphill.
-        CannotJudge: No pictures, or weights repacked for the CPU.
+        CannotJudge: No images, or weights repacked for the CPU.
         ValueError: No adapter, nothing trainable, no labels, or fewer than two steps.
     """
     import torch

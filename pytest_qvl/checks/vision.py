@@ -36,18 +36,18 @@ PEAKS_SHOWN = 5
 
 @check(promise=7, needs=("knowledge",))
 def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], reference: Reference | None) -> Evidence:
-    """The pictures' features are finite, far from overflow, and those of the full-precision pass.
+    """The images' features are finite, far from overflow, and those of the full-precision pass.
 
-    Four promises, over all pictures of `samples`, through the vision tower alone:
+    Four promises, over all images of `samples`, through the vision tower alone:
 
     *Finite.* Every element of what goes into the merger and what comes out of it; the first module whose
     output is not finite is named.
 
     *Headroom.* No module of the tower puts out more than half of what its dtype can hold. In float16 that is
-    32,752. Activations of the tower's last blocks differ between pictures of one kind by well under a factor
-    of two, so probes that stay below half leave room for pictures that are not among them; the float16
+    32,752. Activations of the tower's last blocks differ between images of one kind by well under a factor
+    of two, so probes that stay below half leave room for images that are not among them; the float16
     overflow of Qwen2.5-VL-3B (one ``down_proj`` of block 31, ggml-org/llama.cpp#17534; its sign is a reply of
-    nothing but "!", huggingface/transformers#33294) exceeds 65,504 on few pictures, but comes near it on
+    nothing but "!", huggingface/transformers#33294) exceeds 65,504 on few images, but comes near it on
     most.
 
     *Windows.* In a family with window attention (Qwen2.5-VL) each vision block attends where the configuration
@@ -81,24 +81,24 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
     Args:
         model: Wrapped or not.
         processor: Its processor.
-        samples: Probes; those without pictures are passed over.
+        samples: Probes; those without images are passed over.
         reference: From :func:`pytest_qvl.checks.support.reference.record_reference`; None judges finiteness and
             headroom only.
 
     Returns:
-        Evidence with the drift at both stages, the peak, and the number of pictures and of attention windows.
+        Evidence with the drift at both stages, the peak, and the number of images and of attention windows.
 
     Raises:
         CheckFailed: A promise is broken.
-        CannotJudge: No sample has a picture, each is a single attention window of a model that has windows, or full
+        CannotJudge: No sample has an image, each is a single attention window of a model that has windows, or full
             precision is not finite on one either.
         ValueError: The reference was recorded for other samples.
     """
     import torch
 
-    pictured = [sample for sample in samples if sample.images]
-    if not pictured:
-        raise CannotJudge("no sample has a picture: there are no visual features to judge")
+    with_images = [sample for sample in samples if sample.images]
+    if not with_images:
+        raise CannotJudge("no sample has an image: there are no visual features to judge")
     parts = anatomy(model)
     judge = Judge("vision_stability", "vision tower and merger keep their features")
     if reference is not None and reference.caveat:
@@ -107,19 +107,19 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
     images: list[Seen] = []
     modules = [*leaves(parts.vision_tower), *parts.blocks]
     with preserved(model, training=False), watched(parts, modules) as peaks:
-        for group in chunks(pictured):
+        for group in chunks(with_images):
             batch = make_batch(processor, group, device=parts.device)
             grids = iter(batch["image_grid_thw"].tolist())
             outputs = iter(tower_output(parts, batch))
             for sample in group:
                 recorded = None if reference is None else reference.probe(sample).tower
-                for picture in range(len(sample.images)):
-                    output, name = next(outputs), f"sample {sample.id!r}, picture {picture}"
-                    images.append(Seen(name, sample.images[picture], tuple(next(grids))))
+                for image in range(len(sample.images)):
+                    output, name = next(outputs), f"sample {sample.id!r}, image {image}"
+                    images.append(Seen(name, sample.images[image], tuple(next(grids))))
                     if not output.finite:
                         broken.append(name)
                     elif recorded is not None:
-                        _compare(seen, output, recorded[picture], name)
+                        _compare(seen, output, recorded[image], name)
     _judge_finite(judge, parts, broken, peaks)
     _judge_headroom(judge, [peak for peak in peaks.listed() if peak.finite])
     undecided = None
@@ -130,7 +130,7 @@ def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], refe
         judge.note("features were not compared with full precision: no reference")
     elif not broken:
         _judge_drift(judge, parts, seen, reference)
-    judge.report("pictures", sum(len(sample.images) for sample in pictured))
+    judge.report("images", sum(len(sample.images) for sample in with_images))
     if undecided and not judge.problems:
         raise CannotJudge(undecided)
     highest = sorted(peaks.listed(), key=lambda peak: -_share(peak))[:PEAKS_SHOWN]
@@ -157,7 +157,7 @@ def _compare(seen: tuple[DriftsSeen, DriftsSeen], output: TowerOutput, recorded:
 
 def _judge_finite(judge: Judge, parts: Parts, broken: list[str], peaks: Peaks) -> None:
     judge.equal(
-        "pictures whose features are not finite",
+        "images whose features are not finite",
         len(broken),
         0,
         else_say=f"visual features are not finite on {', '.join(broken[:3])}" + origin_in(parts, peaks),
@@ -172,7 +172,7 @@ def _judge_headroom(judge: Judge, peaks: list[Peak]) -> None:
         "highest activation / largest number of its dtype",
         _share(top),
         HEADROOM,
-        else_say=f"{top.module} reaches {top.value:.6g} of {top.dtype_max:.6g}: other pictures can overflow "
+        else_say=f"{top.module} reaches {top.value:.6g} of {top.dtype_max:.6g}: other images can overflow "
         "it to infinity; compute this part in bfloat16 or float32",
     )
     largest, half_max = max(peaks, key=lambda peak: peak.value), 65504.0

@@ -1,4 +1,4 @@
-"""The picture matters as much as it did before quantization, or before the adapter."""
+"""The image matters as much as it did before quantization, or before the adapter."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def alignment(
     limits: AlignmentLimits | Literal["usual"] | None = "usual",
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> Evidence:
-    """Right answers stay right, and the picture is why.
+    """Right answers stay right, and the image is why.
 
     *Margins.* A probe's margin under an ablation is how much more probable (nat, summed over the answer's
-    tokens and ``<|im_end|>``, teacher-forced) the right answer is with the true pictures than with blank
-    ones, noise, or pictures for which another answer is right. Under each ablation the mean margin must be at
+    tokens and ``<|im_end|>``, teacher-forced) the right answer is with the true images than with blank
+    ones, noise, or images for which another answer is right. Under each ablation the mean margin must be at
     least 0.9 of the reference's. Probes whose margin in full precision is below one nat are left out there
     and counted: the model guesses them right without looking, and there is nothing to lose. On healthy NF4
-    models the ratio was 0.97 to 1.03 over 45 sets of pictures in three dtypes, so 0.9 lies three times
+    models the ratio was 0.97 to 1.03 over 45 sets of images in three dtypes, so 0.9 lies three times
     further out than anything quantization did.
 
     *Accuracy.* Lost answers less gained ones, on the same probes, may not exceed what chance explains. A
@@ -83,14 +83,14 @@ def alignment(
 
     *Rounding.* The share allowed is never less than rounding can take from a mean margin. Each log-probability in
     it is known to ``2 * q``, with q the noise floor or one step of the largest logit, whichever is more; two of
-    them (true and ablated pictures) stand for each token of the answers. By Hoeffding's inequality the mean over
+    them (true and ablated images) stand for each token of the answers. By Hoeffding's inequality the mean over
     n probes with T tokens in all is off by more than ``4 * q * sqrt(T * log(1 / p)) / n`` with probability p at
     most, for which `false_alarm` stands. It decides for a few probes with small margins only.
 
     *A trained adapter.* One that changes any logit is meant to move margins (one that has become surer of its
-    answers is so over blank pictures too), so these are reported, and judged only against `limits` that the
+    answers is so over blank images too), so these are reported, and judged only against `limits` that the
     caller gives. What must hold anyway is judged: the base, with the adapters off, against the reference as above;
-    and with the adapter on, that right answers are still named and depend on the picture
+    and with the adapter on, that right answers are still named and depend on the image
     (:func:`pytest_qvl.checks.support.trained_adapter.judge_looking`). An adapter that is merged into the weights cannot
     be switched off without changing them, so its base is not judged.
 
@@ -115,18 +115,18 @@ def alignment(
 
     Raises:
         CheckFailed: A limit is exceeded.
-        CannotJudge: The reference does not tell true pictures from useless ones: random weights, or too few
+        CannotJudge: The reference does not tell true images from useless ones: random weights, or too few
             probes.
         ValueError: The reference was recorded for other samples.
     """
     recorded = {sample.id: reference.probe(sample) for sample in samples}
     if not reference.has_knowledge:
         raise CannotJudge(
-            f"the reference ({reference.source}) does not tell true pictures from useless ones on "
+            f"the reference ({reference.source}) does not tell true images from useless ones on "
             f"{len(reference.probes)} probes: it knows nothing about them (random weights?), or fewer than "
-            "fourteen of them have pictures and a clear answer"
+            "fourteen of them have images and a clear answer"
         )
-    judge = Judge("alignment", "pictures matter as much as in the reference")
+    judge = Judge("alignment", "images matter as much as in the reference")
     if reference.caveat:
         judge.note(reference.caveat)
     run = Run(anatomy(model), processor, samples, reference, recorded, max_new_tokens)
@@ -140,7 +140,7 @@ def alignment(
     if limits is None:
         judge.note(f"reported, not judged, against {reference.source}")
     elif not judge.problems and not any(figure.relation for figure in judge.figures):
-        raise CannotJudge(f"none of these {len(samples)} samples decides: {'; '.join(judge.notes)}; give more pictures")
+        raise CannotJudge(f"none of these {len(samples)} samples decides: {'; '.join(judge.notes)}; give more images")
     return judge.verdict(COLUMNS, _rows(_skills(run, now), now.margins))
 
 
@@ -176,7 +176,7 @@ def _judge_trained(judge: Judge, run: Run, limits: AlignmentLimits) -> Measured:
     )
     decisive = decisive_ablation(run.samples, run.reference)
     if decisive is None:
-        judge.note("adapter on: not judged, full precision does not tell swapped pictures from the true ones")
+        judge.note("adapter on: not judged, full precision does not tell swapped images from the true ones")
         return now
     judge_looking(judge, run, now, decisive, limits)
     return now
@@ -189,7 +189,7 @@ def _judge_all(judge: Judge, run: Run, now: Measured, limits: AlignmentLimits | 
         if run.reference.sees(ablation):
             _judge_margins(judge, run, now, limits, ablation=ablation, prefix=prefix)
         else:
-            judge.note(f"{ablation} pictures: not judged, full precision does not tell them from the true ones")
+            judge.note(f"{ablation} images: not judged, full precision does not tell them from the true ones")
     _judge_accuracy(judge, _skills(run, now), limits, run.reference, prefix)
 
 
@@ -214,13 +214,13 @@ def _judge_margins(
     margins = now.margins[ablation]
     counted = [m for m in margins if m.before >= EVIDENCE]
     if not counted:
-        judge.note(f"{ablation} pictures: not judged, none of these samples has a margin of {EVIDENCE:g} nat")
+        judge.note(f"{ablation} images: not judged, none of these samples has a margin of {EVIDENCE:g} nat")
         return
     before = sum(m.before for m in counted) / len(counted)
     mean = sum(m.now for m in counted) / len(counted)
-    judge.report(f"{prefix}mean margin over {ablation} pictures", mean, "nat")
-    judge.report(f"{prefix}probes left out under {ablation} pictures", len(margins) - len(counted))
-    name = f"{prefix}margin over {ablation} pictures / reference"
+    judge.report(f"{prefix}mean margin over {ablation} images", mean, "nat")
+    judge.report(f"{prefix}probes left out under {ablation} images", len(margins) - len(counted))
+    name = f"{prefix}margin over {ablation} images / reference"
     if limits is None:
         judge.report(name, mean / before)
         return
@@ -229,7 +229,7 @@ def _judge_margins(
         name,
         mean / before,
         min(limits.margin_ratio, 1 - margin_noise(run.reference.floor, counted, limits.false_alarm) / before),
-        else_say=f"{prefix}true pictures make the right answer {mean:.3g} nat more probable than {ablation} ones, "
+        else_say=f"{prefix}true images make the right answer {mean:.3g} nat more probable than {ablation} ones, "
         f"where {run.reference.source} makes it {before:.3g}: the model looks less than before (worst: sample "
         f"{worst.sample.id!r}, {worst.now:.3g} of {worst.before:.3g} nat)",
     )

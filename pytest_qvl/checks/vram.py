@@ -57,8 +57,8 @@ def peak_vram(
 
     Args:
         model: A LoRA model on CUDA.
-        batch: Inputs with pictures, left-padded.
-        training_batch: Inputs with pictures and labels.
+        batch: Inputs with images, left-padded.
+        training_batch: Inputs with images and labels.
         meter: The session's meter.
         limit: Bytes that no phase may exceed.
         of: Which number the limit bounds.
@@ -153,8 +153,8 @@ def measure_work(
 
     Args:
         model: A LoRA model.
-        batch: Inputs with pictures, left-padded.
-        training_batch: Inputs with pictures and labels.
+        batch: Inputs with images, left-padded.
+        training_batch: Inputs with images and labels.
         meter: The session's meter.
         timed: Do the work again, as phases ``"NAME, again"`` of their own: a first call loads kernels. Where something
             was compiled on the way, once more. The seconds are those of the last time, the numbers the highest of

@@ -585,7 +585,7 @@ def test_kernels_that_do_not_repeat_cannot_be_judged(fresh_model: Any, batch: An
 
 def test_what_neutrality_cannot_judge(fresh_model: Any, lora_model: Any, processor: Any, batch: Any) -> None:
     text = make_batch(processor, [s for s in scenes(seed=1, per_skill=1) if not s.images])
-    with pytest.raises(CannotJudge, match="no batch has pictures"):
+    with pytest.raises(CannotJudge, match="no batch has images"):
         adapter_neutrality(lora_model, text)
     with pytest.raises(ValueError, match="carries no adapter"):
         adapter_neutrality(fresh_model(), batch)

@@ -56,9 +56,9 @@ def test_nf4_with_a_fresh_adapter(lora_model: Any, processor: Any, reference: Re
     evidence = alignment(lora_model, processor, SAMPLES, reference)
     assert figure(evidence, "right answers") >= 0.95 * len(SAMPLES)
     for ablation in ("blank", "noise", "swapped"):
-        assert 0.95 < figure(evidence, f"margin over {ablation} pictures / reference") < 1.05
+        assert 0.95 < figure(evidence, f"margin over {ablation} images / reference") < 1.05
     # text-only probes have no margin, and a healthy model guesses some answers without looking
-    assert figure(evidence, "probes left out under blank pictures") < 0.4 * len(SAMPLES)
+    assert figure(evidence, "probes left out under blank images") < 0.4 * len(SAMPLES)
     assert 0 < figure(evidence, "mean KL divergence at answer tokens") < 0.01
     assert figure(evidence, "same most probable token") > 0.97
     assert evidence.table is not None
@@ -67,7 +67,7 @@ def test_nf4_with_a_fresh_adapter(lora_model: Any, processor: Any, reference: Re
 
 def test_full_precision_against_itself_is_exact(full: Any, processor: Any, reference: Reference) -> None:
     evidence = alignment(full, processor, SAMPLES, reference)
-    assert figure(evidence, "margin over swapped pictures / reference") == 1
+    assert figure(evidence, "margin over swapped images / reference") == 1
     assert figure(evidence, "mean KL divergence at answer tokens") == pytest.approx(0, abs=1e-6)
     assert figure(evidence, "answers lost less gained") == 0
 
@@ -75,7 +75,7 @@ def test_full_precision_against_itself_is_exact(full: Any, processor: Any, refer
 def test_pictures_without_content(base: Any, processor: Any, reference: Reference) -> None:
     with features_replaced(anatomy(base), torch.zeros_like):
         said = fails(base, processor, reference)
-    assert said.startswith("true pictures make the right answer 0 nat more probable than blank ones, where full ")
+    assert said.startswith("true images make the right answer 0 nat more probable than blank ones, where full ")
     assert "(worst: sample '" in said
     assert "(text-only control: 7 of 7 right, 7 before)" in said
     assert "lost, for instance, samples " in said
@@ -90,7 +90,7 @@ def test_weaker_features(base: Any, processor: Any, reference: Reference) -> Non
     with features_replaced(anatomy(base), washed_out):
         said = fails(base, processor, reference)
     assert "the model looks less than before" in said
-    assert "[margin over swapped pictures / reference 0." in said
+    assert "[margin over swapped images / reference 0." in said
 
 
 def test_pictures_exchanged_within_a_prompt(base: Any, processor: Any, reference: Reference) -> None:
@@ -148,10 +148,10 @@ def test_an_adapter_trained_on_right_answers(fresh_model: Any, processor: Any, r
     """Sure of itself over blank pictures too, which is no damage: all answers are right and follow the picture."""
     model = train(fresh_model(lora=True), processor, LESSONS, 12, 2e-3)
     evidence = alignment(model, processor, SAMPLES, reference, max_new_tokens=SHORT)
-    assert figure(evidence, "adapter on: margin over noise pictures / reference") < 0.9
+    assert figure(evidence, "adapter on: margin over noise images / reference") < 0.9
     assert figure(evidence, "adapter on: right answers") >= 0.95 * len(SAMPLES)
-    assert figure(evidence, "adapter on: replies that change with swapped pictures") >= 0.9 * 28
-    assert figure(evidence, "adapter off: margin over noise pictures / reference") > 0.95
+    assert figure(evidence, "adapter on: replies that change with swapped images") >= 0.9 * 28
+    assert figure(evidence, "adapter off: margin over noise images / reference") > 0.95
     assert any("judged only against limits of your own" in note for note in evidence.notes)
     with pytest.raises(CheckFailed, match="the model looks less than before"):
         alignment(model, processor, SAMPLES, reference, limits=AlignmentLimits(), max_new_tokens=SHORT)
@@ -180,14 +180,14 @@ def test_a_base_that_is_damaged_under_a_trained_adapter(
     assert alignment(lightly_trained, processor, SAMPLES, reference, max_new_tokens=SHORT).ok
     with features_replaced(anatomy(lightly_trained), lambda features: 0.2 * features + 0.8 * features.mean(dim=0)):
         said = fails(lightly_trained, processor, reference)
-    assert said.startswith("adapter off: true pictures make the right answer ")
-    assert "[adapter off: margin over swapped pictures / reference 0." in said
+    assert said.startswith("adapter off: true images make the right answer ")
+    assert "[adapter off: margin over swapped images / reference 0." in said
 
 
 def test_a_trained_adapter_with_too_few_probes(lightly_trained: Any, processor: Any, reference: Reference) -> None:
     evidence = alignment(lightly_trained, processor, SAMPLES[:7], reference, max_new_tokens=SHORT)
     [note] = [note for note in evidence.notes if note.startswith("adapter on: not judged, ")]
-    assert "probes that need the picture in full precision are too few to tell a model that looks" in note
+    assert "probes that need the image in full precision are too few to tell a model that looks" in note
 
 
 def test_an_adapter_that_is_not_finite(fresh_model: Any, processor: Any, reference: Reference) -> None:

@@ -73,7 +73,7 @@ def test_a_model_that_does_not_fit_says_where_by_how_much_and_what_does() -> Non
         forecast_fits_card("embedded", NF4, LORA, small, image=(700, 700), batch=4, generate=0)
     said = re.search(
         r"embedded does not fit Small: out of memory in 'prefill', (\d+) MiB more than it has would be reserved; "
-        r"the largest picture of that shape that fits is \d+x\d+ \(\d+ visual tokens\) "
+        r"the largest image of that shape that fits is \d+x\d+ \(\d+ visual tokens\) "
         r"\[forecast for Small (0\.\d+) GiB \(<= 0\.1465 GiB\)\]",
         str(caught.value),
     )
@@ -87,7 +87,7 @@ def test_the_users_own_pictures_are_what_is_forecast() -> None:
     samples = suite_samples()
     evidence = forecast_fits_card("embedded", NF4, LORA, "l4", samples=samples, generate=0)
     most = max(len(sample.images) for sample in samples)
-    assert any(f"{most} pictures of " in note and "bfloat16" in note for note in evidence.notes)
+    assert any(f"{most} images of " in note and "bfloat16" in note for note in evidence.notes)
 
 
 @pytest.mark.parametrize(

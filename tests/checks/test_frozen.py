@@ -334,7 +334,7 @@ def test_vision_features_are_compared_themselves(fresh_model: Any, batch: Any) -
 
 def test_inputs_that_cannot_decide(fresh_model: Any, lora_model: Any, processor: Any, batch: Any) -> None:
     text = make_batch(processor, [s for s in scenes(seed=1, per_skill=1) if not s.images], answers=True)
-    with pytest.raises(CannotJudge, match="no batch has pictures"):
+    with pytest.raises(CannotJudge, match="no batch has images"):
         frozen_vision(lora_model, text)
     with pytest.raises(ValueError, match="needs labels"):
         frozen_vision(lora_model, {k: v for k, v in batch.items() if k != "labels"})

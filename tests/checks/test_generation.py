@@ -88,7 +88,7 @@ def test_random_weights_are_judged_where_they_can_be(
     assert figure(generation_batch_invariance(model, processor, ONE_EACH, recorded), "alone against batch") > 0
     generation_cache_invariance(model, batch, recorded)
     evidence = generation_wellformed(model, processor, ONE_EACH, recorded, max_new_tokens=16)
-    assert any("knows nothing about the pictures" in note for note in evidence.notes)
+    assert any("knows nothing about the images" in note for note in evidence.notes)
     assert not any(f.name == "replies without an end" for f in evidence.figures)
 
 
@@ -260,7 +260,7 @@ def test_pictures_lost_after_the_first_step_without_cache(
     model.prepare_inputs_for_generation = forgetful
     said = fails(generation_cache_invariance, model, batch, reference, max_new_tokens=3)
     assert said.startswith("generation without cache against plain forward: logits differ by")
-    assert "look at pictures, positions and mask of every step after the first" in said
+    assert "look at images, positions and mask of every step after the first" in said
 
 
 def test_not_finite_logits_are_traced_to_their_module(fresh_model: Any, processor: Any, reference: Reference) -> None:

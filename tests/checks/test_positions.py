@@ -415,7 +415,7 @@ def test_positions_from_an_earlier_call(model: Any, processor: Any, monkeypatch:
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(parts.core, "forward", trusting)
-    message = r"forward on pictures after generate\(\) on text only: row 0, token \d+ .*plain 1-D"
+    message = r"forward on images after generate\(\) on text only: row 0, token \d+ .*plain 1-D"
     with pytest.raises(CheckFailed, match=message):
         position_state(model, batch_of(processor))
 
@@ -432,7 +432,7 @@ def test_a_crash_on_state_of_another_batch_size(model: Any, processor: Any, monk
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(parts.core, "forward", trusting)
-    with pytest.raises(CheckFailed, match=r"forward on text only after generate\(\) on pictures crashed: The size"):
+    with pytest.raises(CheckFailed, match=r"forward on text only after generate\(\) on images crashed: The size"):
         position_state(model, batch_of(processor))
 
 
@@ -455,7 +455,7 @@ def test_positions_of_no_row_are_named_even_where_nothing_crashes(
 
     forward = rotary.forward  # some kernels multiply matrices without rows, and the forward goes through
     monkeypatch.setattr(rotary, "forward", lambda hidden, position_ids: forward(hidden, right.pop()))
-    says = r"forward on text only after generate\(\) on pictures: prompt: .* position ids of shape \(3, 0, \d+\), should be \(3, 1, "
+    says = r"forward on text only after generate\(\) on images: prompt: .* position ids of shape \(3, 0, \d+\), should be \(3, 1, "
     hook = parts.core.register_forward_pre_hook(note)
     with positions_changed(parts, emptied), pytest.raises(CheckFailed, match=says) as failed:
         position_state(model, batch_of(processor))
@@ -476,7 +476,7 @@ def test_a_tap_sees_how_much_is_in_the_cache(model: Any, processor: Any) -> None
 
 @pytest.mark.parametrize("check", [mrope_positions, decode_positions, position_state])
 def test_malformed_and_undecidable_batches(model: Any, processor: Any, check: Any) -> None:
-    with pytest.raises(CannotJudge, match="no picture"):
+    with pytest.raises(CannotJudge, match="no image"):
         check(model, make_batch(processor, scenes(0, 1, ("text",))))
     batch = batch_of(processor)
     with pytest.raises(ValueError, match=r"malformed: .* no pixel_values"):

@@ -110,7 +110,7 @@ def test_rendered_scenes(model: Any, processor: Any, seed: int) -> None:
 
 
 def test_figures_count_what_was_looked_at(model: Any, processor: Any, batch: Batch) -> None:
-    assert figures(placeholder_counts(model, batch)) == {"placeholders": sum(VISUAL), "pictures": 6}
+    assert figures(placeholder_counts(model, batch)) == {"placeholders": sum(VISUAL), "images": 6}
     assert figures(feature_scatter(model, batch))["visual tokens that differ from each other"] == sum(VISUAL)
     assert figures(visual_token_order(model, batch))["runs of the vision tower"] == 2 * 6 + 1
     assert figures(causality(model, batch, probes=4))["visual tokens changed"] == 4
@@ -321,7 +321,7 @@ def test_vision_attention_across_pictures(model: Any, processor: Any) -> None:
         with pytest.raises(
             CheckFailed,
             match=r"changing row 0, image 0 \(sample 'two'\) moved row 0, token \d+ "
-            r"\(image 1, visual token 0\): .*does vision attention mix pictures",
+            r"\(image 1, visual token 0\): .*does vision attention mix images",
         ):
             image_isolation(model, processor, SAMPLES)
     finally:
@@ -732,7 +732,7 @@ def test_positions_of_the_collators_own(model: Any, processor: Any, side: str) -
 
 @pytest.mark.parametrize("check", BATCH_CHECKS)
 def test_batches_without_pictures_or_with_a_video(model: Any, processor: Any, check: Any) -> None:
-    with pytest.raises(CannotJudge, match="no picture"):
+    with pytest.raises(CannotJudge, match="no image"):
         check(model, make_batch(processor, [SAMPLES[1]]))
     with pytest.raises(CannotJudge, match="holds a video"):
         check(model, {**make_batch(processor, SAMPLES), "pixel_values_videos": torch.zeros(4, 1176)})

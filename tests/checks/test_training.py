@@ -437,7 +437,7 @@ def test_weights_come_back_after_a_failure(fresh_model: Any, batch: Any) -> None
 
 def test_wrong_arguments_of_the_step(fresh_model: Any, lora_model: Any, processor: Any, batch: Any) -> None:
     text = make_batch(processor, [s for s in scenes(seed=1, per_skill=1) if not s.images], answers=True)
-    with pytest.raises(CannotJudge, match="no batch has pictures"):
+    with pytest.raises(CannotJudge, match="no batch has images"):
         step(lora_model, text)
     with pytest.raises(ValueError, match="steps_to_halve must be at least 2, got 1"):
         step(lora_model, batch, steps_to_halve=1)
@@ -498,7 +498,7 @@ def test_a_tower_that_is_trained_on_purpose(fresh_model: Any, processor: Any, ba
     with pytest.raises(CannotJudge, match="not frozen: 44 of its tensors require grad"):
         vision_not_backpropagated(model, batch, gradient_checkpointing=False)
     text = make_batch(processor, [s for s in scenes(seed=1, per_skill=1) if not s.images])
-    with pytest.raises(CannotJudge, match="no pictures"):
+    with pytest.raises(CannotJudge, match="no images"):
         vision_not_backpropagated(fresh_model(), text, gradient_checkpointing=False)
 
 

@@ -49,7 +49,7 @@ def test_kept_16bit_tower_is_bitwise_the_full_precision_one(
 ) -> None:
     evidence = vision_stability(fresh_model(dtype=dtype, lora=True), processor, SAMPLES, references[dtype])
     assert all(figure(evidence, name) == 0 for name in DRIFTS)
-    assert figure(evidence, "pictures") == sum(len(s.images) for s in SAMPLES)
+    assert figure(evidence, "images") == sum(len(s.images) for s in SAMPLES)
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "float16", "float32"])
@@ -103,7 +103,7 @@ def test_one_changed_visual_token(fresh_model: Any, processor: Any, references: 
 
     with features_replaced(anatomy(model), change):
         said = failure(model, processor, references["bfloat16"], [sample])
-    assert f"sample {sample.id!r}, picture 0, row 5" in said
+    assert f"sample {sample.id!r}, image 0, row 5" in said
     assert "[drift merger output, worst row 0." in said
     assert "rms" not in said
 
@@ -135,7 +135,7 @@ def test_headroom_in_float16_and_a_note_in_bfloat16(fresh_model: Any, processor:
 
 def test_inputs_that_cannot_decide(fresh_model: Any, processor: Any, references: dict[str, Reference]) -> None:
     model, reference = fresh_model(), references["bfloat16"]
-    with pytest.raises(CannotJudge, match="no sample has a picture"):
+    with pytest.raises(CannotJudge, match="no sample has an image"):
         vision_stability(model, processor, [s for s in SAMPLES if not s.images], reference)
     with pytest.raises(ValueError, match="holds no sample"):
         vision_stability(model, processor, scenes(seed=6, per_skill=1), reference)

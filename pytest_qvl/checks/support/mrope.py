@@ -45,8 +45,8 @@ def mrope_oracle(
     """M-RoPE position ids, token by token, from the papers' definition and from nothing else.
 
     - Text: the same id on all three axes, growing by one per token.
-    - Picture: one temporal id for all its visual tokens; height and width ids are the token's row and column.
-    - Video: as a picture, with the temporal id growing per temporal patch: by one (Qwen2-VL), or with
+    - Image: one temporal id for all its visual tokens; height and width ids are the token's row and column.
+    - Video: as an image, with the temporal id growing per temporal patch: by one (Qwen2-VL), or with
       absolute time, by ``seconds_per_grid * tokens_per_second``, rounded down each time (Qwen2.5-VL).
     - Each modality starts at the largest id before it, on any axis, plus one.
 
@@ -56,7 +56,7 @@ def mrope_oracle(
     Args:
         input_ids: ``(rows, length)`` int64, placeholders expanded.
         attention_mask: ``(rows, length)``, 0 on padding, which has no position; None for no padding.
-        grids: ``(pictures, 3)``: frames, rows, columns in patches, for the pictures of all rows in reading
+        grids: ``(images, 3)``: frames, rows, columns in patches, for the images of all rows in reading
             order.
         ids: The placeholders.
         merge_size: Patches per visual token along each side.

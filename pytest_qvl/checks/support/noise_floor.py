@@ -87,7 +87,7 @@ class NoiseFloor:
         output is moved too it is two steps at least.
 
         The cap: a logit that moves by one nat changes the odds of its token by a factor of e, which is the
-        least that a picture must do to count as evidence in :func:`pytest_qvl.checks.alignment`. Arithmetic
+        least that an image must do to count as evidence in :func:`pytest_qvl.checks.alignment`. Arithmetic
         that does as much on its own is not noise, whatever the floor. Only where logits are so large that
         their dtype itself cannot hold them to a quarter of a nat (beyond 64 in bfloat16: random weights, not
         trained ones) the cap is four of that dtype's steps.

@@ -31,7 +31,7 @@ def origin_of_not_finite(parts: Parts, run: Callable[[], Any]) -> str:
 
 
 def origin_in(parts: Parts, peaks: Peaks) -> str:
-    """The same from what was watched already."""
+    """As :func:`origin_of_not_finite`, from what was watched already and without another run."""
     origin = first_not_finite(peaks)
     return "" if origin is None else f"; this begins at {origin.module}, {_why(parts, origin)}"
 

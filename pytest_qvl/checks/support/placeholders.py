@@ -1,4 +1,4 @@
-"""Where the pictures of a batch sit among its tokens, and whether batch and pictures agree at all."""
+"""Where the images of a batch sit among its tokens, and whether batch and images agree at all."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Grid = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Span:
-    """The placeholders of one picture.
+    """The placeholders of one image.
 
     Attributes:
-        image: Number of the picture in the batch (its row of ``image_grid_thw``).
+        image: Number of the image in the batch (its row of ``image_grid_thw``).
         row: Batch row.
-        in_row: Number of the picture within its row.
+        in_row: Number of the image within its row.
         start: Token index of its first placeholder, padding counted.
         length: Number of placeholders, which is its number of visual tokens.
         first: Number of its first visual token within the batch.
@@ -90,7 +90,7 @@ def attended(inputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def visual_tokens(grid: Sequence[int], merge_size: int) -> int:
-    """Visual tokens of one picture: frames x rows x columns of patches, merged both ways."""
+    """Visual tokens of one image: frames x rows x columns of patches, merged both ways."""
     frames, rows, columns = grid
     return frames * (rows // merge_size) * (columns // merge_size)
 
@@ -101,10 +101,10 @@ def show_grid(grid: Sequence[int]) -> str:
 
 
 def validate_batch(model: Any, batch: Mapping[str, Any]) -> list[str]:
-    """What is wrong between the placeholders and the pictures of a batch, found without running the model.
+    """What is wrong between the placeholders and the images of a batch, found without running the model.
 
     Transformers notices only a wrong total, and nothing at all where ``pixel_values`` are missing or where
-    ``TRANSFORMERS_DISABLE_TORCH_CHECK=1`` is set. Here each picture's run of placeholders is held to its own
+    ``TRANSFORMERS_DISABLE_TORCH_CHECK=1`` is set. Here each image's run of placeholders is held to its own
     grid.
 
     Args:
@@ -122,17 +122,17 @@ def validate_batch(model: Any, batch: Mapping[str, Any]) -> list[str]:
 
 
 def spans(parts: Parts, batch: Mapping[str, Any]) -> list[Span]:
-    """The placeholders of each picture, in the order of the pictures.
+    """The placeholders of each image, in the order of the images.
 
     Raises:
         ValueError: The batch is malformed; :func:`validate_batch` lists everything that is wrong.
-        CannotJudge: The batch holds a video or no picture.
+        CannotJudge: The batch holds a video or no image.
     """
     found, problems = _match(parts, batch)
     if problems:
         raise InputError(f"the batch is malformed: {problems[0]}")
     if not found:
-        raise CannotJudge("the batch has no picture; give at least one sample with a picture")
+        raise CannotJudge("the batch has no image; give at least one sample with an image")
     return found
 
 
@@ -149,14 +149,14 @@ def describe_visual(found: Sequence[Span], visual: int) -> str:
     for span in found:
         if span.first <= visual < span.first + span.length:
             return f"visual token {visual - span.first} of {span}"
-    return f"visual token {visual}, which belongs to no picture"
+    return f"visual token {visual}, which belongs to no image"
 
 
 def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str]]:
     model_inputs(batch)
     ids = batch["input_ids"].cpu()
     if batch.get("pixel_values_videos") is not None or bool((ids == parts.video_token_id).any()):
-        raise CannotJudge("routing is judged for pictures; the batch holds a video")
+        raise CannotJudge("routing is judged for images; the batch holds a video")
     problems = [
         f"{name} has shape {tuple(batch[name].shape)}, input_ids {tuple(ids.shape)}: cut and pad together"
         for name in ALIGNED
@@ -264,7 +264,7 @@ def _pixel_problems(pixels: torch.Tensor, grids: Sequence[Grid], merge_size: int
 def _assign(
     runs: Sequence[tuple[int, int, int]], grids: Sequence[Grid], merge_size: int
 ) -> tuple[list[Span], list[str]]:
-    """Deal the pictures out to the runs in order; a run may hold several pictures that fit it exactly."""
+    """Deal the images out to the runs in order; a run may hold several images that fit it exactly."""
     sizes = [visual_tokens(grid, merge_size) for grid in grids]
     placeholders = sum(length for _, _, length in runs)
     totals = f"the batch has {placeholders} placeholders for {sum(sizes)} visual tokens"
@@ -277,7 +277,7 @@ def _assign(
         row_before, start = row, token
         tokens = f"row {row}, image {in_row}, tokens {start} to {start + length - 1}"
         if image == len(sizes):
-            problems.append(f"{tokens}: {length} placeholders but no picture is left for them; {totals}")
+            problems.append(f"{tokens}: {length} placeholders but no image is left for them; {totals}")
             continue
         fitting = _fitting(sizes[image:], length)
         if not fitting:
@@ -302,7 +302,7 @@ def _expanded_again(length: int, size: int) -> str:
 
 
 def _fitting(sizes: Sequence[int], length: int) -> int:
-    """How many of the next pictures fill a run exactly; 0 if none do."""
+    """How many of the next images fill a run exactly; 0 if none do."""
     for count in range(1, len(sizes) + 1):
         if sum(sizes[:count]) >= length:
             return count if sum(sizes[:count]) == length else 0

@@ -73,7 +73,7 @@ class Drift:
         self.same_top += int((logprobs.argmax(-1) == ids[:, 0]).sum())
 
     def report(self, judge: Judge) -> None:
-        """Add the figures."""
+        """Add the mean divergence (nat) and the share of equal most probable tokens to the evidence."""
         count = len(self.divergences)
         judge.report("mean KL divergence at answer tokens", sum(self.divergences) / count, "nat")
         judge.report("same most probable token", self.same_top / count)
@@ -108,7 +108,7 @@ class Measured:
 
     Attributes:
         margins: Per ablation, of the probes that have it.
-        replies: By sample id, over the true pictures.
+        replies: By sample id, over the true images.
         said: How these went.
         drift: Divergence from the recorded distributions.
         broken: Probes with an answer whose probability is not finite.

@@ -34,12 +34,12 @@ class Probe:
     """What was recorded of one sample.
 
     Attributes:
-        digest: Of question, answer and pictures, so that a reference is never held against other samples.
-        totals: Log-probability of the right answer (nat) with the ``"true"`` pictures and under each
+        digest: Of question, answer and images, so that a reference is never held against other samples.
+        totals: Log-probability of the right answer (nat) with the ``"true"`` images and under each
             ablation.
         top_ids: ``(answer tokens, k)`` int64, the most probable tokens at each answer position.
         top_logprobs: ``(answer tokens, k)`` float32, their log-probabilities.
-        tower: For each picture, what its rows look like before and after the merger.
+        tower: For each image, what its rows look like before and after the merger.
         said: How the generated reply went; neither right nor stopped where the model has no knowledge.
     """
 
@@ -51,7 +51,7 @@ class Probe:
     said: Said
 
     def margin(self, ablation: str) -> float | None:
-        """How much more probable (nat) the right answer is with the true pictures than with ablated ones."""
+        """How much more probable (nat) the right answer is with the true images than with ablated ones."""
         return self.totals["true"] - self.totals[ablation] if ablation in self.totals else None
 
 
@@ -80,7 +80,7 @@ class Reference:
         """What was recorded of `sample`.
 
         Raises:
-            ValueError: It was not recorded, or its question, answer or pictures were others.
+            ValueError: It was not recorded, or its question, answer or images were others.
         """
         probe = self.probes.get(sample.id)
         if probe is None:
@@ -88,12 +88,12 @@ class Reference:
         if probe.digest != digest(sample):
             raise InputError(
                 f"sample {sample.id!r} is not the one the reference was recorded for (question, answer or "
-                "pictures differ): record the reference again"
+                "images differ): record the reference again"
             )
         return probe
 
     def sees(self, ablation: str) -> bool:
-        """Whether the true pictures speak for the right answer, against the ablated ones, beyond chance.
+        """Whether the true images speak for the right answer, against the ablated ones, beyond chance.
 
         Among the probes whose answer moves by a nat or more, those that move the right way must be more than
         a fair coin gives in one of 10,000 runs: fourteen of fourteen, for instance.
@@ -103,10 +103,10 @@ class Reference:
 
     @property
     def has_knowledge(self) -> bool:
-        """Whether the recorded model draws right answers from pictures at all.
+        """Whether the recorded model draws right answers from images at all.
 
-        Random weights are moved by pictures too. Swapped pictures look like the true ones to a model that
-        knows nothing, so there its answers move either way alike; blank and noisy pictures look different
+        Random weights are moved by images too. Swapped images look like the true ones to a model that
+        knows nothing, so there its answers move either way alike; blank and noisy images look different
         from all true ones, and may push all its answers one way. So the swapped ones decide where there are
         any.
         """
@@ -116,7 +116,7 @@ class Reference:
 
 
 def digest(sample: Sample) -> int:
-    """CRC-32 of a sample's question, answer and pictures, the swapped ones included."""
+    """CRC-32 of a sample's question, answer and images, the swapped ones included."""
     value = zlib.crc32(f"{sample.question}\0{sample.answer}".encode())
     for image in (*sample.images, *(sample.swapped or ())):
         value = zlib.crc32(f"{image.mode}{image.size}".encode() + image.tobytes(), value)
@@ -133,9 +133,9 @@ def record_reference(
 ) -> Reference:
     """Record what a full-precision model makes of the samples, so that it can be freed afterwards.
 
-    Recorded per sample: log-probability of the right answer with the true, blank, noisy and swapped pictures,
+    Recorded per sample: log-probability of the right answer with the true, blank, noisy and swapped images,
     the most probable tokens at each answer position, whether the generated reply is right and ends by itself,
-    and up to 32 rows per picture before and after the merger. Recorded once: the noise floor
+    and up to 32 rows per image before and after the merger. Recorded once: the noise floor
     (:func:`noise_floor`) and how the vision tower answers to rounding.
 
     Args:
@@ -187,13 +187,13 @@ def _vision_dtype(parts: Parts) -> torch.dtype:
     return coarsest_dtype(parts, TOWER)
 
 
-def _probes(scored: Scored, pictures: list[TowerOutput]) -> dict[str, Probe]:
+def _probes(scored: Scored, images: list[TowerOutput]) -> dict[str, Probe]:
     import torch
 
     logits = scored.true.logits
     logprobs, ids = logits.log_softmax(-1).topk(min(TOP, logits.shape[-1]), dim=-1)
     rows = torch.tensor(scored.true.rows, device=logits.device)
-    found, remaining = {}, iter(pictures)
+    found, remaining = {}, iter(images)
     for row, sample in enumerate(scored.samples):
         tower = tuple(next(remaining) for _ in sample.images)
         own = rows == row

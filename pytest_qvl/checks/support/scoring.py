@@ -53,9 +53,9 @@ class Scored:
 
     Attributes:
         samples: The probes, one per row.
-        batch: Left-padded inputs with answers and `labels`, true pictures.
-        true: Answer logits over the true pictures.
-        totals: For each row, log-probability of the right answer (nat) with the ``"true"`` pictures and under
+        batch: Left-padded inputs with answers and `labels`, true images.
+        true: Answer logits over the true images.
+        totals: For each row, log-probability of the right answer (nat) with the ``"true"`` images and under
             each ablation that the probe has.
     """
 
@@ -97,7 +97,7 @@ def _pixels(sample: Sample) -> int:
 
 
 def ablated(sample: Sample, ablation: str) -> Sample | None:
-    """The probe with its pictures made useless, its right answer kept; None where that does not exist."""
+    """The probe with its images made useless, its right answer kept; None where that does not exist."""
     if not sample.images:
         return None
     if ablation == "blank":
@@ -133,7 +133,7 @@ def answer_logits(parts: Parts, batch: dict[str, torch.Tensor]) -> AnswerLogits:
 
 
 def score(parts: Parts, processor: Any, samples: Sequence[Sample]) -> Iterator[Scored]:
-    """Score every probe with its true pictures and under each ablation. The caller has set eval mode."""
+    """Score every probe with its true images and under each ablation. The caller has set eval mode."""
     for group in chunks(samples):
         batch = make_batch(processor, group, answers=True, device=parts.device)
         true = answer_logits(parts, batch)

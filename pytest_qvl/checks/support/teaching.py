@@ -82,19 +82,19 @@ def trainable_parameters(parts: Parts) -> dict[str, nn.Parameter]:
 
 
 def check_labels(parts: Parts, batches: list[Batch]) -> None:
-    """Refuse batches that cannot teach anything about pictures, or are malformed.
+    """Refuse batches that cannot teach anything about images, or are malformed.
 
     Raises:
         ValueError: No batch, or one without labels or without a supervised token, or whose pixels and placeholders
             do not fit (:func:`pytest_qvl.checks.support.placeholders.validate_batch`).
-        CannotJudge: No batch has pictures.
+        CannotJudge: No batch has images.
     """
     if not batches or any("labels" not in batch for batch in batches):
         raise InputError(f"training is judged on batches with labels: {NO_LABELS}")
     if any(bool((batch["labels"][:, 1:] == IGNORED).all()) for batch in batches):
         raise InputError("a batch has no supervised token: all of its labels are -100")
     if not any("pixel_values" in batch for batch in batches):
-        raise CannotJudge("no batch has pictures (pixel_values), so training would never touch the vision tower")
+        raise CannotJudge("no batch has images (pixel_values), so training would never touch the vision tower")
     problems = [problem for batch in batches for problem in validate_batch(parts.wrapped, batch)]
     if problems:
         raise InputError(f"the batch is malformed: {problems[0]}")

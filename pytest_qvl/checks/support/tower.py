@@ -26,13 +26,13 @@ TOWER: tuple[Group, ...] = ("vision", "merger")
 
 @dataclass(frozen=True)
 class TowerOutput:
-    """Rows of one picture, on the CPU, in the dtype the tower computed.
+    """Rows of one image, on the CPU, in the dtype the tower computed.
 
     Attributes:
         patches: ``(rows, vision hidden)``, what goes into the merger; at most 32 rows, evenly spaced.
         visual_tokens: ``(rows, language hidden)``, what comes out of it; at most 32 rows, evenly spaced.
         rows: Which patches and which visual tokens these are, counted from 0.
-        finite: Whether every element of the whole picture was finite at both places.
+        finite: Whether every element of the whole image was finite at both places.
     """
 
     patches: torch.Tensor
@@ -49,7 +49,7 @@ def kept_rows(count: int) -> list[int]:
 
 
 def tower_output(parts: Parts, batch: dict[str, torch.Tensor]) -> list[TowerOutput]:
-    """Run the vision tower alone on a batch's pictures and keep rows of each, in the batch's order."""
+    """Run the vision tower alone on a batch's images and keep rows of each, in the batch's order."""
     import torch
 
     if "pixel_values" not in batch:
@@ -73,7 +73,7 @@ def tower_output(parts: Parts, batch: dict[str, torch.Tensor]) -> list[TowerOutp
         for handle in handles:
             handle.remove()
     counts = batch["image_grid_thw"].prod(dim=1).tolist()
-    # Window attention permutes patches, but only inside a picture.
+    # Window attention permutes patches, but only inside an image.
     patches = torch.split(seen["patches"].flatten(0, -2), counts)
     tokens = torch.split(seen["tokens"], [count // parts.merge_size**2 for count in counts])
     return [_kept(p, t) for p, t in zip(patches, tokens, strict=True)]
@@ -97,7 +97,7 @@ def row_drift(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far the rows of many pictures moved at one stage, relative to their own length.
+    """How far the rows of many images moved at one stage, relative to their own length.
 
     Attributes:
         rms: Root mean square over rows.
@@ -114,7 +114,7 @@ def ulp_response(parts: Parts, processor: Any, samples: Sequence[Sample]) -> tup
     See :func:`pytest_qvl.checks.support.rounding.last_place_noise`.
 
     Returns:
-        The drift before and after the merger over all pictures; zero without pictures.
+        The drift before and after the merger over all images; zero without images.
     """
     seen = DriftsSeen(), DriftsSeen()
     for group in chunks([s for s in samples if s.images]):
@@ -143,7 +143,7 @@ class DriftsSeen:
     where: str = "nowhere"
 
     def take(self, drift: torch.Tensor, name: str = "", rows: Sequence[int] = ()) -> None:
-        """Add the ``(rows,)`` drifts of one picture; `rows` says which of the picture's rows they are."""
+        """Add the ``(rows,)`` drifts of one image; `rows` says which of the image's rows they are."""
         self.squares += float(drift.pow(2).sum())
         self.rows += len(drift)
         index = int(drift.nan_to_num(math.inf).argmax())
@@ -152,5 +152,5 @@ class DriftsSeen:
             self.where = f"{name}, row {rows[index]}" if rows else name
 
     def drift(self) -> Drift:
-        """The summary."""
+        """Root mean square over all rows taken so far, and the largest; zeros where there were none."""
         return Drift(math.sqrt(self.squares / self.rows) if self.rows else 0.0, self.largest)

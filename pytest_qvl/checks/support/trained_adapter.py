@@ -1,4 +1,4 @@
-"""Whether a model with a trained adapter still answers, and still needs the picture to."""
+"""Whether a model with a trained adapter still answers, and still needs the image to."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ TESTS = 4  # that share the probability of a false alarm
 def decisive_ablation(samples: Sequence[Sample], reference: Reference) -> str | None:
     """The ablation that tells sight from blindness; None where the reference itself does not see.
 
-    Swapped pictures look like the true ones, and another answer is right for them. Blank and noisy ones look
-    unlike all true pictures, and may push every answer one way, so they stand in only where no probe has swapped
+    Swapped images look like the true ones, and another answer is right for them. Blank and noisy ones look
+    unlike all true images, and may push every answer one way, so they stand in only where no probe has swapped
     ones.
     """
     if any(sample.swapped is not None for sample in samples):
@@ -32,10 +32,10 @@ def decisive_ablation(samples: Sequence[Sample], reference: Reference) -> str | 
 
 
 def judge_looking(judge: Judge, run: Run, now: Measured, ablation: str, limits: AlignmentLimits) -> None:
-    """Hold a trained adapter to what it must keep: it names right answers, and they depend on the picture.
+    """Hold a trained adapter to what it must keep: it names right answers, and they depend on the image.
 
     Four one-sided binomial tests, each at a quarter of the probability of a false alarm (Bonferroni). The
-    first takes all probes, the others those whose margin in the reference is a nat or more: there the picture
+    first takes all probes, the others those whose margin in the reference is a nat or more: there the image
     decided.
 
     - *Answers that are lost.* As in :func:`pytest_qvl.checks.alignment`, but a reply need only name the right
@@ -44,15 +44,15 @@ def judge_looking(judge: Judge, run: Run, now: Measured, ablation: str, limits: 
     - *Margins that vanished.* Fails where fewer probes keep a margin of a nat than chance gives a model that
       keeps it on half of them.
     - *Margins that turned.* Fails where more probes hold the right answer a nat more probable over the other
-      pictures than chance gives a model that does so as often as the reference, or on as many as may be lost by chance.
-    - *Replies.* Fails where fewer replies change with the picture than chance gives a model that changes half of
+      images than chance gives a model that does so as often as the reference, or on as many as may be lost by chance.
+    - *Replies.* Fails where fewer replies change with the image than chance gives a model that changes half of
       them. It needs no right answer, so an adapter that was taught another form of answer is judged alike.
 
     Args:
         judge: Takes figures and problems.
         run: Model, probes and reference.
         now: What the model made of the probes with its adapter on.
-        ablation: Which other pictures are shown.
+        ablation: Which other images are shown.
         limits: Probability of a false alarm, and the share of answers that may be lost by chance.
     """
     margins, answers = now.margins[ablation], now.answers(run)
@@ -65,33 +65,33 @@ def judge_looking(judge: Judge, run: Run, now: Measured, ablation: str, limits: 
     least = smallest_by_chance(len(judged), 0.5, level)
     if not least:
         judge.note(
-            f"adapter on: not judged, {len(judged)} probes that need the picture in full precision are too few to tell "
-            "a model that looks from one that does not; give more pictures"
+            f"adapter on: not judged, {len(judged)} probes that need the image in full precision are too few to tell "
+            "a model that looks from one that does not; give more images"
         )
         return
-    less = f"with the adapter on, the model looks less than before: of {len(judged)} answers that the picture decided"
+    less = f"with the adapter on, the model looks less than before: of {len(judged)} answers that the image decided"
     judge.at_least(
-        f"adapter on: probes that keep a margin over {ablation} pictures",
+        f"adapter on: probes that keep a margin over {ablation} images",
         kept,
         least,
-        else_say=f"{less}, {kept} are still a nat more probable over it than over {ablation} pictures ({answers})",
+        else_say=f"{less}, {kept} are still a nat more probable over it than over {ablation} images ({answers})",
     )
     judge.at_most(
-        f"adapter on: probes whose margin over {ablation} pictures has turned",
+        f"adapter on: probes whose margin over {ablation} images has turned",
         turned,
         largest_by_chance(len(judged), max(limits.flip_rate, wrong), level),
-        else_say=f"{less}, {turned} are now a nat more probable over {ablation} pictures ({answers})",
+        else_say=f"{less}, {turned} are now a nat more probable over {ablation} images ({answers})",
     )
-    # A probe with a margin under an ablation has its pictures.
+    # A probe with a margin under an ablation has its images.
     others = {m.sample.id: other for m in judged if (other := ablated(m.sample, ablation)) is not None}
     found = replies(run.parts, run.processor, list(others.values()), max_new_tokens=run.max_new_tokens)
     changed = sum(found[other.id].ids != now.replies[name].ids for name, other in others.items())
     judge.at_least(
-        f"adapter on: replies that change with {ablation} pictures",
+        f"adapter on: replies that change with {ablation} images",
         changed,
         least,
         else_say=f"with the adapter on, the model answers without looking: {len(others) - changed} of {len(others)} "
-        f"replies stay the same, word for word, over {ablation} pictures ({answers})",
+        f"replies stay the same, word for word, over {ablation} images ({answers})",
     )
 
 

@@ -135,7 +135,7 @@ def _cache(case: Case) -> Iterator[None]:
     "Without the cache, every step after the first forgets the images.",
     target="run",
     check="generation_cache_invariance",
-    expected_words=("generation without cache against plain forward", "look at pictures"),
+    expected_words=("generation without cache against plain forward", "look at images"),
     source="huggingface/transformers#41153",
 )
 def _lost_without_cache(case: Case) -> Iterator[None]:

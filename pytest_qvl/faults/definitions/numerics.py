@@ -78,7 +78,7 @@ def _overflow(case: Case) -> Iterator[None]:
     "A vision activation reaches three quarters of what float16 holds: other images will overflow it.",
     target="load",
     check="vision_stability",
-    expected_words=("other pictures can overflow", "model.visual.blocks.3"),
+    expected_words=("other images can overflow", "model.visual.blocks.3"),
     source="ggml-org/llama.cpp#17534",
     requires=("gated vision MLP",),
 )

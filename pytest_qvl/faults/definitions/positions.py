@@ -236,7 +236,7 @@ def _stale(case: Case) -> Iterator[None]:
     target="model",
     check="position_state",
     expected_words=(
-        "forward on text only after generate() on pictures",
+        "forward on text only after generate() on images",
         "state left by an earlier call breaks a later one",
     ),
     source="huggingface/transformers#44873, #43952",
