@@ -228,11 +228,17 @@ def _judge_margins(
     judge.at_least(
         name,
         mean / before,
-        min(limits.margin_ratio, 1 - margin_noise(run.reference.floor, counted, limits.false_alarm) / before),
+        margin_limit(run.reference.floor, counted, limits),
         else_say=f"{prefix}true images make the right answer {mean:.3g} nat more probable than {ablation} ones, "
         f"where {run.reference.source} makes it {before:.3g}: the model looks less than before (worst: sample "
         f"{worst.sample.id!r}, {worst.now:.3g} of {worst.before:.3g} nat)",
     )
+
+
+def margin_limit(floor: NoiseFloor, margins: Sequence[Margin], limits: AlignmentLimits) -> float:
+    """Least share of the reference's mean margin: what `limits` ask for, less where rounding alone takes more away."""
+    before = sum(margin.before for margin in margins) / len(margins)
+    return min(limits.margin_ratio, 1 - margin_noise(floor, margins, limits.false_alarm) / before)
 
 
 def margin_noise(floor: NoiseFloor, margins: Sequence[Margin], level: float) -> float:

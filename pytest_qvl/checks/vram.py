@@ -190,10 +190,11 @@ def _together(used: Sequence[Usage]) -> Usage:
 
 def room_beside(parts: Parts) -> int:
     """Bytes that may be allocated beside a model's own, for :func:`peak_vram`."""
-    return _room_beside(_own_bytes(parts))
+    return _resident_limit(_own_bytes(parts))
 
 
-def _room_beside(own: int) -> int:
+def _resident_limit(own: int) -> int:
+    """Bytes that may be allocated beside a model of ``own`` bytes."""
     return int(RESIDENT_SHARE * own) + SMALL_THINGS
 
 
@@ -216,7 +217,7 @@ def _requested_bytes(parts: Parts) -> int:
 
 
 def _judge_resident(judge: Judge, own: int, requested: int) -> None:
-    limit = _room_beside(own)
+    limit = _resident_limit(own)
     judge.report("model", own / GiB, unit="GiB")
     judge.at_most(
         "resident beside the model",
