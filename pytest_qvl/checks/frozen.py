@@ -1,4 +1,4 @@
-"""Frozen vision: real training steps on pictures move the adapter and nothing else, bit for bit."""
+"""Frozen vision: real training steps on images move the adapter and nothing else, bit for bit."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def frozen_vision(
     make_optimizer: MakeOptimizer | None = None,
     policy: AdapterPolicy | None = None,
 ) -> Evidence:
-    """Prove that training on pictures leaves the vision tower and the rest of the base bitwise as it was.
+    """Prove that training on images leaves the vision tower and the rest of the base bitwise as it was.
 
     Takes real optimizer steps in train mode on everything that requires grad, then compares
 
-    - every tensor of the base model (parameters, buffers, and packed data, absmax, code book, offset and
-      nested statistics of each 4-bit weight, base layers under adapters included), by position-sensitive
+    - every tensor of the base model (parameters, buffers, and of each 4-bit weight packed data, absmax, code book,
+      offset and the statistics of double quantization, base layers under adapters included), by position-sensitive
       64-bit digests, so that no second copy of the model is needed;
     - the visual tokens of each batch, bitwise, in eval mode;
     - every trainable adapter tensor, which must have moved.
@@ -89,7 +89,7 @@ def frozen_vision(
 
     Raises:
         CheckFailed: Names the tensors that moved and should not have, or the reverse.
-        CannotJudge: No pictures, repacked weights, or a vision tower whose kernels do not repeat themselves.
+        CannotJudge: No images, repacked weights, or a vision tower whose kernels do not repeat themselves.
         ValueError: No adapter, nothing trainable, no labels, or fewer than two steps.
     """
     parts = anatomy(model)
@@ -226,7 +226,7 @@ def _warm_up(
 
 
 def _features(parts: Parts, batches: Sequence[Batch]) -> dict[str, int]:
-    """Digest of the visual tokens of each batch with pictures, in eval mode."""
+    """Digest of the visual tokens of each batch with images, in eval mode."""
     import torch
 
     parts.wrapped.eval()

@@ -1,4 +1,4 @@
-"""Each row of a batch against the question and the pictures it was made of."""
+"""Each row of a batch against the question and the images it was made of."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @check(promise=5)
 def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch: Mapping[str, Any]) -> Evidence:
-    """Every row of the batch holds its own sample's prompt and pictures, in the sample's order.
+    """Every row of the batch holds its own sample's prompt and images, in the sample's order.
 
-    Pixel rows and grid of each picture are compared, bitwise, with what the image processor makes of that picture
-    alone. Pictures swapped before the model, or a grid with height and width exchanged, fit everywhere and raise
+    Pixel rows and grid of each image are compared, bitwise, with what the image processor makes of that image
+    alone. Images swapped before the model, or a grid with height and width exchanged, fit everywhere and raise
     nothing; so does an image that was read without its EXIF orientation, which is named. Each row must begin with the
     very tokens that the processor's chat template makes of its sample, up to where the answer begins: a model that is
     trained with another system prompt, another line break or the image in another place answers worse than it could,
@@ -43,49 +43,47 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
         batch: What the processor returned, on any device and in any floating dtype (a cast is repeated here).
 
     Raises:
-        CheckFailed: Names sample and picture, and whose pixels stand there, or both grids, or dtype and range of
+        CheckFailed: Names sample and image, and whose pixels stand there, or both grids, or dtype and range of
             the pixels; or the first token that is another than the template's; or rows whose padding is attended to.
-        CannotJudge: No picture among the samples.
+        CannotJudge: No image among the samples.
         ValueError: Not one sample per row.
     """
-    judge = Judge("picture_pairing", "each row holds its own question and pictures, in order")
+    judge = Judge("picture_pairing", "each row holds its own question and images, in order")
     parts, inputs = anatomy(model), model_inputs(batch)
     ids = inputs["input_ids"]
     if len(samples) != len(ids):
         raise InputError(f"picture_pairing needs the sample of each row: {len(samples)} samples, {len(ids)} rows")
-    pictures = [
+    images = [
         _processed(processor, row, sample, number)
         for row, sample in enumerate(samples)
         for number in range(len(sample.images))
     ]
-    if not pictures:
-        raise CannotJudge("no sample has a picture")
-    judge.report("pictures", len(pictures))
-    if _judge_rows(judge, parts, processor, samples, inputs, pictures=pictures):
+    if not images:
+        raise CannotJudge("no sample has an image")
+    judge.report("images", len(images))
+    if _judge_rows(judge, parts, processor, samples, inputs, images=images):
         expected = [
-            _prompt_ids(parts, processor, sample, [picture for picture in pictures if picture.row == row])
+            _prompt_ids(parts, processor, sample, [image for image in images if image.row == row])
             for row, sample in enumerate(samples)
         ]
         _judge_prompts(judge, processor, samples, inputs, expected)
     complete = "image_grid_thw" in inputs and "pixel_values" in inputs
     grids = [tuple(grid) for grid in inputs["image_grid_thw"].tolist()] if complete else []
     if not judge.equal(
-        "pictures in the batch",
+        "images in the batch",
         len(grids),
-        len(pictures),
-        else_say=f"the batch has {len(grids)} pictures, its samples have {len(pictures)}",
+        len(images),
+        else_say=f"the batch has {len(grids)} images, its samples have {len(images)}",
     ):
         return judge.verdict()
     wrong_grids = [
-        _grid_sentence(picture, grid, pictures)
-        for picture, grid in zip(pictures, grids, strict=True)
-        if picture.grid != grid
+        _grid_sentence(image, grid, images) for image, grid in zip(images, grids, strict=True) if image.grid != grid
     ]
     judge.equal("wrong grids", len(wrong_grids), 0, else_say="; ".join(wrong_grids[:3]))
     wrong_values = value_problems(inputs["pixel_values"])
     judge.equal("defects of the pixel values", len(wrong_values), 0, else_say="; ".join(wrong_values))
-    wrong_pixels = _wrong_pixels(processor, inputs["pixel_values"], grids, pictures)
-    judge.equal("pictures with wrong pixels", len(wrong_pixels), 0, else_say="; ".join(wrong_pixels[:3]))
+    wrong_pixels = _wrong_pixels(processor, inputs["pixel_values"], grids, images)
+    judge.equal("images with wrong pixels", len(wrong_pixels), 0, else_say="; ".join(wrong_pixels[:3]))
     return judge.verdict()
 
 
@@ -96,17 +94,17 @@ def _judge_rows(
     samples: Sequence[Sample],
     inputs: Mapping[str, Any],
     *,
-    pictures: Sequence[_Picture],
+    images: Sequence[_ProcessedImage],
 ) -> bool:
-    """Whether each row has its own sample's question and as many placeholders as its pictures make visual tokens."""
+    """Whether each row has its own sample's question and as many placeholders as its images make visual tokens."""
     ids, mask = inputs["input_ids"], attended(inputs)
     misplaced, strangers = [], []
     for row, sample in enumerate(samples):
-        promised = sum(len(each.pixels) for each in pictures if each.row == row) // parts.merge_size**2
+        promised = sum(len(each.pixels) for each in images if each.row == row) // parts.merge_size**2
         placeholders = int((ids[row] == parts.image_token_id).sum())
         if placeholders != promised:
             misplaced.append(
-                f"row {row} has {placeholders} placeholders, the pictures of its sample {sample.id!r} make {promised} "
+                f"row {row} has {placeholders} placeholders, the images of its sample {sample.id!r} make {promised} "
                 "visual tokens"
             )
         if _plain(sample.question) not in _plain(_decoded(processor, ids[row][mask[row]])):
@@ -180,10 +178,10 @@ def _prompt_drifts(
     return drifts
 
 
-def _prompt_ids(parts: Parts, processor: Any, sample: Sample, pictures: Sequence[_Picture]) -> list[int]:
+def _prompt_ids(parts: Parts, processor: Any, sample: Sample, images: Sequence[_ProcessedImage]) -> list[int]:
     """The sample's prompt by the processor's chat template, placeholders expanded for its own images."""
     tokenizer = processor.tokenizer
-    sizes = [visual_tokens(picture.grid, parts.merge_size) for picture in pictures]
+    sizes = [visual_tokens(image.grid, parts.merge_size) for image in images]
     placeholder = tokenizer.convert_ids_to_tokens(parts.image_token_id)
     first, *rest = prompt(processor, sample).split(placeholder)
     text = first + "".join(placeholder * size + piece for size, piece in zip(sizes, rest, strict=True))
@@ -205,21 +203,21 @@ def _decoded_list(processor: Any, ids: list[int]) -> str:
 
 
 @dataclass(frozen=True)
-class _Picture:
-    """What the image processor makes of one picture alone."""
+class _ProcessedImage:
+    """What the image processor makes of one image alone."""
 
     name: str
     row: int
-    image: Image
+    original: Image
     pixels: torch.Tensor
     grid: tuple[int, ...]
 
 
-def _processed(processor: Any, row: int, sample: Sample, number: int) -> _Picture:
+def _processed(processor: Any, row: int, sample: Sample, number: int) -> _ProcessedImage:
     image = sample.images[number]
     made = processor.image_processor(images=[image], return_tensors="pt")
     name = f"row {row}, image {number} (sample {sample.id!r})"
-    return _Picture(name, row, image, made["pixel_values"], tuple(made["image_grid_thw"][0].tolist()))
+    return _ProcessedImage(name, row, image, made["pixel_values"], tuple(made["image_grid_thw"][0].tolist()))
 
 
 def _decoded(processor: Any, ids: torch.Tensor) -> str:
@@ -232,24 +230,24 @@ def _plain(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _grid_sentence(picture: _Picture, grid: tuple[int, ...], pictures: Sequence[_Picture]) -> str:
-    sentence = f"{picture.name}: grid {show_grid(grid)}, but alone it makes {show_grid(picture.grid)}"
-    if grid == (picture.grid[0], picture.grid[2], picture.grid[1]):
+def _grid_sentence(image: _ProcessedImage, grid: tuple[int, ...], images: Sequence[_ProcessedImage]) -> str:
+    sentence = f"{image.name}: grid {show_grid(grid)}, but alone it makes {show_grid(image.grid)}"
+    if grid == (image.grid[0], image.grid[2], image.grid[1]):
         return f"{sentence} (height and width are transposed)"
-    others = [other.name for other in pictures if other.grid == grid]
+    others = [other.name for other in images if other.grid == grid]
     return f"{sentence} (the grid of {others[0]})" if others else sentence
 
 
 def _wrong_pixels(
-    processor: Any, pixels: torch.Tensor, grids: Sequence[tuple[int, ...]], pictures: Sequence[_Picture]
+    processor: Any, pixels: torch.Tensor, grids: Sequence[tuple[int, ...]], images: Sequence[_ProcessedImage]
 ) -> list[str]:
-    """One sentence per picture whose own rows do not hold its own pixels."""
+    """One sentence per image whose own rows do not hold its own pixels."""
     import torch
 
     problems: list[str] = []
     start, start_by_grid = 0, 0
-    for picture, (frames, rows, columns) in zip(pictures, grids, strict=True):
-        own = picture.pixels.to(pixels)
+    for image, (frames, rows, columns) in zip(images, grids, strict=True):
+        own = image.pixels.to(pixels)
         here = pixels[start : start + len(own)]
         by_grid = pixels[start_by_grid : start_by_grid + frames * rows * columns]
         start, start_by_grid = start + len(own), start_by_grid + frames * rows * columns
@@ -257,31 +255,31 @@ def _wrong_pixels(
             continue
         twins = [
             other.name
-            for other in pictures
-            if other is not picture and any(torch.equal(found, other.pixels.to(pixels)) for found in (here, by_grid))
+            for other in images
+            if other is not image and any(torch.equal(found, other.pixels.to(pixels)) for found in (here, by_grid))
         ]
         if twins:
-            problems.append(f"{picture.name}: holds the pixels of {twins[0]}")
-        elif orientation := _orientation_ignored(processor, picture, by_grid):
+            problems.append(f"{image.name}: holds the pixels of {twins[0]}")
+        elif orientation := _orientation_ignored(processor, image, by_grid):
             problems.append(
-                f"{picture.name}: lies as a file with EXIF orientation {orientation} stores it; turn images as EXIF "
+                f"{image.name}: lies as a file with EXIF orientation {orientation} stores it; turn images as EXIF "
                 "says (PIL.ImageOps.exif_transpose) before the processor gets them"
             )
         elif here.shape != own.shape:
-            problems.append(f"{picture.name}: {len(here)} patches are left for its {len(own)}")
+            problems.append(f"{image.name}: {len(here)} patches are left for its {len(own)}")
         else:
             patch = int((here != own).any(dim=1).nonzero()[0])
             gap = float((here.double() - own.double()).abs().max())
-            problems.append(f"{picture.name}: patch {patch} differs from the picture's own by up to {gap:.3g}")
+            problems.append(f"{image.name}: patch {patch} differs from the image's own by up to {gap:.3g}")
     return problems
 
 
-def _orientation_ignored(processor: Any, picture: _Picture, pixels: torch.Tensor) -> int | None:
+def _orientation_ignored(processor: Any, image: _ProcessedImage, pixels: torch.Tensor) -> int | None:
     """The EXIF orientation whose stored image these are the pixels of, bitwise; None if there is none."""
     import torch
 
     for orientation in ORIENTATIONS:
-        stored = as_stored(picture.image, orientation)
+        stored = as_stored(image.original, orientation)
         made = processor.image_processor(images=[stored], return_tensors="pt")["pixel_values"]
         if torch.equal(made.to(pixels), pixels):
             return orientation

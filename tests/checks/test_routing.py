@@ -114,7 +114,7 @@ def test_figures_count_what_was_looked_at(model: Any, processor: Any, batch: Bat
     assert figures(feature_scatter(model, batch))["visual tokens that differ from each other"] == sum(VISUAL)
     assert figures(visual_token_order(model, batch))["runs of the vision tower"] == 2 * 6 + 1
     assert figures(causality(model, batch, probes=4))["visual tokens changed"] == 4
-    assert figures(picture_pairing(model, processor, SAMPLES, batch))["pictures"] == 6
+    assert figures(picture_pairing(model, processor, SAMPLES, batch))["images"] == 6
 
 
 def test_a_cast_of_the_pixels_is_no_difference(model: Any, processor: Any) -> None:
@@ -507,7 +507,7 @@ def test_a_picture_that_reached_no_row(model: Any, processor: Any, batch: Batch)
     last = rows_of(batch, 5)
     batch["pixel_values"] = batch["pixel_values"][: last.start]
     batch["image_grid_thw"] = batch["image_grid_thw"][:5]
-    with pytest.raises(CheckFailed, match=r"the batch has 5 pictures, its samples have 6"):
+    with pytest.raises(CheckFailed, match=r"the batch has 5 images, its samples have 6"):
         picture_pairing(model, processor, SAMPLES, batch)
 
 
@@ -527,7 +527,7 @@ def test_rows_exchanged(model: Any, processor: Any) -> None:
 def test_a_picture_moved_to_another_row(model: Any, processor: Any) -> None:
     one, two = picture(7, 84, 84), picture(8, 56, 84)
     batch = make_batch(processor, [sample("a", one, two), sample("b")])
-    with pytest.raises(CheckFailed, match=r"row 0 has 15 placeholders, the pictures of its sample 'a' make 9"):
+    with pytest.raises(CheckFailed, match=r"row 0 has 15 placeholders, the images of its sample 'a' make 9"):
         picture_pairing(model, processor, [sample("a", one), sample("b", two)], batch)
 
 
@@ -754,5 +754,5 @@ def test_wrong_arguments(model: Any, processor: Any, batch: Batch) -> None:
         picture_pairing(model, processor, SAMPLES[:3], batch)
     with pytest.raises(CannotJudge, match="two samples or more"):
         image_isolation(model, processor, SAMPLES[:1])
-    with pytest.raises(CannotJudge, match="no sample has a picture"):
+    with pytest.raises(CannotJudge, match="no sample has an image"):
         picture_pairing(model, processor, [SAMPLES[1]], make_batch(processor, [SAMPLES[1]]))

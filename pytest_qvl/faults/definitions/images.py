@@ -88,7 +88,7 @@ def _transposed(case: Case) -> Iterator[None]:
     "Patches are handed over row by row, not in groups of two by two.",
     target="batch",
     check="picture_pairing",
-    expected_words=("differs from the picture's own",),
+    expected_words=("differs from the image's own",),
     source="Blaizzy/mlx-vlm#565",
 )
 def _raster(case: Case) -> Iterator[None]:
@@ -147,7 +147,7 @@ def _opened(file: BytesIO) -> Any:
     "A collator normalises pixel_values that the processor has normalised already.",
     target="batch",
     check="picture_pairing",
-    expected_words=("differs from the picture's own by up to",),
+    expected_words=("differs from the image's own by up to",),
     source="sgl-project/sglang#12390",
 )
 def _normalised_twice(case: Case) -> Iterator[None]:
