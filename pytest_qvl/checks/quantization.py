@@ -113,7 +113,7 @@ class _Census:
             len(self.states),
             len(self.quantized),
             _counted(state.storage for state in self.states),
-            _counted("yes" if state.nested else "no" for state in four_bit),
+            _counted("yes" if state.double_quantized else "no" for state in four_bit),
             _counted(str(state.blocksize) for state in four_bit),
             _counted(str(state.compute_dtype) for state in four_bit),
         )
@@ -227,7 +227,7 @@ def _judge_packing(
     wanted: list[tuple[str, str, Any, str]] = [
         (
             "double-quantized" if policy.double_quant else "without double quantization",
-            "nested",
+            "double_quantized",
             policy.double_quant,
             "bnb_4bit_use_double_quant",
         ),

@@ -1,7 +1,7 @@
 """What every check does with its arguments before it looks at them, and with a model that crashes under it.
 
 Users hand over what they train with: a model inside ``DistributedDataParallel`` or ``torch.compile``, a batch with
-strings in it, still on the CPU. And a broken set-up often does not give wrong numbers but an exception from deep
+strings in it, still on the CPU. And a broken setup often does not give wrong numbers but an exception from deep
 inside, which is a finding like any other.
 """
 

@@ -20,7 +20,7 @@ KEEP_16BIT = ("model.visual", "lm_head")
 
 
 def usual_quantization(compute_dtype: torch.dtype, **overrides: Any) -> Any:
-    """A ``BitsAndBytesConfig``: NF4, nested statistics; vision tower, merger and head in 16 bits.
+    """A ``BitsAndBytesConfig``: NF4 with double quantization; vision tower, merger and head in 16 bits.
 
     Args:
         compute_dtype: Dtype of the 4-bit matrix products.
@@ -105,9 +105,8 @@ class LinearState:
         out_features: Output width.
         compute_dtype: Dtype of the matrix product (4-bit layers only), such as ``"bfloat16"``.
         blocksize: Weights per absmax (4-bit layers only).
-        nested: Whether the absmax values are quantized too ("double quantization").
-        nested_blocksize: absmax values per nested block.
-        repacked: Whether the CPU kernel has rewritten the weight in place, which loses the nested statistics.
+        double_quantized: Whether the absmax values are quantized too (bitsandbytes calls it "nested").
+        repacked: Whether the CPU kernel has rewritten the weight in place, which loses its double quantization.
         quant_storage: Dtype of the tensor that holds the packed weights (4-bit layers only), mostly ``"uint8"``.
         module: Class of the layer, such as ``"Linear4bit"``.
         misfit: Why class and weight do not belong together; empty where they do. Such a layer computes nothing.
@@ -120,8 +119,7 @@ class LinearState:
     out_features: int
     compute_dtype: str | None = None
     blocksize: int | None = None
-    nested: bool | None = None
-    nested_blocksize: int | None = None
+    double_quantized: bool | None = None
     repacked: bool = False
     quant_storage: str | None = None
     module: str = "Linear"
@@ -174,8 +172,7 @@ def _state(name: str, group: Group, module: Any) -> LinearState:
         storage=quant.quant_type,
         compute_dtype=dtype_name(module.compute_dtype) if wrapped else None,
         blocksize=quant.blocksize,
-        nested=quant.nested,
-        nested_blocksize=quant.state2.blocksize if quant.nested else None,
+        double_quantized=quant.nested,
         repacked=bool(getattr(quant, "packing_format_for_cpu", False)),
         quant_storage=plain,
         misfit="" if wrapped else "its weight is packed in 4 bits, which this class multiplies as it is",
@@ -284,7 +281,8 @@ def base_tensors(parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the base model that training must leave alone, by dotted name in the base model.
 
     Parameters, buffers, and the quant state of each 4-bit weight: packed data, absmax, code book, offset and the
-    nested statistics. What PEFT has wrapped is included under the name it has without PEFT; what PEFT added is not.
+    statistics of double quantization. What PEFT has wrapped is included under the name it has without PEFT; what PEFT
+    added is not.
     """
     for name, module in base_modules(parts).items():
         prefix = f"{name}." if name else ""

@@ -114,7 +114,7 @@ def test_the_defaults_of_bitsandbytes_are_named(fresh_model: Any) -> None:
     )
     assert "28 of 28 linears are fp4 instead of nf4" in message
     assert "pass bnb_4bit_quant_type='nf4'" in message
-    assert "have nested False instead of True" in message
+    assert "have double_quantized False instead of True" in message
     assert "have compute_dtype float32 instead of bfloat16" in message
 
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_saved_in_4_bits_counts_by_its_own_configuration(fresh_mode
     assert evidence.ok
     assert "by naming them in its own skip list" in " ".join(evidence.notes)
     message = refused(model)
-    assert "have nested True" not in message
+    assert "have double_quantized True" not in message
     assert "its own configuration counts and a BitsAndBytesConfig given now does not" in message
 
 
@@ -247,7 +247,7 @@ def test_weights_rewritten_for_the_cpu_are_named_as_such(fresh_model: Any, proce
     message = refused(model)
     assert "28 quantized weights were rewritten in place for a CPU kernel" in message
     assert "keep_quantized_weights_in_place(model)" in message
-    assert "nested" not in message.splitlines()[0]
+    assert "double_quantized" not in message.splitlines()[0]
     with pytest.raises(CannotJudge, match="rewritten in place"):
         require_unpacked_weights(anatomy(model))
 
@@ -288,7 +288,7 @@ def test_other_policies(fresh_model: Any) -> None:
     assert "nothing is quantized: vision: 20 of 20 linears" in refused(fresh_model(), everything)
     single = QuantizationPolicy(quant_type="fp4", double_quant=False)
     assert quantization_census(fresh_model(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=False), single).ok
-    assert "have nested True instead of False" in refused(fresh_model(bnb_4bit_quant_type="fp4"), single)
+    assert "have double_quantized True instead of False" in refused(fresh_model(bnb_4bit_quant_type="fp4"), single)
 
 
 def test_the_policy_of_a_config_reads_how_and_not_where() -> None:

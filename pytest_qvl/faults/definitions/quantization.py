@@ -121,7 +121,7 @@ def _type_fp4(case: Case) -> Iterator[None]:
     "Block statistics stay in float32: 0.37 bits more per weight.",
     target="load",
     check="quantization_census",
-    expected_words=("nested False instead of True", "bnb_4bit_use_double_quant"),
+    expected_words=("double_quantized False instead of True", "bnb_4bit_use_double_quant"),
     source="bitsandbytes-foundation/bitsandbytes#2077",
 )
 def _double_quantization_off(case: Case) -> Iterator[None]:

@@ -84,7 +84,7 @@ def recipe_from_model(model: Any) -> tuple[Request, Source, Recipe]:
     lora = _followed(model.peft_config[adapters[0]])
     recipe = Recipe(
         quantized=frozenset(state.name for state in states),
-        nested=all(state.nested for state in states),
+        nested=all(state.double_quantized for state in states),
         lora=lora,
         adapter_in_float32=all(p.dtype == torch.float32 for p in adapter_parameters(parts).values()),
     )
