@@ -61,7 +61,7 @@ def qvl_backend(qvl_target: Target) -> str:
 @pytest.fixture(scope="session")
 def qvl_compute_dtype(pytestconfig: pytest.Config, qvl_target: Target) -> str:
     """Name of the dtype of 4-bit matrix products and of everything that is not quantized."""
-    chosen: str = pytestconfig.stash[SETTINGS_KEY].compute_dtype
+    chosen = pytestconfig.stash[SETTINGS_KEY].compute_dtype
     return pytestconfig.stash[DEVICE_KEY].default_dtype(qvl_target.device) if chosen == "auto" else chosen
 
 
@@ -179,15 +179,13 @@ def qvl_lora_model(
 @pytest.fixture(scope="session")
 def qvl_adapter(pytestconfig: pytest.Config) -> Path | None:
     """Folder of the saved adapter under test (``--qvl-adapter``), or ``None`` for a fresh one."""
-    folder: Path | None = pytestconfig.stash[SETTINGS_KEY].adapter
-    return folder
+    return pytestconfig.stash[SETTINGS_KEY].adapter
 
 
 @pytest.fixture(scope="session")
 def qvl_adapter_policy(pytestconfig: pytest.Config) -> AdapterPolicy:
     """Which parts are adapted or trained on purpose: the text side, or what ``--qvl-adapter-policy`` names."""
-    policy: AdapterPolicy = pytestconfig.stash[SETTINGS_KEY].adapter_policy
-    return policy
+    return pytestconfig.stash[SETTINGS_KEY].adapter_policy
 
 
 @pytest.fixture(scope="session")
@@ -291,12 +289,10 @@ def qvl_vram(pytestconfig: pytest.Config) -> Meter:
 @pytest.fixture(scope="session")
 def qvl_card(pytestconfig: pytest.Config) -> Card | None:
     """The GPU card to behave like and to forecast for (``--qvl-card``), or ``None``."""
-    card: Card | None = pytestconfig.stash[SETTINGS_KEY].card
-    return card
+    return pytestconfig.stash[SETTINGS_KEY].card
 
 
 @pytest.fixture(scope="session")
 def qvl_vram_limit(pytestconfig: pytest.Config) -> int | None:
     """Bytes that no phase of the suite may need (``--qvl-vram-limit``), or ``None``."""
-    limit: int | None = pytestconfig.stash[SETTINGS_KEY].vram_limit
-    return limit
+    return pytestconfig.stash[SETTINGS_KEY].vram_limit

@@ -1,7 +1,9 @@
-"""Every setting once: flag, ini name, environment variable, default, and which of them spoke.
+# ruff: noqa: RUF009 - the calls that declare settings are `dataclasses.field`
+"""Every setting once: type, flag, ini name, environment variable, default, and which of them was heard.
 
-Order: flag, then environment, then ini, then default (a marker on a test, where there is one, comes before
-all). Flags default to ``None`` so that the ini is heard.
+A setting is one field of :class:`Settings`; :data:`SETTINGS`, the flags and the ini names come from it. Order: flag,
+then environment, then ini, then default (a marker on a test, where there is one, comes before all). Flags default to
+``None`` so that the ini is heard.
 """
 
 from __future__ import annotations
@@ -9,21 +11,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import pytest
 
 from pytest_qvl.gpu.lease import PATIENCE_S
-from pytest_qvl.models.backends import BASELINE, check_usable
-from pytest_qvl.models.sources.model_source import (
-    DEQUANTIZED,
-    ModelSource,
-    check_adapter,
-    parse_model,
-    stored_quantization,
+from pytest_qvl.models.backends import BASELINE
+from pytest_qvl.models.sources.model_source import DEQUANTIZED, ModelSource, parse_model, stored_quantization
+from pytest_qvl.option_values import (
+    Parse,
+    Value,
+    one_of,
+    parse_adapter,
+    parse_backend,
+    parse_card,
+    parse_fault,
+    parse_folder,
+    parse_policy,
+    parse_record,
+    parse_size,
+    parse_truth,
+    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -33,115 +44,19 @@ if TYPE_CHECKING:
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
 OVERRIDE = "-o"
-_TRUE = {"1", "true", "yes", "on"}
-_FALSE = {"0", "false", "no", "off"}
+IniType = Literal["string", "int", "bool", "linelist"]
 _INI_TYPES = {
     "string": "text",
     "int": "a whole number",
     "bool": "true or false",
     "linelist": 'a list (in TOML: ["..."])',
 }
-
-# What the user typed, and the folder that relative paths in it start from.
-Parse = Callable[[str, Path], Any]
-
-
-RECORD_START = 1024  # bytes, within which a record names its schema
-
-
-class SettingError(ValueError):
-    """A value that a setting cannot take."""
-
-
-def _one_of(*choices: str) -> Parse:
-    def parse(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is called alike
-        if text not in choices:
-            raise SettingError(f"{text!r} is not one of {', '.join(choices)}")
-        return text
-
-    return parse
-
-
-def _whole(minimum: int) -> Parse:
-    def parse(text: str, folder: Path) -> int:  # noqa: ARG001 - every parser is called alike
-        try:
-            value = int(text)
-        except ValueError:
-            raise SettingError(f"{text!r} is not a whole number") from None
-        if value < minimum:
-            raise SettingError(f"{value} is below the smallest value {minimum}")
-        return value
-
-    return parse
-
-
-def _truth(text: str, folder: Path) -> bool:  # noqa: ARG001 - every parser is called alike
-    if text.lower() in _TRUE | _FALSE:
-        return text.lower() in _TRUE
-    raise SettingError(f"{text!r} is neither true nor false; give one of {', '.join(sorted(_TRUE | _FALSE))}")
-
-
-def _size(text: str, folder: Path) -> int:  # noqa: ARG001 - every parser is called alike
-    from pytest_qvl.vram.units import parse_bytes
-
-    return parse_bytes(text)
-
-
-def _card(text: str, folder: Path) -> Card:  # noqa: ARG001 - every parser is called alike
-    from pytest_qvl.vram.cards import card
-
-    return card(text)
-
-
-def _backend(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is called alike
-    check_usable(text)
-    return text
-
-
-def _adapter(text: str, folder: Path) -> Path:
-    if not text.strip():
-        raise SettingError("no folder was named; leave the setting out, or give the adapter's folder")
-    path = folder / Path(text).expanduser()
-    check_adapter(path)
-    return path.resolve()
-
-
-def _policy(text: str, folder: Path) -> AdapterPolicy:  # noqa: ARG001 - every parser is called alike
-    from pytest_qvl.models.policy import AdapterPolicy
-
-    return AdapterPolicy.parse(text)
-
-
-def _folder(text: str, folder: Path) -> Path:
-    if not text.strip():
-        raise SettingError("no folder was named; leave the setting out, or give the folder's path")
-    path = folder / Path(text).expanduser()
-    if not path.is_dir():
-        raise SettingError(f"the folder {str(path)!r} does not exist")
-    return path.resolve()
-
-
-def _fault(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is called alike
-    from pytest_qvl.faults.catalogue import find
-
-    return find(text).name
-
-
-def _record(text: str, folder: Path) -> Path:
-    path = folder / Path(text).expanduser()
-    if path.is_dir():
-        raise SettingError(f"{str(path)!r} is a folder, not a file")
-    if path.exists() and not path.is_file():
-        raise SettingError(f"{str(path)!r} is a device or a pipe, not a regular file, and is not replaced by one")
-    # As in `pytest --qvl-record tests/test_mine.py`, where the value was forgotten.
-    if path.is_file() and (there := path.read_bytes()[:RECORD_START]).strip() and b'"pytest-qvl/record/' not in there:
-        raise SettingError(f"{str(path)!r} is there and is no record of a run: name another file, or delete it first")
-    return path.resolve()
+_SETTING = "setting"  # key of a field's metadata
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing a user can set.
+    """How one thing can be set.
 
     Attributes:
         name: Ini name (``qvl_model``); flag, environment variable and attribute follow from it.
@@ -155,13 +70,13 @@ class Setting:
     """
 
     name: str
-    parse: Parse
+    parse: Parse[Any]
     default: str | None
     help: str
     metavar: str = "VALUE"
     many: bool = False
     switch: bool = False
-    ini_type: Literal["string", "int", "bool", "linelist"] = "string"
+    ini_type: IniType = "string"
 
     @property
     def flag(self) -> str:
@@ -174,127 +89,118 @@ class Setting:
         return self.name.upper()
 
 
-SETTINGS = (
-    Setting(
-        "qvl_model",
+@overload
+def _one(parse: Parse[Value], default: str, help: str, metavar: str = ..., ini_type: IniType = ...) -> Value: ...
+@overload
+def _one(parse: Parse[Value], default: None, help: str, metavar: str = ...) -> Value | None: ...
+def _one(
+    parse: Parse[Value], default: str | None, help: str, metavar: str = "VALUE", ini_type: IniType = "string"
+) -> Value | None:
+    """A field with one value; the arguments are those of :class:`Setting`."""
+    return cast("Value | None", _field(parse, default, help, metavar, ini_type=ini_type))
+
+
+def _many(parse: Parse[Value], default: str, help: str, metavar: str) -> tuple[Value, ...]:
+    """A field with several values."""
+    return cast("tuple[Value, ...]", _field(parse, default, help, metavar, many=True, ini_type="linelist"))
+
+
+def _switch(default: Literal["true", "false"], help: str) -> bool:
+    """A field that is on or off; its flag takes no value."""
+    return cast("bool", _field(parse_truth, default, help, switch=True, ini_type="bool"))
+
+
+def _field(*arguments: Any, **named: Any) -> Any:
+    return field(metadata={_SETTING: lambda name: Setting(name, *arguments, **named)})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The effective settings of one run, each with the type that its tests and fixtures get."""
+
+    model: tuple[ModelSource, ...] = _many(
         parse_model,
         "embedded",
         "model to test: 'embedded', a folder, a hub id, or 'synthetic:qwen2.5-vl-7b' (repeatable)",
         "MODEL",
-        many=True,
-        ini_type="linelist",
-    ),
-    Setting(
-        "qvl_reference_model",
+    )
+    reference_model: ModelSource | None = _one(
         parse_model,
         None,
         "record the full-precision reference from this 16-bit model instead of the tested one",
         "MODEL",
-    ),
-    Setting("qvl_adapter", _adapter, None, "test this saved LoRA adapter instead of a fresh one", "FOLDER"),
-    Setting(
-        "qvl_adapter_policy",
-        _policy,
+    )
+    adapter: Path | None = _one(parse_adapter, None, "test this saved LoRA adapter instead of a fresh one", "FOLDER")
+    adapter_policy: AdapterPolicy = _one(
+        parse_policy,
         "language,lm_head,embeddings",
         "parts that are adapted on purpose, such as 'language,vision'; 'merger:full' if its own weights are trained",
         "PARTS",
-    ),
-    Setting(
-        "qvl_backend",
-        _backend,
+    )
+    backend: tuple[str, ...] = _many(
+        parse_backend,
         BASELINE,
         "how to load and adapt (repeatable: each runs in a process of its own)",
         "BACKEND",
-        many=True,
-        ini_type="linelist",
-    ),
-    Setting(
-        "qvl_device",
-        _one_of(*DEVICES),
+    )
+    device: str = _one(
+        one_of(*DEVICES),
         "auto",
         "cpu, cuda, or auto: the embedded model on both, every other model on cuda",
         "DEVICE",
-    ),
-    Setting(
-        "qvl_compute_dtype",
-        _one_of(*COMPUTE_DTYPES),
+    )
+    compute_dtype: str = _one(
+        one_of(*COMPUTE_DTYPES),
         "auto",
         "dtype of 4-bit matrix products and of what stays unquantized: bfloat16, float16, float32, "
         "or auto (bfloat16, float16 where the card lacks it)",
         "DTYPE",
-    ),
-    Setting("qvl_fault", _fault, None, "damage the model and see which checks notice", "NAME"),
-    Setting("qvl_seed", _whole(0), "0", "seed of scenes, adapters and training", "N", ini_type="int"),
-    Setting("qvl_samples", _whole(2), "6", "rendered scenes per skill in the probe set", "N", ini_type="int"),
-    Setting("qvl_images", _folder, None, "folder with your own pictures and samples.jsonl", "FOLDER"),
-    Setting(
-        "qvl_card",
-        _card,
+    )
+    fault: str | None = _one(parse_fault, None, "damage the model and see which checks notice", "NAME")
+    seed: int = _one(whole_number(0), "0", "seed of scenes, adapters and training", "N", "int")
+    samples: int = _one(whole_number(2), "6", "rendered scenes per skill in the probe set", "N", "int")
+    images: Path | None = _one(parse_folder, None, "folder with your own images and samples.jsonl", "FOLDER")
+    card: Card | None = _one(
+        parse_card,
         None,
         "behave like this GPU card, such as 't4': cap the memory of a bigger GPU, and forecast what fits",
         "CARD",
-    ),
-    Setting("qvl_vram_limit", _size, None, "default of limit_vram for every test, such as '15 GiB'", "SIZE"),
-    Setting(
-        "qvl_gpu_patience",
-        _whole(0),
-        f"{PATIENCE_S:.0f}",
-        "seconds to wait for a GPU that other runs hold",
-        "SECONDS",
-        ini_type="int",
-    ),
-    Setting("qvl_record", _record, None, "write what was measured, and on what, to this JSON file", "FILE"),
-    Setting(
-        "qvl_require_gpu",
-        _truth,
-        "false",
-        "make every GPU test that is skipped, and a run without any GPU test, an error",
-        switch=True,
-        ini_type="bool",
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A setting's value and who chose it."""
-
-    value: Any
-    source: str
-
-
-class Settings:
-    """The effective settings of one run; attributes are the ini names without ``qvl_``."""
-
-    def __init__(self, choices: dict[str, Choice]) -> None:
-        self._choices = choices
+    )
+    vram_limit: int | None = _one(parse_size, None, "default of limit_vram for every test, such as '15 GiB'", "SIZE")
+    gpu_patience: int = _one(
+        whole_number(0), f"{PATIENCE_S:.0f}", "seconds to wait for a GPU that other runs hold", "SECONDS", "int"
+    )
+    record: Path | None = _one(parse_record, None, "write what was measured, and on what, to this JSON file", "FILE")
+    require_gpu: bool = _switch(
+        "false", "make every GPU test that is skipped, and a run without any GPU test, an error"
+    )
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     def of_backend(self, name: str) -> Settings:
         """The same settings for the process of one backend."""
-        return Settings({**self._choices, "qvl_backend": Choice((name,), self.source("backend"))})
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self._choices[f"qvl_{name}"].value
-        except KeyError:
-            raise AttributeError(name) from None
+        return replace(self, backend=(name,))
 
     def source(self, name: str) -> str:
-        """Who chose the setting: a flag, an environment variable, an ini file, ``-o`` or ``default``."""
-        return self._choices[f"qvl_{name}"].source
+        """Who chose a setting, ``seed``: a flag, an environment variable, an ini file, ``-o`` or ``default``."""
+        return self.sources[f"qvl_{name}"]
 
     def described(self) -> list[str]:
         """``model embedded (default)``, and every setting that somebody chose."""
         shown = []
         for setting in SETTINGS:
-            choice = self._choices[setting.name]
-            if choice.source != "default" or setting.name == "qvl_model":
-                value = ", ".join(map(str, choice.value)) if setting.many else str(choice.value)
-                label = setting.name.removeprefix("qvl_").replace("_", " ")
-                shown.append(f"{label} {value} ({choice.source})")
+            name, source = setting.name.removeprefix("qvl_"), self.sources[setting.name]
+            if source != "default" or name == "model":
+                value = getattr(self, name)
+                text = ", ".join(map(str, value)) if setting.many else str(value)
+                shown.append(f"{name.replace('_', ' ')} {text} ({source})")
         if self.reference_model is None:
             shown += [f"reference of {source}: {DEQUANTIZED}" for source in self.model if _saved_in_4bit(source)]
         return shown
+
+
+SETTINGS: tuple[Setting, ...] = tuple(
+    each.metadata[_SETTING](f"qvl_{each.name}") for each in fields(Settings) if _SETTING in each.metadata
+)
 
 
 def _saved_in_4bit(source: ModelSource) -> bool:
@@ -329,7 +235,9 @@ def read_settings(config: pytest.Config) -> Settings:
     Raises:
         pytest.UsageError: A value is wrong; names the setting, who set it, the value and the mend.
     """
-    settings = Settings({setting.name: _choose(config, setting) for setting in SETTINGS})
+    chosen = {setting.name: _choose(config, setting) for setting in SETTINGS}
+    values = {name.removeprefix("qvl_"): value for name, (value, _) in chosen.items()}
+    settings = Settings(**values, sources={name: source for name, (_, source) in chosen.items()})
     if settings.card is not None:
         from pytest_qvl.vram.cap import compute_dtype
 
@@ -353,8 +261,8 @@ def backends_before_conftests(config: pytest.Config) -> tuple[str, ...]:
         return ()
 
 
-def _choose(config: pytest.Config, setting: Setting) -> Choice:
-    """The first of flag, environment, ini and default that is set; what is empty is not."""
+def _choose(config: pytest.Config, setting: Setting) -> tuple[Any, str]:
+    """The first of flag, environment, ini and default that is set, and which it was; what is empty is not."""
     given = config.getoption(setting.name)
     environment = os.environ.get(setting.env, "").strip()
     folder = config.invocation_params.dir
@@ -370,11 +278,11 @@ def _choose(config: pytest.Config, setting: Setting) -> Choice:
     elif setting.default is not None:
         raw, source = [setting.default] if setting.many else setting.default, "default"
     else:
-        return Choice(None, "default")
+        return None, "default"
     try:
         if setting.many:
-            return Choice(tuple(dict.fromkeys(setting.parse(text.strip(), folder) for text in raw)), source)
-        return Choice(raw if isinstance(raw, bool) else setting.parse(str(raw).strip(), folder), source)
+            return tuple(dict.fromkeys(setting.parse(text.strip(), folder) for text in raw)), source
+        return raw if isinstance(raw, bool) else setting.parse(str(raw).strip(), folder), source
     except (ValueError, OSError) as error:
         named = source if source in (setting.flag, setting.env) else f"{setting.name} ({source})"
         raise pytest.UsageError(f"{named}: {error}") from None

@@ -166,7 +166,8 @@ def _register(config: pytest.Config, settings: Settings, *, writes_record: bool)
         from pytest_qvl.session.fault_injection import Faulted, refuse_without_effect
 
         refuse_without_effect(settings)
-        register(Faulted(settings, stash[DEVICE_KEY].default_dtype, stash[LEAKS_KEY].watch.making), "qvl-fault")
+        fault = Faulted(settings.fault, settings, stash[DEVICE_KEY].default_dtype, stash[LEAKS_KEY].watch.making)
+        register(fault, "qvl-fault")
 
 
 def _let_plugins_override(config: pytest.Config) -> None:

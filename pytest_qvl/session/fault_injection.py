@@ -45,6 +45,7 @@ class Faulted:
     """Registered only when a fault was named.
 
     Args:
+        fault: Its name.
         settings: The run's settings.
         default_dtype: Says which dtype a device computes in, where no setting does.
         shared: Around what one test allocates for those after it.
@@ -52,6 +53,7 @@ class Faulted:
 
     def __init__(
         self,
+        fault: str,
         settings: Settings,
         default_dtype: Callable[[str], str],
         shared: Callable[[], AbstractContextManager[object]],
@@ -59,8 +61,7 @@ class Faulted:
         from pytest_qvl.faults import find
 
         self._default_dtype, self._shared = default_dtype, shared
-
-        self._fault = find(settings.fault)
+        self._fault = find(fault)
         self._settings = settings
         self._noticed: dict[str, bool] = {}
         self._made: tuple[Target, Case] | None = None

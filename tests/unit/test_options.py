@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qvl.options import SETTINGS, SETTINGS_KEY, Choice, Settings
+from pytest_qvl.options import SETTINGS, SETTINGS_KEY, Settings
 from pytest_qvl.session.rootdir import joined
 
 # A value that each setting takes, and what comes of it; `folder` and `adapter` stand for folders made by a fixture.
@@ -104,9 +104,15 @@ def test_truth_in_the_environment(settings, text, value):
     assert settings(QVL_REQUIRE_GPU=text).require_gpu is value
 
 
-def test_an_unknown_setting_is_an_attribute_error():
+def test_settings_are_typed_and_frozen(settings):
+    from dataclasses import FrozenInstanceError
+
+    chosen = settings()
+    assert {f"qvl_{name}" for name, kind in Settings.__annotations__.items() if kind != "Any"} >= set(BY_NAME)
     with pytest.raises(AttributeError, match="nothing"):
-        Settings({"qvl_seed": Choice(0, "default")}).nothing  # noqa: B018
+        chosen.nothing  # noqa: B018
+    with pytest.raises(FrozenInstanceError):
+        chosen.seed = 1
 
 
 def test_the_header_says_what_the_reference_of_a_4_bit_folder_is(pytester, settings):

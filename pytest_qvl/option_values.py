@@ -1,0 +1,128 @@
+"""What a setting takes: text to value, and the sentence that refuses what it cannot be.
+
+Every parser takes the text and the folder that relative paths start from, and raises a ``ValueError``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from pytest_qvl.models.backends import check_usable
+from pytest_qvl.models.sources.model_source import check_adapter
+
+if TYPE_CHECKING:
+    from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.vram.cards import Card
+
+Value = TypeVar("Value")
+# What the user typed, and the folder that relative paths in it start from.
+Parse = Callable[[str, Path], Value]
+
+RECORD_START = 1024  # bytes, within which a record names its schema
+_TRUE = {"1", "true", "yes", "on"}
+_FALSE = {"0", "false", "no", "off"}
+
+
+class SettingError(ValueError):
+    """A value that a setting cannot take."""
+
+
+def one_of(*choices: str) -> Parse[str]:
+    """One of a few words."""
+
+    def parse(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is called alike
+        if text not in choices:
+            raise SettingError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def whole_number(minimum: int) -> Parse[int]:
+    """A whole number, not below ``minimum``."""
+
+    def parse(text: str, folder: Path) -> int:  # noqa: ARG001 - every parser is called alike
+        try:
+            value = int(text)
+        except ValueError:
+            raise SettingError(f"{text!r} is not a whole number") from None
+        if value < minimum:
+            raise SettingError(f"{value} is below the smallest value {minimum}")
+        return value
+
+    return parse
+
+
+def parse_truth(text: str, folder: Path) -> bool:  # noqa: ARG001 - every parser is called alike
+    """True or false, in the words of ini files."""
+    if text.lower() in _TRUE | _FALSE:
+        return text.lower() in _TRUE
+    raise SettingError(f"{text!r} is neither true nor false; give one of {', '.join(sorted(_TRUE | _FALSE))}")
+
+
+def parse_size(text: str, folder: Path) -> int:  # noqa: ARG001 - every parser is called alike
+    """Bytes, from a size with a unit."""
+    from pytest_qvl.vram.units import parse_bytes
+
+    return parse_bytes(text)
+
+
+def parse_card(text: str, folder: Path) -> Card:  # noqa: ARG001 - every parser is called alike
+    """A GPU card by its name."""
+    from pytest_qvl.vram.cards import card
+
+    return card(text)
+
+
+def parse_backend(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is called alike
+    """The name of a backend that is installed."""
+    check_usable(text)
+    return text
+
+
+def parse_adapter(text: str, folder: Path) -> Path:
+    """The folder of a saved adapter."""
+    if not text.strip():
+        raise SettingError("no folder was named; leave the setting out, or give the adapter's folder")
+    path = folder / Path(text).expanduser()
+    check_adapter(path)
+    return path.resolve()
+
+
+def parse_policy(text: str, folder: Path) -> AdapterPolicy:  # noqa: ARG001 - every parser is called alike
+    """Parts that are adapted on purpose."""
+    from pytest_qvl.models.policy import AdapterPolicy
+
+    return AdapterPolicy.parse(text)
+
+
+def parse_folder(text: str, folder: Path) -> Path:
+    """A folder that exists."""
+    if not text.strip():
+        raise SettingError("no folder was named; leave the setting out, or give the folder's path")
+    path = folder / Path(text).expanduser()
+    if not path.is_dir():
+        raise SettingError(f"the folder {str(path)!r} does not exist")
+    return path.resolve()
+
+
+def parse_fault(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser is called alike
+    """The name of a fault."""
+    from pytest_qvl.faults.catalogue import find
+
+    return find(text).name
+
+
+def parse_record(text: str, folder: Path) -> Path:
+    """A file that is a record, or none yet."""
+    path = folder / Path(text).expanduser()
+    if path.is_dir():
+        raise SettingError(f"{str(path)!r} is a folder, not a file")
+    if path.exists() and not path.is_file():
+        raise SettingError(f"{str(path)!r} is a device or a pipe, not a regular file, and is not replaced by one")
+    # As in `pytest --qvl-record tests/test_mine.py`, where the value was forgotten.
+    if path.is_file() and (there := path.read_bytes()[:RECORD_START]).strip() and b'"pytest-qvl/record/' not in there:
+        raise SettingError(f"{str(path)!r} is there and is no record of a run: name another file, or delete it first")
+    return path.resolve()
