@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
@@ -233,8 +234,9 @@ def read_settings(config: pytest.Config) -> Settings:
     """Resolve every setting.
 
     Raises:
-        pytest.UsageError: A value is wrong; names the setting, who set it, the value and the mend.
+        pytest.UsageError: A value is wrong, or one of two; names the setting, who set it, the value and the fix.
     """
+    _refuse_contradictions(config)
     chosen = {setting.name: _choose(config, setting) for setting in SETTINGS}
     values = {name.removeprefix("qvl_"): value for name, (value, _) in chosen.items()}
     settings = Settings(**values, sources={name: source for name, (_, source) in chosen.items()})
@@ -259,6 +261,51 @@ def backends_before_conftests(config: pytest.Config) -> tuple[str, ...]:
         return tuple(dict.fromkeys(text.strip() for text in raw))
     except (TypeError, ValueError, pytest.UsageError):
         return ()
+
+
+def _refuse_contradictions(config: pytest.Config) -> None:
+    """Refuse a setting with two values in one place, of which pytest takes the last without a word.
+
+    In different places the nearer wins: the command line over ``PYTEST_ADDOPTS``, that over ``addopts`` of the ini.
+
+    Raises:
+        pytest.UsageError: Names the setting, its values and the fix.
+    """
+    if hasattr(config, "workerinput"):  # the controller has looked
+        return
+    command_line = [os.fspath(argument) for argument in config.invocation_params.args]
+    for arguments in (command_line, shlex.split(os.environ.get("PYTEST_ADDOPTS", "")), config.getini("addopts")):
+        if any("qvl" in argument or argument.startswith("@") for argument in arguments):
+            _refuse_two_values(arguments)
+
+
+def _refuse_two_values(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, fromfile_prefix_chars="@")
+    parser.add_argument(OVERRIDE, "--override-ini", dest="ini", action="append", default=[])
+    once = [setting for setting in SETTINGS if not setting.many]
+    for setting in once:
+        if setting.switch:
+            off = setting.flag.replace("--", "--no-", 1)
+            parser.add_argument(setting.flag, dest=setting.name, action="append_const", const=setting.flag)
+            parser.add_argument(off, dest=setting.name, action="append_const", const=off)
+        else:
+            parser.add_argument(setting.flag, dest=setting.name, action="append")
+    given, _ = parser.parse_known_args(arguments)
+    for setting in once:
+        _refuse_several(setting.flag, getattr(given, setting.name) or (), "give it once")
+    overrides = [text.partition("=") for text in given.ini]
+    for setting in SETTINGS:
+        fix = f"give {setting.flag} for each" if setting.many else "give it once"
+        values = [value for name, _, value in overrides if name.strip() == setting.name]
+        _refuse_several(f"{setting.name} ({OVERRIDE})", values, fix)
+
+
+def _refuse_several(what: str, values: Iterable[str], fix: str) -> None:
+    different = dict.fromkeys(value.strip() for value in values)
+    if len(different) > 1:
+        raise pytest.UsageError(
+            f"{what}: given more than once, with the values {' and '.join(map(repr, different))}; {fix}"
+        )
 
 
 def _choose(config: pytest.Config, setting: Setting) -> tuple[Any, str]:

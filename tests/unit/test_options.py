@@ -127,3 +127,44 @@ def test_the_header_says_what_the_reference_of_a_4_bit_folder_is(pytester, setti
     assert "its own 4-bit weights dequantized" in settings(f"--qvl-model={folder}").described()[-1]
     named = settings(f"--qvl-model={folder}", "--qvl-reference-model=embedded").described()
     assert named[1:] == ["reference model embedded (--qvl-reference-model)"]
+
+
+TWICE = "given more than once, with the values"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--qvl-seed", "1", "--qvl-seed=2"), f"--qvl-seed: {TWICE} '1' and '2'; give it once"),
+        (
+            ("--qvl-fault", "scatter-off-by-one", "-q", "--qvl-fault", "rope-deltas-kept"),
+            f"--qvl-fault: {TWICE} 'scatter-off-by-one' and 'rope-deltas-kept'; give it once",
+        ),
+        (
+            ("--qvl-require-gpu", "--no-qvl-require-gpu"),
+            f"--qvl-require-gpu: {TWICE} '--qvl-require-gpu' and '--no-qvl-require-gpu'; give it once",
+        ),
+        (("-o", "qvl_seed=1", "--override-ini=qvl_seed=2"), f"qvl_seed (-o): {TWICE} '1' and '2'; give it once"),
+        (
+            ("-o", "qvl_model=embedded", "-o", "qvl_model=a/b"),
+            f"qvl_model (-o): {TWICE} 'embedded' and 'a/b'; give --qvl-model for each",
+        ),
+        (("@more.txt", "--qvl-device", "cpu"), f"--qvl-device: {TWICE} 'cuda' and 'cpu'; give it once"),
+    ],
+    ids=["flag", "name", "switch", "-o", "-o of a list", "file"],
+)
+def test_two_values_of_one_setting_are_refused_with_both_named(pytester, settings, arguments, says):
+    (pytester.path / "more.txt").write_text("--qvl-device\ncuda\n")
+    with pytest.raises(pytest.UsageError) as refused:
+        settings(*arguments)
+    assert str(refused.value) == says
+
+
+def test_the_same_value_twice_and_a_nearer_place_are_no_contradiction(pytester, settings):
+    pytester.makeini("[pytest]\naddopts = --qvl-seed 1 --qvl-samples=8\n")
+    assert settings("--qvl-samples", "8", "--qvl-samples=8").samples == 8
+    near = settings("--qvl-seed", "3", PYTEST_ADDOPTS="--qvl-seed=2 --qvl-device=cuda")
+    assert (near.seed, near.device, near.samples) == (3, "cuda", 8)
+    pytester.makeini("[pytest]\naddopts = --qvl-seed 1 --qvl-seed 2\n")
+    with pytest.raises(pytest.UsageError, match="--qvl-seed: given more than once"):
+        settings()
