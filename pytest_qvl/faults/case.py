@@ -133,7 +133,8 @@ def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED, subject: Subject 
     """
     from pytest_qvl import checks
     from pytest_qvl.checks.support.sizing import sizes_for
-    from pytest_qvl.models.owner import collect, no_progress_bars
+    from pytest_qvl.models.memory import collect
+    from pytest_qvl.models.progress_bars import no_progress_bars
     from pytest_qvl.samples import probe_samples, structure_rows
 
     subject = embedded(dtype) if subject is None else subject

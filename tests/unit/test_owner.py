@@ -10,9 +10,11 @@ import weakref
 import pytest
 
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.adapter_versions import FRESH
 from pytest_qvl.models.attaching import adapter_folder, saved_lora_config
 from pytest_qvl.models.backends import LoadRequest, ModelLoadError, one_line
-from pytest_qvl.models.owner import FRESH, ModelOwner, refuse_if_too_big, value_key
+from pytest_qvl.models.memory import refuse_if_too_big
+from pytest_qvl.models.owner import ModelOwner, value_key
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.model_source import ModelSource, parse_model
 

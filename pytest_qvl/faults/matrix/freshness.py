@@ -33,7 +33,9 @@ ASIDE = frozenset(
         *("faults/matrix/normalised.py", "faults/matrix/page.py", "faults/matrix/results.py", "faults/unreproduced.py"),
         *("checks/__init__.py", "checks/forecast.py", "checks/vram.py"),
         *("models/backends/unsloth.py", "models/backends/unsloth_start.py", "models/fingerprint/cuda.py"),
-        *("models/fingerprint/kernel.py", "models/owner.py", "models/sources/released.py", "models/sources/command.py"),
+        *("models/fingerprint/kernel.py", "models/sources/released.py", "models/sources/command.py"),
+        *("models/owner.py", "models/adapter_versions.py", "models/base_weights.py", "models/memory.py"),
+        "models/progress_bars.py",
         *("models/sources/synthetic_checkpoint.py", "models/sources/synthetic_processor.py"),
     }
 )

@@ -145,7 +145,7 @@ def _health(plan: Plan, check: str) -> dict[str, str]:
 def _fault(plan: Plan, name: str) -> dict[str, Any]:
     from pytest_qvl.faults.matrix.restored import state
     from pytest_qvl.models.backends import one_line
-    from pytest_qvl.models.owner import collect
+    from pytest_qvl.models.memory import collect
 
     case, fault = _case(plan.subject), find(name)
     row = Row(check=fault.check, missing=fault.missing(case) or "")

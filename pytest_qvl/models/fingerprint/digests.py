@@ -30,6 +30,12 @@ def digests(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]
     return Fingerprint().read(named_tensors)
 
 
+def differences(before: dict[str, int], now: dict[str, int]) -> list[str]:
+    """Names whose digests are not equal, or that only one of the two has: first those of ``before``, in its order."""
+    names = [*before, *(name for name in now if name not in before)]
+    return [name for name in names if before.get(name) != now.get(name)]
+
+
 class Fingerprint:
     """Takes digests of the same tensors again and again.
 
