@@ -51,7 +51,7 @@ class Figure:
         return self.value <= self.limit if self.relation == "<=" else self.value >= self.limit
 
     @property
-    def strain(self) -> float:
+    def utilisation(self) -> float:
         """How near the value is to its limit, for choosing the worst figure: 1 is at the limit, above is broken."""
         if not self.relation:
             return -1.0
@@ -130,7 +130,7 @@ class Evidence:
     @property
     def worst(self) -> Figure | None:
         """The figure nearest to (or beyond) its limit."""
-        return max(self.figures, key=lambda f: f.strain, default=None)
+        return max(self.figures, key=lambda f: f.utilisation, default=None)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the JSON record, without :attr:`data`."""

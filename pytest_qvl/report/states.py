@@ -86,7 +86,7 @@ def _state_of(
 
 def _worst(found: Sequence[Evidence]) -> str:
     figures = [f for e in found for f in e.figures if f.relation]
-    return str(max(figures, key=lambda f: f.strain)) if figures else ""
+    return str(max(figures, key=lambda f: f.utilisation)) if figures else ""
 
 
 def _broken(bad: Sequence[Evidence]) -> str:

@@ -37,13 +37,13 @@ def test_a_figure_holds(value, relation, limit, holds):
     assert Figure("x", value, limit, relation).holds is holds
 
 
-def test_strain_grows_towards_the_limit():
-    strains = [Figure("x", value, 10.0, "<=").strain for value in (0.0, 1.0, 9.0, 10.0, 11.0)]
-    assert strains == [0.0, 0.1, 0.9, 1.0, math.inf]
-    assert [Figure("x", value, 10.0, ">=").strain for value in (20.0, 10.0, 9.0)] == [0.5, 1.0, math.inf]
-    assert Figure("x", 3, 3, "==").strain == 0.0
-    assert Figure("x", 3).strain < 0
-    assert Figure("x", 0, 0, "<=").strain == 0.0
+def test_utilisation_grows_towards_the_limit():
+    utilisations = [Figure("x", value, 10.0, "<=").utilisation for value in (0.0, 1.0, 9.0, 10.0, 11.0)]
+    assert utilisations == [0.0, 0.1, 0.9, 1.0, math.inf]
+    assert [Figure("x", value, 10.0, ">=").utilisation for value in (20.0, 10.0, 9.0)] == [0.5, 1.0, math.inf]
+    assert Figure("x", 3, 3, "==").utilisation == 0.0
+    assert Figure("x", 3).utilisation < 0
+    assert Figure("x", 0, 0, "<=").utilisation == 0.0
 
 
 def test_the_worst_figure_is_the_one_nearest_to_its_limit():
