@@ -21,7 +21,8 @@ from pytest_qvl.session.keys import (  # noqa: E402 - after assertion rewriting
     LIMITS_KEY,
     METER_KEY,
     MODEL_KEY,
-    VERDICTS_KEY,
+    RESULTS_KEY,
+    SESSION_RESULTS_KEY,
 )
 from pytest_qvl.session.process_link import PARENT_NAME  # noqa: E402
 
@@ -92,6 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def _compose(config: pytest.Config, settings: Settings) -> None:
     """Make the objects of a session, from those that need none to those that need many."""
+    from pytest_qvl.report.run_results import ResultsBuilder
     from pytest_qvl.session.console import Console
     from pytest_qvl.session.device import Device
     from pytest_qvl.session.first_errors import FirstErrors
@@ -99,7 +101,7 @@ def _compose(config: pytest.Config, settings: Settings) -> None:
     from pytest_qvl.session.leaks import LeakVerdicts
     from pytest_qvl.session.limit_vram import VramLimits
     from pytest_qvl.session.model_state import ModelState
-    from pytest_qvl.session.session_results import SessionVerdicts
+    from pytest_qvl.session.session_results import SessionResults
     from pytest_qvl.vram.meter import Meter
 
     stash = config.stash
@@ -110,14 +112,13 @@ def _compose(config: pytest.Config, settings: Settings) -> None:
     model = stash[MODEL_KEY] = ModelState(console.progress, meter, access)
     errors = stash[FIRST_ERRORS_KEY] = FirstErrors()
     leaks = stash[LEAKS_KEY] = LeakVerdicts(meter, access, model, errors)
-    limits = VramLimits(config, meter, default=settings.vram_limit, required=settings.require_gpu)
-    stash[LIMITS_KEY] = limits
-    stash[VERDICTS_KEY] = SessionVerdicts([limits.judge_session, leaks.judge_session], access.facts)
+    limits = stash[LIMITS_KEY] = VramLimits(config, meter, default=settings.vram_limit, required=settings.require_gpu)
+    results = stash[RESULTS_KEY] = ResultsBuilder()
+    stash[SESSION_RESULTS_KEY] = SessionResults(results, limits, leaks, access)
 
 
 def _register(config: pytest.Config, settings: Settings, *, writes_record: bool) -> None:
     """Register the plugins of this run; of those that listen to the same hook the last speaks first."""
-    from pytest_qvl.report.comparison import Comparison
     from pytest_qvl.report.terminal import Summary
     from pytest_qvl.session.gpu_errors import GpuFailures
     from pytest_qvl.session.installed import Installed
@@ -129,44 +130,34 @@ def _register(config: pytest.Config, settings: Settings, *, writes_record: bool)
     register, stash = config.pluginmanager.register, config.stash
     register(ShippedSuite(), "qvl-suite")
     register(Installed(), "qvl-installed")
-    register(WorkerCrashes(settings, config.rootpath), "qvl-worker-crashes")
+    results = stash[RESULTS_KEY]
+    register(WorkerCrashes(settings, config.rootpath, results), "qvl-worker-crashes")
     if settings.images is not None:
         from pytest_qvl.session.image_folder import ImageFolder
 
         register(ImageFolder(settings.images, settings.source("images")), "qvl-image-folder")
-    summary, comparison = Summary(), Comparison()
-    register(summary, "qvl-summary")
-    register(comparison, "qvl-comparison")
+    register(results, "qvl-results")
+    register(Summary(results), "qvl-summary")
     register(stash[LIMITS_KEY], "qvl-vram-limits")
     register(PhaseNumbers(stash[METER_KEY]), "qvl-vram-numbers")
-    failures = GpuFailures(stash[ACCESS_KEY], stash[METER_KEY])
-    register(failures, "qvl-gpu-failures")
-    verdicts = stash[VERDICTS_KEY]
-    register(verdicts, "qvl-session-verdicts")
+    register(GpuFailures(stash[ACCESS_KEY], stash[METER_KEY]), "qvl-gpu-failures")
+    register(stash[SESSION_RESULTS_KEY], "qvl-session-results")
     register(Interrupts(stash[CONSOLE_KEY].announce), "qvl-interrupts")
     if settings.record is not None and writes_record:
-        from pytest_qvl.report.record import Record, vram_for_record
-        from pytest_qvl.session.process_gpu import leases_for_record
+        from pytest_qvl.report.record import Record
 
         chosen = [*settings.described(), *_simulated(settings)]
-        parts = [
-            summary.as_dict,
-            comparison.as_dict,
-            verdicts.as_dict,
-            failures.as_dict,
-            lambda: leases_for_record(verdicts.facts),
-            lambda: vram_for_record(verdicts.facts),
-        ]
-        register(Record(settings.record, chosen, parts), "qvl-record")
+        register(Record(settings.record, chosen, results), "qvl-record")
     if settings.require_gpu:
         from pytest_qvl.session.require_gpu import GpuRequired
 
-        register(GpuRequired(), "qvl-require-gpu")
+        register(GpuRequired(results), "qvl-require-gpu")
     if settings.fault is not None:
         from pytest_qvl.session.fault_injection import Faulted, refuse_without_effect
 
         refuse_without_effect(settings)
-        fault = Faulted(settings.fault, settings, stash[DEVICE_KEY].default_dtype, stash[LEAKS_KEY].watch.making)
+        shared = stash[LEAKS_KEY].watch.making
+        fault = Faulted(settings.fault, settings, stash[DEVICE_KEY].default_dtype, shared, results)
         register(fault, "qvl-fault")
 
 

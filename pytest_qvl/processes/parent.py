@@ -24,7 +24,7 @@ import pytest
 from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
 from pytest_qvl.processes.child import BOOT, Channel
 from pytest_qvl.session import results
-from pytest_qvl.session.keys import CONSOLE_KEY, LIMITS_KEY, VERDICTS_KEY
+from pytest_qvl.session.keys import CONSOLE_KEY, RESULTS_KEY, SESSION_RESULTS_KEY
 from pytest_qvl.session.targets import target_of
 
 if TYPE_CHECKING:
@@ -57,15 +57,11 @@ class Children:
         config: pytest's configuration.
         backends: In the order they run. Tests without a model run once, with the first.
         progress: Told when a process starts.
-
-    Attributes:
-        problems: What went wrong outside any test, one sentence each.
     """
 
     def __init__(self, config: pytest.Config, backends: Sequence[str], progress: Callable[[str], None]) -> None:
         self._backends = backends
         self._progress = progress
-        self.problems: list[str] = []
         # xdist, if it is there, starts its workers in each backend's process, and they share the GPUs.
         self._with_workers = bool(getattr(config.option, "numprocesses", None) or getattr(config.option, "tx", None))
         for name, off in (("dist", "no"), ("tx", []), ("numprocesses", None)):
@@ -93,7 +89,8 @@ class Children:
                 for run in ready(running):
                     if not run.advance():
                         running.remove(run)
-                        self.problems += run.conclude()
+                        for problem in run.conclude():
+                            session.config.stash[RESULTS_KEY].add_problem(problem)
         finally:
             for run in running:
                 run.kill()
@@ -116,17 +113,6 @@ class Children:
     def _backend_of(self, item: pytest.Item) -> str:
         target = target_of(item)
         return self._backends[0] if target is None else target.backend
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """What went wrong outside any test fails the session."""
-        if self.problems and session.exitstatus == pytest.ExitCode.OK:
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Say so."""
-        for problem in self.problems:
-            terminalreporter.line(f"qvl: {problem}", red=True, bold=True)
 
 
 class ChildRun:
@@ -279,11 +265,8 @@ class ChildRun:
     def _on_announce(self, line: str) -> None:
         self._config.stash[CONSOLE_KEY].announce(line)
 
-    def _on_limits(self, outcomes: list[dict[str, Any]]) -> None:
-        self._config.stash[LIMITS_KEY].add(outcomes)
-
-    def _on_session(self, output: dict[str, Any]) -> None:
-        self._config.stash[VERDICTS_KEY].take(output, self._backend)
+    def _on_session(self, output: list[dict[str, Any]]) -> None:
+        self._config.stash[SESSION_RESULTS_KEY].take(output, self._backend)
 
     def _on_internalerror(self, text: str) -> None:
         self._why = f"met an internal error of pytest:\n{text}"

@@ -5,64 +5,54 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import Table, Value
-from pytest_qvl.session.report_data import report_data
 
 if TYPE_CHECKING:
-    import pytest
-
     from pytest_qvl.evidence import Evidence
+    from pytest_qvl.report.run_results import RunResults
 
 TITLE = "backends side by side"
 PEAKS, CENSUS = "peak_vram", "quantization_census"
-TOP_TOKENS, SOME_LOGITS = "prefill: most probable tokens", "prefill: some logits"
+TOP_TOKENS, SOME_LOGITS = "prefill: most probable tokens", "prefill: some logits"  # in the data of PEAKS
 Row = tuple[Value | None, ...]
 
 
-class Comparison:
-    """Listens to reports (in the process that was started) and compares at the end; register it as a plugin."""
+def write_comparison(terminal: Any, results: RunResults) -> None:
+    """Write one table for each thing that more than one backend has measured, on pytest's terminal reporter."""
+    tables = comparison(results)
+    if tables:
+        terminal.section(TITLE, sep="=", bold=True)
+    for name, table in tables.items():
+        terminal.line(name, bold=True)
+        for line in str(table).splitlines():
+            terminal.line(f"   {line}")
 
-    def __init__(self) -> None:
-        self._found: dict[str, dict[str, dict[str, Evidence]]] = {}  # subject, check, backend
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take what can be compared off a report."""
-        finding = report_data(report).finding
-        if finding is None or finding.subject is None or finding.backend is None:
-            return
+def comparison(results: RunResults) -> dict[str, Table]:
+    """Tables by title; empty where nothing was measured by more than one backend."""
+    made: dict[str, Table] = {}
+    for subject, by_check in _comparable(results).items():
+        peaks, census = by_check.get(PEAKS, {}), by_check.get(CENSUS, {})
+        if len(peaks) > 1:
+            made[f"{subject}: memory and time"] = _peaks(peaks)
+            logits = _logits(peaks)
+            if logits.rows:
+                made[f"{subject}: logits of the same inputs"] = logits
+        if len(census) > 1:
+            made[f"{subject}: what is quantized"] = _census(census)
+    return made
+
+
+def _comparable(results: RunResults) -> dict[str, dict[str, dict[str, Evidence]]]:
+    """What can be compared, by subject (model and device), check and backend; of each the last."""
+    found: dict[str, dict[str, dict[str, Evidence]]] = {}
+    for _, finding in results.findings:
+        if finding.subject is None or finding.backend is None:
+            continue
         for evidence in finding.evidence:
             if evidence.check in (PEAKS, CENSUS):
-                by_check = self._found.setdefault(finding.subject, {})
+                by_check = found.setdefault(finding.subject, {})
                 by_check.setdefault(evidence.check, {})[finding.backend] = evidence
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Write one table for each thing that more than one backend has measured."""
-        tables = self.tables()
-        if not tables or terminalreporter.config.get_verbosity() < -1:
-            return
-        terminalreporter.section(TITLE, sep="=", bold=True)
-        for name, table in tables.items():
-            terminalreporter.line(name, bold=True)
-            for line in str(table).splitlines():
-                terminalreporter.line(f"   {line}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The tables as plain data for the record."""
-        tables = self.tables().items()
-        return {"comparison": [{"name": name, "columns": t.columns, "rows": t.rows} for name, t in tables]}
-
-    def tables(self) -> dict[str, Table]:
-        """Tables by title; empty where nothing was measured by more than one backend."""
-        made: dict[str, Table] = {}
-        for subject, by_check in self._found.items():
-            peaks, census = by_check.get(PEAKS, {}), by_check.get(CENSUS, {})
-            if len(peaks) > 1:
-                made[f"{subject}: memory and time"] = _peaks(peaks)
-                logits = _logits(peaks)
-                if logits.rows:
-                    made[f"{subject}: logits of the same inputs"] = logits
-            if len(census) > 1:
-                made[f"{subject}: what is quantized"] = _census(census)
-        return made
+    return found
 
 
 def _peaks(found: dict[str, Evidence]) -> Table:
@@ -85,11 +75,11 @@ def _ratio(value: Any, reference: Any) -> Value | None:
 
 
 def _logits(found: dict[str, Evidence]) -> Table:
-    digests = {}
+    """How far some logits and the most probable tokens of every backend are from those of the first."""
+    digests: dict[str, tuple[list[Value], list[float]]] = {}
     for backend, evidence in found.items():
-        values = {figure.name: str(figure.value).split() for figure in evidence.figures}
-        if TOP_TOKENS in values and SOME_LOGITS in values:
-            digests[backend] = (values[TOP_TOKENS], [float(value) for value in values[SOME_LOGITS]])
+        if TOP_TOKENS in evidence.data and SOME_LOGITS in evidence.data:
+            digests[backend] = evidence.data[TOP_TOKENS], [float(value) for value in evidence.data[SOME_LOGITS]]
     rows: list[Row] = []
     names = list(digests)
     for other in names[1:]:

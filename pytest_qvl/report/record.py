@@ -16,17 +16,21 @@ import secrets
 import subprocess
 import sys
 from contextlib import suppress
-from datetime import UTC, datetime
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qvl.session.report_data import report_data
+from pytest_qvl.report.comparison import comparison
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Generator, Iterator, Sequence
+
+    from pytest_qvl.report.process_results import ProcessResults
+    from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder, RunResults
+    from pytest_qvl.session.report_data import Finding
 
 SCHEMA = "pytest-qvl/record/2"
 PACKAGES = (
@@ -56,51 +60,18 @@ VARIABLES = (
 
 
 class Record:
-    """Listens to reports (on the controller under xdist) and writes the file at the end of the run.
+    """Writes the file at the end of the run; register it as a plugin, in the process that was started.
 
     Args:
         path: The file.
         settings: As the header shows them.
-        parts: Asked at the end for what else belongs into the record, by key.
+        builder: Has the results of the run.
     """
 
-    def __init__(self, path: Path, settings: list[str], parts: Sequence[Callable[[], dict[str, Any]]] = ()) -> None:
+    def __init__(self, path: Path, settings: list[str], builder: ResultsBuilder) -> None:
         self._path = path
         self._settings = settings
-        self._parts = parts
-        self._seconds: dict[tuple[str | None, str], dict[str, float]] = {}
-        self._checks: list[dict[str, Any]] = []
-        self._tests: dict[str, int] = {}
-        self._skipped: dict[str, int] = {}
-        self._started = datetime.now(UTC)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take outcome, seconds and evidence off a report."""
-        data = report_data(report)
-        if data.session_verdict is not None:  # has an entry of its own
-            return
-        if report.when == "call" or report.outcome != "passed":
-            outcome = report.outcome if report.when == "call" or report.skipped else "error"
-            self._tests[outcome] = self._tests.get(outcome, 0) + 1
-        if report.skipped:
-            reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-            self._skipped[reason] = self._skipped.get(reason, 0) + 1
-        finding = data.finding
-        if finding is None:
-            return
-        test = report.nodeid.rsplit("::", 1)[-1]
-        if report.when in ("setup", "call", "teardown"):  # not the report of a worker that crashed
-            self._seconds.setdefault((finding.target, test), {})[report.when] = round(report.duration, 3)
-        common = {
-            "target": finding.target,
-            "test": test,
-            "outcome": report.outcome,
-            "seconds": round(report.duration, 3),
-        }
-        for evidence in finding.evidence:
-            self._checks.append({**common, **evidence.as_dict()})
-        for check, reason in finding.not_judged:
-            self._checks.append({**common, "check": check, "not_judged": reason})
+        self._builder = builder
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -124,32 +95,87 @@ class Record:
             reporter.write_line(line, red=True, bold=True)
 
     def _write(self, session: pytest.Session) -> str:
-        finished = datetime.now(UTC)
+        results = self._builder.results(int(session.exitstatus))
         return write_json(
             self._path,
             {
                 "schema": SCHEMA,
-                "started": self._started.isoformat(timespec="seconds"),
-                "seconds": round((finished - self._started).total_seconds(), 1),
-                "exit_status": int(session.exitstatus),
+                "started": results.started.isoformat(timespec="seconds"),
+                "seconds": round(results.seconds, 1),
+                "exit_status": results.exit_status,
                 "command": ["pytest", *map(str, session.config.invocation_params.args)],
                 "settings": self._settings,
                 "environment": environment(session.config.rootpath),
-                "tests": self._tests,
-                "skipped": self._skipped,
-                "checks": self._checks,
-                "seconds_by_test": [
-                    {"target": target, "test": test, **seconds} for (target, test), seconds in self._seconds.items()
-                ],
-                **{key: value for part in self._parts for key, value in part().items()},
+                **plain(results),
             },
         )
 
 
-def vram_for_record(facts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def plain(results: RunResults) -> dict[str, Any]:
+    """What a run found out as plain data, under the keys of the record."""
+    return {
+        "tests": dict(results.tests),
+        "skipped": dict(results.skipped),
+        "checks": [entry for phase, finding in results.findings for entry in _checks(phase, finding)],
+        "seconds_by_test": _seconds_by_test(results),
+        "promises": [
+            {"target": target, **asdict(state)} for target, found in results.suite.items() for state in found.promises()
+        ],
+        "comparison": [
+            {"name": name, "columns": table.columns, "rows": table.rows} for name, table in comparison(results).items()
+        ],
+        "session": [asdict(verdict) for verdict in results.verdicts],
+        "gpu_failures": [
+            {"test": phase.test, "when": phase.when, **asdict(failure)} for phase, failure in results.gpu_failures
+        ],
+        "leases": [
+            # Without what names a machine or somebody's programs.
+            {"name": gpu.name, "index": gpu.index, "waited": gpu.waited, "process": p.process, "busy": bool(gpu.busy)}
+            for p in results.processes
+            if (gpu := p.lease) is not None
+        ],
+        "vram": _vram(results.processes),
+    }
+
+
+def _checks(phase: PhaseResult, finding: Finding) -> Iterator[dict[str, Any]]:
+    """Every verdict, and every check that gave none."""
+    common = {
+        "target": finding.target,
+        "test": _name(phase),
+        "outcome": phase.outcome,
+        "seconds": round(phase.seconds, 3),
+    }
+    for evidence in finding.evidence:
+        yield {**common, **evidence.as_dict()}
+    for check, reason in finding.not_judged:
+        yield {**common, "check": check, "not_judged": reason}
+
+
+def _seconds_by_test(results: RunResults) -> list[dict[str, Any]]:
+    seconds: dict[tuple[str | None, str], dict[str, float]] = {}
+    for phase, finding in results.findings:
+        if phase.when in ("setup", "call", "teardown"):  # not the report of a worker that crashed
+            seconds.setdefault((finding.target, _name(phase)), {})[phase.when] = round(phase.seconds, 3)
+    return [{"target": target, "test": test, **by_phase} for (target, test), by_phase in seconds.items()]
+
+
+def _name(phase: PhaseResult) -> str:
+    return phase.test.rsplit("::", 1)[-1]
+
+
+def _vram(processes: Sequence[ProcessResults]) -> dict[str, Any]:
     """VRAM of the one process that ran the tests; of each, by name, where it started others for that."""
-    started = [{"process": one["process"], **one["vram"]} for one in facts if one["process"]]
-    return {"vram": {"processes": started} if started else next((one["vram"] for one in facts), {})}
+    found = [
+        {
+            **({"process": one.process} if one.process else {}),
+            "session": one.session.as_dict(),
+            "phases": [usage.as_dict() for usage in one.phases],
+        }
+        for one in processes
+    ]
+    started = [one for one in found if "process" in one]
+    return {"processes": started} if started else next(iter(found), {})
 
 
 def environment(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import pytest
 from pytest_qvl.models.backends import BASELINE, ModelLoadError
 from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model
 from pytest_qvl.session.errors import UserError
-from pytest_qvl.session.report_data import report_data
 from pytest_qvl.session.suite_collection import is_shipped
 from pytest_qvl.session.targets import Target, target_of
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.faults import Case
     from pytest_qvl.options import Settings
+    from pytest_qvl.report.run_results import ResultsBuilder
 
 # A fault is made on a set-up of its own, with a fresh adapter and rendered scenes; these would have no effect.
 WITHOUT_EFFECT = ("adapter", "images")
@@ -49,6 +49,7 @@ class Faulted:
         settings: The run's settings.
         default_dtype: Says which dtype a device computes in, where no setting does.
         shared: Around what one test allocates for those after it.
+        builder: Has the results of the run.
     """
 
     def __init__(
@@ -57,13 +58,13 @@ class Faulted:
         settings: Settings,
         default_dtype: Callable[[str], str],
         shared: Callable[[], AbstractContextManager[object]],
+        builder: ResultsBuilder,
     ) -> None:
         from pytest_qvl.faults import find
 
-        self._default_dtype, self._shared = default_dtype, shared
+        self._default_dtype, self._shared, self._builder = default_dtype, shared, builder
         self._fault = find(fault)
         self._settings = settings
-        self._noticed: dict[str, bool] = {}
         self._made: tuple[Target, Case] | None = None
 
     def _case(self, item: pytest.Function) -> Case:
@@ -113,27 +114,29 @@ class Faulted:
             finally:
                 item.funcargs = healthy
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note which checks noticed it."""
-        found = report_data(report).finding
-        if found is None or found.check is None or report.when != "call":
-            return
-        if not report.skipped or found.not_judged:  # a fault that cannot be made here proves nothing
-            self._noticed[found.check] = self._noticed.get(found.check, False) or report.failed
-
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say what was damaged, which check must notice it, and which did."""
-        fault = self._fault
+        fault, noticed = self._fault, self._noticed()
         terminalreporter.line(f"qvl: fault {fault.name}: {fault.summary}")
-        if fault.check not in self._noticed:
+        if fault.check not in noticed:
             terminalreporter.line(f"qvl: {fault.check} must catch it, and was not run", yellow=True)
             return
-        caught = self._noticed[fault.check]
+        caught = noticed[fault.check]
         verdict = "caught it" if caught else "DID NOT CATCH IT"
-        also = [check for check, noticed in self._noticed.items() if noticed and check != fault.check]
+        also = [check for check, did in noticed.items() if did and check != fault.check]
         line = f"qvl: {fault.check} must catch it, and {verdict}; so did {', '.join(also) or 'no other check'}"
         terminalreporter.line(line if caught or also else line.partition(";")[0], green=caught, red=not caught)
+
+    def _noticed(self) -> dict[str, bool]:
+        """Whether each check that ran noticed the fault."""
+        noticed: dict[str, bool] = {}
+        for phase, found in self._builder.results().findings:
+            if found.check is None or phase.when != "call":
+                continue
+            if phase.outcome != "skipped" or found.not_judged:  # a fault that cannot be made here proves nothing
+                noticed[found.check] = noticed.get(found.check, False) or phase.failed
+        return noticed
 
 
 def _inputs(case: Case) -> dict[str, Callable[[], Any]]:

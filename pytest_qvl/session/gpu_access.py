@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.options import Settings
     from pytest_qvl.vram.meter import Meter
+    from pytest_qvl.vram.usage import Usage
 
 
 def is_gpu(item: pytest.Item) -> bool:
@@ -115,12 +116,11 @@ class GpuAccess:
             self.breaker = self.breaker or by
         return bool(self.breaker)
 
-    def facts(self) -> dict[str, Any]:
-        """What summary and record say of this process, as plain data: its lease, its VRAM as a whole and by phase."""
+    def vram(self) -> tuple[Usage, tuple[Usage, ...]]:
+        """Peak VRAM of this process, as a whole and by phase."""
         session = self._meter.session()
         assert session.usage is not None
-        vram = {"session": session.usage.as_dict(), "phases": [usage.as_dict() for usage in session.inner]}
-        return {"lease": self.gpu.facts(), "vram": vram}
+        return session.usage, tuple(session.inner)
 
     def _concerns(self, session: pytest.Session) -> bool:
         # A mark named gpu is not ours alone: where nothing else of the run is about us, it is left in peace.

@@ -8,8 +8,7 @@ are not run, and say whose doing it is.
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -17,7 +16,7 @@ from pytest_qvl.session.errors import CudaUnusable
 from pytest_qvl.session.gpu_access import is_gpu
 from pytest_qvl.session.keys import OUT_OF_MEMORY_KEY
 from pytest_qvl.session.process_gpu import others_on
-from pytest_qvl.session.report_data import GpuFailure, Kind, add_to_report, report_data
+from pytest_qvl.session.report_data import GpuFailure, Kind, add_to_report
 from pytest_qvl.session.tracebacks import release_frames
 from pytest_qvl.vram.units import format_bytes
 
@@ -34,19 +33,15 @@ SECTION = "GPU"
 
 
 class GpuFailures:
-    """Registered in every process; counts on the controller under xdist.
+    """Registered in every process.
 
     Args:
         access: The way to the GPU.
         meter: The one meter of this process.
-
-    Attributes:
-        found: One entry per verdict: ``kind``, ``test``, ``when``, ``text``, ``by``.
     """
 
     def __init__(self, access: GpuAccess, meter: Meter) -> None:
         self._access, self._meter = access, meter
-        self.found: list[dict[str, Any]] = []
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -82,28 +77,6 @@ class GpuFailures:
             errors.clear()
             self._meter.reclaim("after running out of memory")
         return (yield)
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count, over all workers."""
-        failure = report_data(report).gpu_failure
-        if failure is not None:
-            self.found.append({"test": report.nodeid, "when": report.when, **asdict(failure)})
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for the record."""
-        return {"gpu_failures": self.found}
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """One line for each, but for what was not run: a count."""
-        for one in self.found:
-            if one["kind"] == "out of memory":
-                terminalreporter.line(f"qvl: {one['test']} ({one['when']}): {one['text']}", red=True)
-            elif one["kind"] == "broken":
-                terminalreporter.line(f"qvl: {one['text']}; {self._not_run(one['test'])}", red=True)
-
-    def _not_run(self, by: str) -> str:
-        count = sum(one["kind"] == "not run" and one["by"] == by for one in self.found)
-        return f"{count} later GPU {'test was' if count == 1 else 'tests were'} not run"
 
     def _just_broken(self, item: pytest.Item, when: str) -> bool:
         if self._access.breaker or not is_gpu(item):

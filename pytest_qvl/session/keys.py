@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pytest_qvl.report.run_results import ResultsBuilder
     from pytest_qvl.session.console import Console
     from pytest_qvl.session.device import Device
     from pytest_qvl.session.first_errors import FirstErrors
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_qvl.session.limit_vram import VramLimits
     from pytest_qvl.session.model_state import ModelState
     from pytest_qvl.session.report_data import LimitOutcome
-    from pytest_qvl.session.session_results import SessionVerdicts
+    from pytest_qvl.session.session_results import SessionResults
     from pytest_qvl.vram.meter import Meter, Phase
 
 # ---- on the configuration: one of each per process ---------------------------------------------------------
@@ -31,7 +32,8 @@ MODEL_KEY: pytest.StashKey[ModelState] = pytest.StashKey()
 FIRST_ERRORS_KEY: pytest.StashKey[FirstErrors] = pytest.StashKey()
 LEAKS_KEY: pytest.StashKey[LeakVerdicts] = pytest.StashKey()
 LIMITS_KEY: pytest.StashKey[VramLimits] = pytest.StashKey()
-VERDICTS_KEY: pytest.StashKey[SessionVerdicts] = pytest.StashKey()
+RESULTS_KEY: pytest.StashKey[ResultsBuilder] = pytest.StashKey()
+SESSION_RESULTS_KEY: pytest.StashKey[SessionResults] = pytest.StashKey()
 # Arguments of the run that starts over, where the rootdir was misled.
 AGAIN_KEY: pytest.StashKey[list[str]] = pytest.StashKey()
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_qvl.report.process_results import Verdict
 from pytest_qvl.session import fixture_graph
-from pytest_qvl.session.session_results import Verdict
 from pytest_qvl.session.tracebacks import forget, forget_last, release_frames
 from pytest_qvl.vram.units import MiB, format_bytes
 

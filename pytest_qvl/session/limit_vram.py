@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import pytest
 
 from pytest_qvl.session.keys import TEST_PHASE_KEY, UNMEASURED_KEY, VRAM_OUTCOMES_KEY
-from pytest_qvl.session.report_data import LimitOutcome, add_to_report, report_data
+from pytest_qvl.session.report_data import LimitOutcome, add_to_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
     from pytest_qvl.evidence import Evidence
-    from pytest_qvl.session.session_results import Verdict
+    from pytest_qvl.report.process_results import Verdict
     from pytest_qvl.vram.meter import Meter, Phase
     from pytest_qvl.vram.usage import Number, Usage
 
@@ -112,7 +111,7 @@ class VramLimits:
         required: Whether a marked limit that could not be measured is an error of its test.
 
     Attributes:
-        outcomes: What became of each limit; with xdist complete in the controller.
+        session_outcomes: What became of each limit on the session, once it has been judged.
     """
 
     def __init__(
@@ -123,19 +122,9 @@ class VramLimits:
         self._default = default
         self._required = required
         self._session_limits: tuple[Limit, ...] = ()
-        self.outcomes: list[LimitOutcome] = []
+        self.session_outcomes: tuple[LimitOutcome, ...] = ()
 
-    # ---- what a user reads ---------------------------------------------------------------------------------
-
-    def summary(self) -> list[str]:
-        """One line about the limits of this run, and one for each reason why some were not measured."""
-        if not self.outcomes:
-            return []
-        reasons = Counter(outcome.reason for outcome in self.outcomes if outcome.value is None)
-        held = sum(outcome.held for outcome in self.outcomes)
-        exceeded = len(self.outcomes) - held - reasons.total()
-        line = f"vram limits: {held} held, {exceeded} exceeded, {reasons.total()} not measured"
-        return [line, *(f"  not measured: {reason} ({count} ×)" for reason, count in reasons.most_common())]
+    # ---- the session ---------------------------------------------------------------------------------------
 
     def session_evidence(self) -> list[Evidence]:
         """The verdicts of limits on the whole session, one per number; empty problems where they hold.
@@ -149,7 +138,7 @@ class VramLimits:
         verdicts = []
         for limit in self._session_limits:
             outcome = self._note("session", phase, limit)
-            self.outcomes.append(outcome)
+            self.session_outcomes += (outcome,)
             if outcome.value is None:
                 continue
             try:
@@ -158,10 +147,10 @@ class VramLimits:
                 verdicts.append(failure.evidence)
         return verdicts
 
-    def judge_session(self, session: pytest.Session) -> Iterator[Verdict]:  # noqa: ARG002 - as every judge
+    def judge_session(self) -> Iterator[Verdict]:
         """The same as session verdicts."""
         from pytest_qvl.evidence import CheckFailed
-        from pytest_qvl.session.session_results import Verdict
+        from pytest_qvl.report.process_results import Verdict
 
         for evidence in self.session_evidence():
             (figure,) = evidence.figures
@@ -169,14 +158,6 @@ class VramLimits:
                 yield Verdict(figure.name, "kept", str(figure))
             else:
                 yield Verdict(figure.name, "BROKEN", str(CheckFailed(evidence)))
-
-    def session_outcomes(self) -> list[dict[str, Any]]:
-        """What became of limits on the session, as plain data for another process's :meth:`add`."""
-        return [asdict(outcome) for outcome in self.outcomes if outcome.scope == "session"]
-
-    def add(self, outcomes: Iterable[dict[str, Any]]) -> None:
-        """Take over what became of limits in another process."""
-        self.outcomes += [LimitOutcome(**data) for data in outcomes]
 
     # ---- collection ----------------------------------------------------------------------------------------
 
@@ -257,10 +238,6 @@ class VramLimits:
             add_to_report(report, limits=tuple(outcomes))
             outcomes.clear()
         return report
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Collect what was measured, from this process or a worker."""
-        self.outcomes += report_data(report).limits
 
     # ---- the rest ------------------------------------------------------------------------------------------
 

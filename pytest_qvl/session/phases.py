@@ -16,12 +16,9 @@ from pytest_qvl.session.keys import (
     DEVICE_KEY,
     FIRST_ERRORS_KEY,
     LEAKS_KEY,
-    LIMITS_KEY,
     MODEL_KEY,
     RAISED_KEY,
-    VERDICTS_KEY,
 )
-from pytest_qvl.session.process_link import parent_link
 from pytest_qvl.session.suite_collection import is_shipped
 from pytest_qvl.session.targets import target_of
 from pytest_qvl.session.tracebacks import release_frames
@@ -174,25 +171,10 @@ def pytest_keyboard_interrupt(excinfo: pytest.ExceptionInfo[BaseException]) -> N
     release_frames(excinfo.value)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A backend's process tells the one that was started what became of limits on its session."""
-    parent = parent_link(session.config)
-    if parent is not None:
-        parent.request("limits", outcomes=session.config.stash[LIMITS_KEY].session_outcomes())
-
-
-@pytest.hookimpl(specname="pytest_sessionfinish", trylast=True)
-def pytest_sessionfinish_memory(session: pytest.Session) -> None:
     """Give the model's memory and the GPU back, after the fixtures are torn down."""
     stash = session.config.stash
     stash[FIRST_ERRORS_KEY].clear()
     stash[MODEL_KEY].release()
     stash[DEVICE_KEY].close()
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    """What became of the limits on VRAM, and which GPUs were used."""
-    from pytest_qvl.session.process_gpu import lease_lines
-
-    for line in (*config.stash[LIMITS_KEY].summary(), *lease_lines(config.stash[VERDICTS_KEY].facts)):
-        terminalreporter.line(f"qvl: {line}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_qvl.gpu.errors import LeaseError
 from pytest_qvl.gpu.lease import Lease, acquire, cuda_started
 from pytest_qvl.gpu.nvml import driver
 from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
+from pytest_qvl.report.process_results import LeasedGpu
 from pytest_qvl.vram.units import MiB, format_bytes
 
 if TYPE_CHECKING:
@@ -95,34 +96,12 @@ class ProcessGpu:
             return None
         return gpus[0].uuid if gpus else None
 
-    def facts(self) -> dict[str, Any] | None:
-        """What summary and record say; ``None`` without a lease."""
+    def leased(self) -> LeasedGpu | None:
+        """What summary and record say of the lease; ``None`` without one."""
         if self.lease is None:
             return None
-        gpu, waited = self.lease.gpu, round(self.lease.waited, 1)
-        return {"gpu": str(gpu), "name": gpu.name, "index": gpu.index, "waited": waited, "busy": self.busy}
-
-
-def lease_lines(facts: list[dict[str, Any]]) -> list[str]:
-    """The leases of all processes, for people."""
-    lines = []
-    for one in _leases(facts):
-        waited = f", waited {one['waited']:.0f} s for it" if one["waited"] >= 1 else ""
-        by = f" ({one['process']})" if one["process"] else ""
-        lines.append(f"GPU lease{by}: {one['gpu']}{waited}")
-        if one["busy"]:
-            lines.append(f"  busy when it was leased: {one['busy']}")
-    return lines
-
-
-def leases_for_record(facts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same as plain data, without what names a machine or somebody's programs."""
-    shown = ("name", "index", "waited", "process")
-    return {"leases": [{**{k: one[k] for k in shown}, "busy": bool(one["busy"])} for one in _leases(facts)]}
-
-
-def _leases(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{**one["lease"], "process": one["process"]} for one in facts if one["lease"]]
+        gpu = self.lease.gpu
+        return LeasedGpu(str(gpu), gpu.name, gpu.index, round(self.lease.waited, 1), self.busy)
 
 
 def others_on(uuid: str) -> str:

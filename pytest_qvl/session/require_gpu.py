@@ -8,17 +8,19 @@ GPU. (Work in place on tensors that were there before, and in processes that a t
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.session.keys import GIVEN_OUT_KEY
-from pytest_qvl.session.report_data import add_to_report, report_data
+from pytest_qvl.session.report_data import add_to_report
 from pytest_qvl.session.results import skip_reason
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    from pytest_qvl.report.run_results import ResultsBuilder
 
 
 def given_out_on_cuda() -> int:
@@ -32,10 +34,14 @@ def given_out_on_cuda() -> int:
 
 
 class GpuRequired:
-    """Registered only when the switch is on."""
+    """Registered only when the switch is on.
 
-    def __init__(self) -> None:
-        self._executed = self._idle = 0
+    Args:
+        builder: Has the results of the run, and takes the verdict.
+    """
+
+    def __init__(self, builder: ResultsBuilder) -> None:
+        self._builder = builder
         self._ran = False
 
     @pytest.hookimpl(tryfirst=True)
@@ -68,29 +74,13 @@ class GpuRequired:
         report.longrepr = f"--qvl-require-gpu: a GPU test was skipped: {skip_reason(report)}"
         return report
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Count what ran, over all workers."""
-        on_cuda = report_data(report).ran_on_cuda
-        self._executed += on_cuda is True
-        self._idle += on_cuda is False
-
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A green run without a GPU test is not what was asked for."""
-        if hasattr(session.config, "workerinput"):
+        """A run without a GPU test is not what was asked for."""
+        if hasattr(session.config, "workerinput") or not self._ran:
             return
-        if self._without_gpu and session.exitstatus in (
-            pytest.ExitCode.OK,
-            pytest.ExitCode.NO_TESTS_COLLECTED,
-        ):
-            session.exitstatus = pytest.ExitCode.TESTS_FAILED
-
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Say so."""
-        if self._without_gpu:
-            idle = f": {self._idle} marked gpu ran and allocated nothing on CUDA" if self._idle else ""
-            terminalreporter.line(f"qvl: --qvl-require-gpu: no GPU test was executed{idle}", red=True, bold=True)
-
-    @property
-    def _without_gpu(self) -> bool:
-        return self._ran and self._executed == 0
+        on_cuda = [phase.data.ran_on_cuda for phase in self._builder.results().phases]
+        if True not in on_cuda:
+            idle = on_cuda.count(False)
+            said = f": {idle} marked gpu ran and allocated nothing on CUDA" if idle else ""
+            self._builder.add_problem(f"--qvl-require-gpu: no GPU test was executed{said}")

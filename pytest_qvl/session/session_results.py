@@ -7,73 +7,49 @@ status. Every process that runs tests judges for itself; under xdist the control
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from pytest_qvl.report.process_results import ProcessResults
+from pytest_qvl.report.terminal import NODE
 from pytest_qvl.session.process_link import parent_link, starts_processes
 from pytest_qvl.session.report_data import add_to_report, report_data
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Sequence
 
-NODE = "qvl session"
+    from pytest_qvl.report.process_results import Verdict
+    from pytest_qvl.report.run_results import ResultsBuilder, RunResults
+    from pytest_qvl.session.gpu_access import GpuAccess
+    from pytest_qvl.session.leaks import LeakVerdicts
+    from pytest_qvl.session.limit_vram import VramLimits
+
 _OUTPUT = "qvl_session"
-_COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "not judged": {"yellow": True}}
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One process's verdict on its session.
-
-    Attributes:
-        name: What is judged, ``leak``.
-        state: As in the summary of the suite.
-        text: What was found; the first line says it all.
-        process: The backend's process or the xdist worker; empty where there is only one process.
-    """
-
-    name: str
-    state: Literal["kept", "BROKEN", "not judged"]
-    text: str
-    process: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.process}: {self.text}" if self.process else self.text
-
-
-class SessionVerdicts:
-    """Asks the judges when the session ends, and reports.
+class SessionResults:
+    """Judges the session when it ends, brings the results of processes together, and reports.
 
     Args:
-        judges: Called once, in the process that ran the tests, after its fixtures are torn down (an interrupted
-            session tears them down later).
-        facts: What else of this process the summary and the record want, by name.
-
-    Attributes:
-        verdicts: All processes' verdicts, complete once the session has finished.
-        facts: All processes' facts, each with its ``process``.
+        builder: Takes what every process found out.
+        limits: On the session's VRAM.
+        leaks: Whether the session left memory allocated.
+        access: The way to the GPU.
     """
 
-    def __init__(
-        self,
-        judges: Sequence[Callable[[pytest.Session], Iterable[Verdict]]],
-        facts: Callable[[], dict[str, Any]],
-    ) -> None:
-        self._judges = judges
-        self._ask_facts = facts
-        self.verdicts: list[Verdict] = []
-        self.facts: list[dict[str, Any]] = []
+    def __init__(self, builder: ResultsBuilder, limits: VramLimits, leaks: LeakVerdicts, access: GpuAccess) -> None:
+        self._builder = builder
+        self._limits, self._leaks, self._access = limits, leaks, access
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Judge, before JUnit's file and the record are written; send the verdicts to whoever reports them."""
+        """Judge, before JUnit's file and the record are written; send the results to whoever reports them."""
         config: Any = session.config
         if not starts_processes(config):
-            found = [asdict(verdict) for judge in self._judges for verdict in judge(session)]
-            self.take({"verdicts": found, "facts": [self._ask_facts()]}, "")
-        output = {"verdicts": [asdict(verdict) for verdict in self.verdicts], "facts": self.facts}
+            self._builder.add_process(self._judge(session))
+        results = self._builder.results()
+        output = [process.as_dict() for process in results.processes]
         if hasattr(config, "workeroutput"):
             config.workeroutput[_OUTPUT] = output
             return
@@ -81,8 +57,8 @@ class SessionVerdicts:
         if parent is not None:
             parent.request("session", output=output)
             return
-        self._report(config)
-        if session.exitstatus == pytest.ExitCode.OK and any(v.state == "BROKEN" for v in self.verdicts):
+        self._report(config, results.verdicts)
+        if _turns_red(session.exitstatus, results):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     @pytest.hookimpl(optionalhook=True)
@@ -97,32 +73,31 @@ class SessionVerdicts:
         word = report_data(report).session_verdict
         return None if word is None else ("failed" if report.failed else "", "", word)
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """One line per verdict."""
-        for verdict in self.verdicts:
-            first = str(verdict).splitlines()[0]
-            terminalreporter.line(f"{NODE}: {verdict.name}: {verdict.state}: {first}", **_COLOURS[verdict.state])
+    def take(self, output: Sequence[dict[str, Any]], process: str) -> None:
+        """Take over the results, as plain data, of a process that this one started, and of those below it."""
+        for data in output:
+            self._builder.add_process(ProcessResults.from_dict(data).started_by(process))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for the record."""
-        return {"session": [asdict(verdict) for verdict in self.verdicts]}
+    def _judge(self, session: pytest.Session) -> ProcessResults:
+        """Of the process that ran the tests, after its fixtures are torn down; an interrupted one does that later."""
+        verdicts = (*self._limits.judge_session(), *self._leaks.judge_session(session))
+        whole, phases = self._access.vram()
+        return ProcessResults(whole, phases, self._access.gpu.leased(), verdicts, self._limits.session_outcomes)
 
-    def take(self, output: dict[str, Any], process: str) -> None:
-        """Take over verdicts and facts, as plain data, of a process that this one started."""
-
-        def named(data: dict[str, Any]) -> dict[str, Any]:
-            return {**data, "process": " ".join(filter(None, (process, data.get("process", ""))))}
-
-        self.verdicts += [Verdict(**named(data)) for data in output["verdicts"]]
-        self.facts += map(named, output["facts"])
-
-    def _report(self, config: pytest.Config) -> None:
-        for name in dict.fromkeys(verdict.name for verdict in self.verdicts):
-            same = [verdict for verdict in self.verdicts if verdict.name == name]
+    def _report(self, config: pytest.Config, verdicts: Sequence[Verdict]) -> None:
+        for name in dict.fromkeys(verdict.name for verdict in verdicts):
+            same = [verdict for verdict in verdicts if verdict.name == name]
             report = _merged(name, same)
             add_to_report(report, session_verdict="")
             config.hook.pytest_runtest_logreport(report=report)
             add_to_report(report, session_verdict=report.outcome.upper())  # for the short summary
+
+
+def _turns_red(status: int, results: RunResults) -> bool:
+    """Whether a run whose tests are green is not: a verdict is broken, or something went wrong outside any test."""
+    if results.problems:
+        return status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+    return status == pytest.ExitCode.OK and any(verdict.state == "BROKEN" for verdict in results.verdicts)
 
 
 def _merged(name: str, verdicts: Sequence[Verdict]) -> pytest.TestReport:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qvl.session.report_data import Finding, add_to_report, report_data
+from pytest_qvl.session.report_data import Finding, add_to_report
 from pytest_qvl.session.suite_collection import FOLDER, check_of
 from pytest_qvl.session.targets import target_in
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pytest_qvl.options import Settings
+    from pytest_qvl.report.run_results import ResultsBuilder
 
     Location = tuple[str, int | None, str]
 
@@ -25,28 +26,22 @@ class WorkerCrashes:
     Args:
         settings: Of this run.
         rootdir: What locations of tests start from.
+        builder: Has the results of the run: of phases that were over before the crash, on which model they ran.
     """
 
-    def __init__(self, settings: Settings, rootdir: Path) -> None:
+    def __init__(self, settings: Settings, rootdir: Path, builder: ResultsBuilder) -> None:
         self._settings = settings
         self._rootdir = rootdir
+        self._builder = builder
         self._running: dict[str, Location] = {}
-        self._findings: dict[str, Finding] = {}  # of phases that were over before the crash
 
     def pytest_runtest_logstart(self, nodeid: str, location: Location) -> None:
         """Note where a test is: a report of a crash does not say."""
         self._running[nodeid] = location
 
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note on which model a test runs, once one of its phases is over."""
-        finding = report_data(report).finding
-        if finding is not None and report.nodeid in self._running:
-            self._findings[report.nodeid] = finding
-
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         """Forget a test that came to its end."""
         self._running.pop(nodeid, None)
-        self._findings.pop(nodeid, None)
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_handlecrashitem(self, crashitem: str, report: pytest.TestReport) -> None:
@@ -55,11 +50,10 @@ class WorkerCrashes:
         A crash of a user's own test is a failed test, and no more: nobody misses a verdict.
         """
         location = self._running.pop(crashitem, None)
-        known = self._findings.pop(crashitem, None)
         if location is None or not self._is_shipped(location):
             return
-        if known is None:
-            known = crashed_in_setup(location[2], self._settings)
+        before = [finding for phase, finding in self._builder.results().findings if phase.test == crashitem]
+        known = before[-1] if before else crashed_in_setup(location[2], self._settings)
         add_to_report(report, finding=replace(known, evidence=(), not_judged=(), skipped=None))
 
     def _is_shipped(self, location: Location) -> bool:

@@ -555,6 +555,7 @@ def test_a_session_limit_is_a_verdict_of_the_session(machine, pytester, workers)
     for line in verdicts:
         assert "peak allocated: BROKEN: " in line
         assert "peak allocated 2.00 GiB is 1.00 GiB above the limit of 1.00 GiB in session" in line
+    assert f"qvl: vram limits: 0 held, {workers or 1} exceeded, 0 not measured" in said(result)
 
 
 # -- several backends ----------------------------------------------------------------------------------------

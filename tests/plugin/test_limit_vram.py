@@ -16,6 +16,8 @@ ROOT = Path(pytest_qvl.__file__).parents[1]
 
 CONFTEST = """
 import pytest
+from pytest_qvl.report.run_results import ResultsBuilder
+from pytest_qvl.report.terminal import limit_lines
 from pytest_qvl.session.limit_vram import LIMIT_VRAM_HELP, VramLimits
 from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
@@ -36,6 +38,7 @@ def pytest_configure(config):
         config, METER, default=default and parse_bytes(default), required=config.getoption("--required")
     )
     config.pluginmanager.register(limits, "limits")
+    config.pluginmanager.register(ResultsBuilder(), "results")
 
 def pytest_sessionfinish(session):
     limits = session.config.pluginmanager.get_plugin("limits")
@@ -45,7 +48,8 @@ def pytest_sessionfinish(session):
             session.exitstatus = 1
 
 def pytest_terminal_summary(terminalreporter, config):
-    for line in config.pluginmanager.get_plugin("limits").summary():
+    plugin = config.pluginmanager.get_plugin
+    for line in limit_lines([*plugin("results").results().limits, *plugin("limits").session_outcomes]):
         terminalreporter.write_line(line)
 
 @pytest.fixture

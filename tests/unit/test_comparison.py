@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+
 from pytest_qvl.checks import vram
 from pytest_qvl.evidence import Evidence, Figure, Judge, Table
-from pytest_qvl.report.comparison import SOME_LOGITS, TOP_TOKENS, Comparison
+from pytest_qvl.report.comparison import SOME_LOGITS, TOP_TOKENS, comparison
+from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.session.report_data import Finding, add_to_report, report_data
 
 
-def peaks(allocated, seconds, tokens="1 2", logits="0.5 -1.0", process=10.0):
+def peaks(allocated, seconds, tokens=(1, 2), logits=(0.5, -1.0), process=10.0):
     rows = (("prefill", allocated, 9.0, process, seconds, 100 / seconds),)
-    figures = (Figure(TOP_TOKENS, tokens), Figure(SOME_LOGITS, logits))
-    return Evidence("peak_vram", "p", figures, table=Table(vram.COLUMNS, rows))
+    figures = (Figure(TOP_TOKENS, "cut short …"), Figure(SOME_LOGITS, "cut short …"))  # for people
+    data = {TOP_TOKENS: list(tokens), SOME_LOGITS: list(logits)}
+    return Evidence("peak_vram", "p", figures, table=Table(vram.COLUMNS, rows), data=data)
 
 
 def compared(**found):
-    comparison = Comparison()
+    builder = ResultsBuilder()
     for backend, evidence in found.items():
-        report = SimpleNamespace()
+        report = pytest.TestReport("x", ("x", 0, "x"), {}, "passed", None, "call")
         add_to_report(report, finding=Finding(f"7b on cuda by {backend}", "7b on cuda", backend, None, (evidence,)))
-        comparison.pytest_runtest_logreport(report)
-    return comparison
+        builder.pytest_runtest_logreport(report)
+    return comparison(builder.results())
 
 
 def test_memory_and_time_are_set_against_the_first_backend():
-    tables = compared(transformers=peaks(8.0, 1.0), unsloth=peaks(6.0, 0.5)).tables()
+    tables = compared(transformers=peaks(8.0, 1.0), unsloth=peaks(6.0, 0.5))
     table = tables["7b on cuda: memory and time"]
     assert table.columns[:3] == ("phase", "backend", "allocated GiB")
     assert table.rows == (
@@ -37,27 +41,25 @@ def test_memory_and_time_are_set_against_the_first_backend():
 
 
 def test_what_the_driver_did_not_tell_has_no_ratio():
-    tables = compared(transformers=peaks(8.0, 1.0, process=None), unsloth=peaks(6.0, 0.5)).tables()
+    tables = compared(transformers=peaks(8.0, 1.0, process=None), unsloth=peaks(6.0, 0.5))
     assert tables["7b on cuda: memory and time"].rows[2][4] is None
 
 
 def test_logits_of_the_same_inputs():
-    tables = compared(transformers=peaks(8, 1), unsloth=peaks(6, 1, tokens="1 3", logits="0.75 -1.0")).tables()
+    tables = compared(transformers=peaks(8, 1), unsloth=peaks(6, 1, tokens=(1, 3), logits=(0.75, -1.0)))
     assert tables["7b on cuda: logits of the same inputs"].rows == (
         ("unsloth against transformers", "1 of 2", 0.25, 2),
     )
 
 
 def test_inputs_of_another_size_are_not_compared():
-    tables = compared(transformers=peaks(8, 1), unsloth=peaks(6, 1, tokens="1", logits="0.5")).tables()
+    tables = compared(transformers=peaks(8, 1), unsloth=peaks(6, 1, tokens=(1,), logits=(0.5,)))
     assert list(tables) == ["7b on cuda: memory and time"]
 
 
 def test_one_backend_is_no_comparison():
-    assert compared(transformers=peaks(8.0, 1.0)).tables() == {}
-    assert compared(transformers=Evidence("alignment", "p"), unsloth=Evidence("alignment", "p")).as_dict() == {
-        "comparison": []
-    }
+    assert compared(transformers=peaks(8.0, 1.0)) == {}
+    assert compared(transformers=Evidence("alignment", "p"), unsloth=Evidence("alignment", "p")) == {}
 
 
 def test_the_digest_of_logits_is_what_the_comparison_reads():

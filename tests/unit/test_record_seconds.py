@@ -7,8 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from pytest_qvl.report.process_results import ProcessResults
 from pytest_qvl.report.record import VARIABLES, Record, environment
+from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.session.report_data import Finding, add_to_report
+from pytest_qvl.vram.usage import Usage
 
 CPU = "embedded on cpu"
 
@@ -21,13 +24,15 @@ def report(test, when, seconds, target=CPU):
 
 
 def test_seconds_by_phase_of_each_test_and_vram_as_told(tmp_path):
-    vram = {"session": {"name": "session", "allocated": 7}, "phases": []}
-    record = Record(tmp_path / "r.json", [], [lambda: {"vram": vram}])
+    session, load = Usage("session", allocated=7), Usage("load", allocated=5)
+    builder = ResultsBuilder()
+    builder.add_process(ProcessResults(session, (load,)))
+    record = Record(tmp_path / "r.json", [], builder)
     for test in ("test_a", "test_b"):
         for when, seconds in (("setup", 3.0), ("call", 0.25), ("teardown", 0.0004)):
-            record.pytest_runtest_logreport(report(test, when, seconds))
-    record.pytest_runtest_logreport(report("test_a", "setup", 1.0, target="embedded on cuda"))
-    record.pytest_runtest_logreport(report("test_of_something_else", "call", 9.0, target=None))
+            builder.pytest_runtest_logreport(report(test, when, seconds))
+    builder.pytest_runtest_logreport(report("test_a", "setup", 1.0, target="embedded on cuda"))
+    builder.pytest_runtest_logreport(report("test_of_something_else", "call", 9.0, target=None))
     config = SimpleNamespace(rootpath=tmp_path, invocation_params=SimpleNamespace(args=[]))
     assert list(record.pytest_sessionfinish(SimpleNamespace(config=config, exitstatus=0))) == [None]
     written = json.loads((tmp_path / "r.json").read_text())
@@ -36,7 +41,7 @@ def test_seconds_by_phase_of_each_test_and_vram_as_told(tmp_path):
         {"target": CPU, "test": "test_b", "setup": 3.0, "call": 0.25, "teardown": 0.0},
         {"target": "embedded on cuda", "test": "test_a", "setup": 1.0},
     ]
-    assert written["vram"] == vram
+    assert written["vram"] == {"session": session.as_dict(), "phases": [load.as_dict()]}
 
 
 def test_variables_that_change_what_is_computed_are_named_where_they_are_set(tmp_path, monkeypatch):

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Table
+from pytest_qvl.report.promise_table import TITLE
 from pytest_qvl.report.promises import PROMISES, promise_of
-from pytest_qvl.report.terminal import TITLE, Summary
+from pytest_qvl.report.run_results import ResultsBuilder
+from pytest_qvl.report.terminal import Summary
 from pytest_qvl.session.report_data import Finding, add_to_report
 
 CPU, CUDA = "embedded on cpu", "embedded on cuda"
@@ -49,11 +51,16 @@ def broken(check, value=2.0):
     return Evidence(check, "p", (Figure("drift", value, 1.0, "<="),), ("the logits drift",))
 
 
-def written(*reports, exitstatus=pytest.ExitCode.OK, verbosity=0, width=80):
-    summary, terminal = Summary(), Terminal(verbosity, width)
+def built(*reports):
+    builder = ResultsBuilder()
     for one in reports:
-        summary.pytest_runtest_logreport(one)
-    summary.pytest_terminal_summary(terminal, exitstatus)
+        builder.pytest_runtest_logreport(one)
+    return builder
+
+
+def written(*reports, exitstatus=pytest.ExitCode.OK, verbosity=0, width=80):
+    terminal = Terminal(verbosity, width)
+    Summary(built(*reports)).pytest_terminal_summary(terminal, exitstatus)
     return terminal
 
 
@@ -128,11 +135,9 @@ def test_a_promise_is_kept_only_if_all_its_checks_gave_a_verdict():
         "   verdict: partly judged: 0 of 11 promises kept, 1 partly judged, 10 not run"
     )
     assert " kept " in row(written(one, other), 2)
-    summary = Summary()
-    summary.pytest_runtest_logreport(one)
-    state = summary.as_dict()["promises"][1]
-    assert (state["target"], state["state"]) == (CPU, "partly judged")
-    assert (state["judged"], state["missing"]) == (("adapter_census",), ("adapter_roundtrip",))
+    state = built(one).results().suite[CPU].promises()[1]
+    assert state.state == "partly judged"
+    assert (state.judged, state.missing) == (("adapter_census",), ("adapter_roundtrip",))
 
 
 def test_measuring_vram_without_a_limit_or_a_card_keeps_nothing():

@@ -1,0 +1,127 @@
+"""One line per promise, its worst figure with the limit, and the verdict; a line for what a user's own tests found."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl.evidence import printable
+from pytest_qvl.report.promises import PROMISES, promise_of
+from pytest_qvl.report.states import STATES, PromiseState
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qvl.report.run_results import RunResults, TargetResults
+    from pytest_qvl.session.report_data import Said
+
+TITLE = "does QLoRA leave the model seeing?"
+TITLE_WIDTH = max(len(promise.title) for promise in PROMISES)
+STATE_WIDTH = max(map(len, STATES))
+YELLOW = {"yellow": True}
+COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "error": {"red": True}}
+TABLES_SHOWN = ("peak_vram",)  # numbers that are wanted though nothing is wrong with them
+NARROW = len("   11  ") + TITLE_WIDTH + len("  ") + STATE_WIDTH  # below it, a promise takes lines of its own
+
+
+def write_promises(terminal: Any, results: RunResults) -> None:
+    """Write a table for each model that the suite ran on, and a line for whatever else was found.
+
+    Args:
+        terminal: pytest's terminal reporter.
+        results: Of the whole run.
+    """
+    stopped = results.exit_status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR)
+    ran = {t: r for t, r in results.suite.items() if r.evidence or r.errors or r.not_judged}
+    if ran:
+        terminal.section(TITLE, sep="=", bold=True)
+    for target, found in ran.items():
+        _write_table(terminal, target, found, stopped)
+    lines = [_skip_line(target, found) for target, found in results.suite.items() if target not in ran]
+    lines += [_own_line(target, found) for target, found in results.own.items()]
+    for line in filter(None, lines):
+        terminal.line(printable(f"qvl: {line}"))
+
+
+def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bool) -> None:
+    terminal.line(target, bold=True)
+    width = terminal.config.get_terminal_writer().fullwidth
+    states: Counter[str] = Counter()
+    for promise in results.promises():
+        states[promise.state] += 1
+        for line in _row(promise, width):
+            terminal.line(printable(line), **COLOURS.get(promise.state, YELLOW))
+        index = promise.number - 1
+        for check, said in _about(index, results.errors):
+            terminal.line(printable(f"       error: {check}: {said}"), **COLOURS["error"])
+        for check, said in _about(index, results.not_judged):
+            terminal.line(printable(f"       not judged: {check}: {said}"), **YELLOW)
+        found = [e for e in results.evidence if promise_of(e.check) == index]
+        for table in (e.table for e in found if e.check in TABLES_SHOWN and e.table):
+            for row in str(table).splitlines():
+                terminal.line(printable(f"       {row}"))
+    verdict = _verdict(states, stopped)
+    counts = "".join(f", {states[state]} {state}" for state in STATES[1:] if states[state])
+    terminal.line(
+        f"   verdict: {verdict}: {states['kept']} of {len(PROMISES)} promises kept{counts}; "
+        f"{len(results.evidence)} checks in {results.seconds:.0f} s",
+        bold=True,
+        **COLOURS.get("error" if states["error"] else verdict, YELLOW),
+    )
+
+
+def _about(index: int, pairs: Sequence[Said]) -> list[Said]:
+    return [pair for pair in dict.fromkeys(pairs) if promise_of(pair[0]) == index]
+
+
+def _row(promise: PromiseState, width: int) -> list[str]:
+    """A promise in one line; on a narrow terminal its title, then state and figure below it."""
+    if width >= NARROW:
+        line = (
+            f"   {promise.number:>2}  {promise.title:<{TITLE_WIDTH}}  {promise.state:<{STATE_WIDTH}}  {promise.detail}"
+        )
+        return [line.rstrip()]
+    indent = " " * len("   11  ")
+    title = textwrap.wrap(promise.title, width, initial_indent=f"   {promise.number:>2}  ", subsequent_indent=indent)
+    said = f"{promise.state}: {promise.detail}" if promise.detail else promise.state
+    return [*title, *textwrap.wrap(said, width, initial_indent=indent, subsequent_indent=indent)]
+
+
+def _verdict(states: Counter[str], stopped: bool) -> str:
+    if states["BROKEN"]:
+        return "BROKEN"
+    if stopped:
+        return "stopped early"
+    if states["error"]:
+        return "could not be judged"
+    return next((state for state in ("kept", "partly judged") if states[state]), "not judged")
+
+
+def _skip_line(target: str, results: TargetResults) -> str:
+    reasons = Counter(reason for _, reason in results.skipped)
+    if not reasons:
+        return ""
+    said = "; ".join(reason if len(reasons) == 1 else f"{reason} ({n})" for reason, n in reasons.items())
+    return f"{target}: {_tests(reasons.total())} not run: {said}"
+
+
+def _own_line(target: str, results: TargetResults) -> str:
+    parts = []
+    broken = sorted({e.check for e in results.evidence if not e.ok})
+    if broken:
+        parts.append(f"BROKEN: {', '.join(broken)}")
+    kept = sum(e.ok for e in results.evidence)
+    if kept:
+        parts.append(f"{kept} {'check' if kept == 1 else 'checks'} kept")
+    if results.not_judged:
+        reasons = dict.fromkeys(f"{check}: {why}" for check, why in results.not_judged)
+        parts.append(f"{len(results.not_judged)} not judged ({'; '.join(reasons)})")
+    skipped = _skip_line("", results).removeprefix(": ")
+    return f"{target}: {', '.join([*parts, *([skipped] if skipped else [])])}" if parts or skipped else ""
+
+
+def _tests(count: int) -> str:
+    return f"{count} {'test' if count == 1 else 'tests'}"

@@ -1,0 +1,221 @@
+"""All that one run found out, as one typed object: the terminal, the record and every other report read only that.
+
+:class:`ResultsBuilder` is the one listener to reports of tests that records anything; whoever else listens acts on
+what it hears (a backend's process sends it on). ``config.stash[RESULTS_KEY].results()`` (in
+:mod:`pytest_qvl.session.keys`) is what has been found out so far; at the end of the session, all of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pytest_qvl.report.states import PromiseState, promise_states
+from pytest_qvl.session.report_data import ReportData, report_data
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import pytest
+
+    from pytest_qvl.evidence import Evidence
+    from pytest_qvl.report.process_results import ProcessResults, Verdict
+    from pytest_qvl.session.report_data import Finding, GpuFailure, LimitOutcome, Said
+
+OWN_MODELS = "models of the tests' own"
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """What became of one phase of one test.
+
+    Attributes:
+        test: Node id.
+        when: ``setup``, ``call`` or ``teardown``; something else where no phase of the test was to blame.
+        outcome: ``passed``, ``failed`` or ``skipped`` (as an expected failure is).
+        seconds: How long it took.
+        skipped: Why it was skipped, as pytest says it; empty where it was not.
+        error: First line of what failed; empty where nothing did.
+        data: What this package found out about it.
+    """
+
+    test: str
+    when: str
+    outcome: str
+    seconds: float
+    skipped: str
+    error: str
+    data: ReportData
+
+    @property
+    def failed(self) -> bool:
+        """Whether it failed, for whatever reason."""
+        return self.outcome == "failed"
+
+    @classmethod
+    def of(cls, report: pytest.TestReport) -> PhaseResult:
+        """What a report says."""
+        longrepr, reason, error = report.longrepr, "", ""
+        if report.skipped:
+            reason = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
+        elif report.failed:
+            crash = getattr(longrepr, "reprcrash", None)
+            text = (str(longrepr) if crash is None else crash.message).strip()
+            error = text.splitlines()[0] if text else str(report.when)
+        return cls(report.nodeid, str(report.when), report.outcome, report.duration, reason, error, report_data(report))
+
+
+@dataclass(frozen=True)
+class TargetResults:
+    """What was found out about one model on one device, by the suite or by a user's own tests.
+
+    Attributes:
+        evidence: Verdicts of checks.
+        not_judged: Check and reason, where a check could not decide.
+        errors: Check and first line, where a test of the suite failed without a verdict.
+        skipped: Check and reason, where a test was skipped.
+        seconds: Time in setup, call and teardown.
+    """
+
+    evidence: tuple[Evidence, ...] = ()
+    not_judged: tuple[Said, ...] = ()
+    errors: tuple[Said, ...] = ()
+    skipped: tuple[Said, ...] = ()
+    seconds: float = 0.0
+
+    @classmethod
+    def of(cls, phases: Sequence[tuple[PhaseResult, Finding]]) -> TargetResults:
+        """Put together what phases of tests found out about one model."""
+        return cls(
+            # A broken promise that a passing test expected (with pytest.raises, or xfail) is no finding.
+            tuple(one for phase, found in phases for one in found.evidence if phase.failed or one.ok),
+            tuple(said for _, found in phases for said in found.not_judged),
+            tuple(
+                (found.check, phase.error)
+                for phase, found in phases
+                if found.check is not None and phase.failed and all(one.ok for one in found.evidence)
+            ),
+            tuple(
+                (found.check or "", found.skipped)
+                for phase, found in phases
+                if phase.outcome == "skipped" and found.skipped is not None
+            ),
+            sum(phase.seconds for phase, _ in phases),
+        )
+
+    def promises(self) -> list[PromiseState]:
+        """The state of every promise."""
+        return promise_states(self.evidence, self.errors, self.not_judged, self.skipped)
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """All that one run found out, over all its processes.
+
+    Attributes:
+        started: When the session began.
+        seconds: How long ago that was.
+        exit_status: Of the process; ``None`` while it may still change.
+        phases: What became of every phase of every test, in the order of reports. What a check measured (figures,
+            notes, tables, logits as numbers in ``Evidence.data``) is in :attr:`findings`.
+        processes: What every process that ran tests says of its session: verdicts, leases, VRAM by phase.
+        problems: What went wrong outside any test, one sentence each: a backend's process that died, no GPU where one
+            was required.
+    """
+
+    started: datetime
+    seconds: float
+    exit_status: int | None
+    phases: tuple[PhaseResult, ...] = ()
+    processes: tuple[ProcessResults, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @cached_property
+    def tests(self) -> Mapping[str, int]:
+        """Number of tests by outcome; ``error`` is a failure outside a test's body."""
+        counts: Counter[str] = Counter()
+        for phase in self.phases:
+            if phase.when == "call" or phase.outcome != "passed":
+                outside = phase.when != "call" and phase.outcome != "skipped"
+                counts["error" if outside else phase.outcome] += 1
+        return dict(counts)
+
+    @cached_property
+    def skipped(self) -> Mapping[str, int]:
+        """Number of skipped tests by reason."""
+        return dict(Counter(phase.skipped for phase in self.phases if phase.outcome == "skipped"))
+
+    @cached_property
+    def suite(self) -> Mapping[str, TargetResults]:
+        """What the shipped suite found out, by target."""
+        return self._by_target(shipped=True)
+
+    @cached_property
+    def own(self) -> Mapping[str, TargetResults]:
+        """What a user's own tests found out, by target."""
+        return self._by_target(shipped=False)
+
+    @cached_property
+    def findings(self) -> tuple[tuple[PhaseResult, Finding], ...]:
+        """What was found out about models, and in which phase of which test."""
+        return tuple((phase, phase.data.finding) for phase in self.phases if phase.data.finding is not None)
+
+    @property
+    def limits(self) -> tuple[LimitOutcome, ...]:
+        """What became of every limit on VRAM."""
+        found = [limit for phase in self.phases for limit in phase.data.limits]
+        return (*found, *(limit for process in self.processes for limit in process.limits))
+
+    @property
+    def gpu_failures(self) -> tuple[tuple[PhaseResult, GpuFailure], ...]:
+        """What happened to the GPU, and in which phase of which test."""
+        return tuple((phase, phase.data.gpu_failure) for phase in self.phases if phase.data.gpu_failure is not None)
+
+    @property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """All processes' verdicts on their sessions."""
+        return tuple(verdict for process in self.processes for verdict in process.verdicts)
+
+    def _by_target(self, *, shipped: bool) -> dict[str, TargetResults]:
+        phases: dict[str, list[tuple[PhaseResult, Finding]]] = {}
+        for phase, finding in self.findings:
+            if (finding.check is not None) == shipped:
+                phases.setdefault(finding.target or OWN_MODELS, []).append((phase, finding))
+        return {target: TargetResults.of(found) for target, found in phases.items()}
+
+
+class ResultsBuilder:
+    """Listens to reports; complete in the process that was started. Register it as a plugin."""
+
+    def __init__(self) -> None:
+        self._started = datetime.now(UTC)
+        self._phases: list[PhaseResult] = []
+        self._processes: list[ProcessResults] = []
+        self._problems: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Take in one phase of a test; a verdict on the session is no test's, and comes with its process."""
+        phase = PhaseResult.of(report)
+        if phase.data.session_verdict is None:
+            self._phases.append(phase)
+
+    def add_process(self, results: ProcessResults) -> None:
+        """Take in what a process says of its session."""
+        self._processes.append(results)
+
+    def add_problem(self, sentence: str) -> None:
+        """Take in what went wrong outside any test; it turns a green run red."""
+        self._problems.append(sentence)
+
+    def results(self, exit_status: int | None = None) -> RunResults:
+        """All that has been found out so far; a later report does not change it.
+
+        Args:
+            exit_status: Of the process, once it is known.
+        """
+        seconds = (datetime.now(UTC) - self._started).total_seconds()
+        parts = tuple(self._phases), tuple(self._processes), tuple(self._problems)
+        return RunResults(self._started, seconds, exit_status, *parts)
