@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.lora import foreign_types, layer_of, matrix_of, no_adapter, peft_type_of
-from pytest_qvl.checks.support.lora_request import adaptable_modules, expected_size, patterned, requested_modules
+from pytest_qvl.checks.support.lora_request import (
+    adaptable_modules,
+    expected_size,
+    frozen_on_purpose,
+    is_lorafa,
+    patterned,
+    requested_modules,
+)
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, InputTypeError, Judge
 from pytest_qvl.models.adapters import active_adapters, adapted_layers, adapter_parameters, chosen_adapter
@@ -79,7 +86,14 @@ def adapter_census(
     _judge_active(judge, parts)
     _judge_placement(judge, parts, groups=groups, expected=expected, actual=actual, config=lora_config)
     _judge_copies(judge, parts, groups, copies, lora_config)
-    _judge_counts(judge, adapters, copies, {name: candidates[name] for name in expected}, lora_config)
+    frozen = {n for n, p in adapters.items() if matrix_of(n) in frozen_on_purpose(lora_config, optimizer)}
+    counted = {name: p for name, p in adapters.items() if p.requires_grad or name in frozen}
+    _judge_counts(judge, counted, copies, {name: candidates[name] for name in expected}, lora_config)
+    if frozen:
+        judge.note(
+            f"{len(frozen)} matrices belong to the adapter and are not trained (MiCA, LoRA-FA): {some(sorted(frozen))}"
+        )
+    _judge_shared(judge, parts, adapters)
     _judge_scaling(judge, parts, lora_config)
     _judge_nothing_else(judge, parts, {**adapters, **copies, **trained_on_purpose(parts, policy)}, lora_config)
     note_unused(judge, parts, policy, {*actual, *copies, *trained_on_purpose(parts, policy)})
@@ -207,12 +221,11 @@ def _judge_scaling(judge: Judge, parts: Parts, config: Any) -> None:
 
 def _judge_counts(
     judge: Judge,
-    adapters: Mapping[str, nn.Parameter],
+    trainable: Mapping[str, nn.Parameter],
     copies: Mapping[str, nn.Parameter],
     expected: Mapping[str, nn.Module],
     config: Any,
 ) -> None:
-    trainable = {name: p for name, p in adapters.items() if p.requires_grad}
     foreign = sorted(name for name in trainable if matrix_of(name) not in _COUNTED)
     sizes = Counter[str]()
     for name, parameter in trainable.items():
@@ -238,6 +251,21 @@ def _judge_counts(
         # By identity: tied layers have their rows and copies under two names.
         count = sum({id(p): p.numel() for n, p in {**trainable, **copies}.items() if n in set(extra)}.values())
         judge.note(f"{count:,} trainable parameters beside LoRA: {some(extra)}")
+
+
+def _judge_shared(judge: Judge, parts: Parts, adapters: Mapping[str, nn.Parameter]) -> None:
+    """A matrix belongs to one module; PEFT ties those of a head and of embeddings that are tied themselves."""
+    ends = (parts.roots["lm_head"], parts.roots["embeddings"])
+    homes: dict[int, list[str]] = {}
+    for name, parameter in adapters.items():
+        if matrix_of(name) and layer_of(name) not in ends:
+            homes.setdefault(id(parameter), []).append(name)
+    shared = [names for names in homes.values() if len(names) > 1]
+    if shared:
+        judge.problem(
+            f"{len(shared)} adapter matrices are one tensor in several modules, which then all learn the same: "
+            f"{some(shared[0])}; attach the adapter to a model whose modules were not copied or tied by hand"
+        )
 
 
 def note_unused(judge: Judge, parts: Parts, policy: AdapterPolicy, changed: Iterable[str]) -> None:
@@ -276,7 +304,8 @@ def _judge_optimizer(judge: Judge, parts: Parts, optimizer: Any) -> None:
     trainable = {id(p): name for name, p in parts.base.named_parameters() if p.requires_grad}
     names = {id(p): name for name, p in parts.base.named_parameters()}
     missing = [name for key, name in trainable.items() if key not in held]
-    foreign = [names.get(key, "a tensor that is not in the model") for key in held if key not in trainable]
+    others = [key for key in held if key not in trainable and not (is_lorafa(optimizer) and key in names)]
+    foreign = [names.get(key, "a tensor that is not in the model") for key in others]
     twice = [names.get(key, "a tensor that is not in the model") for key, count in held.items() if count > 1]
     judge.equal(
         "trainable tensors in the optimizer",

@@ -168,7 +168,9 @@ def _random(parts: Parts, adapter: str) -> Iterator[None]:
     """Random values in place of the zeros of a fresh adapter, so that a lost tensor shows."""
     import torch
 
-    zeros = zero_initialised_matrices(adapter_tensors(parts, adapter))
+    tensors = adapter_tensors(parts, adapter)
+    # MiCA's A is zero too, as any matrix may be that has learned nothing.
+    zeros = {**zero_initialised_matrices(tensors), **{name: p for name, p in tensors.items() if not bool(p.any())}}
     with weights_restored([*zeros.values(), *asked_biases(parts).values()]), torch.no_grad():
         generator = torch.Generator().manual_seed(_SEED)
         for parameter in zeros.values():

@@ -243,7 +243,8 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
         peaks |= dict(zip(with_grad, values, strict=True))
     starts_at_zero = zero_initialised_matrices(trained)
     by_values = any(matrix_of(name) == SINGULAR_VALUES for name in starts_at_zero)
-    zero, others = ("E", "A and B") if by_values else ("B", "A")
+    only_a = bool(starts_at_zero) and all(matrix_of(name) == "lora_A" for name in starts_at_zero)
+    zero, others = ("E", "A and B") if by_values else ("A", "B") if only_a else ("B", "A")
     when = (f"first step ({zero} = 0)", "second step")[step]
 
     wild = [name for name, peak in peaks.items() if peak is not None and not math.isfinite(peak)]

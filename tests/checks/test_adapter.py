@@ -7,11 +7,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
 from pytest_qvl.checks.adapter import adapter_census
 from pytest_qvl.checks.neutrality import adapter_neutrality
 from pytest_qvl.checks.roundtrip import adapter_roundtrip
 from pytest_qvl.checks.support.lora import zero_initialised_matrices
+from pytest_qvl.checks.training import training_step
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, ModelCrashed
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
@@ -456,6 +458,41 @@ def test_initialisations_that_rewrite_the_base_are_named(fresh_model: Any, batch
         assert figure(evidence, "adapter as found: largest logit change") > 1
     evidence = adapter_neutrality(fresh_model(lora={"init_lora_weights": False}), batch)
     assert "starts with a random B" in evidence.notes[0]
+
+
+@pytest.mark.skipif(not hasattr(LoraLayer, "mica_init"), reason="this release of PEFT has no MiCA")
+def test_mica_trains_a_over_a_frozen_b(fresh_model: Any, lora_config: Any, batch: Any) -> None:
+    model = fresh_model(quantized=False, lora={"init_lora_weights": "mica"})
+    evidence = adapter_census(model, lora_config(init_lora_weights="mica"))
+    assert evidence.notes[0].startswith("28 matrices belong to the adapter and are not trained (MiCA, LoRA-FA): model.")
+    step = training_step(model, batch, gradient_checkpointing=False)
+    assert "first step (A = 0): adapter tensors reached" in {each.name for each in step.figures}
+    assert adapter_roundtrip(model).ok
+    frozen = fresh_model(quantized=False, lora=True)
+    for name, parameter in frozen.named_parameters():
+        if ".lora_B." in name:
+            parameter.requires_grad_(False)
+    assert "instead of 3,072 [trainable LoRA parameters 32,768" in refused(adapter_census, frozen, lora_config())
+
+
+def test_lorafas_optimizer_trains_b_over_a_frozen_a(fresh_model: Any, lora_config: Any) -> None:
+    from peft.optimizers import create_lorafa_optimizer
+
+    model = fresh_model(lora=True)
+    optimizer = create_lorafa_optimizer(model, r=8, lora_alpha=16, lr=1e-4)  # freezes A, and holds the whole model
+    assert adapter_census(model, lora_config(), optimizer).notes
+    other = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    assert "does not have the size of its config" in refused(adapter_census, model, lora_config(), other)
+
+
+def test_one_matrix_in_several_layers(fresh_model: Any, lora_config: Any) -> None:
+    model = fresh_model(lora=True)
+    for layer in (1, 3):
+        q_proj(model, layer).lora_B["default"] = q_proj(model, 0).lora_B["default"]
+    message = refused(adapter_census, model, lora_config())
+    assert message.startswith(
+        f"1 adapter matrices are one tensor in several modules, which then all learn the same: {Q_PROJ}"
+    )
 
 
 @pytest.mark.skipif(not hasattr(peft, "LoraGAConfig"), reason="this release of PEFT has no LoRA-GA")

@@ -23,13 +23,20 @@ GRADIENT_INITIALISATION = "lora_ga"
 
 
 def zero_initialised_matrices(parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """The adapter matrices (of :func:`pytest_qvl.models.adapters.adapter_parameters`) that start at zero."""
-    by_values = {layer_of(name) for name in parameters if matrix_of(name) == SINGULAR_VALUES}
-    return {
-        name: parameter
-        for name, parameter in parameters.items()
-        if (matrix_of(name) == SINGULAR_VALUES if layer_of(name) in by_values else matrix_of(name) in _STARTS_AT_ZERO)
-    }
+    """The adapter matrices (of :func:`pytest_qvl.models.adapters.adapter_parameters`) that start at zero.
+
+    Of a layer of which only A is given, as where MiCA trains A over a frozen B, that is A.
+    """
+    kinds: dict[str, set[str]] = {}
+    for name in parameters:
+        kinds.setdefault(layer_of(name), set()).add(matrix_of(name))
+    return {name: p for name, p in parameters.items() if matrix_of(name) in _start_at_zero(kinds[layer_of(name)])}
+
+
+def _start_at_zero(kinds: set[str]) -> tuple[str, ...]:
+    if SINGULAR_VALUES in kinds:
+        return (SINGULAR_VALUES,)
+    return (*_STARTS_AT_ZERO, "lora_A") if "lora_B" not in kinds else _STARTS_AT_ZERO
 
 
 def rewrites_base(config: Any) -> bool:

@@ -75,6 +75,22 @@ def patterned(pattern: Mapping[str, int], name: str, default: int) -> int:
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
+def frozen_on_purpose(config: Any, optimizer: Any) -> tuple[str, ...]:
+    """Kinds of matrices that belong to the adapter and are not trained.
+
+    MiCA (``init_lora_weights="mica"``, arXiv:2604.01694) trains A over minor singular vectors of the base weight in B;
+    LoRA-FA (arXiv:2308.03303), which in PEFT is an optimizer, trains B over a random A.
+    """
+    if str(config.init_lora_weights).lower() == "mica":
+        return ("lora_B", "lora_embedding_B")
+    return ("lora_A",) if is_lorafa(optimizer) else ()
+
+
+def is_lorafa(optimizer: Any) -> bool:
+    """Whether this is PEFT's optimizer of LoRA-FA, which is made from all parameters of the model, frozen ones too."""
+    return type(optimizer).__name__ == "LoraFAOptimizer"
+
+
 def expected_size(config: Any, name: str, module: nn.Module) -> int:
     """Parameters of the adapter on one module."""
     import torch
