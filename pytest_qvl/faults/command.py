@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import catalogue, find
 from pytest_qvl.faults.matrix.healthy_command import healthy, split_records
+from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file, check_folder
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         "--docs",
         type=Path,
         metavar="FOLDER",
-        help="with --matrix or --table: write faults.md and faults.svg here; with --table also faults-by-model.md, and "
-        "the table of a record of --healthy into checks.md",
+        help="with --matrix or --table: write faults.md and faults.svg here (the figure needs the extra "
+        "plots); with --table also faults-by-model.md, and the table of a record of --healthy into checks.md",
     )
 
 
@@ -155,6 +156,8 @@ def matrix(options: argparse.Namespace) -> int:
     plan = Plan(subject, tuple(find(name).name for name in options.only or ()), options.named_only)
     if options.docs is not None and not plan.whole:
         raise ValueError("--docs is about the whole matrix of the embedded model on the CPU: write other runs to --out")
+    if options.docs is not None:
+        require_matplotlib("--docs")
     partial = None if options.out is None else _partial(options.out)
     jobs = _jobs(options.jobs, subject.device)
     try:
@@ -206,6 +209,8 @@ def table(files: list[Path], docs: Path | None) -> int:
     if not faults:
         return 0
     results = ordered(map(read_record, faults))
+    if any(result.variations for result in results):
+        require_matplotlib("--docs")
     docs.mkdir(parents=True, exist_ok=True)
     (docs / NAME).write_text(by_model(results), encoding="utf-8")
     for result in results:
@@ -215,11 +220,12 @@ def table(files: list[Path], docs: Path | None) -> int:
 
 
 def _write_pages(result: Result, docs: Path) -> None:
-    from pytest_qvl.faults.matrix.page import page, picture
+    from pytest_qvl.faults.matrix.figure import draw_matrix
+    from pytest_qvl.faults.matrix.page import page
 
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "faults.md").write_text(page(result), encoding="utf-8")
-    (docs / "faults.svg").write_text(picture(result), encoding="utf-8")
+    draw_matrix(result, docs / "faults.svg")
 
 
 def listed() -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
+from pytest_qvl.cli import main
 from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.matrix.by_model import NAME, by_model, ordered, read_record
+from pytest_qvl.faults.matrix.figure import KINDS, SMOKE, cells, draw_matrix
 from pytest_qvl.faults.matrix.freshness import definitions_digest
-from pytest_qvl.faults.matrix.page import page, picture
+from pytest_qvl.faults.matrix.page import page
 from pytest_qvl.faults.matrix.results import Result, Row
+from pytest_qvl.figures import digest_of, drawn_digest
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -32,11 +36,6 @@ def made(text: str) -> list[str]:
     return re.findall(r"^\| `([\w-]+)` \|(?!.*\| not made here: )", text, flags=re.MULTILINE)
 
 
-def drawn(text: str) -> list[str]:
-    """The faults that the picture has a row of squares for."""
-    return [name for name in re.findall(r'text-anchor="end">([^<]*)</text>', text) if name in catalogue()]
-
-
 def test_the_committed_page_is_fresh() -> None:
     text = read("faults.md")
     assert f"definitions {definitions_digest()} " in text, "run pytest-qvl faults --matrix --docs docs"
@@ -50,18 +49,59 @@ def test_the_committed_page_has_every_fault_and_no_other() -> None:
     assert faults_of(read("faults.md")) == list(catalogue())
 
 
-def test_the_picture_has_every_fault_that_was_made() -> None:
-    assert drawn(read("faults.svg")) == made(read("faults.md"))
+def test_the_committed_figure_is_that_of_the_record() -> None:
+    record = read_record(DOCS / "records" / "faults-embedded-cpu.json")
+    assert list(cells(record)) == made(read("faults.md"))
+    assert drawn_digest(read("faults.svg")) == digest_of(cells(record)), "run python tools/make_pages.py"
+    assert (DOCS / "faults.svg").stat().st_size < 120_000
 
 
-def test_a_fault_missing_from_page_or_picture_would_be_seen() -> None:
+def small_result() -> Result:
+    """Three faults, one of which was not made."""
     names = list(catalogue())[:3]
     row = Row(check="feature_scatter", outcomes={"feature_scatter": "caught"}, named=True, smoke="pass")
-    rows = {names[0]: row, names[1]: Row(missing="CPU only"), names[2]: row}
-    result = Result("d", {}, rows=rows)
+    return Result("d", {}, rows={names[0]: row, names[1]: Row(missing="CPU only"), names[2]: row})
+
+
+def test_a_fault_missing_from_page_or_figure_would_be_seen() -> None:
+    result = small_result()
+    names = list(result.rows)
     assert faults_of(page(result)) == names
     assert made(page(result)) == [names[0], names[2]]
-    assert drawn(picture(result)) == [names[0], names[2]]
+    assert list(cells(result)) == [names[0], names[2]]
+
+
+def test_the_figure_names_faults_checks_and_kinds(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    result, file = small_result(), tmp_path / "faults.svg"
+    draw_matrix(result, file)
+    svg = file.read_text(encoding="utf-8")
+    words = {"".join(text.itertext()) for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")}
+    assert words >= {*cells(result), "feature_scatter", SMOKE, *(meaning for _, meaning in KINDS.values())}
+    assert drawn_digest(svg) == digest_of(cells(result))
+    draw_matrix(result, file)
+    assert file.read_text(encoding="utf-8") == svg, "the same record gives the same bytes"
+
+
+@pytest.mark.parametrize("wrong", [{}, {"feature_scatter": "sometimes"}])
+def test_a_record_that_cannot_be_drawn_is_refused(wrong: dict[str, str], tmp_path: Path) -> None:
+    rows = {next(iter(catalogue())): Row(outcomes=wrong)} if wrong else {}
+    with pytest.raises(ValueError, match="nothing to draw|no colour stands for the outcomes sometimes"):
+        draw_matrix(Result("d", {}, rows=rows), tmp_path / "faults.svg")
+
+
+@pytest.mark.parametrize("work", [["--matrix"], ["--table", str(DOCS / "records" / "faults-embedded-cpu.json")]])
+def test_pages_without_matplotlib_are_refused_before_the_work(
+    work: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_qvl.figures.find_spec", lambda _: None)
+    monkeypatch.delattr("pytest_qvl.faults.matrix.runner.run")
+    assert main(["faults", *work, "--docs", str(tmp_path / "docs")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "error: --docs draws a figure, and matplotlib is not installed: pip install 'pytest-qvl[plots]'"
+    )
+    assert not (tmp_path / "docs").exists()
 
 
 def test_the_readme_counts_them() -> None:

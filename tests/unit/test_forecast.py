@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_qvl.cli import main
+from pytest_qvl.figures import digest_of, drawn_digest
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.released import expectations
 from pytest_qvl.vram.cards import card
@@ -34,7 +36,7 @@ from pytest_qvl.vram.forecast.engine.allocator import (
 from pytest_qvl.vram.forecast.engine.kernels import Device
 from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor, Recorder
 from pytest_qvl.vram.forecast.engine.trace import KINDS, AllocationTrace, replay
-from pytest_qvl.vram.forecast.output.timeline import draw_timeline
+from pytest_qvl.vram.forecast.output.timeline import draw_timeline, drawn
 from pytest_qvl.vram.forecast.run import largest, make_forecaster
 from pytest_qvl.vram.units import GiB, MiB
 
@@ -613,6 +615,7 @@ def test_the_command_fails_when_it_does_not_fit(capsys: pytest.CaptureFixture[st
 
 
 def test_the_command_writes_json_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
     figure = tmp_path / "step.svg"
     assert main(_command("--card", "l4", "--largest", "none", "--json", "--timeline", str(figure))) == 0
     data = json.loads(capsys.readouterr().out)
@@ -622,6 +625,25 @@ def test_the_command_writes_json_and_a_figure(tmp_path: Path, capsys: pytest.Cap
     words = " ".join(root.itertext())
     for expected in ("one training step", "L4: 21.45 GiB for the allocator", "weights", "backward"):
         assert expected in words
+
+
+def test_a_timeline_without_matplotlib_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pytest_qvl.figures.find_spec", lambda _: None)
+    monkeypatch.delattr("pytest_qvl.vram.forecast.run.make_forecaster")
+    assert main(_command("--timeline", str(tmp_path / "step.svg"))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "error: --timeline draws a figure, and matplotlib is not installed: pip install 'pytest-qvl[plots]'"
+    )
+
+
+@pytest.mark.slow
+def test_the_committed_figure_is_that_of_the_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(bnb.functional.name2qmap, "dynamic", raising=False)  # as in a process of its own
+    svg = (Path(__file__).parents[2] / "docs" / "forecast.svg").read_text(encoding="utf-8")
+    assert drawn_digest(svg) == digest_of(drawn(forecast("qwen2.5-vl-7b", card="t4"))), "run python tools/make_pages.py"
 
 
 @pytest.mark.parametrize(

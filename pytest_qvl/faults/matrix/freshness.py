@@ -19,6 +19,7 @@ ASIDE = frozenset(
         *(
             "faults/matrix/by_model.py",
             "faults/command.py",
+            "faults/matrix/figure.py",
             "faults/matrix/freshness.py",
             "faults/matrix/journal.py",
             "faults/matrix/runner.py",

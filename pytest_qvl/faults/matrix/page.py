@@ -1,8 +1,7 @@
-"""The matrix as a page and as a picture."""
+"""The matrix as a page."""
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.catalogue import catalogue
@@ -14,25 +13,7 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.matrix.results import Result
 
 NOTICED = ("caught", "refused")
-COLOURS = {
-    "named": "#1b5e20",
-    "caught": "#81c784",
-    "refused": "#c5e1a5",
-    "crashed": "#bdbdbd",
-    "cannot judge": "#eeeeee",
-    "pass": "#ffffff",
-    "missed": "#c62828",
-}
-WORDS = {
-    "named": "the check that must catch it",
-    "caught": "also caught",
-    "refused": "inputs refused in words",
-    "crashed": "exception from the model",
-    "cannot judge": "cannot judge (a skip)",
-    "pass": "not noticed",
-}
 COMMAND = "pytest-qvl faults --matrix --docs docs"
-CELL, LEFT, TOP = 14, 280, 190
 
 
 def page(result: Result) -> str:
@@ -149,38 +130,3 @@ def _alarms(result: Result) -> list[str]:
     if not result.alarms:
         return []
     return ["## False alarms", "", *(f"- {' '.join(alarm.split())[:400]}" for alarm in result.alarms), ""]
-
-
-def picture(result: Result) -> str:
-    """``docs/faults.svg``: a row per fault, a column per check, and the smoke test."""
-    faults = catalogue()
-    made = {name: result.made[name] for name in faults if name in result.made}  # a record has them as they were done
-    checks = list(next(iter(made.values())).outcomes)
-    columns = [*checks, "smoke test"]
-    width, height = LEFT + CELL * len(columns) + 200, TOP + CELL * len(made) + 20
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="10">',
-        f'<rect width="{width}" height="{height}" fill="#fafafa"/>',
-    ]
-    for column, name in enumerate(columns):
-        x = LEFT + CELL * column + CELL - 4
-        out.append(f'<text transform="translate({x},{TOP - 6}) rotate(-60)">{escape(name)}</text>')
-    squares: dict[str, list[str]] = {}
-    for number, (name, row) in enumerate(made.items()):
-        y = TOP + CELL * number
-        out.append(f'<text x="{LEFT - 6}" y="{y + CELL - 4}" text-anchor="end">{escape(name)}</text>')
-        smoke = "pass" if row.smoke == "pass" else "caught"
-        for column, outcome in enumerate([*row.outcomes.values(), smoke]):
-            kind = outcome
-            if columns[column] == faults[name].check:
-                kind = "named" if row.named else "missed"
-            squares.setdefault(kind, []).append(f"M{LEFT + CELL * column} {y}h{CELL - 1}v{CELL - 1}h{1 - CELL}z")
-    # One path per colour: a square of its own each, with its name, would take ten times the bytes.
-    for kind, places in squares.items():
-        out.append(f'<path fill="{COLOURS[kind]}" stroke="#dddddd" d="{"".join(places)}"/>')
-    for number, (kind, words) in enumerate(WORDS.items()):
-        x, y = LEFT + CELL * len(columns) + 16, TOP + 18 * number
-        out.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{COLOURS[kind]}" stroke="#999999"/>')
-        out.append(f'<text x="{x + 18}" y="{y + 10}">{words}</text>')
-    return "\n".join([*out, "</svg>", ""])

@@ -9,6 +9,7 @@ import logging
 import re
 from pathlib import Path
 
+from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.cards import card_names
@@ -46,7 +47,9 @@ def add_forecast(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what to search for on the card",
     )
     out.add_argument("--compare", action="store_true", help="also ask accelerate and the usual rules of thumb")
-    out.add_argument("--timeline", type=Path, metavar="FILE.svg", help="draw the memory of one training step")
+    out.add_argument(
+        "--timeline", type=Path, metavar="FILE.svg", help="draw the memory of one training step (needs the extra plots)"
+    )
     out.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
     parser.set_defaults(run=run_forecast)
 
@@ -85,6 +88,7 @@ def run_forecast(options: argparse.Namespace) -> int:
         raise ValueError("--timeline shows a training step, and --lora-r 0 has none")
     if options.timeline is not None:
         check_file("--timeline", options.timeline)
+        require_matplotlib("--timeline")
     # About CPU kernels that no forecast uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time
@@ -104,7 +108,7 @@ def run_forecast(options: argparse.Namespace) -> int:
     found = None if card is None or options.largest == "none" else largest(forecaster, forecast, options.largest)
     rules_of_thumb = side_by_side(forecast, forecaster.source.config) if options.compare else []
     if options.timeline is not None:
-        options.timeline.write_text(draw_timeline(forecast), encoding="utf-8")
+        draw_timeline(forecast, options.timeline)
     if options.json:
         data = forecast.as_dict()
         if found is not None:

@@ -1,23 +1,26 @@
-"""The timeline of one training step as an SVG: live bytes stacked by kind, phases, the card's line.
-
-Standard library only: a few polygons need no plotting library.
-"""
+"""The timeline of one training step as a figure: live bytes stacked by kind, phases, the card's line."""
 
 from __future__ import annotations
 
-from html import escape
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from itertools import groupby, pairwise
+from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.figures import new_figure, write_svg
+from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.trace import KINDS, Kind
 from pytest_qvl.vram.units import GiB, format_bytes
 
 if TYPE_CHECKING:
-    from pytest_qvl.vram.forecast.result import Forecast, Timeline
+    from pathlib import Path
 
+    from pytest_qvl.vram.forecast.result import Forecast, Timeline, Verdict
+
+# Pixels.
 WIDTH, HEIGHT = 1100, 560
-LEFT, RIGHT, TOP, BOTTOM = 70, 170, 64, 76
+LEFT, RIGHT, TOP, BOTTOM = 70, 180, 70, 90
 COLUMNS = 600
+# Of what is drawn as an image, so that steps stay sharp on a dense screen.
+IMAGE_SCALE = 2.0
 COLOURS: dict[Kind, str] = {
     "weights": "#4e5d6c",
     "adapters": "#2a9d8f",
@@ -29,10 +32,14 @@ COLOURS: dict[Kind, str] = {
     "logits": "#e76f51",
     "workspace": "#6d597a",
 }
+_CARD_COLOUR = "#c1121f"
+_GREY = "#555555"
+
+Column = tuple[str, tuple[int, ...]]
 
 
-def draw_timeline(forecast: Forecast) -> str:
-    """An SVG document of ``forecast.timeline``.
+def draw_timeline(forecast: Forecast, file: Path) -> None:
+    """Write ``forecast.timeline`` as SVG.
 
     Raises:
         ValueError: The forecast has no training step.
@@ -40,47 +47,50 @@ def draw_timeline(forecast: Forecast) -> str:
     if not forecast.timeline.live:
         raise ValueError("a timeline needs a training step: the forecast was made without an adapter (lora_r 0)")
     columns = _columns(forecast.timeline)
+    peak = max((live for _, live in columns), key=sum)
+    title, detail = _title(forecast), _detail(forecast, sum(peak))
+    with new_figure(WIDTH, HEIGHT) as figure:
+        inner = ((WIDTH - LEFT - RIGHT) / WIDTH, (HEIGHT - TOP - BOTTOM) / HEIGHT)
+        axes = figure.add_axes((LEFT / WIDTH, BOTTOM / HEIGHT, *inner))
+        _draw_areas(axes, columns, peak)
+        _draw_phases(axes, [name for name, _ in columns])
+        axes.set(xlim=(0, len(columns)), ylim=(0, _highest(forecast.verdict, sum(peak)) / GiB))
+        if forecast.verdict is not None:
+            _draw_card(axes, forecast.verdict)
+        _dress(axes)
+        figure.text(LEFT / WIDTH, 1 - 26 / HEIGHT, title, fontsize=12.5, fontweight="bold")
+        figure.text(LEFT / WIDTH, 1 - 47 / HEIGHT, detail, color=_GREY)
+        write_svg(figure, file, title=title, data=drawn(forecast), image_scale=IMAGE_SCALE)
+
+
+def drawn(forecast: Forecast) -> dict[str, Any]:
+    """What the figure stands for, as plain data: its words, the peak of each phase by kind, and the card.
+
+    Without the columns: garbage that waits for Python's collector moves single ones of them from run to run.
+    """
     verdict = forecast.verdict
-    top = max(sum(live) for _, live in columns)
-    shown = max(top, verdict.available if verdict and verdict.available < 1.6 * top else 0) * 1.04
-    plot = _Plot(len(columns), shown)
-    body = [
-        *_axis(plot, shown),
-        *_areas(plot, [live for _, live in columns]),
-        *_phase_marks(plot, [phase for phase, _ in columns]),
-        *_legend(columns),
-    ]
-    if verdict is not None:
-        body += _card_line(plot, verdict.card.title, verdict.available, shown)
-    height, width = forecast.request.image
-    title = f"{forecast.label}: one training step, {forecast.sequence:,} tokens x batch {forecast.request.batch}"
-    detail = (
-        f"{forecast.request.images} x {height}x{width} pixels per sample, LoRA r={forecast.request.lora_r}, "
-        f"{'with' if forecast.request.gradient_checkpointing else 'without'} gradient checkpointing, "
-        f"{forecast.request.optimizer}; peak {format_bytes(top)} allocated"
-    )
+    return {
+        "words": [_title(forecast), _detail(forecast, max(map(sum, forecast.timeline.live)))],
+        "phases": {phase.name: phase.by_kind for phase in forecast.phases if phase.name in phases.TRAINING},
+        "card": None if verdict is None else [verdict.card.title, verdict.available],
+    }
+
+
+def _title(forecast: Forecast) -> str:
+    return f"{forecast.label}: one training step, {forecast.sequence:,} tokens x batch {forecast.request.batch}"
+
+
+def _detail(forecast: Forecast, peak: int) -> str:
+    request = forecast.request
+    height, width = request.image
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" '
-        f'height="{HEIGHT}" '
-        f'font-family="system-ui, sans-serif" font-size="13" role="img" aria-label="{escape(title)}">\n'
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>\n'
-        f'<text x="{LEFT}" y="26" font-size="17" font-weight="600">{escape(title)}</text>\n'
-        f'<text x="{LEFT}" y="46" fill="#555">{escape(detail)}</text>\n' + "\n".join(body) + "\n</svg>\n"
+        f"{request.images} x {height}x{width} pixels per sample, LoRA r={request.lora_r}, "
+        f"{'with' if request.gradient_checkpointing else 'without'} gradient checkpointing, "
+        f"{request.optimizer}; peak {format_bytes(peak)} allocated"
     )
 
 
-class _Plot:
-    def __init__(self, columns: int, highest: float) -> None:
-        self._columns, self._highest = columns, highest
-
-    def x(self, column: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * column / self._columns
-
-    def y(self, size: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * size / self._highest
-
-
-def _columns(timeline: Timeline) -> list[tuple[str, tuple[int, ...]]]:
+def _columns(timeline: Timeline) -> list[Column]:
     """:data:`COLUMNS` points along the bytes allocated and freed so far, each the highest of its stretch.
 
     Bytes moved are a rough stand-in for time: by count of events, the many small allocations of the vision
@@ -91,7 +101,7 @@ def _columns(timeline: Timeline) -> list[tuple[str, tuple[int, ...]]]:
     moved = [0.0]
     for before, after in pairwise(totals):
         moved.append(moved[-1] + abs(after - before))
-    columns: list[tuple[str, tuple[int, ...]]] = []
+    columns: list[Column] = []
     at = 0
     for column in range(COLUMNS):
         last = at
@@ -102,93 +112,76 @@ def _columns(timeline: Timeline) -> list[tuple[str, tuple[int, ...]]]:
     return columns
 
 
-def _areas(plot: _Plot, columns: list[tuple[int, ...]]) -> list[str]:
-    areas = []
-    below = [0] * len(columns)
-    for index, kind in enumerate(KINDS):
-        above = [base + live[index] for base, live in zip(below, columns, strict=True)]
-        if above != below:
-            outline = [*_steps(plot, above), *reversed(_steps(plot, below))]
-            points = " ".join(f"{x:.1f},{y:.1f}" for x, y in outline)
-            areas.append(f'<polygon points="{points}" fill="{COLOURS[kind]}"><title>{kind}</title></polygon>')
+def _highest(verdict: Verdict | None, peak: int) -> float:
+    """Bytes at the upper edge: with the card's line, unless that is far above."""
+    near = verdict is not None and verdict.available < 1.6 * peak
+    return 1.04 * max(peak, verdict.available if verdict is not None and near else 0)
+
+
+def _draw_areas(axes: Any, columns: list[Column], peak: tuple[int, ...]) -> None:
+    """Live bytes stacked by kind, as an image (a thousand corners for each kind otherwise), and the legend."""
+    edges = range(len(columns) + 1)
+    below = [0.0] * (len(columns) + 1)
+    handles = []
+    for index, (kind, at_peak) in enumerate(zip(KINDS, peak, strict=True)):
+        sizes = [live[index] / GiB for _, live in columns]
+        if not any(sizes):
+            continue
+        above = [base + size for base, size in zip(below, [*sizes, sizes[-1]], strict=True)]
+        label = f"{kind}\n{format_bytes(at_peak)}"
+        handles.append(
+            axes.fill_between(
+                edges, below, above, step="post", color=COLOURS[kind], linewidth=0, label=label, rasterized=True
+            )
+        )
         below = above
-    return areas
-
-
-def _steps(plot: _Plot, sizes: list[int]) -> list[tuple[float, float]]:
-    corners: list[tuple[float, float]] = []
-    for column, size in enumerate(sizes):
-        right = (plot.x(column + 1), plot.y(size))
-        if corners and corners[-1][1] == right[1]:
-            corners[-1] = right
-        else:
-            corners += [(plot.x(column), plot.y(size)), right]
-    return corners
-
-
-def _axis(plot: _Plot, shown: float) -> list[str]:
-    step = next(GiB * s for s in (0.25, 0.5, 1, 2, 5, 10, 20, 50) if shown / (GiB * s) <= 12)
-    lines = []
-    for tick in range(int(shown / step) + 1):
-        y = plot.y(tick * step)
-        lines.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#e4e4e4"/>')
-        label = f"{tick * step / GiB:g}"
-        lines.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end" fill="#555">{label}</text>')
-    middle = (TOP + HEIGHT - BOTTOM) / 2
-    lines.append(
-        f'<text transform="translate(20 {middle:.0f}) rotate(-90)" text-anchor="middle" fill="#555">'
-        "GiB in use (torch's allocator)</text>"
+    axes.legend(
+        handles=handles[::-1],
+        title="at the peak",
+        alignment="left",
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.02),
+        frameon=False,
+        labelspacing=0.9,
+        handlelength=1.0,
+        handleheight=1.0,
     )
-    lines.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 14}" text-anchor="middle" fill="#555">'
-        "allocations and frees in order, each as wide as its bytes (not time)</text>"
-    )
-    return lines
 
 
-def _phase_marks(plot: _Plot, phases: list[str]) -> list[str]:
-    marks = []
+def _draw_phases(axes: Any, names: list[str]) -> None:
+    """A dashed line where a phase begins and its name below; aslant where there is no room for a level one."""
     start = 0
-    for column in range(1, len(phases) + 1):
-        if column == len(phases) or phases[column] != phases[start]:
-            left, right = plot.x(start), plot.x(column)
-            name = phases[start].removeprefix("train: ")
-            if start:
-                marks.append(
-                    f'<line x1="{left:.1f}" x2="{left:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM + 6}" '
-                    'stroke="#333" stroke-dasharray="2 4"/>'
-                )
-            # Narrow phases have no room for a level label.
-            room = right - left > 7 * len(name)
-            place = f"{(left + right) / 2:.1f} {HEIGHT - BOTTOM + (22 if room else 10)}"
-            turn = 'text-anchor="middle"' if room else 'text-anchor="start"'
-            rotate = "" if room else " rotate(40)"
-            marks.append(f'<text transform="translate({place}){rotate}" {turn}>{escape(name)}</text>')
-            start = column
-    return marks
+    for full, group in groupby(names):
+        end = start + sum(1 for _ in group)
+        name = full.removeprefix("train: ")
+        if start:
+            axes.axvline(start, ymin=-0.015, color="#333333", linewidth=0.8, linestyle=(0, (2, 3)), clip_on=False)
+        room = (end - start) * (WIDTH - LEFT - RIGHT) / len(names) > 7 * len(name)
+        place = {"ha": "center", "rotation": 0} if room else {"ha": "left", "rotation": -40, "rotation_mode": "anchor"}
+        axes.text(
+            (start + end) / 2, -0.025, name, va="top", transform=axes.get_xaxis_transform(), fontsize=9.5, **place
+        )
+        start = end
 
 
-def _card_line(plot: _Plot, title: str, available: int, shown: float) -> list[str]:
-    label = f"{escape(title)}: {format_bytes(available)} for the allocator"
-    if available > shown:
-        return [f'<text x="{WIDTH - RIGHT}" y="{TOP - 4}" text-anchor="end" fill="#c1121f">{label} (above)</text>']
-    y = plot.y(available)
-    return [
-        f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#c1121f" stroke-width="2"/>',
-        f'<text x="{WIDTH - RIGHT}" y="{y - 6:.1f}" text-anchor="end" fill="#c1121f">{label}</text>',
-    ]
+def _draw_card(axes: Any, verdict: Verdict) -> None:
+    label = f"{verdict.card.title}: {format_bytes(verdict.available)} for the allocator"
+    style = {"ha": "right", "va": "bottom", "color": _CARD_COLOUR}
+    top = axes.get_ylim()[1]
+    if verdict.available / GiB > top:
+        axes.text(axes.get_xlim()[1], top, f"{label} (above)", **style)
+        return
+    axes.axhline(verdict.available / GiB, color=_CARD_COLOUR, linewidth=1.5)
+    axes.annotate(label, (1, verdict.available / GiB), (0, 3), ("axes fraction", "data"), "offset points", **style)
 
 
-def _legend(columns: list[tuple[str, tuple[int, ...]]]) -> list[str]:
-    _, peak = max(columns, key=lambda column: sum(column[1]))
-    x = WIDTH - RIGHT + 18
-    rows = [f'<text x="{x}" y="{TOP + 6}" fill="#555">at the peak</text>']
-    shown = [
-        (kind, size) for kind, size in zip(KINDS, peak, strict=True) if any(c[1][KINDS.index(kind)] for c in columns)
-    ]
-    for row, (kind, size) in enumerate(reversed(shown)):
-        y = TOP + 18 + 36 * row
-        rows.append(f'<rect x="{x}" y="{y}" width="13" height="13" fill="{COLOURS[kind]}"/>')
-        rows.append(f'<text x="{x + 20}" y="{y + 11}">{kind}</text>')
-        rows.append(f'<text x="{x + 20}" y="{y + 26}" fill="#555" font-size="12">{format_bytes(size)}</text>')
-    return rows
+def _dress(axes: Any) -> None:
+    """Axis titles, a faint grid, and no more lines than needed."""
+    axes.set_ylabel("GiB in use (torch's allocator)", color=_GREY)
+    axes.set_xlabel("allocations and frees in order, each as wide as its bytes (not time)", color=_GREY, labelpad=42)
+    axes.set_xticks([])
+    axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0, colors=_GREY)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
