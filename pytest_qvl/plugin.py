@@ -120,6 +120,7 @@ def _compose(config: pytest.Config, settings: Settings) -> None:
 def _register(config: pytest.Config, settings: Settings, *, writes_record: bool) -> None:
     """Register the plugins of this run; of those that listen to the same hook the last speaks first."""
     from pytest_qvl.report.terminal import Summary
+    from pytest_qvl.session.fixture_scopes import FixtureScopes
     from pytest_qvl.session.gpu_errors import GpuFailures
     from pytest_qvl.session.installed import Installed
     from pytest_qvl.session.interrupts import Interrupts
@@ -130,6 +131,7 @@ def _register(config: pytest.Config, settings: Settings, *, writes_record: bool)
     register, stash = config.pluginmanager.register, config.stash
     register(ShippedSuite(), "qvl-suite")
     register(Installed(), "qvl-installed")
+    register(FixtureScopes(config), "qvl-fixture-scopes")
     results = stash[RESULTS_KEY]
     register(WorkerCrashes(settings, config.rootpath, results), "qvl-worker-crashes")
     if settings.images is not None:

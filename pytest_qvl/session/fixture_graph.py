@@ -87,6 +87,16 @@ def parameters(definition: Definition, item: Any) -> frozenset[tuple[str, Any]]:
     return frozenset((name, key(value)) for name, value in callspec.params.items() if name in names)
 
 
+def requests_below(item: Any) -> Iterator[tuple[Definition, Definition]]:
+    """Every definition that takes part for a test, with each definition that it asks for."""
+    for name in fixture_names(item):
+        taking_part = active_definitions(item, name)
+        for place, definition in enumerate(taking_part):
+            for asked in definition.argnames:
+                found = taking_part[place + 1 :][:1] if asked == name else definitions(item, asked)[-1:]
+                yield from ((definition, one) for one in found)
+
+
 def requested_models(item: Any) -> frozenset[str]:
     """Which of the two model fixtures a test asks for, directly or through fixtures of its own.
 

@@ -73,7 +73,7 @@ def value_of(config: pytest.Config, fixturedef: Any, value: Any) -> Any:
     """
     meant, problem = judged(fixturedef.argname, value)
     if problem:
-        refusal = UserError(f"the fixture {fixturedef.argname} ({_place(config, fixturedef)}) gives {problem}")
+        refusal = UserError(f"the fixture {fixturedef.argname} ({place(config, fixturedef)}) gives {problem}")
         fixture_graph.keep_error(fixturedef, refusal)
         raise refusal
     if meant is not value:
@@ -81,7 +81,12 @@ def value_of(config: pytest.Config, fixturedef: Any, value: Any) -> Any:
     return meant
 
 
-def _place(config: pytest.Config, fixturedef: Any) -> str:
+def is_own(fixturedef: Any) -> bool:
+    """Whether a fixture is defined by this package."""
+    return bool(getattr(fixturedef.func, "__module__", "").startswith("pytest_qvl."))
+
+
+def place(config: pytest.Config, fixturedef: Any) -> str:
     """Where a fixture is defined, as file and line; in words where that is no file of the user's."""
     found = fixture_graph.defined_at(fixturedef)
     return "a parameter of the test" if found is None else f"{shown(config, found[0])}:{found[1]}"

@@ -32,11 +32,6 @@ def _hide_hook_frame(excinfo: pytest.ExceptionInfo[BaseException]) -> bool:
     return bool(getattr(excinfo.value, "pytrace", True))
 
 
-def _is_own(fixturedef: Any) -> bool:
-    """Whether a fixture is defined by this package."""
-    return bool(getattr(fixturedef.func, "__module__", "").startswith("pytest_qvl."))
-
-
 # ---- fixtures ----------------------------------------------------------------------------------------------
 
 
@@ -52,9 +47,9 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, objec
         raise known
     shared = stash[LEAKS_KEY].watch.making() if fixturedef.scope != "function" else nullcontext()
     try:
-        with shared, warning_filters.spared() if _is_own(fixturedef) else nullcontext():
+        with shared, warning_filters.spared() if overrides.is_own(fixturedef) else nullcontext():
             value = yield
-        if not _is_own(fixturedef):
+        if not overrides.is_own(fixturedef):
             value = overrides.value_of(request.config, fixturedef, value)
     except (Exception, pytest.fail.Exception) as error:
         if fixturedef in model.noted:

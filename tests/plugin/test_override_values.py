@@ -146,3 +146,51 @@ def test_a_parameter_in_place_of_a_fixture_is_judged_too(pytester, run_light):
     result = run_light()
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["the fixture qvl_batch (a parameter of the test) gives a value of type int; *"])
+
+
+NARROW = """
+import pytest
+@pytest.fixture
+def qvl_model(): return "embedded"
+"""
+TOO_NARROW = (
+    "the fixture qvl_model (conftest.py:2) has the scope function, and qvl_processor, which uses it, the scope session; "
+    'write @pytest.fixture(scope="session")'
+)
+
+
+def test_an_override_of_too_narrow_a_scope_is_refused_with_what_to_write(pytester, run_light, run_apart):
+    pytester.makeconftest(NARROW)
+    pytester.makepyfile("def test_one(qvl_processor): pass\ndef test_two(qvl_processor): pass\ndef test_own(): pass")
+    result = run_light()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert result.errlines == [f"ERROR: {TOO_NARROW}", ""]
+    run_light("-k", "own").assert_outcomes(passed=1, deselected=2)
+    result = run_apart("-n", "1", plugins=["xdist"])
+    assert TOO_NARROW in result.outlines
+    assert result.ret != 0
+
+
+def test_a_parameter_of_the_test_in_its_place_is_refused_too(pytester, run_light):
+    pytester.makepyfile(
+        """
+        import pytest
+        @pytest.mark.parametrize("qvl_model", ["embedded"])
+        def test_narrow(qvl_model, qvl_processor): pass
+        @pytest.mark.parametrize("qvl_model", ["embedded"], scope="session")
+        def test_wide(qvl_model, qvl_processor): pass
+        """
+    )
+    result = run_light()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert result.errlines[0] == (
+        "ERROR: the fixture qvl_model (a parameter of the test) has the scope function, and qvl_processor, which uses "
+        'it, the scope session; write @pytest.mark.parametrize(..., scope="session")'
+    )
+    run_light("-k", "wide").assert_outcomes(passed=1, deselected=1)
+
+
+def test_an_override_that_nothing_wider_uses_may_be_of_any_scope(pytester, run_light):
+    pytester.makeconftest(NARROW + "@pytest.fixture\ndef qvl_optimizer(): return None")
+    pytester.makepyfile("def test_it(qvl_model, qvl_optimizer): assert qvl_model == 'embedded'")
+    run_light().assert_outcomes(passed=1)
