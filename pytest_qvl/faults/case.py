@@ -33,7 +33,7 @@ SEED = 0
 
 @dataclass
 class Case:
-    """What the checks are given.
+    """A model with everything that checks are given: processor, probes, reference, adapter and optimizer settings.
 
     Attributes:
         model: The QLoRA model, wrapped by PEFT.
@@ -95,7 +95,7 @@ class Case:
 
 
 def _moved(tensor: torch.Tensor, device: str) -> torch.Tensor:
-    """The same tensor on a device, a leaf as before: gradients end at what a collator handed over."""
+    """The same tensor on a device, as a leaf: like what a collator hands over, it has no gradient history."""
     if tensor.device.type == device:
         return tensor
     return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
@@ -160,7 +160,7 @@ def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED, subject: Subject 
 
 
 def lora_config(**overrides: Any) -> Any:
-    """Rank 8 on every linear of the language backbone."""
+    """A ``peft.LoraConfig``: rank 8 on every linear of the language backbone; arguments replace its fields."""
     from peft import LoraConfig
 
     return LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_ONLY, **overrides})

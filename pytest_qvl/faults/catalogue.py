@@ -40,7 +40,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Fault:
-    """One deliberate defect.
+    """One deliberate defect, and the check that must catch it.
 
     Attributes:
         name: What the command line calls it.

@@ -93,7 +93,7 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_healthy(parser: argparse.ArgumentParser) -> None:
-    """Options of healthy variations."""
+    """Add the options that say how many healthy variations run, under which settings."""
     parser.add_argument(
         "--healthy",
         type=int,

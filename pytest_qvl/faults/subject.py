@@ -18,7 +18,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @dataclass(frozen=True)
 class Subject:
-    """One model on one device, as the suite would load it.
+    """A model on a device, in a dtype, loaded by a backend, as the suite would load it.
 
     Attributes:
         source: Where the weights come from.
@@ -63,7 +63,7 @@ class Subject:
         return self == embedded()
 
     def with_dtype(self, dtype: str) -> Subject:
-        """The same model in another dtype."""
+        """The same model on the same device, in another dtype."""
         return replace(self, dtype=dtype)
 
     def request(self, quantization_config: Any, dtype: str | None = None) -> LoadRequest:
@@ -83,5 +83,5 @@ class Subject:
 
 
 def embedded(dtype: str = "bfloat16") -> Subject:
-    """The embedded model on the CPU."""
+    """The embedded model on the CPU: in bfloat16, what the published matrix is made on."""
     return Subject(ModelSource("embedded", str(embedded_model_dir())), dtype=dtype)

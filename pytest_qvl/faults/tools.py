@@ -76,7 +76,7 @@ def _removed(handles: Sequence[Any]) -> Iterator[None]:
 
 @contextmanager
 def all_of(contexts: Sequence[Any]) -> Iterator[None]:
-    """Several changes at once."""
+    """Enter several context managers together, and leave them in reverse order."""
     with ExitStack() as stack:
         for context in contexts:
             stack.enter_context(context)

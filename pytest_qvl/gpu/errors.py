@@ -4,11 +4,11 @@ from __future__ import annotations
 
 
 class LeaseError(RuntimeError):
-    """No lease can be had, for a reason that waiting does not fix."""
+    """No GPU can be leased, for a reason that waiting does not fix."""
 
 
 class NoGpu(LeaseError):
-    """The caller allows no GPU, or there is none; the message says which."""
+    """The caller allows no GPU, or the machine has none; the message says which."""
 
 
 class LeaseTimeout(LeaseError):

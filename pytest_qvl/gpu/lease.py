@@ -206,7 +206,7 @@ def _open_to_cuda(gpus: tuple[Gpu, ...]) -> tuple[Gpu, ...]:
 
 
 def _sign(lock: LockFile, session: str) -> str:
-    """Write down who holds the lock; the token that descendants inherit."""
+    """Write down who holds the lock; returns the token that processes started from here inherit."""
     holder = Holder(os.getpid(), _command(sys.argv), time.time(), session, secrets.token_hex(16))
     try:
         lock.sign(holder)

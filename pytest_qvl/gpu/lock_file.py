@@ -107,7 +107,7 @@ class LockFile:
         os.pwrite(self._fd, json.dumps(asdict(holder)).encode(), 0)
 
     def holder(self) -> Holder | None:
-        """Who signed; ``None`` where nobody has (yet), or what is there is not a signature."""
+        """The holder as the file names it; ``None`` where nobody has signed yet, or the content is no signature."""
         try:
             fd = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
@@ -118,7 +118,7 @@ class LockFile:
             os.close(fd)
 
     def unlock(self) -> None:
-        """Erase the signature and let go."""
+        """Erase the signature and release the lock."""
         os.ftruncate(self._fd, 0)
         self.drop()
 

@@ -130,7 +130,7 @@ class Nvml:
 
     @classmethod
     def open(cls, load: Callable[[], Any] | None = None) -> Nvml:
-        """Load and initialise the driver's library.
+        """Load and initialise the driver's library; where that fails, the result says why in :attr:`reason`.
 
         Args:
             load: Gives the ``pynvml`` module; by default it is imported.
@@ -185,6 +185,7 @@ class Nvml:
         return Holdings(used, own, others, max(0, used - listed))
 
     def _gpu(self, handle: Any, index: int) -> Gpu:
+        """One GPU with its MIG slices; the handles of all of them are kept by UUID for later questions."""
         nvml = self.library
         memory, uuid = _memory(nvml, handle), _text(nvml.nvmlDeviceGetUUID(handle))
         self._handles[uuid] = handle

@@ -198,7 +198,7 @@ def _is_of_peft(module: Any) -> bool:
 
 
 def _places(module: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What is at each place of the base model, without a look into what PEFT added."""
+    """Every module of the base model by dotted name, a layer of PEFT where one stands; what PEFT added is left out."""
     yield name, module
     for key, child in original_module(module).named_children():
         yield from _places(child, f"{name}.{key}" if name else key)
@@ -240,7 +240,7 @@ class AdapterSlot:
 
     @classmethod
     def of(cls, peft_model: Any) -> AdapterSlot:
-        """Note where PEFT put its layers."""
+        """A slot for a model whose adapter is attached: notes which modules of the base model PEFT replaced."""
         parts = anatomy(peft_model)
         places = {}
         for name, layer in peft_layers(parts).items():
@@ -260,7 +260,7 @@ class AdapterSlot:
         self.attached = False
 
     def attach(self) -> None:
-        """Let the base model run through the adapter again."""
+        """Let the base model run through the adapter's layers again, after :meth:`detach`."""
         for parent, child, layer in self.layers.values():
             setattr(parent, child, layer)
         vars(self.base).update(self.marks)

@@ -67,7 +67,7 @@ class Parts:
 
     @property
     def config(self) -> Any:
-        """The model's configuration."""
+        """The configuration of the whole model, with ``vision_config`` and ``text_config`` inside."""
         return self.base.config
 
     @property
@@ -77,7 +77,7 @@ class Parts:
 
     @property
     def device(self) -> torch.device:
-        """Where the text embeddings live."""
+        """The device of the text embeddings, where ``input_ids`` have to be."""
         return self.embeddings.weight.device
 
     @property
@@ -88,7 +88,7 @@ class Parts:
 
     @property
     def is_peft(self) -> bool:
-        """Whether PEFT wraps the model."""
+        """Whether a ``PeftModel`` wraps the base model (an adapter added by Transformers has no wrapper)."""
         return self.wrapped is not self.base
 
     def group_of(self, name: str) -> Group:

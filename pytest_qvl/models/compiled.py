@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def uncompiled() -> Iterator[bool]:
-    """Run what is compiled as it was written; tells whether anything in this process is compiled.
+    """Run compiled functions as they were written; yields whether anything in this process is compiled.
 
     A compiler fuses what it finds, a base layer and PEFT's layer around it in different ways, and rounds where it
     fused: two of its programs cannot be held to the same bits.

@@ -20,7 +20,7 @@ SMALL_WIDTH = 128  # hidden size of the small random models' language backbone, 
 
 @dataclass(frozen=True)
 class Family:
-    """One family.
+    """What differs from one family to another and is data.
 
     Attributes:
         model_type: What its ``config.json`` says.

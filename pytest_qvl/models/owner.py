@@ -219,13 +219,13 @@ class ModelOwner:
         return frozenset(tensor.untyped_storage().data_ptr() for _, tensor in tensors)
 
     def drop_adapter(self) -> None:
-        """Take the adapter off for good."""
+        """Detach the adapter and forget its weights."""
         if self._adapted is not None:
             self._adapted.detach()
         self._adapted = None
 
     def release(self) -> None:
-        """Drop everything and give the memory back."""
+        """Drop the model, its adapter and the backend's buffers, and free their memory."""
         if self._model is None:
             return
         self.free_buffers()
@@ -234,7 +234,7 @@ class ModelOwner:
         collect()
 
     def free_buffers(self) -> None:
-        """Let go of what the backend keeps on the device beside the model."""
+        """Free what the backend keeps on the device beside the model."""
         if self._backend is not None:
             self._backend.free_buffers()
 
@@ -248,7 +248,7 @@ class ModelOwner:
         self._reset()
 
     def _reset(self) -> None:
-        """The state every test starts from: eval mode, no gradients, no positions of an earlier call."""
+        """Put the model into the state tests start from: eval mode, no gradients, no positions of an earlier call."""
         from pytest_qvl.models.anatomy import anatomy
         from pytest_qvl.models.taps import forget_positions
 

@@ -37,7 +37,7 @@ class AdapterPolicy:
     trained: tuple[Group, ...] = ()
 
     def __post_init__(self) -> None:
-        """Refuse parts that no model has."""
+        """Refuse parts that no model has, with the list of those there are."""
         if not self.adapted:
             raise InputError(f"an adapter policy names at least one part; known: {', '.join(GROUPS)}")
         for group in (*self.adapted, *self.trained):
@@ -66,7 +66,7 @@ class AdapterPolicy:
 
     @property
     def text_only(self) -> bool:
-        """Whether vision tower and merger have to stay as they were loaded."""
+        """Whether vision tower and merger have to stay as they were loaded: no part of them is trained."""
         return not {"vision", "merger"} & {*self.adapted, *self.trained}
 
     def unused(self, groups: Iterable[Group]) -> list[Group]:

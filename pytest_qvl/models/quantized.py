@@ -137,7 +137,7 @@ class LinearState:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
-    """``torch.bfloat16`` as ``"bfloat16"``."""
+    """The name of a dtype without its module: ``"bfloat16"`` for ``torch.bfloat16``."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
@@ -147,6 +147,7 @@ def linear_states(parts: Parts) -> list[LinearState]:
 
 
 def _state(name: str, group: Group, module: Any) -> LinearState:
+    """How one linear layer is stored, read from its class, its weight and the weight's ``quant_state``."""
     import bitsandbytes as bnb
 
     weight = module.weight
@@ -187,8 +188,8 @@ _TABLE_ROUNDINGS = 4 * 2.0**-24
 def with_foreign_tables(parts: Parts) -> list[str]:
     """Names of the 4-bit linears whose codes stand for other values than those of their type.
 
-    bitsandbytes looks values up in the tables that a file holds (``quant_map``, and ``nested_quant_map`` of nested
-    statistics), whatever name of a type stands beside them.
+    bitsandbytes looks values up in the tables that a file holds (``quant_map``, and ``nested_quant_map`` of double
+    quantization), whatever name of a type stands beside them.
     """
     states = ((name, getattr(module.weight, "quant_state", None)) for name, module in parts.named_linears())
     return [name for name, quant in states if quant is not None and not _has_own_tables(quant)]
@@ -205,7 +206,7 @@ def _has_own_tables(quant: Any) -> bool:
 
 @cache
 def _table(kind: str) -> torch.Tensor:
-    """What the codes of ``"nf4"``, ``"fp4"`` or ``"dynamic"`` (8 bits, of nested statistics) stand for, on the CPU."""
+    """What the codes of ``"nf4"``, ``"fp4"`` or ``"dynamic"`` (8 bits, of absmax values) stand for, on the CPU."""
     from bitsandbytes import functional
 
     table: torch.Tensor = (

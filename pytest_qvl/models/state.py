@@ -1,4 +1,4 @@
-"""Leave the model as it was found."""
+"""Run a block on a model and put the model's state back afterwards."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def random_thing(rng: random.Random, cell: Cell, shape: str | None = None, colou
 
 
 def random_background(rng: random.Random) -> RGB:
-    """A dark or a light grey, slightly tinted."""
+    """A random dark or light grey, slightly tinted, as RGB."""
     grey = rng.choice((rng.randint(0, 70), rng.randint(185, 255)))
     return _near(rng, (grey, grey, grey), 8)
 

@@ -20,7 +20,7 @@ FIELDS = ("image", "images", "question", "answer", "skill", "id", "swapped", "sw
 
 
 class _Line:
-    """One line of the file: reads its fields, and says where it stands when one is bad."""
+    """One line of ``samples.jsonl``: reads its fields; an error names the file and the line."""
 
     def __init__(self, folder: Path, number: int, text: str) -> None:
         self.folder = folder
@@ -178,7 +178,7 @@ def folder_samples(path: str | Path) -> list[Sample]:
 
 
 def _encodes(text: str) -> bool:
-    """Whether it is whole characters: JSON may hold half of a surrogate pair, which nothing can encode."""
+    """Whether a text can be encoded: JSON may hold half of a surrogate pair, which no encoding writes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -37,7 +37,7 @@ class Puzzle:
 
 @dataclass(frozen=True)
 class Skill:
-    """How to ask for one skill.
+    """One kind of question: how its scenes are built, what is asked about them, which answers there are.
 
     Attributes:
         question: Template; ``{}`` takes the subject.
@@ -151,7 +151,7 @@ IMAGE_ORDER_SKILLS: tuple[str, ...] = ("nth_colour", "nth_shape")
 
 
 def puzzle(rng: random.Random, skill: str) -> Puzzle:
-    """One random puzzle of a skill."""
+    """Scenes, question and answer of one random sample of a skill."""
     return puzzle_and_swap(rng, skill)[0]
 
 

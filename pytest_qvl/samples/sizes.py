@@ -22,7 +22,7 @@ MOST_CELLS = max(max(grid) for grid in GRIDS)
 
 @dataclass(frozen=True)
 class ProbeSizes:
-    """Sizes of the images that probe one model.
+    """Sizes of the images that probe one model: large enough to be read and to show its attention windows.
 
     A scene has 3 or 4 cells per side, so a cell decides the size of an image. What is said of windows and pixels
     holds for every grid of cells, unless the processor's pixel limits leave no room for it.

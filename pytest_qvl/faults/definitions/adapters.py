@@ -25,7 +25,7 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 @contextmanager
 def another_adapter(case: Case, config: Any, *, asked: Any = None) -> Iterator[None]:
-    """Wrap the same base model with another adapter; `asked` is what the checks are told (else the same)."""
+    """Wrap the same base model with another adapter; `asked` is the configuration that checks are given."""
     from peft import get_peft_model
 
     slot, old = AdapterSlot.of(case.model), case.model

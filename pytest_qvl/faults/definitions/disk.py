@@ -117,7 +117,7 @@ def _merged_twice(case: Case) -> Iterator[None]:
 
 @contextmanager
 def _saved(case: Case) -> Iterator[Path]:
-    """A folder with an adapter that has learned something; the case's own is put back."""
+    """Save an adapter with random B matrices to a folder, and put the case's own weights back."""
     with TemporaryDirectory(prefix="qvl-fault-") as name:
         with trained(case, 0.02):
             save_adapter(case.model, Path(name))

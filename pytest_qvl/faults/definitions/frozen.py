@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def stepping(meddle: Callable[[], None]) -> Any:
-    """Makes an AdamW that also does something else after its first step; each optimizer made does so again."""
+    """A factory of AdamW optimizers that also call a function after their first step."""
     import torch
 
     class Meddling(torch.optim.AdamW):

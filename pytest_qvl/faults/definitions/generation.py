@@ -139,6 +139,7 @@ def _cache(case: Case) -> Iterator[None]:
     source="huggingface/transformers#41153",
 )
 def _lost_without_cache(case: Case) -> Iterator[None]:
+    """Drop the images from every forward of ``generate`` after the first that is longer than one token."""
     base = anatomy(case.model).base
     original = base.generate
     # Steps of the running generation so far; None outside of generate(). Where a step without a cache gets its images
@@ -166,14 +167,14 @@ def _lost_without_cache(case: Case) -> Iterator[None]:
 
 
 def _ids(logits: torch.Tensor) -> torch.Tensor:
-    """The token that each logit stands for."""
+    """The token id of each logit: ``(vocabulary,)`` int64."""
     import torch
 
     return torch.arange(logits.shape[-1], device=logits.device)
 
 
 def _boosted(case: Case, token: int, by: float = 3.0) -> Any:
-    """Let one token win at every step."""
+    """Raise the logit of one token at every step, so that it wins."""
     import torch
 
     head: Any = anatomy(case.model).lm_head
@@ -248,6 +249,7 @@ def _vision_tokens(case: Case) -> Iterator[None]:
     requires=("knowledge",),
 )
 def _placeholder_before_end(case: Case) -> Iterator[None]:
+    """In rows with an image, where the next token would be the end, raise the placeholder's logit just above it."""
     import torch
 
     from pytest_qvl.checks.support.greedy import stop_ids

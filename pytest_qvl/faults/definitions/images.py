@@ -178,6 +178,7 @@ def _uint8(case: Case) -> Iterator[None]:
     source="2U1/Qwen-VL-Series-Finetune#75",
 )
 def _template_drift(case: Case) -> Iterator[None]:
+    """Insert a line break before the prompt's last ``<|im_end|>``, in training batches only."""
     import torch
 
     tokenizer = case.processor.tokenizer
@@ -305,7 +306,7 @@ def _merged(bands: Any) -> Any:
 
 
 def _repainted(case: Case, paint: Callable[[Any], Any]) -> Any:
-    """Change every image before the image processor sees it."""
+    """Pass every image through ``change`` before the image processor sees it."""
     processor = case.processor.image_processor
     original = processor.preprocess
 

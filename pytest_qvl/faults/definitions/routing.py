@@ -316,6 +316,7 @@ def _rolled(case: Case) -> Iterator[None]:
     source="Blaizzy/mlx-swift-lm#238",
 )
 def _window_order(case: Case) -> Iterator[None]:
+    """Sort the tower's output into windows of 2 × 2 visual tokens, an order that nothing undoes."""
     parts = anatomy(case.model)
 
     def sort(_module: Any, args: Any, kwargs: Any, output: Any) -> Any:

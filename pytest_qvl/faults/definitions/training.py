@@ -238,6 +238,7 @@ def _nothing(case: Case) -> Iterator[None]:
     expected_words=("answers end without a supervised <|im_end|>", "row 0, answer 0"),
 )
 def _first_end(case: Case) -> Iterator[None]:
+    """Give every row a second turn with the same answer; labels ignore each ``<|im_end|>`` of the first turn."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 

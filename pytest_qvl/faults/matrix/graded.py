@@ -46,7 +46,7 @@ class Smallest:
 
 
 def smallest_doses(case: Case, graded: Graded) -> list[Smallest]:
-    """Give a graded defect to its checks, the smallest dose first."""
+    """Try the doses of a graded defect on each of its checks, the smallest first, up to the first that is caught."""
     found = []
     for check in graded.checks:
         missed: list[str] = []
@@ -111,7 +111,7 @@ def _with_merger(layers: str) -> Dose:
 
 
 def _altered(share: float, group: str) -> Dose:
-    """Flip the sign of a share of the weights of one part, spread evenly; at least one."""
+    """Flip the sign of a share of one part's weights, at least of one; they are spread evenly over the part."""
 
     def flip(weight: torch.Tensor) -> torch.Tensor:
         flat = weight.view(-1)

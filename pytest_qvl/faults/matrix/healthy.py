@@ -74,7 +74,7 @@ OPTIMIZER_EVERY = 10  # variations in a row with the same one, so that each meet
 
 @dataclass(frozen=True)
 class Variation:
-    """A healthy setup.
+    """The settings of a healthy setup, and the checks that run on it.
 
     Attributes:
         number: Its place in the list, and the seed of everything random in it.
@@ -199,6 +199,12 @@ class Healthy:
 
 @contextmanager
 def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
+    """The case with a random model of the variation's family in place of the embedded one.
+
+    The image processor cuts patches of that family's size inside the block. The noise floor is measured on the random
+    model where a check of the variation compares with it; nothing else of the reference means anything without
+    knowledge.
+    """
     import torch
 
     from pytest_qvl import checks
@@ -241,7 +247,7 @@ def _adapted(base: Any, variation: Variation, config: Any) -> Any:
 
 
 def _optimizer(name: str) -> Any:
-    """Makes an optimizer as people set it; ``None`` for the one that the checks derive."""
+    """A factory of optimizers as people configure them, by its name; ``None`` for the optimizer that checks derive."""
     import bitsandbytes as bnb
     import torch
     from transformers.optimization import Adafactor

@@ -74,7 +74,7 @@ def _variation(number: int) -> Variation:
 
 
 def main() -> None:
-    """Answer line by line until stdin ends."""
+    """Read a line with settings, then numbers of variations; answer each with a line of JSON until stdin ends."""
     asked = json.loads(sys.stdin.readline())
     numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
 

@@ -53,7 +53,7 @@ def healthy(options: argparse.Namespace, jobs: int) -> int:
 
 
 def exit_status(outcomes: list[Outcome], left: int) -> int:
-    """What the command exits with."""
+    """The exit code of the command for these outcomes."""
     if not all(outcome.green for outcome in outcomes):
         return BAD
     return UNFINISHED if left else GOOD

@@ -74,7 +74,7 @@ def run(
 
 
 class _Panel:
-    """What the threads share: each starts processes and asks them, one after the other."""
+    """Runs variations from several threads, each with a child process at a time; holds what the threads share."""
 
     def __init__(
         self, offered: dict[str, Outcome], settings: list[Setting], journal: JsonLines, cpu: Cpu, count: int
@@ -188,7 +188,7 @@ class Child:
         self._stop()
 
     def greet(self) -> None:
-        """Wait until it has started and says what it computes with.
+        """Wait until the process has started and has said which instruction set it computes with.
 
         Raises:
             ChildEnded: It could not start.
@@ -196,11 +196,11 @@ class Child:
         self.used = Used(**self._answer())
 
     def kill(self) -> None:
-        """End it now."""
+        """End the process at once, without waiting for its answer."""
         self._process.kill()
 
     def judge(self, number: int) -> Judged:
-        """Let it judge one variation.
+        """Run the checks of one variation in the process.
 
         Raises:
             ChildEnded: It died over it.

@@ -99,7 +99,7 @@ class Schedule:
         self._changed = Condition()
 
     def begin(self) -> Setting | None:
-        """Wait until a process may start; the setting it is for, or ``None`` if no other will."""
+        """Wait until a process may start and return the setting it is for; ``None`` if no more processes are needed."""
         with self._changed:
             while not self._over() and any(self._waiting.values()):
                 setting = self._next()
@@ -117,7 +117,7 @@ class Schedule:
             return None if self._over() or not waiting else waiting.popleft()
 
     def end(self, setting: Setting, *, broken: bool = False) -> None:
-        """A process has ended; if it broke, its setting gets no other."""
+        """Note that a process has ended; if it broke, its setting gets no other process."""
         with self._changed:
             self._processes[setting] -= 1
             self._free += self._slots(setting)
@@ -139,5 +139,5 @@ class Schedule:
         return bool(self._waiting[setting]) and (not self._processes[setting] or self._left(setting) >= START)
 
     def _left(self, setting: Setting) -> float:
-        """Variations for each process, if there were one more."""
+        """Variations left for each process of a setting, if there were one process more."""
         return len(self._waiting[setting]) / (self._processes[setting] + 1)

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 @dataclass
 class Outcome:
-    """One setting.
+    """What the variations under one setting showed.
 
     Attributes:
         setting: The setting.
@@ -74,7 +74,7 @@ class Outcome:
         self.seconds += judged.seconds
 
     def row(self) -> tuple[Any, ...]:
-        """Its row of the table."""
+        """The setting's row of the table of outcomes."""
         if self.missing:
             return (str(self.setting), f"not offered (no {', '.join(self.missing)})", None, None, None)
         alarms = "broken" if self.broken else len(self.alarms)
@@ -82,7 +82,7 @@ class Outcome:
 
 
 def shown(outcomes: Sequence[Outcome], cpu: Cpu) -> str:
-    """The table, what went wrong, and the sum of it."""
+    """The table of outcomes, then false alarms and breakdowns, then the totals."""
     ran = [outcome for outcome in outcomes if not outcome.missing]
     alarms = [f"FALSE ALARM under {o.setting}: {alarm}" for o in ran for alarm in o.alarms]
     broken = [f"BROKEN {reason}" for o in ran for reason in o.broken]
@@ -96,7 +96,7 @@ def shown(outcomes: Sequence[Outcome], cpu: Cpu) -> str:
 
 
 def record(outcomes: Sequence[Outcome], cpu: Cpu, asked: int) -> dict[str, Any]:
-    """Everything, as plain data: the CPU, the versions, and each setting."""
+    """CPU, versions and the outcome of each setting, as plain data."""
     from importlib.metadata import version
 
     from pytest_qvl.faults.matrix.freshness import definitions_digest

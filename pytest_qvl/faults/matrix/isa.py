@@ -22,7 +22,7 @@ THREADS = (1, 2)
 
 @dataclass(frozen=True)
 class Cpu:
-    """This machine's CPU.
+    """Name and instruction-set flags of this machine's CPU.
 
     Attributes:
         model: Its name, as the system gives it.

@@ -22,7 +22,7 @@ _VERBOSE = 1
 
 @dataclass(frozen=True)
 class Used:
-    """What one process computes with.
+    """The instruction sets that torch and oneDNN compute with in one process.
 
     Attributes:
         aten: torch's own kernels, as ``torch.backends.cpu.get_cpu_capability()`` names them.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class JsonLines:
-    """A file of JSON lines: what run it belongs to, then a line per result.
+    """A file of JSON lines: the first says which run it belongs to, every other is a result.
 
     Args:
         path: The file; ``None`` for none.
@@ -38,7 +38,7 @@ class JsonLines:
             self.write(head)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append one result as a line; does nothing without a file."""
         if self._path is None:
             return
         with self._path.open("a", encoding="utf-8") as stream:
@@ -68,7 +68,7 @@ def _parsed(line: str) -> dict[str, Any] | None:
 
 
 class Journal:
-    """What is done of a matrix.
+    """The pieces of a matrix that are done, in memory and in a file from which a later run goes on.
 
     Args:
         path: The file; ``None`` for none.
@@ -90,6 +90,6 @@ class Journal:
         ]
 
     def add(self, done: Done) -> None:
-        """Keep what was done."""
+        """Note a piece that is done, also in the file if there is one."""
         self.done.append(done)
         self._lines.write({**asdict(done.task), "found": done.found, "seconds": round(done.seconds, 3)})

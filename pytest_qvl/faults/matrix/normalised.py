@@ -41,7 +41,7 @@ def spoken_names(tree: ast.Module) -> set[str]:
 
 @dataclass(frozen=True)
 class _Scope:
-    """What names mean at one place.
+    """What the names in one function stand for: its own, and those of the functions around it.
 
     Attributes:
         spoken: Names that parameters keep.
@@ -59,6 +59,10 @@ class _Scope:
 
 
 def _text(node: object, scope: _Scope) -> str:
+    """A node of the syntax tree as text, without what decides nothing.
+
+    Left out: docstrings, imports, annotations, positions and empty fields. Variables are written by number.
+    """
     if isinstance(node, list):
         return "[" + ",".join(_text(item, scope) for item in node if not _is_silent(item)) + "]"
     if not isinstance(node, ast.AST):
@@ -92,14 +96,14 @@ def _parameters(arguments: ast.arguments, outer: _Scope, inner: _Scope) -> str:
 
 
 def _is_silent(node: object) -> bool:
-    """An import, or ``if TYPE_CHECKING:``."""
+    """Whether a statement decides nothing: an import, or ``if TYPE_CHECKING:``."""
     if isinstance(node, ast.If):
         return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
     return isinstance(node, ast.Import | ast.ImportFrom)
 
 
 def _holds_names(node: ast.AST, field: str) -> bool:
-    """Whether a field of text is the name of a variable."""
+    """Whether a field of a node that holds text names variables."""
     return (
         (isinstance(node, ast.Nonlocal) and field == "names")
         or (isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and field == "name")

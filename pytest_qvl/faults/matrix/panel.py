@@ -126,7 +126,7 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
 
 
 def judge(case: Case, check: str) -> Verdict:
-    """Run one check on a case."""
+    """Run one check on a case and turn what it raises into a verdict."""
     import torch
 
     try:
@@ -147,7 +147,7 @@ def judge(case: Case, check: str) -> Verdict:
 
 
 def judge_all(case: Case, names: Iterable[str] = ()) -> dict[str, Verdict]:
-    """Run the given checks, or all of them."""
+    """Run the named checks on a case, or all of them; verdicts by check."""
     return {name: judge(case, name) for name in (names or all_checks(case.subject.device))}
 
 

@@ -18,7 +18,7 @@ UNDECIDED = "cannot judge"
 
 @dataclass
 class Row:
-    """One fault against the checks.
+    """What became of one fault: every check's outcome on it.
 
     Attributes:
         check: The check that must catch it.
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass
 class Result:
-    """Everything that one run found.
+    """What one run found: faults, healthy variations, graded defects, and what it ran with.
 
     Attributes:
         definitions: Digest of what decides the content, see :mod:`pytest_qvl.faults.matrix.freshness`.
@@ -111,7 +111,7 @@ class Result:
         return not (bad & self.verdicts.keys() or self.ill or self.alarms)
 
     def silent(self) -> list[str]:
-        """Faults at which Transformers raises nothing."""
+        """Names of the faults that could be made and at which Transformers raises nothing."""
         faults = catalogue()
         return [name for name in self.made if faults[name].silent]
 
@@ -134,7 +134,7 @@ class Result:
         return [check for check in checks if not self.only(check)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a file."""
+        """The result as plain data, to be written to a file."""
         return {"schema": SCHEMA, **asdict(self)}
 
     @classmethod
@@ -151,7 +151,7 @@ class Result:
 
 
 def summary(result: Result) -> str:
-    """The figures, a line each."""
+    """The totals as text, one figure per line."""
     silent, passes = result.silent(), result.smoke_passes()
     lines = [
         f"{result.caught} of {len(result.made)} faults caught by the named check, in the right words; "

@@ -75,6 +75,10 @@ def complete(plan: Plan, result: Result) -> bool:
 
 
 def _results(plan: Plan, todo: Sequence[Task], jobs: int, deadline: float | None) -> Iterator[Done]:
+    """Do the pieces, in this process or in a pool of them, and yield each as it is done.
+
+    No piece is begun after the deadline; those that run are waited for.
+    """
     waiting = deque(todo)
 
     def due() -> bool:

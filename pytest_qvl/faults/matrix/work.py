@@ -34,7 +34,7 @@ class DeviceBroken(RuntimeError):
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run.
+    """Which faults and checks run, on which model.
 
     Attributes:
         subject: The model.
@@ -53,13 +53,13 @@ class Plan:
 
     @property
     def faults(self) -> dict[str, Fault]:
-        """The faults to make."""
+        """The faults of the plan by name: those given, or the whole catalogue."""
         return {name: fault for name, fault in catalogue().items() if not self.only or name in self.only}
 
 
 @dataclass(frozen=True)
 class Task:
-    """One piece.
+    """One piece of the matrix: a check of the healthy model, a fault, a graded defect or a healthy variation.
 
     Attributes:
         part: ``"health"`` (a check of the model without a fault), ``"fault"``, ``"dose"`` or ``"variation"``.
@@ -72,7 +72,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """A piece that is done.
+    """A task with what it found and the CPU time that it took.
 
     Attributes:
         task: Which one.
@@ -86,7 +86,7 @@ class Done:
 
 
 def tasks(plan: Plan) -> list[Task]:
-    """Everything that the plan consists of."""
+    """All tasks of a plan: checks of the healthy model first, then faults, graded defects and healthy variations."""
     from pytest_qvl.faults.matrix.graded import GRADED
     from pytest_qvl.faults.matrix.panel import all_checks
 
@@ -104,7 +104,7 @@ def tasks(plan: Plan) -> list[Task]:
 
 
 def do(plan: Plan, task: Task) -> Done:
-    """Do one piece in this process, which loads the model at its first."""
+    """Do one task in this process, which loads the model for its first one."""
     _quiet_process(plan.subject.device)
     began = time.process_time()
     found = WORK[task.part](plan, task.key)
@@ -143,6 +143,7 @@ def _health(plan: Plan, check: str) -> dict[str, str]:
 
 
 def _fault(plan: Plan, name: str) -> dict[str, Any]:
+    """Make one fault on this process's model, let the checks judge it, and see that it is undone."""
     from pytest_qvl.faults.matrix.restored import state
     from pytest_qvl.models.backends import one_line
     from pytest_qvl.models.memory import collect
@@ -227,6 +228,6 @@ WORK: dict[str, Callable[[Plan, str], Any]] = {
 
 
 def say(line: str) -> None:
-    """A line of progress."""
+    """Write a line of progress to standard error."""
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

@@ -25,7 +25,7 @@ class ModelLoadError(RuntimeError):
 
 @dataclass(frozen=True)
 class LoadRequest:
-    """What to load.
+    """A model to load and the form to load it in.
 
     Attributes:
         source: Where the weights come from.
@@ -41,7 +41,7 @@ class LoadRequest:
 
 
 class Backend(Protocol):
-    """Loads models and attaches adapters; stateless."""
+    """The contract of every backend: how models are loaded, adapted and put into the modes of tests and training."""
 
     name: str
 
@@ -96,7 +96,7 @@ BACKENDS: dict[str, Registration] = {
 
 
 def registered(name: str) -> Registration:
-    """What is known of the backend called ``name``.
+    """The entry of :data:`BACKENDS` for the backend called ``name``.
 
     Raises:
         ValueError: No such backend.

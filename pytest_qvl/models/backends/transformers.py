@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class TransformersBackend:
-    """``from_pretrained`` with a ``BitsAndBytesConfig``, then ``get_peft_model``."""
+    """Loads by ``from_pretrained`` with a ``BitsAndBytesConfig``, and adapts by ``get_peft_model``."""
 
     name = "transformers"
 
@@ -54,11 +54,11 @@ class TransformersBackend:
         return AdapterSlot.of(PeftModel.from_pretrained(model, adapter, config=lora_config, is_trainable=True))
 
     def reset(self, model: Any) -> None:
-        """Eval mode."""
+        """Put the model into eval mode; nothing else differs from how it was loaded."""
         model.eval()
 
     def prepare_training(self, model: Any, *, gradient_checkpointing: bool) -> None:
-        """Train mode, with non-reentrant checkpointing if asked, and the vision tower out of autograd's way.
+        """Put the model into train mode, with non-reentrant checkpointing if asked; no gradients for the vision tower.
 
         Enabling checkpointing on Transformers 5 also hooks the vision patch embed so that its output requires grad:
         the frozen tower is then back-propagated through. The hook on the text embeddings has to stay.
@@ -71,10 +71,15 @@ class TransformersBackend:
         remove_vision_grad_hooks(parts.patch_embed)
 
     def free_buffers(self) -> None:
-        """It keeps nothing."""
+        """Do nothing: this backend keeps no buffers of its own between trainings."""
 
 
 def _build(request: LoadRequest, dtype: torch.dtype) -> Any:
+    """Build synthetic weights, or read a checkpoint by ``from_pretrained`` and keep a report of what did not fit.
+
+    A checkpoint saved in 4 bits is loaded as it was saved, and dequantized afterwards where full precision is asked
+    for.
+    """
     source = request.source
     if source.kind == "synthetic":
         config = released_config(source.location)

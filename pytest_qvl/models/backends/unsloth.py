@@ -50,7 +50,7 @@ NOT_ASKED = {"peft_type", "task_type", "peft_version", "auto_mapping", "base_mod
 
 
 class UnslothBackend:
-    """``FastVisionModel.from_pretrained``, then ``FastVisionModel.get_peft_model``.
+    """Loads by ``FastVisionModel.from_pretrained`` and adapts by ``FastVisionModel.get_peft_model``.
 
     Attributes:
         vision_layers: Whether Unsloth may put adapters on the vision tower where it chooses the modules itself.
@@ -102,20 +102,20 @@ class UnslothBackend:
         return AdapterSlot.of(wrapped)
 
     def reset(self, model: Any) -> None:
-        """Eval mode by ``for_inference``, which also turns checkpointing off and the cache on."""
+        """Put the model into eval mode by ``for_inference``, which also turns checkpointing off and the cache on."""
         with quiet():
             _fast_vision_model().for_inference(model)
         model.eval()
 
     def prepare_training(self, model: Any, *, gradient_checkpointing: bool) -> None:
-        """Train mode by ``for_training``, with Unsloth's own checkpointing if asked."""
+        """Put the model into train mode by ``for_training``, with Unsloth's own checkpointing if asked."""
         with quiet():
             mode = self.checkpointing if gradient_checkpointing else False
             _fast_vision_model().for_training(model, use_gradient_checkpointing=mode)
         remove_vision_grad_hooks(anatomy(model).patch_embed)
 
     def free_buffers(self) -> None:
-        """Let go of the GPU buffers of Unsloth's checkpointing, which it keeps for the life of the process.
+        """Drop the GPU buffers of Unsloth's checkpointing, which it otherwise keeps for the life of the process.
 
         Its own ``reset_unsloth_gradient_checkpointing_buffers`` leaves them at their size.
         """
@@ -169,6 +169,11 @@ def _fast_vision_model() -> Any:
 
 
 def _build(fast: Any, request: LoadRequest, dtype: torch.dtype, checkpointing: bool | str) -> Any:
+    """Load a model by ``FastVisionModel.from_pretrained`` and keep a report of tensors that did not fit.
+
+    Synthetic weights are written to a temporary folder first, because Unsloth loads from folders only; in 16 bits
+    they are built directly. Whatever Unsloth would do by default and the request does not ask for is switched off.
+    """
     source, quantization = request.source, request.quantization_config
     if source.kind == "synthetic" and quantization is None:
         return build_synthetic(released_config(source.location), None, request.device, dtype)

@@ -128,7 +128,7 @@ def use_own_compile_folder() -> None:
 
 
 def let_compiled_code_be() -> None:
-    """Compile under pytest and in CI as anywhere else; call once torch is imported."""
+    """Undo what pytest and CI change about torch.compile; call once torch is imported."""
     # Where CI is set, torch makes an error of what it warns of anywhere else (its issue 182006): with 2.11 also of an
     # operator of its own, inductor::_alloc_from_pool.
     config: Any = import_module("torch._functorch.config")
@@ -142,7 +142,7 @@ def let_compiled_code_be() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the banner, and without the warnings of modules that are imported here."""
+    """Suppress all output (Unsloth's banner) and the warnings of modules that are imported inside the block."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReferenceBase:
-    """What to record the reference from.
+    """The model that a reference is recorded from.
 
     Attributes:
         request: Loads it in full precision.
@@ -29,7 +29,7 @@ class ReferenceBase:
 
 
 def reference_request(tested: LoadRequest, named: ModelSource | None) -> ReferenceBase:
-    """The base that a model is held to.
+    """How to load the full-precision model that the tested one is compared with.
 
     Args:
         tested: How the model under test is loaded.

@@ -31,7 +31,7 @@ _RELEASE = re.compile(rf"({'|'.join(map(re.escape, _TYPES))})-\d+b(-a\d+b)?(-ins
 
 
 class OtherBase(NamedTuple):
-    """What the names say.
+    """Whether the base that an adapter names is another model than the one under test.
 
     Attributes:
         sentence: How they differ; empty if they do not, or say nothing.

@@ -11,7 +11,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Register the subcommand."""
+    """Register the subcommand ``synthesize`` with an ``argparse`` sub-parser collection."""
     parser = commands.add_parser(
         "synthesize",
         help="write a true-size checkpoint with random weights, to try what loading one costs",
@@ -27,7 +27,7 @@ def add_synthesize(commands: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def run_synthesize(options: argparse.Namespace) -> int:
-    """Write the folder; 0.
+    """Write the checkpoint folder that the command line asks for; returns the exit code 0.
 
     Raises:
         ValueError: Unknown name, a folder that is not empty, a disk too small, or no such device.

@@ -39,7 +39,7 @@ _QUANT_STATE = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|q
 
 @dataclass(frozen=True)
 class LoadingReport:
-    """How a checkpoint fits the model that was loaded from it.
+    """Which tensors of a loaded model its checkpoint lacks, holds in another shape, or holds for no module.
 
     Attributes:
         checkpoint: What was loaded, in words.

@@ -72,7 +72,7 @@ class ModelSource:
 
     @property
     def pretrained(self) -> str:
-        """What ``from_pretrained`` takes.
+        """The name or folder to give to ``from_pretrained``.
 
         Raises:
             ModelSourceError: Synthetic weights are built, not loaded.
