@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.lora import layer_of, matrix_of
+from pytest_qvl.checks.support.not_finite import origin_of_not_finite
 from pytest_qvl.checks.support.teaching import (
     adamw,
     check_labels,
@@ -89,7 +91,8 @@ def frozen_vision(
 
     Raises:
         CheckFailed: Names the tensors that moved and should not have, or the reverse.
-        CannotJudge: No images, repacked weights, or a vision tower whose kernels do not repeat themselves.
+        CannotJudge: No images, repacked weights, a loss that is not finite, or a vision tower whose kernels do not
+            repeat themselves.
         ValueError: No adapter, nothing trainable, no labels, or fewer than two steps.
     """
     parts = anatomy(model)
@@ -134,6 +137,9 @@ def frozen_vision(
         else:
             cause = _adapted_in_vision(parts, undeclared, policy)
             _judge_features(judge, features, _features(parts, given), cause)
+    if not math.isfinite(loss) and not judge.problems:
+        origin = origin_of_not_finite(parts, lambda: forward(parts, wrong[0]))
+        raise CannotJudge(f"the loss of the first step is {loss}{origin}; such a step trains nothing")
     all_of = Counter(parts.group_of(name) for name in base_before)
     moved = Counter(parts.group_of(name) for name in _changed(base_before, base_after))
     rows = [(group, all_of[group], moved[group]) for group in GROUPS if all_of[group]]

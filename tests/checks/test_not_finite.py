@@ -48,3 +48,9 @@ def test_gradients_are_not_judged_where_the_loss_is_not_finite(model: Any, proce
     with pytest.raises(CheckFailed, match=f"the first loss is nan.*{ORIGIN}") as caught:
         checks.training_step(model, batch, gradient_checkpointing=False)
     assert len(caught.value.evidence.problems) == 1
+
+
+def test_steps_that_train_nothing_do_not_prove_that_vision_stays_frozen(model: Any, processor: Any) -> None:
+    batch = make_batch(processor, SAMPLES, answers=True)
+    with pytest.raises(CannotJudge, match=f"the loss of the first step is nan.*{ORIGIN}; such a step trains nothing"):
+        checks.frozen_vision(model, batch)
