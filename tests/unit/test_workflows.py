@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pytest_qvl.cli import parser
+from pytest_qvl.faults.command import MATRIX_ONLY
 from pytest_qvl.options import SETTINGS
 
 ROOT = Path(__file__).parents[2]
 TO_COPY = ROOT / "docs" / "gpu-workflow.yml"
-WORKFLOWS = (TO_COPY, ROOT / ".github" / "workflows" / "ci.yml")
+CI = ROOT / ".github" / "workflows" / "ci.yml"
+WORKFLOWS = (TO_COPY, CI)
+
+
+def job(name: str) -> str:
+    """The text of one job of ``ci.yml``."""
+    (found,) = re.findall(rf"^  {name}:\n(?:(?:    .*)?\n)+", CI.read_text(), flags=re.MULTILINE)
+    return str(found)
+
+
+def command(text: str) -> argparse.Namespace:
+    """What the one call of ``pytest-qvl`` in a job asks for, read by the real parser."""
+    (line,) = re.findall(r"run: pytest-qvl (.*)$", text, flags=re.MULTILINE)
+    return parser().parse_args(shlex.split(line))
 
 
 def lint(*files: Path) -> subprocess.CompletedProcess[str]:
@@ -54,3 +71,27 @@ def test_the_linter_sees_what_is_wrong(tmp_path: Path, right: str, wrong: str, s
 def test_flags_in_the_workflow_exist() -> None:
     flags = set(re.findall(r"--qvl-[a-z-]+", TO_COPY.read_text()))
     assert {"--qvl-require-gpu", "--qvl-record"} <= flags <= {setting.flag for setting in SETTINGS}
+
+
+def test_every_night_the_whole_matrix_is_run_and_kept() -> None:
+    asked, text = command(job("faults")), job("faults")
+    assert asked.matrix
+    assert not [name for name in (*MATRIX_ONLY, "isa") if name != "out" and getattr(asked, name)], "the whole matrix"
+    assert asked.docs == Path("docs")
+    assert {f"{asked.out}*", "docs/faults.md", "docs/faults.svg"} <= set(text.split())
+    assert "github.event_name == 'schedule'" in text
+    assert "[plots]" in text, "the figure is drawn"
+
+
+def test_every_night_a_thousand_healthy_variations_are_run_and_kept() -> None:
+    asked, text = command(job("healthy")), job("healthy")
+    assert (asked.healthy, asked.isa, asked.minutes) == (1000, "all", None)
+    assert f"{asked.out}*" in text.split()
+    assert "github.event_name == 'schedule'" in text
+
+
+def test_the_page_has_the_commands_of_the_nightly_jobs() -> None:
+    page = (ROOT / "docs" / "ci.md").read_text()
+    for name in ("faults", "healthy"):
+        (line,) = re.findall(r"run: (pytest-qvl .*)$", job(name), flags=re.MULTILINE)
+        assert f"| `{name}` | `{line}` |" in page
