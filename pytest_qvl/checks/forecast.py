@@ -172,11 +172,9 @@ def forecast_agrees(model: Any, batch: Mapping[str, Any], training_batch: Mappin
     The forecast runs the same functions on a model without data that is built from what this one really is (its
     quantized layers, adapter, dtypes), with the very ids, masks and grids.
 
-    Every phase must be within 3 % or 64 MiB of the measured peak allocated, whichever is larger: what the forecast
-    promises. The peak less what was resident before must be within 10 % or 32 MiB: weights are most of a peak, and by
-    the first limit alone a forecast of the weights would pass at small images. Where it would pass all the same (a
-    tiny model, whose activations are below 32 MiB beside workspaces of libraries that no model decides), nothing is
-    proved and so nothing is judged.
+    Every phase must be within 3 % or 64 MiB of the measured peak allocated, whichever is larger, and the peak less what
+    was resident before within 10 % or 32 MiB. Where a forecast of the weights alone would pass (a tiny model), nothing
+    is judged: docs/limits.md#forecast.
 
     Args:
         model: A LoRA model on CUDA.

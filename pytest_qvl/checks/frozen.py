@@ -59,7 +59,8 @@ def frozen_vision(
 ) -> Evidence:
     """Prove that training on images leaves the vision tower and the rest of the base bitwise as it was.
 
-    Takes real optimizer steps in train mode on everything that requires grad, then compares
+    Takes real optimizer steps in train mode on everything that requires grad, then compares, with no tolerance anywhere
+    (docs/limits.md#frozen-vision, which also derives the defaults):
 
     - every tensor of the base model (parameters, buffers, and of each 4-bit weight packed data, absmax, code book,
       offset and the statistics of double quantization, base layers under adapters included), by position-sensitive
@@ -67,17 +68,8 @@ def frozen_vision(
     - the visual tokens of each batch, bitwise, in eval mode;
     - every trainable adapter tensor, which must have moved.
 
-    No tolerance anywhere. "Before" is taken after one warm-up forward, because bitsandbytes casts the biases
-    of its linears in place to the compute dtype at the first forward; such a cast is verified (new value
-    equals the old one after the same cast) and reported as a note. Weights are put back bitwise afterwards;
-    what changed outside the trained tensors cannot be, and the model is then to be loaded again.
-
-    The limits of the defaults: two steps, because with B = 0 the gradient of A is zero in the first. 1e-3,
-    because AdamW's first step moves each element with a gradient by the learning rate, and a bfloat16 weight
-    below 1/4 moves if that exceeds half a unit in the last place, 2**-11 / 2 * 4 = 2**-10. No weight decay,
-    which moves weights that have no gradient. The labels are replaced by wrong answers, because on right ones
-    a well-trained model has gradients that round to nothing. With float16 compute the loss is scaled as
-    ``torch.amp.GradScaler`` does.
+    Labels are replaced by wrong answers. Weights are put back bitwise afterwards; what changed outside the trained
+    tensors cannot be, and the model is then to be loaded again.
 
     Args:
         model: The model wrapped by PEFT, its adapter trainable, checkpointing as the user has it.

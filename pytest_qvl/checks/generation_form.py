@@ -50,8 +50,8 @@ def generation_wellformed(
     of four tokens 0, which is what argmax makes of broken logits ("!!!!" in Qwen's vocabulary,
     huggingface/transformers#33294); it holds no vision token (one that a model generates is a placeholder
     without an image in the next turn) and no id beyond the tokenizer's vocabulary (the rows of the embedding
-    above it are untrained padding). Random weights do each of these with some probability, so without a
-    reference, or with one that has no knowledge, these five are not judged.
+    above it are untrained padding). Without a reference, or with one that has no knowledge, these five are not judged
+    (docs/limits.md#form-of-replies).
 
     Args:
         model: Wrapped or not.

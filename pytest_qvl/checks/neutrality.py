@@ -48,23 +48,18 @@ _SEED = 20_311
 def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence:
     """Prove that an adapter which has learned nothing, or is switched off, leaves the logits bitwise alone.
 
-    Three computations of the same logits, in eval and in train mode, over the same kernels:
+    Three computations of the same logits, in eval and in train mode, over the same kernels, compared for equality
+    (docs/limits.md#exact; a zero equals a zero of the other sign):
 
-    - the base model, its own layers put back in place of PEFT's;
+    - the base model, its own layers put back in place of PEFT's, and twice: where its own kernels do not repeat
+      themselves, equality proves nothing and the check says so;
     - the wrapped model inside PEFT's ``disable_adapter()``;
-    - the wrapped model with its adapter on and B = 0 (the adapter's own B is set aside and put back bitwise).
+    - the wrapped model with its adapter on and B = 0 (the adapter's own B is set aside and put back bitwise); not with
+      DoRA, whose rounding alone moves logits.
 
-    The second takes the same path as the first. The third adds ``B A x * scaling``, which is a zero of either
-    sign whatever A and dropout are, and adding a zero is exact in every format; so all three are compared for
-    equality (a zero equals a zero of the other sign), with no tolerance. What torch.compile has compiled is run
-    as it was written, since it rounds by what it fused. The base model is run twice: where its own kernels do
-    not repeat themselves, equality proves nothing and the check says so.
-
-    What is said and not judged: that initialisations which write into the base weights (OLoRA, PiSSA, CorDA,
-    LoftQ, LoRA-GA on gradients) leave a base model that is no longer the one loaded; how far the adapter as found moves
-    the logits; and B = 0 with DoRA, whose output is the base's times magnitude over norm: PEFT rounds the
-    magnitude to the weights' dtype and computes the norm in another, so that even a fresh one is not neutral
-    bitwise.
+    What torch.compile has compiled is run as it was written, since it rounds by what it fused. Said and not judged:
+    that initialisations which write into the base weights (OLoRA, PiSSA, CorDA, LoftQ, LoRA-GA) leave a base model that
+    is no longer the one loaded, and how far the adapter as found moves the logits.
 
     Args:
         model: The model wrapped by PEFT; its adapter may be fresh or trained.

@@ -59,32 +59,21 @@ def training_step(
     """Prove that a training step reaches every adapter tensor and nothing else, and that the adapter learns.
 
     Starts from B = 0 (the adapter's own B is set aside; of AdaLoRA's B E A, E is what is zero), in train mode, with an
-    AdamW of its own:
+    AdamW of its own, on deliberately wrong answers. All trained weights are put back bitwise.
 
-    - first backward: every gradient is finite; every B has a gradient that is not zero; every A has one that
-      is exactly zero, because it is multiplied by B;
-    - second backward, after one optimizer step: no A and no B without a gradient;
-    - nothing else receives a gradient, and nothing is trained in float16, where AdamW divides by zero;
-    - the loss on deliberately wrong answers, which begins at 1 nat per token or above (by construction at
-      ``ln 3``, see :func:`pytest_qvl.checks.support.teaching.with_wrong_labels`), halves within `steps_to_halve` steps.
-      Right answers would show nothing: a trained model is already on the floor there. Where the frozen head
-      of a very narrow model cannot go to zero (:func:`pytest_qvl.models.training.loss_floor`), what halves is
-      the distance to what it can. An adapter too small to halve it (one projection of an early layer) is
-      right where the loss falls by what its gradient promises to first order
-      (:func:`pytest_qvl.checks.support.descent.descent`); a note says so.
+    ============================ ================================================== ==================================
+    judged                       limit                                              derived in
+    ============================ ================================================== ==================================
+    first backward               finite; every B not zero, every A exactly zero     A's is multiplied by B
+    second backward              finite; no A and no B without a gradient
+    anything else                no gradient; nothing trained in float16
+    loss at first                1 nat per token at least                           docs/limits.md#learning
+    loss in `steps_to_halve`     half of the way to what the frozen head allows     docs/limits.md#learning
+    same, adapter too small      falls as its gradient promises (a note says so)    docs/limits.md#first-order-descent
+    your optimizer               moves every tensor, downhill, at any learning rate docs/limits.md#first-order-descent
+    ============================ ================================================== ==================================
 
-    The learning rates are derived from the model. AdamW's first steps move every element of B by the learning
-    rate, so an adapted layer's output moves by ``rate * gain`` of the input's root mean square
-    (:func:`pytest_qvl.models.training.layer_gains`), and the residual stream by at most the sum of that over
-    the layers. Each layer has a rate of its own, which makes this a fifth of the stream per step and layer of the
-    backbone, whatever the ranks and alphas of the others: after 5 steps an adapter can have
-    turned the hidden state into any other, and `steps_to_halve` allows eight times as many, for layers that
-    do not pull together; it stops as soon as the loss has halved. With float16
-    compute the loss is scaled as ``torch.amp.GradScaler`` does. All trained weights are put back bitwise.
-
-    Your own optimizer is judged by its direction and not by this speed, on one step from where every tensor has a
-    gradient (:func:`pytest_qvl.checks.support.user_optimizer.judge_optimizer`): it holds every trained tensor at a rate
-    above 0, and its step moves each of them, downhill and to finite values, at any learning rate.
+    With float16 compute the loss is scaled as ``torch.amp.GradScaler`` does.
 
     Args:
         model: The model wrapped by PEFT, its adapter trainable.
@@ -92,7 +81,7 @@ def training_step(
         gradient_checkpointing: Train with it or without. A model that already checkpoints keeps its own kind
             (reentrant or not); otherwise it is switched on without reentry.
         steps_to_halve: Optimizer steps within which the loss must halve, at least 2.
-        learning_rate: Of the check's own AdamW, at which the loss must then halve; derived as above if not given.
+        learning_rate: Of the check's own AdamW, at which the loss must then halve; derived for each layer if not given.
         make_optimizer: Makes your own optimizer from the list of trainable parameters.
         policy: Parts whose own weights may be trained beside the adapter; none if not given.
 

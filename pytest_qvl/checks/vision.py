@@ -38,58 +38,33 @@ PEAKS_SHOWN = 5
 def vision_stability(model: Any, processor: Any, samples: Sequence[Sample], reference: Reference | None) -> Evidence:
     """The images' features are finite, far from overflow, and those of the full-precision pass.
 
-    Four promises, over all images of `samples`, through the vision tower alone:
+    Judged over all images of `samples`, through the vision tower alone:
 
-    *Finite.* Every element of what goes into the merger and what comes out of it; the first module whose
-    output is not finite is named.
+    ============================== ================================================ ==============================
+    judged                         limit                                            derived in
+    ============================== ================================================ ==============================
+    elements not finite            0; the first module with one is named
+    highest activation             half of the largest number of its dtype          docs/limits.md#headroom
+    attention windows of a block   bitwise, on the image with most windows          docs/limits.md#attention-windows
+    row's distance, rms over rows  1.5 times the tower's response to rounding       docs/limits.md#tower-drift
+    row's distance, worst row      2 times the same; both 0.1 at most               docs/limits.md#tower-drift
+    ============================== ================================================ ==============================
 
-    *Headroom.* No module of the tower puts out more than half of what its dtype can hold. In float16 that is
-    32,752. Activations of the tower's last blocks differ between images of one kind by well under a factor
-    of two, so probes that stay below half leave room for images that are not among them; the float16
-    overflow of Qwen2.5-VL-3B (one ``down_proj`` of block 31, ggml-org/llama.cpp#17534; its sign is a reply of
-    nothing but "!", huggingface/transformers#33294) exceeds 65,504 on few images, but comes near it on
-    most.
-
-    *Windows.* In a family with window attention (Qwen2.5-VL) each vision block attends where the configuration
-    says: within its window, or over the whole image. Judged bitwise on the image with most windows, first and last
-    window, without a reference (:mod:`pytest_qvl.checks.support.windows`). On images of a single window nothing tells
-    the two kinds of block apart, neither this nor the drift from the reference: where there is no other image the check
-    does not pass.
-
-    *Unchanged.* Rows move no further from the reference than rounding explains, measured as ``|x - r| / |r|``
-    (Euclidean): as the root mean square over all rows, which sees a loss of precision anywhere in the tower,
-    and for the worst row, which sees local damage. The reference records how far rows move when every leaf
-    module of the tower is off by one unit in the last place. A block rounds in about 13 places, with a root
-    mean square of ``eps / (2 * sqrt(3))`` each; the perturbation adds ``eps`` in 8 of them. So the response
-    to it is ``sqrt(8 / (13 / 12)) = 2.7`` times the rounding error of one pass and 1.9 times the difference of two
-    (measured: 1.6 to 4 times, tower depths 4 and 32). The limits are 1.5 times the response for the root mean
-    square, which varies little, and twice the response for the worst row: some three and four times what
-    healthy passes differ by. Where the two passes compute in different dtypes the response scales with the
-    coarser ``eps``, and where that is float32, whose partial sums are rounded too, with
-    :func:`pytest_qvl.checks.support.rounding.rounded_sums`. No limit lies below the coarser ``eps``: a row whose every
-    element is one step off has moved by ``eps`` of its length at most, and that is the least that another
-    rounding can do to it, however little the response. All limits are capped at 0.1: storing weights as NF4
-    alters them by 0.09 of their norm (the relative error of NF4 with block 64 on normal weights), so beyond the
-    cap four bits could hide. A tower whose linears are all NF4 drifts by two to twelve times its response; a
-    single NF4 layer can stay below, and is what the quantization census is for.
-
-    Where both passes run the same kernels, the 16-bit tower of a quantized model is bitwise that of the
-    full-precision one, and the drift is exactly 0 (always seen on the CPU). A GPU may choose another kernel
-    for the second model, and k-bit preparation casts the tower to float32: that is what rounding is left room
-    for.
+    The distance of a row is ``|x - r| / |r|`` (Euclidean, float64) from its row in the reference, before and after the
+    merger. It is exactly 0 where both passes run the same kernels, as on the CPU. In a family with windows the check
+    does not pass where every image is a single window: nothing tells the two kinds of block apart there.
 
     Args:
         model: Wrapped or not.
         processor: Its processor.
         samples: Probes; those without images are passed over.
-        reference: From :func:`pytest_qvl.checks.support.reference.record_reference`; None judges finiteness and
-            headroom only.
+        reference: From :func:`pytest_qvl.checks.support.reference.record_reference`; None judges all but the distances.
 
     Returns:
         Evidence with the drift at both stages, the peak, and the number of images and of attention windows.
 
     Raises:
-        CheckFailed: A promise is broken.
+        CheckFailed: A limit is exceeded.
         CannotJudge: No sample has an image, each is a single attention window of a model that has windows, or full
             precision is not finite on one either.
         ValueError: The reference was recorded for other samples.

@@ -64,42 +64,22 @@ def alignment(
 ) -> Evidence:
     """Right answers stay right, and the image is why.
 
-    *Margins.* A probe's margin under an ablation is how much more probable (nat, summed over the answer's
-    tokens and ``<|im_end|>``, teacher-forced) the right answer is with the true images than with blank
-    ones, noise, or images for which another answer is right. Under each ablation the mean margin must be at
-    least 0.9 of the reference's. Probes whose margin in full precision is below one nat are left out there
-    and counted: the model guesses them right without looking, and there is nothing to lose. On healthy NF4
-    models the ratio was 0.97 to 1.03 over 45 sets of images in three dtypes, so 0.9 lies three times
-    further out than anything quantization did.
+    A margin is how much more probable (nat) the right answer is with the true images than with blank ones, noise, or
+    images for which another answer is right. With ``limits=None`` everything is measured and nothing judged.
 
-    *Accuracy.* Lost answers less gained ones, on the same probes, may not exceed what chance explains. A
-    healthy model loses a right answer when rounding or quantization tips a probe at the edge of its
-    knowledge. Such probes are about as many as the ones that fell on the wrong side of that edge, so the
-    allowed rate is the reference's own share of wrong answers, or 0.02 where that is smaller. The limit is
-    the count that a binomial variable with that rate exceeds once in 10,000 runs, shared evenly (Bonferroni)
-    among the total and every skill, so that a single lost skill (a transposed grid costs left and right only)
-    is seen too. Gained answers only lower the count, so the probability of a false alarm is bounded, not
-    approximated. A skill of which full precision answers fewer than half is not judged, and counted.
+    ================================== ============================================ ================================
+    judged                             limit                                        derived in docs/limits.md
+    ================================== ============================================ ================================
+    mean margin, under each ablation   0.9 of the reference's, less rounding        docs/limits.md#margins
+    answers lost less gained           binomial, once in 10,000 runs                docs/limits.md#accuracy
+    a trained adapter                  the base as above with the adapter off; on,  docs/limits.md#a-trained-adapter
+                                       four binomial tests (:func:`judge_looking`)
+    ================================== ============================================ ================================
 
-    *Rounding.* The share allowed is never less than rounding can take from a mean margin. Each log-probability in
-    it is known to ``2 * q``, with q the noise floor or one step of the largest logit, whichever is more; two of
-    them (true and ablated images) stand for each token of the answers. By Hoeffding's inequality the mean over
-    n probes with T tokens in all is off by more than ``4 * q * sqrt(T * log(1 / p)) / n`` with probability p at
-    most, for which `false_alarm` stands. It decides for a few probes with small margins only.
-
-    *A trained adapter.* One that changes any logit is meant to move margins (one that has become surer of its
-    answers is so over blank images too), so these are reported, and judged only against `limits` that the
-    caller gives. What must hold anyway is judged: the base, with the adapters off, against the reference as above;
-    and with the adapter on, that right answers are still named and depend on the image
-    (:func:`pytest_qvl.checks.support.trained_adapter.judge_looking`). An adapter that is merged into the weights cannot
-    be switched off without changing them, so its base is not judged.
-
-    With ``limits=None`` everything is measured and nothing judged.
-
-    Also reported, without limit: mean Kullback-Leibler divergence (nat) of the answer-token distributions
-    from the reference over its 64 most probable tokens and the rest as one, a lower bound of the full
-    divergence, and how often the most probable token is the same. Equal accuracy hides answer flips;
-    divergence shows them (arXiv:2407.09141).
+    Also reported, without limit: mean Kullback-Leibler divergence (nat) of the answer-token distributions from the
+    reference over its 64 most probable tokens and the rest as one, a lower bound of the full divergence, and how often
+    the most probable token is the same. Equal accuracy hides answer flips; divergence shows them (arXiv:2407.09141).
+    The base under an adapter that is merged into the weights is not judged: it cannot be switched off.
 
     Args:
         model: Wrapped or not.

@@ -48,12 +48,9 @@ def peak_vram(
 ) -> Evidence:
     """Measure vision encoding, prefill, decoding and a checkpointed training step, and hold each to a limit.
 
-    So is loading, as the meter has measured it.
-
-    The resident part is always judged: bytes that torch has handed out beyond the tensors of the model itself (base,
-    quantization states, adapter) stay within 1 % of the model plus 64 MiB. Nothing of QLoRA's needs more between
-    calls; a 16-bit copy that survived quantization is hundreds of MiB even of a 2B model, and 64 MiB covers
-    the batches of a test. Peaks are held to ``limit`` where one is given, and reported otherwise.
+    So is loading, as the meter has measured it. Bytes that torch has handed out beyond the tensors of the model itself
+    (base, quantization states, adapter) stay within 1 % of the model plus 64 MiB (docs/limits.md#resident-memory).
+    Peaks are held to ``limit`` where one is given, and reported otherwise.
 
     Args:
         model: A LoRA model on CUDA.

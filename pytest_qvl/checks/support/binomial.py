@@ -1,4 +1,4 @@
-"""How much of a difference chance alone explains."""
+"""How much of a difference chance alone explains, exactly; its use is derived in docs/limits.md#accuracy."""
 
 from __future__ import annotations
 

@@ -109,11 +109,8 @@ class Descent:
 def descent(lesson: Lesson, move: Move) -> Descent:
     """Follow a move until the loss does what the gradient promises: a proof that the gradient is the loss's own.
 
-    By Taylor, ``loss(w + t d) - loss(w) = t <gradient, d> + O(t**2)``, so seen over promised tends to 1 as ``t``
-    goes to 0, and each halving of ``t`` halves the deviation. ``t`` starts where the promise is a quarter of the
-    loss, whatever the learning rate was, and is halved up to ten times, down to a 4,000th of the loss. It
-    agrees where the deviation is at most half of the promise twice in a row; once could be a loss that rises and
-    comes down again. The promise is taken from the weights as rounded, so that a 16-bit adapter is judged too.
+    The length of the move begins where the promise is a quarter of the loss and is halved up to ten times. It agrees
+    where the deviation is at most half of the promise twice in a row. Derived in docs/limits.md#first-order-descent.
     The weights are put back where the move began.
 
     Args:

@@ -66,31 +66,10 @@ class NoiseFloor:
         return self._limit(self.resolution)
 
     def limit_for(self, largest: float) -> float:
-        """How far two computations of the same logits may differ: four times the floor, and a nat at most.
+        """How far (logit) two computations of the same logits may differ: four times the floor.
 
-        The floor is a maximum over a few hundred positions, so a computation that is not among those it was
-        measured with exceeds it at times: on healthy models by up to 1.3 times. Four times leaves a factor of
-        three to that, while the smallest defect of the kind in question (wrong positions while decoding a
-        padded row, huggingface/transformers#40154) moves logits by 0.4 where the floor of bfloat16 is below
-        0.1.
-
-        Never less than rounding alone explains. The floor depends on which kernels happen to share their order of
-        additions: where they nearly all do (matrix products in bfloat16 hardware) it measures less than one step
-        of a logit, and four times that may still be less. But ``|round(a) - round(b)| <= |a - b| + step`` with
-        the step at the larger of the two, and ``a - b`` is what the roundings of the hidden states leave. These
-        are bounded by :attr:`last_place`. A block of the backbone has 10 modules, each moved by ``eps``, and
-        rounds in some 22 places (norms twice, products, activation, rotation of queries and keys, attention,
-        residual sums; with an adapter in some 29) by a root mean square of ``eps / (2 * sqrt(3))``: the
-        perturbation is ``sqrt(10) / sqrt(22 / 12)``, 2.3 times the rounding error of one pass (2.0 with an
-        adapter) and 1.7 times (1.4) the difference of two passes that share no rounding at all, and equal
-        computations share most. So the lower bound is :attr:`last_place` plus one step; since the head's own
-        output is moved too it is two steps at least.
-
-        The cap: a logit that moves by one nat changes the odds of its token by a factor of e, which is the
-        least that an image must do to count as evidence in :func:`pytest_qvl.checks.alignment`. Arithmetic
-        that does as much on its own is not noise, whatever the floor. Only where logits are so large that
-        their dtype itself cannot hold them to a quarter of a nat (beyond 64 in bfloat16: random weights, not
-        trained ones) the cap is four of that dtype's steps.
+        A nat at most, and never less than the response to a last place in every module plus one step of the dtype:
+        rounding alone explains that. Derived in docs/limits.md#noise-floor.
 
         Args:
             largest: Largest magnitude among the logits compared: a step belongs to what is judged.
@@ -105,7 +84,7 @@ class NoiseFloor:
 
 
 def noise_floor(model: Any, processor: Any, samples: Sequence[Sample], *, adapter_disabled: bool = False) -> NoiseFloor:
-    """How far a model's logits move between computations that are equal but for rounding.
+    """How far a model's logits move between computations that are equal but for rounding (docs/limits.md#noise-floor).
 
     Repeating a forward or swapping rows is bitwise the same and measures nothing. These are not: eager
     attention instead of SDPA; all positions shifted by a constant (rotary embeddings see differences only,

@@ -205,9 +205,7 @@ def _runs(ids: torch.Tensor, placeholder: int) -> list[tuple[int, int, int]]:
 def value_problems(pixels: torch.Tensor) -> list[str]:
     """What no processor's ``pixel_values`` can be: of another kind of number, or far too large.
 
-    A processor divides pixels in 0 to 1, less a mean in 0 to 1, by a standard deviation: nothing is larger than the
-    inverse of that, and pixels that spread less than 1/16 would be those of blank images (every release: 0.26 or
-    more, values within 2.2). Integers and 8-bit floats have no room for what lies between.
+    No value is above 16 (docs/limits.md#pixel-values). Integers and 8-bit floats have no room for what lies between.
 
     Args:
         pixels: ``(patches, values per patch)``.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AlignmentLimits:
-    """What :func:`pytest_qvl.checks.alignment` holds a model to.
+    """What :func:`pytest_qvl.checks.alignment` holds a model to (docs/limits.md#margins, docs/limits.md#accuracy).
 
     Attributes:
         margin_ratio: Least mean margin, as a share of the reference's, under each ablation.

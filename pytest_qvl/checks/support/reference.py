@@ -96,7 +96,7 @@ class Reference:
         """Whether the true images speak for the right answer, against the ablated ones, beyond chance.
 
         Among the probes whose answer moves by a nat or more, those that move the right way must be more than
-        a fair coin gives in one of 10,000 runs: fourteen of fourteen, for instance.
+        a fair coin gives in one of 10,000 runs: fourteen of fourteen, for instance (docs/limits.md#accuracy).
         """
         margins = [m for p in self.probes.values() if (m := p.margin(ablation)) is not None and abs(m) >= EVIDENCE]
         return tail(sum(m > 0 for m in margins), len(margins), 0.5) <= FALSE_ALARM if margins else False

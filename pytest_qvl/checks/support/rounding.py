@@ -28,9 +28,8 @@ def step(dtype: torch.dtype, magnitude: float) -> float:
 def rounded_sums(dtype: torch.dtype, terms: int) -> float:
     """How many times more than its result's own rounding a product of `terms` terms is rounded.
 
-    Sums of 16-bit products are kept in float32, so only their result is rounded: once. In float32 each of the
-    n partial sums is; their sizes grow evenly towards the result's, so that the squares of the errors add up to
-    n / 3 of the last one's for terms of one sign and n / 6 on average with those that cancel: ``sqrt(n / 6)``.
+    Once in 16 bits, whose sums are kept in float32; ``sqrt(terms / 6)`` in float32, where each partial sum is rounded.
+    Derived in docs/limits.md#last-place-noise.
     """
     import torch
 
@@ -42,7 +41,8 @@ def last_place_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Move every output of `modules` by one unit in the last place inside the block.
 
     Up or down, by ``x * (1 ± eps)`` in the output's own dtype; signs come from torch's random state. Monte Carlo
-    arithmetic (Parker 1997): how rounding grows or dies out on its way through a model is measured, not assumed.
+    arithmetic (Parker 1997): how rounding grows or dies out on its way through a model is measured, not assumed
+    (docs/limits.md#last-place-noise).
     """
     import torch
 

@@ -103,13 +103,10 @@ def check_labels(parts: Parts, batches: list[Batch]) -> None:
 def with_wrong_labels(parts: Parts, batch: Batch) -> dict[str, torch.Tensor]:
     """The batch with one plausible wrong answer for all its labels, so that there is something left to learn.
 
-    On right answers a trained model sits on the floor: losses of 1e-4 nat, gradients that round to nothing.
     Every supervised label is replaced by the same token, so that any model can learn it, also one with random
     weights that cannot yet tell its inputs apart. It is the third likeliest by mean log-probability over all
-    supervised places (of the model as it is, in eval mode), right labels left out. Per token, the exponential
-    of the mean log-probability is at most the mean probability, and these add up to 1 at most over tokens;
-    the third largest is therefore 1/3 at most, and the mean loss begins at ``ln 3 = 1.0986`` nat or above,
-    whatever the model knows.
+    supervised places (of the model as it is, in eval mode), right labels left out. Hence the mean loss begins at
+    ``ln 3`` nat or above, whatever the model knows: docs/limits.md#learning.
 
     Args:
         parts: The model; left in eval mode.

@@ -34,19 +34,11 @@ def decisive_ablation(samples: Sequence[Sample], reference: Reference) -> str | 
 def judge_looking(judge: Judge, run: Run, now: Measured, ablation: str, limits: AlignmentLimits) -> None:
     """Hold a trained adapter to what it must keep: it names right answers, and they depend on the image.
 
-    Four one-sided binomial tests, each at a quarter of the probability of a false alarm (Bonferroni). The
-    first takes all probes, the others those whose margin in the reference is a nat or more: there the image
-    decided.
-
-    - *Answers that are lost.* As in :func:`pytest_qvl.checks.alignment`, but a reply need only name the right
-      answer: it may hold more and need not end. An adapter that was taught not to name it at all (boxes, say) has to
-      be asked probes of its own task.
-    - *Margins that vanished.* Fails where fewer probes keep a margin of a nat than chance gives a model that
-      keeps it on half of them.
-    - *Margins that turned.* Fails where more probes hold the right answer a nat more probable over the other
-      images than chance gives a model that does so as often as the reference, or on as many as may be lost by chance.
-    - *Replies.* Fails where fewer replies change with the image than chance gives a model that changes half of
-      them. It needs no right answer, so an adapter that was taught another form of answer is judged alike.
+    Four one-sided binomial tests, each at a quarter of the probability of a false alarm: answers that are lost, margins
+    that vanished, margins that turned, and replies that do not change with the image. The first takes all probes, the
+    others those whose margin in the reference is a nat or more: there the image decided. Rates and reasons are in
+    docs/limits.md#a-trained-adapter. An adapter that was taught not to name the right answer at all (boxes, say) has to
+    be asked probes of its own task.
 
     Args:
         judge: Takes figures and problems.

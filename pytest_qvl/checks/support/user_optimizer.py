@@ -27,11 +27,9 @@ def judge_optimizer(
 
     It holds every trained tensor; its learning rates are above 0; a step moves every tensor that has a gradient
     and leaves it finite; each tensor moves downhill, ``<gradient, move> < 0``, and along the move the loss falls
-    as promised (:func:`pytest_qvl.checks.support.descent.descent`). The inequality is exact for every rule that scales
-    the gradient by positive numbers element by element, orthogonalises it, or takes its sign (SGD, Adam and its
-    kin in 32 or 8 bits, Adafactor, Lion, Muon): in the first step momentum is the gradient itself, and rounding
-    a weight is monotone. Weight decay is no learning and may point anywhere; it is switched off for the step.
-    An optimizer may spend its first step on setting itself up, so a second one is allowed where nothing moved.
+    as promised. Why that holds for every usual rule is derived in docs/limits.md#first-order-descent. Weight decay is
+    switched off for the step. An optimizer may spend its first step on setting itself up, so a second one is allowed
+    where nothing moved.
 
     Args:
         judge: Takes figures and problems.

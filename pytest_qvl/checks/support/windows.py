@@ -6,6 +6,7 @@ window negated: on the input itself, of an image of one colour, attention can re
 negated one a weight of exactly 0. Rows outside the window keep every bit if the block stays inside it (both calls have
 the same shapes, hence the same kernels; see :mod:`pytest_qvl.checks.isolation`). That a block looks further is seen at
 its attention alone: behind the residual connection a large activation can swallow what attention adds, to the last bit.
+No tolerance: docs/limits.md#attention-windows.
 """
 
 from __future__ import annotations
