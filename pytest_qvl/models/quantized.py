@@ -291,10 +291,11 @@ def base_tensors(parts: Parts) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{prefix}{key}", tensor
             quant = getattr(tensor, "quant_state", None)
             if quant is not None:
-                yield from _quant_state_tensors(f"{prefix}{key}", quant)
+                yield from quant_state_tensors(f"{prefix}{key}", quant)
 
 
-def _quant_state_tensors(prefix: str, quant: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def quant_state_tensors(prefix: str, quant: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Statistics and tables of one 4-bit weight, by name after `prefix`."""
     yield f"{prefix}.absmax", quant.absmax
     yield f"{prefix}.code", quant.code
     if quant.nested:

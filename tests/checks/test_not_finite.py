@@ -54,3 +54,12 @@ def test_steps_that_train_nothing_do_not_prove_that_vision_stays_frozen(model: A
     batch = make_batch(processor, SAMPLES, answers=True)
     with pytest.raises(CannotJudge, match=f"the loss of the first step is nan.*{ORIGIN}; such a step trains nothing"):
         checks.frozen_vision(model, batch)
+
+
+def test_a_statistic_of_a_4_bit_weight_is_named(fresh_model: Any, processor: Any) -> None:
+    damaged = fresh_model(lora=True)
+    name = "model.language_model.layers.1.mlp.up_proj"
+    quant = anatomy(damaged).base.get_submodule(name).base_layer.weight.quant_state
+    quant.offset = quant.offset * float("nan")
+    with pytest.raises(CheckFailed, match=f"the first loss is nan.*{name}.base_layer, whose own weight.offset is not"):
+        checks.training_step(damaged, make_batch(processor, SAMPLES, answers=True), gradient_checkpointing=False)

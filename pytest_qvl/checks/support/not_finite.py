@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.activations import Peak, Peaks, first_not_finite, leaves, watched
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.quantized import quant_state_tensors
 from pytest_qvl.models.state import preserved
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def require_finite(parts: Parts, numbers: torch.Tensor, what: str, run: Callable
 
 def _why(parts: Parts, origin: Peak) -> str:
     for name, parameter in parts.base.get_submodule(origin.module).named_parameters():
-        scales = getattr(getattr(parameter, "quant_state", None), "absmax", parameter)
-        if scales.is_floating_point() and not bool(scales.isfinite().all()):
-            return f"whose own {name} is not finite"
+        quant = getattr(parameter, "quant_state", None)
+        for key, tensor in [(name, parameter)] if quant is None else quant_state_tensors(name, quant):
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                return f"whose own {key} is not finite"
     return f"whose dtype ends at {origin.dtype_max:.6g}"
