@@ -1,10 +1,11 @@
 """The JSON record of one run: what was measured, and on what.
 
-Schema ``pytest-qvl/record/2``. Checks are keyed by model, device, check and parameters, not by node id, which changes
-with the folder that pytest was started in. ``seconds_by_test`` has set-up, call and tear-down of every test that uses
-a model: shared fixtures count for the test that came first. ``promises`` has the state of every promise for every
-model, as in the summary (since version 2). ``vram`` has the peaks of the whole process and of each
-phase. Written atomically, also when tests fail, as the last thing of the session: the exit status is the process's.
+Schema ``pytest-qvl/record/2``, in ``record.schema.json`` beside this file. Checks are keyed by model, device, check
+and parameters, not by node id, which changes with the folder that pytest was started in. ``seconds_by_test`` has
+setup, call and teardown of every test that uses a model: shared fixtures count for the test that came first.
+``promises`` has the state of every promise for every model, as in the summary (since version 2). ``vram`` has the
+peaks of the whole process and of each phase. Written atomically, also when tests fail, as the last thing of the
+session: the exit status is the process's.
 """
 
 from __future__ import annotations
