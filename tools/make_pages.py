@@ -2,7 +2,8 @@
 
 Usage: ``python tools/make_pages.py``, with the extra ``plots``. It makes docs/faults.md, docs/faults.svg and
 docs/faults-by-model.md from docs/records/faults-*.json, the tables of docs/checks.md (that of healthy variations from
-docs/records/healthy-cpu.json, if it is there) and docs/forecast.svg (half a minute: a forecast of a 7B model).
+docs/records/healthy-cpu.json, if it is there), diagram and table of docs/fixtures.md, and docs/forecast.svg (half a
+minute: a forecast of a 7B model).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pytest_qvl.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = ("check_tables.py",)
+TABLES = ("check_tables.py", "fixture_tables.py")
 
 
 def commands() -> list[list[str]]:
