@@ -1,6 +1,19 @@
 """The phases of a test in order: its fixtures, setup, body, teardown and report, and at last the end of the session.
 
 Registered together with the plugin, so that these hooks keep their place before those of any conftest.py.
+
+``pytest_runtest_logreport`` is heard by ``report.run_results`` alone, which notes all that is reported later, and in a
+backend's process by ``processes.child``, which sends it on. ``pytest_sessionfinish`` then goes in this order:
+
+1. ``pytest_qvl.session.fault_injection``: lets go of the damaged model
+2. ``pytest_qvl.session.require_gpu``: notes that no GPU test was executed
+3. ``pytest_qvl.session.session_results``: judges the session, gathers from all processes, turns a green run red
+4. ``_pytest.junitxml``: writes JUnit's file
+5. ``_pytest.runner``: tears down the fixtures of a run that was interrupted
+6. ``pytest_qvl.session.phases``: frees the model's memory and the GPU
+7. ``_pytest.terminal``: the summary, in the order of ``report.terminal``
+8. ``pytest_qvl.session.interrupts``: says if a signal came meanwhile
+9. ``pytest_qvl.report.record``: writes the record, with the exit status of the process
 """
 
 from __future__ import annotations

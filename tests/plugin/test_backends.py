@@ -169,9 +169,10 @@ def test_a_process_that_dies_fails_its_tests_by_name_and_nobody_elses(pytester, 
 
 def test_a_process_that_dies_on_its_way_out_fails_the_session(pytester, run_both):
     pytester.makepyfile("import atexit, os\ndef test_it(qvl_backend): atexit.register(os._exit, 7)")
-    result = run_both()
+    result = run_both("--qvl-record", "record.json")
     result.assert_outcomes(passed=2)
     assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert json.loads((pytester.path / "record.json").read_text())["exit_status"] == result.ret
     result.stdout.fnmatch_lines(["qvl: backend other's process ended with exit status 7 after its last test"])
 
 
@@ -296,7 +297,8 @@ def test_a_required_gpu_is_looked_for_in_all_processes(pytester, run_both):
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(["FAILED *test_card[[]embedded-cpu-other] - *a GPU test was skipped: no card here"])
     result.stdout.fnmatch_lines(["qvl: --qvl-require-gpu: no GPU test was executed: 1 marked gpu ran and *"])
-    result = run_both("--qvl-require-gpu", "-k", "plain")
+    result = run_both("--qvl-require-gpu", "-k", "plain", "--qvl-record", "record.json")
+    assert json.loads((pytester.path / "record.json").read_text())["exit_status"] == result.ret
     result.stdout.fnmatch_lines(["qvl: --qvl-require-gpu: no GPU test was executed"])
     assert result.ret == pytest.ExitCode.TESTS_FAILED
 

@@ -549,7 +549,7 @@ def test_a_session_limit_is_a_verdict_of_the_session(machine, pytester, workers)
     spread = ["-n", "2", "--dist", "each"] if workers else []
     result = machine("-m", "gpu", *spread, gpus=[["GPU-aaaa", 0], ["GPU-bbbb", 0]])
     result.assert_outcomes(passed=4 * (workers or 1), failed=1)
-    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert record(pytester)["exit_status"] == result.ret == pytest.ExitCode.TESTS_FAILED
     verdicts = [line for line in said(result) if line.startswith("qvl session: ")]
     assert len(verdicts) == (workers or 1)
     for line in verdicts:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
 
 from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Table
-from pytest_qvl.report.promise_table import TITLE
+from pytest_qvl.report.promise_table import TITLE, write_promises
 from pytest_qvl.report.promises import PROMISES, promise_of
-from pytest_qvl.report.run_results import ResultsBuilder
+from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder, RunResults
 from pytest_qvl.report.terminal import Summary
-from pytest_qvl.session.report_data import Finding, add_to_report
+from pytest_qvl.session.report_data import Finding, ReportData, add_to_report
 
 CPU, CUDA = "embedded on cpu", "embedded on cuda"
 
@@ -66,6 +67,24 @@ def written(*reports, exitstatus=pytest.ExitCode.OK, verbosity=0, width=80):
 
 def row(terminal, number):
     return next(line for line in terminal.lines if line.startswith(f"   {number:>2}  "))
+
+
+def test_results_put_together_by_hand_are_shown_as_any():
+    finding = Finding(CPU, CPU, "transformers", "causality", (kept("causality"),))
+    phases = (PhaseResult("a::b", "call", "passed", 2.0, "", "", ReportData(finding)),)
+    terminal = Terminal()
+    write_promises(terminal, RunResults(datetime.now(UTC), 3.0, 0, phases))
+    assert terminal.lines == written(report("causality", evidence=[kept("causality")])).lines
+
+
+def test_results_that_were_read_do_not_change_with_a_later_report():
+    builder = built(report("causality", evidence=[kept("causality")]))
+    before = builder.results()
+    builder.pytest_runtest_logreport(report("causality", "failed", evidence=[broken("causality")]))
+    assert (before.tests, builder.results().tests) == ({"passed": 1}, {"passed": 1, "failed": 1})
+    assert all(evidence.ok for evidence in before.suite[CPU].evidence)
+    with pytest.raises(FrozenInstanceError):
+        before.phases = ()
 
 
 def test_every_promise_has_checks_and_every_check_one_promise():
