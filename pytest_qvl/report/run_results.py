@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pytest_qvl.report.states import PromiseState, promise_states
-from pytest_qvl.session.report_data import ReportData, report_data
+from pytest_qvl.session.report_data import ReportData, report_data, why_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ class PhaseResult:
         when: ``setup``, ``call`` or ``teardown``; something else where no phase of the test was to blame.
         outcome: ``passed``, ``failed`` or ``skipped`` (as an expected failure is).
         seconds: How long it took.
-        skipped: Why it was skipped, as pytest says it; empty where it was not.
+        skipped: Why it was skipped, as pytest says it, or expected to fail; empty where it was not.
         error: First line of what failed; empty where nothing did.
         data: What this package found out about it.
     """
@@ -58,12 +58,10 @@ class PhaseResult:
     @classmethod
     def of(cls, report: pytest.TestReport) -> PhaseResult:
         """What a report says."""
-        longrepr, reason, error = report.longrepr, "", ""
-        if report.skipped:
-            reason = longrepr[2] if isinstance(longrepr, tuple) else str(longrepr)
-        elif report.failed:
-            crash = getattr(longrepr, "reprcrash", None)
-            text = (str(longrepr) if crash is None else crash.message).strip()
+        reason, error = why_skipped(report) if report.skipped else "", ""
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            text = (str(report.longrepr) if crash is None else crash.message).strip()
             error = text.splitlines()[0] if text else str(report.when)
         return cls(report.nodeid, str(report.when), report.outcome, report.duration, reason, error, report_data(report))
 

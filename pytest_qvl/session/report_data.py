@@ -147,6 +147,14 @@ def report_data(report: pytest.TestReport) -> ReportData:
     return ReportData() if data is None else ReportData.from_dict(data)
 
 
+def why_skipped(report: pytest.TestReport) -> str:
+    """Why a skipped test was skipped, as pytest says it ("Skipped: …"), or expected to fail."""
+    if hasattr(report, "wasxfail"):  # its longrepr is the traceback
+        reason = report.wasxfail.removeprefix("reason: ")
+        return f"expected to fail: {reason}" if reason else "expected to fail"
+    return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+
+
 def add_to_report(report: pytest.TestReport, **fields: Any) -> None:
     """Set fields of a report's :class:`ReportData`, and leave the others as they are."""
     vars(report)[ATTRIBUTE] = replace(report_data(report), **fields).as_dict()

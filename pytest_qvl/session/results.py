@@ -10,7 +10,7 @@ import pytest
 
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
 from pytest_qvl.report.promises import promise_of
-from pytest_qvl.session.report_data import Finding, add_to_report
+from pytest_qvl.session.report_data import Finding, add_to_report, why_skipped
 from pytest_qvl.session.suite_collection import check_name, is_shipped
 from pytest_qvl.session.targets import NEEDS_CUDA, target_of
 
@@ -117,5 +117,4 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
 
 def skip_reason(report: pytest.TestReport) -> str:
     """Why a test was skipped."""
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    return reason.removeprefix("Skipped: ")
+    return why_skipped(report).removeprefix("Skipped: ")

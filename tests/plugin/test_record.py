@@ -39,6 +39,20 @@ def test_the_exit_status_is_that_of_the_process(pytester, run_light, arguments, 
     assert record(pytester)["exit_status"] == result.ret
 
 
+@pytest.mark.parametrize("reason", ["", "a known defect"])
+def test_an_expected_failure_is_counted_by_its_reason_not_by_its_traceback(pytester, run_light, reason):
+    pytester.makepyfile(
+        f"""
+    import pytest
+    @pytest.mark.xfail(reason={reason!r})
+    @pytest.mark.parametrize("n", range(2))
+    def test_it(n): raise ValueError(n)
+    """
+    )
+    run_light("--qvl-record", "record.json")
+    assert record(pytester)["skipped"] == {f"expected to fail: {reason}".removesuffix(": "): 2}
+
+
 def test_a_record_has_the_permissions_that_the_umask_leaves(pytester, run_light):
     pytester.makepyfile(PLAIN)
     before = os.umask(0o027)

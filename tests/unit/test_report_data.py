@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from pytest_qvl.evidence import Evidence, Figure, Table
+from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Verdict
 from pytest_qvl.session.report_data import (
     ATTRIBUTE,
     Finding,
@@ -17,6 +19,7 @@ from pytest_qvl.session.report_data import (
     add_to_report,
     report_data,
 )
+from pytest_qvl.vram.usage import Usage
 
 EVIDENCE = Evidence(
     "peak_vram",
@@ -43,6 +46,25 @@ def test_it_comes_back_from_json_and_from_execnet(data):
     assert ReportData.from_dict(plain) == data
     assert ReportData.from_dict(json.loads(json.dumps(plain))) == data
     assert ReportData.from_dict(execnet.loads(execnet.dumps(plain))) == data
+
+
+PROCESS = ProcessResults(
+    Usage("session", 2.5, process=None),
+    (Usage("load", reason="no CUDA"),),
+    LeasedGpu("H100 (GPU-a)", "H100", 0, 1.5, ""),
+    (Verdict("leak", "kept", "free again"),),
+    WHOLE.limits,
+)
+
+
+@pytest.mark.parametrize("found", [PROCESS, ProcessResults(Usage("session"))], ids=["all of it", "nothing"])
+def test_the_results_of_a_process_come_back_as_those_of_the_process_that_was_started(found):
+    execnet = pytest.importorskip("execnet")
+    sent = execnet.loads(execnet.dumps(found.as_dict()))
+    worker = ProcessResults.from_dict(sent).started_by("gw0")
+    named = ProcessResults.from_dict(json.loads(json.dumps(worker.as_dict()))).started_by("unsloth")
+    assert {named.process, *(verdict.process for verdict in named.verdicts)} == {"unsloth gw0"}
+    assert replace(named, process="", verdicts=found.verdicts) == found
 
 
 def test_setting_one_field_leaves_the_others():
