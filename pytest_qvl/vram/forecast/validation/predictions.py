@@ -1,11 +1,13 @@
 """Predict first, then measure: forecasts written to a file before the run that judges them.
 
 ``python -m pytest_qvl.vram.forecast.validation.predictions docs/records/forecast-predictions.json`` writes the file;
-``tests/gpu/test_forecast_cases.py`` and ``tests/gpu/test_t4_cap.py`` build the very requests in it on a GPU.
+with ``--compare`` it says where forecasts have changed since. ``tests/gpu/test_forecast_cases.py`` and
+``tests/gpu/test_t4_cap.py`` build the very requests in it on a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +21,8 @@ from pytest_qvl.vram.forecast.request import Request
 from pytest_qvl.vram.units import GiB
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_qvl.vram.forecast.run import Forecaster
 
 SCHEMA = "pytest-qvl/forecast-predictions/1"
@@ -120,20 +124,91 @@ def predict(case: Case, forecaster: Forecaster) -> dict[str, Any]:
     }
 
 
-def write_predictions(path: Path) -> None:
-    """Predict every case and write the file."""
+def predictions() -> Iterator[dict[str, Any]]:
+    """The forecast of every case, in a process that has made no forecast before.
+
+    bitsandbytes keeps its table of 8-bit values (1 KiB) from the first quantization on, so that only the first model
+    of a process counts it.
+    """
     from pytest_qvl.vram.forecast.run import Forecaster
 
-    entries = []
     built: tuple[Any, Forecaster] | None = None
     for case in cases():
         # One model serves every image size.
         kind = (replace(case.request, image=(1, 1)), case.card)
         if built is None or built[0] != kind:
             built = kind, Forecaster(case.request, None if case.card is None else find_card(case.card))
-        entries.append(predict(case, built[1]))
-    data = {"schema": SCHEMA, "versions": {name: version(name) for name in PACKAGES}, "cases": entries}
+        yield as_plain(predict(case, built[1]))
+
+
+def as_plain(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry as a file gives it back: lists in place of tuples."""
+    plain: dict[str, Any] = json.loads(json.dumps(entry))
+    return plain
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a forecast depends on, as installed."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def other_versions(path: Path) -> list[str]:
+    """The packages that a file was made with in another version than is installed, each as a few words.
+
+    Without this package, and without the build of torch (``+cpu``), which decide nothing.
+    """
+    made_with, here = read_file(path)["versions"], versions()
+    pairs = [(name, *(str(v.get(name)).partition("+")[0] for v in (made_with, here))) for name in PACKAGES[1:]]
+    return [f"{name} {before}, here {now}" for name, before, now in pairs if before != now]
+
+
+def write_predictions(path: Path) -> None:
+    """Predict every case and write the file."""
+    data = {"schema": SCHEMA, "versions": versions(), "cases": list(predictions())}
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def differences(committed: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Where two forecasts of one case differ, a line per value; empty if they are equal to the byte."""
+    before, now = dict(_values(committed)), dict(_values(found))
+    return [
+        f"{committed['name']}: {place}: {before.get(place, 'nothing')} committed, {now.get(place, 'nothing')} now"
+        for place in dict.fromkeys((*before, *now))
+        if place not in before or place not in now or before[place] != now[place]
+    ]
+
+
+def _values(data: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested dictionaries with the way to it."""
+    if not isinstance(data, dict):
+        yield place, data
+        return
+    for name, value in data.items():
+        yield from _values(value, f"{place}, {name}" if place else name)
+
+
+def compare_predictions(path: Path) -> int:
+    """Forecast every case of a file again and print where it differs; 1 if it does anywhere, else 0."""
+    others = other_versions(path)
+    if others:
+        print(f"{path} was made with {'; '.join(others)}")
+    committed, found = read_predictions(path), {entry["name"]: entry for entry in predictions()}
+    lines = [line for entry in committed for line in differences(entry, found.pop(entry["name"], {}))]
+    lines += [f"{name}: not in the file" for name in found]
+    print("\n".join(lines) or f"all {len(committed)} forecasts are those of {path}, to the byte")
+    return 1 if lines else 0
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The file with its versions.
+
+    Raises:
+        ValueError: The file is of another schema.
+    """
+    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if data.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {data.get('schema')!r}; this reads {SCHEMA}")
+    return data
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
@@ -142,19 +217,22 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: The file is of another schema.
     """
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {data.get('schema')!r}; this reads {SCHEMA}")
-    entries: list[dict[str, Any]] = data["cases"]
+    entries: list[dict[str, Any]] = read_file(path)["cases"]
     return entries
 
 
 def main(arguments: list[str]) -> int:
-    """Write the file named by the only argument."""
-    if len(arguments) != 1:
-        print("usage: python -m pytest_qvl.vram.forecast.validation.predictions OUT.json", file=sys.stderr)
-        return 2
-    write_predictions(Path(arguments[0]))
+    """Write the file that is named, or compare it with today's forecasts."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pytest_qvl.vram.forecast.validation.predictions",
+        description="Forecast every case and write the file, or compare.",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE.json")
+    parser.add_argument("--compare", action="store_true", help="print where today's forecasts differ from the file's")
+    options = parser.parse_args(arguments)
+    if options.compare:
+        return compare_predictions(options.file)
+    write_predictions(options.file)
     return 0
 
 
