@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.options import SETTINGS_KEY
 from pytest_qvl.session.errors import UserError, as_usage_error
 from pytest_qvl.session.keys import DEVICE_KEY, METER_KEY, MODEL_KEY
@@ -103,6 +102,7 @@ def qvl_lora_config(qvl_adapter: Path | None) -> Any:
     """
     from peft import LoraConfig
 
+    from pytest_qvl.models.adapters import LANGUAGE_ONLY
     from pytest_qvl.models.attaching import adapter_folder, saved_lora_config
 
     with as_usage_error("qvl_lora_config"):

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import pytest
 
-from pytest_qvl.gpu.lease import PATIENCE_S
+from pytest_qvl.gpu import PATIENCE_S
 from pytest_qvl.models.backends import BASELINE
 from pytest_qvl.models.sources.model_source import DEQUANTIZED, ModelSource, parse_model, stored_quantization
 from pytest_qvl.option_values import (

@@ -1,33 +1,15 @@
-"""The door: options, the objects of a session and how they are put together, the header, and targets of tests.
+"""The door: options, settings, the public fixtures, the header, and targets of tests.
 
-What happens around a test stands in :mod:`pytest_qvl.session.phases`. Importing this module imports pytest and names
-only; each hook imports what it needs when it is called, most of it in ``pytest_configure``.
+The objects of a session are put together in :mod:`pytest_qvl.session.composition`, and what happens around a test is in
+:mod:`pytest_qvl.session.phases`. Importing this module imports pytest only; each hook imports what it needs when it is
+called.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import pytest
 
 pytest.register_assert_rewrite("pytest_qvl.checks", "pytest_qvl.suite")
-
-from pytest_qvl.session.keys import (  # noqa: E402 - after assertion rewriting
-    ACCESS_KEY,
-    CONSOLE_KEY,
-    DEVICE_KEY,
-    FIRST_ERRORS_KEY,
-    LEAKS_KEY,
-    LIMITS_KEY,
-    METER_KEY,
-    MODEL_KEY,
-    RESULTS_KEY,
-    SESSION_RESULTS_KEY,
-)
-from pytest_qvl.session.process_link import PARENT_NAME  # noqa: E402
-
-if TYPE_CHECKING:
-    from pytest_qvl.options import Settings
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -60,10 +42,9 @@ def pytest_cmdline_main(config: pytest.Config) -> int | pytest.ExitCode | None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Resolve settings and put the session together; first, because xdist must not start workers in a parent."""
-    from pytest_qvl import fixtures
     from pytest_qvl.options import SETTINGS_KEY, read_settings
     from pytest_qvl.processes import child, import_first
-    from pytest_qvl.session import warning_filters
+    from pytest_qvl.session import composition, warning_filters
     from pytest_qvl.session.limit_vram import LIMIT_VRAM_HELP
     from pytest_qvl.session.targets import check_devices
 
@@ -79,98 +60,24 @@ def pytest_configure(config: pytest.Config) -> None:
         if hasattr(config, "workerinput"):
             config.pluginmanager.register(child.WorkerShare(), child.WORKER_NAME)
     config.stash[SETTINGS_KEY] = settings
-    _compose(config, settings)
+    composition.make_objects(config, settings)
     if len(settings.backend) > 1:
         from pytest_qvl.processes import parent
 
-        parent.refuse_what_needs_a_terminal(config)
-        children = parent.Children(config, settings.backend, config.stash[CONSOLE_KEY].progress)
-        config.pluginmanager.register(children, PARENT_NAME)
-    config.pluginmanager.register(fixtures, "qvl-fixtures")
-    _register(config, settings, writes_record=backend is None and not hasattr(config, "workerinput"))
-    _let_plugins_override(config)
+        parent.start_backends(config, settings)
+    _register_fixtures(config)
+    composition.register_plugins(config, settings, writes_record=backend is None and not hasattr(config, "workerinput"))
 
 
-def _compose(config: pytest.Config, settings: Settings) -> None:
-    """Make the objects of a session, from those that need none to those that need many."""
-    from pytest_qvl.report.run_results import ResultsBuilder
-    from pytest_qvl.session.console import Console
-    from pytest_qvl.session.device import Device
-    from pytest_qvl.session.first_errors import FirstErrors
-    from pytest_qvl.session.gpu_access import GpuAccess
-    from pytest_qvl.session.leaks import LeakVerdicts
-    from pytest_qvl.session.limit_vram import VramLimits
-    from pytest_qvl.session.model_state import ModelState
-    from pytest_qvl.session.session_results import SessionResults
-    from pytest_qvl.vram.meter import Meter
-
-    stash = config.stash
-    console = stash[CONSOLE_KEY] = Console(config)
-    meter = stash[METER_KEY] = Meter()
-    access = stash[ACCESS_KEY] = GpuAccess(config, settings, meter, console.announce)
-    stash[DEVICE_KEY] = Device(settings, access, meter)
-    model = stash[MODEL_KEY] = ModelState(console.progress, meter, access)
-    errors = stash[FIRST_ERRORS_KEY] = FirstErrors()
-    leaks = stash[LEAKS_KEY] = LeakVerdicts(meter, access, model, errors)
-    limits = stash[LIMITS_KEY] = VramLimits(config, meter, default=settings.vram_limit, required=settings.require_gpu)
-    results = stash[RESULTS_KEY] = ResultsBuilder()
-    stash[SESSION_RESULTS_KEY] = SessionResults(results, limits, leaks, access)
-
-
-def _register(config: pytest.Config, settings: Settings, *, writes_record: bool) -> None:
-    """Register the plugins of this run; of those that listen to the same hook the last speaks first."""
-    from pytest_qvl.report.terminal import Summary
-    from pytest_qvl.session.fixture_scopes import FixtureScopes
-    from pytest_qvl.session.gpu_errors import GpuFailures
-    from pytest_qvl.session.installed import Installed
-    from pytest_qvl.session.interrupts import Interrupts
-    from pytest_qvl.session.suite_collection import ShippedSuite
-    from pytest_qvl.session.vram_properties import PhaseNumbers
-    from pytest_qvl.session.worker_crashes import WorkerCrashes
-
-    register, stash = config.pluginmanager.register, config.stash
-    register(ShippedSuite(), "qvl-suite")
-    register(Installed(), "qvl-installed")
-    register(FixtureScopes(config), "qvl-fixture-scopes")
-    results = stash[RESULTS_KEY]
-    register(WorkerCrashes(settings, config.rootpath, results), "qvl-worker-crashes")
-    if settings.images is not None:
-        from pytest_qvl.session.image_folder import ImageFolder
-
-        register(ImageFolder(settings.images, settings.source("images")), "qvl-image-folder")
-    register(results, "qvl-results")
-    register(Summary(results), "qvl-summary")
-    register(stash[LIMITS_KEY], "qvl-vram-limits")
-    register(PhaseNumbers(stash[METER_KEY]), "qvl-vram-numbers")
-    register(GpuFailures(stash[ACCESS_KEY], stash[METER_KEY]), "qvl-gpu-failures")
-    register(stash[SESSION_RESULTS_KEY], "qvl-session-results")
-    register(Interrupts(stash[CONSOLE_KEY].announce), "qvl-interrupts")
-    if settings.record is not None and writes_record:
-        from pytest_qvl.report.record import Record
-
-        chosen = [*settings.described(), *_simulated(settings)]
-        register(Record(settings.record, chosen, results), "qvl-record")
-    if settings.require_gpu:
-        from pytest_qvl.session.require_gpu import GpuRequired
-
-        register(GpuRequired(results), "qvl-require-gpu")
-    if settings.fault is not None:
-        from pytest_qvl.session.fault_injection import Faulted, refuse_without_effect
-
-        refuse_without_effect(settings)
-        shared = stash[LEAKS_KEY].watch.making
-        fault = Faulted(settings.fault, settings, stash[DEVICE_KEY].default_dtype, shared, results)
-        register(fault, "qvl-fault")
-
-
-def _let_plugins_override(config: pytest.Config) -> None:
-    """Let fixtures of a module given with ``-p`` override ours, wherever it stands on the command line.
+def _register_fixtures(config: pytest.Config) -> None:
+    """Register the public fixtures; those of a module given with ``-p`` override them, wherever it is named.
 
     Of two plugins' fixtures pytest takes those registered last, and entry points come after ``-p``.
     It learns of plugins by replaying their registrations at session start, and there ours comes first.
     """
     from pytest_qvl import fixtures
 
+    config.pluginmanager.register(fixtures, "qvl-fixtures")
     history = config.pluginmanager.hook.pytest_plugin_registered._call_history
     if history is not None:
         history.sort(key=lambda call: call[0]["plugin"] is not fixtures)
@@ -200,28 +107,9 @@ def pytest_xdist_setupnodes() -> None:
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """What was chosen, and by whom."""
-    from pytest_qvl.evidence import printable
-    from pytest_qvl.options import SETTINGS_KEY
-    from pytest_qvl.session import overrides, threads
+    from pytest_qvl.session.header import header_lines
 
-    settings = config.stash[SETTINGS_KEY]
-    lines = (
-        ", ".join(settings.described()),
-        *_simulated(settings),
-        *threads.described(config),
-        *overrides.described(config),
-    )
-    return [printable(f"qvl: {line}") for line in lines]
-
-
-def _simulated(settings: Settings) -> list[str]:
-    from pytest_qvl.session.targets import targets
-
-    if settings.card is None or all(target.device == "cpu" for target in targets(settings)):
-        return []
-    from pytest_qvl.vram.cap import describe_cap
-
-    return [describe_cap(settings.card)]
+    return header_lines(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_qvl.gpu import PATIENCE_S
 from pytest_qvl.gpu.errors import LeaseError, LeaseTimeout, NoGpu
 from pytest_qvl.gpu.lock_file import DIRECTORY_VARIABLE, Holder, LockFile, unusable, usable_folder
 from pytest_qvl.gpu.visible import VISIBLE_DEVICES, Visible
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 DIRECTORY = Path("/tmp/pytest-qvl-gpus")
 TOKEN_VARIABLE = "QVL_GPU_LEASE"
 SESSION_VARIABLE = "QVL_GPU_SESSION"
-# A CI job that waits longer for somebody else's run is better started again than kept.
-PATIENCE_S = 1800.0
 REMIND_S = 30.0
 # Holders come and go in minutes; polling faster than once a second only costs.
 _SLOWEST_POLL_S = 1.0

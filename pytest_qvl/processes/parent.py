@@ -25,10 +25,13 @@ from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
 from pytest_qvl.processes.child import BOOT, Channel
 from pytest_qvl.session import results
 from pytest_qvl.session.keys import CONSOLE_KEY, RESULTS_KEY, SESSION_RESULTS_KEY
+from pytest_qvl.session.process_link import PARENT_NAME
 from pytest_qvl.session.targets import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from pytest_qvl.options import Settings
 
 # What a process gets to tear its fixtures down after Ctrl-C, before it is killed.
 GRACE_S = 15.0
@@ -48,6 +51,17 @@ def refuse_what_needs_a_terminal(config: pytest.Config) -> None:
                 f"{flag} needs the tests in this process, and with more than one backend each runs in a process of "
                 "its own; choose one with --qvl-backend"
             )
+
+
+def start_backends(config: pytest.Config, settings: Settings) -> None:
+    """Let the tests of each backend run in a process of its own, and none in this one.
+
+    Raises:
+        pytest.UsageError: An option cannot work in other processes.
+    """
+    refuse_what_needs_a_terminal(config)
+    children = Children(config, settings.backend, config.stash[CONSOLE_KEY].progress)
+    config.pluginmanager.register(children, PARENT_NAME)
 
 
 class Children:

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pytest_qvl.report.states import PromiseState, promise_states
 from pytest_qvl.session.report_data import ReportData, report_data, why_skipped
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.report.process_results import ProcessResults, Verdict
+    from pytest_qvl.report.states import PromiseState
     from pytest_qvl.session.report_data import Finding, GpuFailure, LimitOutcome, Said
 
 OWN_MODELS = "models of the tests' own"
@@ -106,6 +106,8 @@ class TargetResults:
 
     def promises(self) -> list[PromiseState]:
         """The state of every promise."""
+        from pytest_qvl.report.states import promise_states
+
         return promise_states(self.evidence, self.errors, self.not_judged, self.skipped)
 
 

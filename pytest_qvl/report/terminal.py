@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.report.comparison import write_comparison
-from pytest_qvl.report.promise_table import write_promises
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -92,7 +89,18 @@ def lease_lines(processes: Sequence[ProcessResults]) -> Iterator[str]:
             yield f"  busy when it was leased: {lease.busy}"
 
 
+def write_findings(terminal: Any, results: RunResults) -> None:
+    """What was found out about models: backends side by side, and the promises."""
+    if not results.findings:
+        return
+    from pytest_qvl.report.comparison import write_comparison
+    from pytest_qvl.report.promise_table import write_promises
+
+    write_comparison(terminal, results)
+    write_promises(terminal, results)
+
+
 Writers = tuple["Callable[[Any, RunResults], None]", ...]
 LINES_FIRST: Writers = (write_verdicts, write_gpu_failures)
-SECTIONS: Writers = (write_comparison, write_promises)
+SECTIONS: Writers = (write_findings,)
 LINES_LAST: Writers = (write_problems, write_limits_and_leases)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from pytest_qvl.gpu.errors import LeaseError, LeaseTimeout, NoGpu
-from pytest_qvl.gpu.nvml import ProcessMemory
 from pytest_qvl.session.errors import CudaUnusable, UserError
 from pytest_qvl.session.mark_expressions import asks_for_gpus
 from pytest_qvl.session.process_gpu import ProcessGpu
@@ -81,6 +80,8 @@ class GpuAccess:
             LeaseError: There are GPUs, and this run does not get one.
         """
         import torch
+
+        from pytest_qvl.gpu.nvml import ProcessMemory
 
         if torch.version.cuda is None:
             pytest.skip(f"{NEEDS_CUDA}this PyTorch is a CPU build")

@@ -1,6 +1,6 @@
 """Where the objects of a session are found: what hangs on pytest's configuration, and what hangs on a test.
 
-Only names and types; the objects are made in :mod:`pytest_qvl.plugin`, or by the module that they belong to.
+Only names and types; :mod:`pytest_qvl.session.composition` makes the objects, or the module that they belong to.
 """
 
 from __future__ import annotations

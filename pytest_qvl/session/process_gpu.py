@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qvl.gpu.errors import LeaseError
-from pytest_qvl.gpu.lease import Lease, acquire, cuda_started
-from pytest_qvl.gpu.nvml import driver
-from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
-from pytest_qvl.report.process_results import LeasedGpu
 from pytest_qvl.vram.units import MiB, format_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pytest_qvl.gpu.lease import Lease
     from pytest_qvl.gpu.nvml import GpuProcess
+    from pytest_qvl.report.process_results import LeasedGpu
 
 # Less than any CUDA context, more than what a driver keeps on an idle card.
 NOTEWORTHY = 64 * MiB
@@ -50,6 +48,9 @@ class ProcessGpu:
             NoGpu: Nothing is allowed, or there is none; says which.
             LeaseError: None can be had; a :class:`pytest_qvl.gpu.errors.LeaseTimeout` names who has them.
         """
+        from pytest_qvl.gpu.lease import acquire
+        from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
+
         if self._refused is not None:
             raise self._refused.with_traceback(None)
         if self.lease is None:
@@ -70,7 +71,11 @@ class ProcessGpu:
         Raises:
             LeaseError: That one cannot be had.
         """
-        if self.lease is None or self._verified or not cuda_started():
+        if self.lease is None or self._verified:
+            return
+        from pytest_qvl.gpu.lease import cuda_started
+
+        if not cuda_started():
             return
         try:
             self.lease.verify()
@@ -88,6 +93,8 @@ class ProcessGpu:
 
     def uuid(self) -> str | None:
         """The leased GPU; without a lease the first that is allowed."""
+        from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
+
         if self.lease is not None:
             return self.lease.gpu.uuid
         try:
@@ -100,12 +107,17 @@ class ProcessGpu:
         """What summary and record say of the lease; ``None`` without one."""
         if self.lease is None:
             return None
+        from pytest_qvl.report.process_results import LeasedGpu
+
         gpu = self.lease.gpu
         return LeasedGpu(str(gpu), gpu.name, gpu.index, round(self.lease.waited, 1), self.busy)
 
 
 def others_on(uuid: str) -> str:
     """Who else holds memory of a GPU, by name, number and size; empty where nobody does or the driver hides it."""
+    from pytest_qvl.gpu.lease import cuda_started
+    from pytest_qvl.gpu.nvml import driver
+
     holdings = driver().holdings(uuid)
     if holdings is None:
         return ""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import pytest
 
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
-from pytest_qvl.report.promises import promise_of
 from pytest_qvl.session.report_data import Finding, add_to_report, why_skipped
 from pytest_qvl.session.suite_collection import check_name, is_shipped
 from pytest_qvl.session.targets import NEEDS_CUDA, target_of
@@ -50,6 +49,8 @@ def judging(item: pytest.Item) -> Iterator[None]:
 
 def _check_in(reason: CannotJudge, item: pytest.Item) -> str:
     """The check that could not judge: the outermost one that the exception went through."""
+    from pytest_qvl.report.promises import promise_of
+
     trace = reason.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code

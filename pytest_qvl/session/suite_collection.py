@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qvl.report.promises import PROMISES
 from pytest_qvl.session import fixture_graph
 
 if TYPE_CHECKING:
@@ -33,6 +32,8 @@ def check_name(item: pytest.Item) -> str:
 
 def check_of(test: str) -> str:
     """``test_feature_scatter`` and ``test_feature_scatter_in_training`` call ``feature_scatter``."""
+    from pytest_qvl.report.promises import PROMISES
+
     name = test.removeprefix("test_")
     checks = (check for promise in PROMISES for check in promise.checks)
     return max((check for check in checks if f"{name}_".startswith(f"{check}_")), key=len, default=name)

@@ -76,14 +76,27 @@ def test_a_run_without_a_model_imports_of_the_standard_library_what_pytest_does(
     assert imported("-p", "qvl") == imported()
 
 
-def test_importing_the_plugin_imports_pytest_and_names_only():
+# Of this package: what a session needs once a test uses a GPU, a model or a check.
+LATER = ("gpu.lease", "gpu.nvml", "gpu.visible", "checks", "report.promises", "report.states", "models.adapters")
+
+
+def test_a_run_without_a_model_imports_of_this_package_what_every_run_needs(pytester, monkeypatch):
+    later = [f"pytest_qvl.{name}" for name in LATER]
+    pytester.makepyfile(spy=MODULES.format(dear=later), test_unrelated="def test_it(): pass")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path), prepend=os.pathsep)
+    result = pytester.runpytest_subprocess("-p", "spy", "-s", "-p", "qvl", "test_unrelated.py")
+    result.assert_outcomes(passed=1)
+    assert [line for line in result.outlines if line.startswith("SPY")] == ["SPY"]
+
+
+def test_importing_the_plugin_imports_pytest_only():
     code = (
         "import sys, pytest; before = set(sys.modules); import pytest_qvl.plugin; "
         "print(*sorted(set(sys.modules) - before))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    names = ("", ".plugin", ".session", ".session.keys", ".session.process_link")
-    assert done.stdout.split() == [f"pytest_qvl{name}" for name in names]
+    assert done.stdout.split() == ["pytest_qvl", "pytest_qvl.plugin"]
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -15,8 +15,8 @@ TRAINER = GpuProcess(7, "/home/somebody/bin/trainer", 3 * GiB)
 def told(monkeypatch):
     def say(holdings, *, running=False):
         driver = type("Driver", (), {"holdings": lambda self, uuid: holdings})
-        monkeypatch.setattr(process_gpu, "driver", driver)
-        monkeypatch.setattr(process_gpu, "cuda_started", lambda: running)
+        monkeypatch.setattr("pytest_qvl.gpu.nvml.driver", driver)
+        monkeypatch.setattr("pytest_qvl.gpu.lease.cuda_started", lambda: running)
         return process_gpu.others_on("GPU-aaaa")
 
     return say

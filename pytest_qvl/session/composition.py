@@ -1,0 +1,99 @@
+"""The objects of a session and how they are put together: the one place that knows all of them.
+
+The order in which hooks speak can be read here: pluggy calls plugins in reverse order of registration, so of two in
+:func:`register_plugins` the lower speaks first, after those marked ``tryfirst`` and before those marked ``trylast``.
+:mod:`pytest_qvl.session.phases` was registered together with the plugin, and speaks after all of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qvl.report.run_results import ResultsBuilder
+from pytest_qvl.report.terminal import Summary
+from pytest_qvl.session.console import Console
+from pytest_qvl.session.device import Device
+from pytest_qvl.session.first_errors import FirstErrors
+from pytest_qvl.session.fixture_scopes import FixtureScopes
+from pytest_qvl.session.gpu_access import GpuAccess
+from pytest_qvl.session.gpu_errors import GpuFailures
+from pytest_qvl.session.header import simulated_card
+from pytest_qvl.session.installed import Installed
+from pytest_qvl.session.interrupts import Interrupts
+from pytest_qvl.session.keys import (
+    ACCESS_KEY,
+    CONSOLE_KEY,
+    DEVICE_KEY,
+    FIRST_ERRORS_KEY,
+    LEAKS_KEY,
+    LIMITS_KEY,
+    METER_KEY,
+    MODEL_KEY,
+    RESULTS_KEY,
+    SESSION_RESULTS_KEY,
+)
+from pytest_qvl.session.leaks import LeakVerdicts
+from pytest_qvl.session.limit_vram import VramLimits
+from pytest_qvl.session.model_state import ModelState
+from pytest_qvl.session.session_results import SessionResults
+from pytest_qvl.session.suite_collection import ShippedSuite
+from pytest_qvl.session.vram_properties import PhaseNumbers
+from pytest_qvl.session.worker_crashes import WorkerCrashes
+from pytest_qvl.vram.meter import Meter
+
+if TYPE_CHECKING:
+    import pytest
+
+    from pytest_qvl.options import Settings
+
+
+def make_objects(config: pytest.Config, settings: Settings) -> None:
+    """Make the objects of a session, from those that need none to those that need many."""
+    stash = config.stash
+    console = stash[CONSOLE_KEY] = Console(config)
+    meter = stash[METER_KEY] = Meter()
+    access = stash[ACCESS_KEY] = GpuAccess(config, settings, meter, console.announce)
+    stash[DEVICE_KEY] = Device(settings, access, meter)
+    model = stash[MODEL_KEY] = ModelState(console.progress, meter, access)
+    errors = stash[FIRST_ERRORS_KEY] = FirstErrors()
+    leaks = stash[LEAKS_KEY] = LeakVerdicts(meter, access, model, errors)
+    limits = stash[LIMITS_KEY] = VramLimits(config, meter, default=settings.vram_limit, required=settings.require_gpu)
+    results = stash[RESULTS_KEY] = ResultsBuilder()
+    stash[SESSION_RESULTS_KEY] = SessionResults(results, limits, leaks, access)
+
+
+def register_plugins(config: pytest.Config, settings: Settings, *, writes_record: bool) -> None:
+    """Register the plugins of this run; of those that listen to the same hook the last speaks first."""
+    register, stash = config.pluginmanager.register, config.stash
+    register(ShippedSuite(), "qvl-suite")
+    register(Installed(), "qvl-installed")
+    register(FixtureScopes(config), "qvl-fixture-scopes")
+    results = stash[RESULTS_KEY]
+    register(WorkerCrashes(settings, config.rootpath, results), "qvl-worker-crashes")
+    if settings.images is not None:
+        from pytest_qvl.session.image_folder import ImageFolder
+
+        register(ImageFolder(settings.images, settings.source("images")), "qvl-image-folder")
+    register(results, "qvl-results")
+    register(Summary(results), "qvl-summary")
+    register(stash[LIMITS_KEY], "qvl-vram-limits")
+    register(PhaseNumbers(stash[METER_KEY]), "qvl-vram-numbers")
+    register(GpuFailures(stash[ACCESS_KEY], stash[METER_KEY]), "qvl-gpu-failures")
+    register(stash[SESSION_RESULTS_KEY], "qvl-session-results")
+    register(Interrupts(stash[CONSOLE_KEY].announce), "qvl-interrupts")
+    if settings.record is not None and writes_record:
+        from pytest_qvl.report.record import Record
+
+        chosen = [*settings.described(), *simulated_card(settings)]
+        register(Record(settings.record, chosen, results), "qvl-record")
+    if settings.require_gpu:
+        from pytest_qvl.session.require_gpu import GpuRequired
+
+        register(GpuRequired(results), "qvl-require-gpu")
+    if settings.fault is not None:
+        from pytest_qvl.session.fault_injection import Faulted, refuse_without_effect
+
+        refuse_without_effect(settings)
+        shared = stash[LEAKS_KEY].watch.making
+        fault = Faulted(settings.fault, settings, stash[DEVICE_KEY].default_dtype, shared, results)
+        register(fault, "qvl-fault")
