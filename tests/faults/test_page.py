@@ -83,10 +83,17 @@ def test_the_figure_names_faults_checks_and_kinds(tmp_path: Path) -> None:
     assert file.read_text(encoding="utf-8") == svg, "the same record gives the same bytes"
 
 
-@pytest.mark.parametrize("wrong", [{}, {"feature_scatter": "sometimes"}])
-def test_a_record_that_cannot_be_drawn_is_refused(wrong: dict[str, str], tmp_path: Path) -> None:
-    rows = {next(iter(catalogue())): Row(outcomes=wrong)} if wrong else {}
-    with pytest.raises(ValueError, match="nothing to draw|no colour stands for the outcomes sometimes"):
+@pytest.mark.parametrize(
+    ("outcomes", "says"),
+    [
+        ([], "there is nothing to draw"),
+        ([{"feature_scatter": "sometimes"}], "no colour stands for the outcomes sometimes"),
+        ([{"feature_scatter": "pass"}, {"causality": "pass"}], "the record's rows are of different checks: run '"),
+    ],
+)
+def test_a_record_that_cannot_be_drawn_is_refused(outcomes: list[dict[str, str]], says: str, tmp_path: Path) -> None:
+    rows = {name: Row(outcomes=row) for name, row in zip(catalogue(), outcomes, strict=False)}
+    with pytest.raises(ValueError, match=says):
         draw_matrix(Result("d", {}, rows=rows), tmp_path / "faults.svg")
 
 

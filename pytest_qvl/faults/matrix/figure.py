@@ -35,7 +35,7 @@ def cells(result: Result) -> dict[str, dict[str, str]]:
     table = {}
     # A record has them in the order in which they were done; the page goes family by family.
     for name, fault in sorted(faults.items(), key=lambda item: families.index(item[1].family)):
-        if name not in made:
+        if name not in made or made[name].broken:
             continue
         row = made[name]
         kinds = dict(row.outcomes)
@@ -49,12 +49,15 @@ def draw_matrix(result: Result, file: Path) -> None:
     """Write ``docs/faults.svg``.
 
     Raises:
-        ValueError: The record has no fault that was made, or an outcome that no colour stands for.
+        ValueError: The record has no fault that was made, rows of different checks, or an outcome without a colour.
     """
     table = cells(result)
     if not table:
         raise ValueError("the record has no fault that was made: there is nothing to draw")
     checks = list(next(iter(table.values())))
+    other = next((name for name, row in table.items() if list(row) != checks), "")
+    if other:
+        raise ValueError(f"the record's rows are of different checks: run {other!r} again")
     unknown = {kind for row in table.values() for kind in row.values()} - KINDS.keys()
     if unknown:
         raise ValueError(f"no colour stands for the outcomes {', '.join(sorted(unknown))}")
