@@ -87,6 +87,20 @@ def parameters(definition: Definition, item: Any) -> frozenset[tuple[str, Any]]:
     return frozenset((name, key(value)) for name, value in callspec.params.items() if name in names)
 
 
+def fixture_parameters(item: Any) -> dict[str, str]:
+    """Id of each parameter that comes from a fixture and not from a mark on the test, by the fixture's name."""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return {}
+    names = list(callspec.params)
+    # One id for each call of `parametrize`: as many as names where no call had several, and none was hidden.
+    ids = list(callspec._idlist) if len(callspec._idlist) == len(names) else []
+    ids = ids or [f"{name}{callspec.indices[name]}" for name in names]
+    marks = [mark.args[0] if mark.args else mark.kwargs["argnames"] for mark in item.iter_markers("parametrize")]
+    own = {name.strip() for mark in marks for name in (mark.split(",") if isinstance(mark, str) else mark)}
+    return {name: shown for name, shown in zip(names, ids, strict=True) if name not in own}
+
+
 def requests_below(item: Any) -> Iterator[tuple[Definition, Definition]]:
     """Every definition that takes part for a test, with each definition that it asks for."""
     for name in fixture_names(item):

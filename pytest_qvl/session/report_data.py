@@ -24,8 +24,9 @@ class Finding:
     """What one phase of a test found out about a model.
 
     Attributes:
-        target: Model, device and backend, as reports name them; ``None`` for a test without a model.
-        subject: What several backends have in common: model and device.
+        target: Model, device and backend, as reports name them, and the parameters of a user's fixtures that the suite
+            runs with; ``None`` for a test without a model.
+        subject: What several backends have in common: model, device and those parameters.
         backend: How the model was loaded.
         check: The check that a test of the shipped suite calls; ``None`` for a user's own test.
         evidence: Verdicts of the checks it called.

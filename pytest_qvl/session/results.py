@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
+from pytest_qvl.report.run_results import OWN_MODELS
+from pytest_qvl.session import fixture_graph
 from pytest_qvl.session.report_data import Finding, add_to_report, why_skipped
 from pytest_qvl.session.suite_collection import check_name, is_shipped
-from pytest_qvl.session.targets import NEEDS_CUDA, target_of
+from pytest_qvl.session.targets import FIXTURE, NEEDS_CUDA, target_of
 
 CHECKS = "pytest_qvl.checks"
 _HIDDEN = (CHECKS, "pytest_qvl.evidence", "pytest_qvl.models", "pytest_qvl.samples")
@@ -103,9 +105,10 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
     if target is None and not shipped and not (found.evidence or found.not_judged):
         return
     reason = skip_reason(report) if report.skipped and not found.not_judged else ""
+    variant = _variant(item) if shipped else ""
     finding = Finding(
-        target=None if target is None else str(target),
-        subject=None if target is None else target.subject,
+        target=_named(None if target is None else str(target), variant),
+        subject=_named(None if target is None else target.subject, variant),
         backend=None if target is None else target.backend,
         check=check_name(item) if shipped else None,
         evidence=tuple(found.evidence),
@@ -114,6 +117,17 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
         skipped=reason if shipped or reason.startswith(NEEDS_CUDA) else None,
     )
     add_to_report(report, finding=finding)
+
+
+def _variant(item: pytest.Item) -> str:
+    """With which parameters of a user's fixtures a test of the suite runs, such as ``qvl_adapter first``."""
+    parameters = {name: shown for name, shown in fixture_graph.fixture_parameters(item).items() if name != FIXTURE}
+    # Where it has no name of its own, pytest calls a parameter by the fixture's and a number.
+    return ", ".join(shown if shown.startswith(name) else f"{name} {shown}" for name, shown in parameters.items())
+
+
+def _named(target: str | None, variant: str) -> str | None:
+    return f"{target or OWN_MODELS}, {variant}" if variant else target
 
 
 def skip_reason(report: pytest.TestReport) -> str:

@@ -124,6 +124,34 @@ def test_an_override_in_a_test_module_is_its_own_affair(pytester, run_light, rea
     assert "for the tests below it" not in run_light(*ONE, ".", *SUITE).stdout.str()
 
 
+VARIANTS = """
+    import pytest
+    @pytest.fixture(scope="session", params=["first", pytest.param(2.5, id="second")])
+    def qvl_adapter(request): return request.param
+    @pytest.fixture(scope="session", params=[object()])
+    def anything(request): pass
+    @pytest.fixture(scope="session")
+    def qvl_quantized_model(qvl_target, qvl_adapter, anything): pytest.fail(f"with {qvl_adapter}", pytrace=False)
+"""
+
+
+def test_each_parameter_of_an_overriding_fixture_has_a_table_of_its_own(pytester, run_light):
+    pytester.makeini("[pytest]")
+    pytester.makeconftest(VARIANTS)
+    result = run_light("-k", "checkpoint_complete or mrope_positions", "--qvl-record", "r.json", *SUITE)
+    result.assert_outcomes(errors=6)
+    result.stdout.fnmatch_lines(
+        [
+            "embedded on cpu, qvl_adapter first, anything0",
+            "       error: mrope_positions: Failed: with first",
+            "embedded on cpu, qvl_adapter second, anything0",
+            "       error: mrope_positions: Failed: with 2.5",
+        ]
+    )
+    promises = json.loads((pytester.path / "r.json").read_text())["promises"]
+    assert len({promise["target"] for promise in promises}) == 2
+
+
 CRASHING = """
     import os, pytest
     @pytest.fixture(scope="session")
