@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.matrix.isa import Setting
 
 # How many variations a setting gets against others. Two threads keep two cores busy, are hardly faster, and change the
-# order of additions only; torch's kernels without vectors take twice as long and are used by few CPUs.
-SINGLE_THREAD, WITHOUT_VECTORS, SEVERAL_THREADS = 6, 3, 1
+# order of additions only; torch's kernels without vectors take twice as long, and next to no CPU in use needs them.
+SINGLE_THREAD, WITHOUT_VECTORS, SEVERAL_THREADS = 12, 1, 1
 SLOWDOWN = {"default": 2.0}  # value of ATEN_CPU_CAPABILITY to time, against kernels with vectors
 START = 8  # imports, loading and references of a process take as long as about so many variations
 
