@@ -35,6 +35,7 @@ from pytest_qvl.session.keys import (
 from pytest_qvl.session.leaks import LeakVerdicts
 from pytest_qvl.session.limit_vram import VramLimits
 from pytest_qvl.session.model_state import ModelState
+from pytest_qvl.session.session_limits import SessionLimits
 from pytest_qvl.session.session_results import SessionResults
 from pytest_qvl.session.suite_collection import ShippedSuite
 from pytest_qvl.session.vram_properties import PhaseNumbers
@@ -57,7 +58,7 @@ def make_objects(config: pytest.Config, settings: Settings) -> None:
     model = stash[MODEL_KEY] = ModelState(console.progress, meter, access)
     errors = stash[FIRST_ERRORS_KEY] = FirstErrors()
     leaks = stash[LEAKS_KEY] = LeakVerdicts(meter, access, model, errors)
-    limits = stash[LIMITS_KEY] = VramLimits(config, meter, default=settings.vram_limit, required=settings.require_gpu)
+    limits = stash[LIMITS_KEY] = SessionLimits(meter)
     results = stash[RESULTS_KEY] = ResultsBuilder()
     stash[SESSION_RESULTS_KEY] = SessionResults(results, limits, leaks, access)
 
@@ -76,7 +77,9 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
         register(ImageFolder(settings.images, settings.source("images")), "qvl-image-folder")
     register(results, "qvl-results")
     register(Summary(results), "qvl-summary")
-    register(stash[LIMITS_KEY], "qvl-vram-limits")
+    limits = VramLimits(config, stash[METER_KEY], default=settings.vram_limit, required=settings.require_gpu)
+    register(limits, "qvl-vram-limits")
+    register(stash[LIMITS_KEY], "qvl-session-limits")
     register(PhaseNumbers(stash[METER_KEY]), "qvl-vram-numbers")
     register(GpuFailures(stash[ACCESS_KEY], stash[METER_KEY]), "qvl-gpu-failures")
     register(stash[SESSION_RESULTS_KEY], "qvl-session-results")

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from pytest_qvl.session.first_errors import FirstErrors
     from pytest_qvl.session.gpu_access import GpuAccess
     from pytest_qvl.session.leaks import LeakVerdicts
-    from pytest_qvl.session.limit_vram import VramLimits
     from pytest_qvl.session.model_state import ModelState
     from pytest_qvl.session.report_data import LimitOutcome
+    from pytest_qvl.session.session_limits import SessionLimits
     from pytest_qvl.session.session_results import SessionResults
     from pytest_qvl.vram.meter import Meter, Phase
 
@@ -31,7 +31,7 @@ DEVICE_KEY: pytest.StashKey[Device] = pytest.StashKey()
 MODEL_KEY: pytest.StashKey[ModelState] = pytest.StashKey()
 FIRST_ERRORS_KEY: pytest.StashKey[FirstErrors] = pytest.StashKey()
 LEAKS_KEY: pytest.StashKey[LeakVerdicts] = pytest.StashKey()
-LIMITS_KEY: pytest.StashKey[VramLimits] = pytest.StashKey()
+LIMITS_KEY: pytest.StashKey[SessionLimits] = pytest.StashKey()
 RESULTS_KEY: pytest.StashKey[ResultsBuilder] = pytest.StashKey()
 SESSION_RESULTS_KEY: pytest.StashKey[SessionResults] = pytest.StashKey()
 # Arguments of the run that starts over, where the rootdir was misled.

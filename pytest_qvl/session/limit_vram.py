@@ -19,8 +19,6 @@ from pytest_qvl.session.report_data import LimitOutcome, add_to_report
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
 
-    from pytest_qvl.evidence import Evidence
-    from pytest_qvl.report.process_results import Verdict
     from pytest_qvl.vram.meter import Meter, Phase
     from pytest_qvl.vram.usage import Number, Usage
 
@@ -98,20 +96,25 @@ def _limit_vram(limit: str | int | None, *, of: str = "fit", scope: str = "call"
     return Limit(parse_bytes(limit), of, scope)  # type: ignore[arg-type]
 
 
+def outcome_of(test: str, phase: Phase, limit: Limit) -> LimitOutcome:
+    """What became of a limit, by what a phase of the meter measured."""
+    usage = phase.usage
+    assert usage is not None
+    value, missing = usage.number(limit.of), usage.missing(limit.of)
+    return LimitOutcome(test, limit.size, limit.of, limit.scope, value, missing, limit.marked, usage.as_dict())
+
+
 _UNFINISHED = (pytest.skip.Exception, pytest.exit.Exception, KeyboardInterrupt)
 
 
 class VramLimits:
-    """Enforces ``limit_vram``; register it as a plugin.
+    """Enforces ``limit_vram`` on tests; register it as a plugin.
 
     Args:
         config: pytest's configuration.
         meter: The one meter of this process.
         default: Limit of *fit* for the body of every test, in bytes.
         required: Whether a marked limit that could not be measured is an error of its test.
-
-    Attributes:
-        session_outcomes: What became of each limit on the session, once it has been judged.
     """
 
     def __init__(
@@ -121,43 +124,6 @@ class VramLimits:
         self._meter = meter
         self._default = default
         self._required = required
-        self._session_limits: tuple[Limit, ...] = ()
-        self.session_outcomes: tuple[LimitOutcome, ...] = ()
-
-    # ---- the session ---------------------------------------------------------------------------------------
-
-    def session_evidence(self) -> list[Evidence]:
-        """The verdicts of limits on the whole session, one per number; empty problems where they hold.
-
-        Call it once, at the end of the session of the process that ran the tests.
-        """
-        from pytest_qvl.evidence import CheckFailed
-        from pytest_qvl.vram.limit import hold_limit
-
-        phase = self._meter.session()
-        verdicts = []
-        for limit in self._session_limits:
-            outcome = self._note("session", phase, limit)
-            self.session_outcomes += (outcome,)
-            if outcome.value is None:
-                continue
-            try:
-                verdicts.append(hold_limit(phase, limit.size, limit.of))
-            except CheckFailed as failure:
-                verdicts.append(failure.evidence)
-        return verdicts
-
-    def judge_session(self) -> Iterator[Verdict]:
-        """The same as session verdicts."""
-        from pytest_qvl.evidence import CheckFailed
-        from pytest_qvl.report.process_results import Verdict
-
-        for evidence in self.session_evidence():
-            (figure,) = evidence.figures
-            if evidence.ok:
-                yield Verdict(figure.name, "kept", str(figure))
-            else:
-                yield Verdict(figure.name, "BROKEN", str(CheckFailed(evidence)))
 
     # ---- collection ----------------------------------------------------------------------------------------
 
@@ -173,15 +139,6 @@ class VramLimits:
         # set-up.
         if wrong and not hasattr(config, "workerinput"):
             raise pytest.UsageError("\n".join(wrong))
-
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        """Note the limits on the session that the selected tests ask for: the smallest of each number."""
-        smallest: dict[str, Limit] = {}
-        for item in session.items:
-            for limit in self._limits(item, "session", or_none=True):
-                if limit.of not in smallest or limit.size < smallest[limit.of].size:
-                    smallest[limit.of] = limit
-        self._session_limits = tuple(smallest.values())
 
     # ---- run -----------------------------------------------------------------------------------------------
 
@@ -241,13 +198,11 @@ class VramLimits:
 
     # ---- the rest ------------------------------------------------------------------------------------------
 
-    def _limits(self, item: pytest.Item, scope: Scope, *, or_none: bool = False) -> list[Limit]:
+    def _limits(self, item: pytest.Item, scope: Scope) -> list[Limit]:
         # Read at each use: a fixture may have marked its test meanwhile.
         try:
             return [limit for limit in limits_on(item, self._default) if limit.scope == scope]
         except ValueError as error:
-            if or_none:
-                return []
             raise pytest.fail.Exception(str(error), pytrace=False) from None
 
     def _finish(self, item: pytest.Item, phase: Phase, error: BaseException | None) -> None:
@@ -262,7 +217,7 @@ class VramLimits:
 
         failures: list[CheckFailed] = []
         for limit in limits:
-            outcome = self._note(item.nodeid, phase, limit)
+            outcome = outcome_of(item.nodeid, phase, limit)
             item.stash[VRAM_OUTCOMES_KEY].append(outcome)
             if outcome.value is None:
                 item.stash[UNMEASURED_KEY].append(outcome)
@@ -283,20 +238,6 @@ class VramLimits:
             raise pytest.fail.Exception(text, pytrace=False)
         if text:
             item.add_report_section("teardown" if scope == "test" else "call", "vram", text)
-
-    def _note(self, test: str, phase: Phase, limit: Limit) -> LimitOutcome:
-        usage = phase.usage
-        assert usage is not None
-        return LimitOutcome(
-            test,
-            limit.size,
-            limit.of,
-            limit.scope,
-            usage.number(limit.of),
-            usage.missing(limit.of),
-            limit.marked,
-            usage.as_dict(),
-        )
 
     def _require(self, item: pytest.Item) -> None:
         missing = [outcome for outcome in item.stash.get(UNMEASURED_KEY, []) if outcome.marked]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_qvl.report.run_results import ResultsBuilder, RunResults
     from pytest_qvl.session.gpu_access import GpuAccess
     from pytest_qvl.session.leaks import LeakVerdicts
-    from pytest_qvl.session.limit_vram import VramLimits
+    from pytest_qvl.session.session_limits import SessionLimits
 
 _OUTPUT = "qvl_session"
 
@@ -38,7 +38,7 @@ class SessionResults:
         access: The way to the GPU.
     """
 
-    def __init__(self, builder: ResultsBuilder, limits: VramLimits, leaks: LeakVerdicts, access: GpuAccess) -> None:
+    def __init__(self, builder: ResultsBuilder, limits: SessionLimits, leaks: LeakVerdicts, access: GpuAccess) -> None:
         self._builder = builder
         self._limits, self._leaks, self._access = limits, leaks, access
 
@@ -82,7 +82,7 @@ class SessionResults:
         """Of the process that ran the tests, after its fixtures are torn down; an interrupted one does that later."""
         verdicts = (*self._limits.judge_session(), *self._leaks.judge_session(session))
         whole, phases = self._access.vram()
-        return ProcessResults(whole, phases, self._access.gpu.leased(), verdicts, self._limits.session_outcomes)
+        return ProcessResults(whole, phases, self._access.gpu.leased(), verdicts, self._limits.outcomes)
 
     def _report(self, config: pytest.Config, verdicts: Sequence[Verdict]) -> None:
         for name in dict.fromkeys(verdict.name for verdict in verdicts):

@@ -19,6 +19,7 @@ import pytest
 from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.report.terminal import limit_lines
 from pytest_qvl.session.limit_vram import LIMIT_VRAM_HELP, VramLimits
+from pytest_qvl.session.session_limits import SessionLimits
 from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.scripted import ScriptedAllocator, ScriptedProcess
 from pytest_qvl.vram.units import parse_bytes
@@ -38,18 +39,19 @@ def pytest_configure(config):
         config, METER, default=default and parse_bytes(default), required=config.getoption("--required")
     )
     config.pluginmanager.register(limits, "limits")
+    config.pluginmanager.register(SessionLimits(METER), "session-limits")
     config.pluginmanager.register(ResultsBuilder(), "results")
 
 def pytest_sessionfinish(session):
-    limits = session.config.pluginmanager.get_plugin("limits")
-    for evidence in limits.session_evidence():
+    limits = session.config.pluginmanager.get_plugin("session-limits")
+    for evidence in limits.evidence():
         for problem in evidence.problems:
             print("SESSION", problem)
             session.exitstatus = 1
 
 def pytest_terminal_summary(terminalreporter, config):
     plugin = config.pluginmanager.get_plugin
-    for line in limit_lines([*plugin("results").results().limits, *plugin("limits").session_outcomes]):
+    for line in limit_lines([*plugin("results").results().limits, *plugin("session-limits").outcomes]):
         terminalreporter.write_line(line)
 
 @pytest.fixture
