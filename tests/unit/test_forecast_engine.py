@@ -1,0 +1,222 @@
+"""What a forecast runs on: the simulated allocator, tensors without data, and the kernels of a card."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pytest_qvl.vram.forecast.engine.allocator import (
+    MIN_BLOCK,
+    CachingAllocator,
+    CardFullError,
+    round_size,
+    segment_size,
+)
+from pytest_qvl.vram.forecast.engine.kernels import Device
+from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor, Recorder
+from pytest_qvl.vram.forecast.engine.trace import AllocationTrace, replay
+from pytest_qvl.vram.units import MiB
+
+HOPPER, TURING = Device((9, 0)), Device((7, 5))
+
+
+# --- the allocator -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "rounded", "segment"),
+    [
+        (1, 512, 2 * MiB),
+        (512, 512, 2 * MiB),
+        (513, 1024, 2 * MiB),
+        (1 * MiB, 1 * MiB, 2 * MiB),
+        (1 * MiB + 1, 1 * MiB + 512, 20 * MiB),
+        (10 * MiB - 512, 10 * MiB - 512, 20 * MiB),
+        (10 * MiB, 10 * MiB, 10 * MiB),
+        (11 * MiB + 1, 11 * MiB + 512, 12 * MiB),
+    ],
+)
+def test_sizes_are_rounded_as_the_caching_allocator_does(size: int, rounded: int, segment: int) -> None:
+    assert round_size(size) == rounded
+    assert segment_size(rounded) == segment
+
+
+def test_a_reused_block_counts_whole_when_too_little_would_remain() -> None:
+    """Large blocks are split only above 1 MiB of rest, so ``memory_allocated`` exceeds what was asked."""
+    allocator = CachingAllocator()
+    allocator.free(allocator.malloc(32 * MiB))
+    allocator.malloc(32 * MiB - 512 * 1024)
+    assert allocator.allocated == 32 * MiB
+    allocator = CachingAllocator()
+    allocator.free(allocator.malloc(32 * MiB))
+    allocator.malloc(30 * MiB)
+    assert (allocator.allocated, allocator.reserved) == (30 * MiB, 32 * MiB)
+
+
+def test_cached_segments_are_given_back_before_memory_runs_out() -> None:
+    allocator = CachingAllocator(limit=64 * MiB)
+    allocator.free(allocator.malloc(40 * MiB))
+    allocator.malloc(50 * MiB)
+    assert allocator.reserved == 50 * MiB
+    with pytest.raises(CardFullError) as refused:
+        allocator.malloc(20 * MiB)
+    assert refused.value.requested == 20 * MiB
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 48 * MiB)), max_size=60))
+def test_blocks_never_overlap_and_everything_comes_back(steps: list[tuple[bool, int]]) -> None:
+    allocator = CachingAllocator()
+    live: dict[int, int] = {}
+    for take, size in steps:
+        if take or not live:
+            address = allocator.malloc(size)
+            live[address] = allocator.block_size(address)
+            assert size <= live[address] < size + MIN_BLOCK + 1 * MiB
+        else:
+            address = sorted(live)[size % len(live)]
+            allocator.free(address)
+            del live[address]
+        ends = [0]
+        for address, block in sorted(live.items()):
+            assert address >= ends[-1]
+            ends.append(address + block)
+        assert allocator.allocated == sum(live.values()) <= allocator.reserved
+    for address in live:
+        allocator.free(address)
+    allocator.empty_cache()
+    assert (allocator.allocated, allocator.reserved) == (0, 0)
+
+
+# --- tensors without data ----------------------------------------------------------------------------------------
+
+
+class _RealBytes(TorchDispatchMode):
+    """Live and peak bytes of storages that real operations create: an independent account of the same run."""
+
+    def __init__(self, before: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.before = {tensor.untyped_storage()._cdata for tensor in before}
+        self.live: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.live and storage._cdata not in self.before:
+                    self.live[storage._cdata] = round_size(storage.nbytes())
+                    weakref.finalize(storage, self.live.pop, storage._cdata)
+                    self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def _step(model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> None:
+    loss = nn.functional.cross_entropy(model(x).float(), labels)
+    loss.backward()
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(96, 256), nn.SiLU(), nn.LayerNorm(256), nn.Linear(256, 64, bias=False))
+
+
+def test_a_run_without_data_takes_the_bytes_of_the_same_run_on_real_tensors() -> None:
+    """Live bytes, peak included, equal to the byte over forward, loss and backward of a small network."""
+    model, x = _network(), torch.randn(40, 96)
+    with _RealBytes([*model.parameters(), x]) as real:
+        _step(model, x, torch.zeros(40, dtype=torch.int64))
+    trace = AllocationTrace()
+    recorder = Recorder(trace, HOPPER, vocabulary=10**9)
+    network = _network()
+    with recorder:
+        for module in network.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(recorder.dataless(tuple(parameter.shape), parameter.dtype))
+        x = recorder.dataless((40, 96), torch.float32)
+        trace.phase("step")
+        _step(network, x, torch.zeros(40, dtype=torch.int64))
+        assert isinstance(network[0].weight.grad, DatalessTensor)
+        trace.close()
+    step = replay(trace).phases["step"]
+    before = sum(round_size(p.nbytes) for p in [*model.parameters(), x])
+    assert step.start_allocated == before
+    assert step.peak_allocated - before - step.by_kind["workspace"] == real.peak
+    assert step.by_kind["workspace"] > 0
+
+
+def test_integers_keep_their_values_and_what_is_computed_without_data_is_zero() -> None:
+    recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=7)
+    with recorder:
+        ids = torch.arange(6).view(2, 3)
+        table = recorder.dataless((100, 7), torch.bfloat16)
+        logits = nn.functional.embedding(ids, table)
+        assert ids.tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert isinstance(logits, DatalessTensor)
+        assert logits.argmax(-1).tolist() == [[0, 0, 0], [0, 0, 0]]
+        assert logits[ids > 2].shape == (3, 7)
+        with pytest.raises(RuntimeError, match="value of a tensor without data"):
+            logits.float().sum().item()
+    with pytest.raises(RuntimeError, match="outside the recorder"):
+        logits + 1
+
+
+def test_assigning_data_reaches_the_tensor_without_data() -> None:
+    recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=7)
+    with recorder:
+        parameter = nn.Parameter(recorder.dataless((4, 4), torch.bfloat16))
+        parameter.data = parameter.data.float()
+        assert (parameter.dtype, parameter.elem.dtype) == (torch.float32, torch.float32)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("device", "grouped", "kernel"),
+    [
+        (HOPPER, True, "FlashAttention"),
+        (HOPPER, False, "FlashAttention"),
+        (TURING, False, "EfficientAttention"),
+        (TURING, True, None),
+    ],
+)
+def test_attention_runs_the_kernel_the_card_has(device: Device, grouped: bool, kernel: str | None) -> None:
+    """A T4 has no fused kernel for grouped heads: the whole fp32 score matrix is kept for backward."""
+    trace = AllocationTrace()
+    recorder = Recorder(trace, device, vocabulary=10**9)
+    heads, length = 8, 512
+    with recorder:
+        query = recorder.dataless((1, heads, length, 64), torch.float16).requires_grad_()
+        key = recorder.dataless((1, 2 if grouped else heads, length, 64), torch.float16)
+        trace.phase("attention")
+        out = nn.functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=grouped)
+        name = type(out.grad_fn).__name__
+        trace.phase("kept")
+    kept = replay(trace).phases["kept"]
+    scores = heads * length * length * 4
+    if kernel is None:
+        assert kept.start_allocated > scores
+    else:
+        assert kernel in name
+        assert kept.start_allocated < scores
+
+
+def test_dropout_keeps_a_mask_of_one_byte_per_element() -> None:
+    trace = AllocationTrace()
+    recorder = Recorder(trace, HOPPER, vocabulary=10**9)
+    with recorder:
+        x = recorder.dataless((1024, 1024), torch.float32).requires_grad_()
+        assert nn.functional.dropout(x, 0.5, training=False) is x
+        trace.phase("dropout")
+        out = nn.functional.dropout(x, 0.1)
+        trace.phase("kept")
+        assert out.requires_grad
+    found = replay(trace).phases
+    assert found["kept"].start_allocated - found["dropout"].start_allocated == (4 + 1) * MiB
