@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from pytest_qvl.session.report_data import LimitOutcome
+from pytest_qvl.report.report_data import LimitOutcome
 from pytest_qvl.vram.usage import Usage
 
 

@@ -15,8 +15,8 @@ from pytest_qvl.report.states import STATES, PromiseState
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pytest_qvl.report.report_data import Said
     from pytest_qvl.report.run_results import RunResults, TargetResults
-    from pytest_qvl.session.report_data import Said
 
 TITLE = "does QLoRA leave the model seeing?"
 TITLE_WIDTH = max(len(promise.title) for promise in PROMISES)

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
     from pytest_qvl.report.process_results import ProcessResults
+    from pytest_qvl.report.report_data import Finding
     from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder, RunResults
-    from pytest_qvl.session.report_data import Finding
 
 SCHEMA = "pytest-qvl/record/2"
 PACKAGES = (

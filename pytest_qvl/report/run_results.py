@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pytest_qvl.session.report_data import ReportData, report_data, why_skipped
+from pytest_qvl.report.report_data import ReportData, report_data, why_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.report.process_results import ProcessResults, Verdict
+    from pytest_qvl.report.report_data import Finding, GpuFailure, LimitOutcome, Said
     from pytest_qvl.report.states import PromiseState
-    from pytest_qvl.session.report_data import Finding, GpuFailure, LimitOutcome, Said
 
 OWN_MODELS = "models of the tests' own"
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_qvl.evidence import Evidence
-    from pytest_qvl.session.report_data import Said
+    from pytest_qvl.report.report_data import Said
 
 STATES = ("kept", "partly judged", "BROKEN", "error", "not judged", "skipped", "not run")
 MEASURED_ONLY = "measured only: neither --qvl-vram-limit nor --qvl-card was given"

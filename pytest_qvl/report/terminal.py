@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from pytest_qvl.report.process_results import ProcessResults
+    from pytest_qvl.report.report_data import LimitOutcome
     from pytest_qvl.report.run_results import ResultsBuilder, RunResults
-    from pytest_qvl.session.report_data import LimitOutcome
 
 NODE = "qvl session"
 _COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "not judged": {"yellow": True}}

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pytest_qvl.report.report_data import GpuFailure, Kind, add_to_report
 from pytest_qvl.session.errors import CudaUnusable
 from pytest_qvl.session.gpu_access import is_gpu
 from pytest_qvl.session.keys import OUT_OF_MEMORY_KEY
 from pytest_qvl.session.process_gpu import others_on
-from pytest_qvl.session.report_data import GpuFailure, Kind, add_to_report
 from pytest_qvl.session.tracebacks import release_frames
 from pytest_qvl.vram.units import format_bytes
 

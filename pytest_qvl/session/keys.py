@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pytest_qvl.report.report_data import LimitOutcome
     from pytest_qvl.report.run_results import ResultsBuilder
     from pytest_qvl.session.console import Console
     from pytest_qvl.session.device import Device
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from pytest_qvl.session.gpu_access import GpuAccess
     from pytest_qvl.session.leaks import LeakVerdicts
     from pytest_qvl.session.model_state import ModelState
-    from pytest_qvl.session.report_data import LimitOutcome
     from pytest_qvl.session.session_limits import SessionLimits
     from pytest_qvl.session.session_results import SessionResults
     from pytest_qvl.vram.meter import Meter, Phase

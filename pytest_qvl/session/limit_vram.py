@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import pytest
 
+from pytest_qvl.report.report_data import LimitOutcome, add_to_report
 from pytest_qvl.session.keys import TEST_PHASE_KEY, UNMEASURED_KEY, VRAM_OUTCOMES_KEY
-from pytest_qvl.session.report_data import LimitOutcome, add_to_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator

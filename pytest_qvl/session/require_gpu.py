@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.report.report_data import add_to_report
 from pytest_qvl.session.keys import GIVEN_OUT_KEY
-from pytest_qvl.session.report_data import add_to_report
 from pytest_qvl.session.results import skip_reason
 
 if TYPE_CHECKING:

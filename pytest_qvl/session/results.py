@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
+from pytest_qvl.report.report_data import Finding, add_to_report, why_skipped
 from pytest_qvl.report.run_results import OWN_MODELS
 from pytest_qvl.session import fixture_graph
-from pytest_qvl.session.report_data import Finding, add_to_report, why_skipped
 from pytest_qvl.session.suite_collection import check_name, is_shipped
 from pytest_qvl.session.targets import FIXTURE, NEEDS_CUDA, target_of
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.report.process_results import Verdict
-    from pytest_qvl.session.report_data import LimitOutcome
+    from pytest_qvl.report.report_data import LimitOutcome
     from pytest_qvl.vram.meter import Meter
 
 

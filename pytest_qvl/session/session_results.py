@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from pytest_qvl.report.process_results import ProcessResults
+from pytest_qvl.report.report_data import add_to_report, report_data
 from pytest_qvl.report.terminal import NODE
 from pytest_qvl.session.process_link import parent_link, starts_processes
-from pytest_qvl.session.report_data import add_to_report, report_data
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

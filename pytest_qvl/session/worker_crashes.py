@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pytest_qvl.session.report_data import Finding, add_to_report
+from pytest_qvl.report.report_data import Finding, add_to_report
 from pytest_qvl.session.suite_collection import FOLDER, check_of
 from pytest_qvl.session.targets import target_in
 

@@ -525,7 +525,7 @@ def test_the_module_imports_nothing_heavy(pytester):
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import pytest_qvl.session.limit_vram; "
         "print([n for n in sys.modules if n.startswith(('torch', 'pytest_qvl.'))])"
     )
-    light = ["session", "session.keys", "releases", "evidence", "session.report_data", "session.limit_vram"]
+    light = ["session", "report", "releases", "evidence", "report.report_data", "session.keys", "session.limit_vram"]
     assert result.stdout.lines[-1] == str([f"pytest_qvl.{name}" for name in light])
     assert VramLimits.__module__ == "pytest_qvl.session.limit_vram"
 

@@ -9,8 +9,8 @@ import pytest
 from pytest_qvl.checks import vram
 from pytest_qvl.evidence import Evidence, Figure, Judge, Table
 from pytest_qvl.report.comparison import SOME_LOGITS, TOP_TOKENS, comparison
+from pytest_qvl.report.report_data import Finding, add_to_report, report_data
 from pytest_qvl.report.run_results import ResultsBuilder
-from pytest_qvl.session.report_data import Finding, add_to_report, report_data
 
 
 def peaks(allocated, seconds, tokens=(1, 2), logits=(0.5, -1.0), process=10.0):

@@ -16,9 +16,9 @@ import pytest
 from pytest_qvl.evidence import Evidence, Figure, Relation, Table
 from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Verdict
 from pytest_qvl.report.record import SCHEMA, Record
+from pytest_qvl.report.report_data import Finding, GpuFailure, Kind, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.report.states import STATES
-from pytest_qvl.session.report_data import Finding, GpuFailure, Kind, add_to_report
 from pytest_qvl.vram.usage import Usage
 
 RECORDS = Path(__file__).parents[2] / "docs" / "records"

@@ -9,8 +9,8 @@ import pytest
 
 from pytest_qvl.report.process_results import ProcessResults
 from pytest_qvl.report.record import VARIABLES, Record, environment
+from pytest_qvl.report.report_data import Finding, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
-from pytest_qvl.session.report_data import Finding, add_to_report
 from pytest_qvl.vram.usage import Usage
 
 CPU = "embedded on cpu"

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_qvl.evidence import Evidence, Figure, Table
 from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Verdict
-from pytest_qvl.session.report_data import (
+from pytest_qvl.report.report_data import (
     ATTRIBUTE,
     Finding,
     GpuFailure,
