@@ -1,7 +1,7 @@
 """The command ``pytest-qvl``: what can be asked without a test run.
 
 Each subcommand is added by one function and sets ``run`` to one that takes the parsed options and returns the
-exit code. Nonsense (a ``ValueError``) and a file that cannot be read or written (an ``OSError``) become one line
+exit code. Invalid input (a ``ValueError``) and a file that cannot be read or written (an ``OSError``) become one line
 on stderr and exit code 2, as for a mistyped option.
 """
 
@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (2 for nonsense)."""
+    """Run the command; returns the exit code (2 for invalid input)."""
     options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)

@@ -81,7 +81,7 @@ def _qvl_saved_quantization(qvl_model: str) -> Any:
 
 @pytest.fixture(scope="session")
 def qvl_quantization_config(qvl_compute_dtype: str, _qvl_saved_quantization: Any) -> Any:
-    """A ``transformers.BitsAndBytesConfig``: NF4, nested; vision tower, merger and head in 16 bits.
+    """A ``transformers.BitsAndBytesConfig``: NF4 with double quantization; vision tower, merger and head in 16 bits.
 
     Of a checkpoint that was saved in 4 bits, its own: ``from_pretrained`` takes no other.
     """

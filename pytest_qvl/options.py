@@ -62,7 +62,7 @@ class Setting:
     Attributes:
         name: Ini name (``qvl_model``); flag, environment variable and attribute follow from it.
         parse: From text, and the folder that relative paths start from, to value; raises ``ValueError``.
-        default: Value, as text, where nobody spoke; ``None`` for "not set".
+        default: Value, as text, where nobody set it; ``None`` for "not set".
         help: One line for ``--help``.
         metavar: Shown in ``--help``.
         many: Repeatable; in the environment separated by commas.

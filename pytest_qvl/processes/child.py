@@ -103,16 +103,16 @@ def select(items: list[pytest.Item], nodeids: list[str]) -> None:
 
 
 class WorkerShare:
-    """In an xdist worker of a child: the same selection."""
+    """Selects the child's tests in an xdist worker that the child started."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Keep what the child was given."""
+        """Keep the tests that the child was given."""
         select(items, config.workerinput[WORKER_INPUT]["items"])  # type: ignore[attr-defined]
 
 
 class Child:
-    """The child's side, as a plugin.
+    """The plugin of a backend's process: selects its tests and reports them to the parent.
 
     Attributes:
         backend: The backend it runs.
@@ -127,7 +127,7 @@ class Child:
         self._uncollected = False
 
     def request(self, kind: str, **message: Any) -> None:
-        """Tell the parent, and wait until it has heard; it may answer that this was the last test."""
+        """Send a message to the parent and wait for its answer, which may stop the run after this test."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self._channel.send({"kind": kind, **message})
@@ -165,7 +165,7 @@ class Child:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_setupnodes(self) -> None:
-        """Xdist workers are about to start."""
+        """Pass the backend's name to the xdist workers that are about to start."""
         os.environ[WORKER_VARIABLE] = self.backend
 
     @pytest.hookimpl(optionalhook=True)
@@ -175,32 +175,32 @@ class Child:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Keep what the parent named."""
+        """Keep the tests that the parent named."""
         select(items, self._nodeids)
 
     # ---- what the parent hears ---------------------------------------------------------------------------
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        """What failed to import here, although it imports in the parent."""
+        """Report what failed to import here, although it imports in the parent."""
         if report.failed:
             self._uncollected = True
             self.request("collected", report=self._plain(report))
 
     def pytest_runtest_logstart(self, nodeid: str, location: Any) -> None:
-        """A test begins."""
+        """Report that a test begins."""
         self.request("start", nodeid=nodeid, location=location)
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A phase of a test has ended."""
+        """Report a phase of a test that has ended."""
         self.request("report", report=self._plain(report))
 
     def pytest_runtest_logfinish(self, nodeid: str, location: Any) -> None:
-        """A test has ended."""
+        """Report that a test has ended."""
         self.request("finish", nodeid=nodeid, location=location)
 
     def pytest_warning_recorded(self, warning_message: Any, when: str, nodeid: str, location: Any) -> None:
-        """A test warned; what warns while collecting does so in the parent too."""
+        """Report a test's warning; warnings of collection come in the parent too."""
         if when == "runtest":
             self.request(
                 "warning",
@@ -213,12 +213,12 @@ class Child:
             )
 
     def pytest_internalerror(self, excrepr: Any) -> bool:
-        """Pytest itself failed."""
+        """Report an internal error of pytest."""
         self.request("internalerror", text=str(excrepr))
         return True
 
     def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo[BaseException]) -> None:
-        """Something ended the run: ``pytest.exit``, a plugin, a signal; or nothing could be collected here."""
+        """Report what ended the run: ``pytest.exit``, a plugin, a signal; or that nothing could be collected here."""
         status = getattr(excinfo.value, "returncode", None)
         self.request(
             "interrupted", text=str(excinfo.value) or excinfo.typename, for_all=not self._uncollected, status=status
@@ -226,7 +226,7 @@ class Child:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self) -> None:
-        """All tests are reported, fixtures torn down."""
+        """Report the end of the session, after all tests are reported and fixtures torn down."""
         self.request("end")
 
     def _plain(self, report: pytest.CollectReport | pytest.TestReport) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _OUTPUT = "qvl_refused"
 
 
 def import_first(config: pytest.Config) -> None:
-    """Do so if this process runs the tests of one backend, which asks for it; a refusal waits for :func:`refuse`."""
+    """Import what the one backend of this process needs first, if it does; a refusal waits for :func:`refuse`."""
     backend = _only_backend(config)
     if backend is None or backend not in BACKENDS or not _runs_tests(config):
         return

@@ -43,7 +43,7 @@ def refuse_what_needs_a_terminal(config: pytest.Config) -> None:
     """Refuse options that cannot work where tests run in other processes.
 
     Raises:
-        pytest.UsageError: Names the option and the mend.
+        pytest.UsageError: Names the option and the fix.
     """
     for flag, name in (("--pdb", "usepdb"), ("--trace", "trace")):
         if config.getoption(name, False):
@@ -70,7 +70,7 @@ class Children:
     Args:
         config: pytest's configuration.
         backends: In the order they run. Tests without a model run once, with the first.
-        progress: Told when a process starts.
+        progress: Called with a line to show when a process starts.
     """
 
     def __init__(self, config: pytest.Config, backends: Sequence[str], progress: Callable[[str], None]) -> None:
@@ -84,7 +84,7 @@ class Children:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        """Instead of pytest's own loop, unless there is nothing to run or too little was collected."""
+        """Run the backends' processes in place of pytest's loop, unless nothing is to run or collection failed."""
         options = session.config.option
         if options.collectonly or (session.testsfailed and not options.continue_on_collection_errors):
             return None
@@ -121,7 +121,7 @@ class Children:
             return 1
         try:
             return max(1, len(visible_gpus().gpus))
-        except VisibleDevicesError:  # told by the process that takes the lease
+        except VisibleDevicesError:  # reported by the process that takes the lease
             return 1
 
     def _backend_of(self, item: pytest.Item) -> str:

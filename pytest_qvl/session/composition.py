@@ -1,8 +1,8 @@
 """The objects of a session and how they are put together: the one place that knows all of them.
 
-The order in which hooks speak can be read here: pluggy calls plugins in reverse order of registration, so of two in
-:func:`register_plugins` the lower speaks first, after those marked ``tryfirst`` and before those marked ``trylast``.
-:mod:`pytest_qvl.session.phases` was registered together with the plugin, and speaks after all of them.
+The order in which hooks are called can be read here: pluggy calls plugins in reverse order of registration, so of two
+in :func:`register_plugins` the lower is called first, after hooks marked ``tryfirst`` and before those marked
+``trylast``. :mod:`pytest_qvl.session.phases` was registered together with the plugin, and is called after all of them.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def make_objects(config: pytest.Config, settings: Settings) -> None:
 
 
 def register_plugins(config: pytest.Config, settings: Settings, *, writes_record: bool) -> None:
-    """Register the plugins of this run; of those that listen to the same hook the last speaks first."""
+    """Register the plugins of this run; of two that implement the same hook, pluggy calls the later one first."""
     register, stash = config.pluginmanager.register, config.stash
     register(ShippedSuite(), "qvl-suite")
     register(Installed(), "qvl-installed")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """One per process; a backend's process hands its lines to the one that started it.
+    """Shows lines on the terminal; there is one per process, and a backend's process sends its lines to its parent.
 
     Args:
         config: pytest's configuration.

@@ -16,7 +16,7 @@ BF16_CAPABILITY = (8, 0)  # `is_bf16_supported()` is True on a T4, by emulation 
 
 
 class Device:
-    """One per process.
+    """Prepares the device before the first load and restores it at the end of the session; one per process.
 
     Args:
         settings: The run's.
@@ -40,7 +40,7 @@ class Device:
         self.set_up()
 
     def set_up(self) -> None:
-        """Once, before the first load on CUDA: simulate ``--qvl-card``, or pin the GPU's own attention kernels.
+        """Before the first load on CUDA, simulate ``--qvl-card``, or pin the GPU's own attention kernels; once.
 
         :meth:`close` undoes it.
 

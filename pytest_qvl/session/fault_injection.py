@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pytest_qvl.options import Settings
     from pytest_qvl.report.run_results import ResultsBuilder
 
-# A fault is made on a set-up of its own, with a fresh adapter and rendered scenes; these would have no effect.
+# A fault is made on a setup of its own, with a fresh adapter and rendered scenes; these would have no effect.
 WITHOUT_EFFECT = ("adapter", "images")
 
 
@@ -36,13 +36,13 @@ def refuse_without_effect(settings: Settings) -> None:
     if asked:
         flags = ", ".join(f"qvl_{name} ({settings.source(name)})" for name in asked)
         raise pytest.UsageError(
-            f"qvl_fault ({settings.source('fault')}): faults are made on a set-up of their own, with a fresh adapter, "
+            f"qvl_fault ({settings.source('fault')}): faults are made on a setup of their own, with a fresh adapter, "
             f"rendered scenes and the backend {BASELINE!r}; drop {flags}"
         )
 
 
 class Faulted:
-    """Registered only when a fault was named.
+    """Runs the suite on the damaged model; registered only when ``--qvl-fault`` names a fault.
 
     Args:
         fault: Its name.
@@ -91,7 +91,7 @@ class Faulted:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        """Let go of the model before somebody looks for what is left."""
+        """Drop the model before the session is searched for memory that was left allocated."""
         self._made = None
 
     @pytest.hookimpl(wrapper=True, trylast=True)
@@ -116,7 +116,7 @@ class Faulted:
 
     @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Say what was damaged, which check must notice it, and which did."""
+        """Write what was damaged, which check must notice it, and which checks did."""
         fault, noticed = self._fault, self._noticed()
         terminalreporter.line(f"qvl: fault {fault.name}: {fault.summary}")
         if fault.check not in noticed:

@@ -16,7 +16,7 @@ FailureKey = tuple[Definition, Lineage, frozenset[tuple[str, Any]]]
 
 
 class FirstErrors:
-    """One per process."""
+    """Keeps, for each fixture that failed, its error and the first test that met it; one per process."""
 
     def __init__(self) -> None:
         self._first_met: dict[BaseException, str] = {}

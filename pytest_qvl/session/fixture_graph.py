@@ -1,8 +1,8 @@
 """What a fixture's value was made from, read from pytest's fixture definitions.
 
 pytest caches the value of a session fixture once, whatever was overridden underneath it: a test in another
-folder, which sees other overrides, silently gets the value made for the first. Here is how to tell. The only
-module that knows pytest's fixture internals.
+folder, which sees other overrides, silently gets the value made for the first. This module finds out when that would
+happen; it is the only one that knows pytest's fixture internals.
 """
 
 from __future__ import annotations

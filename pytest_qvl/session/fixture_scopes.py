@@ -17,7 +17,7 @@ SCOPES = ("function", "class", "module", "package", "session")  # from narrow to
 
 
 class FixtureScopes(CollectionRefusal):
-    """The hooks.
+    """Refuses overrides whose scope is too narrow, at the end of collection.
 
     Args:
         config: pytest's configuration.

@@ -1,6 +1,6 @@
 """What each public fixture has to give, for overrides: one table, and how to judge a value by it.
 
-Nothing is imported to judge a value: its classes are told by their names, and what other packages make
+Nothing is imported to judge a value: its class is recognised by its name, and what other packages make
 (processors, optimizers) by the attributes that the checks use.
 """
 

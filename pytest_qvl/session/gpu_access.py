@@ -28,7 +28,7 @@ def is_gpu(item: pytest.Item) -> bool:
 
 
 class GpuAccess:
-    """One per process.
+    """Gives a GPU test its GPU, or the reason why there is none; one per process.
 
     Args:
         config: pytest's configuration.
@@ -53,7 +53,7 @@ class GpuAccess:
         return self._meter.cause
 
     def enter(self, item: pytest.Item) -> None:
-        """Before the fixtures of a test.
+        """Lease a GPU for a GPU test before its fixtures are set up; do nothing for any other test.
 
         Raises:
             CudaUnusable: Work before it broke CUDA in this process.
@@ -101,7 +101,7 @@ class GpuAccess:
             self._meter.process = ProcessMemory(self.gpu.take().gpu.uuid)
 
     def verify(self) -> None:
-        """Once CUDA has started, wherever it was: it computes on the leased GPU.
+        """Make sure, once CUDA has started anywhere in this process, that it computes on the leased GPU.
 
         Raises:
             UserError: It computes on another, which cannot be had.
@@ -128,7 +128,7 @@ class GpuAccess:
         return asks_for_gpus(self._config, self._settings) or any(map(on_cuda, session.items))
 
     def _lease_for_own_test(self) -> None:
-        """A test that is marked gpu and uses no model: with a GPU it leases it, without one it is its own affair."""
+        """Lease a GPU for a test that is marked gpu and uses no model; without one, the test has to cope."""
         torch = sys.modules.get("torch")
         if torch is None or torch.version.cuda is not None:
             with suppress(NoGpu):

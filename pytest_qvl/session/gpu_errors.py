@@ -1,8 +1,8 @@
 """Out of memory, and CUDA broken for good: verdicts of their own, so that one test does not drag the rest along.
 
-Whoever runs out of memory is told how much was asked for, in which phase, and who else holds the card; what its frames
-hold is let go before the next test. After work that broke CUDA every later call in the process fails, so its GPU tests
-are not run, and say whose doing it is.
+A test that runs out of memory reports how much was asked for, in which phase, and who else holds the card; what its
+frames hold is released before the next test. After work that broke CUDA every later call in the process fails, so its
+GPU tests are not run, and say whose doing it is.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SECTION = "GPU"
 
 
 class GpuFailures:
-    """Registered in every process.
+    """Recognises out-of-memory errors and broken CUDA in failed tests; registered in every process.
 
     Args:
         access: The way to the GPU.
@@ -47,7 +47,7 @@ class GpuFailures:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Say the verdict where the failure is reported."""
+        """Put the verdict on the report of the failure."""
         report = yield
         error = None if call.excinfo is None else call.excinfo.value
         if isinstance(error, CudaUnusable):
@@ -69,7 +69,7 @@ class GpuFailures:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Before tear-down and the next test: let go of what a failed allocation left in frames and cache."""
+        """Before teardown and the next test: release what a failed allocation left in frames and cache."""
         errors = item.stash.get(OUT_OF_MEMORY_KEY, [])
         for error in errors:
             release_frames(error)

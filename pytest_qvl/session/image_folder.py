@@ -18,7 +18,7 @@ DEFINED_IN = "pytest_qvl.fixtures"
 
 
 class ImageFolder(CollectionRefusal):
-    """Registered only when a folder was named.
+    """Checks the folder of ``--qvl-images`` after collection; registered only when one was named.
 
     Args:
         folder: What was named.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Installed(CollectionRefusal):
-    """The hooks. A session whose tests use no model of this package is let alone, whatever is installed."""
+    """Shows installed versions and refuses unsupported ones; ignores a session whose tests use no model."""
 
     def concerns(self, items: Sequence[pytest.Item]) -> bool:
         """Whether a test uses a model of this package."""

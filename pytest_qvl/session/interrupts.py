@@ -53,7 +53,7 @@ class Interrupts:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
-        """From here on; in a worker of xdist it is xdist that stops."""
+        """Handle signals while tests run, in a run that uses our fixtures; an xdist worker is stopped by xdist."""
         config = session.config
         uses = any(fixture_graph.is_ours(name) for item in session.items for name in fixture_graph.fixture_names(item))
         controls = bool(getattr(config.option, "tx", None))
@@ -68,7 +68,7 @@ class Interrupts:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self) -> Generator[None, object, object]:
-        """All fixtures are torn down before the run stops."""
+        """Hold a signal back until the test's fixtures are torn down."""
         self._tearing_down = True
         return (yield)
 
@@ -86,7 +86,7 @@ class Interrupts:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
-        """To the end of the session: tear-down and summary are not interrupted."""
+        """Until the session has ended, let no signal interrupt teardown or the summary."""
         try:
             return (yield)
         finally:
@@ -114,12 +114,12 @@ class Interrupts:
         _installed.clear()
 
     def step_aside(self) -> None:
-        """A child is about to be forked: it is to have no handler, not even until its first line of Python."""
+        """Remove the handlers before a fork, so that the child never has them."""
         for number, before in self._before.items():
             signal.signal(number, before)
 
     def step_back(self) -> None:
-        """It has been forked."""
+        """Install the handlers again after a fork, in the parent."""
         for number in self._before:
             signal.signal(number, self._handle)
 

@@ -50,7 +50,7 @@ class LeakWatch:
         return self._first is not None
 
     def begin(self) -> None:
-        """A test that uses the model begins, before its fixtures are made."""
+        """Start to watch a test that uses the model, before its fixtures are set up."""
         if self._first is None:
             self._meter.reclaim("before the first model")
             self._first = self._allocated()
@@ -72,7 +72,7 @@ class LeakWatch:
             self._made += self._allocated() - before
 
     def left_by_test(self, let_go: Callable[[], None], own_storages: Callable[[], frozenset[int]]) -> str:
-        """After tear-down: how much the test left allocated and who holds it; empty where it left nothing.
+        """After teardown: how much the test left allocated and who holds it; empty where it left nothing.
 
         Args:
             let_go: Drops what pytest itself still holds of the test.
@@ -165,7 +165,7 @@ class LeakVerdicts:
         left = self.watch.left_by_test(let_go, self._model.storages)
         if left:
             failed = self._errors.met_first_by(item)
-            after = "a load that failed half-way" if failed else "the test and its tear-down"
+            after = "a load that failed half-way" if failed else "the test and its teardown"
             amount, *holders = left.splitlines()
             self._left = "\n".join([f"{item.nodeid} leaks: {amount}, after {after}", *holders])
 

@@ -1,4 +1,4 @@
-"""``limit_vram``: a test's peak VRAM as a limit, refused at collection if it is nonsense, else enforced.
+"""``limit_vram``: a test's peak VRAM as a limit, refused at collection if it is invalid, else enforced.
 
 Imports stdlib and pytest only; the meter's side is imported when the first limit is met.
 """
@@ -27,7 +27,7 @@ LIMIT_VRAM_HELP = (
     "limit_vram(limit, *, of='fit', scope='call'): fail the test if its peak VRAM exceeds limit, such as "
     "'15 GiB'; of: allocated, reserved, process (by the driver) or fit (reserved + CUDA context, what a card "
     "must have); "
-    "scope: call (the test's body), test (with its own set-up and teardown) or session; "
+    "scope: call (the test's body), test (with its own setup and teardown) or session; "
     "limit_vram(None) lifts every limit from further out"
 )
 Scope = Literal["call", "test", "session"]
@@ -61,7 +61,7 @@ def limits_on(item: pytest.Item, default: int | None = None) -> tuple[Limit, ...
         default: Bytes of *fit* in the body of every test; ``None`` for no default.
 
     Raises:
-        ValueError: A mark is nonsense; names the test, the mark and the mend.
+        ValueError: A mark is invalid; names the test, the mark and the fix.
     """
     found: dict[tuple[str, str], Limit] = {}
     for node in item.iter_parents():
@@ -129,20 +129,20 @@ class VramLimits:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """Refuse nonsense before the first test runs.
+        """Refuse invalid marks before the first test runs.
 
         Raises:
-            pytest.UsageError: Some limits are nonsense; one line for each.
+            pytest.UsageError: Some limits are invalid; one line for each.
         """
-        wrong = list(_nonsense(items))
+        wrong = list(_invalid(items))
         # A worker that raises here is reported as a crash of the worker; there each such test fails at its
-        # set-up.
+        # setup.
         if wrong and not hasattr(config, "workerinput"):
             raise pytest.UsageError("\n".join(wrong))
 
     # ---- run -----------------------------------------------------------------------------------------------
 
-    # No wrapper: one that raises before its yield leaves out the set-up of other plugins' wrappers, not their
+    # No wrapper: one that raises before its yield leaves out the setup of other plugins' wrappers, not their
     # teardown.
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
@@ -150,7 +150,7 @@ class VramLimits:
         item.stash[VRAM_OUTCOMES_KEY], item.stash[UNMEASURED_KEY] = [], []
         limits = self._limits(item, "test")
         if limits:
-            name = f"{item.nodeid} with set-up and teardown"
+            name = f"{item.nodeid} with setup and teardown"
             item.stash[TEST_PHASE_KEY] = self._meter.begin(name, keep=_exceeds(limits))
 
     @pytest.hookimpl(wrapper=True, trylast=True)
@@ -259,7 +259,7 @@ class VramLimits:
         return [f"allocator snapshot: {path} (open it at https://docs.pytorch.org/memory_viz)"]
 
 
-def _nonsense(items: Iterable[pytest.Item]) -> Iterator[str]:
+def _invalid(items: Iterable[pytest.Item]) -> Iterator[str]:
     for item in items:
         try:
             limits_on(item)

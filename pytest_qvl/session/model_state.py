@@ -26,7 +26,7 @@ NAMED_CHANGES = 3
 
 
 class ModelState:
-    """One per process.
+    """Knows what the resident model was made from, and prepares it for each test; one per process.
 
     Args:
         progress: Shows a line of progress.
@@ -190,7 +190,7 @@ class ModelState:
         self._forget_torn_down()
 
     def _finish_models(self, item: Any) -> None:
-        """Nothing of the model that is resident may reach the next test."""
+        """Tear down both model fixtures, so that nothing of the resident model reaches the next test."""
         for definition in list(self._made_from):
             if definition.argname in MODEL_FIXTURES:
                 fixture_graph.finish(definition, item)

@@ -20,7 +20,7 @@ OWN_PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Overriding:
-    """One file with overrides.
+    """A file of a user that overrides fixtures of this package.
 
     Attributes:
         file: A conftest.py, or a module given with ``-p``.

@@ -73,7 +73,7 @@ def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, objec
 
 
 def pytest_fixture_post_finalizer(fixturedef: Any, request: Any) -> None:
-    """What a fixture trained goes with it."""
+    """Look for leaks, and forget what the fixture trained."""
     if fixturedef.scope != "function":
         request.config.stash[LEAKS_KEY].look()
     request.config.stash[MODEL_KEY].note_end(fixturedef)

@@ -27,7 +27,7 @@ class ProcessGpu:
 
     Args:
         patience: Seconds to wait behind other runs.
-        say: Told while waiting.
+        say: Called with a line to show while waiting.
 
     Attributes:
         lease: Held, once :meth:`take` has returned.
@@ -86,7 +86,7 @@ class ProcessGpu:
         self._verified = True
 
     def release(self) -> None:
-        """Let the next one in."""
+        """Give the lease back, so that another process can take the GPU."""
         if self.lease is not None:
             self.lease.release()
             self.lease = None

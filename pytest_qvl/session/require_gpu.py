@@ -34,7 +34,7 @@ def given_out_on_cuda() -> int:
 
 
 class GpuRequired:
-    """Registered only when the switch is on.
+    """Turns skipped GPU tests, and a run without any, into errors; registered only with ``--qvl-require-gpu``.
 
     Args:
         builder: Has the results of the run, and takes the verdict.
@@ -51,7 +51,7 @@ class GpuRequired:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session: pytest.Session) -> Generator[None, object, object]:
-        """Tests are about to run; listing options, ``--collect-only`` and ``--setup-plan`` ask for none."""
+        """Note that tests are run; where they are only listed (``--collect-only``) or set up, none is required."""
         options = session.config.option
         self._ran = not (options.collectonly or getattr(options, "setuponly", False))
         return (yield)
@@ -76,7 +76,7 @@ class GpuRequired:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """A run without a GPU test is not what was asked for."""
+        """Fail a run in which no test ran on a GPU."""
         if hasattr(session.config, "workerinput") or not self._ran:
             return
         on_cuda = [phase.data.ran_on_cuda for phase in self._builder.results().phases]

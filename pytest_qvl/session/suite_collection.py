@@ -52,7 +52,7 @@ class SuiteModule(pytest.Module):
 
 
 class ShippedSuite:
-    """The hooks that concern the suite."""
+    """Collects the suite under any ini, and warns of overrides that do not reach it."""
 
     def __init__(self) -> None:
         self._unreached: list[str] = []

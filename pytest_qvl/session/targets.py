@@ -54,7 +54,7 @@ def check_devices(settings: Settings) -> None:
     """Refuse a backend that has no device to run on.
 
     Raises:
-        pytest.UsageError: Names it and the mend.
+        pytest.UsageError: Names it and the fix.
     """
     for name in settings.backend:
         devices = registered(name).devices

@@ -38,7 +38,7 @@ def limit_threads(config: pytest.Config) -> None:
 
 
 def described(config: pytest.Config) -> list[str]:
-    """For the header of the process that starts the workers."""
+    """One line for the header of the process that starts the workers; none where torch's threads are left alone."""
     workers = _workers(config)
     if workers < 2 or _chosen() or hasattr(config, "workerinput"):
         return []

@@ -43,7 +43,7 @@ def add_properties(item: pytest.Item, what: str, usage: Usage) -> None:
 
 
 class PhaseNumbers:
-    """Tells the numbers of the phases that a test measures with the fixture ``qvl_vram``.
+    """Adds the numbers of the phases that a test measures with the fixture ``qvl_vram``.
 
     Args:
         meter: What the fixture gives.
@@ -54,7 +54,7 @@ class PhaseNumbers:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
-        """Tell what has ended since the test's body began, also when the body failed."""
+        """Add the phases that have ended since the test's body began, also when the body failed."""
         if METER_FIXTURE not in fixture_names(item):
             return (yield)
         ended = len(self._meter.session().inner)
@@ -62,5 +62,5 @@ class PhaseNumbers:
             return (yield)
         finally:
             for usage in self._meter.session().inner[ended:]:
-                if usage.name != item.nodeid:  # the body itself, under a limit, is told with it
+                if usage.name != item.nodeid:  # the body itself, under a limit, is reported with it
                     add_properties(item, re.sub(r"[^a-z0-9]+", "_", usage.name.lower()).strip("_"), usage)

@@ -62,7 +62,7 @@ _OTHERS = re.compile(r"(?!(.*[./])?(pytest_qvl([./]|$)|conftest$|test_[^./]*$|[^
 
 
 class _Never(Warning):
-    """Raised by nobody."""
+    """A category that no warning has, so that a filter for it changes nothing."""
 
 
 def spare() -> None:

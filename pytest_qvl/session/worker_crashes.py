@@ -1,4 +1,4 @@
-"""A worker of xdist that died in the middle of a test: what it takes with it, the test's finding, is put in here."""
+"""An xdist worker that died in the middle of a test sends no finding: here its report gets one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class WorkerCrashes:
-    """Listens in the controller of xdist; elsewhere nothing crashes and lives.
+    """Adds the lost check to xdist's report of a crash; does its work in the controller.
 
     Args:
         settings: Of this run.

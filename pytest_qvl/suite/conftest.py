@@ -64,8 +64,8 @@ def long_batch(
 
 
 @pytest.fixture(scope="session")
-def own_pictures(pytestconfig: pytest.Config, qvl_image_samples: list[Sample]) -> list[Sample] | None:
-    """The user's own pictures (``--qvl-images``); ``None`` where the samples are rendered."""
+def own_images(pytestconfig: pytest.Config, qvl_image_samples: list[Sample]) -> list[Sample] | None:
+    """The user's own images (``--qvl-images``); ``None`` where the samples are rendered."""
     return qvl_image_samples if pytestconfig.stash[SETTINGS_KEY].images else None
 
 
@@ -92,7 +92,7 @@ def training_halves(qvl_batch: Any, training_samples: list[Sample]) -> list[Any]
 
 
 def halves(samples: list[Sample]) -> list[list[Sample]]:
-    """Two halves, the first of which never lacks pictures; one where there is one sample."""
+    """Two halves, the first of which never lacks images; one where there is one sample."""
     rows = sorted(samples, key=lambda sample: not sample.images)
     middle = (len(rows) + 1) // 2
     return [half for half in (rows[:middle], rows[middle:]) if half]

@@ -15,10 +15,10 @@ def test_peak_vram(
 
 
 def test_forecast_fits_card(
-    qvl_model: str, qvl_quantization_config: Any, qvl_lora_config: Any, qvl_card: Any, own_pictures: Any
+    qvl_model: str, qvl_quantization_config: Any, qvl_lora_config: Any, qvl_card: Any, own_images: Any
 ) -> None:
     """Training this model with this adapter fits ``--qvl-card``, by the forecast: no GPU is asked."""
-    checks.forecast_fits_card(qvl_model, qvl_quantization_config, qvl_lora_config, qvl_card, samples=own_pictures)
+    checks.forecast_fits_card(qvl_model, qvl_quantization_config, qvl_lora_config, qvl_card, samples=own_images)
 
 
 def test_forecast_agrees(qvl_lora_model: Any, mixed_batches: Any, training_batch: Any, qvl_vram: Any) -> None:
