@@ -61,6 +61,13 @@ def adapter_configs(parts: Parts) -> dict[str, Any]:
     return dict(configs or {})
 
 
+def orthogonality_penalty(parts: Parts) -> float:
+    """Weight of the penalty that AdaLoRA adds to the loss for A and B that are not orthogonal; 0 for other adapters."""
+    configs = adapter_configs(parts)
+    active = (configs[name] for name in active_adapters(parts) if name in configs)
+    return max((float(getattr(config, "orth_reg_weight", 0.0)) for config in active), default=0.0)
+
+
 def active_adapters(parts: Parts) -> tuple[str, ...]:
     """Names of the adapters that take part in a forward now; empty when none is attached or all are switched off."""
     layers = adapted_layers(parts).values()

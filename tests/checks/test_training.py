@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ import transformers
 from pytest_qvl.checks.backpropagation import vision_not_backpropagated
 from pytest_qvl.checks.frozen import frozen_vision
 from pytest_qvl.checks.labels import label_mask
+from pytest_qvl.checks.support.descent import Move, descent
 from pytest_qvl.checks.support.teaching import WRONG_RANK, with_wrong_labels
 from pytest_qvl.checks.training import training_step
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
+from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import TransformersBackend, remove_vision_grad_hooks
 from pytest_qvl.models.fingerprint.digests import digests
@@ -328,6 +331,49 @@ def plain_model(fresh_model: Any) -> Any:
 def test_optimizers_and_rates_that_people_use(plain_model: Any, batch: Any, name: str) -> None:
     evidence = step(plain_model, batch, make_optimizer=HEALTHY_OPTIMIZERS[name])
     assert figure(evidence, "tensors that your optimizer's step moves") == 56
+
+
+def test_an_adalora_for_language_models_learns(fresh_model: Any, batch: Any) -> None:
+    """By its task type its loss holds a penalty on A and B; its ranknum, trainable once cast, is too large to move."""
+    from peft import AdaLoraConfig, TaskType
+
+    model = fresh_model(lora=AdaLoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=LANGUAGE_ONLY, total_step=100))
+    for name, parameter in model.named_parameters():
+        if "ranknum" in name:
+            parameter.requires_grad_()
+            parameter.data.fill_(2.0**20)
+    evidence = step(model, batch, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    assert figure(evidence, "tensors that your optimizer's step moves") == 28 * 3
+    assert any("AdaLoRA's penalty on A and B" in note for note in evidence.notes)
+
+
+@dataclass
+class Bowl:
+    """A loss as a 16-bit model computes it: it falls by one to first order, is curved and rounded."""
+
+    weights: list[torch.nn.Parameter]
+    curvature: float
+    rounding: float
+    downhill: float = 1.0
+
+    def loss(self) -> float:
+        [moved] = self.weights
+        at = float(moved.detach())
+        exact = 8 - self.downhill * at + self.curvature * at**2
+        return round(exact / self.rounding) * self.rounding
+
+
+@pytest.mark.parametrize(
+    ("downhill", "rounding", "agrees"),
+    [(1.0, 2**-6, True), (0.3, 2**-14, False), (-1.0, 2**-6, False), (2.5, 2**-14, False)],
+)
+def test_curvature_does_not_hide_what_the_gradient_promises(downhill: float, rounding: float, agrees: bool) -> None:
+    """Ahead alone, the curvature is half of the promise where the promise is as small as the rounding of the loss."""
+    lesson: Any = Bowl([torch.nn.Parameter(torch.zeros(()))], curvature=100.0, rounding=rounding, downhill=downhill)
+    move = Move([torch.zeros(())], [torch.tensor(-1.0)], [torch.ones(())])
+    found = descent(lesson, move)
+    assert found.agrees == agrees
+    assert not lesson.weights[0].detach().any()
 
 
 class Idle(torch.optim.SGD):

@@ -97,7 +97,7 @@ class Descent:
 
     Attributes:
         promised: By the gradient, to first order; negative where the move goes downhill.
-        seen: Difference of two losses.
+        seen: Half the difference between the losses ahead and behind.
         agrees: Whether the loss falls as promised.
     """
 
@@ -109,16 +109,14 @@ class Descent:
 def descent(lesson: Lesson, move: Move) -> Descent:
     """Follow a move until the loss does what the gradient promises: a proof that the gradient is the loss's own.
 
-    The length of the move begins where the promise is a quarter of the loss and is halved up to ten times. It agrees
-    where the deviation is at most half of the promise twice in a row. Derived in docs/limits.md#first-order-descent.
-    The weights are put back where the move began.
+    The length of the move begins where the promise is a quarter of the loss and is halved up to ten times; losses are
+    compared ahead and behind, so that curvature cancels. It agrees where the deviation is at most half of the promise
+    twice in a row. Derived in docs/limits.md#first-order-descent. The weights are put back where the move began.
 
     Args:
         lesson: Computes the loss.
         move: Begins where the gradient was taken.
     """
-    import torch
-
     _place(lesson.weights, move.before)  # an optimizer's step may have been a long one
     start, slope = lesson.loss(), sum(move.slopes())
     promised = seen = 0.0
@@ -126,11 +124,8 @@ def descent(lesson: Lesson, move: Move) -> Descent:
     length = _FIRST_SHARE * start / abs(slope) if slope else 0.0
     try:
         for _ in range(_HALVINGS + 1 if length else 0):
-            with torch.no_grad():
-                for weight, before, after in zip(lesson.weights, move.before, move.after, strict=True):
-                    weight.copy_(before + length * (after - before))
-            promised = sum(move.slopes(lesson.weights))
-            seen = lesson.loss() - start
+            (ahead, loss_ahead), (behind, loss_behind) = (_probe(lesson, move, way * length) for way in (1, -1))
+            promised, seen = (ahead - behind) / 2, (loss_ahead - loss_behind) / 2
             agrees = promised < 0 and abs(seen - promised) <= _AGREES * abs(promised)
             if agrees and agreed:
                 return Descent(promised, seen, True)
@@ -138,6 +133,16 @@ def descent(lesson: Lesson, move: Move) -> Descent:
     finally:
         _place(lesson.weights, move.before)
     return Descent(promised, seen, False)
+
+
+def _probe(lesson: Lesson, move: Move, length: float) -> tuple[float, float]:
+    """First-order change of the loss at ``length`` times the move, of the weights as rounded there, and the loss."""
+    import torch
+
+    with torch.no_grad():
+        for weight, before, after in zip(lesson.weights, move.before, move.after, strict=True):
+            weight.copy_(before + length * (after - before))
+    return sum(move.slopes(lesson.weights)), lesson.loss()
 
 
 def _place(weights: Sequence[nn.Parameter], values: Sequence[torch.Tensor]) -> None:
