@@ -18,7 +18,7 @@ from pytest_qvl.faults.matrix.healthy_panel import Child
 from pytest_qvl.faults.matrix.healthy_plan import START, Schedule, expected_cost, spread
 from pytest_qvl.faults.matrix.healthy_record import BEGIN, COMMAND, END, Outcome, block_of, markdown, record, shown
 from pytest_qvl.faults.matrix.isa import Cpu, Setting, settings
-from pytest_qvl.faults.matrix.isa_used import Used
+from pytest_qvl.faults.matrix.isa_used import ATEN_NAMES, Used
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -103,7 +103,8 @@ class Pretended:
     alarm_at: int | None = None
 
     def __init__(self, setting: Setting, *, seed: int) -> None:
-        self.setting, self.used = setting, Used("AVX2", "Intel AVX2", "", setting.threads)
+        aten, onednn = ATEN_NAMES.get(setting.aten, "AVX2"), f"Intel {setting.onednn or 'AVX2'}"
+        self.setting, self.used = setting, Used(aten, onednn, "", setting.threads)
 
     def __enter__(self) -> Pretended:
         return self
@@ -165,6 +166,27 @@ def test_a_run_goes_on_where_it_was(
     assert data["settings"][0]["numbers"] == list(range(6))
     assert data["settings"][0]["judged"] == 6 * 18
     assert data["settings"][0]["undecided"] == {"alignment": 6}
+
+
+def test_another_cpu_goes_on_under_the_settings_that_it_offers(
+    pretended: type[Pretended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = tmp_path / "healthy.json"
+    command = ["faults", "--healthy", "60", "--isa", "all", "--out", str(out), "--jobs", "1"]
+    monkeypatch.setattr("pytest_qvl.faults.matrix.isa.this_cpu", lambda: AMX)
+    pretended.dies_at = 7
+    assert main(command) == 1
+    begun = judged_in(tmp_path / "healthy.json.part")
+    assert 0 < len(begun) < 60
+    pretended.dies_at = None
+    monkeypatch.setattr("pytest_qvl.faults.matrix.isa.this_cpu", lambda: OLD)
+    assert main(command) == 0
+    data = json.loads(out.read_text())
+    assert data["complete"]
+    assert sorted(chain(*(one["numbers"] for one in data["settings"]))) == list(range(60))
+    later = [one for one in data["settings"] if OLD.model in one["cpus"]]
+    assert later
+    assert all(one["onednn"] == "AVX2" and one["aten"] != "avx512" for one in later)
 
 
 def test_what_is_not_judged_when_the_time_is_up_is_ended_and_left(

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pytest_qvl.evidence import printable
 from pytest_qvl.faults.matrix.freshness import definitions_digest
 from pytest_qvl.faults.matrix.healthy_child import SEPARATOR, Judged
-from pytest_qvl.faults.matrix.healthy_plan import Schedule, spread
+from pytest_qvl.faults.matrix.healthy_plan import Schedule, offered_only, spread
 from pytest_qvl.faults.matrix.healthy_record import Outcome
 from pytest_qvl.faults.matrix.isa_used import Used
 from pytest_qvl.faults.matrix.journal import JsonLines
@@ -46,6 +46,9 @@ def run(
 ) -> list[Outcome]:
     """Spread `count` healthy variations over the settings that the CPU offers, each in processes of its own.
 
+    What a setting gets does not depend on the CPU, so that a run may go on with another one; variations left of
+    settings that this one does not offer are shared out among those it does.
+
     Args:
         count: How many variations in all.
         settings: Where to run them.
@@ -58,19 +61,20 @@ def run(
         ValueError: `partial` holds the results of another run.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    outcomes = [Outcome(setting, setting.lacks(cpu)) for setting in settings]
-    offered = {str(outcome.setting): outcome for outcome in outcomes if not outcome.missing}
-    journal = JsonLines(partial, {"healthy": count, "settings": list(offered), "definitions": definitions_digest()})
+    outcomes = {str(setting): Outcome(setting, setting.lacks(cpu)) for setting in settings}
+    journal = JsonLines(partial, {"healthy": count, "settings": list(outcomes), "definitions": definitions_digest()})
     for kept in journal.kept:
-        _add(offered[kept["setting"]], kept)
-    waiting = spread(count, [outcome.setting for outcome in offered.values()])
-    left = {s: [n for n in numbers if n not in offered[str(s)].numbers] for s, numbers in waiting.items()}
-    panel = _Panel(offered, list(settings), journal, cpu, count)
+        outcomes[kept["setting"]].missing = ()  # the CPU that judged it offers the setting
+        _add(outcomes[kept["setting"]], kept)
+    done = {kept["number"] for kept in journal.kept}
+    left = {s: [n for n in numbers if n not in done] for s, numbers in spread(count, settings).items()}
+    panel = _Panel(outcomes, list(settings), journal, cpu, count)
+    left = offered_only(left, cpu)
     schedule = Schedule(left, jobs, deadline)
     with panel.ended_after(deadline), ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(panel.work, schedule) for _ in range(jobs)]:
             future.result()
-    return outcomes
+    return list(outcomes.values())
 
 
 class _Panel:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from pytest_qvl.faults.matrix.healthy import Variation
-    from pytest_qvl.faults.matrix.isa import Setting
+    from pytest_qvl.faults.matrix.isa import Cpu, Setting
 
 # How many variations a setting gets against others. Two threads keep two cores busy, are hardly faster, and change the
 # order of additions only; torch's kernels without vectors take twice as long, and next to no CPU in use needs them.
@@ -44,6 +44,16 @@ def spread(count: int, settings: Sequence[Setting]) -> dict[Setting, list[int]]:
                 found[setting].append(left.pop(place).number)
     for setting in settings:
         found[setting] += [left.pop().number for _ in range(sizes[setting] - len(found[setting]))]
+    return found
+
+
+def offered_only(left: Mapping[Setting, Sequence[int]], cpu: Cpu) -> dict[Setting, list[int]]:
+    """What is left of settings that the CPU does not offer goes to those it does, as :func:`spread` shares out."""
+    found = {setting: list(numbers) for setting, numbers in left.items() if not setting.lacks(cpu)}
+    others = [number for setting, numbers in left.items() if setting not in found for number in numbers]
+    sizes = _sizes(len(others), list(found))
+    for setting, size in sizes.items():
+        found[setting] += [others.pop() for _ in range(size)]
     return found
 
 
