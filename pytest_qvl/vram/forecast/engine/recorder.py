@@ -111,7 +111,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self.trace = trace
         self._workspaces.clear()
-        for key, number in list(self._numbers.items()):
+        # A copy makes no objects between its items, so no garbage collection, which takes numbers away, comes between.
+        for key, number in self._numbers.copy().items():
             if number >= common:
                 del self._numbers[key], self._watches[key]
 
