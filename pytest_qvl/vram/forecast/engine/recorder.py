@@ -111,10 +111,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self.trace = trace
         self._workspaces.clear()
-        # A copy makes no objects between its items, so no garbage collection, which takes numbers away, comes between.
+        # Over a copy, and without insisting: a garbage collection at any time takes numbers away by itself.
         for key, number in self._numbers.copy().items():
             if number >= common:
-                del self._numbers[key], self._watches[key]
+                self._numbers.pop(key, None)
+                self._watches.pop(key, None)
 
     @contextmanager
     def labelled(self, kind: Kind) -> Iterator[None]:
