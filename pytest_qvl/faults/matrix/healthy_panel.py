@@ -68,9 +68,8 @@ def run(
         _add(outcomes[kept["setting"]], kept)
     done = {kept["number"] for kept in journal.kept}
     left = {s: [n for n in numbers if n not in done] for s, numbers in spread(count, settings).items()}
+    schedule = Schedule(offered_only(left, cpu), jobs, deadline)
     panel = _Panel(outcomes, list(settings), journal, cpu, count)
-    left = offered_only(left, cpu)
-    schedule = Schedule(left, jobs, deadline)
     with panel.ended_after(deadline), ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(panel.work, schedule) for _ in range(jobs)]:
             future.result()
@@ -81,9 +80,9 @@ class _Panel:
     """Runs variations from several threads, each with a child process at a time; holds what the threads share."""
 
     def __init__(
-        self, offered: dict[str, Outcome], settings: list[Setting], journal: JsonLines, cpu: Cpu, count: int
+        self, outcomes: dict[str, Outcome], settings: list[Setting], journal: JsonLines, cpu: Cpu, count: int
     ) -> None:
-        self._offered, self._settings, self._journal = offered, settings, journal
+        self._outcomes, self._settings, self._journal = outcomes, settings, journal
         self._cpu, self._count, self._lock = cpu.model, count, Lock()
         self._children: set[Child] = set()
         self._time_is_up = False
@@ -109,7 +108,7 @@ class _Panel:
 
     def work(self, schedule: Schedule) -> None:
         while (setting := schedule.begin()) is not None:
-            outcome, broken = self._offered[str(setting)], True
+            outcome, broken = self._outcomes[str(setting)], True
             try:
                 self._ask(outcome, schedule)
                 broken = False
@@ -149,7 +148,7 @@ class _Panel:
             _add(outcome, line)
             for alarm in judged.alarms:
                 _say(f"FALSE ALARM under {outcome.setting}: {alarm}")
-            done = sum(len(one.numbers) for one in self._offered.values())
+            done = sum(len(one.numbers) for one in self._outcomes.values())
             if done % PROGRESS == 0:
                 _say(f"{done} of {self._count} healthy variations")
 
