@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.vision import vision_stability as vision_stability
     from pytest_qvl.checks.visual_alignment import alignment as alignment
     from pytest_qvl.checks.vram import peak_vram as peak_vram
+    from pytest_qvl.checks.weights import weights_as_stored as weights_as_stored
     from pytest_qvl.evidence import CannotJudge as CannotJudge
     from pytest_qvl.evidence import CheckFailed as CheckFailed
     from pytest_qvl.evidence import Evidence as Evidence

@@ -17,6 +17,7 @@ ORDER = (
     "vram",
     "forecast",
     "checkpoint",
+    "weights",
     "quantization",
     "adapter",
     "neutrality",

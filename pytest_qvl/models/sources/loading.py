@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,12 +46,14 @@ class LoadingReport:
         missing: Tensors of the model that the checkpoint does not hold; tied heads are not among them.
         unexpected: Tensors of the checkpoint that the model has no place for.
         mismatched: Tensors that both have, with their shape in the checkpoint and in the model.
+        folder: Where its files are; ``None`` where nothing was loaded.
     """
 
     checkpoint: str
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     mismatched: tuple[tuple[str, Shape, Shape], ...] = ()
+    folder: Path | None = field(default=None, compare=False)
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -141,6 +143,7 @@ def reported_by_transformers(info: dict[str, Any], model: Any, source: ModelSour
         tuple(sorted(info["missing_keys"])),
         tuple(sorted(name for name in info["unexpected_keys"] if not _harmless(name))),
         tuple(sorted(reported.union(() if folder is None else compared_with(model, folder).mismatched))),
+        folder,
     )
 
 
@@ -159,7 +162,7 @@ def compared_with(model: Any, folder: Path, checkpoint: str = "") -> LoadingRepo
     """
     parts = anatomy(model)
     wanted = _wanted(parts)
-    stored = {_today(name): tensor for name, tensor in stored_tensors(folder).items()}
+    stored = {in_todays_layout(name): tensor for name, tensor in stored_tensors(folder).items()}
     both = [name for name in wanted if name in stored]
     return LoadingReport(
         checkpoint or f"checkpoint {str(folder)!r}",
@@ -168,6 +171,7 @@ def compared_with(model: Any, folder: Path, checkpoint: str = "") -> LoadingRepo
         tuple(
             sorted((name, stored[name].shape, wanted[name]) for name in both if not _fits(stored[name], wanted[name]))
         ),
+        folder,
     )
 
 
@@ -181,7 +185,8 @@ def _harmless(name: str) -> bool:
     return _COMPUTED.search(name) is not None or _QUANT_STATE.search(name) is not None
 
 
-def _today(name: str) -> str:
+def in_todays_layout(name: str) -> str:
+    """The name that a tensor of a checkpoint has in Transformers 4.52 and later."""
     for pattern, replacement in _OLD_LAYOUT:
         name = pattern.sub(replacement, name)
     return name
@@ -227,7 +232,7 @@ def _misfit_on_disk(folder: Path, checkpoint: str) -> str:
 
     skeleton = _skeleton(folder)
     problems = compared_with(skeleton, folder, checkpoint).problems
-    packed = [_today(name).removesuffix(".weight") for name, tensor in stored_tensors(folder).items() if tensor.is_4bit]
+    packed = [in_todays_layout(name).removesuffix(".weight") for name, tensor in stored_tensors(folder).items() if tensor.is_4bit]
     kept = [(name, entry) for entry in skip_list(anatomy(skeleton)) or () for name in packed if skipped_by(entry, name)]
     if kept and not problems:
         (name, entry), *_ = kept

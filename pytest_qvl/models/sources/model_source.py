@@ -339,7 +339,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         ModelSourceError: A header is not readable.
     """
-    entries = {name: entry for file in _weight_files(folder) for name, entry in _safetensors_header(file)[0].items()}
+    entries = {name: entry for file in weight_files(folder) for name, entry in _safetensors_header(file)[0].items()}
     packed = {name.partition(_QUANT_STATE)[0] for name in entries if _QUANT_STATE in name}
     parts = {name + part for name in packed for part in _FOUR_BIT_PARTS}
     return {
@@ -349,7 +349,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     }
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The files that ``from_pretrained`` reads: those of the index, or ``model.safetensors``, or all there are."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():

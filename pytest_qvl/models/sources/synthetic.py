@@ -9,8 +9,10 @@ where the head is tied to them, that of the head, so that logits are of order on
 
 from __future__ import annotations
 
+import json
 import math
 import zlib
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import Parts, anatomy
@@ -22,6 +24,30 @@ if TYPE_CHECKING:
 
 BIAS_STD = 0.02
 RESIDUAL_WRITERS = ("o_proj", "down_proj", "proj", "fc2", "linear_fc2")
+_KEPT_AS = "_qvl_drawn"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """How a synthetic model's tensors were drawn, which is all it takes to draw them again.
+
+    Attributes:
+        device: Where; CPU and CUDA give different values.
+        dtype: Of the values before any quantization.
+        seed: Of the whole model.
+        config: What the model was built for, as ``config.json`` would hold it.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    config: dict[str, Any] = field(repr=False)
+
+
+def kept_drawn(parts: Parts) -> Drawn | None:
+    """How this model's tensors were drawn; ``None`` for a model that was loaded."""
+    drawn: Drawn | None = getattr(parts.base, _KEPT_AS, None)
+    return drawn
 
 
 def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
@@ -59,6 +85,7 @@ def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: t
         quantizer.postprocess_model(model)
     model.generation_config = generation_config(config)
     keep_report(model, LoadingReport("synthetic weights, drawn and not loaded"))
+    setattr(model, _KEPT_AS, Drawn(torch.device(device), dtype, seed, json.loads(config.to_json_string(use_diff=False))))
     return model.eval()
 
 
@@ -102,17 +129,42 @@ def draw(parts: Parts, name: str, device: torch.device, dtype: torch.dtype, seed
         dtype: Of the values.
         seed: Of the whole model.
     """
+    place, _, key = name.rpartition(".")
+    return draw_of(parts, parts.base.get_submodule(place), name, key, device, dtype, seed)
+
+
+def drawn_shape(module: nn.Module, key: str) -> torch.Size:
+    """The shape that a parameter is drawn in, packed or not by now."""
     import torch
     from torch import nn
 
-    module = parts.base.get_submodule(name.rpartition(".")[0])
-    parameter = parts.base.get_parameter(name)
+    shape = module._parameters[key].shape  # type: ignore[union-attr]
+    if isinstance(module, nn.Linear) and key == "weight":
+        return torch.Size((module.out_features, module.in_features))
+    return shape
+
+
+def draw_of(
+    parts: Parts, module: nn.Module, name: str, key: str, device: torch.device, dtype: torch.dtype, seed: int
+) -> torch.Tensor:
+    """What :func:`draw` gives, of a module that may stand elsewhere by now, as PEFT moves what it adapts.
+
+    Args:
+        parts: The model.
+        module: The module that the parameter belongs to.
+        name: Name of the parameter where it was when it was drawn.
+        key: Name of the parameter in `module`.
+        device: Where to draw.
+        dtype: Of the values.
+        seed: Of the whole model.
+    """
+    import torch
+    from torch import nn
+
     generator = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
-    shape = parameter.shape
-    if isinstance(module, nn.Linear):
-        shape = torch.Size((module.out_features, module.in_features)) if parameter.ndim == 2 else shape
+    shape = drawn_shape(module, key)
     values = torch.empty(shape, dtype=dtype, device=device)
-    if parameter.ndim == 1:
+    if len(shape) == 1:
         if name.endswith("bias"):
             return values.normal_(0.0, BIAS_STD, generator=generator)
         return values.fill_(1.0)  # normalisation gains

@@ -1,0 +1,193 @@
+"""The values that a model was made from, tensor by tensor: a checkpoint's files, or synthetic weights drawn again.
+
+Nothing is kept: a tensor is read in pieces of a few MiB, so that a model of any size can be compared beside itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from pytest_qvl.models.adapters import base_modules
+from pytest_qvl.models.sources.loading import compared_with, in_todays_layout
+from pytest_qvl.models.sources.model_source import stored_tensors, weight_files
+from pytest_qvl.models.sources.synthetic import Drawn, draw_of, drawn_shape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from pytest_qvl.models.anatomy import Parts
+
+PIECE = 8 * 2**20  # elements
+_STATE = ".quant_state.bitsandbytes__"
+
+
+class Piece(NamedTuple):
+    """A part of a tensor: whole rows of it.
+
+    Attributes:
+        start: Number of its first element in the flat tensor.
+        values: Its elements, flat, in the dtype they are stored in.
+    """
+
+    start: int
+    values: torch.Tensor
+
+
+class Stored(Protocol):
+    """What a model is compared with.
+
+    Attributes:
+        what: What to call it ("checkpoint '/models/qwen'").
+        config: The content of its ``config.json``.
+    """
+
+    what: str
+    config: dict[str, Any]
+
+    def misfits(self, parts: Parts) -> tuple[str, ...]:
+        """One sentence for each kind of tensors that only one of both has, or that have another shape."""
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it holds a tensor of that name in the base model."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, of a 4-bit one that of the packed data."""
+
+    def pieces(self, name: str, multiple: int = 1) -> Iterator[Piece]:
+        """A tensor from front to back, each piece but the last a multiple of so many elements."""
+
+    def packed(self, name: str) -> dict[str, Any] | None:
+        """The parts of a weight that is stored in 4 bits, ``None`` for any other.
+
+        Tensors ``weight``, ``absmax``, ``quant_map`` and with double quantization ``nested_absmax`` and
+        ``nested_quant_map``; beside them what bitsandbytes keeps as JSON: ``quant_type``, ``blocksize``, ``dtype``,
+        ``shape``, and with double quantization ``nested_blocksize``, ``nested_dtype`` and ``nested_offset``.
+        """
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is: its file, its name in there, its shape."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+
+class StoredFolder:
+    """A checkpoint's safetensors files; names of before Transformers 4.52 count as today's.
+
+    Args:
+        folder: The checkpoint's folder.
+
+    Raises:
+        ModelSourceError: A header is not readable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self._folder = folder
+        self._open = cache(lambda file: safe_open(file, framework="pt"))
+        self._files = weight_files(folder)
+        self._four_bit = {in_todays_layout(n) for n, tensor in stored_tensors(folder).items() if tensor.is_4bit}
+        self.what = f"checkpoint {str(folder)!r}"
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._places: dict[str, _Place] = {}
+        for file in self._files:
+            opened = self._open(file)
+            for key in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                self._places[in_todays_layout(key)] = _Place(file, key, tuple(opened.get_slice(key).get_shape()))
+
+    def misfits(self, parts: Parts) -> tuple[str, ...]:
+        """See :class:`Stored`."""
+        return compared_with(parts.base, self._folder, self.what).problems
+
+    def __contains__(self, name: str) -> bool:
+        """See :class:`Stored`."""
+        return name in self._places
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See :class:`Stored`."""
+        return self._places[name].shape
+
+    def pieces(self, name: str, multiple: int = 1) -> Iterator[Piece]:
+        """See :class:`Stored`."""
+        place = self._places[name]
+        if not place.shape:
+            yield Piece(0, self._whole(name).reshape(-1))
+            return
+        view = self._open(place.file).get_slice(place.key)
+        per_row = math.prod(place.shape[1:])
+        step = math.lcm(multiple, per_row) // per_row
+        step *= max(1, PIECE // (step * per_row))
+        for row in range(0, place.shape[0], step):
+            yield Piece(row * per_row, view[row : row + step].reshape(-1))
+
+    def packed(self, name: str) -> dict[str, Any] | None:
+        """See :class:`Stored`."""
+        if name not in self._four_bit:
+            return None
+        found: dict[str, Any] = {"weight": self._whole(name)}
+        for key in self._places:
+            if key.startswith(f"{name}{_STATE}"):
+                found |= json.loads(bytes(self._whole(key).tolist()))
+            elif key.startswith(f"{name}."):
+                found[key.removeprefix(f"{name}.")] = self._whole(key)
+        return found
+
+    def _whole(self, name: str) -> torch.Tensor:
+        place = self._places[name]
+        tensor: torch.Tensor = self._open(place.file).get_tensor(place.key)
+        return tensor
+
+
+class StoredSynthetic:
+    """Synthetic weights, each drawn again from its own seed when it is asked for.
+
+    Args:
+        parts: The model that was built from them.
+        drawn: How.
+    """
+
+    def __init__(self, parts: Parts, drawn: Drawn) -> None:
+        self._parts, self._drawn = parts, drawn
+        self._modules = base_modules(parts)
+        self.what = f"the synthetic weights of seed {drawn.seed}"
+        self.config = drawn.config
+
+    def misfits(self, parts: Parts) -> tuple[str, ...]:
+        """None: whatever the model has was drawn."""
+        return ()
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it is a parameter; buffers are computed."""
+        module, _, key = name.rpartition(".")
+        return key in self._modules[module]._parameters
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See :class:`Stored`."""
+        module, _, key = name.rpartition(".")
+        return tuple(drawn_shape(self._modules[module], key))
+
+    def pieces(self, name: str, multiple: int = 1) -> Iterator[Piece]:
+        """See :class:`Stored`."""
+        values = self._draw(name).reshape(-1)
+        step = max(1, PIECE // multiple) * multiple
+        for start in range(0, values.numel(), step):
+            yield Piece(start, values[start : start + step])
+
+    def packed(self, name: str) -> None:
+        """None: synthetic weights are packed while they are built."""
+
+    def _draw(self, name: str) -> torch.Tensor:
+        module, _, key = name.rpartition(".")
+        drawn = self._drawn
+        return draw_of(self._parts, self._modules[module], name, key, drawn.device, drawn.dtype, drawn.seed)
