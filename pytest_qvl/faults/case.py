@@ -46,6 +46,7 @@ class Case:
         load: Loads another model of the same source on the same device, see :func:`load`.
         subject: What :attr:`model` was loaded from, and where to.
         adapter_folder: Where the adapter was loaded from, or ``None`` for a fresh one.
+        checkpoint: Folder that the model is meant to be loaded from, where it is not the one that it names.
         collators: Change a batch after the processor made it, in order.
         optimizer: The user's optimizer, or ``None``.
         make_optimizer: Makes the optimizer of a training step from the trainable parameters, or ``None``.
@@ -61,6 +62,7 @@ class Case:
     load: Callable[..., Any]
     subject: Subject = field(default_factory=embedded)
     adapter_folder: Path | None = None
+    checkpoint: Path | None = None
     collators: list[Collator] = field(default_factory=list)
     optimizer: Any = None
     make_optimizer: Any = None

@@ -31,6 +31,7 @@ FAMILIES = {
     "attention": "vision attention",
     "images": "processor",
     "numerics": "numerics",
+    "weights": "weights and configuration",
     "generation": "generation",
     "training": "training",
     "disk": "adapters on disk",

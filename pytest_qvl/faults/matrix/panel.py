@@ -105,6 +105,7 @@ def _peak_vram(case: Case) -> None:
 # Checks that take more of a case than the arguments they cannot do without, or other inputs than the usual ones.
 _CALLS: dict[str, Callable[[Case], Any]] = {
     "peak_vram": _peak_vram,
+    "weights_as_stored": lambda c: checks.weights_as_stored(c.model, c.checkpoint),
     "quantization_census": lambda c: checks.quantization_census(c.model, c.policy),
     "adapter_census": lambda c: checks.adapter_census(c.model, c.lora_config, c.optimizer),
     "adapter_roundtrip": lambda c: checks.adapter_roundtrip(c.model, c.adapter_folder),
