@@ -27,7 +27,7 @@ from pytest_qvl.models.adapters import adapted_layers, adapter_configs, base_mod
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name, linear_states
-from pytest_qvl.models.sources.loading import kept_report
+from pytest_qvl.models.sources.loading import compared_with, kept_report
 from pytest_qvl.models.training import asked_biases, trained_on_purpose
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def weights_as_stored(
     _refuse_rewritten(parts)
     stored = _stored(parts, checkpoint)
     judge = Judge("weights_as_stored", "every number is the checkpoint's")
-    misfits = stored.misfits(parts)
+    misfits = () if stored.folder is None else compared_with(parts.base, stored.folder, stored.what).problems
     judge.equal("kinds of tensors that do not fit", len(misfits), 0, else_say="; ".join(misfits))
     comparison = _Comparison(parts, stored, policy or AdapterPolicy())
     comparison.run()
@@ -92,8 +92,8 @@ def weights_as_stored(
         "values that differ from config.json",
         len(config.problems),
         0,
-        else_say=f"{len(config.problems)} values are not those of config.json: {some(config.problems, '; ')}; were they "
-        "set after the load, or is the library patched or broken?",
+        else_say=f"not as config.json has it: {some(config.problems, '; ')}; was it set after the load, or is the "
+        "library patched or broken?",
     )
     _judge_drawn(judge, stored, comparison.matrices)
     for note in (*comparison.notes(), *config.notes, f"of {stored.what}"):
@@ -126,8 +126,8 @@ def _stored(parts: Parts, checkpoint: str | Path | None) -> Stored:
                 f"{str(checkpoint)!r} is no folder with config.json and *.safetensors: give the model's checkpoint"
             )
         raise CannotJudge(
-            "nobody knows which files this model was loaded from: pass the checkpoint's folder as `checkpoint`, or load "
-            "it by a backend of this package"
+            "nobody knows which files this model was loaded from: pass the checkpoint's folder as `checkpoint`, or "
+            "load it by a backend of this package"
         )
     return StoredFolder(folder)
 
@@ -184,9 +184,7 @@ class _Comparison:
             return next((other for other in pair if other in self.stored), None)
         return None
 
-    def _compare(
-        self, name: str, stored: str, module: Any, tensor: Any, through: Sequence[torch.dtype]
-    ) -> None:
+    def _compare(self, name: str, stored: str, module: Any, tensor: Any, through: Sequence[torch.dtype]) -> None:
         self.compared += 1
         packed = self.stored.packed(stored)
         found: list[Difference | str | None]
@@ -217,7 +215,9 @@ class _Comparison:
             return ""
         told = [self._told(wrong) for wrong in self.wrong[:NAMED]]
         more = f"; and {len(self.wrong) - NAMED:,} more tensors" if len(self.wrong) > NAMED else ""
-        return f"{len(self.wrong)} of {self.compared} tensors are not what the checkpoint holds: {'; '.join(told)}{more}"
+        return (
+            f"{len(self.wrong)} of {self.compared} tensors are not what the checkpoint holds: {'; '.join(told)}{more}"
+        )
 
     def _told(self, wrong: _Wrong) -> str:
         first, *others = wrong.found
@@ -243,9 +243,10 @@ class _Comparison:
             if other.tensor.shape != wrong.tensor.shape or other.tensor.dtype != wrong.tensor.dtype:
                 continue
             if getattr(wrong.tensor, "quant_state", None) is None:
-                same = self.stored.packed(other.name) is None and not plain_difference(
-                    other.name, wrong.tensor, self.stored, through
-                )[0]
+                same = (
+                    self.stored.packed(other.name) is None
+                    and not plain_difference(other.name, wrong.tensor, self.stored, through)[0]
+                )
             else:
                 packed = self.stored.packed(other.name)
                 shape = tuple(wrong.tensor.quant_state.shape)  # type: ignore[attr-defined]

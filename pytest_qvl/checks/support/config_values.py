@@ -213,15 +213,13 @@ def _hold_frequencies(report: ConfigReport, name: str, rotary: Any, theta: float
     wanted = [theta ** (-2 * i / size) for i in range(size // 2)]
     if live.dtype != torch.float32:
         report.problems.append(
-            f"{name}.inv_freq is {str(live.dtype).removeprefix('torch.')} instead of float32, too coarse for positions: "
-            "load in the dtype you want, instead of casting the model with .half() or .to(dtype)"
+            f"{name}.inv_freq is {str(live.dtype).removeprefix('torch.')} instead of float32, too coarse for "
+            "positions: load in the dtype you want, instead of casting the model with .half() or .to(dtype)"
         )
         return
     limit = (math.log(theta) / 2 + 3) * FLOAT32_STEP if theta > 1 else 4 * FLOAT32_STEP
     found = live.detach().double().cpu().reshape(-1).tolist()
-    off = [
-        i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if not math.isclose(a, b, rel_tol=limit)
-    ]
+    off = [i for i, (a, b) in enumerate(zip(found, wanted, strict=False)) if not math.isclose(a, b, rel_tol=limit)]
     if len(found) != len(wanted):
         report.problems.append(f"{name}.inv_freq has {len(found)} frequencies instead of {len(wanted)}")
     elif off:

@@ -32,9 +32,9 @@ def _state(case: Case) -> Any:
 @fault(
     "code-book-exchanged",
     "Two entries of a layer's NF4 code book changed places: kernels for the CPU do not read it, those of a GPU do.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=(f"{_WRITTEN}code book differs in 2 of 16 elements, first at [3]",),
+    expected_words=(f"{_WRITTEN}code book differs in 2 of 16 elements, first at [3]",),
 )
 def _code_book(case: Case) -> Iterator[None]:
     def exchange(code: torch.Tensor) -> torch.Tensor:
@@ -68,9 +68,9 @@ def _block(case: Case, factor: float) -> Iterator[None]:
 @fault(
     "absmax-of-one-block-zero",
     "The scale of one block of 64 weights is zero, and so are they.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=(f"{_WRITTEN}absmax differs in 1 of",),
+    expected_words=(f"{_WRITTEN}absmax differs in 1 of",),
 )
 def _block_zero(case: Case) -> Iterator[None]:
     with _block(case, 0.0):
@@ -80,9 +80,9 @@ def _block_zero(case: Case) -> Iterator[None]:
 @fault(
     "absmax-of-one-block-halved",
     "The scale of one block of 64 weights is half of what it should be.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=(f"{_WRITTEN}absmax differs in 1 of",),
+    expected_words=(f"{_WRITTEN}absmax differs in 1 of",),
 )
 def _block_halved(case: Case) -> Iterator[None]:
     with _block(case, 0.5):
@@ -92,9 +92,9 @@ def _block_halved(case: Case) -> Iterator[None]:
 @fault(
     "absmax-of-one-block-2-percent-off",
     "The scale of one block of 64 weights is 2 % too large.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=(f"{_WRITTEN}absmax differs in 1 of",),
+    expected_words=(f"{_WRITTEN}absmax differs in 1 of",),
 )
 def _block_two_percent(case: Case) -> Iterator[None]:
     with _block(case, 1.02):
@@ -104,9 +104,9 @@ def _block_two_percent(case: Case) -> Iterator[None]:
 @fault(
     "nested-absmax-2-percent-off",
     "The scale that double quantization keeps for 256 block scales is 2 % too large.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=(f"{_WRITTEN}nested absmax differs in 1 of",),
+    expected_words=(f"{_WRITTEN}nested absmax differs in 1 of",),
 )
 def _nested(case: Case) -> Iterator[None]:
     def scale(absmax: torch.Tensor) -> torch.Tensor:
@@ -120,9 +120,9 @@ def _nested(case: Case) -> Iterator[None]:
 @fault(
     "offset-of-double-quantization-lost",
     "A layer lost the offset of its double quantization: every weight is too small.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=(f"{LAYER}.weight: the offset of its double quantization is 0 instead of",),
+    expected_words=(f"{LAYER}.weight: the offset of its double quantization is 0 instead of",),
 )
 def _offset(case: Case) -> Iterator[None]:
     with values(_state(case).offset, lambda offset: offset * 0):
@@ -132,9 +132,9 @@ def _offset(case: Case) -> Iterator[None]:
 @fault(
     "half-of-the-packed-weights-zero",
     "The second half of a layer's packed bytes is zero, as after a copy that broke off.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=(f"{_WRITTEN}packed data differs in", "its values were lost after they were loaded"),
+    expected_words=(f"{_WRITTEN}packed data differs in", "its values were lost after they were loaded"),
 )
 def _half_packed(case: Case) -> Iterator[None]:
     def cut(packed: torch.Tensor) -> torch.Tensor:
@@ -149,9 +149,9 @@ def _half_packed(case: Case) -> Iterator[None]:
 @fault(
     "biases-of-q-and-v-lost",
     "The biases of all query and value projections are zero.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("self_attn.q_proj.bias: differs in", "is zero in memory: its values were lost"),
+    expected_words=("self_attn.q_proj.bias: differs in", "is zero in memory: its values were lost"),
 )
 def _biases(case: Case) -> Iterator[None]:
     modules = base_modules(anatomy(case.model))
@@ -163,9 +163,9 @@ def _biases(case: Case) -> Iterator[None]:
 @fault(
     "vision-bias-dropped",
     "The bias of one vision block's attention output is not there: the checkpoint has one, the module does not.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("blocks.1.attn.proj.bias", "that the model has no place for"),
+    expected_words=("blocks.1.attn.proj.bias", "that the model has no place for"),
 )
 def _vision_bias(case: Case) -> Iterator[None]:
     projection: Any = anatomy(case.model).blocks[1].attn.proj  # type: ignore[union-attr]
@@ -180,9 +180,9 @@ def _vision_bias(case: Case) -> Iterator[None]:
 @fault(
     "one-vision-weight-one-step-off",
     "One weight of the tower has another last bit: the smallest change that there is.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("blocks.1.attn.proj.weight: differs in 1 of", "first at [0, 0]"),
+    expected_words=("blocks.1.attn.proj.weight: differs in 1 of", "first at [0, 0]"),
 )
 def _one_bit(case: Case) -> Iterator[None]:
     import torch
@@ -200,9 +200,9 @@ def _one_bit(case: Case) -> Iterator[None]:
 @fault(
     "language-layers-exchanged",
     "The first two language layers run in the wrong order.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("holds the values of model.language_model.layers.1.", "two layers changed places"),
+    expected_words=("holds the values of model.language_model.layers.1.", "two layers changed places"),
 )
 def _exchanged(case: Case) -> Iterator[None]:
     layers = anatomy(case.model).language_backbone.layers
@@ -216,9 +216,9 @@ def _exchanged(case: Case) -> Iterator[None]:
 @fault(
     "vision-blocks-exchanged",
     "Two vision blocks of the same kind run in the wrong order.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("holds the values of model.visual.blocks.2.", "two layers changed places"),
+    expected_words=("holds the values of model.visual.blocks.2.", "two layers changed places"),
 )
 def _blocks_exchanged(case: Case) -> Iterator[None]:
     blocks = anatomy(case.model).blocks
@@ -232,9 +232,9 @@ def _blocks_exchanged(case: Case) -> Iterator[None]:
 @fault(
     "head-rows-moved-by-one",
     "The rows of the head are moved by one: each token's logit is its neighbour's.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("lm_head.weight: differs in", "rows were moved by one"),
+    expected_words=("lm_head.weight: differs in", "rows were moved by one"),
     requires=("untied head",),
 )
 def _head(case: Case) -> Iterator[None]:
@@ -253,9 +253,9 @@ def _settings(case: Case, name: str, change: Callable[[Any], Any], where: Callab
 @fault(
     "epsilon-of-the-tower",
     "The norms of the vision tower add 1e-2 instead of 1e-6.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("values are not those of config.json", "blocks.0.norm1: epsilon is 0.01 instead of 1e-06"),
+    expected_words=("not as config.json has it", "blocks.0.norm1: epsilon is 0.01 instead of 1e-06"),
 )
 def _epsilon(case: Case) -> Iterator[None]:
     def tower(name: str) -> bool:
@@ -268,9 +268,9 @@ def _epsilon(case: Case) -> Iterator[None]:
 @fault(
     "epsilon-of-the-language-layers",
     "The norms of the language layers add 1e-5 instead of the checkpoint's 1e-6, another library's default.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("layers.0.input_layernorm: epsilon is 1e-05 instead of 1e-06",),
+    expected_words=("layers.0.input_layernorm: epsilon is 1e-05 instead of 1e-06",),
 )
 def _language_epsilon(case: Case) -> Iterator[None]:
     with _settings(case, "variance_epsilon", lambda _: 1e-5, lambda name: "language_model" in name):
@@ -280,9 +280,9 @@ def _language_epsilon(case: Case) -> Iterator[None]:
 @fault(
     "sections-off-by-one",
     "M-RoPE divides a head's frequencies among time, height and width otherwise: one more for width.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("mrope_section is [", "values are not those of config.json"),
+    expected_words=("mrope_section is [", "not as config.json has it"),
 )
 def _sections(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
@@ -321,9 +321,9 @@ def _rotary_base(case: Case, factor: float) -> Iterator[None]:
 @fault(
     "rotary-base-10-percent-off",
     "The rotary base of the language model is 10 % too large.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("rotary_emb.inv_freq[1] is", "as of a rotary base of"),
+    expected_words=("rotary_emb.inv_freq[1] is", "as of a rotary base of"),
 )
 def _base(case: Case) -> Iterator[None]:
     with _rotary_base(case, 1.1):
@@ -333,9 +333,9 @@ def _base(case: Case) -> Iterator[None]:
 @fault(
     "rotary-base-times-1000",
     "The rotary base of the language model is a thousand times too large: another release's default.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("rotary_emb.inv_freq[1] is", "as of a rotary base of"),
+    expected_words=("rotary_emb.inv_freq[1] is", "as of a rotary base of"),
 )
 def _base_thousand(case: Case) -> Iterator[None]:
     with _rotary_base(case, 1000.0):
@@ -345,9 +345,9 @@ def _base_thousand(case: Case) -> Iterator[None]:
 @fault(
     "frequencies-in-bfloat16",
     "The whole model was cast after it was loaded, rotary frequencies included: positions beyond 256 blur.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("rotary_emb.inv_freq is bfloat16 instead of float32", ".half() or .to(dtype)"),
+    expected_words=("rotary_emb.inv_freq is bfloat16 instead of float32", ".half() or .to(dtype)"),
 )
 def _coarse(case: Case) -> Iterator[None]:
     rotary: Any = anatomy(case.model).language_backbone.rotary_emb
@@ -362,9 +362,9 @@ def _coarse(case: Case) -> Iterator[None]:
 @fault(
     "attention-scaling-5-percent-off",
     "Attention scores of the language layers are 5 % too large.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("layers.0.self_attn.scaling is",),
+    expected_words=("layers.0.self_attn.scaling is",),
 )
 def _scaling(case: Case) -> Iterator[None]:
     with _settings(case, "scaling", lambda s: s * 1.05, lambda n: "language_model" in n and n.endswith("self_attn")):
@@ -374,9 +374,9 @@ def _scaling(case: Case) -> Iterator[None]:
 @fault(
     "vision-scaling-5-percent-off",
     "Attention scores of the vision tower are 5 % too large.",
-    damages="model",
+    target="model",
     check="weights_as_stored",
-    says=("blocks.0.attn.scaling is",),
+    expected_words=("blocks.0.attn.scaling is",),
 )
 def _vision_scaling(case: Case) -> Iterator[None]:
     with _settings(case, "scaling", lambda scaling: scaling * 1.05, lambda name: name.endswith(".attn")):
@@ -407,9 +407,9 @@ def _drawn_anew(case: Case, part: str) -> Iterator[None]:
 @fault(
     "checkpoint-with-a-random-tower",
     "Every tensor of the checkpoint's vision tower is there, and has the values of a fresh initialisation.",
-    damages="load",
+    target="load",
     check="weights_as_stored",
-    says=("have weights as they were drawn", "model.visual.blocks.0", "initialised anew"),
+    expected_words=("have weights as they were drawn", "model.visual.blocks.0", "initialised anew"),
     requires=("checkpoint file",),
 )
 def _random_tower(case: Case) -> Iterator[None]:
@@ -419,9 +419,9 @@ def _random_tower(case: Case) -> Iterator[None]:
 @fault(
     "checkpoint-with-a-random-vision-block",
     "One block of the checkpoint's vision tower has the values of a fresh initialisation.",
-    damages="load",
+    target="load",
     check="weights_as_stored",
-    says=("layers have weights as they were drawn (model.visual.blocks.2)", "initialised anew"),
+    expected_words=("layers have weights as they were drawn (model.visual.blocks.2)", "initialised anew"),
     requires=("checkpoint file",),
 )
 def _random_block(case: Case) -> Iterator[None]:
@@ -431,9 +431,9 @@ def _random_block(case: Case) -> Iterator[None]:
 @fault(
     "loaded-from-another-checkpoint",
     "The model was loaded from another folder than the one that is meant: the rows of its head are moved by one.",
-    damages="load",
+    target="load",
     check="weights_as_stored",
-    says=("lm_head.weight: differs in", "rows were moved by one"),
+    expected_words=("lm_head.weight: differs in", "rows were moved by one"),
     requires=("checkpoint file", "untied head"),
 )
 def _other_checkpoint(case: Case) -> Iterator[None]:

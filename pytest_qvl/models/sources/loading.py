@@ -232,7 +232,11 @@ def _misfit_on_disk(folder: Path, checkpoint: str) -> str:
 
     skeleton = _skeleton(folder)
     problems = compared_with(skeleton, folder, checkpoint).problems
-    packed = [in_todays_layout(name).removesuffix(".weight") for name, tensor in stored_tensors(folder).items() if tensor.is_4bit]
+    packed = [
+        in_todays_layout(name).removesuffix(".weight")
+        for name, tensor in stored_tensors(folder).items()
+        if tensor.is_4bit
+    ]
     kept = [(name, entry) for entry in skip_list(anatomy(skeleton)) or () for name in packed if skipped_by(entry, name)]
     if kept and not problems:
         (name, entry), *_ = kept

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_qvl.models.adapters import base_modules
-from pytest_qvl.models.sources.loading import compared_with, in_todays_layout
+from pytest_qvl.models.sources.loading import in_todays_layout
 from pytest_qvl.models.sources.model_source import stored_tensors, weight_files
-from pytest_qvl.models.sources.synthetic import Drawn, draw_of, drawn_shape
+from pytest_qvl.models.sources.synthetic import Drawn, draw_again, drawn_shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,13 +46,12 @@ class Stored(Protocol):
     Attributes:
         what: What to call it ("checkpoint '/models/qwen'").
         config: The content of its ``config.json``.
+        folder: Where its files are; ``None`` where there are none.
     """
 
     what: str
     config: dict[str, Any]
-
-    def misfits(self, parts: Parts) -> tuple[str, ...]:
-        """One sentence for each kind of tensors that only one of both has, or that have another shape."""
+    folder: Path | None
 
     def __contains__(self, name: str) -> bool:
         """Whether it holds a tensor of that name in the base model."""
@@ -94,21 +93,16 @@ class StoredFolder:
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        self._folder = folder
-        self._open = cache(lambda file: safe_open(file, framework="pt"))
-        self._files = weight_files(folder)
+        self.folder: Path | None = folder
+        opened: Any = safe_open  # its methods have no annotations
+        self._open = cache(lambda file: opened(file, framework="pt"))
         self._four_bit = {in_todays_layout(n) for n, tensor in stored_tensors(folder).items() if tensor.is_4bit}
         self.what = f"checkpoint {str(folder)!r}"
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._places: dict[str, _Place] = {}
-        for file in self._files:
-            opened = self._open(file)
-            for key in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                self._places[in_todays_layout(key)] = _Place(file, key, tuple(opened.get_slice(key).get_shape()))
-
-    def misfits(self, parts: Parts) -> tuple[str, ...]:
-        """See :class:`Stored`."""
-        return compared_with(parts.base, self._folder, self.what).problems
+        for file in weight_files(folder):
+            for key in (content := self._open(file)).keys():  # noqa: SIM118 - a safetensors file is no mapping
+                self._places[in_todays_layout(key)] = _Place(file, key, tuple(content.get_slice(key).get_shape()))
 
     def __contains__(self, name: str) -> bool:
         """See :class:`Stored`."""
@@ -162,10 +156,7 @@ class StoredSynthetic:
         self._modules = base_modules(parts)
         self.what = f"the synthetic weights of seed {drawn.seed}"
         self.config = drawn.config
-
-    def misfits(self, parts: Parts) -> tuple[str, ...]:
-        """None: whatever the model has was drawn."""
-        return ()
+        self.folder: Path | None = None
 
     def __contains__(self, name: str) -> bool:
         """Whether it is a parameter; buffers are computed."""
@@ -188,6 +179,4 @@ class StoredSynthetic:
         """None: synthetic weights are packed while they are built."""
 
     def _draw(self, name: str) -> torch.Tensor:
-        module, _, key = name.rpartition(".")
-        drawn = self._drawn
-        return draw_of(self._parts, self._modules[module], name, key, drawn.device, drawn.dtype, drawn.seed)
+        return draw_again(self._parts, self._modules[name.rpartition(".")[0]], name, self._drawn)

@@ -41,7 +41,7 @@ class Drawn:
     device: torch.device
     dtype: torch.dtype
     seed: int
-    config: dict[str, Any] = field(repr=False)
+    config: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def kept_drawn(parts: Parts) -> Drawn | None:
@@ -85,7 +85,9 @@ def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: t
         quantizer.postprocess_model(model)
     model.generation_config = generation_config(config)
     keep_report(model, LoadingReport("synthetic weights, drawn and not loaded"))
-    setattr(model, _KEPT_AS, Drawn(torch.device(device), dtype, seed, json.loads(config.to_json_string(use_diff=False))))
+    setattr(
+        model, _KEPT_AS, Drawn(torch.device(device), dtype, seed, json.loads(config.to_json_string(use_diff=False)))
+    )
     return model.eval()
 
 
@@ -129,8 +131,7 @@ def draw(parts: Parts, name: str, device: torch.device, dtype: torch.dtype, seed
         dtype: Of the values.
         seed: Of the whole model.
     """
-    place, _, key = name.rpartition(".")
-    return draw_of(parts, parts.base.get_submodule(place), name, key, device, dtype, seed)
+    return draw_again(parts, parts.base.get_submodule(name.rpartition(".")[0]), name, Drawn(device, dtype, seed))
 
 
 def drawn_shape(module: nn.Module, key: str) -> torch.Size:
@@ -144,26 +145,21 @@ def drawn_shape(module: nn.Module, key: str) -> torch.Size:
     return shape
 
 
-def draw_of(
-    parts: Parts, module: nn.Module, name: str, key: str, device: torch.device, dtype: torch.dtype, seed: int
-) -> torch.Tensor:
+def draw_again(parts: Parts, module: nn.Module, name: str, drawn: Drawn) -> torch.Tensor:
     """What :func:`draw` gives, of a module that may stand elsewhere by now, as PEFT moves what it adapts.
 
     Args:
         parts: The model.
         module: The module that the parameter belongs to.
         name: Name of the parameter where it was when it was drawn.
-        key: Name of the parameter in `module`.
-        device: Where to draw.
-        dtype: Of the values.
-        seed: Of the whole model.
+        drawn: Device, dtype and seed.
     """
     import torch
     from torch import nn
 
-    generator = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
-    shape = drawn_shape(module, key)
-    values = torch.empty(shape, dtype=dtype, device=device)
+    generator = torch.Generator(drawn.device).manual_seed((drawn.seed << 32) ^ zlib.crc32(name.encode()))
+    shape = drawn_shape(module, name.rpartition(".")[2])
+    values = torch.empty(shape, dtype=drawn.dtype, device=drawn.device)
     if len(shape) == 1:
         if name.endswith("bias"):
             return values.normal_(0.0, BIAS_STD, generator=generator)

@@ -1,0 +1,234 @@
+"""Weights and configuration values against the checkpoint: whatever is loaded whole passes, one bit is enough to fail."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pytest_qvl.checks import AdapterPolicy, weights_as_stored
+from pytest_qvl.checks.support.initialised import looks_drawn
+from pytest_qvl.checks.support.stored_values import NF4
+from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.faults.case import load
+from pytest_qvl.faults.matrix.random_models import random_config
+from pytest_qvl.models.adapters import base_modules
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.sources import stored
+from pytest_qvl.models.sources.stored import StoredFolder
+from pytest_qvl.models.sources.synthetic import build_synthetic
+from pytest_qvl.models.sources.synthetic_checkpoint import write_checkpoint
+
+LAYER = "model.language_model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def model(fresh_model: Any) -> Any:
+    """Shared: whoever damages it puts it back."""
+    return fresh_model()
+
+
+def figures(evidence: Any) -> dict[str, Any]:
+    return {figure.name: figure.value for figure in evidence.figures}
+
+
+def refused(model: Any, checkpoint: Path | None = None, policy: AdapterPolicy | None = None) -> str:
+    with pytest.raises(CheckFailed) as caught:
+        weights_as_stored(model, checkpoint, policy)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("quantized", [True, False], ids=["NF4", "full"])
+def test_every_tensor_and_value_of_a_loaded_model_is_compared(fresh_model: Any, dtype: str, quantized: bool) -> None:
+    evidence = weights_as_stored(fresh_model(dtype=dtype, quantized=quantized))
+    assert figures(evidence)["tensors compared"] == 105
+    assert figures(evidence)["values of config.json compared"] > 60
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"bnb_4bit_use_double_quant": False},
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_quant_storage": torch.bfloat16},
+        {"skip": None},
+    ],
+    ids=str,
+)
+def test_other_ways_to_quantize(fresh_model: Any, quantization: dict[str, Any]) -> None:
+    assert weights_as_stored(fresh_model(**quantization)).ok
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True, "init_lora_weights": False},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"trainable_token_indices": [1, 2]},
+        {"target_modules": "all-linear"},
+        {"bias": "all"},
+    ],
+    ids=str,
+)
+def test_an_adapter_changes_nothing_of_the_base(fresh_model: Any, lora: dict[str, Any]) -> None:
+    evidence = weights_as_stored(fresh_model(lora=lora))
+    assert figures(evidence)["tensors that differ"] == 0
+
+
+def test_trained_biases_are_noted_and_not_compared(fresh_model: Any) -> None:
+    model = fresh_model(lora={"bias": "lora_only"})
+    bias = base_modules(anatomy(model))["model.language_model.layers.0.self_attn.q_proj"].bias
+    bias.data.add_(1)
+    evidence = weights_as_stored(model)
+    assert any("trained with the adapter (its bias setting)" in note for note in evidence.notes)
+
+
+def test_what_the_policy_names_may_be_trained(fresh_model: Any) -> None:
+    model = fresh_model(dtype="float32")
+    block: Any = anatomy(model).blocks[0]
+    block.requires_grad_(True)
+    block.attn.proj.weight.data.mul_(1.5)
+    message = refused(model)
+    assert "model.visual.blocks.0.attn.proj.weight" in message
+    assert "it was trained, which no policy names" in message
+    assert weights_as_stored(model, policy=AdapterPolicy.parse("language, vision:full")).ok
+
+
+def test_an_initialisation_that_rewrites_the_base_is_noted(fresh_model: Any) -> None:
+    evidence = weights_as_stored(fresh_model(lora={"init_lora_weights": "olora"}))
+    assert any("rewritten by the adapter's initialisation" in note for note in evidence.notes)
+
+
+def test_k_bit_preparation_casts_and_is_healthy(fresh_model: Any) -> None:
+    from peft import prepare_model_for_kbit_training
+
+    model = prepare_model_for_kbit_training(fresh_model(dtype="float16"), use_gradient_checkpointing=False)
+    evidence = weights_as_stored(model)
+    assert any("rounded to float16 on the way" in note for note in evidence.notes)
+
+
+def test_a_merged_adapter_is_not_judged(fresh_model: Any) -> None:
+    model = fresh_model(quantized=False, lora=True)
+    model.merge_adapter()
+    with pytest.raises(CannotJudge, match=r"unmerge_adapter\(\) first"):
+        weights_as_stored(model)
+
+
+def test_a_folder_saved_in_4_bits_is_compared_byte_for_byte(tiny_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "saved")
+    load(lora=None).save_pretrained(folder)
+    model = load(lora=None, folder=folder)
+    assert figures(weights_as_stored(model))["tensors compared"] == 105
+    assert weights_as_stored(load(lora=None, folder=folder, quantized=False)).ok  # dequantized
+    assert weights_as_stored(model, tiny_dir).ok  # and against the weights that it was quantized from
+    state = base_modules(anatomy(model))[LAYER].weight.quant_state
+    state.absmax[7] ^= 1
+    assert f"{LAYER}.weight: its absmax differs in 1 of" in refused(model)
+    state.absmax[7] ^= 1
+    state.offset.add_(1e-6)
+    assert f"{LAYER}.weight: its offset differs in 1 of 1" in refused(model)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_shards_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool) -> None:
+    monkeypatch.setattr(stored, "PIECE", 20_000)
+    folder = tmp_path / "model"
+    config = random_config(family, layers=2, blocks=4, tied=tied)
+    write_checkpoint(config, folder, lambda _: None, device="cpu", dtype="float32", shard_bytes=2**19)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    model = _loaded(folder)
+    evidence = weights_as_stored(model)
+    assert any("random weights" in note for note in evidence.notes)
+    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) is tied
+
+
+def _loaded(folder: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    from pytest_qvl.models.quantized import usual_quantization
+
+    return AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=usual_quantization(torch.float32)
+    )
+
+
+def test_synthetic_weights_are_drawn_again_also_under_an_adapter(lora_config: Any) -> None:
+    from peft import get_peft_model
+
+    from pytest_qvl.models.quantized import usual_quantization
+
+    model = build_synthetic(random_config("qwen3_vl"), usual_quantization(torch.float32), "cpu", torch.float32, 5)
+    model = get_peft_model(model, lora_config())
+    assert any("of the synthetic weights of seed 5" in note for note in weights_as_stored(model).notes)
+    weight = base_modules(anatomy(model))["model.visual.blocks.0.attn.qkv"].weight
+    weight.data[3, 4] += 1
+    assert "blocks.0.attn.qkv.weight: differs in 1 of 12,288 elements, first at [3, 4]" in refused(model)
+
+
+def test_the_head_that_a_checkpoint_lacks_is_named(fresh_model: Any, tiny_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "broken")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 tensor (lm_head.weight)" in refused(fresh_model(), folder)
+
+
+def test_values_of_the_live_modules_are_those_of_the_file(model: Any, tiny_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_theta"], config["image_token_id"], config["tie_word_embeddings"] = 12.0, 1, True
+    config["vision_config"] |= {"window_size": 112, "fullatt_block_indexes": [0, 3], "tokens_per_second": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused(model, folder)
+    assert "model.visual.window_size is 56 instead of 112; model.visual.fullatt_block_indexes is [1, 3]" in message
+    assert "as of a rotary base of 10 instead of 12" in message
+    assert "values that differ from config.json 7 (== 0)" in message
+
+
+def test_a_model_of_another_release_layout_says_the_same(tiny_dir: Path, tmp_path: Path, model: Any) -> None:
+    """``save_pretrained`` of the installed release, whose names and configuration differ from the older file's."""
+    folder = tmp_path / "again"
+    load(lora=None, quantized=False, dtype="bfloat16").save_pretrained(folder)
+    names = set(StoredFolder(folder)._places)
+    assert names == set(StoredFolder(tiny_dir)._places)
+    assert weights_as_stored(model, folder).ok
+
+
+def test_rewritten_weights_are_not_judged(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = base_modules(anatomy(model))[LAYER].weight.quant_state
+    monkeypatch.setattr(state, "packing_format_for_cpu", True, raising=False)
+    with pytest.raises(CannotJudge, match="rewritten in place for a CPU kernel"):
+        weights_as_stored(model)
+
+
+def test_nobody_knows_the_files(fresh_model: Any, tmp_path: Path) -> None:
+    model = fresh_model()
+    model.name_or_path = ""
+    with pytest.raises(CannotJudge, match="nobody knows which files"):
+        weights_as_stored(model)
+    with pytest.raises(ValueError, match=r"no folder with config.json and \*.safetensors"):
+        weights_as_stored(model, tmp_path)
+
+
+def test_the_code_book_of_the_paper_is_that_of_bitsandbytes() -> None:
+    from bitsandbytes.functional import get_4bit_type
+
+    assert torch.equal(torch.tensor(NF4), get_4bit_type("nf4", device="cpu"))
+
+
+def test_draws_look_drawn_and_trained_matrices_do_not(tiny_dir: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        assert looks_drawn(torch.randn(64, 192, generator=generator).bfloat16())
+        assert looks_drawn(torch.rand(64, 64, generator=generator) - 0.5)
+    checkpoint = StoredFolder(tiny_dir)
+    matrices = [n for n in checkpoint._places if len(checkpoint.shape(n)) == 2]
+    drawn = [n for n in matrices if looks_drawn(next(checkpoint.pieces(n)).values.reshape(checkpoint.shape(n)))]
+    assert len(drawn) <= 1
