@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.positions import decode_positions as decode_positions
     from pytest_qvl.checks.positions import mrope_positions as mrope_positions
     from pytest_qvl.checks.positions import position_state as position_state
+    from pytest_qvl.checks.preprocessing import image_preprocessing as image_preprocessing
     from pytest_qvl.checks.quantization import QuantizationPolicy as QuantizationPolicy
     from pytest_qvl.checks.quantization import quantization_census as quantization_census
     from pytest_qvl.checks.roundtrip import adapter_roundtrip as adapter_roundtrip

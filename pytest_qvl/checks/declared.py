@@ -25,6 +25,7 @@ ORDER = (
     "routing",
     "isolation",
     "pairing",
+    "preprocessing",
     "positions",
     "vision",
     "generation",

@@ -30,6 +30,7 @@ FAMILIES = {
     "padding": "padding and batching",
     "attention": "vision attention",
     "images": "processor",
+    "preprocessing": "image preprocessing",
     "numerics": "numerics",
     "weights": "weights and configuration",
     "generation": "generation",

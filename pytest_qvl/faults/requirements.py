@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -13,7 +14,14 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.case import Case
 
 Requirement = Literal[
-    "knowledge", "untied head", "window attention", "gated vision MLP", "checkpoint file", "CPU", "CUDA"
+    "knowledge",
+    "untied head",
+    "window attention",
+    "gated vision MLP",
+    "checkpoint file",
+    "CLIP's normalisation",
+    "CPU",
+    "CUDA",
 ]
 
 # Checks that compare answers: of a model that answers nothing they judge nothing.
@@ -42,6 +50,10 @@ def _checkpoint_file(case: Case) -> bool:
     return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
 
 
+def _clip(case: Case) -> bool:
+    return FAMILIES[anatomy(case.model).config.model_type].image_mean != (0.5, 0.5, 0.5)
+
+
 def _on(device: str) -> Callable[[Case], bool]:
     return lambda case: case.subject.device == device
 
@@ -52,6 +64,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "window attention": (_window_attention, "needs window attention: this family's vision tower has none"),
     "gated vision MLP": (_gated_vision_mlp, "needs the gated vision MLP of Qwen2.5-VL: this tower's has other layers"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
+    "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
     "CPU": (_on("cpu"), "CPU only"),
     "CUDA": (_on("cuda"), "CUDA only"),
 }

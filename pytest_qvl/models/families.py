@@ -31,6 +31,8 @@ class Family:
             where a configuration comes without a processor.
         small_vision: Fields of its vision configuration in small random models of :data:`SMALL_WIDTH`, beside those
             that all families share: every feature of the family is there, in few pixels. ``patch_size`` is one.
+        image_mean: Of each channel, in the ``preprocessor_config.json`` of every released checkpoint.
+        image_std: Standard deviation of each channel, ditto.
     """
 
     model_type: str
@@ -39,12 +41,18 @@ class Family:
     processor_class: str
     typical: str
     small_vision: Mapping[str, Any]
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
 
 
 def _small(**fields: Any) -> Mapping[str, Any]:
     return MappingProxyType(fields)
 
 
+# OpenAI's CLIP (https://github.com/openai/CLIP/blob/main/clip/clip.py, ``_transform``).
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_HALF = (0.5, 0.5, 0.5)
 _ROWS = (
     Family(
         "qwen2_vl",
@@ -53,6 +61,8 @@ _ROWS = (
         "Qwen2VLProcessor",
         "qwen2-vl-2b",
         _small(patch_size=14, embed_dim=64, hidden_size=SMALL_WIDTH, mlp_ratio=2),
+        _CLIP_MEAN,
+        _CLIP_STD,
     ),
     Family(
         "qwen2_5_vl",
@@ -68,6 +78,8 @@ _ROWS = (
             window_size=56,
             fullatt_block_indexes=[1, 3],
         ),
+        _CLIP_MEAN,
+        _CLIP_STD,
     ),
     Family(
         "qwen3_vl",
@@ -83,6 +95,8 @@ _ROWS = (
             deepstack_visual_indexes=[0, 2],
             num_position_embeddings=256,
         ),
+        _HALF,
+        _HALF,
     ),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in _ROWS})

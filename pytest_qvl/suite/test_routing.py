@@ -43,6 +43,11 @@ def test_image_isolation(qvl_quantized_model: Any, qvl_processor: Any, row_sampl
         checks.image_isolation(qvl_quantized_model, qvl_processor, samples)
 
 
+def test_image_preprocessing(qvl_quantized_model: Any, qvl_processor: Any, qvl_image_samples: Any) -> None:
+    """The processor resizes, normalises and cuts images as documented, with the family's constants."""
+    checks.image_preprocessing(qvl_quantized_model, qvl_processor, qvl_image_samples)
+
+
 def test_picture_pairing(qvl_quantized_model: Any, qvl_processor: Any, row_samples: Any, mixed_batches: Any) -> None:
     """Prompt, pixel rows and grids are those of each sample alone, in the order of the prompt."""
     for samples, batch in zip(row_samples, mixed_batches, strict=True):

@@ -230,7 +230,8 @@ def _questions(case: Case) -> Iterator[None]:
     yield
 
 
-def _image_processor(case: Case, **settings: Any) -> Any:
+def image_processor_set(case: Case, **settings: Any) -> Any:
+    """Give the image processor other settings, without a word."""
     from pytest_qvl.faults.tools import all_of
 
     return all_of([attribute(case.processor.image_processor, name, v) for name, v in settings.items()])
@@ -246,7 +247,7 @@ def _image_processor(case: Case, **settings: Any) -> Any:
 )
 def _mean(case: Case) -> Iterator[None]:
     half = [0.5, 0.5, 0.5]
-    with _image_processor(case, image_mean=half, image_std=half):
+    with image_processor_set(case, image_mean=half, image_std=half):
         yield
 
 
@@ -258,7 +259,7 @@ def _mean(case: Case) -> Iterator[None]:
     expected_words=_MOVED,
 )
 def _rescaling(case: Case) -> Iterator[None]:
-    with _image_processor(case, do_rescale=False):
+    with image_processor_set(case, do_rescale=False):
         yield
 
 
@@ -270,7 +271,7 @@ def _rescaling(case: Case) -> Iterator[None]:
     expected_words=_MOVED,
 )
 def _channels(case: Case) -> Iterator[None]:
-    with _repainted(case, lambda image: _merged(image.convert("RGB").split()[::-1])):
+    with repainted(case, lambda image: merged(image.convert("RGB").split()[::-1])):
         yield
 
 
@@ -282,7 +283,7 @@ def _channels(case: Case) -> Iterator[None]:
     expected_words=("answers are right", "colour"),
 )
 def _grey(case: Case) -> Iterator[None]:
-    with _repainted(case, lambda image: image.convert("L").convert("RGB")):
+    with repainted(case, lambda image: image.convert("L").convert("RGB")):
         yield
 
 
@@ -295,18 +296,19 @@ def _grey(case: Case) -> Iterator[None]:
     source="sgl-project/sglang#12390, QwenLM/Qwen3-VL#1960",
 )
 def _resized(case: Case) -> Iterator[None]:
-    with _repainted(case, lambda image: image.resize((image.width + 28, image.height + 28))):
+    with repainted(case, lambda image: image.resize((image.width + 28, image.height + 28))):
         yield
 
 
-def _merged(bands: Any) -> Any:
+def merged(bands: Any) -> Any:
+    """One RGB image of three bands."""
     from PIL import Image
 
     return Image.merge("RGB", bands)
 
 
-def _repainted(case: Case, paint: Callable[[Any], Any]) -> Any:
-    """Pass every image through ``change`` before the image processor sees it."""
+def repainted(case: Case, paint: Callable[[Any], Any]) -> Any:
+    """Pass every image through ``paint`` before the image processor sees it."""
     processor = case.processor.image_processor
     original = processor.preprocess
 

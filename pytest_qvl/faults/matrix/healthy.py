@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.declared import declared, needing
 from pytest_qvl.faults.case import SEED, healthy_case, load, lora_config
-from pytest_qvl.faults.tools import attribute
+from pytest_qvl.faults.tools import all_of, attribute
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.quantized import usual_quantization
@@ -218,9 +218,14 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
         dtype=dtype,
         quantization_config=usual_quantization(dtype),
     )
-    patch = FAMILIES[variation.family].small_vision["patch_size"]
+    family = FAMILIES[variation.family]
+    own = {
+        "patch_size": family.small_vision["patch_size"],
+        "image_mean": list(family.image_mean),
+        "image_std": list(family.image_std),
+    }
     processor: Any = case.processor.image_processor
-    with attribute(processor, "patch_size", patch):
+    with all_of([attribute(processor, name, value) for name, value in own.items()]):
         floor: Any = case.reference.floor
         if "generation_batch_invariance" in variation.checks:
             floor = noise_floor(model, case.processor, case.probes)

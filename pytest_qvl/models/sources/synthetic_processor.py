@@ -126,6 +126,8 @@ def write_processor(folder: Path, name: str) -> None:
     images |= {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
+        "image_mean": list(FAMILIES[config.model_type].image_mean),
+        "image_std": list(FAMILIES[config.model_type].image_std),
         "merge_size": vision.spatial_merge_size,
         "min_pixels": sizes.min_pixels,
         "max_pixels": sizes.max_pixels,
