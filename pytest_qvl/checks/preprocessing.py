@@ -146,11 +146,13 @@ class _Shown:
         name: In words.
         given: What the processor gets.
         pixels: What it shows, ``(height, width, 3)`` uint8.
+        on_white: The same laid on white, where it has an alpha channel.
     """
 
     name: str
     given: Image
     pixels: Array
+    on_white: Array | None = None
 
 
 def _shown(image_processor: Any, samples: Sequence[Sample], recipe: Recipe) -> Iterator[_Shown]:
@@ -163,9 +165,9 @@ def _shown(image_processor: Any, samples: Sequence[Sample], recipe: Recipe) -> I
                 continue
             seen.add(image.size)
             large = large or too_large
-            yield _Shown(f"image {number} of sample {sample.id!r}", image, rgb(image))
+            yield _Shown(f"image {number} of sample {sample.id!r}", image, *rgb(image))
     for name, image in _made(recipe):
-        yield _Shown(name, image, rgb(image))
+        yield _Shown(name, image, *rgb(image))
     yield from _from_file(image_processor)
 
 
@@ -214,7 +216,7 @@ def _from_file(image_processor: Any) -> Iterator[_Shown]:
         read = fetch(str(file))
         if hasattr(read, "load"):
             read.load()
-    yield _Shown("a file with EXIF orientation 6", read, rgb(upright))
+    yield _Shown("a file with EXIF orientation 6", read, *rgb(upright))
 
 
 def _grid_words(
@@ -241,8 +243,11 @@ def _grid_words(
 def _compared(recipe: Recipe, shown: _Shown, values: Array) -> tuple[float, str]:
     """The largest difference in steps of 8 bits, and what to say if that is too much."""
     differences = []
-    for in_8_bits, steps in ((True, STEPS_IN_8_BITS), (False, STEPS_IN_FLOAT)):
-        made = _expected(recipe, shown.pixels, in_8_bits=in_8_bits)
+    ways = [(shown.pixels, True, STEPS_IN_8_BITS), (shown.pixels, False, STEPS_IN_FLOAT)]
+    if shown.on_white is not None:
+        ways += [(shown.on_white, in_8_bits, steps) for _, in_8_bits, steps in ways]
+    for pixels, in_8_bits, steps in ways:
+        made = _expected(recipe, pixels, in_8_bits=in_8_bits)
         if made.shape != values.shape:
             return 0.0, f"its pixel_values are {values.shape} instead of {made.shape}"
         differences.append((_beyond(recipe, shown, values, made, steps), made))

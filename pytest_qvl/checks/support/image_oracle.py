@@ -108,11 +108,20 @@ class Recipe:
         return replace(self, mean=(mean,) * 3, deviation=(deviation,) * 3)
 
 
-def rgb(image: Image) -> np.ndarray[Any, Any]:
-    """``(height, width, 3)`` uint8, the alpha channel dropped, as ``PIL.Image.Image.convert("RGB")`` does."""
-    import numpy as np
+def rgb(image: Image) -> tuple[np.ndarray[Any, Any], ...]:
+    """``(height, width, 3)`` uint8; of an image with transparency in both ways that releases of Transformers know.
 
-    return np.asarray(image.convert("RGB"))
+    Transformers 5.17 and before drop the alpha channel, 5.23 and later lay the image is laid on white (``convert_to_rgb`` in
+    ``image_transforms.py``).
+    """
+    import numpy as np
+    from PIL import Image as Pillow
+
+    plain = np.asarray(image.convert("RGB"))
+    if "A" not in image.getbands() and image.info.get("transparency") is None:
+        return (plain,)
+    white = Pillow.new("RGBA", image.size, (255, 255, 255, 255))
+    return plain, np.asarray(Pillow.alpha_composite(white, image.convert("RGBA")).convert("RGB"))
 
 
 def keys(distance: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

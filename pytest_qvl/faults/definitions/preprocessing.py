@@ -189,7 +189,7 @@ def _limits(case: Case) -> Iterator[None]:
     from pytest_qvl.samples.sizes import pixel_limits
 
     fewest, most = pixel_limits(case.processor.image_processor)
-    with _remade(case, _as_it_is, min_pixels=8 * fewest, max_pixels=most):
+    with _remade(case, _as_it_is, size={"shortest_edge": 8 * fewest, "longest_edge": most}):
         yield
 
 

@@ -68,6 +68,7 @@ def random_config(
         "bos_token_id": text.bos_token_id,
         "eos_token_id": text.eos_token_id,
         "head_dim": SMALL_WIDTH // 4,
+        "rope_theta": rope["rope_theta"],  # Transformers 4 reads it here, 5 below
         "rope_parameters": rope,
         "rope_scaling": {**rope, "type": "mrope"},
     }
