@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,8 @@ from pytest_qvl.models.adapters import adapted_layers, adapter_configs, base_mod
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name, linear_states
-from pytest_qvl.models.sources.loading import compared_with, kept_report
+from pytest_qvl.models.sources.digests import altered_files
+from pytest_qvl.models.sources.loading import compared_with, has_tied_head, kept_report
 from pytest_qvl.models.training import asked_biases, trained_on_purpose
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ def weights_as_stored(
       byte is compared.
     - *values*: epsilons, rotary frequencies and sections, attention scaling and heads, windows, tied head, token ids
       in the live modules are those of ``config.json``.
+    - *files*: of the embedded model and of the Hugging Face hub's cache, which names each file by its SHA-256, the
+      content has that digest.
     - *never trained*: no layer, block or merger of a trained checkpoint has weights as they were drawn. Rows and
       columns of independent draws have norms within six deviations of what chance allows; where everything has, the
       weights are random on purpose, and a note says so.
@@ -80,6 +82,8 @@ def weights_as_stored(
     _refuse_rewritten(parts)
     stored = _stored(parts, checkpoint)
     judge = Judge("weights_as_stored", "every number is the checkpoint's")
+    altered = () if stored.folder is None else altered_files(stored.folder)
+    judge.equal("files that were altered", len(altered), 0, else_say="; ".join(altered))
     misfits = () if stored.folder is None else compared_with(parts.base, stored.folder, stored.what).problems
     judge.equal("kinds of tensors that do not fit", len(misfits), 0, else_say="; ".join(misfits))
     comparison = _Comparison(parts, stored, policy or AdapterPolicy())
@@ -178,9 +182,7 @@ class _Comparison:
         if name in self.stored:
             return name
         pair = [f"{self.parts.roots[group]}.weight" for group in ("embeddings", "lm_head")]
-        modules = base_modules(self.parts)
-        head, table = (modules[self.parts.roots[group]] for group in ("lm_head", "embeddings"))
-        if name in pair and head._parameters["weight"] is table._parameters["weight"]:
+        if name in pair and has_tied_head(self.parts):
             return next((other for other in pair if other in self.stored), None)
         return None
 
@@ -225,14 +227,8 @@ class _Comparison:
         beside = f" (beside it: {', '.join(parts)})" if parts else ""
         if isinstance(first, str):
             return f"{first}{beside}"
-        whole = partial(self._whole, wrong.name)
-        cause = usual_cause(first, wrong.tensor, whole, self._twin(wrong), bool(wrong.tensor.requires_grad))
+        cause = usual_cause(first, wrong.tensor, next(self.stored.pieces(wrong.name)), self._twin(wrong))
         return f"{first}{beside}: {cause}"
-
-    def _whole(self, name: str) -> torch.Tensor:
-        import torch
-
-        return torch.cat([piece.values for piece in self.stored.pieces(name)])
 
     def _twin(self, wrong: _Wrong) -> str:
         """Another tensor that differs too, and whose stored values this one holds."""

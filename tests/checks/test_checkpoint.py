@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from pytest_qvl.checks import checkpoint_complete
 from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.faults.matrix.random_models import random_config
+from pytest_qvl.models.sources.synthetic_checkpoint import write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +32,18 @@ def test_healthy(model: Any, tiny_dir: Path) -> None:
 )
 def test_adapted_embeddings_are_those_of_the_checkpoint(fresh_model: Any, tiny_dir: Path, adapter: Any) -> None:
     assert checkpoint_complete(fresh_model(lora=adapter), tiny_dir).ok
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
+def test_a_tied_head_of_which_a_copy_is_trained_is_not_missing(tmp_path: Path, lora_config: Any) -> None:
+    from peft import get_peft_model
+    from transformers import AutoModelForImageTextToText
+
+    folder = tmp_path / "model"
+    config = random_config("qwen2_5_vl", layers=1, blocks=2, tied=True)
+    write_checkpoint(config, folder, lambda _: None, device="cpu", dtype="float32")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    assert checkpoint_complete(get_peft_model(model, lora_config(modules_to_save=["lm_head"]))).ok
 
 
 def test_what_is_missing_is_named(model: Any, tiny_dir: Path, tmp_path: Path) -> None:

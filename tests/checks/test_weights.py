@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -17,9 +18,12 @@ from pytest_qvl.checks.support.stored_values import NF4
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.faults.case import load
 from pytest_qvl.faults.matrix.random_models import random_config
+from pytest_qvl.faults.tools import values
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.sources import stored
+from pytest_qvl.models.sources.digests import altered_files, known_digest
+from pytest_qvl.models.sources.embedded import EMBEDDED_SHA256
 from pytest_qvl.models.sources.stored import StoredFolder
 from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.models.sources.synthetic_checkpoint import write_checkpoint
@@ -159,6 +163,17 @@ def _loaded(folder: Path) -> Any:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning:peft")
+def test_a_tied_head_with_a_trained_copy(tmp_path: Path, lora_config: Any) -> None:
+    from peft import get_peft_model
+
+    folder = tmp_path / "model"
+    config = random_config("qwen2_5_vl", layers=1, blocks=2, tied=True)
+    write_checkpoint(config, folder, lambda _: None, device="cpu", dtype="float32")
+    model = get_peft_model(_loaded(folder), lora_config(modules_to_save=["lm_head"]))
+    assert weights_as_stored(model).ok
+
+
 def test_synthetic_weights_are_drawn_again_also_under_an_adapter(lora_config: Any) -> None:
     from peft import get_peft_model
 
@@ -232,3 +247,38 @@ def test_draws_look_drawn_and_trained_matrices_do_not(tiny_dir: Path) -> None:
     matrices = [n for n in checkpoint._places if len(checkpoint.shape(n)) == 2]
     drawn = [n for n in matrices if looks_drawn(next(checkpoint.pieces(n)).values.reshape(checkpoint.shape(n)))]
     assert len(drawn) <= 1
+
+
+def test_the_embedded_weights_are_the_published_ones(tiny_dir: Path, tmp_path: Path) -> None:
+    """Trained anew? Then write their SHA-256 into ``models/sources/embedded.py``."""
+    assert known_digest(tiny_dir / "model.safetensors") == EMBEDDED_SHA256
+    assert altered_files(tiny_dir) == ()
+    assert altered_files(shutil.copytree(tiny_dir, tmp_path / "copy")) == ()
+
+
+def test_a_file_in_the_hubs_cache_has_the_digest_that_names_it(tmp_path: Path) -> None:
+    content = b"some weights"
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    file = tmp_path / "snapshots" / "commit" / "model.safetensors"
+    for path in (blob, file):
+        path.parent.mkdir(parents=True)
+    file.symlink_to(blob)
+    blob.write_bytes(content)
+    assert altered_files(file.parent) == ()
+    blob.write_bytes(content + b".")
+    assert "was altered: its SHA-256 is" in altered_files(file.parent)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda weight: weight * 1.5, "about 1.5 times what was stored"),
+        (lambda weight: weight.roll(-1, 0), "each of its rows holds the one behind it"),
+        (lambda weight: torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), "nothing in common"),
+        (torch.zeros_like, "its values were lost after they were loaded"),
+    ],
+    ids=["scaled", "rolled", "random", "zero"],
+)
+def test_the_usual_cause_is_named(model: Any, change: Any, says: str) -> None:
+    with values(anatomy(model).blocks[1].mlp.up_proj.weight, change):
+        assert says in refused(model)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import base_modules
+from pytest_qvl.models.sources.loading import has_tied_head
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -127,8 +128,7 @@ def compared_config(parts: Parts, config: Mapping[str, Any]) -> ConfigReport:
         report.hold(name, getattr(parts.config, name, None), facts.config.get(name))
     for name in _READ_LIVE:
         report.hold(f"vision_config.{name}", getattr(parts.config.vision_config, name, None), facts.vision(name))
-    head, embeddings = (modules[parts.roots[group]]._parameters["weight"] for group in ("lm_head", "embeddings"))
-    report.hold("tie_word_embeddings (head and embeddings are one tensor)", head is embeddings, _tied(facts))
+    report.hold("tie_word_embeddings (head and embeddings are one tensor)", has_tied_head(parts), _tied(facts))
     return report
 
 

@@ -111,7 +111,7 @@ class Recipe:
 def rgb(image: Image) -> tuple[np.ndarray[Any, Any], ...]:
     """``(height, width, 3)`` uint8; of an image with transparency in both ways that releases of Transformers know.
 
-    Transformers 5.17 and before drop the alpha channel, 5.23 and later lay the image is laid on white (``convert_to_rgb`` in
+    Transformers 5.17 and before drop the alpha channel, 5.23 and later lay the image on white (``convert_to_rgb`` in
     ``image_transforms.py``).
     """
     import numpy as np

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.models.quantized import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
-    from pytest_qvl.models.sources.stored import Stored
+    from pytest_qvl.models.sources.stored import Piece, Stored
 
 # QLoRA (arXiv:2305.14314), appendix E: the sixteen values of NormalFloat4, as float32 holds them.
 NF4 = (
@@ -91,7 +91,7 @@ class _Comparison:
         self.count += int(different.sum()) + abs(memory.numel() - stored.numel())
         if self.first < 0 and len(here):
             self.first = start + int(different.nonzero()[0])
-            self.found, self.wanted = float(here[0]), float(there[0])
+            self.found, self.wanted = float(here[0]) + 0.0, float(there[0]) + 0.0
         self.zeros = self.zeros and not bool(here.any())
         ratios = (here / there)[there != 0]
         if len(ratios):
@@ -290,21 +290,18 @@ def _statistics(name: str, state: Any, absmax: torch.Tensor) -> Iterator[Differe
     yield compare(name, "nested code book", state.state2.code, nested.code)
 
 
-def usual_cause(
-    difference: Difference, memory: torch.Tensor, whole: Callable[[], torch.Tensor], twin: str, trained: bool
-) -> str:
+def usual_cause(difference: Difference, memory: torch.Tensor, first: Piece, twin: str) -> str:
     """What usually makes such a difference.
 
     Args:
         difference: What was found.
         memory: The tensor, or the packed data of a 4-bit one.
-        whole: Gives what it should hold.
+        first: The first rows of what it should hold.
         twin: Another tensor whose stored values it holds; empty if there is none.
-        trained: Whether it requires grad.
     """
     if twin:
         return f"it holds the values of {twin}: two layers changed places"
-    if trained:
+    if memory.requires_grad:
         return "it requires grad: it was trained, which no policy names (--qvl-adapter-policy)"
     if difference.zeros and difference.count * 4 >= difference.total:
         return "what differs is zero in memory: its values were lost after they were loaded"
@@ -312,20 +309,25 @@ def usual_cause(
     if difference.part == "" and math.isfinite(low) and high - low <= 0.02 * abs(high) and difference.count > 1:
         return f"what differs is about {(low + high) / 2:.4g} times what was stored: it was scaled after it was loaded"
     if difference.part == "" and difference.count * 2 > difference.total:
-        return _of_most(memory, whole())
-    return "it was written to after it was loaded, or loaded from elsewhere"
+        return _of_most(memory, first.values)
+    return _UNKNOWN
+
+
+_UNKNOWN = "it was written to after it was loaded, or loaded from elsewhere"
 
 
 def _of_most(memory: torch.Tensor, stored: torch.Tensor) -> str:
     import torch
 
-    here, there = memory.detach().double(), stored.to(memory.device).double().reshape(memory.shape)
-    if here.ndim > 1:
-        for step in (1, -1):
-            rolled = there.roll(step, 0)
-            if float((here == rolled).double().mean()) > 0.9:
-                return f"each of its rows holds the one {'before' if step > 0 else 'behind'} it: rows were moved by one"
+    width = math.prod(memory.shape[1:])
+    here = memory.detach().reshape(-1, width)[: stored.numel() // width].double()
+    there = stored.to(memory.device).double().reshape(-1, width)
+    if width > 1 and len(here) > 1:
+        if float((here[1:] == there[:-1]).double().mean()) > 0.9:
+            return "each of its rows holds the one before it: rows were moved by one"
+        if float((here[:-1] == there[1:]).double().mean()) > 0.9:
+            return "each of its rows holds the one behind it: rows were moved by one"
     flat = torch.stack([here.reshape(-1), there.reshape(-1)])
     if flat.shape[1] > 2 and abs(float(torch.corrcoef(flat)[0, 1])) < 5 / math.sqrt(flat.shape[1]):
         return "it has nothing in common with what was stored: it was initialised anew, or is another model's"
-    return "it was written to after it was loaded, or loaded from elsewhere"
+    return _UNKNOWN

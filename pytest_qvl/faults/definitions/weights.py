@@ -444,3 +444,27 @@ def _other_checkpoint(case: Case) -> Iterator[None]:
         case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
         case.checkpoint = Path(case.subject.source.location)
         yield
+
+
+@fault(
+    "cached-checkpoint-altered",
+    "A file in the hub's cache is not the one that was published: the rows of its head are moved by one.",
+    target="load",
+    check="weights_as_stored",
+    expected_words=("was altered: its SHA-256 is", "under which it was published"),
+    requires=("checkpoint file", "untied head"),
+)
+def _altered(case: Case) -> Iterator[None]:
+    import hashlib
+
+    def roll(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**tensors, "lm_head.weight": tensors["lm_head.weight"].roll(1, 0)}
+
+    published = (Path(case.subject.source.location) / "model.safetensors").read_bytes()
+    with changed_checkpoint(case, roll) as folder:
+        blob = folder.parent / "blobs" / hashlib.sha256(published).hexdigest()
+        blob.parent.mkdir()
+        (folder / "model.safetensors").rename(blob)
+        (folder / "model.safetensors").symlink_to(blob)
+        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+        yield

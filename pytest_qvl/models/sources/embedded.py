@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+EMBEDDED_SHA256 = "fe8d0faea6c67519b71aa3be00004c61ac0a82415850b6869779cf60fabe9ccc"  # of its model.safetensors
+
 _PACKAGE = Path(__file__).resolve().parents[2]
 
 

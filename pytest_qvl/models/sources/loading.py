@@ -210,8 +210,14 @@ def _wanted(parts: Parts) -> dict[str, Shape]:
 def _tied(parts: Parts, stored: set[str]) -> set[str]:
     """The head's name where the model shares it with the embeddings and the checkpoint holds one of them."""
     pair = {f"{parts.roots['lm_head']}.weight", f"{parts.roots['embeddings']}.weight"}
-    tied = parts.lm_head.weight is parts.embeddings.weight
-    return pair if tied and pair & stored else set()
+    return pair if has_tied_head(parts) and pair & stored else set()
+
+
+def has_tied_head(parts: Parts) -> bool:
+    """Whether head and embeddings share one tensor; of the base model, whatever copy an adapter trains of either."""
+    modules = base_modules(parts)
+    head, table = (modules[parts.roots[group]] for group in ("lm_head", "embeddings"))
+    return head._parameters.get("weight") is table._parameters.get("weight")
 
 
 def why_not_loaded(source: ModelSource, error: BaseException) -> str:

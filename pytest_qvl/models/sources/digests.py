@@ -1,0 +1,45 @@
+"""Weight files whose content is known: the embedded model's, and those of the Hugging Face hub's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING
+
+from pytest_qvl.models.sources.embedded import EMBEDDED_SHA256, embedded_model_dir
+from pytest_qvl.models.sources.model_source import weight_files
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# The cache keeps a file of Git LFS as ``blobs/SHA-256``, linked to from ``snapshots/COMMIT/NAME``
+# (https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def known_digest(file: Path) -> str | None:
+    """The SHA-256 that a weight file should have; ``None`` if nobody says."""
+    real = file.resolve()
+    if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
+        return real.name
+    return EMBEDDED_SHA256 if real.parent == embedded_model_dir().resolve() else None
+
+
+def altered_files(folder: Path) -> tuple[str, ...]:
+    """One sentence for each weight file of a checkpoint whose content is not what it is known to be.
+
+    Reads every byte of files that have a known digest, about a second per GB.
+    """
+    found = []
+    for file in weight_files(folder):
+        known = known_digest(file)
+        if known is None:
+            continue
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != known:
+            found.append(
+                f"{str(file)!r} was altered: its SHA-256 is {digest[:12]}... and not {known[:12]}..., under "
+                "which it was published; remove it and download it again"
+            )
+    return tuple(found)
