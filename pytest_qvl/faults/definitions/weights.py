@@ -278,7 +278,7 @@ def _language_epsilon(case: Case) -> Iterator[None]:
 
 
 @fault(
-    "sections-off-by-one",
+    "mrope-section-moved",
     "M-RoPE divides a head's frequencies among time, height and width otherwise: one more for width.",
     target="model",
     check="weights_as_stored",
