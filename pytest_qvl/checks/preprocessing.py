@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 # Two passes of 8 bits: the first may round a tie the other way, which the second multiplies by the sum of its
 # weights' sizes (1.25 for a cubic with a = -0.5) before it rounds once more.
 STEPS_IN_8_BITS = 2
-STEPS_IN_FLOAT = 1
+STEPS_ROUNDED_ONCE = 1
+_WAYS = (BICUBIC, replace(BICUBIC, passes="rows"), replace(BICUBIC, passes="once"))
 FROM_SAMPLES = 8  # images of the samples, of as many sizes as there are
 # Of images with more, the first is judged, and none is made to exceed the upper limit: a second each, and 300 MiB.
 MOST_PIXELS = 4 * 2**20
@@ -59,8 +60,8 @@ def image_preprocessing(model: Any, processor: Any, samples: Sequence[Sample]) -
 
     Limits: grids are exact. Values of an image that is not resized differ by eight roundings of float32 at most. Where
     it is resized, by two steps of 8 bits more: Pillow and torch round to 8 bits after each of two passes, where a tie
-    may go either way, and the second pass multiplies one step by 1.25 before it rounds again. An implementation that
-    rounds once is allowed one step, against the same arithmetic.
+    may go either way, and the second pass multiplies one step by 1.25 before it rounds again. Which pass comes first
+    depends on the release. An implementation that rounds once is allowed one step, against the same arithmetic.
 
     Args:
         model: Qwen-VL model, wrapped or not; only its configuration is read.
@@ -242,18 +243,19 @@ def _grid_words(
 
 def _compared(recipe: Recipe, shown: _Shown, values: Array) -> tuple[float, str]:
     """The largest difference in steps of 8 bits, and what to say if that is too much."""
-    differences = []
-    ways = [(shown.pixels, True, STEPS_IN_8_BITS), (shown.pixels, False, STEPS_IN_FLOAT)]
-    if shown.on_white is not None:
-        ways += [(shown.on_white, in_8_bits, steps) for _, in_8_bits, steps in ways]
-    for pixels, in_8_bits, steps in ways:
-        made = _expected(recipe, pixels, in_8_bits=in_8_bits)
-        if made.shape != values.shape:
-            return 0.0, f"its pixel_values are {values.shape} instead of {made.shape}"
-        differences.append((_beyond(recipe, shown, values, made, steps), made))
-    (excess, wrong), made = min(differences, key=lambda each: each[0][1].sum())
-    if not wrong.any():
-        return excess, ""
+    best: tuple[float, Array, Array] | None = None
+    for pixels in (shown.pixels, *(() if shown.on_white is None else (shown.on_white,))):
+        for how in _WAYS if _resizes(recipe, pixels) else _WAYS[:1]:
+            made = _expected(recipe, pixels, how)
+            if made.shape != values.shape:
+                return 0.0, f"its pixel_values are {values.shape} instead of {made.shape}"
+            excess, wrong = _beyond(recipe, shown, values, made, how)
+            if not wrong.any():
+                return excess, ""
+            if best is None or wrong.sum() < best[1].sum():
+                best = excess, wrong, made
+    assert best is not None
+    excess, wrong, made = best
     patch, place = (int(each) for each in divmod(int(wrong.argmax()), wrong.shape[1]))
     cause = _cause(recipe, shown, values)
     return excess, (
@@ -267,17 +269,16 @@ def _resizes(recipe: Recipe, pixels: Array) -> bool:
     return recipe.size(height, width) != (height, width)
 
 
-def _expected(
-    recipe: Recipe, pixels: Array, how: Filter = BICUBIC, *, in_8_bits: bool = True, blocks: bool = True
-) -> Array:
+def _expected(recipe: Recipe, pixels: Array, how: Filter = BICUBIC, *, blocks: bool = True) -> Array:
     size = recipe.size(*pixels.shape[:2])
-    return recipe.patches(recipe.normalised(resized(pixels, size, how, in_8_bits=in_8_bits)), blocks=blocks)
+    return recipe.patches(recipe.normalised(resized(pixels, size, how)), blocks=blocks)
 
 
-def _beyond(recipe: Recipe, shown: _Shown, values: Array, made: Array, steps: int) -> tuple[float, Array]:
+def _beyond(recipe: Recipe, shown: _Shown, values: Array, made: Array, how: Filter) -> tuple[float, Array]:
     """The largest difference in steps of 8 bits, and which values are further away than allowed."""
     import numpy as np
 
+    steps = STEPS_ROUNDED_ONCE if how.passes == "once" else STEPS_IN_8_BITS
     step = np.repeat(recipe.step(), recipe.frames * recipe.patch**2)[None]
     allowed = recipe.rounding() + (steps * step * (1 + 1e-6) if _resizes(recipe, shown.pixels) else 0.0)
     gap = np.abs(values - made)
@@ -286,14 +287,14 @@ def _beyond(recipe: Recipe, shown: _Shown, values: Array, made: Array, steps: in
 
 def _cause(recipe: Recipe, shown: _Shown, values: Array) -> str:
     """What gives such values, if one thing alone does."""
-    for words, made, used in _hypotheses(recipe, shown.pixels):
-        steps = STEPS_IN_8_BITS
-        if made.shape == values.shape and not _beyond(used, shown, values, made, steps)[1].any():
-            return words
+    for passes in _WAYS[:2] if _resizes(recipe, shown.pixels) else _WAYS[:1]:
+        for words, made, used in _hypotheses(recipe, shown.pixels, passes):
+            if made.shape == values.shape and not _beyond(used, shown, values, made, passes)[1].any():
+                return words
     return "no single step of the algorithm explains it; was the image changed before the processor, or values after?"
 
 
-def _hypotheses(recipe: Recipe, pixels: Array) -> Iterator[tuple[str, Array, Recipe]]:
+def _hypotheses(recipe: Recipe, pixels: Array, how: Filter) -> Iterator[tuple[str, Array, Recipe]]:
     import numpy as np
     from PIL import Image
 
@@ -304,7 +305,7 @@ def _hypotheses(recipe: Recipe, pixels: Array) -> Iterator[tuple[str, Array, Rec
         ("it is upside down", pixels[::-1]),
         ("it is mirrored", pixels[:, ::-1]),
     ):
-        yield words, _expected(recipe, other), recipe
+        yield words, _expected(recipe, other, how), recipe
     plain = recipe.with_constants(0.0, 1.0)
     others = {
         "values are not rescaled (by 1/255) before they are normalised": replace(recipe, rescale=1.0),
@@ -318,16 +319,16 @@ def _hypotheses(recipe: Recipe, pixels: Array) -> Iterator[tuple[str, Array, Rec
             recipe, mean=family.image_mean, deviation=family.image_std
         )
     for words, used in others.items():
-        yield words, _expected(used, pixels), used
-    yield "patches are in rows, not in blocks of merge_size", _expected(recipe, pixels, blocks=False), recipe
-    yield from _frames(recipe, pixels)
+        yield words, _expected(used, pixels, how), used
+    yield "patches are in rows, not in blocks of merge_size", _expected(recipe, pixels, how, blocks=False), recipe
+    yield from _frames(recipe, pixels, how)
     if _resizes(recipe, pixels):
-        yield from _filters(recipe, pixels)
+        yield from _filters(recipe, pixels, how)
 
 
-def _frames(recipe: Recipe, pixels: Array) -> Iterator[tuple[str, Array, Recipe]]:
+def _frames(recipe: Recipe, pixels: Array, how: Filter) -> Iterator[tuple[str, Array, Recipe]]:
     """The second frame of a still image empty, or behind the first instead of within each channel."""
-    made = _expected(recipe, pixels)
+    made = _expected(recipe, pixels, how)
     frames = made.reshape(len(made), 3, recipe.frames, -1).copy()
     yield "frames come before channels", frames.swapaxes(1, 2).reshape(made.shape), recipe
     frames[:, :, 1:] = 0.0
@@ -337,13 +338,13 @@ def _frames(recipe: Recipe, pixels: Array) -> Iterator[tuple[str, Array, Recipe]
     yield "its second frame is black, where a still image is repeated", frames.reshape(made.shape), recipe
 
 
-def _filters(recipe: Recipe, pixels: Array) -> Iterator[tuple[str, Array, Recipe]]:
+def _filters(recipe: Recipe, pixels: Array, like: Filter) -> Iterator[tuple[str, Array, Recipe]]:
     for words, how in (
         ("it is resized with bilinear interpolation, not bicubic", Filter(triangle, 1.0)),
         ("it is resized without antialiasing", Filter(keys, 2.0, antialias=False)),
         ("it is resized with bilinear interpolation and without antialiasing", Filter(triangle, 1.0, antialias=False)),
     ):
-        yield words, _expected(recipe, pixels, how), recipe
+        yield words, _expected(recipe, pixels, replace(how, passes=like.passes)), recipe
 
 
 def _notes(image_processor: Any, recipe: Recipe) -> Iterator[str]:
