@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.definitions.disk import changed_checkpoint
-from pytest_qvl.faults.tools import all_of, attribute, values
+from pytest_qvl.faults.tools import all_of, values
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator
 
     import torch
 
@@ -240,146 +240,6 @@ def _blocks_exchanged(case: Case) -> Iterator[None]:
 def _head(case: Case) -> Iterator[None]:
     head: Any = base_modules(anatomy(case.model))["lm_head"]
     with values(head.weight, lambda weight: weight.roll(1, 0)):
-        yield
-
-
-def _settings(case: Case, name: str, change: Callable[[Any], Any], where: Callable[[str], bool]) -> Any:
-    """Change an attribute of every module of the base model that has it and whose name is meant."""
-    modules = base_modules(anatomy(case.model))
-    meant = [m for n, m in modules.items() if where(n) and getattr(m, name, None) is not None]
-    return all_of([attribute(module, name, change(getattr(module, name))) for module in meant])
-
-
-@fault(
-    "epsilon-of-the-tower",
-    "The norms of the vision tower add 1e-2 instead of 1e-6.",
-    target="model",
-    check="weights_as_stored",
-    expected_words=("not as config.json has it", "blocks.0.norm1: epsilon is 0.01 instead of 1e-06"),
-)
-def _epsilon(case: Case) -> Iterator[None]:
-    def tower(name: str) -> bool:
-        return name.startswith("model.visual")
-
-    with _settings(case, "variance_epsilon", lambda _: 1e-2, tower), _settings(case, "eps", lambda _: 1e-2, tower):
-        yield
-
-
-@fault(
-    "epsilon-of-the-language-layers",
-    "The norms of the language layers add 1e-5 instead of the checkpoint's 1e-6, another library's default.",
-    target="model",
-    check="weights_as_stored",
-    expected_words=("layers.0.input_layernorm: epsilon is 1e-05 instead of 1e-06",),
-)
-def _language_epsilon(case: Case) -> Iterator[None]:
-    with _settings(case, "variance_epsilon", lambda _: 1e-5, lambda name: "language_model" in name):
-        yield
-
-
-@fault(
-    "mrope-section-moved",
-    "M-RoPE divides a head's frequencies among time, height and width otherwise: one more for width.",
-    target="model",
-    check="weights_as_stored",
-    expected_words=("mrope_section is [", "not as config.json has it"),
-)
-def _sections(case: Case) -> Iterator[None]:
-    parts = anatomy(case.model)
-    rotary: Any = parts.language_backbone.rotary_emb
-    changes = []
-    if hasattr(rotary, "mrope_section"):
-        changes.append(attribute(rotary, "mrope_section", _moved(rotary.mrope_section)))
-    for layer in parts.language_backbone.layers:
-        for name in ("rope_scaling", "rope_parameters"):  # where some releases read them
-            kept = getattr(layer.self_attn, name, None) or {}
-            if section := kept.get("mrope_section"):
-                changes.append(attribute(layer.self_attn, name, {**kept, "mrope_section": _moved(section)}))
-    with all_of(changes):
-        yield
-
-
-def _moved(section: Sequence[int]) -> list[int]:
-    time, height, width = section
-    return [time, height - 1, width + 1]
-
-
-@contextmanager
-def _rotary_base(case: Case, factor: float) -> Iterator[None]:
-    rotary: Any = anatomy(case.model).language_backbone.rotary_emb
-
-    def other(frequencies: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        share = torch.arange(len(frequencies), device=frequencies.device) / len(frequencies)
-        return frequencies * factor**-share
-
-    with values(rotary.inv_freq, other):
-        yield
-
-
-@fault(
-    "rotary-base-10-percent-off",
-    "The rotary base of the language model is 10 % too large.",
-    target="model",
-    check="weights_as_stored",
-    expected_words=("rotary_emb.inv_freq[1] is", "as of a rotary base of"),
-)
-def _base(case: Case) -> Iterator[None]:
-    with _rotary_base(case, 1.1):
-        yield
-
-
-@fault(
-    "rotary-base-times-1000",
-    "The rotary base of the language model is a thousand times too large: another release's default.",
-    target="model",
-    check="weights_as_stored",
-    expected_words=("rotary_emb.inv_freq[1] is", "as of a rotary base of"),
-)
-def _base_thousand(case: Case) -> Iterator[None]:
-    with _rotary_base(case, 1000.0):
-        yield
-
-
-@fault(
-    "frequencies-in-bfloat16",
-    "The whole model was cast after it was loaded, rotary frequencies included: positions beyond 256 blur.",
-    target="model",
-    check="weights_as_stored",
-    expected_words=("rotary_emb.inv_freq is bfloat16 instead of float32", ".half() or .to(dtype)"),
-)
-def _coarse(case: Case) -> Iterator[None]:
-    rotary: Any = anatomy(case.model).language_backbone.rotary_emb
-    frequencies = rotary.inv_freq
-    rotary.inv_freq = frequencies.bfloat16()
-    try:
-        yield
-    finally:
-        rotary.inv_freq = frequencies
-
-
-@fault(
-    "attention-scaling-5-percent-off",
-    "Attention scores of the language layers are 5 % too large.",
-    target="model",
-    check="weights_as_stored",
-    expected_words=("layers.0.self_attn.scaling is",),
-)
-def _scaling(case: Case) -> Iterator[None]:
-    with _settings(case, "scaling", lambda s: s * 1.05, lambda n: "language_model" in n and n.endswith("self_attn")):
-        yield
-
-
-@fault(
-    "vision-scaling-5-percent-off",
-    "Attention scores of the vision tower are 5 % too large.",
-    target="model",
-    check="weights_as_stored",
-    expected_words=("blocks.0.attn.scaling is",),
-)
-def _vision_scaling(case: Case) -> Iterator[None]:
-    with _settings(case, "scaling", lambda scaling: scaling * 1.05, lambda name: name.endswith(".attn")):
         yield
 
 

@@ -21,7 +21,7 @@ from pytest_qvl.models.sources.hub import hub_options, model_folder, saved_quant
 from pytest_qvl.models.sources.loading import compared_with, keep_report, why_not_loaded
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.models.sources.released import released_config
-from pytest_qvl.models.sources.synthetic import build_synthetic
+from pytest_qvl.models.sources.synthetic import build_synthetic, keep_drawn
 from pytest_qvl.models.sources.synthetic_processor import write_processor
 
 if TYPE_CHECKING:
@@ -200,6 +200,8 @@ def _build(fast: Any, request: LoadRequest, dtype: torch.dtype, checkpointing: b
     read_from = model_folder(source)
     if read_from is not None:
         keep_report(model, compared_with(model, read_from, f"the checkpoint of {source}"))
+    if source.kind == "synthetic":
+        keep_drawn(model, released_config(source.location), request.device, dtype)
     if own is not None:
         finish_saved_in_4bit(model, dtype, full_precision=quantization is None)
     return model

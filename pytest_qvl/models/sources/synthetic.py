@@ -44,6 +44,22 @@ class Drawn:
     config: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
+def keep_drawn(model: Any, config: Any, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+    """Keep with a model how its tensors were drawn.
+
+    Args:
+        model: The model.
+        config: The configuration that it was built for.
+        device: Where they were drawn.
+        dtype: Of what was drawn.
+        seed: Of all of them.
+    """
+    import torch
+
+    said = json.loads(config.to_json_string(use_diff=False))
+    setattr(anatomy(model).base, _KEPT_AS, Drawn(torch.device(device), dtype, seed, said))
+
+
 def kept_drawn(parts: Parts) -> Drawn | None:
     """How this model's tensors were drawn; ``None`` for a model that was loaded."""
     drawn: Drawn | None = getattr(parts.base, _KEPT_AS, None)
