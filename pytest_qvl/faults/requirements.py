@@ -19,6 +19,7 @@ Requirement = Literal[
     "window attention",
     "gated vision MLP",
     "checkpoint file",
+    "biases of q, k and v",
     "CLIP's normalisation",
     "CPU",
     "CUDA",
@@ -50,6 +51,10 @@ def _checkpoint_file(case: Case) -> bool:
     return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
 
 
+def _attention_biases(case: Case) -> bool:
+    return anatomy(case.model).language_backbone.layers[0].self_attn.q_proj.bias is not None
+
+
 def _clip(case: Case) -> bool:
     return FAMILIES[anatomy(case.model).config.model_type].image_mean != (0.5, 0.5, 0.5)
 
@@ -64,6 +69,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "window attention": (_window_attention, "needs window attention: this family's vision tower has none"),
     "gated vision MLP": (_gated_vision_mlp, "needs the gated vision MLP of Qwen2.5-VL: this tower's has other layers"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
+    "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
     "CPU": (_on("cpu"), "CPU only"),
     "CUDA": (_on("cuda"), "CUDA only"),

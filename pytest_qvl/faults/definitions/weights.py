@@ -152,6 +152,7 @@ def _half_packed(case: Case) -> Iterator[None]:
     target="model",
     check="weights_as_stored",
     expected_words=("self_attn.q_proj.bias: differs in", "is zero in memory: its values were lost"),
+    requires=("biases of q, k and v",),
 )
 def _biases(case: Case) -> Iterator[None]:
     modules = base_modules(anatomy(case.model))
@@ -270,7 +271,7 @@ def _drawn_anew(case: Case, part: str) -> Iterator[None]:
     target="load",
     check="weights_as_stored",
     expected_words=("have weights as they were drawn", "model.visual.blocks.0", "initialised anew"),
-    requires=("checkpoint file",),
+    requires=("knowledge", "checkpoint file"),
 )
 def _random_tower(case: Case) -> Iterator[None]:
     yield from _drawn_anew(case, "visual.")
@@ -282,7 +283,7 @@ def _random_tower(case: Case) -> Iterator[None]:
     target="load",
     check="weights_as_stored",
     expected_words=("layers have weights as they were drawn (model.visual.blocks.2)", "initialised anew"),
-    requires=("checkpoint file",),
+    requires=("knowledge", "checkpoint file"),
 )
 def _random_block(case: Case) -> Iterator[None]:
     yield from _drawn_anew(case, "blocks.2.")
