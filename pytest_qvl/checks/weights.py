@@ -13,6 +13,7 @@ from pytest_qvl.checks.support.initialised import drawn_units
 from pytest_qvl.checks.support.lora import rewrites_base
 from pytest_qvl.checks.support.stored_values import (
     Difference,
+    Routes,
     dequantized_difference,
     packed_differences,
     plain_difference,
@@ -31,8 +32,6 @@ from pytest_qvl.models.sources.loading import compared_with, has_tied_head, kept
 from pytest_qvl.models.training import asked_biases, trained_on_purpose
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from pytest_qvl.models.sources.stored import Stored
@@ -50,11 +49,11 @@ def weights_as_stored(
     Read tensor by tensor beside the model, in pieces of a few MiB; nothing is run. There are no limits but one:
 
     - *16 and 32 bits*: the stored tensor, cast to the dtype in memory (rounded to the nearest), has the same bits.
-    - *4 bits*: the stored tensor, quantized once more by bitsandbytes with the layer's own type and block size on the
-      layer's own device, has the same packed data, block statistics and double quantization. The code book is that of
-      the QLoRA paper. The offset of double quantization is a mean, whose last bits depend on the order of summation:
-      it is held to the float64 mean within 64 roundings of float32. Of a checkpoint saved in 4 bits, every stored
-      byte is compared.
+    - *4 bits*: the stored tensor, quantized once more by bitsandbytes with the layer's own type and block size, where
+      the layer is or else on the CPU, has the same packed data, block statistics and double quantization. The code
+      book is that of the QLoRA paper. The offset of double quantization is a mean, whose last bits depend on the order
+      of summation: it is held to the float64 mean within 64 roundings of float32. Of a checkpoint saved in 4 bits,
+      every stored byte is compared.
     - *values*: epsilons, rotary frequencies and sections, attention scaling and heads, windows, tied head, token ids
       in the live modules are those of ``config.json``.
     - *files*: of the embedded model and of the Hugging Face hub's cache, which names each file by its SHA-256, the
@@ -157,10 +156,14 @@ class _Comparison:
     matrices: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """What the model's dtypes allow a tensor to have passed on its way."""
+        self.through = _dtypes(self.parts)
+        self.routes = Routes(self.through)
+
     def run(self) -> None:
         purposely = self._left_out_on_purpose()
         done: set[int] = set()
-        through = _dtypes(self.parts)
         for place, module in base_modules(self.parts).items():
             volatile: set[str] = module._non_persistent_buffers_set
             buffers = [(key, b) for key, b in module.named_buffers(recurse=False) if key not in volatile]
@@ -175,7 +178,7 @@ class _Comparison:
                 if reason := purposely.get(id(tensor)) or _cannot_compare(module, tensor):
                     self.left_out.setdefault(reason, []).append(name)
                     continue
-                self._compare(name, stored, module, tensor, through)
+                self._compare(name, stored, module, tensor)
 
     def _stored_name(self, name: str) -> str | None:
         """Under which name a tensor is stored: a tied head may be there under either of its names."""
@@ -186,7 +189,7 @@ class _Comparison:
             return next((other for other in pair if other in self.stored), None)
         return None
 
-    def _compare(self, name: str, stored: str, module: Any, tensor: Any, through: Sequence[torch.dtype]) -> None:
+    def _compare(self, name: str, stored: str, module: Any, tensor: Any) -> None:
         self.compared += 1
         packed = self.stored.packed(stored)
         found: list[Difference | str | None]
@@ -195,13 +198,13 @@ class _Comparison:
             if packed is not None:
                 found = [*packed_differences(name, tensor, packed)]
             else:
-                found = [*quantized_differences(name, tensor, shape, self.stored, through)]
+                found = [*quantized_differences(name, tensor, shape, self.stored, self.routes)]
         elif packed is not None:
             found = [dequantized_difference(name, tensor, packed)]
         elif self.stored.shape(stored) != tuple(tensor.shape):
             found = [f"{name}: its shape is {tuple(tensor.shape)} instead of {self.stored.shape(stored)}"]
         else:
-            difference, between = plain_difference(stored, tensor, self.stored, through)
+            difference, between = plain_difference(stored, tensor, self.stored, self.through)
             found = [difference]
             if between is not None:
                 reason = f"rounded to {dtype_name(between)} on the way, as after a load in it"
@@ -234,14 +237,13 @@ class _Comparison:
         """Another tensor that differs too, and whose stored values this one holds."""
         kind = _kind(wrong.name)
         others = [each for each in self.wrong if each is not wrong and _kind(each.name) == kind][:TWINS]
-        through = _dtypes(self.parts)
         for other in others:
             if other.tensor.shape != wrong.tensor.shape or other.tensor.dtype != wrong.tensor.dtype:
                 continue
             if getattr(wrong.tensor, "quant_state", None) is None:
                 same = (
                     self.stored.packed(other.name) is None
-                    and not plain_difference(other.name, wrong.tensor, self.stored, through)[0]
+                    and not plain_difference(other.name, wrong.tensor, self.stored, self.through)[0]
                 )
             else:
                 packed = self.stored.packed(other.name)
@@ -249,7 +251,7 @@ class _Comparison:
                 same = not (
                     packed_differences(other.name, wrong.tensor, packed)
                     if packed is not None
-                    else quantized_differences(other.name, wrong.tensor, shape, self.stored, through)
+                    else quantized_differences(other.name, wrong.tensor, shape, self.stored, self.routes)
                 )
             if same:
                 return other.name

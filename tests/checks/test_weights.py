@@ -18,7 +18,7 @@ from pytest_qvl.checks.support.stored_values import NF4
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.faults.case import load
 from pytest_qvl.faults.matrix.random_models import random_config
-from pytest_qvl.faults.tools import values
+from pytest_qvl.faults.tools import all_of, values
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.sources import stored
@@ -122,6 +122,31 @@ def test_a_merged_adapter_is_not_judged(fresh_model: Any) -> None:
     model.merge_adapter()
     with pytest.raises(CannotJudge, match=r"unmerge_adapter\(\) first"):
         weights_as_stored(model)
+
+
+def test_a_state_that_names_another_dtype_by_now(fresh_model: Any) -> None:
+    """As Unsloth sets it to what the layers compute in; the weights were quantized from the checkpoint's bfloat16."""
+    model = fresh_model(dtype="bfloat16")
+    for _name, module in base_modules(anatomy(model)).items():
+        if state := getattr(getattr(module, "weight", None), "quant_state", None):
+            state.dtype = torch.float16
+    assert weights_as_stored(model).ok
+
+
+def test_another_order_of_summation_is_no_fault(model: Any, tiny_dir: Path) -> None:
+    """Another number of threads gives an offset whose last bit is another, and statistics that belong to it."""
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+
+    state = base_modules(anatomy(model))[LAYER].weight.quant_state
+    weight = load_file(tiny_dir / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    absmax = quantize_4bit(weight.float(), blocksize=64, quant_type="nf4")[1].absmax
+    other = torch.nextafter(state.offset, torch.tensor(1.0))
+    codes, nested = quantize_blockwise(absmax - other, blocksize=256)
+    changed = [(state.offset, other), (state.absmax, codes), (state.state2.absmax, nested.absmax)]
+    with all_of([values(old, lambda _, new=new: new) for old, new in changed]):
+        assert weights_as_stored(model).ok
+    with values(state.offset, lambda offset: offset * (1 + 1e-5)):
+        assert "the offset of its double quantization" in refused(model)
 
 
 def test_a_folder_saved_in_4_bits_is_compared_byte_for_byte(tiny_dir: Path, tmp_path: Path) -> None:

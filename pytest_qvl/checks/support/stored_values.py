@@ -216,10 +216,47 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().view(torch.uint8).reshape(-1)
 
 
+_BY_KERNELS = ("packed data", "absmax", "nested absmax")  # what another device or dtype may give otherwise
+
+
+class Routes:
+    """Where a model's weights were quantized, and from which dtype.
+
+    Usually on the device where they are, from the dtype that their state names. Kernels of a CPU and of a GPU may round
+    a tie differently, and a state may name another dtype by now; so the other ways are tried too, until one was right,
+    or the first weight was met for which none is.
+
+    Args:
+        through: Dtypes that the model was loaded or computes in.
+    """
+
+    def __init__(self, through: Sequence[torch.dtype]) -> None:
+        self._through = through
+        self._right: tuple[torch.device, torch.dtype] | None = None
+        self._search = True
+
+    def of(self, weight: Any) -> list[tuple[torch.device, torch.dtype]]:
+        """Device and dtype to quantize from, the likeliest first."""
+        import torch
+
+        here, named = weight.device, weight.quant_state.dtype
+        ways = [] if self._right is None else [self._right]
+        ways.append((here, named))
+        if self._search:
+            ways += [(here, dtype) for dtype in self._through] + [(torch.device("cpu"), named)]
+        return list(dict.fromkeys(ways))
+
+    def was_right(self, way: tuple[torch.device, torch.dtype] | None) -> None:
+        """Which of them gave the weight, or none."""
+        self._search = False
+        if way is not None:
+            self._right = way
+
+
 def quantized_differences(
-    name: str, weight: Any, shape: tuple[int, ...], stored: Stored, through: Sequence[torch.dtype]
+    name: str, weight: Any, shape: tuple[int, ...], stored: Stored, routes: Routes
 ) -> list[Difference | str]:
-    """Compare a 4-bit weight with the stored tensor, quantized once more by bitsandbytes on the same device.
+    """Compare a 4-bit weight with the stored tensor, quantized once more by bitsandbytes.
 
     Blocks are quantized one by one, so quantizing in pieces gives the bits of the whole. Only the offset of double
     quantization is a mean over all blocks, whose last bits depend on the order of summation (threads, vector width,
@@ -231,33 +268,36 @@ def quantized_differences(
         weight: ``Params4bit`` with its quantization state.
         shape: Shape of the layer's weight.
         stored: What holds the tensor in 16 or 32 bits.
-        through: Dtypes that the model was loaded or computes in, if its state names another one by now.
+        routes: Where to quantize, and from which dtype.
     """
-    state = weight.quant_state
-    tried: list[list[Difference | str]] = []
-    for dtype in dict.fromkeys([state.dtype, *through]):
-        tried.append(_requantized(name, weight, shape, stored, dtype))
-        if not any(isinstance(each, Difference) and each.part in ("packed data", "absmax") for each in tried[-1]):
-            return tried[-1]
-    return tried[0]
+    first: list[Difference | str] | None = None
+    for way in routes.of(weight):
+        found = _requantized(name, weight, shape, stored, way)
+        if not any(isinstance(each, Difference) and each.part in _BY_KERNELS for each in found):
+            routes.was_right(way)
+            return found
+        first = first or found
+    routes.was_right(None)
+    return first or []
 
 
 def _requantized(
-    name: str, weight: Any, shape: tuple[int, ...], stored: Stored, dtype: torch.dtype
+    name: str, weight: Any, shape: tuple[int, ...], stored: Stored, way: tuple[torch.device, torch.dtype]
 ) -> list[Difference | str]:
     import torch
     from bitsandbytes.functional import get_4bit_type, quantize_4bit
 
     state = weight.quant_state
+    device, dtype = way
     memory = _bytes(weight.data)
     comparison = _Comparison(name, "packed data", (memory.numel(),))
     absmax = []
     for start, values in stored.pieces(name, state.blocksize):
         # In one row, as bitsandbytes takes its blocks.
         own, part = quantize_4bit(
-            values.to(memory.device).to(dtype)[None], blocksize=state.blocksize, quant_type=state.quant_type
+            values.to(device).to(dtype)[None], blocksize=state.blocksize, quant_type=state.quant_type
         )
-        packed = _bytes(own)
+        packed = _bytes(own).to(memory.device)
         comparison.add(start // 2, memory[start // 2 : start // 2 + packed.numel()], packed)
         absmax.append(part.absmax)
     book = torch.tensor(NF4) if state.quant_type == "nf4" else get_4bit_type(state.quant_type, device="cpu")
@@ -284,7 +324,7 @@ def _statistics(name: str, state: Any, absmax: torch.Tensor) -> Iterator[Differe
             "block statistics"
         )
         return
-    codes, nested = quantize_blockwise(absmax - state.offset, blocksize=state.state2.blocksize)
+    codes, nested = quantize_blockwise(absmax - state.offset.to(absmax.device), blocksize=state.state2.blocksize)
     yield compare(name, "absmax", state.absmax, codes)
     yield compare(name, "nested absmax", state.state2.absmax, nested.absmax)
     yield compare(name, "nested code book", state.state2.code, nested.code)
