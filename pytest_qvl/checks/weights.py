@@ -209,7 +209,7 @@ class _Comparison:
             if between is not None:
                 reason = f"rounded to {dtype_name(between)} on the way, as after a load in it"
                 self.left_out.setdefault(reason, []).append(name)
-        if tensor.ndim > 1 and packed is None:
+        if tensor.ndim > 1 and packed is None and self.parts.group_of(name) not in self.policy.trained:
             self.matrices.append(stored)
         if real := [each for each in found if each is not None]:
             self.wrong.append(_Wrong(stored, tensor, real))

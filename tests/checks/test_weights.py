@@ -104,6 +104,18 @@ def test_what_the_policy_names_may_be_trained(fresh_model: Any) -> None:
     assert weights_as_stored(model, policy=AdapterPolicy.parse("language, vision:full")).ok
 
 
+def test_a_part_that_begins_anew_is_named_unless_it_is_to_be_trained(tiny_dir: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_dir, tmp_path / "anew")
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if "merger" in name and tensor.ndim > 1:
+            tensor.normal_(0.0, 0.02, generator=torch.Generator().manual_seed(0))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(lora=None, folder=folder)
+    assert "1 of 9 layers have weights as they were drawn (model.visual.merger)" in refused(model)
+    assert weights_as_stored(model, policy=AdapterPolicy.parse("language, merger:full")).ok
+
+
 def test_an_initialisation_that_rewrites_the_base_is_noted(fresh_model: Any) -> None:
     evidence = weights_as_stored(fresh_model(lora={"init_lora_weights": "olora"}))
     assert any("rewritten by the adapter's initialisation" in note for note in evidence.notes)
