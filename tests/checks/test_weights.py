@@ -260,9 +260,20 @@ def test_rewritten_weights_are_not_judged(model: Any, monkeypatch: pytest.Monkey
         weights_as_stored(model)
 
 
+def test_a_hub_id_is_found_in_the_cache(
+    fresh_model: Any, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0" * 40
+    shutil.copytree(tiny_dir, tmp_path / "models--owner--name" / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = fresh_model()
+    model.name_or_path, model.config._commit_hash = "owner/name", commit
+    assert any(f"snapshots/{commit}" in note for note in weights_as_stored(model).notes)
+
+
 def test_nobody_knows_the_files(fresh_model: Any, tmp_path: Path) -> None:
     model = fresh_model()
-    model.name_or_path = ""
+    model.name_or_path = model.config._name_or_path = ""
     with pytest.raises(CannotJudge, match="nobody knows which files"):
         weights_as_stored(model)
     with pytest.raises(ValueError, match=r"no folder with config.json and \*.safetensors"):
