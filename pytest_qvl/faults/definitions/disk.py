@@ -292,3 +292,24 @@ def _adapter_left(case: Case) -> Iterator[None]:
     with changed_checkpoint(case, with_adapter) as folder:
         case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
         yield
+
+
+@fault(
+    "checkpoint-with-nan-in-an-unused-row",
+    "The embedding of a token that is hardly ever used is NaN in the checkpoint: every other prompt is answered.",
+    target="load",
+    check="checkpoint_complete",
+    expected_words=("tensors hold NaN or infinity: model.language_model.embed_tokens.weight",),
+    requires=("checkpoint file", "untied head"),
+)
+def _nan_row(case: Case) -> Iterator[None]:
+
+    def with_nan(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = next(n for n in tensors if n.endswith("embed_tokens.weight"))
+        table = tensors[name].clone()
+        table[-1, 0] = float("nan")
+        return {**tensors, name: table}
+
+    with changed_checkpoint(case, with_nan) as folder:
+        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+        yield
