@@ -44,6 +44,7 @@ PROMISES = (
     Promise(9, "answers come from the pictures"),
     Promise(10, "training step"),
     Promise(11, "peak VRAM within its limit", needs_limit=True),
+    Promise(12, "every layer computes what it is defined to"),
 )
 
 

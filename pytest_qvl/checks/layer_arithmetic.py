@@ -1,0 +1,195 @@
+"""Every module computes what its definition says, on the input that it really had."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.layers import linears
+from pytest_qvl.checks.support.layers.adapters import Adapters
+from pytest_qvl.checks.support.layers.flow import Flow
+from pytest_qvl.checks.support.layers.tally import Tally
+from pytest_qvl.checks.support.layers.text import Text
+from pytest_qvl.checks.support.layers.tower import Tower
+from pytest_qvl.checks.support.packing import is_packed
+from pytest_qvl.checks.support.placeholders import attended
+from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import auxiliary_layers, base_modules
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.state import preserved
+from pytest_qvl.models.taps import forget_positions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from pytest_qvl.models.anatomy import Parts
+
+STEPS = 8
+
+
+@check(promise=12)
+def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: Any = None) -> Evidence:
+    """Every linear, norm, attention, rotary embedding, MLP and adapter computes what its definition says.
+
+    The batch goes through ``generate`` for eight forced tokens, and once more through a forward in train mode. Each
+    module's input and output are held, as it runs, to an independent reference on that very input
+    (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen where logits hide it. No
+    second model and no recorded reference is needed: a model that was damaged before anything was recorded is judged
+    the same. B of every adapter is random for that time, and put back bitwise.
+
+    Every limit is the rounding of the operation itself, from its dtype and number of terms; it is derived in the
+    oracle's docstring, and the figures are error over limit.
+
+    Args:
+        model: Wrapped or not; 4-bit, 16-bit or float32.
+        batch: Model inputs, left-padded.
+        lora_config: The ``peft.LoraConfig`` that was asked for; None takes the one that the adapter came with.
+
+    Raises:
+        CheckFailed: A module computes something else.
+        CannotJudge: Weights were rewritten for a CPU kernel, or the batch is packed.
+    """
+    parts = anatomy(model)
+    judge = Judge("layer_arithmetic", "every layer computes what its definition says")
+    require_unpacked_weights(parts)
+    if is_packed(batch):
+        raise CannotJudge("the batch is packed: give one sample a row")
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "position_ids")}
+    tally = Tally()
+    with preserved(model, training=False, seed=0), _exact_products():
+        adapters = Adapters(parts, lora_config, tally)
+        adapters.judge_sharing()
+        with adapters.with_random_b():
+            _run(parts, inputs, adapters, tally)
+    several = {name for layer in adapters.layers.values() for name in adapters.active(layer)}
+    if len(several) > 1:
+        judge.note(f"{len(several)} adapters are active and judged as a sum: {', '.join(sorted(several))}")
+    if "pixel_values" not in inputs:
+        judge.note("the vision tower was not judged: the batch has no image")
+    tally.report(judge)
+    rows = [(name, op.judged, op.worst) for name, op in tally.operations.items()]
+    return judge.verdict(("operation", "comparisons", "largest error / limit"), rows)
+
+
+def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally) -> None:
+    import torch
+
+    flow = Flow()
+    text = Text(parts, tally, flow, attended(inputs).bool())
+    modules = _Modules(parts, tally, flow, adapters)
+    with flow.running(), torch.no_grad():
+        modules.watch()
+        text.watch()
+        Tower(parts, tally, flow).watch()
+        flow.before(parts.language_backbone, lambda _a, _k: modules.next_call())
+        # Left in eval mode, with a cache, and whatever the user's generation configuration says.
+        forget_positions(parts)
+        parts.wrapped.generate(
+            **inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, use_cache=True
+        )
+        text.restart()
+        forget_positions(parts)
+        modules.restart(" (in train mode)")
+        parts.wrapped.train()
+        parts.wrapped(**inputs, use_cache=False, logits_to_keep=1)
+        parts.wrapped.eval()
+
+
+class _Modules:
+    """Judges single modules as they run: linears, norms, adapters and the embedding table.
+
+    Linears and their adapters are judged at prefill and at the first decode step, whose kernels differ; all later steps
+    are the same call again.
+    """
+
+    def __init__(self, parts: Parts, tally: Tally, flow: Flow, adapters: Adapters) -> None:
+        self._parts, self._tally, self._flow, self._adapters = parts, tally, flow, adapters
+        self._calls, self._suffix = 0, ""
+        self._dropped: dict[str, dict[str, Any]] = {}
+        self._probed: set[str] = set()
+
+    def next_call(self) -> None:
+        """The language backbone is called once more."""
+        self._calls += 1
+        step = f" (decode step {self._calls - 1})" if self._calls > 1 else ""
+        self._tally.phase = self._suffix or step
+
+    def restart(self, suffix: str) -> None:
+        """Another forward begins, which messages call so."""
+        self._calls, self._suffix = 0, suffix
+        self._tally.phase = suffix
+
+    def watch(self) -> None:
+        """Put hooks on every module that is judged by itself."""
+        from torch import nn
+
+        watched = dict(base_modules(self._parts))
+        for name, wrapper in auxiliary_layers(self._parts).items():
+            copies = getattr(wrapper, "modules_to_save", {})
+            watched |= {f"{name} ({key})": copies[key] for key in copies} if hasattr(copies, "keys") else {}
+        for name, module in watched.items():
+            if isinstance(module, nn.Linear):
+                linears.judge_code_book(self._tally, name, module)
+                self._flow.watch(module, lambda m, _a, _k, _o, name=name: self._linear(name, m))
+            elif isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+                self._flow.watch(module, lambda m, _a, _k, _o, name=name: self._norm(name, m))
+            elif isinstance(module, nn.Embedding) and module is self._parts.embeddings:
+                self._flow.watch(module, lambda m, _a, _k, _o, name=name: self._embedding(name, m))
+        for name, layer in self._adapters.layers.items():
+            for adapter, dropout in layer.lora_dropout.items():
+                self._flow.watch(dropout, lambda m, _a, _k, _o, n=name, a=adapter: self._dropout(n, a, m))
+            self._flow.watch(layer, lambda m, _a, _k, _o, name=name: self._adapted(name, m))
+
+    def _linear(self, name: str, module: Any) -> None:
+        if self._calls <= 2:
+            given, made = self._flow.given[id(module)], self._flow.made[id(module)]
+            linears.judge_linear(self._tally, self._parts, name, module, given, made)
+
+    def _norm(self, name: str, module: Any) -> None:
+        given, made = self._flow.given[id(module)], self._flow.made[id(module)]
+        eps = linears.norm_epsilon(self._parts, name)
+        if name not in self._probed:
+            self._probed.add(name)
+            linears.judge_epsilon(self._tally, name, module, given, eps)
+        linears.judge_norm(self._tally, name, module, given, made, eps)
+
+    def _embedding(self, name: str, module: Any) -> None:
+        linears.judge_embedding(
+            self._tally, name, module, self._flow.given[id(module)], self._flow.made[id(module)]
+        )
+        self._flow.forget((module,))
+
+    def _dropout(self, name: str, adapter: str, module: Any) -> None:
+        self._dropped.setdefault(name, {})[adapter] = self._flow.made[id(module)]
+        self._flow.forget((module,))
+
+    def _adapted(self, name: str, layer: Any) -> None:
+        base = layer.get_base_layer()
+        dropped = self._dropped.pop(name, {})
+        if not self._flow.seen((base,)):
+            self._tally.leave_out("its base layer is not called", name)
+        elif self._calls <= 2:
+            given, made = self._flow.given[id(layer)], self._flow.made[id(layer)]
+            self._adapters.judge(name, given, dropped, self._flow.made[id(base)], made)
+        self._flow.forget((base,))
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Keep 16-bit products from being reduced in 16 bits, a setting of torch for CUDA, inside the block."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = [getattr(matmul, name) for name in names]
+    try:
+        for name in names:
+            setattr(matmul, name, False)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(matmul, name, value)

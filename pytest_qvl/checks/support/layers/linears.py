@@ -1,0 +1,162 @@
+"""Linear layers, norms, embeddings and the patch embedding: one module each, judged as soon as it has run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.layers.tally import factor, multiple
+from pytest_qvl.models.layers import VISION_EPS, has_bias
+from pytest_qvl.oracles import elementary, nf4
+from pytest_qvl.oracles.bounds import TF32, unit
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.checks.support.layers.tally import Tally
+    from pytest_qvl.models.anatomy import Parts
+
+ELEMENTS = 2**24
+"""Weights that are held in float32 at a time: 64 MiB."""
+PRODUCT_4BIT, PRODUCT_16BIT = "4-bit product", "linear product"
+BIAS, BOOK, NORM, EPSILON, EMBEDDING = "bias", "NF4 code book", "norm", "eps of a norm", "embedding"
+
+
+def packed_of(module: Any) -> nf4.Packed | None:
+    """What an NF4 layer of bitsandbytes stores, as the paper names it; None for another type of weight."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None or state.quant_type != "nf4":
+        return None
+    shape = (int(module.out_features), int(module.in_features))
+    if not state.nested:
+        return nf4.Packed(module.weight.data, shape, state.absmax, state.blocksize)
+    outer = state.state2
+    return nf4.Packed(
+        module.weight.data, shape, state.absmax, state.blocksize, outer.code, outer.absmax, outer.blocksize, state.offset
+    )  # fmt: skip
+
+
+def weight_rows(module: Any, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of a linear layer's weight as its product takes them: NF4 dequantized and rounded to the compute dtype."""
+    packed = packed_of(module)
+    if packed is None:
+        rows: torch.Tensor = module.weight.detach()[start:stop]
+        return rows
+    return nf4.rows(packed, start, stop).to(dtype)
+
+
+def judge_linear(tally: Tally, parts: Parts, name: str, module: Any, given: torch.Tensor, got: torch.Tensor) -> None:
+    """``x W' + b`` of one linear layer, in slices of its outputs.
+
+    A 4-bit layer casts its input to its compute dtype, multiplies there, and casts back.
+    """
+    is_4bit = getattr(module.weight, "quant_state", None) is not None
+    if is_4bit and packed_of(module) is None or not (is_4bit or module.weight.is_floating_point()):
+        tally.leave_out(f"{type(module).__name__} that is not NF4", name)
+        return
+    dtype = (module.compute_dtype or given.dtype) if is_4bit else module.weight.dtype
+    operation = PRODUCT_4BIT if is_4bit else PRODUCT_16BIT
+    x = given.detach().flatten(0, -2).to(dtype)
+    result = got.detach().flatten(0, -2)
+    on_gpu = x.device.type == "cuda"
+    inputs = TF32 if on_gpu and _takes_tf32(dtype) else 0.0
+    # A fused kernel for few rows scales a block before or after it rounds.
+    weights = unit(dtype) if is_4bit and on_gpu else inputs
+    step = max(1, ELEMENTS // module.in_features)
+    for start in range(0, module.out_features, step):
+        stop = min(start + step, module.out_features)
+        bias = None if module.bias is None else module.bias.detach()[start:stop].to(dtype)
+        rows = weight_rows(module, start, stop, dtype)
+        claim = elementary.linear(x, rows, bias, dtype, inputs=inputs, weights=weights)
+        part = result[:, start:stop]
+        tally.hold(operation, name, part, claim, lambda b=bias, c=claim, p=part: _product_words(p, c.value, b))
+    expected = has_bias(parts, name)
+    if expected is not None and expected != (module.bias is not None):
+        tally.fail(BIAS, name, "has no bias, where the family has one" if expected else "has a bias too many")
+
+
+def _takes_tf32(dtype: torch.dtype) -> bool:
+    import torch
+
+    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+
+
+def _product_words(got: torch.Tensor, expected: torch.Tensor, bias: torch.Tensor | None) -> str:
+    words = multiple(got, expected)
+    if bias is not None:
+        _times, without = factor(got, expected - bias.float())
+        _times, rest = factor(got, expected)
+        if without < rest / 4:
+            return "does not add its bias: it returns x·Wᵀ instead of x·Wᵀ + b"
+    return f"{words}: x·Wᵀ + b"
+
+
+def judge_code_book(tally: Tally, name: str, module: Any) -> None:
+    """The code book that a GPU's kernels look numbers up in, bitwise; the CPU's have it built in."""
+    import torch
+
+    state = getattr(module.weight, "quant_state", None)
+    if state is None or state.quant_type != "nf4":
+        return
+    expected = torch.tensor(nf4.CODE_BOOK, device=state.code.device)
+    wrong = (state.code.float() != expected).nonzero().flatten().tolist() if state.code.shape == expected.shape else [0]
+    first = f"entry {wrong[0]} of NF4's sixteen" if wrong else ""
+    tally.same(BOOK, name, state.code.float(), expected, f"has another number than the paper at {first}")
+
+
+def judge_norm(tally: Tally, name: str, module: Any, given: torch.Tensor, got: torch.Tensor, eps: float) -> None:
+    """An RMS or layer norm on its own input."""
+    dtype = got.dtype
+    if getattr(module, "bias", None) is not None:
+        claim = elementary.layer_norm(given.detach(), module.weight.detach(), module.bias.detach(), eps, dtype)
+    else:
+        claim = elementary.rms_norm(given.detach(), module.weight.detach(), eps, dtype)
+    tally.hold(NORM, name, got.detach(), claim)
+
+
+def judge_epsilon(tally: Tally, name: str, module: Any, like: torch.Tensor, eps: float) -> None:
+    """The eps of a norm, by what it makes of numbers as small: of ``±sqrt(eps)`` it halves the power.
+
+    On the activations of a model eps is far below their variance, and a wrong one is lost in 16-bit rounding.
+    """
+    import torch
+
+    width = like.shape[-1]
+    signs = 1 - 2 * (torch.arange(width, device=like.device) % 2)
+    x = (signs * eps**0.5).to(like.dtype)[None]
+    got = module(x).detach()
+    if getattr(module, "bias", None) is not None:
+        claim = elementary.layer_norm(x, module.weight.detach(), module.bias.detach(), eps, got.dtype)
+    else:
+        claim = elementary.rms_norm(x, module.weight.detach(), eps, got.dtype)
+
+    def words() -> str:
+        shift = 0.0 if getattr(module, "bias", None) is None else module.bias.detach().float()
+        gains = (got.float() - shift).abs() / module.weight.detach().float().abs()
+        found = float((x.float().square() * (gains**-2 - 1)).nanmedian())
+        return f"computes as with eps {found:.2g}, not {eps:g}"
+
+    tally.hold(EPSILON, name, got, claim, words)
+
+
+def norm_epsilon(parts: Parts, name: str) -> float:
+    """The eps that a norm of this name has to have."""
+    in_tower = parts.group_of(name) in ("vision", "merger")
+    return VISION_EPS if in_tower else float(parts.text_config.rms_norm_eps)
+
+
+def judge_patch_embedding(tally: Tally, name: str, projection: Any, given: torch.Tensor, got: torch.Tensor) -> None:
+    """Each patch times the kernel of the convolution that makes one number per channel of it."""
+    import torch
+
+    weight = projection.weight.detach().flatten(1)
+    dtype = weight.dtype
+    tf32 = dtype == torch.float32 and weight.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    extra = TF32 if tf32 else 0.0
+    bias = None if projection.bias is None else projection.bias.detach()
+    claim = elementary.linear(given.detach().to(dtype), weight, bias, dtype, inputs=extra, weights=extra)
+    tally.hold("patch embedding", name, got.detach().flatten(0, -2), claim)
+
+
+def judge_embedding(tally: Tally, name: str, module: Any, ids: torch.Tensor, got: torch.Tensor) -> None:
+    """The table's row of each token, every bit of it."""
+    tally.same(EMBEDDING, name, got, module.weight.detach()[ids], "returns other rows of its table than those asked for")

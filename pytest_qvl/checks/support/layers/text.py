@@ -1,0 +1,238 @@
+"""Rotary embedding, attention and key-value cache of the language backbone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.layers.compose import FLOW, FUSED, judge_mlp, judge_residuals
+from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, rope_of
+from pytest_qvl.models.renamed import kv_cache_in
+from pytest_qvl.oracles import attention as oracle
+from pytest_qvl.oracles import rotary
+from pytest_qvl.oracles.bounds import Claim, unit
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.checks.support.layers.flow import Flow
+    from pytest_qvl.checks.support.layers.tally import Tally
+    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.layers import Layer
+
+ROTARY, ATTENTION, CACHE = "rotary embedding", "attention", "key-value cache"
+
+
+class Text:
+    """Judges the language backbone while it runs.
+
+    Args:
+        parts: The model.
+        tally: Where findings go.
+        flow: What modules are given and make.
+        attended: ``(rows, length)`` bool: which tokens of the prompt are no padding.
+    """
+
+    def __init__(self, parts: Parts, tally: Tally, flow: Flow, attended: torch.Tensor) -> None:
+        self._parts, self._tally, self._flow, self._attended = parts, tally, flow, attended
+        self._rope, (self._heads, self._key_heads, self._width) = rope_of(parts), head_sizes(parts)
+        axes = rotary.axis_of_each_frequency(self._rope.sections, interleaved=self._rope.interleaved)
+        self._axes = axes if len(axes) == self._width // 2 else None
+        self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._history: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._before: torch.Tensor | None = None
+        self._eager = parts.text_config._attn_implementation == "eager"
+
+    def watch(self) -> None:
+        """Put hooks on the backbone."""
+        self._flow.watch(self._parts.language_backbone.rotary_emb, self._judge_rotary)
+        for layer in language_layers(self._parts):
+            for linear in (*layer.inputs, layer.output, *layer.head_norms):
+                pass  # watched as the modules that they are
+            self._flow.watch(layer.attention, lambda _m, a, k, _o, layer=layer: self._judge_attention(layer, a, k))
+            self._flow.watch(layer.mlp.module, lambda *_call, layer=layer: judge_mlp(self._tally, self._flow, layer.mlp))
+            self._flow.watch(layer.module, lambda *_call, layer=layer: self._judge_layer(layer))
+
+    def restart(self) -> None:
+        """Forget the keys and values of the sequence so far."""
+        self._history.clear()
+
+    def _judge_layer(self, layer: Layer) -> None:
+        given, made = self._flow.given[id(layer.module)], self._flow.made[id(layer.module)]
+        # Qwen3-VL adds visual features between its first layers.
+        if layer.number and self._before is not None and self._parts.family != "Qwen3-VL":
+            self._tally.same(FLOW, layer.name, given, self._before, "is not given what the layer before it returned")
+        judge_residuals(self._tally, self._flow, layer)
+        self._before = made
+        self._flow.forget((layer.module,))
+
+    def _judge_rotary(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        name = f"{self._parts.roots['language']}.rotary_emb"
+        self._turns = output
+        if self._rope.kind != "default" or self._axes is None:
+            self._tally.leave_out(f"rotary positions of kind {self._rope.kind}", name)
+            return
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
+        by_axis = output[0].ndim == 4
+        if by_axis:
+            angles = [rotary.text_angles(positions, self._rope.theta, [a] * len(self._axes)) for a in range(3)]
+            together = _stacked(angles)
+        else:
+            together = rotary.text_angles(positions, self._rope.theta, self._axes)
+        claims = rotary.turned(together, self._rope.theta, output[0].dtype)
+        for got, claim in zip(output, claims, strict=True):
+            self._tally.hold(ROTARY, name, got, claim, lambda: self._rotary_words(module, positions, output[0]))
+
+    def _rotary_words(self, module: Any, positions: torch.Tensor, cosines: torch.Tensor) -> str:
+        assert self._axes is not None
+        count = len(self._axes)
+        inverse = getattr(module, "inv_freq", None)
+        if inverse is not None and count > 1 and len(inverse) == count:
+            base = float(inverse[1].double()) ** -float(count)
+            if abs(base / self._rope.theta - 1) > 1e-3:
+                return f"turns as with base {base:.6g}, not {self._rope.theta:g} (rope_theta)"
+        if cosines.ndim == 3:
+            each = [rotary.text_angles(positions, self._rope.theta, [axis] * count).cos() for axis in range(3)]
+            apart = [(cosines[..., :count].double() - one).abs().amax(dim=(0, 1)) for one in each]
+            nearest = [min(range(3), key=lambda axis, i=i: float(apart[axis][i])) for i in range(count)]
+            found = [nearest.count(axis) for axis in range(3)]
+            asked = [self._axes.count(axis) for axis in range(3)]
+            # A frequency that no position tells apart counts for the first axis; say only what differs.
+            if found != asked:
+                return (
+                    f"turns {', '.join(map(str, found))} frequencies by time, height and width, where mrope_section "
+                    f"is {', '.join(map(str, asked))}"
+                )
+        return "turns by other angles than position times theta^(-2i/d) along mrope_section"
+
+    def _judge_attention(self, layer: Layer, args: Any, kwargs: Any) -> None:
+        flow, tally, name = self._flow, self._tally, f"{layer.name}.self_attn"
+        if not flow.seen((*layer.inputs, layer.output)):
+            tally.leave_out(FUSED, name)
+            return
+        hidden = flow.given[id(layer.attention)]
+        for linear in layer.inputs:
+            tally.same(FLOW, name, flow.given[id(linear)], hidden, "does not give its own input to q, k and v")
+        tally.same(
+            FLOW, name, flow.made[id(layer.attention)], flow.made[id(layer.output)], "does not return o_proj's output"
+        )  # fmt: skip
+        turns = kwargs.get("position_embeddings")
+        if self._turns is None or turns is None or self._axes is None:
+            tally.leave_out("rotary positions do not come from the backbone's own module", name)
+            return
+        words = "is given other rotary positions than the backbone's"
+        for got, made in zip(turns, self._turns, strict=True):
+            tally.same(FLOW, name, got, made, words)
+        query, key, value = self._projected(layer)
+        cosines, sines = (self._combined(each)[:, None] for each in turns)
+        query, new = rotary.rotated(query, cosines, sines), rotary.rotated(key, cosines, sines)
+        keys, values = self._extended(layer.number, new, value)
+        cache = cached_layer(kv_cache_in(kwargs), layer.number)
+        exact = cache is None or self._judge_cache(name, cache, keys, values)
+        self._judge_scores(layer, name, query, keys, values, 0.0 if exact else 6 * unit(query.dtype))
+        flow.forget((*layer.inputs, layer.output, *layer.head_norms))
+
+    def _projected(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values by head, ``(rows, heads, length, width)``, after their norms."""
+        made = []
+        for place, linear in enumerate(layer.inputs):
+            split = self._flow.made[id(linear)].unflatten(-1, (-1, self._width))
+            if place < len(layer.head_norms):
+                norm = layer.head_norms[place]
+                self._tally.same(
+                    FLOW, f"{layer.name}.self_attn", self._flow.given[id(norm)], split, "norms something else than q or k"
+                )  # fmt: skip
+                split = self._flow.made[id(norm)].view(split.shape)
+            made.append(split.transpose(1, 2))
+        return made[0], made[1], made[2]
+
+    def _combined(self, turns: torch.Tensor) -> torch.Tensor:
+        """Cosines or sines of each token, ``(rows, length, width)``, where a release hands on three axes apart."""
+        import torch
+
+        if turns.ndim == 3:
+            return turns
+        assert self._axes is not None
+        axes = torch.tensor([*self._axes, *self._axes], device=turns.device)
+        index = axes.expand(1, *turns.shape[1:])
+        return turns.gather(0, index)[0]
+
+    def _extended(self, number: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        if number in self._history:
+            old = self._history[number]
+            key, value = torch.cat((old[0], key), dim=2), torch.cat((old[1], value), dim=2)
+        self._history[number] = key, value
+        return key, value
+
+    def _judge_cache(self, name: str, cache: Any, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether the cache holds the keys and values of every token so far; returns whether the keys agree bitwise.
+
+        Limit: each key is the sum of two products, three roundings in its dtype; values are handed on as they are.
+        """
+        import torch
+
+        tally, length = self._tally, keys.shape[2]
+        if cache.keys.shape != keys.shape or cache.values.shape != values.shape:
+            tally.fail(
+                CACHE, name, f"holds {cache.keys.shape[-2]} keys of shape {tuple(cache.keys.shape)} after {length} tokens"
+            )  # fmt: skip
+            return False
+        single = keys.float()
+        partner = torch.cat(single.chunk(2, dim=-1)[::-1], dim=-1)
+        limit = 3 * unit(keys.dtype) * (single.abs() + partner.abs()) + torch.finfo(keys.dtype).tiny
+        tally.hold(CACHE, name, cache.keys, Claim(single, limit), lambda: _stale(cache.keys, keys, "keys"))
+        tally.same(CACHE, name, cache.values, values, _stale(cache.values, values, "values"))
+        return bool(torch.equal(cache.keys, keys))
+
+    def _judge_scores(
+        self, layer: Layer, name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inexact: float
+    ) -> None:
+        import torch
+
+        rows, _heads, queries, width = query.shape
+        attended = torch.ones((rows, keys.shape[2]), dtype=torch.bool, device=query.device)
+        attended[:, : self._attended.shape[1]] = self._attended
+        kinds = getattr(self._parts.text_config, "layer_types", None)
+        sliding = kinds is not None and kinds[layer.number] == "sliding_attention"
+        window = self._parts.text_config.sliding_window if sliding else None
+        allowed = oracle.causal(attended, queries, window)
+        got = self._flow.given[id(layer.output)].view(rows, queries, self._heads, width)
+        scaling = width**-0.5
+        for row in range(rows):
+            looked = attended[row, keys.shape[2] - queries :]
+            claim = oracle.attention(
+                query[row][:, looked], keys[row], values[row], allowed[row][looked], scaling,
+                eager=self._eager, inexact=inexact,
+            )  # fmt: skip
+            part = got[row].transpose(0, 1)[:, looked]
+            self._tally.hold(ATTENTION, name, part, claim, lambda p=part, c=claim: _words(layer, p, c, scaling))
+
+
+def _words(layer: Layer, got: torch.Tensor, claim: Claim, scaling: float) -> str:
+    from pytest_qvl.checks.support.layers.tally import multiple
+
+    own = getattr(layer.attention, "scaling", scaling)
+    if abs(own / scaling - 1) > 1e-6:
+        return f"scales its scores by {own:.4g}, {own / scaling:.4g} times 1 / sqrt(head width)"
+    return f"{multiple(got, claim.value)}: softmax(q·kᵀ / sqrt(d))·v over itself and the tokens before it"
+
+
+def _stale(found: torch.Tensor, expected: torch.Tensor, what: str) -> str:
+    """What is wrong with cached keys or values ``(rows, heads, length, width)``."""
+    away = (found.float() - expected.float()).abs().amax(dim=(0, 1, 3))
+    wrong = (away > 0).nonzero().flatten().tolist()
+    if not wrong:
+        return ""
+    at = wrong[-1]
+    size = expected.float().abs().amax()
+    if at and bool((found[:, :, at].float() - expected[:, :, at - 1].float()).abs().amax() <= 1e-2 * size):
+        return f"holds at position {at} the {what} of position {at - 1}: the cache is one step stale"
+    return f"holds other {what} than those that were computed, at {len(wrong)} positions, position {wrong[0]} the first"
+
+
+def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    import torch
+
+    return torch.stack(tensors)

@@ -1,0 +1,210 @@
+"""The layers of a Qwen-VL model by what they do, under the names that each family gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_qvl.models.anatomy import Parts
+
+# Of every norm in the tower and its mergers; no configuration has a field for it.
+VISION_EPS = 1e-6
+VISION_THETA = 10_000.0
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """A gated MLP, or one of two linears where `gate` is None.
+
+    Attributes:
+        name: Dotted name in the base model.
+        module: The MLP.
+        gate: Its output goes through the activation; None for an MLP without a gate.
+        up: Its output is multiplied by the gate's, or goes through the activation.
+        down: The last linear.
+        activation: Name of the activation, as the configuration has it.
+    """
+
+    name: str
+    module: Any
+    gate: Any
+    up: Any
+    down: Any
+    activation: str
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the language backbone or block of the vision tower.
+
+    Attributes:
+        name: Dotted name in the base model.
+        number: Its place, from 0.
+        module: The layer.
+        norms: Before attention and before the MLP.
+        attention: The attention.
+        inputs: ``(q, k, v)``, or one linear that makes all three.
+        output: The linear behind the attention.
+        head_norms: Norms of queries and keys (Qwen3-VL), or empty.
+        mlp: The MLP.
+    """
+
+    name: str
+    number: int
+    module: Any
+    norms: tuple[Any, Any]
+    attention: Any
+    inputs: tuple[Any, ...]
+    output: Any
+    head_norms: tuple[Any, ...]
+    mlp: Mlp
+
+
+@dataclass(frozen=True)
+class Merger:
+    """A multimodal projector: norm, first linear, exact GELU, second linear.
+
+    Attributes:
+        name: Dotted name in the base model.
+        module: The merger.
+        norm: Its norm.
+        first: The linear before the activation.
+        second: The linear behind it.
+    """
+
+    name: str
+    module: Any
+    norm: Any
+    first: Any
+    second: Any
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions of the language backbone, from the configuration.
+
+    Attributes:
+        theta: Base of the frequencies.
+        kind: ``"default"``, or how context is extended (``"yarn"``).
+        sections: Frequencies per axis: time, height, width.
+        interleaved: Whether the axes take turns.
+    """
+
+    theta: float
+    kind: str
+    sections: tuple[int, ...]
+    interleaved: bool
+
+
+def language_layers(parts: Parts) -> list[Layer]:
+    """Every layer of the language backbone, in order."""
+    root, found = parts.roots["language"], []
+    for number, layer in enumerate(parts.language_backbone.layers):
+        name, attention = f"{root}.layers.{number}", layer.self_attn
+        head_norms = tuple(getattr(attention, key) for key in ("q_norm", "k_norm") if hasattr(attention, key))
+        found.append(
+            Layer(
+                name,
+                number,
+                layer,
+                (layer.input_layernorm, layer.post_attention_layernorm),
+                attention,
+                (attention.q_proj, attention.k_proj, attention.v_proj),
+                attention.o_proj,
+                head_norms,
+                _mlp(f"{name}.mlp", layer.mlp, parts.text_config.hidden_act),
+            )
+        )
+    return found
+
+
+def vision_blocks(parts: Parts) -> list[Layer]:
+    """Every block of the vision tower, in order."""
+    root, found = parts.roots["vision"], []
+    blocks: Any = parts.blocks
+    for number, block in enumerate(blocks):
+        name = f"{root}.blocks.{number}"
+        found.append(
+            Layer(
+                name,
+                number,
+                block,
+                (block.norm1, block.norm2),
+                block.attn,
+                (block.attn.qkv,),
+                block.attn.proj,
+                (),
+                _mlp(f"{name}.mlp", block.mlp, parts.config.vision_config.hidden_act),
+            )
+        )
+    return found
+
+
+def _mlp(name: str, mlp: Any, activation: str) -> Mlp:
+    if hasattr(mlp, "gate_proj"):
+        return Mlp(name, mlp, mlp.gate_proj, mlp.up_proj, mlp.down_proj, activation)
+    first, second = (mlp.fc1, mlp.fc2) if hasattr(mlp, "fc1") else (mlp.linear_fc1, mlp.linear_fc2)
+    return Mlp(name, mlp, None, first, second, activation)
+
+
+def mergers(parts: Parts) -> Iterator[Merger]:
+    """The multimodal projector, and those of Qwen3-VL's deepstack."""
+    tower: Any = parts.vision_tower
+    named = [(parts.roots["merger"], parts.merger)]
+    for number, each in enumerate(getattr(tower, "deepstack_merger_list", ())):
+        named.append((f"{parts.roots['vision']}.deepstack_merger_list.{number}", each))
+    for name, module in named:
+        merger: Any = module
+        if hasattr(merger, "ln_q"):
+            yield Merger(name, merger, merger.ln_q, merger.mlp[0], merger.mlp[2])
+        else:
+            yield Merger(name, merger, merger.norm, merger.linear_fc1, merger.linear_fc2)
+
+
+def rope_of(parts: Parts) -> Rope:
+    """Rotary positions as the configuration has them; Transformers 5 keeps them in one dictionary."""
+    config = parts.text_config
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    theta = scaling.get("rope_theta", getattr(config, "rope_theta", None))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    return Rope(
+        float(theta),
+        "default" if kind == "mrope" else kind,
+        tuple(scaling["mrope_section"]),
+        parts.family == "Qwen3-VL",
+    )
+
+
+def has_bias(parts: Parts, name: str) -> bool | None:
+    """Whether the family's linear of this dotted name has a bias; None where it may have one or not.
+
+    Attention of Qwen2 has biases of q, k and v, which no configuration mentions; every linear of the towers has one.
+    """
+    group, last = parts.group_of(name), name.rpartition(".")[2]
+    if group in ("vision", "merger"):
+        return True
+    if group == "language" and last in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        declared = getattr(parts.text_config, "attention_bias", None)
+        if parts.family == "Qwen3-VL":
+            return bool(declared)
+        return last != "o_proj"
+    return None
+
+
+def head_sizes(parts: Parts) -> tuple[int, int, int]:
+    """Query heads, key heads and width of a head of the language backbone, from the configuration."""
+    config = parts.text_config
+    heads = int(config.num_attention_heads)
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return heads, int(config.num_key_value_heads), int(width)
+
+
+def cached_layer(cache: Any, number: int) -> Any:
+    """What a key-value cache keeps of one layer, with ``keys`` and ``values``; None where it cannot be read so."""
+    layers = getattr(cache, "layers", None)
+    if not layers or number >= len(layers) or getattr(layers[number], "is_sliding", False):
+        return None
+    kept = layers[number]
+    return kept if getattr(kept, "keys", None) is not None and "Dynamic" in type(kept).__name__ else None

@@ -1,0 +1,83 @@
+"""Scaled dot-product attention (Vaswani et al. 2017) with grouped heads, and who may look at whom."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, Claim, summed, underflow, unit
+
+if TYPE_CHECKING:
+    import torch
+
+ELEMENTS = 2**24
+"""Scores that are held at a time: 64 MiB of float32."""
+
+
+def causal(attended: torch.Tensor, queries: int, window: int | None = None) -> torch.Tensor:
+    """Which key each query may look at, ``(rows, queries, keys)`` bool: itself and those before it that are no padding.
+
+    Args:
+        attended: ``(rows, keys)`` bool; the last `queries` keys are the queries' own.
+        queries: Number of queries.
+        window: How many keys back a query sees, itself included; None for all.
+    """
+    import torch
+
+    keys = attended.shape[1]
+    own = torch.arange(keys - queries, keys, device=attended.device)[:, None]
+    each = torch.arange(keys, device=attended.device)[None]
+    seen = (each <= own) if window is None else (each <= own) & (own - each < window)
+    return seen[None] & attended[:, None].bool()
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    scaling: float,
+    *,
+    eager: bool,
+    inexact: float = 0.0,
+) -> Claim:
+    """``softmax(scaling * q k') v``, ``(heads, queries, width)``.
+
+    Limit, as running error analysis: a score is off by ``d = 2 s |q||k|`` of its sum and the oracle's, four float32
+    roundings, and in eager attention two to the dtype (product, scaling). Its exponential is off by ``exp(d) - 1`` and
+    the function's own last places; the normalised weights so by ``sum of p e (v - o)``; then by the rounding of each
+    weight to the dtype, ``u sum of p |v|``, the sum over keys, and the rounding of the result.
+
+    Args:
+        query: ``(heads, queries, width)``, rotated, in the dtype of the kernel.
+        key: ``(key heads, keys, width)``; each serves ``heads / key heads`` neighbouring query heads.
+        value: The same shape.
+        allowed: ``(queries, keys)`` bool; None for all. A query that may look at nothing gets 0.
+        scaling: Of the scores.
+        eager: Whether scores are rounded to the dtype on their way (fused kernels keep them in float32).
+        inexact: Relative error that queries and keys may have together, for kernels whose rotation is not known
+            bitwise.
+    """
+    import torch
+
+    heads = max(1, ELEMENTS // (query.shape[1] * key.shape[1]))
+    shared = query.shape[0] // key.shape[0]
+    u = unit(query.dtype)
+    claims = []
+    for start in range(0, query.shape[0], heads):
+        mine = slice(start, start + heads)
+        ours = torch.arange(query.shape[0], device=key.device)[mine] // shared
+        q, k, v = query[mine].float(), key[ours].float(), value[ours].float()
+        scores = q @ k.mT * scaling
+        size = torch.linalg.vector_norm(q, dim=-1)[..., None] * torch.linalg.vector_norm(k, dim=-1)[:, None]
+        error = 2 * summed(q.shape[-1]) * abs(scaling) * size + ((2 * u if eager else 0) + 4 * SINGLE) * scores.abs()
+        if inexact:
+            error = error + inexact * abs(scaling) * (q.abs() @ k.abs().mT)
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, -torch.inf)
+        weights = scores.softmax(dim=-1).nan_to_num(0.0)
+        off = weights * (error.clamp_max(50).expm1() + 4 * FUNCTION * SINGLE)
+        made, mass = weights @ v, weights @ v.abs()
+        limit = off @ v.abs() + off.sum(dim=-1, keepdim=True) * made.abs()
+        limit = limit + (u + 2 * summed(k.shape[1]) + 4 * SINGLE) * mass + u * made.abs()
+        claims.append(Claim(made, limit + 2 * underflow(query.dtype)))
+    return Claim(torch.cat([c.value for c in claims]), torch.cat([c.limit for c in claims]))
