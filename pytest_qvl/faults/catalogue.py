@@ -37,6 +37,7 @@ FAMILIES = {
     "generation": "generation",
     "training": "training",
     "disk": "adapters on disk",
+    "layers": "arithmetic of layers",
     "session": "session state",
 }
 

@@ -18,6 +18,7 @@ Requirement = Literal[
     "untied head",
     "window attention",
     "gated vision MLP",
+    "mrope sections in the module",
     "checkpoint file",
     "biases of q, k and v",
     "CLIP's normalisation",
@@ -46,6 +47,11 @@ def _gated_vision_mlp(case: Case) -> bool:
     return hasattr(block.mlp, "down_proj")
 
 
+def _sections_in_the_module(case: Case) -> bool:
+    rotary = anatomy(case.model).language_backbone.rotary_emb
+    return hasattr(rotary, "mrope_section") and len(set(rotary.mrope_section)) > 1
+
+
 def _checkpoint_file(case: Case) -> bool:
     source = case.subject.source
     return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
@@ -68,6 +74,10 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "untied head": (_untied_head, "needs an untied head: here the head is the embedding table"),
     "window attention": (_window_attention, "needs window attention: this family's vision tower has none"),
     "gated vision MLP": (_gated_vision_mlp, "needs the gated vision MLP of Qwen2.5-VL: this tower's has other layers"),
+    "mrope sections in the module": (
+        _sections_in_the_module,
+        "needs a rotary module that keeps the sections: here attention reads them from the configuration",
+    ),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),

@@ -17,14 +17,15 @@ def axis_of_each_frequency(sections: Sequence[int], *, interleaved: bool) -> lis
     """Which axis (0 time, 1 height, 2 width) each of the ``head_dim / 2`` frequencies turns by.
 
     Qwen2-VL and Qwen2.5-VL give each axis a run of frequencies, the highest to time (Wang et al. 2024, section 2.1);
-    Qwen3-VL deals them out in turn, ``t h w t h w …``, until an axis has its share, and the rest to time.
+    Qwen3-VL deals them out in turn, ``t h w t h w …``, until an axis has its
+    share or none are left, and the rest to time.
     """
     if not interleaved:
         return [axis for axis, count in enumerate(sections) for _ in range(count)]
     axes = [0] * sum(sections)
     for axis in (1, 2):
-        for turn in range(sections[axis]):
-            axes[3 * turn + axis] = axis
+        for place in range(axis, min(3 * sections[axis], len(axes)), 3):
+            axes[place] = axis
     return axes
 
 

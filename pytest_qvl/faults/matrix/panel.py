@@ -122,6 +122,7 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
     "training_step": _training_step,
     "vision_not_backpropagated": _vision_not_backpropagated,
     "label_mask": lambda c: checks.label_mask(c.model, _training(c), c.processor),
+    "layer_arithmetic": lambda c: checks.layer_arithmetic(c.model, c.batch(), c.lora_config),
     "frozen_vision": lambda c: checks.frozen_vision(c.model, _training(c), make_optimizer=c.make_optimizer),
 }
 
