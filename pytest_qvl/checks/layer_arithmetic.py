@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pytest_qvl.checks.support.layers.flow import Call
     from pytest_qvl.models.anatomy import Parts
 
 STEPS = 8
+# Calls of a generation whose linears are judged: prefill and the first step; all later steps are the second again.
+FULLY_JUDGED = 2
 
 
 @check(promise=12)
@@ -88,15 +92,16 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
         flow.before(parts.language_backbone, lambda _a, _k: modules.next_call())
         # Left in eval mode, with a cache, and whatever the user's generation configuration says.
         forget_positions(parts)
-        parts.wrapped.generate(
+        model: Any = parts.wrapped
+        model.generate(
             **inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, use_cache=True
         )
         text.restart()
         forget_positions(parts)
         modules.restart(" (in train mode)")
-        parts.wrapped.train()
-        parts.wrapped(**inputs, use_cache=False, logits_to_keep=1)
-        parts.wrapped.eval()
+        model.train()
+        model(**inputs, use_cache=False, logits_to_keep=1)
+        model.eval()
 
 
 class _Modules:
@@ -109,7 +114,7 @@ class _Modules:
     def __init__(self, parts: Parts, tally: Tally, flow: Flow, adapters: Adapters) -> None:
         self._parts, self._tally, self._flow, self._adapters = parts, tally, flow, adapters
         self._calls, self._suffix = 0, ""
-        self._dropped: dict[str, dict[str, Any]] = {}
+        self._dropped: dict[str, dict[str, Call]] = {}
         self._probed: set[str] = set()
 
     def next_call(self) -> None:
@@ -134,47 +139,38 @@ class _Modules:
         for name, module in watched.items():
             if isinstance(module, nn.Linear):
                 linears.judge_code_book(self._tally, name, module)
-                self._flow.watch(module, lambda m, _a, _k, _o, name=name: self._linear(name, m))
+                self._flow.watch(module, partial(self._linear, name))
             elif isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
-                self._flow.watch(module, lambda m, _a, _k, _o, name=name: self._norm(name, m))
-            elif isinstance(module, nn.Embedding) and module is self._parts.embeddings:
-                self._flow.watch(module, lambda m, _a, _k, _o, name=name: self._embedding(name, m))
+                self._flow.watch(module, partial(self._norm, name))
+            elif module is self._parts.embeddings:
+                self._flow.watch(module, partial(linears.judge_embedding, self._tally, name))
         for name, layer in self._adapters.layers.items():
             for adapter, dropout in layer.lora_dropout.items():
-                self._flow.watch(dropout, lambda m, _a, _k, _o, n=name, a=adapter: self._dropout(n, a, m))
-            self._flow.watch(layer, lambda m, _a, _k, _o, name=name: self._adapted(name, m))
+                self._flow.watch(dropout, partial(self._dropout, name, adapter))
+            self._flow.watch(layer, partial(self._adapted, name))
 
-    def _linear(self, name: str, module: Any) -> None:
-        if self._calls <= 2:
-            given, made = self._flow.given[id(module)], self._flow.made[id(module)]
-            linears.judge_linear(self._tally, self._parts, name, module, given, made)
+    def _linear(self, name: str, call: Call) -> None:
+        if self._calls <= FULLY_JUDGED:
+            linears.judge_linear(self._tally, self._parts, name, call)
 
-    def _norm(self, name: str, module: Any) -> None:
-        given, made = self._flow.given[id(module)], self._flow.made[id(module)]
+    def _norm(self, name: str, call: Call) -> None:
         eps = linears.norm_epsilon(self._parts, name)
         if name not in self._probed:
             self._probed.add(name)
-            linears.judge_epsilon(self._tally, name, module, given, eps)
-        linears.judge_norm(self._tally, name, module, given, made, eps)
+            linears.judge_epsilon(self._tally, name, call.module, call.given, eps)
+        linears.judge_norm(self._tally, name, call, eps)
 
-    def _embedding(self, name: str, module: Any) -> None:
-        linears.judge_embedding(
-            self._tally, name, module, self._flow.given[id(module)], self._flow.made[id(module)]
-        )
-        self._flow.forget((module,))
+    def _dropout(self, name: str, adapter: str, call: Call) -> None:
+        self._dropped.setdefault(name, {})[adapter] = call
+        self._flow.forget((call.module,))
 
-    def _dropout(self, name: str, adapter: str, module: Any) -> None:
-        self._dropped.setdefault(name, {})[adapter] = self._flow.made[id(module)]
-        self._flow.forget((module,))
-
-    def _adapted(self, name: str, layer: Any) -> None:
-        base = layer.get_base_layer()
+    def _adapted(self, name: str, call: Call) -> None:
+        base = call.module.get_base_layer()
         dropped = self._dropped.pop(name, {})
         if not self._flow.seen((base,)):
             self._tally.leave_out("its base layer is not called", name)
-        elif self._calls <= 2:
-            given, made = self._flow.given[id(layer)], self._flow.made[id(layer)]
-            self._adapters.judge(name, given, dropped, self._flow.made[id(base)], made)
+        elif self._calls <= FULLY_JUDGED:
+            self._adapters.judge(name, call, dropped, self._flow.made_by(base))
         self._flow.forget((base,))
 
 

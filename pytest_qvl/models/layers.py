@@ -61,6 +61,12 @@ class Layer:
     head_norms: tuple[Any, ...]
     mlp: Mlp
 
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The linears and norms of attention and MLP."""
+        first = (self.mlp.up,) if self.mlp.gate is None else (self.mlp.gate, self.mlp.up)
+        return (*self.norms, *self.inputs, *self.head_norms, self.output, *first, self.mlp.down)
+
 
 @dataclass(frozen=True)
 class Merger:
@@ -166,11 +172,11 @@ def mergers(parts: Parts) -> Iterator[Merger]:
 def rope_of(parts: Parts) -> Rope:
     """Rotary positions as the configuration has them; Transformers 5 keeps them in one dictionary."""
     config = parts.text_config
-    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    theta = scaling.get("rope_theta", getattr(config, "rope_theta", None))
+    theta = getattr(config, "rope_theta", None)
+    scaling = config.rope_parameters if theta is None else config.rope_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     return Rope(
-        float(theta),
+        float(scaling["rope_theta"] if theta is None else theta),
         "default" if kind == "mrope" else kind,
         tuple(scaling["mrope_section"]),
         parts.family == "Qwen3-VL",

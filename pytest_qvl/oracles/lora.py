@@ -1,4 +1,4 @@
-"""What a LoRA adapter adds to its layer's output (Hu et al. 2021; rsLoRA: Kalajdzievski 2023; DoRA: Liu et al. 2024)."""
+"""What a LoRA adapter adds to its layer (Hu et al. 2021; rsLoRA: Kalajdzievski 2023; DoRA: Liu et al. 2024)."""
 
 from __future__ import annotations
 

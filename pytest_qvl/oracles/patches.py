@@ -1,4 +1,4 @@
-"""Where each patch of an image stands in the vision tower: row and column, order of the windows, who attends to whom."""
+"""Where each patch stands in the vision tower: its row and column, the order of windows, who attends to whom."""
 
 from __future__ import annotations
 

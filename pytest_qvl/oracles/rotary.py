@@ -1,4 +1,4 @@
-"""Rotary positions: RoFormer's rotation (Su et al. 2021) by three axes of text and images, and by two inside the tower."""
+"""RoFormer's rotation (Su et al. 2021): by time, height and width in the backbone, by row and column in the tower."""
 
 from __future__ import annotations
 

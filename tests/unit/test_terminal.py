@@ -151,7 +151,7 @@ def test_a_promise_is_kept_only_if_all_its_checks_gave_a_verdict():
     terminal = written(one)
     assert row(terminal, 2).endswith("partly judged  (1 of 2 checks) drift 0.5 (<= 1)")
     assert terminal.lines[-1].startswith(
-        "   verdict: partly judged: 0 of 11 promises kept, 1 partly judged, 10 not run"
+        "   verdict: partly judged: 0 of 12 promises kept, 1 partly judged, 11 not run"
     )
     assert " kept " in row(written(one, other), 2)
     state = built(one).results().suite[CPU].promises()[1]

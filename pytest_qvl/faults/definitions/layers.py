@@ -171,7 +171,7 @@ def _base_off(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
     buffer = parts.language_backbone.rotary_emb.inv_freq
     wrong = frequencies(1.1 * rope_of(parts).theta, len(buffer))
-    with values(buffer, lambda b: wrong.to(b)):
+    with values(buffer, wrong.to):
         yield
 
 
@@ -242,7 +242,8 @@ def low_rank_of(case: Case, rows: Rows, *, times: float | None = None) -> Iterat
                 return base
             down, up = layer.lora_A[name], layer.lora_B[name]
             factor = layer.scaling[name] if times is None else times
-            return base + (up(down(rows(layer, x).to(down.weight.dtype))) * factor).to(base.dtype)
+            added: torch.Tensor = up(down(rows(layer, x).to(down.weight.dtype))) * factor
+            return base + added.to(base.dtype)
 
         return forward
 
@@ -269,7 +270,7 @@ def _applies_alpha(case: Case) -> Iterator[None]:
     "A LoRA kernel applies alpha / r to an adapter with use_rslora.",
     damages="adapter",
     check="layer_arithmetic",
-    says=("LoRA: model.language_model.layers.0", "where its scaling is 5.657: use_rslora is ignored"),
+    says=("LoRA: model.language_model.layers.0", "where its scaling is 5.66: use_rslora is ignored"),
 )
 def _ignores_rslora(case: Case) -> Iterator[None]:
     from dataclasses import replace
@@ -367,10 +368,11 @@ def _alpha_doubled(case: Case) -> Iterator[None]:
     says=(f"key-value cache: {PLACE}.self_attn holds at position", "the cache is one step stale"),
 )
 def _cache_stale(case: Case) -> Iterator[None]:
-    from transformers.cache_utils import DynamicLayer
+    from transformers import cache_utils
 
+    kind: Any = cache_utils.DynamicLayer
     number = 1
-    original: Any = DynamicLayer.update
+    original = kind.update
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     attention = language_layers(anatomy(case.model))[number].attention
     inside = [False]
@@ -389,12 +391,12 @@ def _cache_stale(case: Case) -> Iterator[None]:
     def leave(_module: Any, _args: Any, _output: Any) -> None:
         inside[0] = False
 
-    DynamicLayer.update = update  # type: ignore[method-assign]
+    kind.update = update
     try:
         with before([attention], enter), after([attention], leave):
             yield
     finally:
-        DynamicLayer.update = original  # type: ignore[method-assign]
+        kind.update = original
 
 
 @fault(

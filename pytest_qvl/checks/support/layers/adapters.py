@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.linears import ELEMENTS, packed_of, weight_rows
@@ -12,17 +13,18 @@ from pytest_qvl.checks.support.layers.tally import factor
 from pytest_qvl.models.adapters import adapted_layers, adapter_configs
 from pytest_qvl.models.training import weights_restored
 from pytest_qvl.oracles import lora, nf4
-from pytest_qvl.oracles.bounds import SINGLE, unit
+from pytest_qvl.oracles.bounds import SINGLE, Claim, unit
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     import torch
 
+    from pytest_qvl.checks.support.layers.flow import Call
     from pytest_qvl.checks.support.layers.tally import Tally
     from pytest_qvl.models.anatomy import Parts
 
-OPERATION, SHARED = "LoRA", "LoRA's matrices"
+OPERATION, SHARED, DROPOUT = "LoRA", "LoRA's matrices", "LoRA dropout"
 # Of the base layer's output, how much the random adapter adds: enough to be seen beside its rounding in 16 bits.
 SHARE = 0.25
 # An NF4 block's largest of 64 normally distributed weights is 2.4 standard deviations on average.
@@ -94,38 +96,41 @@ class Adapters:
                     other = owners.setdefault(pointer, f"{place}.{kind}")
                     if other != f"{place}.{kind}":
                         where = other.removesuffix(f".{kind}")
-                        self._tally.fail(SHARED, place, f"has one {kind} together with {where}: one pair for two layers")
+                        self._tally.fail(SHARED, place, f"has one {kind} together with {where}, one pair for two")
         self._tally.count(SHARED, len(owners))
 
-    def judge(
-        self, place: str, given: torch.Tensor, dropped: dict[str, torch.Tensor], base: torch.Tensor, got: torch.Tensor
-    ) -> None:
+    def judge(self, place: str, call: Call, dropped: dict[str, Call], base: torch.Tensor) -> None:
         """What a layer returns, beside what its base layer did.
 
         Args:
             place: Dotted name of the layer.
-            given: Its input.
-            dropped: What each adapter's dropout made of it.
+            call: The layer's call.
+            dropped: The calls of its adapters' dropout.
             base: What the base layer returned.
-            got: What the layer returned.
         """
-        layer = self.layers[place]
-        names = self.active(layer)
-        flat = got.detach().flatten(0, -2)
-        below = base.detach().flatten(0, -2)
+        layer, names = self.layers[place], self.active(self.layers[place])
         if not names:
-            self._tally.same(OPERATION, place, got, base, "adds something although no adapter is active")
+            self._tally.same(OPERATION, place, call.made, base, "adds something although no adapter is active")
             return
-        x = given.detach().flatten(0, -2)
+        x = call.given.flatten(0, -2)
         if layer.training and any(_dropout(layer, name) for name in names):
             if len(names) > 1 or layer.use_dora.get(names[0], False) or names[0] not in dropped:
                 self._tally.leave_out("dropout in training of several adapters, or of DoRA", place)
                 return
-            x = dropped[names[0]].detach().flatten(0, -2)
+            x = self._judge_dropout(place, dropped[names[0]], _dropout(layer, names[0])).flatten(0, -2)
         matrices = [self._matrices(place, layer, name) for name in names]
         bias = getattr(layer.get_base_layer(), "bias", None)
+        got, below = call.made.flatten(0, -2), base.flatten(0, -2)
         claim = lora.adapted(x, below, None if bias is None else bias.detach(), matrices, got.dtype)
-        self._tally.hold(OPERATION, place, flat, claim, lambda: self._words(place, names, flat, below, claim.value))
+        words = partial(self._words, place, names, (got, below, claim.value))
+        self._tally.hold(OPERATION, place, got, claim, words)
+
+    def _judge_dropout(self, place: str, call: Call, share: float) -> torch.Tensor:
+        """In training an input of A is 0 or divided by ``1 - p``, two roundings; returns them."""
+        kept = call.given.float() / (1 - share)
+        value = kept.where(call.made != 0, 0.0)
+        self._tally.hold(DROPOUT, place, call.made, Claim(value, 2 * (unit(call.made.dtype) + SINGLE) * kept.abs()))
+        return call.made
 
     def _matrices(self, place: str, layer: Any, name: str) -> lora.Matrices:
         down, up = layer.lora_A[name], layer.lora_B[name]
@@ -144,17 +149,17 @@ class Adapters:
 
     def _scaling(self, place: str, name: str, rank: int) -> tuple[float, float, bool]:
         """Scaling that was asked for, its alpha, and whether it is rank-stabilised."""
-        own = self._configs.get(name)
-        config = self._asked if self._asked is not None and name == next(iter(self._configs), "") else own
+        config: Any = self._configs[name]
+        if hasattr(self._asked, "lora_alpha") and name == next(iter(self._configs)):
+            config = self._asked
         alpha = _by_pattern(config.alpha_pattern, place, config.lora_alpha)
         asked_rank = _by_pattern(config.rank_pattern, place, config.r) if config is self._asked else rank
         stabilised = bool(config.use_rslora)
         return lora.scaling_of(alpha, asked_rank, rank_stabilised=stabilised), float(alpha), stabilised
 
-    def _words(
-        self, place: str, names: list[str], got: torch.Tensor, base: torch.Tensor, expected: torch.Tensor
-    ) -> str:
-        layer = self.layers[place]
+    def _words(self, place: str, names: list[str], seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> str:
+        """What is wrong with an output, by what it is, what the base layer returned and what it had to be."""
+        layer, (got, base, expected) = self.layers[place], seen
         if any(_dropout(layer, name) and layer.lora_dropout[name].training for name in names) and not layer.training:
             return "drops inputs of A although the layer is in eval mode: LoRA dropout is on"
         times, rest = factor(got.float() - base.float(), expected - base.float())
@@ -170,7 +175,7 @@ class Adapters:
             "lora_alpha has doubled": 2 * scaling,
         }
         why = next((words for words, value in reasons.items() if abs(applied / value - 1) < CLOSE), "")
-        return f"adds {applied:.4g}·B(A(x)) where its scaling is {scaling:.4g}{f': {why}' if why else ''}"
+        return f"adds {applied:.3g}·B(A(x)) where its scaling is {scaling:.3g}{f': {why}' if why else ''}"
 
 
 def _dropout(layer: Any, name: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -11,25 +11,47 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    Judge = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], None]
+
+class Call(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+        module: The module.
+        positional: What it was called with by position.
+        kwargs: What it was called with by name.
+        output: What it returned.
+        given: The first tensor that it was called with.
+        made: The first tensor that it returned.
+    """
+
+    module: Any
+    positional: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    given: torch.Tensor
+    made: torch.Tensor
 
 
 class Flow:
-    """Inputs and outputs by module, without copies: a layer's tensors live until the layer is done.
-
-    Attributes:
-        given: First tensor that a module was called with, by the module's id.
-        made: First tensor that it returned.
-    """
+    """Inputs and outputs by module, without copies: a layer's tensors live until the layer is done."""
 
     def __init__(self) -> None:
-        self.given: dict[int, torch.Tensor] = {}
-        self.made: dict[int, torch.Tensor] = {}
+        self._given: dict[int, torch.Tensor] = {}
+        self._made: dict[int, torch.Tensor] = {}
         self._handles: list[Any] = []
+        self._watched: set[int] = set()
         self._inside = False
 
-    def watch(self, module: nn.Module, judge: Judge | None = None) -> None:
-        """Record a module's calls, and judge each right after it with ``judge(module, args, kwargs, output)``.
+    def given_to(self, module: Any) -> torch.Tensor:
+        """The first tensor that a module was called with last."""
+        return self._given[id(module)]
+
+    def made_by(self, module: Any) -> torch.Tensor:
+        """The first tensor that a module returned last."""
+        return self._made[id(module)]
+
+    def watch(self, module: nn.Module, judge: Callable[[Call], None] | None = None) -> None:
+        """Record a module's calls, and judge each right after it.
 
         Judging runs without gradients and without the model's hooks being recorded: an oracle may call the module.
         """
@@ -42,16 +64,24 @@ class Flow:
             given, made = first_tensor((*args, *kwargs.values())), first_tensor(output)
             if given is None or made is None:
                 return
-            self.given[id(module)], self.made[id(module)] = given.detach(), made.detach()
+            given, made = given.detach(), made.detach()
+            self._given[id(module)], self._made[id(module)] = given, made
             if judge is not None:
                 self._inside = True
                 try:
                     with torch.no_grad():
-                        judge(module, args, kwargs, output)
+                        judge(Call(module, args, kwargs, output, given, made))
                 finally:
                     self._inside = False
 
+        self._watched.add(id(module))
         self._handles.append(module.register_forward_hook(after, with_kwargs=True))
+
+    def record(self, modules: Iterable[nn.Module]) -> None:
+        """Record the calls of those of these modules that are not watched yet."""
+        for module in modules:
+            if id(module) not in self._watched:
+                self.watch(module)
 
     def before(self, module: nn.Module, note: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
         """Call ``note(args, kwargs)`` before each of a module's calls, behind all hooks that change them."""
@@ -64,13 +94,13 @@ class Flow:
 
     def seen(self, modules: Iterable[Any]) -> bool:
         """Whether all of these modules were called since they were last forgotten."""
-        return all(id(module) in self.made for module in modules)
+        return all(id(module) in self._made for module in modules)
 
     def forget(self, modules: Iterable[Any]) -> None:
         """Drop what these modules were given and made."""
         for module in modules:
-            self.given.pop(id(module), None)
-            self.made.pop(id(module), None)
+            self._given.pop(id(module), None)
+            self._made.pop(id(module), None)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -81,8 +111,9 @@ class Flow:
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
-            self.given.clear()
-            self.made.clear()
+            self._watched.clear()
+            self._given.clear()
+            self._made.clear()
 
 
 def first_tensor(values: Any) -> torch.Tensor | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.layers.tally import factor, multiple
+from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.layers import VISION_EPS, has_bias
 from pytest_qvl.oracles import elementary, nf4
 from pytest_qvl.oracles.bounds import TF32, unit
@@ -12,8 +13,10 @@ from pytest_qvl.oracles.bounds import TF32, unit
 if TYPE_CHECKING:
     import torch
 
+    from pytest_qvl.checks.support.layers.flow import Call
     from pytest_qvl.checks.support.layers.tally import Tally
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.oracles.bounds import Claim
 
 ELEMENTS = 2**24
 """Weights that are held in float32 at a time: 64 MiB."""
@@ -30,9 +33,8 @@ def packed_of(module: Any) -> nf4.Packed | None:
     if not state.nested:
         return nf4.Packed(module.weight.data, shape, state.absmax, state.blocksize)
     outer = state.state2
-    return nf4.Packed(
-        module.weight.data, shape, state.absmax, state.blocksize, outer.code, outer.absmax, outer.blocksize, state.offset
-    )  # fmt: skip
+    nested = (outer.code, outer.absmax, outer.blocksize, state.offset)
+    return nf4.Packed(module.weight.data, shape, state.absmax, state.blocksize, *nested)
 
 
 def weight_rows(module: Any, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
@@ -44,19 +46,18 @@ def weight_rows(module: Any, start: int, stop: int, dtype: torch.dtype) -> torch
     return nf4.rows(packed, start, stop).to(dtype)
 
 
-def judge_linear(tally: Tally, parts: Parts, name: str, module: Any, given: torch.Tensor, got: torch.Tensor) -> None:
+def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
     """``x W' + b`` of one linear layer, in slices of its outputs.
 
     A 4-bit layer casts its input to its compute dtype, multiplies there, and casts back.
     """
+    module = call.module
     is_4bit = getattr(module.weight, "quant_state", None) is not None
-    if is_4bit and packed_of(module) is None or not (is_4bit or module.weight.is_floating_point()):
+    if packed_of(module) is None if is_4bit else not module.weight.is_floating_point():
         tally.leave_out(f"{type(module).__name__} that is not NF4", name)
         return
-    dtype = (module.compute_dtype or given.dtype) if is_4bit else module.weight.dtype
-    operation = PRODUCT_4BIT if is_4bit else PRODUCT_16BIT
-    x = given.detach().flatten(0, -2).to(dtype)
-    result = got.detach().flatten(0, -2)
+    dtype = (module.compute_dtype or call.given.dtype) if is_4bit else module.weight.dtype
+    x, result = call.given.flatten(0, -2).to(dtype), call.made.flatten(0, -2)
     on_gpu = x.device.type == "cuda"
     inputs = TF32 if on_gpu and _takes_tf32(dtype) else 0.0
     # A fused kernel for few rows scales a block before or after it rounds.
@@ -68,10 +69,13 @@ def judge_linear(tally: Tally, parts: Parts, name: str, module: Any, given: torc
         rows = weight_rows(module, start, stop, dtype)
         claim = elementary.linear(x, rows, bias, dtype, inputs=inputs, weights=weights)
         part = result[:, start:stop]
-        tally.hold(operation, name, part, claim, lambda b=bias, c=claim, p=part: _product_words(p, c.value, b))
+        words = partial(_product_words, part, claim.value, bias)
+        tally.hold(PRODUCT_4BIT if is_4bit else PRODUCT_16BIT, name, part, claim, words)
     expected = has_bias(parts, name)
-    if expected is not None and expected != (module.bias is not None):
-        tally.fail(BIAS, name, "has no bias, where the family has one" if expected else "has a bias too many")
+    if expected is not None:
+        tally.count(BIAS, 1)
+        if expected != (module.bias is not None):
+            tally.fail(BIAS, name, "has no bias, where the family has one" if expected else "has a bias too many")
 
 
 def _takes_tf32(dtype: torch.dtype) -> bool:
@@ -81,13 +85,11 @@ def _takes_tf32(dtype: torch.dtype) -> bool:
 
 
 def _product_words(got: torch.Tensor, expected: torch.Tensor, bias: torch.Tensor | None) -> str:
-    words = multiple(got, expected)
     if bias is not None:
-        _times, without = factor(got, expected - bias.float())
-        _times, rest = factor(got, expected)
-        if without < rest / 4:
+        away = (got.float() - expected).norm()
+        if bool((got.float() - expected + bias.float()).norm() < away / 4):
             return "does not add its bias: it returns x·Wᵀ instead of x·Wᵀ + b"
-    return f"{words}: x·Wᵀ + b"
+    return f"{multiple(got, expected)}: x·Wᵀ + b"
 
 
 def judge_code_book(tally: Tally, name: str, module: Any) -> None:
@@ -103,14 +105,17 @@ def judge_code_book(tally: Tally, name: str, module: Any) -> None:
     tally.same(BOOK, name, state.code.float(), expected, f"has another number than the paper at {first}")
 
 
-def judge_norm(tally: Tally, name: str, module: Any, given: torch.Tensor, got: torch.Tensor, eps: float) -> None:
+def _normed(module: Any, x: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:
+    """What an RMS norm, or a layer norm, which has a bias, makes of x."""
+    weight, bias = module.weight.detach(), getattr(module, "bias", None)
+    if bias is None:
+        return elementary.rms_norm(x, weight, eps, dtype)
+    return elementary.layer_norm(x, weight, bias.detach(), eps, dtype)
+
+
+def judge_norm(tally: Tally, name: str, call: Call, eps: float) -> None:
     """An RMS or layer norm on its own input."""
-    dtype = got.dtype
-    if getattr(module, "bias", None) is not None:
-        claim = elementary.layer_norm(given.detach(), module.weight.detach(), module.bias.detach(), eps, dtype)
-    else:
-        claim = elementary.rms_norm(given.detach(), module.weight.detach(), eps, dtype)
-    tally.hold(NORM, name, got.detach(), claim)
+    tally.hold(NORM, name, call.made, _normed(call.module, call.given, eps, call.made.dtype))
 
 
 def judge_epsilon(tally: Tally, name: str, module: Any, like: torch.Tensor, eps: float) -> None:
@@ -124,10 +129,6 @@ def judge_epsilon(tally: Tally, name: str, module: Any, like: torch.Tensor, eps:
     signs = 1 - 2 * (torch.arange(width, device=like.device) % 2)
     x = (signs * eps**0.5).to(like.dtype)[None]
     got = module(x).detach()
-    if getattr(module, "bias", None) is not None:
-        claim = elementary.layer_norm(x, module.weight.detach(), module.bias.detach(), eps, got.dtype)
-    else:
-        claim = elementary.rms_norm(x, module.weight.detach(), eps, got.dtype)
 
     def words() -> str:
         shift = 0.0 if getattr(module, "bias", None) is None else module.bias.detach().float()
@@ -135,7 +136,7 @@ def judge_epsilon(tally: Tally, name: str, module: Any, like: torch.Tensor, eps:
         found = float((x.float().square() * (gains**-2 - 1)).nanmedian())
         return f"computes as with eps {found:.2g}, not {eps:g}"
 
-    tally.hold(EPSILON, name, got, claim, words)
+    tally.hold(EPSILON, name, got, _normed(module, x, eps, got.dtype), words)
 
 
 def norm_epsilon(parts: Parts, name: str) -> float:
@@ -144,19 +145,22 @@ def norm_epsilon(parts: Parts, name: str) -> float:
     return VISION_EPS if in_tower else float(parts.text_config.rms_norm_eps)
 
 
-def judge_patch_embedding(tally: Tally, name: str, projection: Any, given: torch.Tensor, got: torch.Tensor) -> None:
+def judge_patch_embedding(tally: Tally, name: str, call: Call) -> None:
     """Each patch times the kernel of the convolution that makes one number per channel of it."""
     import torch
 
+    projection = call.module.proj
     weight = projection.weight.detach().flatten(1)
     dtype = weight.dtype
     tf32 = dtype == torch.float32 and weight.device.type == "cuda" and torch.backends.cudnn.allow_tf32
     extra = TF32 if tf32 else 0.0
     bias = None if projection.bias is None else projection.bias.detach()
-    claim = elementary.linear(given.detach().to(dtype), weight, bias, dtype, inputs=extra, weights=extra)
-    tally.hold("patch embedding", name, got.detach().flatten(0, -2), claim)
+    x = call.given.reshape(-1, weight.shape[1]).to(dtype)
+    claim = elementary.linear(x, weight, bias, dtype, inputs=extra, weights=extra)
+    tally.hold("patch embedding", name, call.made.reshape(claim.value.shape), claim)
 
 
-def judge_embedding(tally: Tally, name: str, module: Any, ids: torch.Tensor, got: torch.Tensor) -> None:
+def judge_embedding(tally: Tally, name: str, call: Call) -> None:
     """The table's row of each token, every bit of it."""
-    tally.same(EMBEDDING, name, got, module.weight.detach()[ids], "returns other rows of its table than those asked for")
+    words = "returns other rows of its table than those asked for"
+    tally.same(EMBEDDING, name, call.made, call.module.weight.detach()[call.given], words)

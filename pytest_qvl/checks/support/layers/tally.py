@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # A result that is a multiple of what it has to be to within this is called one; in words only.
 MULTIPLE = 0.02
+HANDED_ON = "what modules hand on"
 
 
 @dataclass
@@ -65,7 +66,7 @@ class Tally:
         if not got.numel():
             return True
         error = (got.float() - claim.value).abs()
-        ratio = float((error / claim.limit).where(error != 0, 0.0).nan_to_num(math.inf).max())
+        ratio = float((error / claim.limit).where(error != 0, 0.0).nan_to_num(math.inf, posinf=math.inf).max())
         entry = self.operations.setdefault(operation, Operation())
         entry.judged += 1
         entry.worst = max(entry.worst, ratio)
@@ -73,6 +74,10 @@ class Tally:
             words = explain() if explain else ""
             entry.failed.setdefault(place, f"{words or multiple(got, claim.value)}{self.phase}")
         return ratio <= 1
+
+    def handed_on(self, place: str, got: torch.Tensor, expected: torch.Tensor, words: str) -> bool:
+        """Hold what a module is given to be what another has made."""
+        return self.same(HANDED_ON, place, got, expected, words)
 
     def same(self, operation: str, place: str, got: torch.Tensor, expected: torch.Tensor, words: str) -> bool:
         """Hold a tensor to be another, every bit of it, as it is where data is only handed on."""
@@ -134,7 +139,7 @@ def multiple(got: torch.Tensor, expected: torch.Tensor) -> str:
     if math.isfinite(times) and rest < MULTIPLE:
         return f"returns {times:.4g} times what it has to"
     if not bool(got.isfinite().all()):
-        return "returns NaN or infinity where its inputs give numbers"
+        return "returns NaN or infinity"
     size = float(expected.double().norm()) or 1.0
     away = float((got.double() - expected.double()).norm()) / size
     return f"returns something else than it has to (off by {away:.2g} of its size)"

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.layers.compose import FLOW, FUSED, judge_mlp, judge_residuals
+from pytest_qvl.checks.support.layers.compose import FUSED, judge_mlp, judge_residuals
+from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, rope_of
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import attention as oracle
 from pytest_qvl.oracles import rotary
-from pytest_qvl.oracles.bounds import Claim, unit
+from pytest_qvl.oracles.bounds import Claim, underflow, unit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
-    from pytest_qvl.checks.support.layers.flow import Flow
+    from pytest_qvl.checks.support.layers.flow import Call, Flow
     from pytest_qvl.checks.support.layers.tally import Tally
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.models.layers import Layer
@@ -44,46 +48,72 @@ class Text:
 
     def watch(self) -> None:
         """Put hooks on the backbone."""
-        self._flow.watch(self._parts.language_backbone.rotary_emb, self._judge_rotary)
+        flow, backbone = self._flow, self._parts.language_backbone
+        flow.watch(backbone.rotary_emb, self._judge_rotary)
         for layer in language_layers(self._parts):
-            for linear in (*layer.inputs, layer.output, *layer.head_norms):
-                pass  # watched as the modules that they are
-            self._flow.watch(layer.attention, lambda _m, a, k, _o, layer=layer: self._judge_attention(layer, a, k))
-            self._flow.watch(layer.mlp.module, lambda *_call, layer=layer: judge_mlp(self._tally, self._flow, layer.mlp))
-            self._flow.watch(layer.module, lambda *_call, layer=layer: self._judge_layer(layer))
+            flow.record(layer.parts)
+            flow.watch(layer.attention, partial(self._judge_attention, layer))
+            flow.watch(layer.mlp.module, partial(judge_mlp, self._tally, flow, layer.mlp))
+            flow.watch(layer.module, partial(self._judge_layer, layer))
+        flow.watch(backbone.norm, self._judge_end)
+        flow.watch(self._parts.lm_head, self._judge_head)
 
     def restart(self) -> None:
         """Forget the keys and values of the sequence so far."""
         self._history.clear()
 
-    def _judge_layer(self, layer: Layer) -> None:
-        given, made = self._flow.given[id(layer.module)], self._flow.made[id(layer.module)]
+    def _judge_layer(self, layer: Layer, call: Call) -> None:
         # Qwen3-VL adds visual features between its first layers.
         if layer.number and self._before is not None and self._parts.family != "Qwen3-VL":
-            self._tally.same(FLOW, layer.name, given, self._before, "is not given what the layer before it returned")
+            words = "is not given what the layer before it returned"
+            self._tally.handed_on(layer.name, call.given, self._before, words)
         judge_residuals(self._tally, self._flow, layer)
-        self._before = made
+        self._before = call.made
         self._flow.forget((layer.module,))
 
-    def _judge_rotary(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    def _judge_end(self, call: Call) -> None:
+        """The last norm is given what the last layer returned."""
+        if self._before is not None and self._parts.family != "Qwen3-VL":
+            name = f"{self._parts.roots['language']}.norm"
+            self._tally.handed_on(name, call.given, self._before, "is not given what the last layer returned")
+        self._before = None
+
+    def _judge_head(self, call: Call) -> None:
+        """The head is given the last norm's output, of all tokens or the last ones."""
+        norm = self._parts.language_backbone.norm
+        if self._flow.seen((norm,)):
+            last = self._flow.made_by(norm)[:, -call.given.shape[1] :]
+            name = self._parts.roots["lm_head"]
+            self._tally.handed_on(name, call.given, last, "is not given what the last norm returned")
+
+    def _judge_rotary(self, call: Call) -> None:
         name = f"{self._parts.roots['language']}.rotary_emb"
-        self._turns = output
+        self._turns = call.output
         if self._rope.kind != "default" or self._axes is None:
             self._tally.leave_out(f"rotary positions of kind {self._rope.kind}", name)
             return
-        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        positions = call.kwargs.get("position_ids")
+        positions = call.positional[1] if positions is None else positions
         positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
-        by_axis = output[0].ndim == 4
-        if by_axis:
-            angles = [rotary.text_angles(positions, self._rope.theta, [a] * len(self._axes)) for a in range(3)]
-            together = _stacked(angles)
-        else:
-            together = rotary.text_angles(positions, self._rope.theta, self._axes)
-        claims = rotary.turned(together, self._rope.theta, output[0].dtype)
-        for got, claim in zip(output, claims, strict=True):
-            self._tally.hold(ROTARY, name, got, claim, lambda: self._rotary_words(module, positions, output[0]))
+        together = self._angles(positions, apart=call.made.ndim == 4)
+        claims = rotary.turned(together, self._rope.theta, call.made.dtype)
+        words = partial(self._rotary_words, call.module, positions, call.made)
+        for got, claim in zip(call.output, claims, strict=True):
+            self._tally.hold(ROTARY, name, got, claim, words)
+
+    def _angles(self, positions: torch.Tensor, *, apart: bool) -> torch.Tensor:
+        """Angles of every token, and of every axis where a release hands the axes on apart."""
+        import torch
+
+        assert self._axes is not None
+        if not apart:
+            return rotary.text_angles(positions, self._rope.theta, self._axes)
+        count = len(self._axes)
+        return torch.stack([rotary.text_angles(positions, self._rope.theta, [axis] * count) for axis in range(3)])
 
     def _rotary_words(self, module: Any, positions: torch.Tensor, cosines: torch.Tensor) -> str:
+        import torch
+
         assert self._axes is not None
         count = len(self._axes)
         inverse = getattr(module, "inv_freq", None)
@@ -94,10 +124,10 @@ class Text:
         if cosines.ndim == 3:
             each = [rotary.text_angles(positions, self._rope.theta, [axis] * count).cos() for axis in range(3)]
             apart = [(cosines[..., :count].double() - one).abs().amax(dim=(0, 1)) for one in each]
-            nearest = [min(range(3), key=lambda axis, i=i: float(apart[axis][i])) for i in range(count)]
+            # A frequency that no position tells apart counts for the first axis.
+            nearest = torch.stack(apart).argmin(dim=0).tolist()
             found = [nearest.count(axis) for axis in range(3)]
             asked = [self._axes.count(axis) for axis in range(3)]
-            # A frequency that no position tells apart counts for the first axis; say only what differs.
             if found != asked:
                 return (
                     f"turns {', '.join(map(str, found))} frequencies by time, height and width, where mrope_section "
@@ -105,44 +135,45 @@ class Text:
                 )
         return "turns by other angles than position times theta^(-2i/d) along mrope_section"
 
-    def _judge_attention(self, layer: Layer, args: Any, kwargs: Any) -> None:
+    def _judge_attention(self, layer: Layer, call: Call) -> None:
         flow, tally, name = self._flow, self._tally, f"{layer.name}.self_attn"
         if not flow.seen((*layer.inputs, layer.output)):
             tally.leave_out(FUSED, name)
             return
-        hidden = flow.given[id(layer.attention)]
         for linear in layer.inputs:
-            tally.same(FLOW, name, flow.given[id(linear)], hidden, "does not give its own input to q, k and v")
-        tally.same(
-            FLOW, name, flow.made[id(layer.attention)], flow.made[id(layer.output)], "does not return o_proj's output"
-        )  # fmt: skip
-        turns = kwargs.get("position_embeddings")
+            tally.handed_on(name, flow.given_to(linear), call.given, "does not give its own input to q, k and v")
+        tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what o_proj does")
+        turns = call.kwargs.get("position_embeddings")
         if self._turns is None or turns is None or self._axes is None:
             tally.leave_out("rotary positions do not come from the backbone's own module", name)
             return
-        words = "is given other rotary positions than the backbone's"
         for got, made in zip(turns, self._turns, strict=True):
-            tally.same(FLOW, name, got, made, words)
-        query, key, value = self._projected(layer)
+            tally.handed_on(name, got, made, "is given other rotary positions than the backbone's")
+        query, key, value = self._projected(layer, name)
         cosines, sines = (self._combined(each)[:, None] for each in turns)
         query, new = rotary.rotated(query, cosines, sines), rotary.rotated(key, cosines, sines)
         keys, values = self._extended(layer.number, new, value)
-        cache = cached_layer(kv_cache_in(kwargs), layer.number)
+        cache = cached_layer(kv_cache_in(call.kwargs), layer.number)
         exact = cache is None or self._judge_cache(name, cache, keys, values)
-        self._judge_scores(layer, name, query, keys, values, 0.0 if exact else 6 * unit(query.dtype))
+        # Where a kernel rotates in another way than operation by operation, queries are known to as much as keys are.
+        claims = self._claims(layer, query, keys, values, 0.0 if exact else 6 * unit(query.dtype))
+        rows, _heads, queries, width = query.shape
+        got = flow.given_to(layer.output).view(rows, queries, self._heads, width).transpose(1, 2)
+        for row, (looked, claim) in enumerate(claims):
+            part = got[row][:, looked]
+            tally.hold(ATTENTION, name, part, claim, partial(_words, layer, part, claim, width**-0.5))
         flow.forget((*layer.inputs, layer.output, *layer.head_norms))
 
-    def _projected(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _projected(self, layer: Layer, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values by head, ``(rows, heads, length, width)``, after their norms."""
         made = []
         for place, linear in enumerate(layer.inputs):
-            split = self._flow.made[id(linear)].unflatten(-1, (-1, self._width))
+            joint = self._flow.made_by(linear)
+            split = joint.view(*joint.shape[:-1], -1, self._width)
             if place < len(layer.head_norms):
                 norm = layer.head_norms[place]
-                self._tally.same(
-                    FLOW, f"{layer.name}.self_attn", self._flow.given[id(norm)], split, "norms something else than q or k"
-                )  # fmt: skip
-                split = self._flow.made[id(norm)].view(split.shape)
+                self._tally.handed_on(name, self._flow.given_to(norm), split, "norms something else than q or k")
+                split = self._flow.made_by(norm).view(split.shape)
             made.append(split.transpose(1, 2))
         return made[0], made[1], made[2]
 
@@ -173,46 +204,35 @@ class Text:
         """
         import torch
 
-        tally, length = self._tally, keys.shape[2]
+        tally = self._tally
         if cache.keys.shape != keys.shape or cache.values.shape != values.shape:
-            tally.fail(
-                CACHE, name, f"holds {cache.keys.shape[-2]} keys of shape {tuple(cache.keys.shape)} after {length} tokens"
-            )  # fmt: skip
+            tally.fail(CACHE, name, f"holds keys of {cache.keys.shape[-2]} tokens after {keys.shape[2]}")
             return False
         single = keys.float()
         partner = torch.cat(single.chunk(2, dim=-1)[::-1], dim=-1)
-        limit = 3 * unit(keys.dtype) * (single.abs() + partner.abs()) + torch.finfo(keys.dtype).tiny
-        tally.hold(CACHE, name, cache.keys, Claim(single, limit), lambda: _stale(cache.keys, keys, "keys"))
+        limit = 3 * unit(keys.dtype) * (single.abs() + partner.abs()) + underflow(keys.dtype)
+        tally.hold(CACHE, name, cache.keys, Claim(single, limit), partial(_stale, cache.keys, keys, "keys"))
         tally.same(CACHE, name, cache.values, values, _stale(cache.values, values, "values"))
         return bool(torch.equal(cache.keys, keys))
 
-    def _judge_scores(
-        self, layer: Layer, name: str, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inexact: float
-    ) -> None:
+    def _claims(
+        self, layer: Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inexact: float
+    ) -> Iterator[tuple[torch.Tensor, Claim]]:
+        """Per row which queries are no padding, and what attention has to give them."""
         import torch
 
-        rows, _heads, queries, width = query.shape
-        attended = torch.ones((rows, keys.shape[2]), dtype=torch.bool, device=query.device)
+        queries, tokens = query.shape[2], keys.shape[2]
+        attended = torch.ones((len(query), tokens), dtype=torch.bool, device=query.device)
         attended[:, : self._attended.shape[1]] = self._attended
         kinds = getattr(self._parts.text_config, "layer_types", None)
         sliding = kinds is not None and kinds[layer.number] == "sliding_attention"
-        window = self._parts.text_config.sliding_window if sliding else None
-        allowed = oracle.causal(attended, queries, window)
-        got = self._flow.given[id(layer.output)].view(rows, queries, self._heads, width)
-        scaling = width**-0.5
-        for row in range(rows):
-            looked = attended[row, keys.shape[2] - queries :]
-            claim = oracle.attention(
-                query[row][:, looked], keys[row], values[row], allowed[row][looked], scaling,
-                eager=self._eager, inexact=inexact,
-            )  # fmt: skip
-            part = got[row].transpose(0, 1)[:, looked]
-            self._tally.hold(ATTENTION, name, part, claim, lambda p=part, c=claim: _words(layer, p, c, scaling))
+        allowed = oracle.causal(attended, queries, self._parts.text_config.sliding_window if sliding else None)
+        attend = partial(oracle.attention, scaling=query.shape[3] ** -0.5, eager=self._eager, inexact=inexact)
+        for row, seen in enumerate(attended[:, tokens - queries :]):
+            yield seen, attend(query[row][:, seen], keys[row], values[row], allowed[row][seen])
 
 
 def _words(layer: Layer, got: torch.Tensor, claim: Claim, scaling: float) -> str:
-    from pytest_qvl.checks.support.layers.tally import multiple
-
     own = getattr(layer.attention, "scaling", scaling)
     if abs(own / scaling - 1) > 1e-6:
         return f"scales its scores by {own:.4g}, {own / scaling:.4g} times 1 / sqrt(head width)"
@@ -230,9 +250,3 @@ def _stale(found: torch.Tensor, expected: torch.Tensor, what: str) -> str:
     if at and bool((found[:, :, at].float() - expected[:, :, at - 1].float()).abs().amax() <= 1e-2 * size):
         return f"holds at position {at} the {what} of position {at - 1}: the cache is one step stale"
     return f"holds other {what} than those that were computed, at {len(wrong)} positions, position {wrong[0]} the first"
-
-
-def _stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
-    import torch
-
-    return torch.stack(tensors)
