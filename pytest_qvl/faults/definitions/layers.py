@@ -33,9 +33,9 @@ def product_times(case: Case, times: float) -> Any:
 @fault(
     "4bit-product-off-by-5-percent",
     "The kernel of one quantized layer returns 1.05 times x·Wᵀ + b.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("4-bit product", f"{PLACE}.mlp.up_proj returns 1.05 times what it has to"),
+    expected_words=("4-bit product", f"{PLACE}.mlp.up_proj returns 1.05 times what it has to"),
 )
 def _five_percent(case: Case) -> Iterator[None]:
     with product_times(case, 1.05):
@@ -45,9 +45,9 @@ def _five_percent(case: Case) -> Iterator[None]:
 @fault(
     "4bit-product-off-by-1-percent",
     "The kernel of one quantized layer returns 1.01 times x·Wᵀ + b.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("4-bit product", f"{PLACE}.mlp.up_proj returns 1.01 times what it has to"),
+    expected_words=("4-bit product", f"{PLACE}.mlp.up_proj returns 1.01 times what it has to"),
 )
 def _one_percent(case: Case) -> Iterator[None]:
     with product_times(case, 1.01):
@@ -57,9 +57,9 @@ def _one_percent(case: Case) -> Iterator[None]:
 @fault(
     "4bit-bias-not-added",
     "Quantized q projections do not add their bias.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("4-bit product", "q_proj does not add its bias"),
+    expected_words=("4-bit product", "q_proj does not add its bias"),
 )
 def _bias_not_added(case: Case) -> Iterator[None]:
     queries = [original_module(layer.inputs[0]) for layer in language_layers(anatomy(case.model))]
@@ -75,9 +75,9 @@ def _bias_not_added(case: Case) -> Iterator[None]:
 @fault(
     "qv-biases-lost",
     "q and v projections were rebuilt without their biases.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("bias: model.language_model.layers.0.self_attn.q_proj has no bias, where the family has one",),
+    expected_words=("bias: model.language_model.layers.0.self_attn.q_proj has no bias, where the family has one",),
 )
 def _biases_lost(case: Case) -> Iterator[None]:
     layers = language_layers(anatomy(case.model))
@@ -102,9 +102,9 @@ def tower_eps(case: Case, eps: float) -> Any:
 @fault(
     "tower-eps-too-large",
     "The norms of the vision tower have eps 1e-2 instead of 1e-6.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("eps of a norm: model.visual.blocks.0.norm1 computes as with eps 0.01, not 1e-06",),
+    expected_words=("eps of a norm: model.visual.blocks.0.norm1 computes as with eps 0.01, not 1e-06",),
 )
 def _tower_eps(case: Case) -> Iterator[None]:
     with tower_eps(case, 1e-2):
@@ -114,9 +114,9 @@ def _tower_eps(case: Case) -> Iterator[None]:
 @fault(
     "eps-ten-times",
     "One norm of the language backbone has ten times its eps.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("eps of a norm", f"{PLACE}.input_layernorm computes as with eps 1e-05, not 1e-06"),
+    expected_words=("eps of a norm", f"{PLACE}.input_layernorm computes as with eps 1e-05, not 1e-06"),
 )
 def _eps_ten_times(case: Case) -> Iterator[None]:
     norm = language_layers(anatomy(case.model))[1].norms[0]
@@ -131,9 +131,9 @@ def _sections(rotary: Any, sections: list[int]) -> Any:
 @fault(
     "mrope-sections-permuted",
     "The rotary module deals its frequencies out as (6, 6, 4), where the configuration says (4, 6, 6).",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("rotary embedding", "by time, height and width, where mrope_section is"),
+    expected_words=("rotary embedding", "by time, height and width, where mrope_section is"),
     requires=("mrope sections in the module",),
 )
 def _sections_permuted(case: Case) -> Iterator[None]:
@@ -145,9 +145,9 @@ def _sections_permuted(case: Case) -> Iterator[None]:
 @fault(
     "mrope-one-frequency-moved",
     "The rotary module turns one frequency by width that belongs to height.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("rotary embedding", "by time, height and width, where mrope_section is"),
+    expected_words=("rotary embedding", "by time, height and width, where mrope_section is"),
     requires=("mrope sections in the module",),
 )
 def _frequency_moved(case: Case) -> Iterator[None]:
@@ -160,9 +160,9 @@ def _frequency_moved(case: Case) -> Iterator[None]:
 @fault(
     "rotary-base-off",
     "The rotary module has 1.1 times the base of the configuration.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("rotary embedding", "turns as with base", "(rope_theta)"),
+    expected_words=("rotary embedding", "turns as with base", "(rope_theta)"),
 )
 def _base_off(case: Case) -> Iterator[None]:
     from pytest_qvl.models.layers import rope_of
@@ -184,9 +184,9 @@ def attention_times(case: Case, times: float) -> Any:
 @fault(
     "attention-scaling-off",
     "One attention scales its scores by 1.05 / sqrt(d).",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=(f"attention: {PLACE}.self_attn scales its scores by", "1.05 times 1 / sqrt(head width)"),
+    expected_words=(f"attention: {PLACE}.self_attn scales its scores by", "1.05 times 1 / sqrt(head width)"),
 )
 def _scaling_off(case: Case) -> Iterator[None]:
     with attention_times(case, 1.05):
@@ -196,9 +196,9 @@ def _scaling_off(case: Case) -> Iterator[None]:
 @fault(
     "vision-attention-scaling-off",
     "One attention of the vision tower scales its scores by 1.05 / sqrt(d).",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("vision attention: model.visual.blocks.1.attn scales its scores by", "1.05 times"),
+    expected_words=("vision attention: model.visual.blocks.1.attn scales its scores by", "1.05 times"),
 )
 def _vision_scaling_off(case: Case) -> Iterator[None]:
     attention = vision_blocks(anatomy(case.model))[1].attention
@@ -209,9 +209,9 @@ def _vision_scaling_off(case: Case) -> Iterator[None]:
 @fault(
     "vision-rotation-not-applied",
     "The tower's blocks get a rotation by nothing; whoever records a reference afterwards records it so.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("vision rotary embedding: model.visual.blocks.0.attn is given no rotation",),
+    expected_words=("vision rotary embedding: model.visual.blocks.0.attn is given no rotation",),
     source="huggingface/transformers#35749",
 )
 def _rotation_not_applied(case: Case) -> Iterator[None]:
@@ -255,9 +255,13 @@ def low_rank_of(case: Case, rows: Rows, *, times: float | None = None) -> Iterat
 @fault(
     "lora-applies-alpha",
     "A LoRA kernel multiplies by lora_alpha where it should by alpha / r; layer.scaling itself is right.",
-    damages="adapter",
+    target="adapter",
     check="layer_arithmetic",
-    says=("LoRA: model.language_model.layers.0", "adds 16·B(A(x)) where its scaling is 2", "lora_alpha is taken for"),
+    expected_words=(
+        "LoRA: model.language_model.layers.0",
+        "adds 16·B(A(x)) where its scaling is 2",
+        "lora_alpha is taken for",
+    ),
     source="vllm-project/vllm#39278",
 )
 def _applies_alpha(case: Case) -> Iterator[None]:
@@ -268,9 +272,9 @@ def _applies_alpha(case: Case) -> Iterator[None]:
 @fault(
     "lora-ignores-rslora",
     "A LoRA kernel applies alpha / r to an adapter with use_rslora.",
-    damages="adapter",
+    target="adapter",
     check="layer_arithmetic",
-    says=("LoRA: model.language_model.layers.0", "where its scaling is 5.66: use_rslora is ignored"),
+    expected_words=("LoRA: model.language_model.layers.0", "where its scaling is 5.66: use_rslora is ignored"),
 )
 def _ignores_rslora(case: Case) -> Iterator[None]:
     from dataclasses import replace
@@ -283,9 +287,9 @@ def _ignores_rslora(case: Case) -> Iterator[None]:
 @fault(
     "lora-ignores-scaling",
     "A LoRA kernel does not multiply by the scaling.",
-    damages="adapter",
+    target="adapter",
     check="layer_arithmetic",
-    says=("LoRA: model.language_model.layers.0", "where its scaling is 2: the scaling is ignored"),
+    expected_words=("LoRA: model.language_model.layers.0", "where its scaling is 2: the scaling is ignored"),
 )
 def _ignores_scaling(case: Case) -> Iterator[None]:
     with low_rank_of(case, lambda _layer, x: x, times=1.0):
@@ -295,9 +299,9 @@ def _ignores_scaling(case: Case) -> Iterator[None]:
 @fault(
     "lora-reads-elsewhere",
     "A LoRA kernel gives A the token before the one that the base layer is given.",
-    damages="adapter",
+    target="adapter",
     check="layer_arithmetic",
-    says=("LoRA: model.language_model.layers.0", "something else than scaling·B(A(x)) of its own input"),
+    expected_words=("LoRA: model.language_model.layers.0", "something else than scaling·B(A(x)) of its own input"),
 )
 def _reads_elsewhere(case: Case) -> Iterator[None]:
     with low_rank_of(case, lambda _layer, x: x.roll(1, dims=1)):
@@ -307,9 +311,12 @@ def _reads_elsewhere(case: Case) -> Iterator[None]:
 @fault(
     "lora-pair-shared",
     "Two layers hold one and the same pair of adapter matrices.",
-    damages="adapter",
+    target="adapter",
     check="layer_arithmetic",
-    says=("LoRA's matrices: model.language_model.layers.1.self_attn.q_proj has one lora_A together with", "layers.0"),
+    expected_words=(
+        "LoRA's matrices: model.language_model.layers.1.self_attn.q_proj has one lora_A together with",
+        "layers.0",
+    ),
 )
 def _pair_shared(case: Case) -> Iterator[None]:
     first, second = (original.inputs[0] for original in language_layers(anatomy(case.model))[:2])
@@ -327,9 +334,9 @@ def _pair_shared(case: Case) -> Iterator[None]:
 @fault(
     "lora-dropout-on-in-eval",
     "LoRA's dropout stays on when the model is put into eval mode.",
-    damages="adapter",
+    target="adapter",
     check="layer_arithmetic",
-    says=("LoRA: model.language_model.layers.0", "LoRA dropout is on"),
+    expected_words=("LoRA: model.language_model.layers.0", "LoRA dropout is on"),
 )
 def _dropout_on(case: Case) -> Iterator[None]:
     from dataclasses import replace
@@ -348,9 +355,12 @@ def _dropout_on(case: Case) -> Iterator[None]:
 @fault(
     "alpha-saved-twice-as-large",
     "The adapter's configuration was saved with twice its lora_alpha: it loads with twice the scaling.",
-    damages="adapter",
+    target="adapter",
     check="layer_arithmetic",
-    says=("LoRA: model.language_model.layers.0", "adds 4·B(A(x)) where its scaling is 2: lora_alpha has doubled"),
+    expected_words=(
+        "LoRA: model.language_model.layers.0",
+        "adds 4·B(A(x)) where its scaling is 2: lora_alpha has doubled",
+    ),
 )
 def _alpha_doubled(case: Case) -> Iterator[None]:
     from dataclasses import replace
@@ -363,9 +373,9 @@ def _alpha_doubled(case: Case) -> Iterator[None]:
 @fault(
     "cache-one-step-stale",
     "While decoding, one layer's cache gets the key and value of the step before.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=(f"key-value cache: {PLACE}.self_attn holds at position", "the cache is one step stale"),
+    expected_words=(f"key-value cache: {PLACE}.self_attn holds at position", "the cache is one step stale"),
 )
 def _cache_stale(case: Case) -> Iterator[None]:
     from transformers import cache_utils
@@ -402,9 +412,9 @@ def _cache_stale(case: Case) -> Iterator[None]:
 @fault(
     "activation-exchanged",
     "The MLPs of the language backbone use GELU where the configuration says SiLU.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=("activation in an MLP: model.language_model.layers.0.mlp",),
+    expected_words=("activation in an MLP: model.language_model.layers.0.mlp",),
 )
 def _activation(case: Case) -> Iterator[None]:
     from torch import nn
@@ -423,9 +433,9 @@ def _activation(case: Case) -> Iterator[None]:
 @fault(
     "key-heads-exchanged",
     "In one language layer the two key heads serve each other's query heads.",
-    damages="model",
+    target="model",
     check="layer_arithmetic",
-    says=(f"attention: {PLACE}.self_attn",),
+    expected_words=(f"attention: {PLACE}.self_attn",),
 )
 def _heads_exchanged(case: Case) -> Iterator[None]:
     layer = language_layers(anatomy(case.model))[1]
