@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.greedy import STEPS
 from pytest_qvl.checks.support.layers import linears
 from pytest_qvl.checks.support.layers.adapters import Adapters
 from pytest_qvl.checks.support.layers.flow import Flow
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.support.layers.flow import Call
     from pytest_qvl.models.anatomy import Parts
 
-STEPS = 8
 # Calls of a generation whose linears are judged: prefill and the first step; all later steps are the second again.
 FULLY_JUDGED = 2
 
@@ -80,7 +80,9 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
 
 
 def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally) -> None:
+    """Generate eight tokens, then one forward in train mode, judging every module on the way."""
     import torch
+    from transformers import GenerationConfig
 
     flow = Flow()
     text = Text(parts, tally, flow, attended(inputs).bool())
@@ -90,12 +92,18 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
         text.watch()
         Tower(parts, tally, flow).watch()
         flow.before(parts.language_backbone, lambda _a, _k: modules.next_call())
-        # Left in eval mode, with a cache, and whatever the user's generation configuration says.
         forget_positions(parts)
         model: Any = parts.wrapped
-        model.generate(
-            **inputs, max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False, num_beams=1, use_cache=True
+        # The user's own settings are set aside (``preserved`` puts them back), and with them whatever ends a reply.
+        parts.base.generation_config = GenerationConfig()
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=STEPS,
+            pad_token_id=0,
+            suppress_tokens=list(parts.vision_token_ids),
+            use_cache=True,
         )
+        model.generate(**inputs, generation_config=config)
         text.restart()
         forget_positions(parts)
         modules.restart(" (in train mode)")

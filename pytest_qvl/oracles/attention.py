@@ -9,8 +9,8 @@ from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, Claim, summed, underflow
 if TYPE_CHECKING:
     import torch
 
-ELEMENTS = 2**24
-"""Scores that are held at a time: 64 MiB of float32."""
+ELEMENTS = 2**22
+"""Scores that are held at a time: 16 MiB of float32."""
 
 
 def causal(attended: torch.Tensor, queries: int, window: int | None = None) -> torch.Tensor:

@@ -233,7 +233,7 @@ def test_peaks_are_shown_by_phase_though_nothing_is_wrong_with_them():
     table = Table(("phase", "allocated GiB"), (("load", 6.5), ("prefill", 7.0)))
     evidence = Evidence("peak_vram", "p", table=table)
     lines = written(report("peak_vram", evidence=[evidence])).lines
-    assert lines[13:-1] == [f"       {line}" for line in str(table).splitlines()]
+    assert lines[13:-2] == [f"       {line}" for line in str(table).splitlines()]
     assert "load" in lines[15]
     other = written(report("causality", evidence=[replace(evidence, check="causality")])).lines
     assert len(other) == len(lines) - len(str(table).splitlines())

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from pytest_qvl.models.layers import Layer, Merger, Mlp
 
 MLP, RESIDUAL = "activation in an MLP", "residual sum"
+ELEMENTS = 2**22
+"""Activations that are held in float32 at a time: 16 MiB."""
 FUSED = "a fused kernel runs in place of its modules"
 _LAST = "does not return what its last linear does"
 
@@ -26,12 +28,16 @@ def judge_mlp(tally: Tally, flow: Flow, mlp: Mlp, _call: Call) -> None:
         words = "does not give its own input to its first linears"
         tally.handed_on(mlp.name, flow.given_to(linear), flow.given_to(mlp.module), words)
     tally.handed_on(mlp.name, flow.made_by(mlp.module), flow.made_by(mlp.down), _LAST)
-    up = flow.made_by(mlp.up)
-    if mlp.gate is None:
-        claim = elementary.activation(mlp.activation, up)
-    else:
-        claim = elementary.gated(mlp.activation, flow.made_by(mlp.gate), up)
-    tally.hold(MLP, mlp.name, flow.given_to(mlp.down), claim)
+    up, got = flow.made_by(mlp.up).flatten(0, -2), flow.given_to(mlp.down).flatten(0, -2)
+    gate = None if mlp.gate is None else flow.made_by(mlp.gate).flatten(0, -2)
+    step = max(1, ELEMENTS // up.shape[-1])
+    for start in range(0, len(up), step):
+        mine = slice(start, start + step)
+        if gate is None:
+            claim = elementary.activation(mlp.activation, up[mine])
+        else:
+            claim = elementary.gated(mlp.activation, gate[mine], up[mine])
+        tally.hold(MLP, mlp.name, got[mine], claim)
     flow.forget((*first, mlp.down))
 
 

@@ -153,7 +153,10 @@ class Text:
         cosines, sines = (self._combined(each)[:, None] for each in turns)
         query, new = rotary.rotated(query, cosines, sines), rotary.rotated(key, cosines, sines)
         keys, values = self._extended(layer.number, new, value)
-        cache = cached_layer(kv_cache_in(call.kwargs), layer.number)
+        held = kv_cache_in(call.kwargs)
+        cache = None if held is None else cached_layer(held, layer.number)
+        if held is not None and cache is None:
+            tally.leave_out(f"the keys and values in a {type(held).__name__} of this kind", name)
         exact = cache is None or self._judge_cache(name, cache, keys, values)
         # Where a kernel rotates in another way than operation by operation, queries are known to as much as keys are.
         claims = self._claims(layer, query, keys, values, 0.0 if exact else 6 * unit(query.dtype))

@@ -1,0 +1,203 @@
+"""Every layer against its oracle: healthy models of many kinds pass, small doses of damage are named."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from pytest_qvl.checks import CannotJudge, CheckFailed, layer_arithmetic
+from pytest_qvl.faults.case import Case, apply, load, lora_config
+from pytest_qvl.faults.catalogue import catalogue, find
+from pytest_qvl.faults.matrix.restored import state
+from pytest_qvl.faults.subject import embedded
+from pytest_qvl.faults.tools import after
+from pytest_qvl.models.adapters import adapted_layers, original_module
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.attention import other_attention
+from pytest_qvl.models.layers import language_layers, vision_blocks
+
+if TYPE_CHECKING:
+    from pytest_qvl.evidence import Evidence
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft")
+# Faults of other checks, which see them beside a reference from before the damage; here there is none.
+WITHOUT_A_REFERENCE = {
+    "windows-never-applied": "vision attention: model.visual.blocks.0.attn attends over the whole image",
+    "windows-everywhere": "vision attention: model.visual.blocks.1.attn stays inside its window",
+    "vision-positions-lost": "is given no rotation",
+    "rotary-base-wrong": "turns as with base 10000, not 10",
+    "attention-not-causal": "attention: model.language_model.layers.0.self_attn",
+}
+QUICK = (
+    *("4bit-product-off-by-1-percent", "qv-biases-lost", "tower-eps-too-large", "mrope-sections-permuted"),
+    *("attention-scaling-off", "lora-ignores-rslora", "lora-pair-shared", "cache-one-step-stale"),
+    *("alpha-saved-twice-as-large", "lora-dropout-on-in-eval"),
+)
+
+
+@pytest.fixture(scope="module")
+def case(processor: Any) -> Case:
+    """A model in float32 without any reference, and a batch of an image of several windows beside a text."""
+    from pytest_qvl.checks import QuantizationPolicy
+    from pytest_qvl.samples import scenes
+
+    subject = embedded("float32")
+    rows = scenes(3, 1, ["nth_colour", "text"])
+    unrecorded: Any = None
+    model, config = load(subject=subject), lora_config()
+    policy = QuantizationPolicy(compute_dtype="float32")
+    return Case(model, processor, config, policy, rows, rows, unrecorded, load, subject)
+
+
+def worst(evidence: Evidence) -> dict[str, float]:
+    assert evidence.table is not None
+    return {str(name): float(value) for name, _count, value in evidence.table.rows}  # type: ignore[arg-type]
+
+
+def test_a_healthy_model_keeps_every_limit_and_is_left_as_it_was(case: Case) -> None:
+    before = state(case)
+    figures = worst(layer_arithmetic(case.model, case.batch(), case.lora_config))
+    assert state(case) == before
+    assert set(figures) >= {
+        *("4-bit product", "linear product", "LoRA", "norm", "eps of a norm", "attention", "vision attention"),
+        *("rotary embedding", "vision rotary embedding", "key-value cache", "patch embedding", "NF4 code book"),
+    }
+    assert min(figures[name] for name in ("linear product", "attention", "vision attention", "norm")) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_16_bits_limits_are_nearly_used_and_kept(case: Case, dtype: str) -> None:
+    figures = worst(layer_arithmetic(load(dtype=dtype), case.batch()))
+    for name in ("4-bit product", "linear product", "LoRA", "norm", "residual sum", "rotary embedding"):
+        assert 0.3 < figures[name] <= 1, name
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"use_dora": True, "use_rslora": True, "lora_dropout": 0.1},
+        {"lora_dropout": 0.1, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 64}},
+        {"modules_to_save": ["lm_head"], "lora_bias": True},
+        {"init_lora_weights": False, "bias": "lora_only"},
+    ],
+    ids=["dora", "dropout and patterns", "copy of the head", "trained"],
+)
+def test_other_adapters_are_judged_too(case: Case, changed: dict[str, Any]) -> None:
+    config = lora_config(**changed)
+    evidence = layer_arithmetic(load(dtype="float32", lora=config), case.batch(), config)
+    assert worst(evidence)["LoRA"] < 1
+    assert not any("not judged" in note for note in evidence.notes) or "use_dora" in changed
+
+
+def test_eager_attention_and_a_base_in_full_precision(case: Case) -> None:
+    model = load(dtype="float32", quantized=False)
+    with other_attention(anatomy(model)):
+        figures = worst(layer_arithmetic(model, case.batch()))
+    assert "4-bit product" not in figures
+    assert figures["attention"] < 1
+
+
+def test_two_active_adapters_are_judged_as_a_sum_and_named(case: Case) -> None:
+    with apply("second-adapter-active", case) as damaged:
+        evidence = layer_arithmetic(damaged.model, damaged.batch())
+    assert "2 adapters are active and judged as a sum: default, left-over" in evidence.notes
+
+
+def test_adapters_of_other_kinds_are_named_as_not_judged(case: Case) -> None:
+    from peft import IA3Config
+
+    config = IA3Config(target_modules=[".*_proj"], feedforward_modules=[])
+    config.target_modules, config.feedforward_modules = {"q_proj"}, set()
+    evidence = layer_arithmetic(load(dtype="float32", lora=config), case.batch())
+    assert any("is no LoRA of plain matrices" in note for note in evidence.notes)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_fault_is_named_without_any_reference(case: Case, name: str) -> None:
+    with apply(name, case) as damaged, pytest.raises(CheckFailed) as failure:
+        layer_arithmetic(damaged.model, damaged.batch(), damaged.lora_config)
+    for words in find(name).words():
+        assert words in str(failure.value)
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_REFERENCE)
+def test_faults_of_other_checks_need_no_reference_here(case: Case, name: str) -> None:
+    with apply(name, case) as damaged, pytest.raises(CheckFailed) as failure:
+        layer_arithmetic(damaged.model, damaged.batch())
+    assert WITHOUT_A_REFERENCE[name] in str(failure.value)
+
+
+def test_every_fault_of_this_family_is_this_check_s() -> None:
+    assert {f.check for f in catalogue().values() if f.family == "arithmetic of layers"} == {"layer_arithmetic"}
+    assert set(QUICK) <= set(catalogue())
+
+
+@pytest.mark.parametrize("times", [1 + 1e-4, 1 - 1e-3])
+def test_a_dose_that_logits_hide_is_seen_in_float32(case: Case, times: float) -> None:
+    layer = language_layers(anatomy(case.model))[2]
+    linear = original_module(layer.inputs[2])
+    with after([linear], lambda _m, _a, out: out * times), pytest.raises(CheckFailed, match=f"{times:.4g} times"):
+        layer_arithmetic(case.model, case.batch())
+
+
+def test_one_number_of_one_attention_is_enough(case: Case) -> None:
+    block = vision_blocks(anatomy(case.model))[1]
+
+    def touch(_module: Any, args: tuple[Any, ...]) -> Any:
+        changed = args[0].clone()
+        changed[3, 5] += 1e-3
+        return (changed, *args[1:])
+
+    handle = block.output.register_forward_pre_hook(touch)
+    try:
+        with pytest.raises(CheckFailed, match=r"vision attention: model\.visual\.blocks\.1\.attn"):
+            layer_arithmetic(case.model, case.batch())
+    finally:
+        handle.remove()
+
+
+def test_a_code_book_with_two_numbers_exchanged_is_seen(case: Case) -> None:
+    linear = original_module(language_layers(anatomy(case.model))[0].mlp.down)
+    code = linear.weight.quant_state.code
+    kept = code.clone()
+    code[[3, 4]] = code[[4, 3]]
+    try:
+        with pytest.raises(CheckFailed, match="NF4 code book: .*mlp.down_proj has another number .* at entry 3"):
+            layer_arithmetic(case.model, case.batch())
+    finally:
+        code.copy_(kept)
+
+
+def test_dropout_in_training_is_judged_by_what_it_made(case: Case) -> None:
+    config = lora_config(lora_dropout=0.1)
+    model = load(dtype="float32", lora=config)
+    layer = next(iter(adapted_layers(anatomy(model)).values()))
+    with after([layer.lora_dropout["default"]], lambda _m, _a, out: out * 1.01), pytest.raises(CheckFailed) as failure:
+        layer_arithmetic(model, case.batch(), config)
+    assert "LoRA dropout: " in str(failure.value) or "in train mode" in str(failure.value)
+
+
+def test_eight_tokens_are_forced_and_a_setting_of_the_user_s_does_not_end_them(case: Case) -> None:
+    steps: list[int] = []
+    backbone = anatomy(case.model).language_backbone
+    handle = backbone.register_forward_pre_hook(lambda *_call: steps.append(1))
+    settings = case.model.generation_config
+    kept = settings.max_new_tokens, settings.eos_token_id
+    settings.max_new_tokens, settings.eos_token_id = 2, list(range(448))
+    try:
+        layer_arithmetic(case.model, case.batch())
+    finally:
+        handle.remove()
+        settings.max_new_tokens, settings.eos_token_id = kept
+    assert len(steps) == 8 + 1
+
+
+def test_packed_rows_are_refused(case: Case) -> None:
+    batch = case.batch()
+    length = batch["input_ids"].shape[1]
+    batch["position_ids"] = (torch.arange(length) % (length // 2)).expand(3, len(batch["input_ids"]), length).clone()
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    with pytest.raises(CannotJudge, match="packed"):
+        layer_arithmetic(case.model, batch)

@@ -1,0 +1,161 @@
+"""The oracles against worked examples, bitsandbytes' own dequantization, and arithmetic in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from pytest_qvl.oracles import attention, elementary, lora, nf4, patches, rotary
+from pytest_qvl.oracles.bounds import Claim, summed, unit
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# An error over its limit that is far below this would be a limit that sees nothing.
+BLIND = 1e-3
+
+
+def worst(got: torch.Tensor, claim: Claim) -> float:
+    return float(((got.float() - claim.value).abs() / claim.limit).max())
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("shape", [(64, 128), (6, 33 * 2), (5, 7 * 10)])
+def test_packed_bytes_stand_for_the_weights_that_bitsandbytes_makes_of_them(
+    double: bool, shape: tuple[int, int]
+) -> None:
+    import bitsandbytes.functional as functional
+
+    data, state = functional.quantize_4bit(noise(*shape), quant_type="nf4", compress_statistics=double)
+    outer: Any = state.state2
+    nested = (outer.code, outer.absmax, outer.blocksize, state.offset) if double else ()
+    packed = nf4.Packed(data, shape, state.absmax, state.blocksize, *nested)
+    theirs = functional.dequantize_4bit(data, state)
+    assert torch.equal(nf4.rows(packed, 0, shape[0]), theirs)
+    assert torch.equal(nf4.rows(packed, 1, shape[0] - 1), theirs[1:-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("terms", [8, 128, 3584])
+def test_a_product_uses_its_limit_and_keeps_it(dtype: torch.dtype, terms: int) -> None:
+    x, weight, bias = noise(64, terms, dtype=dtype), noise(48, terms, dtype=dtype, seed=1), noise(48, dtype=dtype)
+    exact = x.double() @ weight.double().T + bias.double()
+    claim = elementary.linear(x, weight, bias, dtype)
+    # Of the same kernel in float32 the error is 0: what shows that the limit is no blind one is the exact result.
+    used = [worst(got, claim) for got in (torch.nn.functional.linear(x, weight, bias), exact.to(dtype))]
+    assert (BLIND if terms < 1024 else 0) < max(used) <= 1
+    dose = 1e-3 if dtype == torch.float32 else 1e-2
+    assert worst(((1 + dose) * exact).to(dtype), claim) > 1
+
+
+def test_the_limit_of_a_long_sum_grows_with_the_root_of_its_terms() -> None:
+    assert summed(10) == 10 * 2**-24
+    assert summed(4 * 4096) == pytest.approx(2 * summed(4096))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_use_their_limits_and_keep_them(dtype: torch.dtype) -> None:
+    x, weight, bias = noise(64, 96, dtype=dtype), noise(96, dtype=dtype, seed=1), noise(96, dtype=dtype, seed=2)
+    normed = weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
+    assert BLIND < worst(normed, elementary.rms_norm(x, weight, 1e-6, dtype)) <= 1
+    centred = torch.nn.functional.layer_norm(x, (96,), weight, bias, 1e-6)
+    assert BLIND < worst(centred, elementary.layer_norm(x, weight, bias, 1e-6, dtype)) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"])
+def test_activations_are_those_of_their_names(dtype: torch.dtype, name: str) -> None:
+    x = 4 * noise(4096, dtype=dtype)
+    theirs = {
+        "silu": torch.nn.functional.silu,
+        "gelu": torch.nn.functional.gelu,
+        "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    }
+    got = {key: function(x) for key, function in theirs.items()}
+    claim = elementary.activation(name, x)
+    exact = theirs[name](x.double()).to(dtype)
+    assert BLIND < max(worst(got.pop(name), claim), worst(exact, claim)) <= 1
+    assert all(worst(other, claim) > 1 for other in got.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eager", [False, True])
+def test_attention_uses_its_limit_and_keeps_it(dtype: torch.dtype, eager: bool) -> None:
+    query, key, value = (noise(heads, 40, 32, dtype=dtype, seed=heads) for heads in (8, 2, 4))
+    value = value[:2]
+    allowed = attention.causal(torch.ones(1, 40, dtype=torch.bool), 40)[0]
+    keys, values = (each.repeat_interleave(4, dim=0) for each in (key, value))
+    scaling = 32**-0.5
+    mask = torch.where(allowed, 0.0, -torch.inf)
+    exact = ((query.double() @ keys.double().mT) * scaling + mask).softmax(-1) @ values.double()
+    if eager:
+        scores = (query @ keys.mT) * scaling + torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+        got = scores.softmax(-1, dtype=torch.float32).to(dtype) @ values
+    else:
+        got = torch.nn.functional.scaled_dot_product_attention(query[None], keys[None], values[None], is_causal=True)[0]
+    claim = attention.attention(query, key, value, allowed, scaling, eager=eager)
+    assert BLIND < max(worst(got, claim), worst(exact.to(dtype), claim)) <= 1
+    other = attention.attention(query, key, value, allowed, 1.05 * scaling, eager=eager)
+    assert worst(got, other) > 1
+
+
+def test_a_causal_query_sees_itself_and_attended_tokens_before_it() -> None:
+    seen = attention.causal(torch.tensor([[False, True, True, True]]), 2)
+    assert seen[0].tolist() == [[False, True, True, False], [False, True, True, True]]
+    seen = attention.causal(torch.ones(1, 4, dtype=torch.bool), 4, window=2)
+    assert seen[0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+def test_frequencies_go_to_axes_by_runs_or_in_turn() -> None:
+    assert rotary.axis_of_each_frequency((1, 2, 2), interleaved=False) == [0, 1, 1, 2, 2]
+    assert rotary.axis_of_each_frequency((4, 2, 2), interleaved=True) == [0, 1, 2, 0, 1, 2, 0, 0]
+
+
+def test_rotation_leaves_the_product_of_a_pair_to_the_distance_of_their_positions() -> None:
+    query, key = noise(16), noise(16, seed=1)
+    axes = rotary.axis_of_each_frequency((8,), interleaved=False)
+
+    def turned(x: torch.Tensor, position: int) -> torch.Tensor:
+        positions = torch.full((3, 1, 1), position)
+        cosines, sines = rotary.turned(rotary.text_angles(positions, 100.0, axes), 100.0, torch.float32)
+        return rotary.rotated(x, cosines.value[0, 0], sines.value[0, 0])
+
+    assert float(turned(query, 5) @ turned(key, 2)) == pytest.approx(
+        float(turned(query, 13) @ turned(key, 10)), abs=1e-4
+    )
+    assert abs(float(turned(query, 5) @ turned(key, 3)) - float(turned(query, 5) @ turned(key, 2))) > 1e-2
+
+
+def test_windows_follow_each_other_row_by_row_and_are_cut_at_the_edges() -> None:
+    laid = patches.patches([(1, 4, 6)], merge=2, window=2)
+    assert laid.order == [0, 1, 3, 4, 2, 5]
+    assert (laid.windows, laid.frames) == ([16, 8], [24])
+    assert laid.positions[:5] == [(0, 0), (0, 1), (1, 0), (1, 1), (0, 2)]
+    assert laid.positions[16] == (0, 4)
+    plain = patches.patches([(2, 2, 4), (1, 2, 2)], merge=2, window=None)
+    assert (plain.order, plain.windows, plain.frames) == ([0, 1, 2, 3, 4], [], [8, 8, 4])
+
+
+def test_scaling_of_lora_and_of_rslora() -> None:
+    assert lora.scaling_of(16, 8, rank_stabilised=False) == 2
+    assert lora.scaling_of(16, 4, rank_stabilised=True) == 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_adapters_add_is_their_sum(dtype: torch.dtype) -> None:
+    x, base = noise(32, 64, dtype=dtype), noise(32, 48, dtype=dtype, seed=3)
+    pairs = [lora.Matrices(noise(4, 64, seed=s) / 8, noise(48, 4, seed=s + 9) / 2, None, 2.0) for s in (1, 2)]
+    got = base
+    for pair in pairs:
+        got = got + (x.float() @ pair.down.T @ pair.up.T * pair.scaling).to(dtype)
+    assert worst(got, lora.adapted(x, base, None, pairs, dtype)) <= 1
+    assert worst(got, lora.adapted(x, base, None, pairs[:1], dtype)) > 1
+
+
+def test_half_a_step_of_each_dtype() -> None:
+    assert [unit(dtype) for dtype in DTYPES] == [2**-24, 2**-8, 2**-11]
