@@ -11,6 +11,7 @@ from pytest_qvl.checks.support.greedy import STEPS
 from pytest_qvl.checks.support.layers import linears
 from pytest_qvl.checks.support.layers.adapters import Adapters
 from pytest_qvl.checks.support.layers.flow import Flow
+from pytest_qvl.checks.support.layers.recomputed import judge_recomputation
 from pytest_qvl.checks.support.layers.tally import Tally
 from pytest_qvl.checks.support.layers.text import Text
 from pytest_qvl.checks.support.layers.tower import Tower
@@ -69,6 +70,7 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
         adapters.judge_sharing()
         with adapters.with_random_b():
             _run(parts, inputs, adapters, tally)
+            judge_recomputation(parts, inputs, adapters, tally)
     several = {name for layer in adapters.layers.values() for name in adapters.active(layer)}
     if len(several) > 1:
         judge.note(f"{len(several)} adapters are active and judged as a sum: {', '.join(sorted(several))}")

@@ -447,3 +447,27 @@ def _heads_exchanged(case: Case) -> Iterator[None]:
 
     with before([layer.output], exchange):
         yield
+
+
+@fault(
+    "recomputes-with-another-mask",
+    "Checkpointing does not keep the random state: dropout falls on other numbers when it recomputes.",
+    target="adapter",
+    check="layer_arithmetic",
+    expected_words=(
+        "recomputed dropout: model.language_model.layers",
+        "drops other numbers when checkpointing recomputes",
+    ),
+)
+def _another_mask(case: Case) -> Iterator[None]:
+    from dataclasses import replace
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint
+
+    with another_adapter(case, replace(case.lora_config, lora_dropout=0.1)):
+        layers = [module for module in anatomy(case.model).base.modules() if hasattr(module, "gradient_checkpointing")]
+        forgetful = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        changes = [attribute(layer, "gradient_checkpointing", True) for layer in layers]
+        with all_of([*changes, *(attribute(layer, "_gradient_checkpointing_func", forgetful) for layer in layers)]):
+            yield

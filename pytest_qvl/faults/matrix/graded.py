@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.definitions.adapters import another_adapter
 from pytest_qvl.faults.definitions.disk import scaled, trained
+from pytest_qvl.faults.definitions.layers import attention_times, product_times, tower_eps
 from pytest_qvl.faults.definitions.positions import at_images
 from pytest_qvl.faults.definitions.quantization import four_bit
 from pytest_qvl.faults.matrix.panel import judge
@@ -148,6 +149,14 @@ def _times(factor: float) -> Dose:
     return dose
 
 
+def _off(change: Callable[[Case, float], Any], percent: float) -> Dose:
+    return lambda case: change(case, 1 + percent / 100)
+
+
+def _eps(eps: float) -> Dose:
+    return lambda case: tower_eps(case, eps)
+
+
 GRADED = (
     Graded(
         "positions of visual tokens off by one on one axis",
@@ -189,5 +198,20 @@ GRADED = (
         "scaling of an adapter that is harmless as saved",
         ("alignment",),
         tuple((f"{factor} x", _times(factor)) for factor in (2, 4, 6, 8, 16)),
+    ),
+    Graded(
+        "one 4-bit product off by a factor",
+        ("layer_arithmetic", "alignment"),
+        tuple((f"{share:g} %", _off(product_times, share)) for share in (0.01, 0.1, 0.5, 1, 5)),
+    ),
+    Graded(
+        "scaling of one language attention",
+        ("layer_arithmetic", "alignment"),
+        tuple((f"{share:g} %", _off(attention_times, share)) for share in (0.01, 0.1, 0.5, 1, 5)),
+    ),
+    Graded(
+        "eps of the tower's norms instead of 1e-6",
+        ("layer_arithmetic", "vision_stability"),
+        tuple((f"{eps:g}", _eps(eps)) for eps in (1.01e-6, 1.1e-6, 2e-6, 1e-5, 1e-4, 1e-2)),
     ),
 )

@@ -70,6 +70,15 @@ class Adapters:
         """Names of the adapters that take part in a layer's forward."""
         return [] if layer.disable_adapters else [str(n) for n in layer.active_adapters if n in layer.lora_A]
 
+    def dropping(self) -> dict[tuple[str, str], Any]:
+        """The dropout modules of active adapters that drop anything in training, by layer and adapter."""
+        return {
+            (place, name): layer.lora_dropout[name]
+            for place, layer in self.layers.items()
+            for name in self.active(layer)
+            if _dropout(layer, name)
+        }
+
     @contextmanager
     def with_random_b(self) -> Iterator[None]:
         """Give every active adapter a random B inside the block, and every bit back after it."""

@@ -162,6 +162,9 @@ class Text:
         claims = self._claims(layer, query, keys, values, 0.0 if exact else 6 * unit(query.dtype))
         rows, _heads, queries, width = query.shape
         got = flow.given_to(layer.output).view(rows, queries, self._heads, width).transpose(1, 2)
+        if layer.attention.training and getattr(self._parts.text_config, "attention_dropout", 0.0):
+            tally.leave_out("attention drops weights in training", name)
+            claims = iter(())
         for row, (looked, claim) in enumerate(claims):
             part = got[row][:, looked]
             tally.hold(ATTENTION, name, part, claim, partial(_words, layer, part, claim, width**-0.5))
