@@ -141,6 +141,16 @@ def test_windows_follow_each_other_row_by_row_and_are_cut_at_the_edges() -> None
     assert (plain.order, plain.windows, plain.frames) == ([0, 1, 2, 3, 4], [], [8, 8, 4])
 
 
+def test_learned_positions_are_bilinear_between_the_corners_of_the_table() -> None:
+    table = noise(9, 8)
+    relative = [(row / 4, column / 4) for row in range(5) for column in range(5)]
+    image = table.view(1, 3, 3, 8).permute(0, 3, 1, 2)
+    wanted = torch.nn.functional.interpolate(image, size=(5, 5), mode="bilinear", align_corners=True)
+    claim = patches.with_learned_positions(torch.zeros(25, 8), table, relative)
+    assert worst(wanted[0].permute(1, 2, 0).reshape(25, 8), claim) <= 1
+    assert worst(1.001 * wanted[0].permute(1, 2, 0).reshape(25, 8), claim) > 1
+
+
 def test_scaling_of_lora_and_of_rslora() -> None:
     assert lora.scaling_of(16, 8, rank_stabilised=False) == 2
     assert lora.scaling_of(16, 4, rank_stabilised=True) == 8

@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.layers.compose import FUSED, judge_mlp, judge_residuals
+from pytest_qvl.checks.support.layers.compose import FUSED, RESIDUAL, judge_mlp, judge_residuals
 from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, rope_of
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import attention as oracle
-from pytest_qvl.oracles import rotary
+from pytest_qvl.oracles import elementary, rotary
 from pytest_qvl.oracles.bounds import Claim, underflow, unit
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ class Text:
         self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
         self._history: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._before: torch.Tensor | None = None
+        self._between: tuple[Any, Any] = None, ()
         self._eager = parts.text_config._attn_implementation == "eager"
 
     def watch(self) -> None:
         """Put hooks on the backbone."""
         flow, backbone = self._flow, self._parts.language_backbone
+        flow.before(backbone, self._begin)
         flow.watch(backbone.rotary_emb, self._judge_rotary)
         for layer in language_layers(self._parts):
             flow.record(layer.parts)
@@ -63,20 +65,34 @@ class Text:
         self._history.clear()
 
     def _judge_layer(self, layer: Layer, call: Call) -> None:
-        # Qwen3-VL adds visual features between its first layers.
-        if layer.number and self._before is not None and self._parts.family != "Qwen3-VL":
-            words = "is not given what the layer before it returned"
-            self._tally.handed_on(layer.name, call.given, self._before, words)
+        if layer.number and self._before is not None:
+            self._judge_handed_on(layer.name, call.given, self._before, layer.number - 1)
         judge_residuals(self._tally, self._flow, layer)
-        self._before = call.made
+        # Transformers 4 adds the features in place.
+        added_to = self._between[0] is not None and layer.number < len(self._between[1])
+        self._before = call.made.clone() if added_to else call.made
         self._flow.forget((layer.module,))
 
     def _judge_end(self, call: Call) -> None:
         """The last norm is given what the last layer returned."""
-        if self._before is not None and self._parts.family != "Qwen3-VL":
-            name = f"{self._parts.roots['language']}.norm"
-            self._tally.handed_on(name, call.given, self._before, "is not given what the last layer returned")
+        if self._before is not None:
+            last = len(self._parts.language_backbone.layers) - 1
+            self._judge_handed_on(f"{self._parts.roots['language']}.norm", call.given, self._before, last)
         self._before = None
+
+    def _begin(self, _args: Any, kwargs: Any) -> None:
+        self._before = None
+        self._between = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds") or ()
+
+    def _judge_handed_on(self, name: str, given: torch.Tensor, made: torch.Tensor, number: int) -> None:
+        """What comes after a layer is given its output; Qwen3-VL adds features of the tower at visual tokens first."""
+        places, features = self._between
+        if places is None or number >= len(features):
+            self._tally.handed_on(name, given, made, "is not given what the layer before it returned")
+            return
+        self._tally.handed_on(name, given[~places], made[~places], "is not given what the layer before it returned")
+        claim = elementary.added(made[places], features[number].to(made.dtype))
+        self._tally.hold(RESIDUAL, name, given[places], claim)
 
     def _judge_head(self, call: Call) -> None:
         """The head is given the last norm's output, of all tokens or the last ones."""

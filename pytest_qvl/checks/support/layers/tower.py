@@ -45,6 +45,8 @@ class Tower:
         self._eager = vision._attn_implementation == "eager"
         self._laid: patches.Patches | None = None
         self._before: torch.Tensor | None = None
+        # Qwen3-VL's learned positions.
+        self._table: torch.Tensor | None = getattr(getattr(parts.vision_tower, "pos_embed", None), "weight", None)
 
     def watch(self) -> None:
         """Put hooks on the tower."""
@@ -74,14 +76,16 @@ class Tower:
 
     def _judge_patches(self, call: Call) -> None:
         judge_patch_embedding(self._tally, f"{self._parts.roots['vision']}.patch_embed", call)
-        # Qwen3-VL adds learned positions first.
-        if self._parts.family != "Qwen3-VL":
-            order = self._order(call.made.device)
-            grouped = call.made.reshape(len(order), -1, call.made.shape[-1])
-            self._before = grouped[order].flatten(0, 1)
+        order = self._order(call.made.device)
+        grouped = call.made.reshape(len(order), -1, call.made.shape[-1])
+        self._before = grouped[order].flatten(0, 1)
 
     def _judge_block(self, block: Layer, call: Call) -> None:
-        if self._before is not None:
+        if block.number == 0 and self._before is not None and self._table is not None:
+            assert self._laid is not None
+            claim = patches.with_learned_positions(self._before, self._table.detach(), self._laid.relative)
+            self._tally.hold("learned positions", block.name, call.given, claim)
+        elif self._before is not None:
             words = "is not given what the block before it returned"
             if block.number == 0:
                 words = "is not given the patches in the order of the windows, row by row"
