@@ -36,7 +36,7 @@ ORDER = (
     "backpropagation",
     "labels",
     "frozen",
-    "layer_arithmetic",
+    "layers",
 )
 NEEDS = {
     "gpu": "a GPU to measure on: no fault on the CPU is shown to it",
