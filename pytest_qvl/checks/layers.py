@@ -186,16 +186,27 @@ class _Modules:
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
-    """Keep 16-bit products from being reduced in 16 bits, a setting of torch for CUDA, inside the block."""
+    """Switch off inside the block what torch may compute products in besides their dtype, of model and oracles alike.
+
+    TF32 and bfloat16 in place of float32; sums of 16-bit products in 16 bits on CUDA. They are settings of the process.
+    """
     import torch
 
-    matmul = torch.backends.cuda.matmul
-    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
-    before = [getattr(matmul, name) for name in names]
+    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
+    switches: list[tuple[Any, str]] = [
+        (matmul, "allow_bf16_reduced_precision_reduction"),
+        (matmul, "allow_fp16_reduced_precision_reduction"),
+        (matmul, "allow_fp16_accumulation"),
+        (convolution, "allow_tf32"),
+    ]
+    switches = [(owner, name) for owner, name in switches if hasattr(owner, name)]
+    before, precision = [getattr(owner, name) for owner, name in switches], torch.get_float32_matmul_precision()
     try:
-        for name in names:
-            setattr(matmul, name, False)
+        torch.set_float32_matmul_precision("highest")
+        for owner, name in switches:
+            setattr(owner, name, False)
         yield
     finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(matmul, name, value)
+        torch.set_float32_matmul_precision(precision)
+        for (owner, name), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)

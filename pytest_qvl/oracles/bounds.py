@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 TAIL = 9.0
 # Half a step of float32, in which sums are kept.
 SINGLE = 2.0**-24
-# Half a step of TF32's inputs, 10 bits, for float32 products where torch allows it on a GPU.
-TF32 = 2.0**-11
 # Units in the last place by which exp, erf, sin or cos of a fast kernel may be off: the coarsest that torch uses is
 # ``exp_u20`` of its fused attention on the CPU.
 FUNCTION = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, Claim, summed, underflow, unit
+from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, TAIL, Claim, summed, underflow, unit
 
 if TYPE_CHECKING:
     import torch
@@ -17,22 +17,21 @@ def linear(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     *,
-    inputs: float = 0.0,
-    weights: float = 0.0,
+    rounded_again: float = 0.0,
 ) -> Claim:
     """``x W' + b``, rounded to `dtype` once after the sum and once after the bias.
 
     Limit: ``2 s |x||w|`` for the judged sum and the oracle's own (``s`` of :func:`~.bounds.summed`, norms over the
-    terms), ``u |x W'| + u |x W' + b|`` for the two roundings, and, where a kernel rounds its inputs or weights
-    again on its own, ``TAIL / sqrt(3) * (inputs + weights) * sqrt(sum of (x w)**2)`` for those.
+    terms), ``u |x W'| + u |x W' + b|`` for the two roundings, and, where a kernel rounds weights on its own,
+    ``TAIL / sqrt(3) * rounded_again * sqrt(sum of (x w)**2)`` for those.
 
     Args:
         x: ``(rows, in)`` as the kernel is given it, any float dtype.
         weight: ``(out, in)`` as the kernel multiplies it.
         bias: ``(out,)`` or None.
         dtype: Of the result.
-        inputs: Unit roundoff to which a kernel rounds `x` on its own (TF32); 0 for none.
-        weights: The same of `weight`: a fused 4-bit kernel may multiply by the block's scale before or after it rounds.
+        rounded_again: Unit roundoff to which a kernel rounds weights once more, 0 for none: a fused 4-bit kernel may
+            multiply by the block's scale before or after it rounds.
     """
     import torch
 
@@ -40,8 +39,8 @@ def linear(
     product = x @ weight.T
     lengths = torch.linalg.vector_norm(x, dim=-1)[:, None] * torch.linalg.vector_norm(weight, dim=-1)
     limit = 2 * summed(x.shape[-1]) * lengths + unit(dtype) * product.abs() + underflow(dtype)
-    if inputs or weights:
-        limit = limit + (inputs + weights) * 9 / math.sqrt(3) * (x.square() @ weight.square().T).sqrt()
+    if rounded_again:
+        limit = limit + TAIL / math.sqrt(3) * rounded_again * (x.square() @ weight.square().T).sqrt()
     if bias is not None:
         product = product + bias.float()
         limit = limit + unit(dtype) * product.abs()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.layers import VISION_EPS, has_bias
 from pytest_qvl.oracles import elementary, nf4
-from pytest_qvl.oracles.bounds import TF32, unit
+from pytest_qvl.oracles.bounds import unit
 
 if TYPE_CHECKING:
     import torch
@@ -58,16 +58,14 @@ def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
         return
     dtype = (module.compute_dtype or call.given.dtype) if is_4bit else module.weight.dtype
     x, result = call.given.flatten(0, -2).to(dtype), call.made.flatten(0, -2)
-    on_gpu = x.device.type == "cuda"
-    inputs = TF32 if on_gpu and _takes_tf32(dtype) else 0.0
-    # A fused kernel for few rows scales a block before or after it rounds.
-    weights = unit(dtype) if is_4bit and on_gpu else inputs
+    # A fused kernel of the GPU, for few rows, scales a block before or after it rounds.
+    again = unit(dtype) if is_4bit and x.device.type == "cuda" else 0.0
     step = max(1, ELEMENTS // module.in_features)
     for start in range(0, module.out_features, step):
         stop = min(start + step, module.out_features)
         bias = None if module.bias is None else module.bias.detach()[start:stop].to(dtype)
         rows = weight_rows(module, start, stop, dtype)
-        claim = elementary.linear(x, rows, bias, dtype, inputs=inputs, weights=weights)
+        claim = elementary.linear(x, rows, bias, dtype, rounded_again=again)
         part = result[:, start:stop]
         words = partial(_product_words, part, claim.value, bias)
         tally.hold(PRODUCT_4BIT if is_4bit else PRODUCT_16BIT, name, part, claim, words)
@@ -76,12 +74,6 @@ def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
         tally.count(BIAS, 1)
         if expected != (module.bias is not None):
             tally.fail(BIAS, name, "has no bias, where the family has one" if expected else "has a bias too many")
-
-
-def _takes_tf32(dtype: torch.dtype) -> bool:
-    import torch
-
-    return dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
 
 
 def _product_words(got: torch.Tensor, expected: torch.Tensor, bias: torch.Tensor | None) -> str:
@@ -147,16 +139,12 @@ def norm_epsilon(parts: Parts, name: str) -> float:
 
 def judge_patch_embedding(tally: Tally, name: str, call: Call) -> None:
     """Each patch times the kernel of the convolution that makes one number per channel of it."""
-    import torch
-
     projection = call.module.proj
     weight = projection.weight.detach().flatten(1)
     dtype = weight.dtype
-    tf32 = dtype == torch.float32 and weight.device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    extra = TF32 if tf32 else 0.0
     bias = None if projection.bias is None else projection.bias.detach()
     x = call.given.reshape(-1, weight.shape[1]).to(dtype)
-    claim = elementary.linear(x, weight, bias, dtype, inputs=extra, weights=extra)
+    claim = elementary.linear(x, weight, bias, dtype)
     tally.hold("patch embedding", name, call.made.reshape(claim.value.shape), claim)
 
 

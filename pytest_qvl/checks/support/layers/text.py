@@ -65,7 +65,7 @@ class Text:
         self._history.clear()
 
     def _judge_layer(self, layer: Layer, call: Call) -> None:
-        if layer.number and self._before is not None:
+        if self._before is not None:
             self._judge_handed_on(layer.name, call.given, self._before, layer.number - 1)
         judge_residuals(self._tally, self._flow, layer)
         # Transformers 4 adds the features in place.
@@ -81,16 +81,17 @@ class Text:
         self._before = None
 
     def _begin(self, _args: Any, kwargs: Any) -> None:
-        self._before = None
+        self._before = kwargs.get("inputs_embeds")
         self._between = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds") or ()
 
     def _judge_handed_on(self, name: str, given: torch.Tensor, made: torch.Tensor, number: int) -> None:
         """What comes after a layer is given its output; Qwen3-VL adds features of the tower at visual tokens first."""
         places, features = self._between
-        if places is None or number >= len(features):
-            self._tally.handed_on(name, given, made, "is not given what the layer before it returned")
+        words = "is not given what the layer before it returned" if number >= 0 else "is not given the embedded tokens"
+        if places is None or not 0 <= number < len(features):
+            self._tally.handed_on(name, given, made, words)
             return
-        self._tally.handed_on(name, given[~places], made[~places], "is not given what the layer before it returned")
+        self._tally.handed_on(name, given[~places], made[~places], words)
         claim = elementary.added(made[places], features[number].to(made.dtype))
         self._tally.hold(RESIDUAL, name, given[places], claim)
 
