@@ -46,8 +46,8 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
     second model and no recorded reference is needed: a model that was damaged before anything was recorded is judged
     the same. B of every adapter is random for that time, and put back bitwise.
 
-    Every limit is the rounding of the operation itself, from its dtype and number of terms; it is derived in the
-    oracle's docstring, and the figures are error over limit.
+    Every limit is the rounding of the operation itself, from its dtype and number of terms: see
+    docs/limits.md#layer-arithmetic and the oracles' docstrings. The figures are error over limit.
 
     Args:
         model: Wrapped or not; 4-bit, 16-bit or float32.

@@ -1,4 +1,4 @@
-"""Rotary embedding, attention and key-value cache of the language backbone."""
+"""Attention and key-value cache of the language backbone, and what its layers hand on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.compose import FUSED, RESIDUAL, judge_mlp, judge_residuals
 from pytest_qvl.checks.support.layers.tally import multiple
-from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, rope_of
+from pytest_qvl.checks.support.layers.turns import Turns
+from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import attention as oracle
 from pytest_qvl.oracles import elementary, rotary
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.models.layers import Layer
 
-ROTARY, ATTENTION, CACHE = "rotary embedding", "attention", "key-value cache"
+ATTENTION, CACHE = "attention", "key-value cache"
 
 
 class Text:
@@ -38,10 +39,8 @@ class Text:
 
     def __init__(self, parts: Parts, tally: Tally, flow: Flow, attended: torch.Tensor) -> None:
         self._parts, self._tally, self._flow, self._attended = parts, tally, flow, attended
-        self._rope, (self._heads, self._key_heads, self._width) = rope_of(parts), head_sizes(parts)
-        axes = rotary.axis_of_each_frequency(self._rope.sections, interleaved=self._rope.interleaved)
-        self._axes = axes if len(axes) == self._width // 2 else None
-        self._turns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._heads, _key_heads, self._width = head_sizes(parts)
+        self._turns = Turns(parts, tally)
         self._history: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._before: torch.Tensor | None = None
         self._between: tuple[Any, Any] = None, ()
@@ -51,7 +50,7 @@ class Text:
         """Put hooks on the backbone."""
         flow, backbone = self._flow, self._parts.language_backbone
         flow.before(backbone, self._begin)
-        flow.watch(backbone.rotary_emb, self._judge_rotary)
+        flow.watch(backbone.rotary_emb, self._turns.judge)
         for layer in language_layers(self._parts):
             flow.record(layer.parts)
             flow.watch(layer.attention, partial(self._judge_attention, layer))
@@ -103,55 +102,6 @@ class Text:
             name = self._parts.roots["lm_head"]
             self._tally.handed_on(name, call.given, last, "is not given what the last norm returned")
 
-    def _judge_rotary(self, call: Call) -> None:
-        name = f"{self._parts.roots['language']}.rotary_emb"
-        self._turns = call.output
-        if self._rope.kind != "default" or self._axes is None:
-            self._tally.leave_out(f"rotary positions of kind {self._rope.kind}", name)
-            return
-        positions = call.kwargs.get("position_ids")
-        positions = call.positional[1] if positions is None else positions
-        positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
-        together = self._angles(positions, apart=call.made.ndim == 4)
-        claims = rotary.turned(together, self._rope.theta, call.made.dtype)
-        words = partial(self._rotary_words, call.module, positions, call.made)
-        for got, claim in zip(call.output, claims, strict=True):
-            self._tally.hold(ROTARY, name, got, claim, words)
-
-    def _angles(self, positions: torch.Tensor, *, apart: bool) -> torch.Tensor:
-        """Angles of every token, and of every axis where a release hands the axes on apart."""
-        import torch
-
-        assert self._axes is not None
-        if not apart:
-            return rotary.text_angles(positions, self._rope.theta, self._axes)
-        count = len(self._axes)
-        return torch.stack([rotary.text_angles(positions, self._rope.theta, [axis] * count) for axis in range(3)])
-
-    def _rotary_words(self, module: Any, positions: torch.Tensor, cosines: torch.Tensor) -> str:
-        import torch
-
-        assert self._axes is not None
-        count = len(self._axes)
-        inverse = getattr(module, "inv_freq", None)
-        if inverse is not None and count > 1 and len(inverse) == count:
-            base = float(inverse[1].double()) ** -float(count)
-            if abs(base / self._rope.theta - 1) > 1e-3:
-                return f"turns as with base {base:.6g}, not {self._rope.theta:g} (rope_theta)"
-        if cosines.ndim == 3:
-            each = [rotary.text_angles(positions, self._rope.theta, [axis] * count).cos() for axis in range(3)]
-            apart = [(cosines[..., :count].double() - one).abs().amax(dim=(0, 1)) for one in each]
-            # A frequency that no position tells apart counts for the first axis.
-            nearest = torch.stack(apart).argmin(dim=0).tolist()
-            found = [nearest.count(axis) for axis in range(3)]
-            asked = [self._axes.count(axis) for axis in range(3)]
-            if found != asked:
-                return (
-                    f"turns {', '.join(map(str, found))} frequencies by time, height and width, where mrope_section "
-                    f"is {', '.join(map(str, asked))}"
-                )
-        return "turns by other angles than position times theta^(-2i/d) along mrope_section"
-
     def _judge_attention(self, layer: Layer, call: Call) -> None:
         flow, tally, name = self._flow, self._tally, f"{layer.name}.self_attn"
         if not flow.seen((*layer.inputs, layer.output)):
@@ -161,13 +111,13 @@ class Text:
             tally.handed_on(name, flow.given_to(linear), call.given, "does not give its own input to q, k and v")
         tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what o_proj does")
         turns = call.kwargs.get("position_embeddings")
-        if self._turns is None or turns is None or self._axes is None:
+        if turns is None or not self._turns.known:
             tally.leave_out("rotary positions do not come from the backbone's own module", name)
             return
-        for got, made in zip(turns, self._turns, strict=True):
+        for got, made in zip(turns, self._turns.made, strict=True):
             tally.handed_on(name, got, made, "is given other rotary positions than the backbone's")
         query, key, value = self._projected(layer, name)
-        cosines, sines = (self._combined(each)[:, None] for each in turns)
+        cosines, sines = (self._turns.combined(each)[:, None] for each in turns)
         query, new = rotary.rotated(query, cosines, sines), rotary.rotated(key, cosines, sines)
         keys, values = self._extended(layer.number, new, value)
         held = kv_cache_in(call.kwargs)
@@ -199,17 +149,6 @@ class Text:
                 split = self._flow.made_by(norm).view(split.shape)
             made.append(split.transpose(1, 2))
         return made[0], made[1], made[2]
-
-    def _combined(self, turns: torch.Tensor) -> torch.Tensor:
-        """Cosines or sines of each token, ``(rows, length, width)``, where a release hands on three axes apart."""
-        import torch
-
-        if turns.ndim == 3:
-            return turns
-        assert self._axes is not None
-        axes = torch.tensor([*self._axes, *self._axes], device=turns.device)
-        index = axes.expand(1, *turns.shape[1:])
-        return turns.gather(0, index)[0]
 
     def _extended(self, number: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         import torch

@@ -1,0 +1,102 @@
+"""The rotary embedding of the language backbone: which angle each frequency turns by, along which axis."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.layers import head_sizes, rope_of
+from pytest_qvl.oracles import rotary
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.checks.support.layers.flow import Call
+    from pytest_qvl.checks.support.layers.tally import Tally
+    from pytest_qvl.models.anatomy import Parts
+
+ROTARY = "rotary embedding"
+
+
+class Turns:
+    """Judges the rotary embedding, and keeps what it made.
+
+    Args:
+        parts: The model.
+        tally: Where findings go.
+
+    Attributes:
+        made: Cosines and sines of the last call; empty before one.
+    """
+
+    def __init__(self, parts: Parts, tally: Tally) -> None:
+        self._parts, self._tally, self._rope = parts, tally, rope_of(parts)
+        axes = rotary.axis_of_each_frequency(self._rope.sections, interleaved=self._rope.interleaved)
+        self._axes = axes if len(axes) == head_sizes(parts)[2] // 2 else None
+        self.made: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def known(self) -> bool:
+        """Whether it has run, and the configuration says which frequency turns by which axis."""
+        return bool(self.made) and self._axes is not None
+
+    def combined(self, turns: torch.Tensor) -> torch.Tensor:
+        """Cosines or sines of each token, ``(rows, length, width)``, where a release hands on three axes apart."""
+        import torch
+
+        if turns.ndim == 3:
+            return turns
+        assert self._axes is not None
+        axes = torch.tensor([*self._axes, *self._axes], device=turns.device)
+        index = axes.expand(1, *turns.shape[1:])
+        return turns.gather(0, index)[0]
+
+    def judge(self, call: Call) -> None:
+        """The cosines and sines of every token, from the positions that the module was given."""
+        name = f"{self._parts.roots['language']}.rotary_emb"
+        self.made = call.output
+        if self._rope.kind != "default" or self._axes is None:
+            self._tally.leave_out(f"rotary positions of kind {self._rope.kind}", name)
+            return
+        positions = call.kwargs.get("position_ids")
+        positions = call.positional[1] if positions is None else positions
+        positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
+        together = self._angles(positions, apart=call.made.ndim == 4)
+        claims = rotary.turned(together, self._rope.theta, call.made.dtype)
+        words = partial(self._words, call.module, positions, call.made)
+        for got, claim in zip(call.output, claims, strict=True):
+            self._tally.hold(ROTARY, name, got, claim, words)
+
+    def _angles(self, positions: torch.Tensor, *, apart: bool) -> torch.Tensor:
+        """Angles of every token, and of every axis where a release hands the axes on apart."""
+        import torch
+
+        assert self._axes is not None
+        if not apart:
+            return rotary.text_angles(positions, self._rope.theta, self._axes)
+        count = len(self._axes)
+        return torch.stack([rotary.text_angles(positions, self._rope.theta, [axis] * count) for axis in range(3)])
+
+    def _words(self, module: Any, positions: torch.Tensor, cosines: torch.Tensor) -> str:
+        import torch
+
+        assert self._axes is not None
+        count = len(self._axes)
+        inverse = getattr(module, "inv_freq", None)
+        if inverse is not None and count > 1 and len(inverse) == count:
+            base = float(inverse[1].double()) ** -float(count)
+            if abs(base / self._rope.theta - 1) > 1e-3:
+                return f"turns as with base {base:.6g}, not {self._rope.theta:g} (rope_theta)"
+        if cosines.ndim == 3:
+            each = [rotary.text_angles(positions, self._rope.theta, [axis] * count).cos() for axis in range(3)]
+            apart = [(cosines[..., :count].double() - one).abs().amax(dim=(0, 1)) for one in each]
+            # A frequency that no position tells apart counts for the first axis.
+            nearest = torch.stack(apart).argmin(dim=0).tolist()
+            found = [nearest.count(axis) for axis in range(3)]
+            asked = [self._axes.count(axis) for axis in range(3)]
+            if found != asked:
+                return (
+                    f"turns {', '.join(map(str, found))} frequencies by time, height and width, where mrope_section "
+                    f"is {', '.join(map(str, asked))}"
+                )
+        return "turns by other angles than position times theta^(-2i/d) along mrope_section"
