@@ -17,19 +17,21 @@ def linear(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     *,
+    result: torch.dtype | None = None,
     rounded_again: float = 0.0,
 ) -> Claim:
-    """``x W' + b``, rounded to `dtype` once after the sum and once after the bias.
+    """``x W' + b``, rounded to `dtype` once after the sum and once after the bias, then cast to `result`.
 
     Limit: ``2 s |x||w|`` for the judged sum and the oracle's own (``s`` of :func:`~.bounds.summed`, norms over the
-    terms), ``u |x W'| + u |x W' + b|`` for the two roundings, and, where a kernel rounds weights on its own,
-    ``TAIL / sqrt(3) * rounded_again * sqrt(sum of (x w)**2)`` for those.
+    terms), ``u |x W'| + u |x W' + b|`` for the two roundings, that of the cast, and, where a kernel rounds weights
+    on its own, ``TAIL / sqrt(3) * rounded_again * sqrt(sum of (x w)**2)`` for those.
 
     Args:
         x: ``(rows, in)`` as the kernel is given it, any float dtype.
         weight: ``(out, in)`` as the kernel multiplies it.
         bias: ``(out,)`` or None.
-        dtype: Of the result.
+        dtype: In which it is computed.
+        result: Of what is returned, where that is another.
         rounded_again: Unit roundoff to which a kernel rounds weights once more, 0 for none: a fused 4-bit kernel may
             multiply by the block's scale before or after it rounds.
     """
@@ -44,6 +46,8 @@ def linear(
     if bias is not None:
         product = product + bias.float()
         limit = limit + unit(dtype) * product.abs()
+    if result not in (None, dtype):
+        limit = limit + unit(result) * product.abs() + underflow(result)
     return Claim(product, limit)
 
 

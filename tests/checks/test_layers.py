@@ -74,6 +74,12 @@ def test_in_16_bits_limits_are_nearly_used_and_kept(case: Case, dtype: str) -> N
         assert 0.3 < figures[name] <= 1, name
 
 
+@pytest.mark.parametrize(("dtype", "compute"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_products_in_another_dtype_than_activations_are_rounded_once_more(case: Case, dtype: str, compute: str) -> None:
+    figures = worst(layer_arithmetic(load(dtype=dtype, bnb_4bit_compute_dtype=getattr(torch, compute)), case.batch()))
+    assert figures["4-bit product"] <= 1
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -181,6 +181,7 @@ class Adapters:
             "use_rslora is ignored": alpha / rank if stabilised else math.nan,
             "alpha / sqrt(r) is taken without use_rslora": math.nan if stabilised else alpha / math.sqrt(rank),
             "the scaling is ignored": 1.0,
+            f"its rank is {rank}, not the one that was asked for": math.nan if stabilised else alpha / rank,
             "lora_alpha has doubled": 2 * scaling,
         }
         why = next((words for words, value in reasons.items() if abs(applied / value - 1) < CLOSE), "")

@@ -65,7 +65,7 @@ def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
         stop = min(start + step, module.out_features)
         bias = None if module.bias is None else module.bias.detach()[start:stop].to(dtype)
         rows = weight_rows(module, start, stop, dtype)
-        claim = elementary.linear(x, rows, bias, dtype, rounded_again=again)
+        claim = elementary.linear(x, rows, bias, dtype, result=result.dtype, rounded_again=again)
         part = result[:, start:stop]
         words = partial(_product_words, part, claim.value, bias)
         tally.hold(PRODUCT_4BIT if is_4bit else PRODUCT_16BIT, name, part, claim, words)
