@@ -112,6 +112,7 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
         model.train()
         model(**inputs, use_cache=False, logits_to_keep=1)
         model.eval()
+        modules.note_uncalled(with_image="pixel_values" in inputs)
 
 
 class _Modules:
@@ -126,6 +127,7 @@ class _Modules:
         self._calls, self._suffix = 0, ""
         self._dropped: dict[str, dict[str, Call]] = {}
         self._probed: set[str] = set()
+        self._waiting: set[str] = set()
 
     def next_call(self) -> None:
         """The language backbone is called once more."""
@@ -148,6 +150,7 @@ class _Modules:
             watched |= {f"{name} ({key})": copies[key] for key in copies} if hasattr(copies, "keys") else {}
         for name, module in watched.items():
             if isinstance(module, nn.Linear):
+                self._waiting.add(name)
                 linears.judge_code_book(self._tally, name, module)
                 self._flow.watch(module, partial(self._linear, name))
             elif isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
@@ -159,7 +162,19 @@ class _Modules:
                 self._flow.watch(dropout, partial(self._dropout, name, adapter))
             self._flow.watch(layer, partial(self._adapted, name))
 
+    def note_uncalled(self, *, with_image: bool) -> None:
+        """Say which linears have not run: a fused kernel may have computed in their place.
+
+        Those of the tower are not due without an image, nor those of which PEFT keeps copies: one of them runs.
+        """
+        copied = tuple(auxiliary_layers(self._parts))
+        for name in sorted(self._waiting):
+            due = with_image or self._parts.group_of(name) not in ("vision", "merger")
+            if due and not name.startswith(copied):
+                self._tally.leave_out("its module is never called: a fused kernel may compute in its place", name)
+
     def _linear(self, name: str, call: Call) -> None:
+        self._waiting.discard(name)
         if self._calls <= FULLY_JUDGED:
             linears.judge_linear(self._tally, self._parts, name, call)
 

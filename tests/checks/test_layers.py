@@ -200,6 +200,26 @@ def test_eight_tokens_are_forced_and_a_setting_of_the_user_s_does_not_end_them(c
     assert len(steps) == 8 + 1
 
 
+def test_a_linear_whose_module_is_never_called_is_named_as_not_judged(case: Case) -> None:
+    """What Unsloth's kernels do: they read the weights and call no module."""
+    layer = language_layers(anatomy(case.model))[1]
+    mlp = layer.mlp.module
+    gate, up = (original_module(each) for each in (layer.mlp.gate, layer.mlp.up))
+
+    def fused(hidden: torch.Tensor) -> Any:
+        inner = mlp.act_fn(gate.forward(hidden)) * up.forward(hidden)
+        return mlp.down_proj(inner)
+
+    mlp.forward = fused
+    try:
+        notes = layer_arithmetic(case.model, case.batch()).notes
+    finally:
+        del mlp.forward
+    reason = "its module is never called: a fused kernel may compute in its place"
+    assert f"not judged: {layer.mlp.name}.gate_proj and 1 more ({reason})" in notes
+    assert any(note.startswith(f"not judged: {layer.mlp.name} (a fused kernel") for note in notes)
+
+
 def test_packed_rows_are_refused(case: Case) -> None:
     batch = case.batch()
     length = batch["input_ids"].shape[1]
