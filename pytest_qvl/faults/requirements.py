@@ -19,6 +19,7 @@ Requirement = Literal[
     "window attention",
     "gated vision MLP",
     "mrope sections in the module",
+    "biases of q and v",
     "checkpoint file",
     "biases of q, k and v",
     "CLIP's normalisation",
@@ -48,8 +49,18 @@ def _gated_vision_mlp(case: Case) -> bool:
 
 
 def _sections_in_the_module(case: Case) -> bool:
-    rotary = anatomy(case.model).language_backbone.rotary_emb
-    return hasattr(rotary, "mrope_section") and len(set(rotary.mrope_section)) > 1
+    parts = anatomy(case.model)
+    sections = getattr(parts.language_backbone.rotary_emb, "mrope_section", ())
+    # Where axes take turns, one that asks for more than there are turns gets no more: other sections are the same ones.
+    fits = parts.family != "Qwen3-VL" or 3 * max(sections[1:], default=0) <= sum(sections)
+    return len(set(sections)) > 1 and fits
+
+
+def _query_bias(case: Case) -> bool:
+    from pytest_qvl.models.layers import has_bias, language_layers
+
+    parts = anatomy(case.model)
+    return bool(has_bias(parts, f"{language_layers(parts)[0].name}.self_attn.q_proj"))
 
 
 def _checkpoint_file(case: Case) -> bool:
@@ -76,8 +87,9 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "gated vision MLP": (_gated_vision_mlp, "needs the gated vision MLP of Qwen2.5-VL: this tower's has other layers"),
     "mrope sections in the module": (
         _sections_in_the_module,
-        "needs a rotary module that keeps the sections: here attention reads them from the configuration",
+        "needs a rotary module that keeps sections, which differ and fit; releases before 5.17 leave them to attention",
     ),
+    "biases of q and v": (_query_bias, "needs biases of q and v: this family's attention has none"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
