@@ -38,6 +38,7 @@ FAMILIES = {
     "training": "training",
     "disk": "adapters on disk",
     "layers": "arithmetic of layers",
+    "lora": "arithmetic of adapters",
     "session": "session state",
 }
 
