@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from pytest_qvl.checks import CannotJudge, CheckFailed, layer_arithmetic
 from pytest_qvl.faults.case import Case, apply, load, lora_config
 from pytest_qvl.faults.catalogue import catalogue, find
+from pytest_qvl.faults.definitions.adapters import another_adapter
 from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.subject import embedded
 from pytest_qvl.faults.tools import after
@@ -30,25 +32,41 @@ WITHOUT_A_REFERENCE = {
     "rotary-base-wrong": "turns as with base 10000, not 10",
     "attention-not-causal": "attention: model.language_model.layers.0.self_attn",
 }
-QUICK = (
-    *("4bit-product-off-by-1-percent", "qv-biases-lost", "tower-eps-too-large", "mrope-sections-permuted"),
-    *("attention-scaling-off", "lora-ignores-rslora", "lora-pair-shared", "cache-one-step-stale"),
-    *("alpha-saved-twice-as-large", "lora-dropout-on-in-eval"),
+FIRST, *OTHERS = WITHOUT_A_REFERENCE
+QUICK = ("tower-eps-too-large", "lora-ignores-rslora", "cache-one-step-stale")
+SLOW = (
+    *("4bit-product-off-by-1-percent", "qv-biases-lost", "mrope-sections-permuted", "attention-scaling-off"),
+    *("lora-pair-shared", "alpha-saved-twice-as-large", "lora-dropout-on-in-eval"),
 )
+DEPTH = 2
 
 
 @pytest.fixture(scope="module")
 def case(processor: Any) -> Case:
-    """A model in float32 without any reference, and a batch of an image of several windows beside a text."""
+    """A model of two layers in float32 without any reference, and a batch of an image of windows beside a text."""
     from pytest_qvl.checks import QuantizationPolicy
     from pytest_qvl.samples import scenes
 
     subject = embedded("float32")
     rows = scenes(3, 1, ["nth_colour", "text"])
     unrecorded: Any = None
-    model, config = load(subject=subject), lora_config()
+    model, config = shortened(load(subject=subject)), lora_config()
     policy = QuantizationPolicy(compute_dtype="float32")
     return Case(model, processor, config, policy, rows, rows, unrecorded, load, subject)
+
+
+def shortened(model: Any) -> Any:
+    """The same model with two layers, and two blocks in its tower: one of windows, one of full attention."""
+    parts = anatomy(model)
+    blocks: Any = parts.blocks
+    del parts.language_backbone.layers[DEPTH:], blocks[DEPTH:]
+    parts.text_config.num_hidden_layers = parts.config.vision_config.depth = DEPTH
+    return model
+
+
+def slow(*values: Any) -> list[Any]:
+    """Parameters that show with other names or numbers what those of the default run do."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def worst(evidence: Evidence) -> dict[str, float]:
@@ -67,13 +85,14 @@ def test_a_healthy_model_keeps_every_limit_and_is_left_as_it_was(case: Case) -> 
     assert min(figures[name] for name in ("linear product", "attention", "vision attention", "norm")) > 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", *slow("float16")])
 def test_in_16_bits_limits_are_nearly_used_and_kept(case: Case, dtype: str) -> None:
-    figures = worst(layer_arithmetic(load(dtype=dtype), case.batch()))
+    figures = worst(layer_arithmetic(shortened(load(dtype=dtype)), case.batch()))
     for name in ("4-bit product", "linear product", "LoRA", "norm", "residual sum", "rotary embedding"):
         assert 0.3 < figures[name] <= 1, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "compute"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_products_in_another_dtype_than_activations_are_rounded_once_more(case: Case, dtype: str, compute: str) -> None:
     figures = worst(layer_arithmetic(load(dtype=dtype, bnb_4bit_compute_dtype=getattr(torch, compute)), case.batch()))
@@ -84,21 +103,25 @@ def test_products_in_another_dtype_than_activations_are_rounded_once_more(case: 
     "changed",
     [
         {"use_dora": True, "use_rslora": True, "lora_dropout": 0.1},
-        {"lora_dropout": 0.1, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 64}},
-        {"modules_to_save": ["lm_head"], "lora_bias": True},
-        {"init_lora_weights": False, "bias": "lora_only"},
+        *slow(
+            {"lora_dropout": 0.1, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 64}},
+            {"modules_to_save": ["lm_head"], "lora_bias": True},
+            {"init_lora_weights": False, "bias": "lora_only"},
+        ),
     ],
     ids=["dora", "dropout and patterns", "copy of the head", "trained"],
 )
 def test_other_adapters_are_judged_too(case: Case, changed: dict[str, Any]) -> None:
     config = lora_config(**changed)
-    evidence = layer_arithmetic(load(dtype="float32", lora=config), case.batch(), config)
+    changed_case = replace(case)
+    with another_adapter(changed_case, config):
+        evidence = layer_arithmetic(changed_case.model, case.batch(), config)
     assert worst(evidence)["LoRA"] < 1
     assert not any("not judged" in note for note in evidence.notes) or "use_dora" in changed
 
 
 def test_eager_attention_and_a_base_in_full_precision(case: Case) -> None:
-    model = load(dtype="float32", quantized=False)
+    model = shortened(load(dtype="float32", quantized=False))
     with other_attention(anatomy(model)):
         figures = worst(layer_arithmetic(model, case.batch()))
     assert "4-bit product" not in figures
@@ -116,11 +139,13 @@ def test_adapters_of_other_kinds_are_named_as_not_judged(case: Case) -> None:
 
     config = IA3Config(target_modules=[".*_proj"], feedforward_modules=[])
     config.target_modules, config.feedforward_modules = {"q_proj"}, set()
-    evidence = layer_arithmetic(load(dtype="float32", lora=config), case.batch())
+    changed = replace(case)
+    with another_adapter(changed, config):
+        evidence = layer_arithmetic(changed.model, case.batch())
     assert any("is no LoRA of plain matrices" in note for note in evidence.notes)
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, *slow(*SLOW)])
 def test_a_fault_is_named_without_any_reference(case: Case, name: str) -> None:
     with apply(name, case) as damaged, pytest.raises(CheckFailed) as failure:
         layer_arithmetic(damaged.model, damaged.batch(), damaged.lora_config)
@@ -128,7 +153,7 @@ def test_a_fault_is_named_without_any_reference(case: Case, name: str) -> None:
         assert words in str(failure.value)
 
 
-@pytest.mark.parametrize("name", WITHOUT_A_REFERENCE)
+@pytest.mark.parametrize("name", [FIRST, *slow(*OTHERS)])
 def test_faults_of_other_checks_need_no_reference_here(case: Case, name: str) -> None:
     with apply(name, case) as damaged, pytest.raises(CheckFailed) as failure:
         layer_arithmetic(damaged.model, damaged.batch())
@@ -137,12 +162,12 @@ def test_faults_of_other_checks_need_no_reference_here(case: Case, name: str) ->
 
 def test_every_fault_of_these_families_is_this_check_s() -> None:
     assert {f.check for f in catalogue().values() if f.family.startswith("arithmetic")} == {"layer_arithmetic"}
-    assert set(QUICK) <= set(catalogue())
+    assert {*QUICK, *SLOW} <= set(catalogue())
 
 
-@pytest.mark.parametrize("times", [1 + 1e-4, 1 - 1e-3])
+@pytest.mark.parametrize("times", [1 + 1e-4, *slow(1 - 1e-3)])
 def test_a_dose_that_logits_hide_is_seen_in_float32(case: Case, times: float) -> None:
-    layer = language_layers(anatomy(case.model))[2]
+    layer = language_layers(anatomy(case.model))[1]
     linear = original_module(layer.inputs[2])
     with after([linear], lambda _m, _a, out: out * times), pytest.raises(CheckFailed, match=f"{times:.4g} times"):
         layer_arithmetic(case.model, case.batch())
@@ -177,11 +202,11 @@ def test_a_code_book_with_two_numbers_exchanged_is_seen(case: Case) -> None:
 
 
 def test_dropout_in_training_is_judged_by_what_it_made(case: Case) -> None:
-    config = lora_config(lora_dropout=0.1)
-    model = load(dtype="float32", lora=config)
-    layer = next(iter(adapted_layers(anatomy(model)).values()))
-    with after([layer.lora_dropout["default"]], lambda _m, _a, out: out * 1.01), pytest.raises(CheckFailed) as failure:
-        layer_arithmetic(model, case.batch(), config)
+    config, changed = lora_config(lora_dropout=0.1), replace(case)
+    with another_adapter(changed, config):
+        dropout = next(iter(adapted_layers(anatomy(changed.model)).values())).lora_dropout["default"]
+        with after([dropout], lambda _m, _a, out: out * 1.01), pytest.raises(CheckFailed) as failure:
+            layer_arithmetic(changed.model, case.batch(), config)
     assert "LoRA dropout: " in str(failure.value) or "in train mode" in str(failure.value)
 
 
