@@ -19,7 +19,6 @@ Requirement = Literal[
     "window attention",
     "gated vision MLP",
     "mrope sections in the module",
-    "biases of q and v",
     "checkpoint file",
     "biases of q, k and v",
     "CLIP's normalisation",
@@ -56,13 +55,6 @@ def _sections_in_the_module(case: Case) -> bool:
     return len(set(sections)) > 1 and fits
 
 
-def _query_bias(case: Case) -> bool:
-    from pytest_qvl.models.layers import has_bias, language_layers
-
-    parts = anatomy(case.model)
-    return bool(has_bias(parts, f"{language_layers(parts)[0].name}.self_attn.q_proj"))
-
-
 def _checkpoint_file(case: Case) -> bool:
     source = case.subject.source
     return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
@@ -89,7 +81,6 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
         _sections_in_the_module,
         "needs a rotary module that keeps sections, which differ and fit; releases before 5.17 leave them to attention",
     ),
-    "biases of q and v": (_query_bias, "needs biases of q and v: this family's attention has none"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),

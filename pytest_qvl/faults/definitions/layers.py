@@ -56,7 +56,7 @@ def _one_percent(case: Case) -> Iterator[None]:
     target="model",
     check="layer_arithmetic",
     expected_words=("4-bit product", "q_proj does not add its bias"),
-    requires=("biases of q and v",),
+    requires=("biases of q, k and v",),
 )
 def _bias_not_added(case: Case) -> Iterator[None]:
     queries = [original_module(layer.inputs[0]) for layer in language_layers(anatomy(case.model))]
@@ -75,7 +75,7 @@ def _bias_not_added(case: Case) -> Iterator[None]:
     target="model",
     check="layer_arithmetic",
     expected_words=("bias: model.language_model.layers.0.self_attn.q_proj has no bias, where the family has one",),
-    requires=("biases of q and v",),
+    requires=("biases of q, k and v",),
 )
 def _biases_lost(case: Case) -> Iterator[None]:
     layers = language_layers(anatomy(case.model))
