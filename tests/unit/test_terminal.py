@@ -119,7 +119,7 @@ def test_a_whole_run_is_kept():
 
 def test_a_promise_shows_its_worst_figure_with_the_limit():
     terminal = written(*(report("causality", evidence=[kept("causality", value)]) for value in (0.2, 0.9, 0.4)))
-    assert row(terminal, 5).endswith("partly judged  (1 of 7 checks) drift 0.9 (<= 1)")
+    assert row(terminal, 5).endswith("partly judged  (1 of 8 checks) drift 0.9 (<= 1)")
 
 
 def test_a_broken_promise_shows_what_broke_it_and_turns_the_verdict():
@@ -221,7 +221,7 @@ def test_what_could_not_be_judged_is_said_under_its_promise():
         report("alignment", "skipped", not_judged=[("alignment", "no knowledge")]),
         report("peak_vram", "skipped", skipped="needs CUDA: none"),
     )
-    assert " partly judged  (1 of 7 checks)" in row(terminal, 5)
+    assert " partly judged  (1 of 8 checks)" in row(terminal, 5)
     assert terminal.lines.count("       not judged: feature_scatter: a uniform picture") == 1
     assert row(terminal, 9).endswith(" not judged")
     assert "       not judged: alignment: no knowledge" in terminal.lines
