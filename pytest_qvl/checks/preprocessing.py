@@ -83,7 +83,7 @@ def image_preprocessing(model: Any, processor: Any, samples: Sequence[Sample]) -
         made = image_processor(images=[shown.given], return_tensors="pt")
         grid = tuple(made["image_grid_thw"][0].tolist())
         expected = recipe.grid(*shown.pixels.shape[:2])
-        values = made["pixel_values"].double().numpy()
+        values = made["pixel_values"].double().cpu().numpy()  # a processor may work on a GPU
         if grid != expected:
             wrong_grids.append(f"{shown.name}: {_grid_words(image_processor, recipe, shown, grid, expected)}")
             continue

@@ -47,8 +47,15 @@ def refused(model: Any, checkpoint: Path | None = None, policy: AdapterPolicy | 
     return str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("quantized", [True, False], ids=["NF4", "full"])
+@pytest.mark.parametrize(
+    ("dtype", "quantized"),
+    [
+        ("bfloat16", True),
+        ("float16", False),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("float16", True), ("float32", True)]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [("bfloat16", False), ("float32", False)]),
+    ],
+)
 def test_every_tensor_and_value_of_a_loaded_model_is_compared(fresh_model: Any, dtype: str, quantized: bool) -> None:
     evidence = weights_as_stored(fresh_model(dtype=dtype, quantized=quantized))
     assert figures(evidence)["tensors compared"] == 105
@@ -59,9 +66,9 @@ def test_every_tensor_and_value_of_a_loaded_model_is_compared(fresh_model: Any, 
     "quantization",
     [
         {"bnb_4bit_use_double_quant": False},
-        {"bnb_4bit_quant_type": "fp4"},
-        {"bnb_4bit_quant_storage": torch.bfloat16},
-        {"skip": None},
+        pytest.param({"bnb_4bit_quant_type": "fp4"}, marks=pytest.mark.slow),
+        pytest.param({"bnb_4bit_quant_storage": torch.bfloat16}, marks=pytest.mark.slow),
+        pytest.param({"skip": None}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -72,11 +79,11 @@ def test_other_ways_to_quantize(fresh_model: Any, quantization: dict[str, Any]) 
 @pytest.mark.parametrize(
     "lora",
     [
-        {"use_dora": True, "init_lora_weights": False},
         {"modules_to_save": ["lm_head", "embed_tokens"]},
-        {"trainable_token_indices": [1, 2]},
         {"target_modules": "all-linear"},
-        {"bias": "all"},
+        pytest.param({"use_dora": True, "init_lora_weights": False}, marks=pytest.mark.slow),
+        pytest.param({"trainable_token_indices": [1, 2]}, marks=pytest.mark.slow),
+        pytest.param({"bias": "all"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -176,8 +183,15 @@ def test_a_folder_saved_in_4_bits_is_compared_byte_for_byte(tiny_dir: Path, tmp_
     assert f"{LAYER}.weight: its offset differs in 1 of 1" in refused(model)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize(
+    ("family", "tied"),
+    [
+        ("qwen2_5_vl", True),
+        ("qwen3_vl", False),
+        pytest.param("qwen2_5_vl", False, marks=pytest.mark.slow),
+        pytest.param("qwen3_vl", True, marks=pytest.mark.slow),
+    ],
+)
 def test_shards_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool) -> None:
     monkeypatch.setattr(stored, "PIECE", 20_000)
     folder = tmp_path / "model"

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LAYER = "model.language_model.layers.1.mlp.up_proj"
 _WRITTEN = f"{LAYER}.weight: its "
+_BLOCKS = 4096  # block statistics among which one is looked for that can be changed
 
 
 def _state(case: Case) -> Any:
@@ -51,7 +52,7 @@ def _block(case: Case, factor: float) -> Iterator[None]:
     import torch
 
     state = _state(case)
-    codes, book = state.absmax.long(), state.state2.code
+    codes, book = state.absmax[:_BLOCKS].long(), state.state2.code
     size = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: len(codes)]
     wanted = factor * (book[codes] * size + state.offset)
     nearest = ((wanted - state.offset) / size)[:, None].sub(book[None]).abs().argmin(dim=1)

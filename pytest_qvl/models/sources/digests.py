@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from pytest_qvl.models.sources.embedded import EMBEDDED_SHA256, embedded_model_dir
@@ -28,18 +29,19 @@ def known_digest(file: Path) -> str | None:
 def altered_files(folder: Path) -> tuple[str, ...]:
     """One sentence for each weight file of a checkpoint whose content is not what it is known to be.
 
-    Reads every byte of files that have a known digest, about a second per GB.
+    Reads every byte of files that have a known digest, about a second per GB and core, several files at a time.
     """
-    found = []
-    for file in weight_files(folder):
-        known = known_digest(file)
-        if known is None:
-            continue
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != known:
-            found.append(
-                f"{str(file)!r} was altered: its SHA-256 is {digest[:12]}... and not {known[:12]}..., under "
-                "which it was published; remove it and download it again"
-            )
-    return tuple(found)
+    known = {file: digest for file in weight_files(folder) if (digest := known_digest(file)) is not None}
+    with ThreadPoolExecutor() as pool:
+        found = dict(zip(known, pool.map(_digest, known), strict=True))
+    return tuple(
+        f"{str(file)!r} was altered: its SHA-256 is {found[file][:12]}... and not {digest[:12]}..., under "
+        "which it was published; remove it and download it again"
+        for file, digest in known.items()
+        if found[file] != digest
+    )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
