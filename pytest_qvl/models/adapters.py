@@ -61,11 +61,22 @@ def adapter_configs(parts: Parts) -> dict[str, Any]:
     return dict(configs or {})
 
 
-def orthogonality_penalty(parts: Parts) -> float:
-    """Weight of the penalty that AdaLoRA adds to the loss for A and B that are not orthogonal; 0 for other adapters."""
-    configs = adapter_configs(parts)
-    active = (configs[name] for name in active_adapters(parts) if name in configs)
-    return max((float(getattr(config, "orth_reg_weight", 0.0)) for config in active), default=0.0)
+@contextmanager
+def orthogonality_penalty_off(parts: Parts) -> Iterator[None]:
+    """Keep AdaLoRA's penalty on A and B that are not orthogonal (``orth_reg_weight``) out of the loss.
+
+    PEFT adds it in ``AdaLoraModel.forward``, so of a model of a task type only: a plain ``PeftModel`` goes past that.
+    Times zero it is no part of the loss in either, and no matrix has a gradient of it that is not zero or not finite.
+    """
+    configs = [config for config in adapter_configs(parts).values() if hasattr(config, "orth_reg_weight")]
+    before = [config.orth_reg_weight for config in configs]
+    try:
+        for config in configs:
+            config.orth_reg_weight = 0.0
+        yield
+    finally:
+        for config, weight in zip(configs, before, strict=True):
+            config.orth_reg_weight = weight
 
 
 def active_adapters(parts: Parts) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch
 
 from pytest_qvl.checks import adapter_neutrality, adapter_roundtrip, checkpoint_complete, frozen_vision, training_step
 from pytest_qvl.checks.support.adapter_effect import judge_effect
-from pytest_qvl.evidence import Judge
+from pytest_qvl.evidence import CheckFailed, Judge
 from pytest_qvl.models.adapters import adapter_parameters, remove_peft_layers
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import base_tensors
@@ -86,7 +86,27 @@ def test_a_fresh_adalora_is_neutral_and_learns(adalora: Any, batch: Any) -> None
     evidence = adapter_neutrality(adalora, batch)
     assert "adapter with B = 0, eval mode: largest logit change" in {figure.name for figure in evidence.figures}
     step = training_step(adalora, batch, gradient_checkpointing=False)
-    assert any("AdaLoRA's penalty on A and B" in note for note in step.notes)
+    assert "first step (E = 0): A and B matrices with a gradient" in {figure.name for figure in step.figures}
+
+
+def test_a_penalised_adalora_whose_a_bypasses_e_is_named(base: Any, batch: Any) -> None:
+    """With a task type PEFT's forward adds a penalty, whose gradient must not hide that of the answers."""
+    model = peft.get_peft_model(base, peft.AdaLoraConfig(**ADALORA, task_type=peft.TaskType.CAUSAL_LM))
+    name = "model.language_model.layers.1.self_attn.v_proj"
+    layer = anatomy(model).base.get_submodule(name)
+    hook = layer.register_forward_hook(
+        lambda layer, args, out: out + (args[0] @ layer.lora_A["default"].T).mean(-1, keepdim=True)
+    )
+    try:
+        with pytest.raises(CheckFailed) as failed:
+            training_step(model, batch, gradient_checkpointing=False)
+    finally:
+        hook.remove()
+        remove_peft_layers(base)
+        base.requires_grad_(False)
+    assert f"1 A and B matrices have a gradient although it is multiplied by E = 0, first {name}.lora_A" in str(
+        failed.value
+    )
 
 
 def test_an_adalora_whose_singular_values_are_zero_does_nothing(adalora: Any) -> None:
