@@ -11,6 +11,7 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.adapter_effect import judge_effect, judge_finite, judge_numbers
 from pytest_qvl.checks.support.bitwise import bits_of
 from pytest_qvl.checks.support.lora import (
+    RANK_COUNT,
     foreign_types,
     heads_are_tied,
     no_adapter,
@@ -136,24 +137,21 @@ def _judge_folder(parts: Parts, adapter: str, folder: Path) -> Evidence:
 
 
 def _note_ranks(judge: Judge, parts: Parts, adapter: str) -> None:
-    """Say what PEFT does not save of AdaLoRA: ``ranknum``, by which a layer divides, and how ranks are allotted.
-
-    ``ranknum`` is set to the layer's rank on loading. PEFT leaves it trainable once it has moved or cast it, so that an
-    optimizer may have moved it.
-    """
+    """Say what PEFT does not save of AdaLoRA: each layer's count of ranks, and how ranks are allotted."""
+    counts = {name: getattr(layer, RANK_COUNT, {}) for name, layer in adapted_layers(parts).items()}
     ranks = {
-        name: (layer.ranknum[adapter], layer.r[adapter])
+        name: (counts[name][adapter], layer.r[adapter])
         for name, layer in adapted_layers(parts).items()
-        if adapter in getattr(layer, "ranknum", {})
+        if adapter in counts[name]
     }
     if not ranks:
         return
     trainable = sum(number.requires_grad for number, _ in ranks.values())
     off = [f"{name} ({number.item():g}, loaded as {rank})" for name, (number, rank) in ranks.items() if number != rank]
     judge.note(
-        "AdaLoRA: PEFT does not save ranknum and the importance of each rank: a loaded adapter divides by its layers' "
-        "own ranks, and rank allocation starts again"
-        + (f"; {trainable} of {len(ranks)} ranknum require grad, so an optimizer moves them" if trainable else "")
+        f"AdaLoRA: PEFT does not save {RANK_COUNT} and the importance of each rank: a loaded adapter divides by its "
+        "layers' own ranks, and rank allocation starts again"
+        + (f"; {trainable} of {len(ranks)} {RANK_COUNT} require grad, so an optimizer moves them" if trainable else "")
         + (f"; {len(off)} are no longer their layer's rank: {some(off)}" if off else "")
     )
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # embedding; with AdaLoRA the singular values E between the two, and B is random.
 _STARTS_AT_ZERO = ("lora_B", "lora_embedding_A")
 SINGULAR_VALUES = "lora_E"
+# AdaLoRA's count of a layer's ranks, by which it divides: PEFT does not save it and loads it as the rank, but leaves it
+# trainable once cast. Its value is large and its gradient small, so a right step may be below its resolution.
+RANK_COUNT = "ranknum"
 # Initialisations that write into the base weights whenever they attach (PEFT's LoraConfig, "init_lora_weights").
 _REWRITES_BASE = ("olora", "pissa", "corda", "loftq")
 # Writes into them only where `peft.tuners.lora.preprocess_loraga` has left gradients on the layers, never on loading.

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.descent import descent, take_step
+from pytest_qvl.checks.support.lora import RANK_COUNT
 from pytest_qvl.checks.support.teaching import optimizer_of
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.models.quantized import dtype_name
@@ -18,11 +19,6 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.support.descent import Lesson, Move
     from pytest_qvl.checks.support.teaching import MakeOptimizer
     from pytest_qvl.evidence import Judge
-
-
-# AdaLoRA's count of a layer's ranks: PEFT does not save it and loads it as the rank, but leaves it trainable once cast.
-# Its value is large and its gradient small, so a right step may be below its resolution.
-_RANKS = "ranknum"
 
 
 def judge_optimizer(
@@ -127,7 +123,7 @@ def _judge_moves(judge: Judge, trained: Mapping[str, nn.Parameter], move: Move) 
     steep = [
         name
         for name, grad in zip(trained, move.grads, strict=True)
-        if grad is not None and bool(grad.any()) and _RANKS not in name.split(".")
+        if grad is not None and bool(grad.any()) and RANK_COUNT not in name.split(".")
     ]
     still = [name for name in steep if not moved[name]]
     dtypes = tally(dtype_name(trained[name].dtype) for name in still)
