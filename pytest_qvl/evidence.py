@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -235,6 +235,18 @@ class Judge:
     def at_least(self, name: str, value: float, limit: float, *, else_say: str, unit: str = "") -> bool:
         """Hold ``value >= limit`` (a NaN fails)."""
         return self._hold(Figure(name, value, limit, ">=", unit), else_say)
+
+    def every(self, name: str, of: Sized, off: Sized, *, else_say: Callable[[str], str]) -> bool:
+        """Hold that none of many is off: the figure counts those that are right, and has to be all of them.
+
+        Args:
+            name: What those that are right are, in words.
+            of: All that are counted.
+            off: Those of them that are wrong.
+            else_say: Makes the problem from how many are off ("3 of 56"); called only where some are.
+        """
+        story = else_say(f"{len(off)} of {len(of)}") if len(off) else ""
+        return self.equal(name, len(of) - len(off), len(of), else_say=story)
 
     def problem(self, sentence: str) -> None:
         """Record a defect that no single figure expresses."""

@@ -147,11 +147,11 @@ def _judge_placement(
         ),
     )
     missing = sorted(expected - actual)
-    judge.equal(
+    judge.every(
         "modules asked for that have an adapter",
-        len(expected) - len(missing),
-        len(expected),
-        else_say=f"{len(missing)} modules that were asked for have no adapter: {some(missing)}",
+        expected,
+        missing,
+        else_say=lambda _: f"{len(missing)} modules that were asked for have no adapter: {some(missing)}",
     )
     surplus = sorted(name for name in actual - expected if parts.group_of(name) in groups)
     judge.equal(
@@ -291,11 +291,13 @@ def _judge_nothing_else(judge: Judge, parts: Parts, allowed: Mapping[str, nn.Par
     biases = [name for name in asked_biases(parts) if parts.group_of(name) not in ("vision", "merger")]
     if biases and config.bias != "none":
         idle = [name for name in biases if name not in allowed]
-        judge.equal(
+        judge.every(
             "biases trained as asked for",
-            len(biases) - len(idle),
-            len(biases),
-            else_say=f"bias={config.bias!r} asks to train {len(biases)} biases, {len(idle)} are frozen: {some(idle)}",
+            biases,
+            idle,
+            else_say=lambda _: (
+                f"bias={config.bias!r} asks to train {len(biases)} biases, {len(idle)} are frozen: {some(idle)}"
+            ),
         )
 
 
@@ -307,13 +309,13 @@ def _judge_optimizer(judge: Judge, parts: Parts, optimizer: Any) -> None:
     others = [key for key in held if key not in trainable and not (is_lorafa(optimizer) and key in names)]
     foreign = [names.get(key, "a tensor that is not in the model") for key in others]
     twice = [names.get(key, "a tensor that is not in the model") for key, count in held.items() if count > 1]
-    judge.equal(
+    judge.every(
         "trainable tensors in the optimizer",
-        len(trainable) - len(missing),
-        len(trainable),
-        else_say=(
-            f"the optimizer misses {len(missing)} of {len(trainable)} trainable tensors: {some(missing)}; "
-            "was it made before the adapter was attached?"
+        trainable,
+        missing,
+        else_say=lambda off: (
+            f"the optimizer misses {off} trainable tensors: {some(missing)}; was it made before the adapter was "
+            "attached?"
         ),
     )
     judge.equal(

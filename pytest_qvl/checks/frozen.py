@@ -313,13 +313,13 @@ def _judge_adapter(
     # A trained copy of an embedding moves only where the batch has its tokens.
     lora = [name for name in trainable if matrix_of(name)]
     still = [name for name in lora if name not in moved]
-    judge.equal(
+    judge.every(
         "adapter tensors that moved",
-        len(lora) - len(still),
-        len(lora),
-        else_say=(
-            f"{len(still)} of {len(lora)} adapter tensors did not move in {steps} steps: {some(still)}; no "
-            "gradient reaches them, or the optimizer does not hold them"
+        lora,
+        still,
+        else_say=lambda off: (
+            f"{off} adapter tensors did not move in {steps} steps: {some(still)}; no gradient reaches them, or the "
+            "optimizer does not hold them"
         ),
     )
     astray = sorted(moved - set(trainable))

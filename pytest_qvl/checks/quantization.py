@@ -191,14 +191,15 @@ def _judge_quantized(judge: Judge, parts: Parts, group: Group, census: _Census, 
     counted = [state for state in census.states if state.name not in chosen and not state.misfit]
     wrong = [state for state in counted if state.storage != policy.quant_type]
     nothing = "" if census.quantized else "nothing is quantized: "
-    story = (
-        f"{nothing}{group}: {len(wrong)} of {len(counted)} linears are {_counted(state.storage for state in wrong)} "
-        f"instead of {policy.quant_type} (first: {wrong[0].name}){_why_not_packed(parts, census, wrong)}"
-        if wrong
-        else ""
+    judge.every(
+        f"{group} linears in {policy.quant_type}",
+        counted,
+        wrong,
+        else_say=lambda off: (
+            f"{nothing}{group}: {off} linears are {_counted(state.storage for state in wrong)} instead of "
+            f"{policy.quant_type} (first: {wrong[0].name}){_why_not_packed(parts, census, wrong)}"
+        ),
     )
-    right = len(counted) - len(wrong)
-    judge.equal(f"{group} linears in {policy.quant_type}", right, len(counted), else_say=story)
 
     four_bit = [state for state in counted if state.is_4bit]
     repacked = [state.name for state in four_bit if state.repacked]
@@ -224,6 +225,7 @@ def _judge_packing(
     judge: Judge, parts: Parts, group: Group, packed: Sequence[LinearState], policy: QuantizationPolicy
 ) -> None:
     """Hold how 4-bit linears are packed and multiplied against the policy, one property after the other."""
+    own = OWN if saved_quantized(parts) else ""
     wanted: list[tuple[str, str, Any, str]] = [
         (
             "double-quantized" if policy.double_quant else "without double quantization",
@@ -238,28 +240,34 @@ def _judge_packing(
         storage = policy.quant_storage
         wanted.append((f"stored in {storage}", "quant_storage", storage, "bnb_4bit_quant_storage"))
     for words, attribute, value, setting in wanted:
-        off = [state for state in packed if getattr(state, attribute) != value]
-        have = _counted(str(getattr(state, attribute)) for state in off)
-        judge.equal(
-            f"{group} linears {words}",
-            len(packed) - len(off),
-            len(packed),
-            else_say=(
-                f"{group}: {len(off)} of {len(packed)} quantized linears have {attribute} {have} instead of "
-                f"{value} (first: {off[0].name if off else ''}); it is set by {setting}"
-                f"{OWN if saved_quantized(parts) else ''}"
-            ),
-        )
+        name = f"{group} linears {words}"
+        _judge_property(judge, name, packed, attribute=attribute, value=value, setting=setting + own)
     tables = with_foreign_tables(parts)
     foreign = [state.name for state in packed if state.name in tables]
-    judge.equal(
+    judge.every(
         f"{group} linears with the values of their type",
-        len(packed) - len(foreign),
-        len(packed),
-        else_say=(
-            f"{group}: {len(foreign)} of {len(packed)} quantized linears look their values up in another table than "
-            f"that of their type (first: {foreign[0] if foreign else ''}): quant_map or nested_quant_map of the "
-            "checkpoint was exchanged, or cast to another dtype; quantize its 16-bit base again"
+        packed,
+        foreign,
+        else_say=lambda off: (
+            f"{group}: {off} quantized linears look their values up in another table than that of their type (first: "
+            f"{foreign[0]}): quant_map or nested_quant_map of the checkpoint was exchanged, or cast to another dtype; "
+            "quantize its 16-bit base again"
+        ),
+    )
+
+
+def _judge_property(
+    judge: Judge, name: str, packed: Sequence[LinearState], *, attribute: str, value: Any, setting: str
+) -> None:
+    off = [state for state in packed if getattr(state, attribute) != value]
+    judge.every(
+        name,
+        packed,
+        off,
+        else_say=lambda count: (
+            f"{off[0].group}: {count} quantized linears have {attribute} "
+            f"{_counted(str(getattr(state, attribute)) for state in off)} instead of {value} (first: {off[0].name}); "
+            f"it is set by {setting}"
         ),
     )
 

@@ -254,23 +254,25 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
     copies = [name for name in peaks if name not in lora]
     cut_off = [name for name in copies if peaks[name] is None]
     if copies:
-        judge.equal(
+        judge.every(
             f"{when}: tensors trained beside LoRA that are reached",
-            len(copies) - len(cut_off),
-            len(copies),
-            else_say=(
-                f"{when}: the gradient has no path to {len(cut_off)} of {len(copies)} tensors that are trained beside "
-                f"LoRA: {some(cut_off)}; is the output of their module detached (torch.no_grad, detach) on its way?"
+            copies,
+            cut_off,
+            else_say=lambda off: (
+                f"{when}: the gradient has no path to {off} tensors that are trained beside LoRA: {some(cut_off)}; is "
+                "the output of their module detached (torch.no_grad, detach) on its way?"
             ),
         )
     pathless = [name for name in unreached if peaks[name] is None]
     kind = "has no path to" if pathless else "is exactly zero at"
     named = pathless or unreached
-    judge.equal(
+    judge.every(
         f"{when}: adapter tensors reached",
-        len(expected) - len(unreached),
-        len(expected),
-        else_say=(f"{when}: the gradient {kind} {len(named)} of {len(expected)} adapter tensors: {some(named)}{hint}"),
+        expected,
+        unreached,
+        else_say=lambda _: (
+            f"{when}: the gradient {kind} {len(named)} of {len(expected)} adapter tensors: {some(named)}{hint}"
+        ),
     )
     if step == 0:
         loud = [name for name in silent if peaks[name]]

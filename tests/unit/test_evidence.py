@@ -147,3 +147,11 @@ FIGURES = st.builds(
 )
 def test_evidence_survives_json(evidence):
     assert Evidence.from_dict(json.loads(json.dumps(evidence.as_dict()))) == evidence
+
+
+def test_every_one_of_many_counts_the_right_ones_and_says_how_many_are_off():
+    judge = Judge("check", "promise")
+    assert judge.every("right", range(56), [], else_say=lambda off: pytest.fail("nothing is off"))
+    assert not judge.every("right", range(56), "abc", else_say=lambda off: f"{off} are off")
+    assert judge.figures == [Figure("right", 56, 56, "=="), Figure("right", 53, 56, "==")]
+    assert judge.problems == ["3 of 56 are off [right 53 (== 56)]"]

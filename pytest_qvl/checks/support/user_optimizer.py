@@ -66,13 +66,11 @@ def _judge_held(judge: Judge, trained: Mapping[str, nn.Parameter], optimizer: An
     missing = [name for name, parameter in trained.items() if id(parameter) not in held]
     others = sum(key not in own for key in held)
     where = f"; it holds {others} tensors that are not trained here: was it made for another model?" if others else ""
-    judge.equal(
+    judge.every(
         "trained tensors that your optimizer holds",
-        len(trained) - len(missing),
-        len(trained),
-        else_say=(
-            f"your optimizer does not hold {len(missing)} of {len(trained)} trained tensors: {some(missing)}{where}"
-        ),
+        trained,
+        missing,
+        else_say=lambda off: f"your optimizer does not hold {off} trained tensors: {some(missing)}{where}",
     )
     twice = len(held) - len(set(held))
     if twice:
@@ -127,14 +125,13 @@ def _judge_moves(judge: Judge, trained: Mapping[str, nn.Parameter], move: Move) 
     ]
     still = [name for name in steep if not moved[name]]
     dtypes = tally(dtype_name(trained[name].dtype) for name in still)
-    judge.equal(
+    judge.every(
         "tensors that your optimizer's step moves",
-        len(steep) - len(still),
-        len(steep),
-        else_say=(
-            f"your optimizer's step does not move {len(still)} of {len(steep)} tensors that have a gradient: "
-            f"{some(still)}; it does not hold them, its learning rate is 0 there, or the step is below the "
-            f"resolution of {dtypes}"
+        steep,
+        still,
+        else_say=lambda off: (
+            f"your optimizer's step does not move {off} tensors that have a gradient: {some(still)}; it does "
+            f"not hold them, its learning rate is 0 there, or the step is below the resolution of {dtypes}"
         ),
     )
     wild = [name for name, after in zip(trained, move.after, strict=True) if not bool(torch.isfinite(after).all())]
