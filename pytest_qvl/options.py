@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
 DEVICES = ("auto", "cpu", "cuda")
+FAULT_REFERENCES = ("healthy", "damaged")
 OVERRIDE = "-o"
 IniType = Literal["string", "int", "bool", "linelist"]
 _INI_TYPES = {
@@ -158,6 +159,12 @@ class Settings:
         "DTYPE",
     )
     fault: str | None = _one(parse_fault, None, "damage the model and see which checks notice", "NAME")
+    fault_reference: str = _one(
+        one_of(*FAULT_REFERENCES),
+        "healthy",
+        "reference of a run with a fault: healthy (recorded before the damage), or damaged (after it, in common mode)",
+        "STATE",
+    )
     seed: int = _one(whole_number(0), "0", "seed of scenes, adapters and training", "N", "int")
     samples: int = _one(whole_number(2), "6", "rendered scenes per skill in the probe set", "N", "int")
     images: Path | None = _one(parse_folder, None, "folder with your own images and samples.jsonl", "FOLDER")

@@ -62,6 +62,8 @@ class Fault:
         needs: Returns why the defect cannot be made on this machine, or nothing.
         requires: What the model and its device must have for it, by name in
             :data:`pytest_qvl.faults.requirements.REQUIREMENTS`.
+        unshared: Why a reference that is recorded after the damage is without it all the same; empty where it is not,
+            or what :attr:`target` stands for says so, see :mod:`pytest_qvl.faults.common_mode`.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Fault:
     damage: Callable[[Case], AbstractContextManager[None]]
     needs: Callable[[], str | None]
     requires: tuple[Requirement, ...] = ()
+    unshared: str = ""
 
     def words(self, sizes: Sizes = EMBEDDED) -> tuple[str, ...]:
         """What the check's message must contain for a model of these sizes."""
@@ -116,6 +119,7 @@ def fault(
     transformers: tuple[int, ...] = (4, 57),
     needs: Callable[[], str | None] = lambda: None,
     requires: tuple[Requirement, ...] = (),
+    unshared: str = "",
 ) -> Callable[[Damage], Damage]:
     """Enter a generator over a case into the catalogue; see :class:`Fault` for the arguments.
 
@@ -129,7 +133,7 @@ def fault(
             raise ValueError(f"fault {name!r} is defined twice, or its module is none of {', '.join(FAMILIES)}")
         _FAULTS[name] = Fault(
             name, family, summary, target, check, expected_words, source, silent, transformers,
-            contextmanager(damage), needs, requires,
+            contextmanager(damage), needs, requires, unshared,
         )  # fmt: skip
         return damage
 

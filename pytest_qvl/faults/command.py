@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import catalogue, find
+from pytest_qvl.faults.common_mode import unshared
 from pytest_qvl.faults.matrix.healthy_command import healthy, split_records
 from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file, check_folder
@@ -39,7 +40,8 @@ def _add_matrix(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--matrix",
         action="store_true",
-        help="apply every fault and run every check on it; on the embedded model on the CPU also 200 healthy "
+        help="apply every fault and run every check on it, and once more with a reference recorded after the damage "
+        "where that may change the outcome; on the embedded model on the CPU also 200 healthy "
         "variations and graded doses (more than an hour of one core)",
     )
     parser.add_argument("--model", metavar="MODEL", help="with --matrix: as for --qvl-model (default: embedded)")
@@ -249,6 +251,7 @@ def explain(name: str) -> str:
         ValueError: No such fault.
     """
     fault = find(name)
+    why = unshared(fault)
     return "\n".join(
         [
             f"{fault.name} ({fault.family})",
@@ -257,6 +260,7 @@ def explain(name: str) -> str:
             f"caught by:  {fault.check}",
             f"which says: {' … '.join(fault.words())}",
             *([f"needs:      {', '.join(fault.requires)}"] if fault.requires else []),
+            f"reference:  {f'never has it: {why}' if why else 'has it too where it is recorded after the damage'}",
             f"silent:     {'yes: Transformers raises nothing' if fault.silent else 'no'}",
             f"from:       {fault.source or 'no thread'}",
         ]

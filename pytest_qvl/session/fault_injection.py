@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextlib import AbstractContextManager
 
+    from pytest_qvl.checks import Reference
     from pytest_qvl.faults import Case
     from pytest_qvl.options import Settings
     from pytest_qvl.report.run_results import ResultsBuilder
@@ -61,11 +63,15 @@ class Faulted:
         builder: ResultsBuilder,
     ) -> None:
         from pytest_qvl.faults import find
+        from pytest_qvl.faults.common_mode import unshared
 
         self._default_dtype, self._shared, self._builder = default_dtype, shared, builder
         self._fault = find(fault)
         self._settings = settings
         self._made: tuple[Target, Case] | None = None
+        self._alone = unshared(self._fault)
+        self._damaged = settings.fault_reference == "damaged" and not self._alone
+        self._reference: tuple[Target, Reference] | None = None
 
     def _case(self, item: pytest.Function) -> Case:
         """The healthy case of a test's model and device; one is kept, because a second model may not fit."""
@@ -76,6 +82,19 @@ class Faulted:
             with self._shared():
                 self._made = target, self._healthy(target)
         return self._made[1]
+
+    def _recorded(self, item: pytest.Function, case: Case) -> Case:
+        """The case with the reference that a test of the suite is to be given."""
+        target = target_of(item)
+        assert target is not None
+        if not self._damaged or "qvl_reference" not in item.funcargs:
+            return case
+        if self._reference is None or self._reference[0] != target:
+            from pytest_qvl.faults.common_mode import damaged_reference, in_full_precision
+
+            with self._shared():
+                self._reference = target, damaged_reference(self._fault.name, in_full_precision(case))
+        return replace(case, reference=self._reference[1])
 
     def _healthy(self, target: Target) -> Case:
         from pytest_qvl.faults import healthy_case
@@ -107,7 +126,7 @@ class Faulted:
         if reason := self._fault.missing(case):
             pytest.skip(f"the fault {self._fault.name} cannot be made here: {reason}")
         healthy = item.funcargs
-        with apply(self._fault.name, case) as damaged:
+        with apply(self._fault.name, self._recorded(item, case)) as damaged:
             item.funcargs = {**healthy, **{name: make() for name, make in _inputs(damaged).items() if name in healthy}}
             try:
                 return (yield)
@@ -119,6 +138,9 @@ class Faulted:
         """Write what was damaged, which check must notice it, and which checks did."""
         fault, noticed = self._fault, self._noticed()
         terminalreporter.line(f"qvl: fault {fault.name}: {fault.summary}")
+        if self._settings.fault_reference == "damaged":
+            recorded = f"recorded before the damage: {self._alone}" if self._alone else "recorded after the damage"
+            terminalreporter.line(f"qvl: the reference is {recorded}")
         if fault.check not in noticed:
             terminalreporter.line(f"qvl: {fault.check} must catch it, and was not run", yellow=True)
             return

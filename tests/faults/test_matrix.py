@@ -50,7 +50,7 @@ def test_the_whole_matrix_has_variations_and_doses_only_where_they_are_made_of_t
     assert parts.count("fault") == len(catalogue())
     assert parts.count("variation") == work.VARIATIONS
     assert "dose" in parts
-    assert {task.part for task in tasks(Plan(SYNTHETIC))} == {"health", "fault"}
+    assert {task.part for task in tasks(Plan(SYNTHETIC))} == {"health", "fault", "after"}
 
 
 def test_named_only_asks_the_healthy_model_what_the_faults_are_held_to(plan: Plan) -> None:

@@ -18,6 +18,7 @@ VALID = {
     "qvl_device": ("cuda", "cuda"),
     "qvl_compute_dtype": ("float16", "float16"),
     "qvl_fault": ("scatter-off-by-one", "scatter-off-by-one"),
+    "qvl_fault_reference": ("damaged", "damaged"),
     "qvl_adapter_policy": ("language, merger:full", "language, merger:full"),
     "qvl_seed": ("7", "7"),
     "qvl_samples": ("9", "9"),

@@ -233,6 +233,7 @@ def _eos_setting(case: Case) -> Iterator[None]:
     expected_words=("with vision token", "must not be in the loss"),
     source="Blaizzy/mlx-vlm#824",
     requires=("knowledge",),
+    unshared="a reference is recorded without the adapter that learned it",
 )
 def _vision_tokens(case: Case) -> Iterator[None]:
     with _boosted(case, anatomy(case.model).image_token_id):
@@ -247,6 +248,7 @@ def _vision_tokens(case: Case) -> Iterator[None]:
     expected_words=("with vision token", "must not be in the loss"),
     source="verl-project/verl#3469, Blaizzy/mlx-vlm#824",
     requires=("knowledge",),
+    unshared="a reference is recorded without the adapter that learned it",
 )
 def _placeholder_before_end(case: Case) -> Iterator[None]:
     """In rows with an image, where the next token would be the end, raise the placeholder's logit just above it."""

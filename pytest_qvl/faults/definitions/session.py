@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     target="model",
     check="alignment",
     expected_words=("answers are right", "text-only control"),
+    unshared="a hook stays on the model that it was put on",
 )
 def _ablation(case: Case) -> Iterator[None]:
     # Faint, not zero: the features stay distinct, so that routing can still be judged.
@@ -34,6 +35,7 @@ def _ablation(case: Case) -> Iterator[None]:
     target="model",
     check="alignment",
     expected_words=("the model looks less than before",),
+    unshared="a hook stays on the model that it was put on",
 )
 def _steering(case: Case) -> Iterator[None]:
     def steer(_module: Any, _args: Any, output: Any) -> Any:

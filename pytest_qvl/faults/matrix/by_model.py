@@ -74,6 +74,8 @@ def _figures(results: Sequence[Result]) -> list[str]:
         lines.append(f"| {package} | " + " | ".join(result.versions.get(package, "") for result in results) + " |")
     for verdict, words in WORDS.items():
         lines.append(f"| {words} | " + " | ".join(str(result.verdicts[verdict]) for result in results) + " |")
+    after = [f"{sum(map(bool, r.after.values()))} of {len(r.after)}" if r.after else "not run" for r in results]
+    lines.append("| caught with the reference recorded after the damage | " + " | ".join(after) + " |")
     ill = ["; ".join(result.ill) or "none" for result in results]
     return [*lines, "| checks that fail the model without a fault | " + " | ".join(ill) + " |", ""]
 
@@ -84,4 +86,7 @@ def _cell(row: Row | None) -> str:
     detail = {NOT_CARRIED: row.missing, NOT_JUDGED: row.said, BROKEN: row.broken, OTHER_WORDS: row.said}
     said = detail.get(row.verdict, "").partition(";")[0][:160]
     shown = f"**{row.verdict}**" if row.verdict in (MISSED, BROKEN, OTHER_WORDS) else row.verdict
+    by = row.caught_after
+    if row.after is not None and by is not None and by != (row.check,):
+        shown += f"; reference after: {', '.join(by) or 'missed'}"
     return (f"{shown}: {said}" if said else shown).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""The matrix as a figure: a row per fault, a column per check, and the smoke test."""
+"""The matrix as a figure: a row per fault, a column per check, the smoke test, and the reference after the damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.faults.matrix.results import Result
 
-SMOKE = "smoke test"
+SMOKE, AFTER = "smoke test", "reference after"
 # Outcomes in the order of the legend: colour and meaning.
 KINDS = {
     "named": ("#1b5e20", "the check that must catch it"),
@@ -29,7 +29,10 @@ CELL, LEFT, TOP, RIGHT, BOTTOM = 14, 390, 165, 300, 12
 
 
 def cells(result: Result) -> dict[str, dict[str, str]]:
-    """What is drawn: for each fault that was made, by check (and the smoke test) a key of :data:`KINDS`."""
+    """What is drawn: for each fault that was made, by check (and the last columns) a key of :data:`KINDS`.
+
+    The last column, where it was run: whether any check catches the fault that is in the reference too.
+    """
     faults, made = catalogue(), result.made
     families = list(dict.fromkeys(fault.family for fault in faults.values()))
     table = {}
@@ -42,6 +45,9 @@ def cells(result: Result) -> dict[str, dict[str, str]]:
         if fault.check in kinds:
             kinds[fault.check] = "named" if row.named else "missed"
         table[name] = {**kinds, SMOKE: "pass" if row.smoke == "pass" else "caught"}
+        if result.after:
+            by = result.after[name]
+            table[name][AFTER] = ("named" if row.check in by else "caught") if by else "missed"
     return table
 
 

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.matrix.by_model import NAME as BY_MODEL
+from pytest_qvl.faults.matrix.results import NOTICED
 from pytest_qvl.faults.unreproduced import UNREPRODUCED
 from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
-    from pytest_qvl.faults.matrix.results import Result
+    from pytest_qvl.faults.matrix.results import Result, Row
 
-NOTICED = ("caught", "refused")
 COMMAND = "pytest-qvl faults --matrix --docs docs"
 
 
@@ -44,31 +44,54 @@ def page(result: Result) -> str:
         "",
         '"Silent": forward, backward and `generate` raise nothing. "Smoke test": one training step with a finite',
         "loss, then text comes out; what a project without further tests sees.",
+        *(_AFTER if result.after else ()),
         "",
     ]
     for family in dict.fromkeys(fault.family for fault in faults.values()):
-        head = "| fault | what is wrong | caught by | also by | silent | smoke test | from |"
-        lines += [f"### {family[0].upper()}{family[1:]}", "", head]
-        lines.append("|---|---|---|---|---|---|---|")
-        for name, fault in faults.items():
-            row = result.rows.get(name)
-            if fault.family != family or row is None:
-                continue
-            if row.missing:
-                lines.append(
-                    f"| `{name}` | {_cell(fault.summary)} | not made here: {row.missing} | | | | {fault.source} |"
-                )
-                continue
-            also = [c for c, o in row.outcomes.items() if o in NOTICED and c != fault.check]
-            smoke = "passes" if row.smoke == "pass" else "fails"
-            caught = fault.check if row.named else "**missed**"
-            lines.append(
-                f"| `{name}` | {_cell(fault.summary)} | {caught} | {', '.join(also)} | "
-                f"{'yes' if fault.silent else 'no'} | {smoke} | {fault.source} |"
-            )
-        lines.append("")
+        lines += _family(result, family)
     lines += _checks(result) + _graded(result) + _unreproduced() + _alarms(result)
     return "\n".join(lines)
+
+
+_AFTER = (
+    '"Reference after": which check catches the fault where it is in the reference too, as with a user whose library,',
+    'configuration, processor or checkpoint is broken for both. "same": the outcome does not depend on that, because',
+    "the check reads no reference, or because no reference can have the fault.",
+)
+
+
+def _family(result: Result, family: str) -> list[str]:
+    """The faults of one family that are in the result, as a table under a heading."""
+    after = bool(result.after)
+    columns = ["fault", "what is wrong", "caught by", *["reference after"] * after, "also by", "silent", "smoke test"]
+    head = "| " + " | ".join([*columns, "from"]) + " |"
+    lines = [f"### {family[0].upper()}{family[1:]}", "", head, "|" + "---|" * (len(columns) + 1)]
+    for name, fault in catalogue().items():
+        row = result.rows.get(name)
+        if fault.family != family or row is None:
+            continue
+        if row.missing:
+            empty = "| " * (after + 3)
+            lines.append(
+                f"| `{name}` | {_cell(fault.summary)} | not made here: {row.missing} {empty}| {fault.source} |"
+            )
+            continue
+        also = [c for c, o in row.outcomes.items() if o in NOTICED and c != fault.check]
+        smoke = "passes" if row.smoke == "pass" else "fails"
+        caught = f"{fault.check if row.named else '**missed**'}{f' | {_after(row)}' * after}"
+        lines.append(
+            f"| `{name}` | {_cell(fault.summary)} | {caught} | {', '.join(also)} | "
+            f"{'yes' if fault.silent else 'no'} | {smoke} | {fault.source} |"
+        )
+    return [*lines, ""]
+
+
+def _after(row: Row) -> str:
+    if row.same:
+        return "same"
+    if row.after is not None and row.after.broken:
+        return f"could not be made: {_cell(row.after.broken)}"
+    return ", ".join(row.caught_after or ()) or "missed"
 
 
 def _cell(text: str) -> str:

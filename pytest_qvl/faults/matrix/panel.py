@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from pytest_qvl.faults.case import Case
+    from pytest_qvl.faults.subject import Subject
     from pytest_qvl.samples.batch import PaddingSide
 
 PASS, CAUGHT, REFUSED, UNDECIDED, CRASHED = "pass", "caught", "refused", "cannot judge", "crashed"
@@ -129,11 +130,16 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
 
 def judge(case: Case, check: str) -> Verdict:
     """Run one check on a case and turn what it raises into a verdict."""
+    return attempt(lambda: all_checks(case.subject.device)[check](case), case.subject)
+
+
+def attempt(call: Callable[[], object], subject: Subject) -> Verdict:
+    """Call something that may raise what checks raise, and turn that into a verdict."""
     import torch
 
     try:
-        with torch.random.fork_rng(devices=case.subject.random_devices()):
-            all_checks(case.subject.device)[check](case)
+        with torch.random.fork_rng(devices=subject.random_devices()):
+            call()
     except ModelCrashed as failure:
         return Verdict(CRASHED, str(failure))
     except CheckFailed as failure:

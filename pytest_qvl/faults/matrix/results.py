@@ -14,6 +14,24 @@ CAUGHT, OTHER_WORDS, MISSED, NOT_JUDGED, NOT_CARRIED, BROKEN = (
     *("not judged", "not carried", "broken"),
 )
 UNDECIDED = "cannot judge"
+NOTICED = ("caught", "refused")
+
+
+@dataclass
+class After:
+    """What became of a fault that is in the reference too: the reference was recorded after the damage.
+
+    Attributes:
+        outcomes: Outcome by check, of checks that read the reference: of the named one, and of all where it is silent.
+        named: Whether the named check notices it and its message holds the words it must.
+        said: What the named check said, its beginning.
+        broken: What went wrong in the fault's own code, or empty.
+    """
+
+    outcomes: dict[str, str] = field(default_factory=dict)
+    named: bool = False
+    said: str = ""
+    broken: str = ""
 
 
 @dataclass
@@ -28,6 +46,8 @@ class Row:
         missing: Why the fault could not be made, or empty: what the model, its device or this machine lacks.
         broken: What went wrong in the fault's own code, or empty.
         said: What the named check said, its beginning.
+        same: Why the outcome is the same with the reference recorded after the damage, or empty.
+        after: What the outcome is then, where it may differ; ``None`` where that was not run.
     """
 
     check: str = ""
@@ -37,6 +57,28 @@ class Row:
     missing: str = ""
     broken: str = ""
     said: str = ""
+    same: str = ""
+    after: After | None = None
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Row:
+        """Inverse of ``dataclasses.asdict``; records before the second column lack its keys."""
+        after = data.get("after")
+        return cls(**{**data, "after": None if after is None else After(**after)})
+
+    @property
+    def caught_after(self) -> tuple[str, ...] | None:
+        """Which checks notice the fault with the reference recorded after the damage; ``None`` if that was not run.
+
+        The named check alone, where it does so in the words that it must.
+        """
+        if self.missing or self.broken or not (self.same or self.after):
+            return None
+        after = self.after or After(named=self.named)
+        if after.named:
+            return (self.check,)
+        outcomes = {} if after.broken else {**self.outcomes, **after.outcomes}
+        return tuple(check for check, outcome in outcomes.items() if outcome in NOTICED)
 
     @property
     def verdict(self) -> str:
@@ -48,7 +90,7 @@ class Row:
         if self.named:
             return CAUGHT
         own = self.outcomes.get(self.check)
-        if own in ("caught", "refused"):
+        if own in NOTICED:
             return OTHER_WORDS
         return NOT_JUDGED if own == UNDECIDED else MISSED
 
@@ -100,6 +142,15 @@ class Result:
         return sum(row.verdict == CAUGHT for row in self.rows.values())
 
     @property
+    def after(self) -> dict[str, tuple[str, ...]]:
+        """By fault, the checks that notice it where the reference was recorded after the damage; those that were run.
+
+        Empty if that was not run for every fault that may have another outcome then.
+        """
+        found = {name: row.caught_after for name, row in self.made.items() if not row.broken}
+        return {name: checks for name, checks in found.items() if checks is not None and None not in found.values()}
+
+    @property
     def verdicts(self) -> Counter[str]:
         """How many faults ended in which way."""
         return Counter(row.verdict for row in self.rows.values())
@@ -108,7 +159,8 @@ class Result:
     def good(self) -> bool:
         """Whether every fault that could be made was caught in the right words, without a false alarm."""
         bad = {OTHER_WORDS, MISSED, NOT_JUDGED, BROKEN}
-        return not (bad & self.verdicts.keys() or self.ill or self.alarms)
+        broken = any(row.after is not None and row.after.broken for row in self.rows.values())
+        return not (bad & self.verdicts.keys() or broken or self.ill or self.alarms)
 
     def silent(self) -> list[str]:
         """Names of the faults that could be made and at which Transformers raises nothing."""
@@ -147,7 +199,7 @@ class Result:
         if data.get("schema") != SCHEMA:
             raise ValueError(f"no record of faults: its schema is {data.get('schema')!r}, not {SCHEMA!r}")
         fields = {name: value for name, value in data.items() if name != "schema"}
-        return cls(**{**fields, "rows": {name: Row(**row) for name, row in data["rows"].items()}})
+        return cls(**{**fields, "rows": {name: Row.from_dict(row) for name, row in data["rows"].items()}})
 
 
 def summary(result: Result) -> str:
@@ -157,6 +209,7 @@ def summary(result: Result) -> str:
         f"{result.caught} of {len(result.made)} faults caught by the named check, in the right words; "
         f"{len(result.rows) - len(result.made)} cannot be made here"
     ]
+    lines.append(_common_mode(result))
     if result.variations:
         lines.append(
             f"{len(result.alarms)} false alarms over {result.variations} healthy variations "
@@ -170,3 +223,19 @@ def summary(result: Result) -> str:
         ]
     lines += [f"the model without a fault fails {check}: {said}" for check, said in result.ill.items()]
     return "\n".join(lines)
+
+
+def _common_mode(result: Result) -> str:
+    """The figure of the second column."""
+    where = "with the reference recorded after the damage, as a user's is"
+    if not result.after:
+        return f"{where}: not run"
+    rows = {name: result.rows[name] for name in result.after}
+    caught = sum(bool(checks) for checks in result.after.values())
+    others = [name for name, checks in result.after.items() if checks and rows[name].check not in checks]
+    missed = [name for name, checks in result.after.items() if not checks]
+    return (
+        f"{caught} of {len(rows)} {where}: {sum(row.after is not None for row in rows.values())} were run again, the "
+        f"others' outcomes do not depend on it; {len(others)} by another check than the named one; "
+        f"missed: {', '.join(missed) or 'none'}"
+    )

@@ -16,14 +16,20 @@ from typing import TYPE_CHECKING
 from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.matrix.freshness import definitions_digest
 from pytest_qvl.faults.matrix.journal import Journal
-from pytest_qvl.faults.matrix.results import UNDECIDED, Result, Row
+from pytest_qvl.faults.matrix.results import UNDECIDED, After, Result, Row
 from pytest_qvl.faults.matrix.work import DeviceBroken, Done, Plan, Task, do, say, tasks
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRESS = 20
-NAMES = {"health": "healthy model", "fault": "faults", "dose": "doses", "variation": "healthy variations"}
+NAMES = {
+    "health": "healthy model",
+    "fault": "faults",
+    "after": "faults in the reference",
+    "dose": "doses",
+    "variation": "healthy variations",
+}
 
 
 class MatrixStopped(RuntimeError):
@@ -71,7 +77,9 @@ def complete(plan: Plan, result: Result) -> bool:
     """Whether everything was done before the time was up."""
     from pytest_qvl.faults.matrix.work import VARIATIONS
 
-    return len(result.rows) == len(plan.faults) and result.variations == (VARIATIONS if plan.whole else 0)
+    after = plan.named_only or all(row.same or row.missing or row.after is not None for row in result.rows.values())
+    variations = VARIATIONS if plan.whole else 0
+    return len(result.rows) == len(plan.faults) and after and result.variations == variations
 
 
 def _results(plan: Plan, todo: Sequence[Task], jobs: int, deadline: float | None) -> Iterator[Done]:
@@ -160,6 +168,7 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
     result = Result(definitions_digest(), _versions(), str(subject.source), subject.label, device, subject.dtype)
     counts, undecided = Counter[str](), Counter[str]()
     rows: dict[str, Row] = {}
+    after: dict[str, After | None] = {}
     graded: dict[int, list[dict[str, object]]] = {}
     for one in done:
         part, key = one.task.part, one.task.key
@@ -167,7 +176,9 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
         if part == "health" and one.found["outcome"] not in fine:
             result.ill[key] = f"{one.found['outcome']}: {one.found['message']}"
         elif part == "fault":
-            rows[key] = Row(**one.found)
+            rows[key] = Row.from_dict(one.found)
+        elif part == "after":
+            after[key] = one.found and After(**one.found)
         elif part == "dose":
             graded[int(key)] = one.found
         elif part == "variation":
@@ -175,7 +186,8 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
             undecided.update(check for check, outcome in one.found["outcomes"].items() if outcome == UNDECIDED)
             result.alarms += one.found["alarms"]
             result.variations += 1
-    for row in rows.values():
+    for name, row in rows.items():
+        row.after = after.get(name)
         if row.check in result.ill and not row.missing:
             row.named, row.outcomes[row.check] = False, UNDECIDED
             row.said = "the model without a fault fails this check"

@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import catalogue, find
-from pytest_qvl.faults.matrix.results import Row
+from pytest_qvl.faults.matrix.results import After, Row
 
 if TYPE_CHECKING:
     from pytest_qvl.faults.case import Case
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.subject import Subject
 
 VARIATIONS = 200
-SAID = 300
 # Beside the named check where only that is run: they read the model without a forward, in milliseconds.
 CHEAP = ("quantization_census", "adapter_census", "placeholder_counts")
 
@@ -62,7 +61,8 @@ class Task:
     """One piece of the matrix: a check of the healthy model, a fault, a graded defect or a healthy variation.
 
     Attributes:
-        part: ``"health"`` (a check of the model without a fault), ``"fault"``, ``"dose"`` or ``"variation"``.
+        part: ``"health"`` (a check of the model without a fault), ``"fault"``, ``"after"`` (a fault that is in the
+            reference too), ``"dose"`` or ``"variation"``.
         key: Name of the check or fault, or number of the dose or variation.
     """
 
@@ -86,7 +86,8 @@ class Done:
 
 
 def tasks(plan: Plan) -> list[Task]:
-    """All tasks of a plan: checks of the healthy model first, then faults, graded defects and healthy variations."""
+    """All tasks of a plan: checks of the healthy model, faults, faults in the reference too, doses, variations."""
+    from pytest_qvl.faults.common_mode import same_outcome
     from pytest_qvl.faults.matrix.graded import GRADED
     from pytest_qvl.faults.matrix.panel import all_checks
 
@@ -97,6 +98,8 @@ def tasks(plan: Plan) -> list[Task]:
         if not (plan.only or plan.named_only) or check in {*named, *CHEAP}
     ]
     found = [Task("health", check) for check in checks] + [Task("fault", name) for name in plan.faults]
+    if not plan.named_only:
+        found += [Task("after", name) for name, fault in plan.faults.items() if not same_outcome(fault)]
     if plan.whole:
         found += [Task("dose", str(number)) for number in range(len(GRADED))]
         found += [Task("variation", str(number)) for number in range(VARIATIONS)]
@@ -144,12 +147,13 @@ def _health(plan: Plan, check: str) -> dict[str, str]:
 
 def _fault(plan: Plan, name: str) -> dict[str, Any]:
     """Make one fault on this process's model, let the checks judge it, and see that it is undone."""
+    from pytest_qvl.faults.common_mode import same_outcome
     from pytest_qvl.faults.matrix.restored import state
     from pytest_qvl.models.backends import one_line
     from pytest_qvl.models.memory import collect
 
     case, fault = _case(plan.subject), find(name)
-    row = Row(check=fault.check, missing=fault.missing(case) or "")
+    row = Row(check=fault.check, missing=fault.missing(case) or "", same=same_outcome(fault))
     if row.missing:
         return asdict(row)
     before = state(case)
@@ -172,20 +176,46 @@ def _fault(plan: Plan, name: str) -> dict[str, Any]:
 def _judge(row: Row, plan: Plan, fault: Fault, case: Case) -> None:
     """Fill the row with what the checks say of the damaged case."""
     from pytest_qvl.faults.case import apply
+    from pytest_qvl.faults.matrix.after import names_cause, shortened
     from pytest_qvl.faults.matrix.panel import judge_all, smoke
-    from pytest_qvl.faults.sizes import sizes_of
 
-    words = fault.words(sizes_of(case.model, case.subject.dtype))
     with apply(fault.name, case) as damaged:
         verdicts = judge_all(damaged, dict.fromkeys((fault.check, *CHEAP)) if plan.named_only else ())
         if not plan.named_only:
             row.smoke = smoke(damaged).outcome
     own = verdicts[fault.check]
     row.outcomes = {check: verdict.outcome for check, verdict in verdicts.items()}
-    row.named = own.noticed and all(one in own.message for one in words)
-    row.said = " ".join(own.message.split())[:SAID]
+    row.named, row.said = names_cause(own, fault, case), shortened(own)
     if any("CUDA error" in verdict.message for verdict in verdicts.values()):
         raise DeviceBroken(row.said)
+
+
+@cache
+def _full(subject: Subject) -> Case:
+    from pytest_qvl.faults.common_mode import in_full_precision
+
+    return in_full_precision(_case(subject))
+
+
+def _after(plan: Plan, name: str) -> dict[str, Any] | None:
+    """Make one fault on the reference's model and then on this process's; ``None`` where it cannot be made."""
+    from pytest_qvl.faults.matrix.after import judge_after
+    from pytest_qvl.models.backends import one_line
+    from pytest_qvl.models.memory import collect
+
+    case, fault = _case(plan.subject), find(name)
+    if fault.missing(case):
+        return None
+    try:
+        after = judge_after(fault, case, _full(plan.subject))
+    except Exception as error:
+        after = After(broken=one_line(error))
+        _full.cache_clear()
+        _case.cache_clear()
+    if fault.target == "load":
+        collect()
+    say(f"{'caught' if after.named else 'not caught':11} {name} by {fault.check}, reference after; {after.broken}")
+    return asdict(after)
 
 
 def _graded(plan: Plan, number: str) -> list[dict[str, Any]]:
@@ -222,6 +252,7 @@ def _healthy() -> Any:
 WORK: dict[str, Callable[[Plan, str], Any]] = {
     "health": _health,
     "fault": _fault,
+    "after": _after,
     "dose": _graded,
     "variation": _variation,
 }
