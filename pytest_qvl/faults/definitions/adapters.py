@@ -310,6 +310,29 @@ def _names_another_base(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "matrix-in-two-layers",
+    "Two layers were given one and the same A matrix: what one learns is written into the other.",
+    target="adapter",
+    check="adapter_census",
+    expected_words=(
+        "1 adapter matrices are one tensor in several modules",
+        "layers.0.self_attn.o_proj.lora_A",
+        "layers.1.self_attn.o_proj.lora_A",
+    ),
+)
+def _matrix_in_two_layers(case: Case) -> Iterator[None]:
+    parts = anatomy(case.model)
+    name = "model.language_model.layers.{}.self_attn.o_proj"
+    first, second = (adapted_layers(parts)[name.format(number)].lora_A for number in (0, 1))
+    kept = second[chosen_adapter(parts)]
+    second[chosen_adapter(parts)] = first[chosen_adapter(parts)]
+    try:
+        yield
+    finally:
+        second[chosen_adapter(parts)] = kept
+
+
+@fault(
     "second-adapter-active",
     "A frozen second adapter was left active and changes every answer.",
     target="adapter",

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import all_of, attribute
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import KEEP_16BIT
 
@@ -199,6 +200,16 @@ def _one_vision_linear(case: Case) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _saved_in_4_bits(case: Case, **options: Any) -> Iterator[None]:
+    """Save the case's model in 4 bits, quantized as `options` say, and load what was saved in its place."""
+    with TemporaryDirectory(prefix="qvl-fault-") as name:
+        folder = Path(shutil.copytree(case.subject.source.location, Path(name) / "checkpoint"))
+        case.load(dtype=case.policy.compute_dtype, lora=None, **options).save_pretrained(folder)
+        _loaded(case, folder=folder)
+        yield
+
+
 @fault(
     "saved-in-4-bits-with-an-old-skip-list",
     'A checkpoint saved in 4 bits with the skip list ["visual", "lm_head"]: its vision tower is quantized for good.',
@@ -214,11 +225,25 @@ def _one_vision_linear(case: Case) -> Iterator[None]:
     requires=("checkpoint file",),
 )
 def _saved_with_an_old_skip_list(case: Case) -> Iterator[None]:
-    dtype = case.policy.compute_dtype
-    with TemporaryDirectory(prefix="qvl-fault-") as name:
-        folder = Path(shutil.copytree(case.subject.source.location, Path(name) / "checkpoint"))
-        case.load(dtype=dtype, skip=["visual", "lm_head"], lora=None).save_pretrained(folder)
-        _loaded(case, folder=folder)
+    with _saved_in_4_bits(case, skip=["visual", "lm_head"]):
+        yield
+
+
+@fault(
+    "saved-in-fp4",
+    "A checkpoint saved in 4 bits with BitsAndBytesConfig's default type: its own configuration counts, so it is FP4.",
+    target="load",
+    check="quantization_census",
+    expected_words=(
+        "{language} of {language} linears are fp4 instead of nf4",
+        "the checkpoint was saved in FP4",
+        "quantize its 16-bit base again",
+    ),
+    source="bitsandbytes-foundation/bitsandbytes#2077",
+    requires=("checkpoint file",),
+)
+def _saved_in_fp4(case: Case) -> Iterator[None]:
+    with _saved_in_4_bits(case, bnb_4bit_quant_type="fp4"):
         yield
 
 
@@ -303,6 +328,24 @@ def _one_block_size(case: Case) -> Iterator[None]:
     layer = parts.base.get_submodule(name.removesuffix(".base_layer"))
     full = plain.get_submodule(name.removesuffix(".base_layer"))
     with _exchanged(layer, "base_layer", full), four_bit(case.model, name, blocksize=128):
+        yield
+
+
+@fault(
+    "code-tables-cast",
+    "Every tensor of a checkpoint saved in 4 bits was cast to bfloat16, the tables of values that codes stand for too.",
+    target="model",
+    check="quantization_census",
+    expected_words=(
+        "{language} of {language} quantized linears look their values up in another table",
+        "quant_map or nested_quant_map of the checkpoint",
+    ),
+)
+def _tables_cast(case: Case) -> Iterator[None]:
+    states: list[Any] = [s for p in case.model.parameters() if (s := getattr(p, "quant_state", None)) is not None]
+    # In their place and not in place: bitsandbytes may hand one table to many states.
+    tables = [state for one in states for state in (one, one.state2) if state is not None]
+    with all_of([attribute(state, "code", state.code.bfloat16().float()) for state in tables]):
         yield
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import attribute
+from pytest_qvl.faults.tools import attribute, values
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
 
@@ -89,6 +89,23 @@ def _on_gradient(case: Case, change: Callable[[torch.Tensor], torch.Tensor], cou
 )
 def _overflows(case: Case) -> Iterator[None]:
     with _on_gradient(case, lambda grad: grad + float("inf"), 1):
+        yield
+
+
+@fault(
+    "training-goes-on-from-nan",
+    "Training goes on from a checkpoint that had diverged: one A matrix holds NaN, and so does every loss.",
+    target="adapter",
+    check="training_step",
+    expected_words=("the first loss is nan; this begins at", "lora_A", "whose own weight is not finite"),
+)
+def _goes_on_from_nan(case: Case) -> Iterator[None]:
+    def spoil(weight: torch.Tensor) -> torch.Tensor:
+        weight[0, 0] = float("nan")
+        return weight
+
+    matrices = [p for n, p in adapter_parameters(anatomy(case.model)).items() if ".lora_A." in n]
+    with values(matrices[-1], spoil):
         yield
 
 
