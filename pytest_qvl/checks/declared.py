@@ -35,6 +35,7 @@ ORDER = (
     "training",
     "backpropagation",
     "labels",
+    "collation",
     "frozen",
     "layers",
 )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.packing import refuse_packed
 from pytest_qvl.checks.support.placeholders import attended, model_inputs, show_grid, value_problems, visual_tokens
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
@@ -45,12 +46,13 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     Raises:
         CheckFailed: Names sample and image, and whose pixels stand there, or both grids, or dtype and range of
             the pixels; or the first token that is another than the template's; or rows whose padding is attended to.
-        CannotJudge: No image among the samples.
+        CannotJudge: No image among the samples, or several samples are packed into a row.
         ValueError: Not one sample per row.
     """
     judge = Judge("picture_pairing", "each row holds its own question and images, in order")
     parts, inputs = anatomy(model), model_inputs(batch)
     ids = inputs["input_ids"]
+    refuse_packed(inputs, "which tokens and images belong to which sample cannot be told")
     if len(samples) != len(ids):
         raise InputError(f"picture_pairing needs the sample of each row: {len(samples)} samples, {len(ids)} rows")
     images = [
@@ -270,8 +272,20 @@ def _wrong_pixels(
         else:
             patch = int((here != own).any(dim=1).nonzero()[0])
             gap = float((here.double() - own.double()).abs().max())
-            problems.append(f"{image.name}: patch {patch} differs from the image's own by up to {gap:.3g}")
+            left = _what_is_left(here)
+            problems.append(f"{image.name}: patch {patch} differs from the image's own by up to {gap:.3g}{left}")
     return problems
+
+
+def _what_is_left(pixels: torch.Tensor) -> str:
+    """What damaged pixels ``(patches, values per patch)`` show of the damage, as the end of a sentence; or nothing."""
+    import torch
+
+    if bool((pixels == pixels.flatten()[0]).all()):
+        return f": all of its values are {float(pixels.flatten()[0]):.3g}, so nothing of the image is left"
+    if torch.equal(pixels, pixels.round()):
+        return ": all of its values are whole numbers, so they were rounded or went through an integer dtype"
+    return ""
 
 
 def _orientation_ignored(processor: Any, image: _ProcessedImage, pixels: torch.Tensor) -> int | None:

@@ -36,6 +36,7 @@ FAMILIES = {
     "configuration": "values of the configuration",
     "generation": "generation",
     "training": "training",
+    "collators": "training collator",
     "disk": "adapters on disk",
     "layers": "arithmetic of layers",
     "lora": "arithmetic of adapters",

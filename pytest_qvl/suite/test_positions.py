@@ -16,6 +16,11 @@ def test_mrope_positions(qvl_quantized_model: Any, qvl_batch: Any, row_samples: 
         checks.mrope_positions(qvl_quantized_model, qvl_batch(samples, padding_side=padding_side))
 
 
+def test_mrope_positions_in_training(qvl_quantized_model: Any, training_batch: Any) -> None:
+    """The same of the batch that is trained on, whose collator may bring ``position_ids`` of its own."""
+    checks.mrope_positions(qvl_quantized_model, training_batch, training=True)
+
+
 def test_decode_positions(qvl_quantized_model: Any, mixed_batches: Any, long_batch: Any) -> None:
     """Position ids of every decode step inside ``generate`` equal the oracle's, also in a row of over 2,000 tokens."""
     for batch in (*mixed_batches, long_batch):

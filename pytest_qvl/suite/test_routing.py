@@ -61,6 +61,16 @@ def test_picture_pairing_in_training(
     checks.picture_pairing(qvl_quantized_model, qvl_processor, training_samples, training_batch)
 
 
+def test_placeholder_counts_in_training(qvl_quantized_model: Any, training_batch: Any) -> None:
+    """As many placeholders per image as its grid has visual tokens, in the batch that is trained on."""
+    checks.placeholder_counts(qvl_quantized_model, training_batch)
+
+
+def test_causality_in_training(qvl_quantized_model: Any, training_batch: Any) -> None:
+    """No output of another row, nor of another sample packed into the row, moves in the batch that is trained on."""
+    checks.causality(qvl_quantized_model, training_batch)
+
+
 def test_malformed_inputs(qvl_quantized_model: Any, mixed_batches: Any) -> None:
     """Count mismatches, placeholders without pixels and pixels without placeholders do not pass unnoticed."""
     for batch in mixed_batches:

@@ -51,3 +51,8 @@ def test_vision_not_backpropagated(
 def test_label_mask(qvl_lora_model: Any, training_batch: Any, qvl_processor: Any) -> None:
     """Only answer tokens are supervised: no image, vision, prompt or pad token."""
     checks.label_mask(qvl_lora_model, training_batch, qvl_processor)
+
+
+def test_training_collation(qvl_processor: Any, training_samples: Any, training_batch: Any) -> None:
+    """Each row is taught its own sample's answer, and attends to all of itself and to no padding."""
+    checks.training_collation(qvl_processor, training_samples, training_batch)

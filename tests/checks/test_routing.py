@@ -613,6 +613,18 @@ def test_types_padded_on_the_other_side(model: Any, processor: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (torch.zeros_like, "all of its values are 0, so nothing of the image is left"),
+        (torch.round, "all of its values are whole numbers, so they were rounded or went through an integer dtype"),
+    ],
+)
+def test_what_is_left_of_an_image_is_named(model: Any, processor: Any, batch: Batch, change: Any, says: str) -> None:
+    with pytest.raises(CheckFailed, match=f"patch 0 differs from the image's own by up to .*: {says}"):
+        picture_pairing(model, processor, SAMPLES, {**batch, "pixel_values": change(batch["pixel_values"])})
+
+
+@pytest.mark.parametrize(
     ("before", "after", "says"),
     [
         ("<|im_end|>\n<|im_start|>assistant", "\n<|im_end|>\n<|im_start|>assistant", "the template has '<|im_end|>"),
@@ -700,6 +712,8 @@ def test_packed_rows(model: Any, processor: Any) -> None:
         mrope_positions(model, {**inputs, "position_ids": text[0]})
     with pytest.raises(CannotJudge, match="several samples are packed into a row"):
         decode_positions(model, isolated)
+    with pytest.raises(CannotJudge, match="several samples are packed into a row, so which tokens and images"):
+        picture_pairing(model, processor, SAMPLES[:2], isolated)
     with pytest.raises(ValueError, match=r"position_ids are \(2, 1, "):
         mrope_positions(model, {**inputs, "position_ids": right[:2]})
 

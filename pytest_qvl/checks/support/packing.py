@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.placeholders import attended
-from pytest_qvl.evidence import InputError
+from pytest_qvl.evidence import CannotJudge, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,3 +47,20 @@ def samples_in_rows(inputs: Mapping[str, Any]) -> torch.Tensor:
 def is_packed(inputs: Mapping[str, Any]) -> bool:
     """Whether any row holds more than one sample."""
     return bool(samples_in_rows(inputs).any())
+
+
+def refuse_packed(inputs: Mapping[str, Any], why: str) -> None:
+    """Refuse rows that hold several samples.
+
+    Args:
+        inputs: Of the model.
+        why: What cannot be told of them.
+
+    Raises:
+        CannotJudge: Some row holds more than one sample.
+    """
+    if is_packed(inputs):
+        raise CannotJudge(
+            f"several samples are packed into a row, so {why}: hand over the batch before it is packed; packed, it is "
+            "judged by mrope_positions and causality"
+        )

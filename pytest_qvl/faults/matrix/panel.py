@@ -80,6 +80,16 @@ def _on_both_sides(name: str, samples: Callable[[Case], Any]) -> Callable[[Case]
     return call
 
 
+def _placeholder_counts(case: Case) -> None:
+    _on_both_sides("placeholder_counts", attrgetter("rows"))(case)
+    checks.placeholder_counts(case.model, _training(case))
+
+
+def _causality(case: Case) -> None:
+    checks.causality(case.model, case.batch())
+    checks.causality(case.model, _training(case))
+
+
 def _mrope_positions(case: Case) -> None:
     checks.mrope_positions(case.model, case.batch())
     checks.mrope_positions(case.model, _training(case), training=True)
@@ -110,7 +120,8 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
     "quantization_census": lambda c: checks.quantization_census(c.model, c.policy),
     "adapter_census": lambda c: checks.adapter_census(c.model, c.lora_config, c.optimizer),
     "adapter_roundtrip": lambda c: checks.adapter_roundtrip(c.model, c.adapter_folder),
-    "placeholder_counts": _on_both_sides("placeholder_counts", attrgetter("rows")),
+    "placeholder_counts": _placeholder_counts,
+    "causality": _causality,
     "feature_scatter": _on_both_sides("feature_scatter", lambda c: [sample.noise(seed=0) for sample in c.rows]),
     "picture_pairing": lambda c: [
         checks.picture_pairing(c.model, c.processor, c.rows, batch) for batch in (c.batch(), _training(c))
@@ -124,6 +135,7 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
     "vision_not_backpropagated": _vision_not_backpropagated,
     "label_mask": lambda c: checks.label_mask(c.model, _training(c), c.processor),
     "layer_arithmetic": lambda c: checks.layer_arithmetic(c.model, c.batch(), c.lora_config),
+    "training_collation": lambda c: checks.training_collation(c.processor, c.rows, _training(c)),
     "frozen_vision": lambda c: checks.frozen_vision(c.model, _training(c), make_optimizer=c.make_optimizer),
 }
 
