@@ -203,6 +203,16 @@ def qvl_optimizer() -> Any:
     return None
 
 
+@pytest.fixture
+def qvl_trainer() -> Any:
+    """Your own ``transformers.Trainer`` over ``qvl_lora_model``, or a function ``(model, micro_batches)``; or ``None``.
+
+    Judged is that gradients accumulated over the micro-batches of one optimizer step are those of one batch. A function
+    runs forward and backward of each, and steps no optimizer.
+    """
+    return None
+
+
 @pytest.fixture(scope="session")
 def qvl_probe_sizes(qvl_model: str, qvl_processor: Any) -> ProbeSizes:
     """How large the images of the rendered scenes are, derived from the model's configuration and its processor."""

@@ -36,6 +36,7 @@ ORDER = (
     "backpropagation",
     "labels",
     "collation",
+    "loss",
     "frozen",
     "layers",
 )

@@ -50,6 +50,7 @@ class Case:
         collators: Change a batch after the processor made it, in order.
         optimizer: The user's optimizer, or ``None``.
         make_optimizer: Makes the optimizer of a training step from the trainable parameters, or ``None``.
+        trainer: The user's trainer over the model, or a function that accumulates as theirs does, or ``None``.
     """
 
     model: Any
@@ -66,6 +67,7 @@ class Case:
     collators: list[Collator] = field(default_factory=list)
     optimizer: Any = None
     make_optimizer: Any = None
+    trainer: Any = None
 
     def batch(
         self,

@@ -37,6 +37,7 @@ FAMILIES = {
     "generation": "generation",
     "training": "training",
     "collators": "training collator",
+    "gradients": "loss and gradients",
     "disk": "adapters on disk",
     "layers": "arithmetic of layers",
     "lora": "arithmetic of adapters",

@@ -177,6 +177,7 @@ def _inputs(case: Case) -> dict[str, Callable[[], Any]]:
         "qvl_adapter": lambda: case.adapter_folder,
         "qvl_optimizer": lambda: case.optimizer,
         "qvl_make_optimizer": lambda: case.make_optimizer,
+        "qvl_trainer": lambda: case.trainer,
         "row_samples": lambda: [case.rows],
         "noise_samples": lambda: [[sample.noise(seed=0) for sample in case.rows]],
         "answered_samples": lambda: [s for s in first_of_each_skill(case.probes) if s.skill in ROW_SKILLS],

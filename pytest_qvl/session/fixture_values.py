@@ -66,6 +66,13 @@ def _callable(value: Any) -> str:
     return "" if callable(value) else _kind(value)
 
 
+def _trainer(value: Any) -> str:
+    """A function, or what has what is asked of a ``transformers.Trainer``."""
+    if callable(value) and not isinstance(value, type):
+        return ""
+    return _with("args", "get_batch_samples", "training_step")(value)
+
+
 def _whole(value: Any) -> str:
     return "" if isinstance(value, int) and not isinstance(value, bool) else _kind(value)
 
@@ -118,6 +125,11 @@ EXPECTED = {
         "a function from the list of trainable parameters to an optimizer, or None", _callable, none=True
     ),
     "qvl_optimizer": Expected("an optimizer over qvl_lora_model, or None", _with("param_groups", "step"), none=True),
+    "qvl_trainer": Expected(
+        "a transformers.Trainer over qvl_lora_model, a function of the model and a list of micro-batches, or None",
+        _trainer,
+        none=True,
+    ),
     "qvl_vram": Expected("the value of the fixture that it overrides, a meter with phase(name)", _with("phase")),
     "qvl_card": Expected(
         "a pytest_qvl.vram.cards.Card, its name, such as 't4', or None", _instance("Card"), none=True, as_flag=True

@@ -56,3 +56,8 @@ def test_label_mask(qvl_lora_model: Any, training_batch: Any, qvl_processor: Any
 def test_training_collation(qvl_processor: Any, training_samples: Any, training_batch: Any) -> None:
     """Each row is taught its own sample's answer, and attends to all of itself and to no padding."""
     checks.training_collation(qvl_processor, training_samples, training_batch)
+
+
+def test_loss_arithmetic(qvl_lora_model: Any, training_halves: Any, qvl_trainer: Any) -> None:
+    """The loss is the mean cross-entropy of the answers' tokens, in one batch and accumulated over several."""
+    checks.loss_arithmetic(qvl_lora_model, training_halves[0], trainer=qvl_trainer)

@@ -45,6 +45,7 @@ WRONG = [
     ("qvl_adapter_policy", "return 'eyes'", "'eyes' (part 'eyes' is unknown; known: "),
     ("qvl_make_optimizer", "return 'adamw'", "a value of type str; it has to give a function from the list of"),
     ("qvl_optimizer", "return lambda parameters: None", "a value of type function, without param_groups, step; "),
+    ("qvl_trainer", "return 'sft'", "a value of type str, without args, get_batch_samples, training_step; "),
     ("qvl_compute_dtype", "return 'fp16'", "'fp16'; it has to give the name of a dtype, one of bfloat16"),
     ("qvl_compute_dtype", "return 16", "a value of type int; "),
     ("qvl_target", "return None", "None; "),
@@ -75,7 +76,7 @@ def test_a_wrong_override_is_one_sentence(pytester, run_light, failures, name, c
     first = "\n".join(said["test_one"])
     assert f"the fixture {name} (own/conftest.py:2) gives {says}" in first
     assert "it has to give " in first
-    if name != "qvl_optimizer":  # made anew for every test
+    if name not in ("qvl_optimizer", "qvl_trainer"):  # made anew for every test
         assert "see the error of own/test_it.py::test_one" in "\n".join(said["test_two"])
 
 
@@ -124,6 +125,8 @@ def test_what_a_fixture_can_be_passes(pytester, run_real):
     def qvl_make_optimizer(): return torch.optim.SGD
     @pytest.fixture
     def qvl_optimizer(): return torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    @pytest.fixture
+    def qvl_trainer(): return lambda model, batches: None
     @pytest.fixture(scope="session")
     def qvl_compute_dtype(): return "float32"
     @pytest.fixture(scope="session")

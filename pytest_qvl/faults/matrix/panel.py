@@ -136,6 +136,7 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
     "label_mask": lambda c: checks.label_mask(c.model, _training(c), c.processor),
     "layer_arithmetic": lambda c: checks.layer_arithmetic(c.model, c.batch(), c.lora_config),
     "training_collation": lambda c: checks.training_collation(c.processor, c.rows, _training(c)),
+    "loss_arithmetic": lambda c: checks.loss_arithmetic(c.model, _training(c), trainer=c.trainer),
     "frozen_vision": lambda c: checks.frozen_vision(c.model, _training(c), make_optimizer=c.make_optimizer),
 }
 

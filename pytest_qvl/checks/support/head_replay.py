@@ -1,0 +1,99 @@
+"""The head and the loss of a model over hidden states that were computed once: many losses for one forward."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.teaching import forward
+from pytest_qvl.evidence import CannotJudge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from pytest_qvl.checks.support.teaching import Batch
+    from pytest_qvl.models.anatomy import Parts
+
+_ABSENT = object()
+
+
+class HeadReplay:
+    """Calls the whole model as it is wrapped, with what its core (backbone and tower) returned in one forward.
+
+    Everything behind the core is the model's own: logits, loss, wrappers, hooks.
+
+    Args:
+        parts: The model, in the mode that it is to be judged in.
+        batch: Model inputs, with labels or without.
+
+    Raises:
+        CannotJudge: The forward does not call its core.
+    """
+
+    def __init__(self, parts: Parts, batch: Batch) -> None:
+        import torch
+
+        self._parts = parts
+        self._batch = batch
+        self._recorded: Any = None
+        own = parts.core.forward
+
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            self._recorded = own(*args, **kwargs)
+            return self._recorded
+
+        inputs: Any = {name: value for name, value in batch.items() if name != "labels"} | {"logits_to_keep": 1}
+        with torch.no_grad(), _forward_replaced(parts.core, recording):
+            forward(parts, inputs)
+        if self._recorded is None:
+            raise CannotJudge("the model's forward does not call its core, so its loss cannot be looked at by itself")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the recorded hidden states."""
+        found: torch.dtype = self._recorded[0].dtype
+        return found
+
+    def leaf(self) -> torch.Tensor:
+        """The recorded hidden states, ``(rows, length, width)``, as a leaf that takes gradients."""
+        found: torch.Tensor = self._recorded[0].detach().requires_grad_()
+        return found
+
+    @contextmanager
+    def serving(self, hidden: torch.Tensor | None = None) -> Iterator[None]:
+        """Let every call of the model in the block begin behind the core.
+
+        Args:
+            hidden: Hidden states in place of the recorded ones, of their shape.
+        """
+        output = self._recorded if hidden is None else _with_hidden(self._recorded, hidden)
+        with _forward_replaced(self._parts.core, lambda *_args, **_kwargs: output):
+            yield
+
+    def __call__(self, labels: torch.Tensor | None, *, hidden: torch.Tensor | None = None, **extra: Any) -> Any:
+        """The model's output for other labels, ``(rows, length)``; ``extra`` goes to its forward."""
+        batch = {name: value for name, value in self._batch.items() if name != "labels"}
+        given = {} if labels is None else {"labels": labels}
+        with self.serving(hidden):
+            return self._parts.wrapped(**batch, **given, use_cache=False, **extra)
+
+
+def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": hidden})
+
+
+@contextmanager
+def _forward_replaced(module: Any, function: Callable[..., Any]) -> Iterator[None]:
+    before = vars(module).get("forward", _ABSENT)
+    object.__setattr__(module, "forward", function)
+    try:
+        yield
+    finally:
+        if before is _ABSENT:
+            object.__delattr__(module, "forward")
+        else:
+            object.__setattr__(module, "forward", before)

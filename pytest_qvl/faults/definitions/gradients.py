@@ -1,0 +1,202 @@
+"""Losses that are no mean over the answers' tokens, and gradients that are not those of the loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import attribute
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+IGNORED = -100
+STEPS = 2
+
+
+def _with_loss(case: Case, loss: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
+    """Give the model a loss of ``(logits, labels, num_items_in_batch)``, as ``loss_function`` lets anybody do."""
+
+    def loss_function(logits: Any, labels: Any, *, num_items_in_batch: Any = None, **_: Any) -> Any:
+        return loss(logits.float(), labels.to(logits.device), num_items_in_batch)
+
+    return attribute(anatomy(case.model).base, "_loss_function", loss_function)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, items: Any, **options: Any) -> torch.Tensor:
+    """As Transformers computes it, of logits and labels that are aligned already."""
+    import torch
+
+    how = {"reduction": "mean" if items is None else "sum", **options}
+    found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, **how)
+    return found if items is None or options else found / items
+
+
+@fault(
+    "loss-not-shifted",
+    "A loss of one's own compares each token's logits with that token itself, not with the next.",
+    target="model",
+    check="loss_arithmetic",
+    expected_words=("labels that are not shifted", "mean cross-entropy of"),
+)
+def _not_shifted(case: Case) -> Iterator[None]:
+    with _with_loss(case, _cross_entropy):
+        yield
+
+
+@fault(
+    "loss-shifted-twice",
+    "Labels that are shifted already are shifted once more in the loss.",
+    target="model",
+    check="loss_arithmetic",
+    expected_words=("labels that are shifted twice",),
+)
+def _shifted_twice(case: Case) -> Iterator[None]:
+    with _with_loss(case, lambda logits, labels, items: _cross_entropy(logits[:, :-2], labels[:, 2:], items)):
+        yield
+
+
+@fault(
+    "loss-summed",
+    "The loss is the sum over tokens: steps grow with the length of answers.",
+    target="model",
+    check="loss_arithmetic",
+    expected_words=("the sum over tokens, not their mean",),
+)
+def _summed(case: Case) -> Iterator[None]:
+    def summed(logits: torch.Tensor, labels: torch.Tensor, _items: Any) -> torch.Tensor:
+        return _cross_entropy(logits[:, :-1], labels[:, 1:], None, reduction="sum")
+
+    with _with_loss(case, summed):
+        yield
+
+
+@fault(
+    "loss-of-the-first-row",
+    "The loss counts the first row of a batch only; the others are computed in vain.",
+    target="model",
+    check="loss_arithmetic",
+    expected_words=("what row 0 alone has: the other rows count nothing",),
+)
+def _first_row(case: Case) -> Iterator[None]:
+    with _with_loss(case, lambda logits, labels, items: _cross_entropy(logits[:1, :-1], labels[:1, 1:], items)):
+        yield
+
+
+@fault(
+    "loss-mean-of-rows",
+    "The loss is the mean of the rows' means: tokens of short answers count more than those of long ones.",
+    target="model",
+    check="loss_arithmetic",
+    expected_words=("the mean of the rows' means",),
+)
+def _mean_of_rows(case: Case) -> Iterator[None]:
+    import torch
+
+    def mean(logits: torch.Tensor, labels: torch.Tensor, _items: Any) -> torch.Tensor:
+        rows = [row for row in range(len(labels)) if bool((labels[row, 1:] != IGNORED).any())]
+        return torch.stack([_cross_entropy(logits[row, None, :-1], labels[row, None, 1:], None) for row in rows]).mean()
+
+    with _with_loss(case, mean):
+        yield
+
+
+@fault(
+    "loss-over-all-places",
+    "The sum over supervised tokens is divided by all places of the batch: long prompts make small steps.",
+    target="model",
+    check="loss_arithmetic",
+    expected_words=("the sum over tokens divided by all places of the batch",),
+)
+def _all_places(case: Case) -> Iterator[None]:
+    def loss(logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
+        summed = _cross_entropy(logits[:, :-1], labels[:, 1:], None, reduction="sum")
+        return summed / (labels.numel() if items is None else items)
+
+    with _with_loss(case, loss):
+        yield
+
+
+@fault(
+    "loss-smoothed",
+    "A label smoothing of 0.001 was left in the loss.",
+    target="model",
+    check="loss_arithmetic",
+    expected_words=("have a mean cross-entropy of", "of it"),
+)
+def _smoothed(case: Case) -> Iterator[None]:
+    def loss(logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
+        return _cross_entropy(logits[:, :-1], labels[:, 1:], items) + 1e-3 * _spread(logits, labels)
+
+    with _with_loss(case, loss):
+        yield
+
+
+def _spread(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean over supervised places of the mean negative log-probability of all tokens."""
+    counted = labels[:, 1:] != IGNORED
+    spread: torch.Tensor = -logits[:, :-1][counted].log_softmax(-1).mean()
+    return spread
+
+
+@fault(
+    "num-items-ignored",
+    "The model takes num_items_in_batch and drops it: accumulated gradients grow with the number of micro-batches.",
+    target="model",
+    check="loss_arithmetic",
+    expected_words=("given num_items_in_batch", "that number is ignored", "as there are micro-batches"),
+    source="huggingface/transformers#47688",
+)
+def _items_ignored(case: Case) -> Iterator[None]:
+    def loss(logits: torch.Tensor, labels: torch.Tensor, _items: Any) -> torch.Tensor:
+        return _cross_entropy(logits[:, :-1], labels[:, 1:], None)
+
+    with attribute(anatomy(case.model).base, "accepts_loss_kwargs", True), _with_loss(case, loss):
+        yield
+
+
+@fault(
+    "accumulation-of-means",
+    "Transformers' Trainer accumulates over micro-batches by their means, as Qwen-VL's accepts_loss_kwargs has it.",
+    target="run",
+    check="loss_arithmetic",
+    expected_words=("accumulated over micro-batches by your Trainer", "count", "accepts_loss_kwargs"),
+    source="huggingface/transformers#40333",
+)
+def _of_means(case: Case) -> Iterator[None]:
+    import tempfile
+
+    from transformers import Trainer, TrainingArguments
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=STEPS,
+            report_to=[],
+            use_cpu=case.subject.device == "cpu",
+        )
+        case.trainer = Trainer(case.model, arguments, train_dataset=[0])
+        yield
+
+
+@fault(
+    "accumulation-not-divided",
+    "A loop of one's own adds up the losses of micro-batches and divides by nothing.",
+    target="run",
+    check="loss_arithmetic",
+    expected_words=("accumulated over micro-batches by your function", "count"),
+)
+def _not_divided(case: Case) -> Iterator[None]:
+    def accumulate(model: Any, batches: list[Any]) -> None:
+        for batch in batches:
+            model(**batch, use_cache=False).loss.backward()
+
+    case.trainer = accumulate
+    yield
