@@ -592,6 +592,34 @@ def test_pixels_that_no_processor_makes(model: Any, processor: Any, batch: Batch
         causality(model, batch)
 
 
+def test_token_ids_of_another_dtype_than_int64(model: Any, processor: Any) -> None:
+    """The forward crashes on them: "Index put requires the source and destination dtypes match"."""
+    batch = make_batch(processor, SAMPLES, answers=True)
+    cast = {**batch, "input_ids": batch["input_ids"].int(), "labels": batch["labels"].int()}
+    with pytest.raises(CheckFailed, match="int64 .*, and the batch has input_ids int32 and labels int32: let the"):
+        placeholder_counts(model, cast)
+    with pytest.raises(ValueError, match="the batch is malformed: token ids have to be int64"):
+        causality(model, {**batch, "input_ids": batch["input_ids"].int()})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "says"),
+    [
+        ("patch_size", 16, "1536 values per patch, which is 3 x 2 x 16 x 16, where the vision tower takes 1176"),
+        ("temporal_patch_size", 1, "588 values per patch, where the vision tower takes 1176"),
+        ("merge_size", 1, "4 times as many: .* more than once, or did the processor count with merge_size 1, where"),
+        ("merge_size", 4, "12 placeholders, but .*; did the processor count with merge_size 4, where the model's is 2"),
+    ],
+)
+def test_a_processor_of_another_model(
+    model: Any, processor: Any, monkeypatch: pytest.MonkeyPatch, setting: str, value: int, says: str
+) -> None:
+    monkeypatch.setattr(processor.image_processor, setting, value)
+    batch = make_batch(processor, [sample("one", picture(2, 168, 224))])
+    with pytest.raises(CheckFailed, match=says):
+        placeholder_counts(model, batch)
+
+
 def test_placeholders_expanded_twice(model: Any, batch: Batch) -> None:
     ids = batch["input_ids"][2]
     row = torch.cat([ids, ids[ids == anatomy(model).image_token_id]]).sort(descending=True).values[None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNED = ("attention_mask", "mm_token_type_ids", "labels")
+# What the model indexes with, which torch takes as int64 only.
+INDICES = ("input_ids", "labels")
 # A placeholder of an image in mm_token_type_ids (Transformers 5); text is 0.
 IMAGE_TYPE = 1
 LARGEST_PIXEL = 16.0
@@ -157,7 +160,8 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
     ids = batch["input_ids"].cpu()
     if batch.get("pixel_values_videos") is not None or bool((ids == parts.video_token_id).any()):
         raise CannotJudge("routing is judged for images; the batch holds a video")
-    problems = [
+    problems = _dtype_problems(batch)
+    problems += [
         f"{name} has shape {tuple(batch[name].shape)}, input_ids {tuple(ids.shape)}: cut and pad together"
         for name in ALIGNED
         if batch.get(name) is not None and batch[name].shape != ids.shape
@@ -173,6 +177,7 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
         return [], problems
     if pixels is not None:
         problems += value_problems(pixels)
+        problems += _width_problems(parts, pixels)
         problems += _pixel_problems(pixels, grids, parts.merge_size)
     mask = batch.get("attention_mask")
     if mask is not None and mask.shape == ids.shape:
@@ -245,6 +250,36 @@ def _type_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def _dtype_problems(batch: Mapping[str, Any]) -> list[str]:
+    """Token ids of another dtype than int64: the forward crashes on them, in words that name neither."""
+    import torch
+
+    dtypes = {name: batch[name].dtype for name in INDICES if batch.get(name) is not None}
+    others = [f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items() if dtype != torch.int64]
+    if not others:
+        return []
+    return [
+        f"token ids have to be int64 (torch.long), and the batch has {' and '.join(others)}: let the collator make "
+        "them so (torch.tensor(ids) of Python integers does; numpy arrays of int32 keep their dtype)"
+    ]
+
+
+def _width_problems(parts: Parts, pixels: torch.Tensor) -> list[str]:
+    """Patches of another size than the vision tower takes: the total of patches may fit all the same."""
+    vision = parts.config.vision_config
+    channels, frames, side = int(vision.in_channels), int(vision.temporal_patch_size), int(vision.patch_size)
+    width, wanted = pixels.shape[-1], channels * frames * side**2
+    if width == wanted:
+        return []
+    cut = math.isqrt(width // (channels * frames))
+    guess = f", which is {channels} x {frames} x {cut} x {cut}" if channels * frames * cut**2 == width else ""
+    return [
+        f"pixel_values has {width} values per patch{guess}, where the vision tower takes {wanted} ({channels} channels "
+        f"x {frames} frames x {side} x {side} pixels): patch_size or temporal_patch_size of the processor is another "
+        "model's; load the processor from the model's own folder"
+    ]
+
+
 def _pixel_problems(pixels: torch.Tensor, grids: Sequence[Grid], merge_size: int) -> list[str]:
     if not grids:
         return [f"pixel_values has {pixels.shape[0]} patches but there is no image_grid_thw"]
@@ -281,7 +316,7 @@ def _assign(
         if not fitting:
             problems.append(
                 f"{tokens}: {length} placeholders, but grid {show_grid(grids[image])} of image {image} of "
-                f"the batch makes {sizes[image]} visual tokens; {totals}{_expanded_again(length, sizes[image])}"
+                f"the batch makes {sizes[image]} visual tokens; {totals}{_why_other(length, grids[image], merge_size)}"
             )
         for size in sizes[image : image + fitting]:
             found.append(Span(image, row, in_row, start, size, visual))
@@ -294,9 +329,14 @@ def _assign(
     return found, problems
 
 
-def _expanded_again(length: int, size: int) -> str:
-    times, rest = divmod(length, size)
-    return f"; {times} times as many: were they expanded more than once?" if times > 1 and not rest else ""
+def _why_other(length: int, grid: Grid, merge_size: int) -> str:
+    """What would explain this number of placeholders for an image, as the end of a sentence."""
+    times, rest = divmod(length, visual_tokens(grid, merge_size))
+    again = f"{times} times as many: were they expanded more than once" if times > 1 and not rest else ""
+    merged = next((m for m in range(1, max(grid)) if m != merge_size and visual_tokens(grid, m) == length), 0)
+    other = f"did the processor count with merge_size {merged}, where the model's is {merge_size}" if merged else ""
+    asked = ", or ".join(question for question in (again, other) if question)
+    return f"; {asked}?" if asked else ""
 
 
 def _fitting(sizes: Sequence[int], length: int) -> int:

@@ -238,6 +238,33 @@ def image_processor_set(case: Case, **settings: Any) -> Any:
 
 
 @fault(
+    "patches-of-another-size",
+    "The processor is another family's: its patches are larger or smaller than those of the vision tower.",
+    target="processor",
+    check="placeholder_counts",
+    expected_words=("values per patch, which is 3 x 2 x", "patch_size or temporal_patch_size of the processor"),
+    silent=False,
+)
+def _patch_size(case: Case) -> Iterator[None]:
+    other = 14 if case.processor.image_processor.patch_size == 16 else 16
+    with image_processor_set(case, patch_size=other):
+        yield
+
+
+@fault(
+    "merge-size-of-another-model",
+    "The processor does not merge patches, and the model does: four times as many placeholders as visual tokens.",
+    target="processor",
+    check="placeholder_counts",
+    expected_words=("placeholders, but grid", "did the processor count with merge_size 1, where the model's is 2"),
+    silent=False,
+)
+def _merge_size(case: Case) -> Iterator[None]:
+    with image_processor_set(case, merge_size=1):
+        yield
+
+
+@fault(
     "mean-and-deviation-wrong",
     "Images are normalised with 0.5 and 0.5 instead of the checkpoint's own values.",
     target="processor",

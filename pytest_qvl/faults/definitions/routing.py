@@ -78,6 +78,22 @@ def _images_lost(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "ids-in-int32",
+    "The collator makes tensors of numpy arrays of int32.",
+    target="batch",
+    check="placeholder_counts",
+    expected_words=("token ids have to be int64", "the batch has input_ids int32"),
+    silent=False,
+)
+def _int32(case: Case) -> Iterator[None]:
+    def cast(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        return {**batch, **{name: batch[name].int() for name in ("input_ids", "labels") if name in batch}}
+
+    case.collators.append(cast)
+    yield
+
+
+@fault(
     "side-inputs-not-cut",
     "input_ids are truncated, mm_token_type_ids are not.",
     target="batch",
