@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.greedy import STEPS
 from pytest_qvl.checks.support.layers import linears
 from pytest_qvl.checks.support.layers.adapters import Adapters
+from pytest_qvl.checks.support.layers.exact import exact_products
 from pytest_qvl.checks.support.layers.flow import Flow
 from pytest_qvl.checks.support.layers.recomputed import judge_recomputation
 from pytest_qvl.checks.support.layers.tally import Tally
@@ -25,8 +25,6 @@ from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
     from pytest_qvl.checks.support.layers.flow import Call
@@ -65,7 +63,7 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
         raise CannotJudge("the batch is packed: give one sample a row")
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "position_ids")}
     tally = Tally()
-    with preserved(model, training=False, seed=0), _exact_products():
+    with preserved(model, training=False, seed=0), exact_products():
         adapters = Adapters(parts, lora_config, tally)
         adapters.judge_sharing()
         with adapters.with_random_b():
@@ -197,31 +195,3 @@ class _Modules:
         elif self._calls <= FULLY_JUDGED:
             self._adapters.judge(name, call, dropped, self._flow.made_by(base))
         self._flow.forget((base,))
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """Switch off inside the block what torch may compute products in besides their dtype, of model and oracles alike.
-
-    TF32 and bfloat16 in place of float32; sums of 16-bit products in 16 bits on CUDA. They are settings of the process.
-    """
-    import torch
-
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn
-    switches: list[tuple[Any, str]] = [
-        (matmul, "allow_bf16_reduced_precision_reduction"),
-        (matmul, "allow_fp16_reduced_precision_reduction"),
-        (matmul, "allow_fp16_accumulation"),
-        (convolution, "allow_tf32"),
-    ]
-    switches = [(owner, name) for owner, name in switches if hasattr(owner, name)]
-    before, precision = [getattr(owner, name) for owner, name in switches], torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        for owner, name in switches:
-            setattr(owner, name, False)
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
-        for (owner, name), value in zip(switches, before, strict=True):
-            setattr(owner, name, value)
