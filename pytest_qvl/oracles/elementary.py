@@ -18,13 +18,13 @@ def linear(
     dtype: torch.dtype,
     *,
     result: torch.dtype | None = None,
-    rounded_again: float = 0.0,
+    products_rounded_to: float = 0.0,
 ) -> Claim:
     """``x W' + b``, rounded to `dtype` once after the sum and once after the bias, then cast to `result`.
 
     Limit: ``2 s |x||w|`` for the judged sum and the oracle's own (``s`` of :func:`~.bounds.summed`, norms over the
-    terms), ``u |x W'| + u |x W' + b|`` for the two roundings, that of the cast, and, where a kernel rounds weights
-    on its own, ``TAIL / sqrt(3) * rounded_again * sqrt(sum of (x w)**2)`` for those.
+    terms), ``u |x W'| + u |x W' + b|`` for the two roundings, that of the cast, and, where a kernel rounds each
+    product, ``TAIL / sqrt(3) * products_rounded_to * sqrt(sum of (x w)**2)`` for those.
 
     Args:
         x: ``(rows, in)`` as the kernel is given it, any float dtype.
@@ -32,8 +32,7 @@ def linear(
         bias: ``(out,)`` or None.
         dtype: In which it is computed.
         result: Of what is returned, where that is another.
-        rounded_again: Unit roundoff to which a kernel rounds weights once more, 0 for none: a fused 4-bit kernel may
-            multiply by the block's scale before or after it rounds.
+        products_rounded_to: Unit roundoff to which a kernel rounds each product before it adds it up; 0 for none.
     """
     import torch
 
@@ -41,8 +40,8 @@ def linear(
     product = x @ weight.T
     lengths = torch.linalg.vector_norm(x, dim=-1)[:, None] * torch.linalg.vector_norm(weight, dim=-1)
     limit = 2 * summed(x.shape[-1]) * lengths + unit(dtype) * product.abs() + underflow(dtype)
-    if rounded_again:
-        limit = limit + TAIL / math.sqrt(3) * rounded_again * (x.square() @ weight.square().T).sqrt()
+    if products_rounded_to:
+        limit = limit + TAIL / math.sqrt(3) * products_rounded_to * (x.square() @ weight.square().T).sqrt()
     if bias is not None:
         product = product + bias.float()
         limit = limit + unit(dtype) * product.abs()

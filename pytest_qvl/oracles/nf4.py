@@ -52,18 +52,40 @@ class Packed(NamedTuple):
     offset: torch.Tensor | None = None
 
 
-def block_scales(packed: Packed, blocks: torch.Tensor) -> torch.Tensor:
-    """The largest magnitudes of some blocks, float32: ``outer_code[absmax] * outer_absmax + offset``."""
+def block_scales(packed: Packed, blocks: torch.Tensor, *, fused: bool = False) -> torch.Tensor:
+    """The largest magnitudes of some blocks, float32: ``outer_code[absmax] * outer_absmax + offset``.
+
+    Args:
+        packed: The matrix.
+        blocks: Numbers of the blocks.
+        fused: Round once, after the sum, as a GPU's multiply-add does; else the product is rounded as well.
+    """
     if packed.outer_code is None or packed.outer_absmax is None:
         return packed.absmax.flatten()[blocks].float()
     codes = packed.absmax.flatten()[blocks].long()
     outer = packed.outer_absmax.flatten()[blocks // packed.outer_blocksize].float()
-    scales = packed.outer_code.float()[codes] * outer
-    return scales if packed.offset is None else scales + packed.offset.float()
+    code = packed.outer_code.float()[codes]
+    if packed.offset is None:
+        return code * outer
+    if fused:
+        # A product of two float32 numbers is exact in float64.
+        return (code.double() * outer.double() + packed.offset.double()).float()
+    return code * outer + packed.offset.float()
 
 
-def rows(packed: Packed, start: int, stop: int) -> torch.Tensor:
-    """Rows ``start`` to ``stop`` of the matrix, ``(stop - start, columns)`` float32."""
+def rows(
+    packed: Packed, start: int, stop: int, *, fused: bool = False, rounded: torch.dtype | None = None
+) -> torch.Tensor:
+    """Rows ``start`` to ``stop`` of the matrix, ``(stop - start, columns)``.
+
+    Args:
+        packed: The matrix.
+        start: First row.
+        stop: Row after the last.
+        fused: Of :func:`block_scales`.
+        rounded: Round code book and scales to this dtype before they are multiplied in it, as bitsandbytes' kernel for
+            few rows does; else both are multiplied in float32, and returned so.
+    """
     import torch
 
     columns = packed.shape[1]
@@ -73,7 +95,10 @@ def rows(packed: Packed, start: int, stop: int) -> torch.Tensor:
     book = torch.tensor(CODE_BOOK, device=data.device)
     first_block = first // packed.blocksize
     blocks = torch.arange(first_block, (last - 1) // packed.blocksize + 1, device=data.device)
-    scales = block_scales(packed, blocks).repeat_interleave(packed.blocksize)
+    scales = block_scales(packed, blocks, fused=fused)
+    if rounded is not None:
+        book, scales = book.to(rounded), scales.to(rounded)
     within = first - first_block * packed.blocksize
-    made: torch.Tensor = book[halves.long()] * scales[within : within + last - first]
+    scales = scales.repeat_interleave(packed.blocksize)[within : within + last - first]
+    made: torch.Tensor = book.index_select(0, halves.int()) * scales
     return made.view(stop - start, columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.tally import multiple
@@ -11,6 +12,8 @@ from pytest_qvl.oracles import elementary, nf4
 from pytest_qvl.oracles.bounds import unit
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from pytest_qvl.checks.support.layers.flow import Call
@@ -18,8 +21,10 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.oracles.bounds import Claim
 
-ELEMENTS = 2**24
-"""Weights that are held in float32 at a time: 64 MiB."""
+ELEMENTS = 2**23
+"""Weights, inputs or results that are held in float32 at a time: 32 MiB."""
+FEW_ROWS = 32
+"""Rows for which bitsandbytes may take a kernel without tensor cores, where the length of a row is a multiple of 64."""
 PRODUCT_4BIT, PRODUCT_16BIT = "4-bit product", "linear product"
 BIAS, BOOK, NORM, EPSILON, EMBEDDING = "bias", "NF4 code book", "norm", "eps of a norm", "embedding"
 
@@ -57,18 +62,20 @@ def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
         tally.leave_out(f"{type(module).__name__} that is not NF4", name)
         return
     dtype = (module.compute_dtype or call.given.dtype) if is_4bit else module.weight.dtype
-    x, result = call.given.flatten(0, -2).to(dtype), call.made.flatten(0, -2)
-    # A fused kernel of the GPU, for few rows, scales a block before or after it rounds.
-    again = unit(dtype) if is_4bit and x.device.type == "cuda" else 0.0
+    given, result = call.given.flatten(0, -2), call.made.flatten(0, -2)
     step = max(1, ELEMENTS // module.in_features)
-    for start in range(0, module.out_features, step):
+    for start, first in product(range(0, module.out_features, step), range(0, len(given), step)):
         stop = min(start + step, module.out_features)
         bias = None if module.bias is None else module.bias.detach()[start:stop].to(dtype)
-        rows = weight_rows(module, start, stop, dtype)
-        claim = elementary.linear(x, rows, bias, dtype, result=result.dtype, rounded_again=again)
-        part = result[:, start:stop]
-        words = partial(_product_words, part, claim.value, bias)
-        tally.hold(PRODUCT_4BIT if is_4bit else PRODUCT_16BIT, name, part, claim, words)
+        x, part = given[first : first + step].to(dtype), result[first : first + step, start:stop]
+        claims = (
+            elementary.linear(x, weight, bias, dtype, result=result.dtype, products_rounded_to=rounded)
+            for weight, rounded in weights_of_kernels(
+                module, start, stop, dtype, inputs=len(given), device=x.device.type
+            )
+        )
+        words = partial(_product_words, part, bias)
+        tally.hold_to_one(PRODUCT_4BIT if is_4bit else PRODUCT_16BIT, name, part, claims, words)
     expected = has_bias(parts, name)
     if expected is not None:
         tally.count(BIAS, 1)
@@ -76,7 +83,35 @@ def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
             tally.fail(BIAS, name, "has no bias, where the family has one" if expected else "has a bias too many")
 
 
-def _product_words(got: torch.Tensor, expected: torch.Tensor, bias: torch.Tensor | None) -> str:
+def weights_of_kernels(
+    module: Any, start: int, stop: int, dtype: torch.dtype, *, inputs: int, device: str
+) -> Iterator[tuple[torch.Tensor, float]]:
+    """Weights as each kernel that may have run takes them, and the unit roundoff of its products, 0 for exact ones.
+
+    On the CPU bitsandbytes dequantizes in float32, rounds, and multiplies; on a GPU too, for long inputs. Its fused
+    kernels there (0.50, csrc/gemm_4bit_*.cu) compute a block's scale by one multiply-add. The one with tensor cores
+    then does the same; the one without, for few inputs and by 0.49 and before for one, rounds code book and scale,
+    multiplies those in the dtype, and rounds each product with an input as well.
+
+    Args:
+        module: A linear layer.
+        start: First of its outputs.
+        stop: Output after the last.
+        dtype: In which it computes.
+        inputs: How many rows it was given.
+        device: Type of its device.
+    """
+    yield weight_rows(module, start, stop, dtype), 0.0
+    packed = packed_of(module)
+    if packed is None or device == "cpu":
+        return
+    if packed.outer_code is not None:
+        yield nf4.rows(packed, start, stop, fused=True).to(dtype), 0.0
+    if dtype.itemsize == 2 and (inputs <= FEW_ROWS or module.in_features % 64):
+        yield nf4.rows(packed, start, stop, fused=True, rounded=dtype), unit(dtype)
+
+
+def _product_words(got: torch.Tensor, bias: torch.Tensor | None, expected: torch.Tensor) -> str:
     if bias is not None:
         away = (got.float() - expected).norm()
         if bool((got.float() - expected + bias.float()).norm() < away / 4):
