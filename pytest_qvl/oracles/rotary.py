@@ -39,9 +39,9 @@ def frequencies(theta: float, count: int) -> torch.Tensor:
 def turned(angles: torch.Tensor, theta: float, dtype: torch.dtype) -> tuple[Claim, Claim]:
     """Cosines and sines of angles, each of ``head_dim / 2`` twice, rounded to `dtype` once.
 
-    Limit: a frequency in float32 is off by ``(ln(theta) + 4) u``, relatively, from the rounded exponent, the power and
-    its reciprocal; an angle by one rounding more, and its cosine by no more than the angle; then by four last places of
-    the function itself.
+    Limit: a frequency in float32 is off by ``(ln(theta) + 9) u``, relatively: from the rounded exponent, the power
+    (four last places, 8 u: CUDA's ``powf`` is the coarsest) and its reciprocal; an angle by one rounding more, and its
+    cosine by no more than the angle; then by four last places of the function itself.
 
     Args:
         angles: ``(..., head_dim / 2)`` float64.
@@ -51,7 +51,7 @@ def turned(angles: torch.Tensor, theta: float, dtype: torch.dtype) -> tuple[Clai
     import torch
 
     angles = torch.cat((angles, angles), dim=-1)
-    inner = (math.log(theta) + 6) * SINGLE * angles.abs().float() + 4 * SINGLE
+    inner = (math.log(theta) + 10) * SINGLE * angles.abs().float() + 4 * SINGLE
     cosines, sines = angles.cos().float(), angles.sin().float()
     return (
         Claim(cosines, inner + unit(dtype) * cosines.abs()),
