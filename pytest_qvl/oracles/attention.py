@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import TYPE_CHECKING
 
 from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, Claim, summed, underflow, unit
@@ -59,25 +60,26 @@ def attention(
     """
     import torch
 
-    heads = max(1, ELEMENTS // (query.shape[1] * key.shape[1]))
+    heads = max(1, ELEMENTS // max(1, query.shape[1] * key.shape[1]))
+    queries = max(1, ELEMENTS // max(1, key.shape[1]))
     shared = query.shape[0] // key.shape[0]
     u = unit(query.dtype)
-    claims = []
-    for start in range(0, query.shape[0], heads):
-        mine = slice(start, start + heads)
+    whole = Claim(*(torch.empty((*query.shape[:2], value.shape[2]), device=query.device) for _ in range(2)))
+    for start, first in product(range(0, query.shape[0], heads), range(0, query.shape[1], queries)):
+        mine, some = slice(start, start + heads), slice(first, first + queries)
         ours = torch.arange(query.shape[0], device=key.device)[mine] // shared
-        q, k, v = query[mine].float(), key[ours].float(), value[ours].float()
+        q, k, v = query[mine, some].float(), key[ours].float(), value[ours].float()
         scores = q @ k.mT * scaling
         size = torch.linalg.vector_norm(q, dim=-1)[..., None] * torch.linalg.vector_norm(k, dim=-1)[:, None]
         error = 2 * summed(q.shape[-1]) * abs(scaling) * size + ((2 * u if eager else 0) + 4 * SINGLE) * scores.abs()
         if inexact:
             error = error + inexact * abs(scaling) * (q.abs() @ k.abs().mT)
         if allowed is not None:
-            scores = scores.masked_fill(~allowed, -torch.inf)
+            scores = scores.masked_fill(~allowed[some], -torch.inf)
         weights = scores.softmax(dim=-1).nan_to_num(0.0)
         off = weights * (error.clamp_max(50).expm1() + 4 * FUNCTION * SINGLE)
         made, mass = weights @ v, weights @ v.abs()
         limit = off @ v.abs() + off.sum(dim=-1, keepdim=True) * made.abs()
         limit = limit + (u + 2 * summed(k.shape[1]) + 4 * SINGLE) * mass + u * made.abs()
-        claims.append(Claim(made, limit + 2 * underflow(query.dtype)))
-    return Claim(torch.cat([c.value for c in claims]), torch.cat([c.limit for c in claims]))
+        whole.value[mine, some], whole.limit[mine, some] = made, limit + 2 * underflow(query.dtype)
+    return whole

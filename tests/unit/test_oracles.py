@@ -169,3 +169,13 @@ def test_what_adapters_add_is_their_sum(dtype: torch.dtype) -> None:
 
 def test_half_a_step_of_each_dtype() -> None:
     assert [unit(dtype) for dtype in DTYPES] == [2**-24, 2**-8, 2**-11]
+
+
+def test_attention_in_slices_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = (noise(4, 30, 16, seed=seed) for seed in range(3))
+    allowed = attention.causal(torch.ones(1, 30, dtype=torch.bool), 30)[0]
+    whole = attention.attention(query, key, value, allowed, 0.25, eager=False)
+    monkeypatch.setattr(attention, "ELEMENTS", 7 * 30)
+    sliced = attention.attention(query, key, value, allowed, 0.25, eager=False)
+    for one, other in zip(whole, sliced, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -23,6 +23,7 @@ def judge_mlp(tally: Tally, flow: Flow, mlp: Mlp, _call: Call) -> None:
     first = [mlp.up] if mlp.gate is None else [mlp.gate, mlp.up]
     if not flow.seen((*first, mlp.down)):
         tally.leave_out(FUSED, mlp.name)
+        flow.forget((*first, mlp.down))
         return
     for linear in first:
         words = "does not give its own input to its first linears"
@@ -46,6 +47,7 @@ def judge_merger(tally: Tally, flow: Flow, merger: Merger, _call: Call) -> None:
     inside = (merger.norm, merger.first, merger.second)
     if not flow.seen(inside):
         tally.leave_out(FUSED, merger.name)
+        flow.forget(inside)
         return
     words = "does not put the normed patches of a square side by side, in order"
     tally.handed_on(merger.name, flow.given_to(merger.first).flatten(), flow.made_by(merger.norm).flatten(), words)
@@ -61,6 +63,7 @@ def judge_residuals(tally: Tally, flow: Flow, layer: Layer) -> None:
     attention, mlp, name = layer.attention, layer.mlp.module, layer.name
     if not flow.seen((first, second, attention, mlp)):
         tally.leave_out(FUSED, name)
+        flow.forget((first, second, attention, mlp))
         return
     x, middle = flow.given_to(layer.module), flow.given_to(second)
     tally.handed_on(name, flow.given_to(first), x, "does not give its own input to its first norm")

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
 
 OPERATION = "recomputed dropout"
+ELEMENTS = 2**22
+"""Numbers that are added up at a time: 32 MiB of float64."""
 
 
 def judge_recomputation(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally) -> None:
@@ -57,6 +59,10 @@ def _fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """Which elements are zero and what the others sum up to, ``(2,)`` float64: other masks differ in either."""
     import torch
 
-    kept = (tensor != 0).flatten().double()
-    places = torch.arange(1, len(kept) + 1, device=tensor.device, dtype=torch.float64)
-    return torch.stack((kept @ places, tensor.double().sum()))
+    flat = tensor.flatten()
+    made = torch.zeros(2, dtype=torch.float64, device=tensor.device)
+    for start in range(0, len(flat), ELEMENTS):
+        part = flat[start : start + ELEMENTS]
+        places = torch.arange(start + 1, start + len(part) + 1, device=tensor.device, dtype=torch.float64)
+        made += torch.stack((places.where(part != 0, 0.0).sum(), part.double().sum()))
+    return made

@@ -106,6 +106,7 @@ class Text:
         flow, tally, name = self._flow, self._tally, f"{layer.name}.self_attn"
         if not flow.seen((*layer.inputs, layer.output)):
             tally.leave_out(FUSED, name)
+            flow.forget((*layer.inputs, layer.output, *layer.head_norms))
             return
         for linear in layer.inputs:
             tally.handed_on(name, flow.given_to(linear), call.given, "does not give its own input to q, k and v")
@@ -119,8 +120,8 @@ class Text:
         query, key, value = self._projected(layer, name)
         cosines, sines = (self._turns.combined(each)[:, None] for each in turns)
         query, new = rotary.rotated(query, cosines, sines), rotary.rotated(key, cosines, sines)
-        keys, values = self._extended(layer.number, new, value)
         held = kv_cache_in(call.kwargs)
+        keys, values = (new, value) if held is None else self._extended(layer.number, new, value)
         cache = None if held is None else cached_layer(held, layer.number)
         if held is not None and cache is None:
             tally.leave_out(f"the keys and values in a {type(held).__name__} of this kind", name)

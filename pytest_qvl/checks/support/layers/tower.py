@@ -111,6 +111,7 @@ class Tower:
         flow, tally, name = self._flow, self._tally, f"{block.name}.attn"
         if not flow.seen((*block.inputs, block.output)):
             tally.leave_out(FUSED, name)
+            flow.forget((*block.inputs, block.output))
             return
         joint = flow.made_by(block.inputs[0])
         tally.handed_on(name, flow.given_to(block.inputs[0]), call.given, "does not give its own input to qkv")
@@ -146,9 +147,16 @@ class Tower:
         assert self._laid is not None
         sizes = self._laid.frames if everywhere else self._laid.windows
         attend = partial(oracle.attention, allowed=None, scaling=query.shape[-1] ** -0.5, eager=self._eager)
-        groups = zip(*(torch.split(each, sizes, dim=1) for each in (query, key, value)), strict=True)
-        claims = [attend(q, k, v) for q, k, v in groups]
-        return Claim(torch.cat([c.value for c in claims], dim=1), torch.cat([c.limit for c in claims], dim=1))
+        whole = Claim(*(torch.empty(query.shape, device=query.device) for _ in range(2)))
+        starts = torch.tensor([0, *sizes], device=query.device).cumsum(0)[:-1]
+        for size in set(sizes):
+            # Groups of one size are so many heads more.
+            begun = starts[torch.tensor([each == size for each in sizes], device=query.device)]
+            places = begun[:, None] + torch.arange(size, device=query.device)
+            claim = attend(*(each[:, places].flatten(0, 1) for each in (query, key, value)))
+            for made, part in zip(whole, claim, strict=True):
+                made[:, places] = part.view(len(query), *places.shape, -1)
+        return whole
 
     def _words(self, block: Layer, got: torch.Tensor, claim: Claim, inputs: tuple[torch.Tensor, ...]) -> str:
         everywhere, scaling = block.number in self._full, inputs[0].shape[-1] ** -0.5
