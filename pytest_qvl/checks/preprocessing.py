@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import numpy as np
+    import torch
     from PIL.Image import Image
 
     from pytest_qvl.models.anatomy import Parts
@@ -46,6 +47,11 @@ FROM_SAMPLES = 8  # images of the samples, of as many sizes as there are
 # Of images with more, the first is judged, and none is made to exceed the upper limit: a second each, and 300 MiB.
 MOST_PIXELS = 4 * 2**20
 CONSTANTS_APART = 1e-6  # released files write eight digits
+NEVER_TURNED = (
+    "files given as paths or URLs are not turned as their EXIF orientation says: this processor's loader is "
+    "torchvision's (huggingface/transformers#45195). Open them with "
+    "PIL.ImageOps.exif_transpose(Image.open(path)) if yours have one"
+)
 
 
 @check(promise=5)
@@ -56,7 +62,8 @@ def image_preprocessing(model: Any, processor: Any, samples: Sequence[Sample]) -
     no code with Transformers, so that a fault which was there from the start is seen: a reference recorded with the
     same processor has the same fault. Judged are images of the samples and some made here: noise of odd sizes, below
     and (if that is less than 4 megapixels) above the pixel limits, with an alpha channel, in grey, with a palette, and
-    a file with EXIF orientation, read by the processor's own loader.
+    a file with EXIF orientation, read by the processor's own loader. Transformers' torchvision loader never turns a
+    file (huggingface/transformers#45195): a note says so, as it concerns only who hands over paths or URLs.
 
     Limits: grids are exact. Values of an image that is not resized differ by eight roundings of float32 at most. Where
     it is resized, by two steps of 8 bits more: Pillow and torch round to 8 bits after each of two passes, where a tie
@@ -78,7 +85,9 @@ def image_preprocessing(model: Any, processor: Any, samples: Sequence[Sample]) -
     problems = _wrong_constants(parts, image_processor, recipe)
     judge.equal("constants that are not the model's", len(problems), 0, else_say="; ".join(problems))
     wrong_grids, wrong_values, judged, worst = [], [], 0, 0.0
-    for shown in _shown(image_processor, samples, recipe):
+    file = _turned_file(image_processor)
+    never_turned = file is not None and _is_never_turned(file)
+    for shown in (*_shown(samples, recipe), *(() if file is None or never_turned else (file,))):
         judged += 1
         made = image_processor(images=[shown.given], return_tensors="pt")
         grid = tuple(made["image_grid_thw"][0].tolist())
@@ -97,6 +106,8 @@ def image_preprocessing(model: Any, processor: Any, samples: Sequence[Sample]) -
     judge.equal("images with other values", len(wrong_values), 0, else_say=some(wrong_values, "; "))
     for note in _notes(image_processor, recipe):
         judge.note(note)
+    if never_turned:
+        judge.note(NEVER_TURNED)
     return judge.verdict()
 
 
@@ -151,12 +162,12 @@ class _Shown:
     """
 
     name: str
-    given: Image
+    given: Image | torch.Tensor
     pixels: Array
     on_white: Array | None = None
 
 
-def _shown(image_processor: Any, samples: Sequence[Sample], recipe: Recipe) -> Iterator[_Shown]:
+def _shown(samples: Sequence[Sample], recipe: Recipe) -> Iterator[_Shown]:
     seen: set[tuple[int, int]] = set()
     large = False
     for sample in samples:
@@ -169,7 +180,6 @@ def _shown(image_processor: Any, samples: Sequence[Sample], recipe: Recipe) -> I
             yield _Shown(f"image {number} of sample {sample.id!r}", image, *rgb(image))
     for name, image in _made(recipe):
         yield _Shown(name, image, *rgb(image))
-    yield from _from_file(image_processor)
 
 
 def _made(recipe: Recipe) -> Iterator[tuple[str, Image]]:
@@ -200,13 +210,13 @@ def _noise(mode: str, width: int, height: int) -> Image:
     return image
 
 
-def _from_file(image_processor: Any) -> Iterator[_Shown]:
+def _turned_file(image_processor: Any) -> _Shown | None:
     """A file that EXIF says to turn, as the processor's loader reads it: one that chat templates call for paths."""
     from PIL import Image
 
     fetch = getattr(image_processor, "fetch_images", None)
     if fetch is None:
-        return
+        return None
     step = int(image_processor.patch_size) * int(image_processor.merge_size)
     upright = _noise("RGB", 2 * step, 3 * step)
     exif = Image.Exif()
@@ -217,7 +227,15 @@ def _from_file(image_processor: Any) -> Iterator[_Shown]:
         read = fetch(str(file))
         if hasattr(read, "load"):
             read.load()
-    yield _Shown("a file with EXIF orientation 6", read, *rgb(upright))
+    return _Shown("a file with EXIF orientation 6", read, *rgb(upright))
+
+
+def _is_never_turned(file: _Shown) -> bool:
+    """Whether torchvision has decoded the file, to a tensor ``(3, height, width)``, and left it as it is stored."""
+    import torch
+
+    height, width = file.pixels.shape[:2]
+    return isinstance(file.given, torch.Tensor) and tuple(file.given.shape[-2:]) == (width, height)
 
 
 def _grid_words(

@@ -160,3 +160,16 @@ def test_the_embedded_constants_are_the_familys(processor: Any) -> None:
     row = FAMILIES["qwen2_5_vl"]
     assert tuple(processor.image_processor.image_mean) == row.image_mean
     assert tuple(processor.image_processor.image_std) == row.image_std
+
+
+def test_a_loader_of_torchvision_that_never_turns_files_is_noted(model: Any, own: Any, monkeypatch: Any) -> None:
+    """What Transformers' torchvision processors do with paths, decoded here by Pillow: torchvision needs CUDA's torch."""
+
+    def decoded(given: Any) -> Any:
+        if not isinstance(given, str):
+            return [decoded(each) for each in given] if isinstance(given, list) else given
+        return torch.from_numpy(np.asarray(Image.open(given).convert("RGB")).copy()).permute(2, 0, 1)
+
+    monkeypatch.setattr(own.image_processor, "fetch_images", decoded)
+    evidence = image_preprocessing(model, own, samples)
+    assert any("not turned as their EXIF orientation says" in note for note in evidence.notes)
