@@ -2,11 +2,16 @@
 
 import gc
 import os
+import sys
 
 import pytest
 
 # Before torch is imported: workers that each start a thread per core spend their time waiting for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests start some 150 processes. Where the environment forbids to keep compiled code, as many images do, each would
+# compile this package again, which is a third of its time, and what `pip install --no-compile` left.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 pytest_plugins = ["pytester"]
 LEFT_OUT = pytest.mark.skip(reason="slow: --slow runs it")
