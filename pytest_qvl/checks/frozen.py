@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from pytest_qvl.checks.support.teaching import (
     with_wrong_labels,
 )
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
+from pytest_qvl.checks.support.user_optimizer import note_too_small, too_small_steps
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import active_adapters, adapter_parameters
@@ -118,7 +119,8 @@ def frozen_vision(
         own = {id(parameter) for parameter in adapters.values()}
         not_own = sorted(n.replace(".base_layer", "") for n, p in trained.items() if id(p) not in own)
         _judge_base(judge, parts, base_before, base_after, not_own, policy=policy)
-        _judge_adapter(judge, adapters, adapter_before, adapter_after, steps)
+        adapter_moved = set(_changed(adapter_before, adapter_after))
+        _judge_adapter(judge, adapters, adapter_moved, steps, partial(_too_small, parts, wrong[0], optimizer))
         in_vision = _trained_in_vision(parts, adapters)
         undeclared = [name for name in in_vision if parts.group_of(name) not in (*policy.adapted, *policy.trained)]
         if in_vision and not undeclared:
@@ -258,6 +260,18 @@ def _train(
     return losses[0]
 
 
+def _too_small(
+    parts: Parts, batch: Batch, optimizer: torch.optim.Optimizer, still: Mapping[str, nn.Parameter]
+) -> list[str]:
+    """Which of these tensors stand still because the optimizer's steps are too small to see, by one more gradient."""
+    parts.wrapped.train()
+    scale = FIRST_FLOAT16_SCALE if computes_in_float16(parts) else 1.0
+    backward(partial(_loss, parts, batch), list(still.values()), scale=scale)
+    small = too_small_steps(still, optimizer)
+    optimizer.zero_grad(set_to_none=True)
+    return small
+
+
 def _loss(parts: Parts, batch: Batch) -> torch.Tensor:
     loss: torch.Tensor = forward(parts, batch).loss
     return loss
@@ -304,22 +318,27 @@ def _judge_base(
 def _judge_adapter(
     judge: Judge,
     adapters: Mapping[str, nn.Parameter],
-    before: Mapping[str, int],
-    after: Mapping[str, int],
+    moved: set[str],
     steps: int,
+    too_small: Callable[[Mapping[str, nn.Parameter]], list[str]],
 ) -> None:
+    """Hold the adapter's LoRA matrices to have moved, but those of which `too_small` says that no step can be seen."""
     trainable = [name for name, parameter in adapters.items() if parameter.requires_grad]
-    moved = set(_changed(before, after))
     # A trained copy of an embedding moves only where the batch has its tokens.
     lora = [name for name in trainable if matrix_of(name)]
     still = [name for name in lora if name not in moved]
+    if still and len(still) < len(lora):
+        small = too_small({name: adapters[name] for name in still})
+        note_too_small(judge, small, lora)
+        still, lora = ([name for name in names if name not in small] for names in (still, lora))
     judge.every(
         "adapter tensors that moved",
         lora,
         still,
         else_say=lambda off: (
-            f"{off} adapter tensors did not move in {steps} steps: {some(still)}; no gradient reaches them, or the "
-            "optimizer does not hold them"
+            f"{off} adapter tensors did not move in {steps} steps: {some(still)}; no gradient reaches them, the "
+            "optimizer does not hold them, or its steps are below the resolution of "
+            f"{tally(dtype_name(adapters[name].dtype) for name in still)}"
         ),
     )
     astray = sorted(moved - set(trainable))

@@ -333,6 +333,26 @@ def test_optimizers_and_rates_that_people_use(plain_model: Any, batch: Any, name
     assert figure(evidence, "tensors that your optimizer's step moves") == 56
 
 
+def test_steps_that_float32_does_not_keep_are_a_note(plain_model: Any, batch: Any) -> None:
+    """Plain SGD at 1e-6 leaves A where it is while B is near zero; nothing is wrong with its gradient."""
+    evidence = frozen_vision(plain_model, batch, make_optimizer=HEALTHY_OPTIMIZERS["SGD 1e-6"])
+    moved = figure(evidence, "adapter tensors that moved")
+    assert 28 <= moved < 56
+    assert f"{56 - moved} of 56 tensors stand still under your optimizer, because float32" in evidence.notes[-1]
+    evidence = step(plain_model, batch, steps_to_halve=2, make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-8))
+    moved = figure(evidence, "tensors that your optimizer's step moves")
+    assert 0 < moved < 56
+    assert f"{56 - moved} of 56 tensors stand still" in evidence.notes[-1]
+
+
+def test_tensors_that_the_optimizer_leaves_out_are_no_small_steps(plain_model: Any, batch: Any) -> None:
+    message = refused(
+        frozen_vision, plain_model, batch, make_optimizer=lambda p: torch.optim.SGD([p[1], *p[3:]], lr=0.1)
+    )
+    assert message.startswith("2 of 56 adapter tensors did not move in 2 steps: ")
+    assert "the optimizer does not hold them, or its steps are below the resolution of float32 (2)" in message
+
+
 def test_an_adalora_for_language_models_learns(fresh_model: Any, batch: Any) -> None:
     """By its task type its loss holds a penalty on A and B; its ranknum, trainable once cast, is too large to move."""
     from peft import AdaLoraConfig, TaskType

@@ -12,13 +12,43 @@ from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.models.quantized import dtype_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence, Sized
 
     from torch import nn
 
     from pytest_qvl.checks.support.descent import Lesson, Move
     from pytest_qvl.checks.support.teaching import MakeOptimizer
     from pytest_qvl.evidence import Judge
+
+
+def too_small_steps(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> list[str]:
+    """Names of the tensors of which float32 keeps no step along the gradient at the optimizer's learning rate.
+
+    Such a tensor stands still although its gradient is right and the optimizer holds it: A matrices under plain SGD at
+    1e-6, while B is near zero. Of float32 only: in 16 bits a training stands still with it, which is worth a finding.
+
+    Args:
+        parameters: Tensors by name, their gradient in ``.grad``.
+        optimizer: What should move them.
+    """
+    import torch
+
+    rates = {id(p): float(group.get("lr") or 0.0) for group in optimizer.param_groups for p in group["params"]}
+    small = []
+    for name, parameter in parameters.items():
+        rate, grad, value = rates.get(id(parameter), 0.0), parameter.grad, parameter.detach()
+        if value.dtype == torch.float32 and rate > 0 and grad is not None and bool(grad.any()):
+            small.extend([name] if torch.equal(value - rate * grad, value) else [])
+    return small
+
+
+def note_too_small(judge: Judge, small: Sequence[str], of: Sized) -> None:
+    """Say which tensors stand still because the steps are too small, and that this is no defect of the optimizer."""
+    if small:
+        judge.note(
+            f"{len(small)} of {len(of)} tensors stand still under your optimizer, because float32 keeps no step as "
+            f"small as its learning rate times their gradient: {some(small)}"
+        )
 
 
 def judge_optimizer(
@@ -45,7 +75,7 @@ def judge_optimizer(
         move = take_step(lesson, optimizer)
         if not any(_moved(move)):
             move = take_step(lesson, optimizer)
-    _judge_moves(judge, trained, move)
+    _judge_moves(judge, trained, move, optimizer)
     if judge.problems:
         return
     found = descent(lesson, move)
@@ -114,7 +144,28 @@ def _moved(move: Move) -> list[bool]:
     return [not torch.equal(before, after) for before, after in zip(move.before, move.after, strict=True)]
 
 
-def _judge_moves(judge: Judge, trained: Mapping[str, nn.Parameter], move: Move) -> None:
+def too_small_to_see(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> list[str]:
+    """Names of the tensors in which float32 keeps no step of the optimizer's learning rate along the gradient.
+
+    At such a rate (plain SGD at 1e-6) a tensor stands still although its gradient is right and the optimizer holds it.
+    Only of float32: in 16 bits training stands still as well, which is worth a finding.
+
+    Args:
+        parameters: Tensors by name, their gradient in ``.grad``.
+        optimizer: The optimizer that should move them.
+    """
+    import torch
+
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"] if group.get("lr")}
+    asked = {name: p for name, p in parameters.items() if id(p) in rates and p.grad is not None and bool(p.grad.any())}
+    return [
+        name
+        for name, p in asked.items()
+        if p.dtype == torch.float32 and torch.equal(p.detach() - rates[id(p)] * p.grad, p.detach())
+    ]
+
+
+def _judge_moves(judge: Judge, trained: Mapping[str, nn.Parameter], move: Move, optimizer: Any) -> None:
     import torch
 
     moved = dict(zip(trained, _moved(move), strict=True))
@@ -124,6 +175,10 @@ def _judge_moves(judge: Judge, trained: Mapping[str, nn.Parameter], move: Move) 
         if grad is not None and bool(grad.any()) and RANK_COUNT not in name.split(".")
     ]
     still = [name for name in steep if not moved[name]]
+    if len(still) < len(steep):  # an optimizer that moves nothing at all trains nothing, whatever the reason
+        small = too_small_steps({name: trained[name] for name in still}, optimizer)
+        note_too_small(judge, small, steep)
+        still, steep = ([name for name in names if name not in small] for names in (still, steep))
     dtypes = tally(dtype_name(trained[name].dtype) for name in still)
     judge.every(
         "tensors that your optimizer's step moves",
