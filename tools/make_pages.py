@@ -1,7 +1,8 @@
 """Write every page and figure that is made from code and records: run it after records or declarations changed.
 
 Usage: ``python tools/make_pages.py``, with the extra ``plots``. It makes docs/faults.md, docs/faults.svg and
-docs/faults-by-model.md from docs/records/faults-*.json, the tables of docs/checks.md (that of healthy variations from
+docs/faults-by-model.md from docs/records/faults-*.json, docs/mutations.md from docs/records/mutations-*.json if one is
+there, the tables of docs/checks.md (that of healthy variations from
 docs/records/healthy-cpu.json, if it is there), diagram and table of docs/fixtures.md, and docs/forecast.svg (half a
 minute: a forecast of a 7B model).
 """
@@ -22,7 +23,11 @@ TABLES = ("check_tables.py", "fixture_tables.py")
 def commands() -> list[list[str]]:
     """What ``pytest-qvl`` is called with."""
     records = DOCS / "records"
-    made = [*sorted(records.glob("faults-*.json")), *records.glob("healthy-cpu.json")]
+    made = [
+        *sorted(records.glob("faults-*.json")),
+        *records.glob("healthy-cpu.json"),
+        *records.glob("mutations-*.json"),
+    ]
     timeline = ["--model", "qwen2.5-vl-7b", "--card", "t4", "--largest", "none", "--timeline", DOCS / "forecast.svg"]
     return [
         ["faults", "--table", *map(str, made), "--docs", str(DOCS)],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.catalogue import catalogue, find
 from pytest_qvl.faults.common_mode import unshared
 from pytest_qvl.faults.matrix.healthy_command import healthy, split_records
+from pytest_qvl.faults.mutation.command import add_random, randomly
 from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file, check_folder
 
@@ -32,6 +33,7 @@ def add_faults(subparsers: Any) -> None:
     _add_matrix(parser)
     _add_records(parser)
     _add_healthy(parser)
+    add_random(parser)
     parser.set_defaults(run=run)
 
 
@@ -57,8 +59,8 @@ def _add_matrix(parser: argparse.ArgumentParser) -> None:
         "--jobs",
         type=int,
         metavar="N",
-        help="with --matrix: processes (default: one per core on the CPU, 1 on CUDA); with --healthy: threads of all "
-        "processes together",
+        help="with --matrix or --random: processes (default: one per core on the CPU, 1 on CUDA); with --healthy: "
+        "threads of all processes together",
     )
 
 
@@ -68,15 +70,15 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="FILE.json",
-        help="with --matrix or --healthy: write the record here; until it is complete, what is done is kept in "
-        "FILE.json.part, and the same command goes on from there",
+        help="with --matrix, --healthy or --random: write the record here; until it is complete, what is done is kept "
+        "in FILE.json.part, and the same command goes on from there",
     )
     parser.add_argument(
         "--minutes",
         type=float,
         metavar="N",
-        help="with --matrix or --healthy: begin no fault or variation after so many; --healthy ends within half a "
-        "minute then, and exits with 3",
+        help="with --matrix, --healthy or --random: begin nothing new after so many; --healthy ends within half a "
+        "minute then, --random when those that run are judged, and both exit with 3",
     )
     parser.add_argument(
         "--table",
@@ -90,7 +92,8 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FOLDER",
         help="with --matrix or --table: write faults.md and faults.svg here (the figure needs the extra "
-        "plots); with --table also faults-by-model.md, and the table of a record of --healthy into checks.md",
+        "plots); with --table also faults-by-model.md, the table of a record of --healthy into checks.md, and the page "
+        "of one of --random, mutations.md",
     )
 
 
@@ -126,6 +129,10 @@ def run(options: argparse.Namespace) -> int:
         check_file("--out", options.out)
     if options.healthy is not None:
         return healthy(options, _jobs(options.jobs, "cpu"))
+    if options.random is not None:
+        return randomly(options, _jobs(options.jobs, "cpu"))
+    if options.seed is not None:
+        raise ValueError("--seed says which mutations --random draws: give both")
     if options.isa is not None:
         raise ValueError("--isa says where the variations of --healthy run: give both")
     if options.matrix:
@@ -192,29 +199,33 @@ def _jobs(given: int | None, device: str) -> int:
 def table(files: list[Path], docs: Path | None) -> int:
     """Make the pages of records: one column per record of faults, the page of the whole matrix if it is among them.
 
-    The table of a record of healthy variations goes into the page that has a place for it, or to stdout.
+    The table of a record of healthy variations goes into the page that has a place for it, or to stdout; one of
+    mutations has a page of its own.
 
     Raises:
         ValueError: A file is no record, or no folder to write to was given.
     """
     from pytest_qvl.faults.matrix.by_model import NAME, by_model, ordered, read_record
-    from pytest_qvl.faults.matrix.healthy_record import markdown, write_block
+    from pytest_qvl.faults.matrix.healthy_record import SCHEMA, markdown, write_block
+    from pytest_qvl.faults.mutation import record as mutations
 
-    variations, faults = split_records(files)
-    if docs is None and (faults or len(variations) != 1):
+    variations, others = split_records(files, SCHEMA)
+    mutated, faults = split_records(others, mutations.SCHEMA)
+    if docs is None and (others or len(variations) != 1):
         raise ValueError("--table makes pages: say where with --docs FOLDER")
     if docs is None:
         sys.stdout.write(markdown(variations[0]) + "\n")
         return 0
     for data in variations:
         write_block(data, docs)
-    if not faults:
-        return 0
     results = ordered(map(read_record, faults))
     if any(result.variations for result in results):
         require_matplotlib("--docs")
     docs.mkdir(parents=True, exist_ok=True)
-    (docs / NAME).write_text(by_model(results), encoding="utf-8")
+    for data in mutated:
+        (docs / mutations.NAME).write_text(mutations.page(data), encoding="utf-8")
+    if results:
+        (docs / NAME).write_text(by_model(results), encoding="utf-8")
     for result in results:
         if result.variations:
             _write_pages(result, docs)

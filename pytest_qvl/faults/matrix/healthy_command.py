@@ -69,18 +69,16 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--minutes is a time above 0, not {options.minutes:g}")
 
 
-def split_records(files: list[Path]) -> tuple[list[dict[str, Any]], list[Path]]:
-    """The records of healthy variations among the files, read, and the other files, readable or not."""
-    from pytest_qvl.faults.matrix.healthy_record import SCHEMA
-
-    variations, others = [], []
+def split_records(files: list[Path], schema: str) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The records of a schema among the files, read, and the other files, readable or not."""
+    found, others = [], []
     for file in files:
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             data = None
-        if isinstance(data, dict) and data.get("schema") == SCHEMA:
-            variations.append(data)
+        if isinstance(data, dict) and data.get("schema") == schema:
+            found.append(data)
         else:
             others.append(file)
-    return variations, others
+    return found, others

@@ -108,14 +108,15 @@ def tasks(plan: Plan) -> list[Task]:
 
 def do(plan: Plan, task: Task) -> Done:
     """Do one task in this process, which loads the model for its first one."""
-    _quiet_process(plan.subject.device)
+    quiet_process(plan.subject.device)
     began = time.process_time()
     found = WORK[task.part](plan, task.key)
     return Done(task, found, time.process_time() - began)
 
 
 @cache
-def _quiet_process(device: str) -> None:
+def quiet_process(device: str) -> None:
+    """Compute with one thread on the CPU, or as the suite does on CUDA, and write no warnings."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 

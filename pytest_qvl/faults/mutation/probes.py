@@ -1,0 +1,114 @@
+"""What a model makes of the probes, bit by bit: whether a mutation changes anything at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pytest_qvl.faults.definitions.disk import trained
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.attention import other_attention
+from pytest_qvl.models.state import preserved
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+NEW_TOKENS = 8
+# A gradient of a sum in another order may differ by so many times what another attention kernel makes of it: the
+# factor of the noise floor (docs/limits.md#noise-floor), for the same reason: one other order is a sample of many.
+FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What came out, all on the CPU.
+
+    Attributes:
+        logits: Of the evaluation and of the training batch, one after the other, float32.
+        loss: Of the training batch.
+        gradients: Of every adapter parameter, one after the other, float32.
+        replies: Generated ids.
+    """
+
+    logits: torch.Tensor
+    loss: torch.Tensor
+    gradients: torch.Tensor
+    replies: torch.Tensor
+
+    def equals(self, other: Probed) -> bool:
+        """Whether all of it is bitwise the same."""
+        import torch
+
+        return all(torch.equal(one, two) for one, two in zip(vars(self).values(), vars(other).values(), strict=True))
+
+
+@dataclass(frozen=True)
+class Healthy:
+    """What the healthy model makes of the probes, and by how much rounding alone moves that.
+
+    Attributes:
+        probed: It.
+        logits: Largest difference of a logit that rounding explains, see
+            :meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`.
+        gradients: Largest relative difference (L2 norm) of all gradients that it explains: four times what eager
+            attention in place of SDPA makes of them.
+    """
+
+    probed: Probed
+    logits: float
+    gradients: float
+
+    @classmethod
+    def of(cls, case: Case) -> Healthy:
+        """Measure both on a healthy case with a reference."""
+        made = probed(case)
+        with other_attention(anatomy(case.model)):
+            other = probed(case)
+        limit = case.reference.floor.limit_for(made.logits.abs().max().item())
+        return cls(made, limit, FACTOR * _relative(other.gradients, made.gradients))
+
+    def resolves(self, mutated: Probed) -> bool:
+        """Whether what the mutated model makes differs by more than rounding explains.
+
+        A loss is a mean of log-probabilities, each of which moves by no more than twice what the logits do.
+        """
+        before = self.probed
+        if mutated.logits.shape != before.logits.shape or not mutated.replies.equal(before.replies):
+            return True
+        moved = (mutated.logits - before.logits).abs().max().item()
+        loss = (mutated.loss - before.loss).abs().item()
+        gradients = _relative(mutated.gradients, before.gradients)
+        return not (moved <= self.logits and loss <= 2 * self.logits and gradients <= self.gradients)
+
+
+def _relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
+
+
+def probed(case: Case) -> Probed:
+    """Run the probes: one forward, one training step without a step, and a generation, with an adapter that acts.
+
+    Under a fresh adapter B is zero: then neither A nor the scaling takes part in a forward.
+    """
+    import torch
+
+    model = case.model
+    batch, training = case.batch(), case.batch(padding_side="right", answers=True)
+    with preserved(model, training=False, seed=0), trained(case, 0.02):
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits
+            replies = model.generate(**batch, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+        model.train()
+        model.zero_grad(set_to_none=True)
+        made = model(**training, use_cache=False)
+        made.loss.backward()
+        # One that no gradient reaches counts as zero: a mutation may cut it off.
+        gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
+    return Probed(
+        torch.cat([logits.detach().float().flatten().cpu(), made.logits.detach().float().flatten().cpu()]),
+        made.loss.detach().float().cpu(),
+        torch.cat([gradient.float().flatten().cpu() for gradient in gradients]),
+        replies.cpu(),
+    )
