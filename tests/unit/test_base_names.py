@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.sources import base_names
 from pytest_qvl.models.sources.base_names import other_base
-from pytest_qvl.models.sources.released import released_config
+from pytest_qvl.models.sources.released import hub_id, released_config, released_names
 
 COMMIT = "0123456789" * 4
 SEVEN = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -71,6 +75,26 @@ def test_a_folder_proves_nothing(config, named, under_test):
     sentence, certain = other_base({"base_model_name_or_path": named}, under_test, config)
     assert sentence.endswith("if these are not the same weights, load it on the model it was trained for")
     assert not certain
+
+
+def test_a_release_is_of_its_family_whatever_the_family_is_called(monkeypatch, request, config):
+    """Experts are a family of their own, with a label of their own, and are released under their generation's name."""
+    row = FAMILIES["qwen3_vl"]
+    experts = replace(row, model_type="qwen3_vl_moe", label="Qwen3-VL-MoE")
+    monkeypatch.setattr(base_names, "FAMILIES", {**FAMILIES, "qwen3_vl_moe": experts})
+    base_names.generations.cache_clear()
+    request.addfinalizer(base_names.generations.cache_clear)
+    monkeypatch.setattr(config, "model_type", "qwen3_vl_moe")
+    adapter = {"base_model_name_or_path": "Qwen/Qwen3-VL-30B-A3B-Instruct"}
+    assert not other_base(adapter, "/models/mine", config).certain
+    assert other_base({"base_model_name_or_path": SEVEN}, "/models/mine", config).certain
+
+
+def test_every_release_names_its_generation():
+    assert set(base_names.generations()) == set(FAMILIES)
+    for name in released_names():
+        generation = base_names.generations()[released_config(name).model_type]
+        assert hub_id(name).rpartition("/")[2].lower().startswith(f"{generation}-")
 
 
 def test_another_revision():

@@ -6,6 +6,7 @@ Shapes do not tell: every fine-tune of Qwen2.5-VL-7B takes every adapter of that
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,8 +27,7 @@ _SIZE = re.compile(r"(?<![a-z0-9])\d+(\.\d+)?[bm](?![a-z0-9])")
 # Endings that name a copy of the same weights in another format.
 _FORMAT = re.compile(r"[-_.](unsloth|bnb|dynamic|4-?bit|8-?bit|nf4|fp4|fp8|bf16|fp16|int4|int8|awq|gptq)$")
 # A release's whole name ("qwen2.5-vl-7b-instruct", "qwen3-vl-30b-a3b-thinking"), so that no fine-tune is taken for one.
-_TYPES = {family.label.lower(): family.model_type for family in FAMILIES.values()}
-_RELEASE = re.compile(rf"({'|'.join(map(re.escape, _TYPES))})-\d+b(-a\d+b)?(-instruct|-thinking)?")
+_RELEASE = re.compile(r"(qwen[\w.]*-vl)-\d+b(-a\d+b)?(-instruct|-thinking)?")
 
 
 class OtherBase(NamedTuple):
@@ -40,6 +40,17 @@ class OtherBase(NamedTuple):
 
     sentence: str = ""
     certain: bool = False
+
+
+@cache
+def generations() -> dict[str, str]:
+    """By ``model_type``, what the names of a family's releases begin with: ``qwen2.5-vl``, up to the size.
+
+    Read from where its typical checkpoint was released. Dense models and mixtures of experts of one generation may be
+    two families under one such name (Qwen3-VL-8B, Qwen3-VL-30B-A3B): it does not tell them apart.
+    """
+    found = {kind: _RELEASE.fullmatch(_plain(hub_id(family.typical))) for kind, family in FAMILIES.items()}
+    return {kind: release[1] for kind, release in found.items() if release}
 
 
 def name_of_base(parts: Parts) -> str:
@@ -56,7 +67,8 @@ def other_base(adapter: Mapping[str, Any], under_test: str, config: Any) -> Othe
 
     - both are hub ids of different names, or of one name and different commits (``revision``); ``owner/name`` may as
       well be a folder of whoever trained (``Qwen2-VL-Finetune/my-run``), so it counts only if it names a model's size;
-    - the last part of the name is, as a whole, that of a release of another family than the model's ``model_type``;
+    - the last part of the name is, as a whole, that of a release of a generation (:func:`generations`) that another
+      family than the model's was released in;
     - the name is a released checkpoint's and the model has another width.
 
     Otherwise at least one name is a folder's, which anybody may have chosen and which proves nothing.
@@ -98,7 +110,7 @@ def _cannot_be(named: str, config: Any) -> str:
     """Why a model of this configuration cannot be the one of that name; empty if it can."""
     release = _RELEASE.fullmatch(_plain(named))
     kind = getattr(config, "model_type", "")
-    if release and _TYPES[release[1]] != kind:
+    if release and release[1] in generations().values() and generations().get(kind) != release[1]:
         return f"which is {kind}"
     released = next((name for name in released_names() if _plain(hub_id(name)) == _plain(named)), None)
     if released is not None and _hub_id(named):
