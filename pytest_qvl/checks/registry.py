@@ -1,8 +1,9 @@
-"""What every check does with its arguments before it looks at them, and with a model that crashes under it.
+"""``@check``: declares a function one of the public checks, and looks after its arguments and the model's exceptions.
 
-Users hand over what they train with: a model inside ``DistributedDataParallel`` or ``torch.compile``, a batch with
-strings in it, still on the CPU. And a broken setup often does not give wrong numbers but an exception from deep
-inside, which is a finding like any other.
+What a check declares (its promise, what it needs) is read from the source by :mod:`pytest_qvl.checks.declared`. The
+rest is the guard around it: users hand over what they train with, a model inside ``DistributedDataParallel`` or
+``torch.compile``, a batch with strings in it, still on the CPU. And a broken setup often does not give wrong numbers
+but an exception from deep inside, which is a finding like any other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from pytest_qvl.checks.declared import NEEDS, Declared
+from pytest_qvl.checks.declared import NEEDS
 from pytest_qvl.checks.support.code_places import file_of, is_own
 from pytest_qvl.evidence import (
     CannotJudge,
@@ -60,17 +61,16 @@ TENSORS = (
 )
 BATCH_HELP = "make_batch(processor, samples) and the fixture qvl_batch(samples) return one"
 # Verdicts of their own, told by whoever holds the GPU; and what a warning filter made of a warning is no crash.
-_NOT_OURS: tuple[type[Exception], ...] = (CheckFailed, CannotJudge, InputError, MemoryError, Warning)
+_PASSED_ON: tuple[type[Exception], ...] = (CheckFailed, CannotJudge, InputError, MemoryError, Warning)
 _GPU_ERRORS = ("OutOfMemoryError", "AcceleratorError")
 _GPU_WORDS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS")
 
 
-DECLARED: dict[str, Declared] = {}
-"""What the checks that were imported said of themselves."""
-
-
 def check(
-    *, promise: int, needs: tuple[str, ...] = (), guarded: bool = True
+    *,
+    promise: int,  # noqa: ARG001 - read from the source, as all that is declared
+    needs: tuple[str, ...] = (),
+    guarded: bool = True,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function one of the public checks; the only place that says which promise it proves and what it needs.
 
@@ -84,14 +84,18 @@ def check(
             given no model looks after itself.
 
     Raises:
-        ValueError: A need that nobody knows.
+        ValueError: A need that nobody knows, or a check with the name of its module: ``pytest_qvl.checks.NAME`` would
+            be the module from then on, and no function.
     """
     if unknown := set(needs) - set(NEEDS):
         raise ValueError(f"a check cannot need {', '.join(sorted(unknown))}; known: {', '.join(NEEDS)}")
 
     def declare(function: Callable[P, R]) -> Callable[P, R]:
-        module = function.__module__.rpartition(".")[2]
-        DECLARED[function.__name__] = Declared(function.__name__, module, promise, needs)
+        if function.__module__.rpartition(".")[2] == (name := function.__name__):
+            raise ValueError(
+                f"the check {name} and its module {function.__module__} have one name, so that importing the module "
+                "hides the check: rename the module"
+            )
         return _guarded(function) if guarded else function
 
     return declare
@@ -125,7 +129,7 @@ def _guarded(function: Callable[P, R]) -> Callable[P, R]:
             arguments = _prepared(function.__name__, bound, notes)
             try:
                 return function(*arguments.args, **arguments.kwargs)
-            except _NOT_OURS:
+            except _PASSED_ON:
                 raise
             except Exception as error:
                 crash = _crash(error, arguments.arguments)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from pytest_qvl import checks
-from pytest_qvl.checks.declared import NEEDS, declared, needing, read
-from pytest_qvl.checks.registry import DECLARED, check
+from pytest_qvl.checks.declared import NEEDS, Declared, declared, needing, read
+from pytest_qvl.checks.registry import check
 from pytest_qvl.report.promises import PROMISES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,21 +22,21 @@ PACKAGE = Path(checks.__file__).parent
 
 
 def test_what_is_read_from_the_source_is_what_the_decorators_say() -> None:
-    for file in PACKAGE.glob("*.py"):
-        import_module(f"pytest_qvl.checks.{file.stem}")
-    assert {name: each for name, each in DECLARED.items() if getattr(checks, name, None)} == declared()
-
-
-def test_every_decorator_in_the_source_is_read() -> None:
-    """Also one that is written in another way than the others: over several lines, or below another decorator."""
+    """Also of one that is written in another way than the others: over several lines, or below another decorator."""
     decorated = {
-        node.name
+        node.name: _declared_by(node.name, file.stem, given)
         for file in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef)
-        and any(isinstance(d, ast.Call) and getattr(d.func, "id", "") == "check" for d in node.decorator_list)
+        for given in node.decorator_list
+        if isinstance(given, ast.Call) and getattr(given.func, "id", "") == "check"
     }
-    assert decorated == set(declared())
+    assert decorated == declared()
+
+
+def _declared_by(name: str, module: str, decorator: ast.Call) -> Declared:
+    given = {word.arg: ast.literal_eval(word.value) for word in decorator.keywords}
+    return Declared(name, module, given["promise"], given.get("needs", ()))
 
 
 def test_a_declaration_may_take_several_lines() -> None:
@@ -47,6 +47,19 @@ def test_a_declaration_may_take_several_lines() -> None:
 def test_a_need_that_nobody_knows_is_refused() -> None:
     with pytest.raises(ValueError, match="a check cannot need money; known: gpu, knowledge"):
         check(promise=1, needs=("money",))
+
+
+def test_a_check_with_the_name_of_its_module_is_refused() -> None:
+    """Once such a module is imported, the package has it under that name, and whoever calls the check calls a module."""
+
+    def positions(model: Any) -> None:
+        """A check."""
+
+    positions.__module__ = "pytest_qvl.checks.positions"
+    with pytest.raises(ValueError, match="the check positions and its module pytest_qvl.checks.positions have one"):
+        check(promise=6)(positions)
+    for file in PACKAGE.glob("*.py"):
+        import_module(f"pytest_qvl.checks.{file.stem}")
 
 
 def test_every_check_belongs_to_a_promise_and_every_promise_has_one() -> None:
