@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.frozen import frozen_vision as frozen_vision
     from pytest_qvl.checks.generation import generation_repeatable as generation_repeatable
     from pytest_qvl.checks.generation import greedy_is_argmax as greedy_is_argmax
+    from pytest_qvl.checks.generation_as_found import generation_as_found as generation_as_found
     from pytest_qvl.checks.generation_form import generation_wellformed as generation_wellformed
     from pytest_qvl.checks.generation_invariance import generation_batch_invariance as generation_batch_invariance
     from pytest_qvl.checks.generation_invariance import generation_cache_invariance as generation_cache_invariance

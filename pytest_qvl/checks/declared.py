@@ -31,6 +31,7 @@ ORDER = (
     "generation",
     "generation_invariance",
     "generation_form",
+    "generation_as_found",
     "visual_alignment",
     "training",
     "backpropagation",

@@ -35,6 +35,7 @@ FAMILIES = {
     "weights": "weights against the checkpoint",
     "configuration": "values of the configuration",
     "generation": "generation",
+    "as_found": "generation as found",
     "training": "training",
     "collators": "training collator",
     "gradients": "loss and gradients",

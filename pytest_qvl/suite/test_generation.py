@@ -38,3 +38,8 @@ def test_generation_wellformed(
 ) -> None:
     """Finite logits, an end, no loops, no vision token and no id outside the vocabulary."""
     checks.generation_wellformed(qvl_lora_model, qvl_processor, answered_samples, qvl_reference)
+
+
+def test_generation_as_found(qvl_lora_model: Any, qvl_processor: Any, answered_samples: Any) -> None:
+    """Mode, generation config and padding side as they are found spoil no reply."""
+    checks.generation_as_found(qvl_lora_model, qvl_processor, answered_samples)

@@ -75,6 +75,8 @@ def processor_for(source: ModelSource) -> Any:
             f"the processor of {source} has no chat template, so no prompt can be written: set processor.chat_template "
             "(that of the released model) and save it again"
         )
+    # That of released Qwen2.5-VL checkpoints pads on the right (huggingface/transformers#36100).
+    processor.tokenizer.padding_side = "left"
     return processor
 
 
