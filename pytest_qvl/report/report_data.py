@@ -67,7 +67,6 @@ class LimitOutcome:
         value: Bytes; ``None`` where nothing was measured.
         reason: Why nothing was measured.
         marked: Whether a mark on the test set the limit.
-        usage: All numbers of the measured scope.
     """
 
     test: str
@@ -77,7 +76,6 @@ class LimitOutcome:
     value: int | None
     reason: str
     marked: bool
-    usage: dict[str, Any]
 
     @property
     def held(self) -> bool:

@@ -101,7 +101,7 @@ def outcome_of(test: str, phase: Phase, limit: Limit) -> LimitOutcome:
     usage = phase.usage
     assert usage is not None
     value, missing = usage.number(limit.of), usage.missing(limit.of)
-    return LimitOutcome(test, limit.size, limit.of, limit.scope, value, missing, limit.marked, usage.as_dict())
+    return LimitOutcome(test, limit.size, limit.of, limit.scope, value, missing, limit.marked)
 
 
 _UNFINISHED = (pytest.skip.Exception, pytest.exit.Exception, KeyboardInterrupt)

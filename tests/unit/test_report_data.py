@@ -32,7 +32,7 @@ EVIDENCE = Evidence(
 )
 WHOLE = ReportData(
     Finding("7b on cuda by x", "7b on cuda", "x", "peak_vram", (EVIDENCE,), (("alignment", "why"),), "needs CUDA: no"),
-    (LimitOutcome("a::b", 7, "fit", "call", None, "no CUDA", True, {"inner": [], "seconds": 0.5}),),
+    (LimitOutcome("a::b", 7, "fit", "call", None, "no CUDA", True),),
     False,
     GpuFailure("broken", "CUDA is broken", "a::b"),
     "FAILED",
