@@ -3,7 +3,8 @@
 Schema ``pytest-qvl/record/2``, in ``record.schema.json`` beside this file. Checks are keyed by model, device, check
 and parameters, not by node id, which changes with the folder that pytest was started in. ``seconds_by_test`` has
 setup, call and teardown of every test that uses a model: shared fixtures count for the test that came first.
-``promises`` has the state of every promise for every model, as in the summary (since version 2). ``vram`` has the
+``promises`` has the state of every promise for every model, as in the summary (since version 2). What turned a run red
+is in ``checks`` (broken verdicts), ``errors`` (what failed without one), ``session`` and ``problems``. ``vram`` has the
 peaks of the whole process and of each phase. Written atomically, also when tests fail, as the last thing of the
 session: the exit status is the process's.
 """
@@ -118,6 +119,7 @@ def plain(results: RunResults) -> dict[str, Any]:
         "tests": dict(results.tests),
         "skipped": dict(results.skipped),
         "checks": [entry for phase, finding in results.findings for entry in _checks(phase, finding)],
+        "errors": [_error(phase) for phase in results.errors],
         "seconds_by_test": _seconds_by_test(results),
         "promises": [
             {"target": target, **asdict(state)} for target, found in results.suite.items() for state in found.promises()
@@ -126,6 +128,8 @@ def plain(results: RunResults) -> dict[str, Any]:
             {"name": name, "columns": table.columns, "rows": table.rows} for name, table in comparison(results).items()
         ],
         "session": [asdict(verdict) for verdict in results.verdicts],
+        "limits": [asdict(limit) for limit in results.limits],
+        "problems": list(results.problems),
         "gpu_failures": [
             {"test": phase.test, "when": phase.when, **asdict(failure)} for phase, failure in results.gpu_failures
         ],
@@ -151,6 +155,13 @@ def _checks(phase: PhaseResult, finding: Finding) -> Iterator[dict[str, Any]]:
         yield {**common, **evidence.as_dict()}
     for check, reason in finding.not_judged:
         yield {**common, "check": check, "not_judged": reason}
+
+
+def _error(phase: PhaseResult) -> dict[str, Any]:
+    """What failed without a verdict, and its first line."""
+    finding = phase.data.finding
+    target, check = (None, None) if finding is None else (finding.target, finding.check)
+    return {"target": target, "test": _name(phase), "when": phase.when, "check": check, "text": phase.error}
 
 
 def _seconds_by_test(results: RunResults) -> list[dict[str, Any]]:

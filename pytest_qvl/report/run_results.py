@@ -30,11 +30,11 @@ OWN_MODELS = "models of the tests' own"
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """What became of one phase of one test.
+    """What became of one phase of one test, or of a file that could not be collected.
 
     Attributes:
         test: Node id.
-        when: ``setup``, ``call`` or ``teardown``; something else where no phase of the test was to blame.
+        when: ``setup``, ``call`` or ``teardown``; ``collect`` for a file; something else where no phase was to blame.
         outcome: ``passed``, ``failed`` or ``skipped`` (as an expected failure is).
         seconds: How long it took.
         skipped: Why it was skipped, as pytest says it, or expected to fail; empty where it was not.
@@ -55,15 +55,34 @@ class PhaseResult:
         """Whether it failed, for whatever reason."""
         return self.outcome == "failed"
 
+    @property
+    def is_error(self) -> bool:
+        """Whether it failed without a broken verdict of a check: its reason is in :attr:`error` alone."""
+        return self.failed and (self.data.finding is None or all(one.ok for one in self.data.finding.evidence))
+
     @classmethod
     def of(cls, report: pytest.TestReport) -> PhaseResult:
         """What a report says."""
-        reason, error = why_skipped(report) if report.skipped else "", ""
-        if report.failed:
-            crash = getattr(report.longrepr, "reprcrash", None)
-            text = (str(report.longrepr) if crash is None else crash.message).strip()
-            error = text.splitlines()[0] if text else str(report.when)
+        reason = why_skipped(report) if report.skipped else ""
+        error = _first_line(report, str(report.when))
         return cls(report.nodeid, str(report.when), report.outcome, report.duration, reason, error, report_data(report))
+
+    @classmethod
+    def of_collection(cls, report: pytest.CollectReport) -> PhaseResult:
+        """What the report on a file says that could not be collected."""
+        # Of a module that cannot be imported, pytest has a text alone, in which the exception comes last.
+        lines = [line[1:].strip() for line in str(report.longrepr).splitlines() if line.startswith("E ")]
+        error = lines[-1] if lines else _first_line(report, "collect")
+        return cls(report.nodeid, "collect", "failed", 0.0, "", error, ReportData())
+
+
+def _first_line(report: pytest.TestReport | pytest.CollectReport, otherwise: str) -> str:
+    """First line of what failed, or the other text where it said nothing; empty where nothing failed."""
+    if not report.failed:
+        return ""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    text = (str(report.longrepr) if crash is None else crash.message).strip()
+    return text.splitlines()[0] if text else otherwise
 
 
 @dataclass(frozen=True)
@@ -91,11 +110,7 @@ class TargetResults:
             # A broken promise that a passing test expected (with pytest.raises, or xfail) is no finding.
             tuple(one for phase, found in phases for one in found.evidence if phase.failed or one.ok),
             tuple(said for _, found in phases for said in found.not_judged),
-            tuple(
-                (found.check, phase.error)
-                for phase, found in phases
-                if found.check is not None and phase.failed and all(one.ok for one in found.evidence)
-            ),
+            tuple((found.check, phase.error) for phase, found in phases if found.check is not None and phase.is_error),
             tuple(
                 (found.check or "", found.skipped)
                 for phase, found in phases
@@ -119,7 +134,8 @@ class RunResults:
         started: When the session began.
         seconds: How long ago that was.
         exit_status: Of the process; ``None`` while it may still change.
-        phases: What became of every phase of every test, in the order of reports. What a check measured (figures,
+        phases: What became of every phase of every test, and of each file that could not be collected, in the order of
+            reports. What a check measured (figures,
             notes, tables, logits as numbers in ``Evidence.data``) is in :attr:`findings`.
         processes: What every process that ran tests says of its session: verdicts, leases, VRAM by phase.
         problems: What went wrong outside any test, one sentence each: a backend's process that died, no GPU where one
@@ -164,6 +180,11 @@ class RunResults:
         return tuple((phase, phase.data.finding) for phase in self.phases if phase.data.finding is not None)
 
     @property
+    def errors(self) -> tuple[PhaseResult, ...]:
+        """What failed without a broken verdict, in tests and in collection."""
+        return tuple(phase for phase in self.phases if phase.is_error)
+
+    @property
     def limits(self) -> tuple[LimitOutcome, ...]:
         """What became of every limit on VRAM."""
         found = [limit for phase in self.phases for limit in phase.data.limits]
@@ -201,6 +222,11 @@ class ResultsBuilder:
         phase = PhaseResult.of(report)
         if phase.data.session_verdict is None:
             self._phases.append(phase)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Take in a file that could not be collected."""
+        if report.failed:
+            self._phases.append(PhaseResult.of_collection(report))
 
     def add_process(self, results: ProcessResults) -> None:
         """Take in what a process says of its session."""

@@ -39,6 +39,42 @@ def test_the_exit_status_is_that_of_the_process(pytester, run_light, arguments, 
     assert record(pytester)["exit_status"] == result.ret
 
 
+def test_a_red_run_says_why_as_the_terminal_does(pytester, run_light, with_torch):
+    pytester.makeconftest(
+        """
+    import pytest
+    @pytest.fixture(scope="session")
+    def qvl_quantized_model(): raise ValueError("no model")
+    """
+    )
+    pytester.makepyfile(PLAIN + "\ndef test_red(): assert 1 == 2")
+    chosen = ("--pyargs", "pytest_qvl.suite", ".", "-k", "test_quantization_census or test_plain or test_red")
+    result = run_light("--qvl-record", "record.json", "--qvl-require-gpu", *chosen)
+    written = record(pytester)
+    census, red = written["errors"]
+    assert (census["target"], census["when"], census["check"]) == ("embedded on cpu", "setup", "quantization_census")
+    assert red == {"target": None, "test": "test_red", "when": "call", "check": None, "text": "assert 1 == 2"}
+    lines = result.outlines
+    assert f"       error: {census['check']}: {census['text']}" in lines
+    assert [f"qvl: {problem}" for problem in written["problems"]] == [line for line in lines if "no GPU test" in line]
+    assert len(written["problems"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import nothing_of_the_kind", "ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
+        ("1 /", "SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_collected_is_named(pytester, run_light, source, says):
+    test = pytester.makepyfile(source)
+    run_light("--qvl-record", "record.json")
+    (error,) = record(pytester)["errors"]
+    assert (error["test"], error["when"]) == (test.name, "collect")
+    assert error["text"].startswith(says)
+
+
 @pytest.mark.parametrize("reason", ["", "a known defect"])
 def test_an_expected_failure_is_counted_by_its_reason_not_by_its_traceback(pytester, run_light, reason):
     pytester.makepyfile(

@@ -16,7 +16,7 @@ import pytest
 from pytest_qvl.evidence import Evidence, Figure, Relation, Table
 from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Verdict
 from pytest_qvl.report.record import SCHEMA, Record
-from pytest_qvl.report.report_data import Finding, GpuFailure, Kind, add_to_report
+from pytest_qvl.report.report_data import Finding, GpuFailure, Kind, LimitOutcome, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.report.states import STATES
 from pytest_qvl.vram.usage import Usage
@@ -52,7 +52,8 @@ def everything(tmp_path_factory):
     builder = ResultsBuilder()
     for backend in ("transformers", "unsloth"):
         made = phase(backend, outcome="failed", evidence=(evidence, Evidence("alignment", "p")))
-        add_to_report(made, gpu_failure=GpuFailure("broken", "CUDA is broken", "a::test_x"))
+        limits = (LimitOutcome("a::test_x", 7, "fit", "call", 8, "", marked=True),)
+        add_to_report(made, limits=limits, gpu_failure=GpuFailure("broken", "CUDA is broken", "a::test_x"))
         skipped = ("a", 0, "Skipped: not judged: no")
         reports = (
             phase(backend, when="setup"),
@@ -67,6 +68,7 @@ def everything(tmp_path_factory):
         unknown = Usage("load", reason="the driver does not tell", error="OSError")
         whole = Usage("session", 2.5, "", 7, 8, 9, "device", 1)
         builder.add_process(ProcessResults(whole, (unknown,), gpu, verdicts).started_by(backend))
+    builder.add_problem("no GPU test was executed")
     config = SimpleNamespace(rootpath=file.parent, invocation_params=SimpleNamespace(args=["-q"]))
     list(
         Record(file, ["model 7b (default)"], builder).pytest_sessionfinish(SimpleNamespace(config=config, exitstatus=1))
@@ -95,7 +97,8 @@ def places(value, path=()):
         yield from places(child, (*path, key))
 
 
-def test_a_key_too_many_or_too_few_is_no_record(valid, everything):
+def test_a_key_too_many_or_too_few_is_no_record(schema, valid, everything):
+    later = set(schema["properties"]) - set(schema["required"])  # older records of the version are without these
     free = {("skipped",), ("environment", "packages"), ("environment", "variables")}  # keys are names of things
     some = {("tests",), ("seconds_by_test",)}  # not every outcome or phase is there
     for path in places(everything):
@@ -112,7 +115,7 @@ def test_a_key_too_many_or_too_few_is_no_record(valid, everything):
             continue
         for key in list(at):
             value = at.pop(key)
-            assert not valid(changed), f"{path} did without {key}"
+            assert valid(changed) if not path and key in later else not valid(changed), f"{path} without {key}"
             at[key] = value
             at[key] = 7 if isinstance(value, dict) else {"of": "another type"}
             assert not valid(changed), f"{path} took another type of {key}"
@@ -156,7 +159,12 @@ def test_words_and_keys_are_those_of_the_code(schema):
     assert tuple(entries("promises")["state"]["enum"]) == STATES
     assert tuple(entries("gpu_failures")["kind"]["enum"]) == get_args(Kind)
     assert tuple(properties("figure")["relation"]["enum"]) == get_args(Relation)
-    for kind, of in ((Usage, properties("usage")), (Figure, properties("figure")), (Verdict, entries("session"))):
+    for kind, of in (
+        (Usage, properties("usage")),
+        (Figure, properties("figure")),
+        (Verdict, entries("session")),
+        (LimitOutcome, entries("limits")),
+    ):
         assert list(of) == [field.name for field in dataclasses.fields(kind)]
 
 
