@@ -225,11 +225,12 @@ def test_a_tied_head_with_a_trained_copy(tmp_path: Path, lora_config: Any) -> No
     assert weights_as_stored(model).ok
 
 
-def test_synthetic_weights_are_drawn_again_also_under_an_adapter(lora_config: Any) -> None:
+def test_synthetic_weights_are_drawn_again_also_under_an_adapter(lora_config: Any, monkeypatch: Any) -> None:
     from peft import get_peft_model
 
     from pytest_qvl.models.quantized import usual_quantization
 
+    monkeypatch.setattr(stored, "PIECE", 5_000)  # as at true size: no whole number of rows
     model = build_synthetic(random_config("qwen3_vl"), usual_quantization(torch.float32), "cpu", torch.float32, 5)
     model = get_peft_model(model, lora_config())
     assert any("of the synthetic weights of seed 5" in note for note in weights_as_stored(model).notes)

@@ -78,7 +78,7 @@ def drawn_units(stored: Stored, names: list[str]) -> Units:
         if not unit or len(shape) < 2 or verdicts[unit][-1:] == [False]:
             continue
         width = math.prod(shape[1:])
-        rows = next(stored.pieces(name)).values.reshape(-1, width)[: max(SMALLEST, 2**20 // width)]
+        rows = next(stored.pieces(name, width)).values.reshape(-1, width)[: max(SMALLEST, 2**20 // width)]
         if min(rows.shape) >= SMALLEST:
             verdicts[unit].append(looks_drawn(rows))
     drawn = [unit for unit, each in verdicts.items() if len(each) > 1 and all(each)]

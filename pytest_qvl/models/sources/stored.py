@@ -29,7 +29,7 @@ _STATE = ".quant_state.bitsandbytes__"
 
 
 class Piece(NamedTuple):
-    """A part of a tensor: whole rows of it.
+    """A part of a tensor; whole rows only where so many elements were asked for.
 
     Attributes:
         start: Number of its first element in the flat tensor.
