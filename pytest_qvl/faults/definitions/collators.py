@@ -76,23 +76,13 @@ def _images_rounded(case: Case) -> Iterator[None]:
 
 @fault(
     "training-grids-exchanged",
-    "The training collator exchanges the grids of two images with as many patches; batches for evaluation are right.",
+    "The training collator exchanges height and width of every grid; batches for evaluation are right.",
     target="batch",
     check="picture_pairing",
     expected_words=("(height and width are transposed)", "but alone it makes"),
 )
 def _grids_exchanged(case: Case) -> Iterator[None]:
-    def exchange(batch: Batch) -> Batch:
-        grids = batch["image_grid_thw"]
-        pairs = ((i, j) for j in range(len(grids)) for i in range(j))
-        one, other = next(
-            (i, j) for i, j in pairs if grids[i].tolist() == grids[j][[0, 2, 1]].tolist() != grids[j].tolist()
-        )
-        order = list(range(len(grids)))
-        order[one], order[other] = other, one
-        return {**batch, "image_grid_thw": grids[order]}
-
-    _in_training(case, exchange)
+    _in_training(case, lambda batch: {**batch, "image_grid_thw": batch["image_grid_thw"][:, [0, 2, 1]]})
     yield
 
 
