@@ -40,6 +40,7 @@ ORDER = (
     "loss",
     "frozen",
     "layers",
+    "golden",
 )
 NEEDS = {
     "gpu": "a GPU to measure on: no fault on the CPU is shown to it",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,8 @@ from pytest_qvl.models.adapters import adapted_layers, adapter_configs, base_mod
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name, linear_states
-from pytest_qvl.models.sources.base_names import name_of_base
 from pytest_qvl.models.sources.digests import altered_files
-from pytest_qvl.models.sources.hub import model_folder
-from pytest_qvl.models.sources.loading import compared_with, has_tied_head, kept_report
-from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model
+from pytest_qvl.models.sources.loading import compared_with, has_tied_head
 from pytest_qvl.models.training import asked_biases, trained_on_purpose
 
 if TYPE_CHECKING:
@@ -118,15 +115,14 @@ def _refuse_rewritten(parts: Parts) -> None:
 
 
 def _stored(parts: Parts, checkpoint: str | Path | None) -> Stored:
-    from pytest_qvl.models.sources.stored import StoredFolder, StoredSynthetic
+    from pytest_qvl.models.sources.stored import StoredFolder, StoredSynthetic, loaded_from
     from pytest_qvl.models.sources.synthetic import kept_drawn
 
-    drawn, report = kept_drawn(parts), kept_report(parts.base)
+    drawn = kept_drawn(parts)
     if checkpoint is None and drawn is not None:
         return StoredSynthetic(parts, drawn)
-    kept = None if report is None else report.folder
-    folder = Path(checkpoint or kept or _named_folder(parts)).expanduser()
-    if not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
+    folder = loaded_from(parts) if checkpoint is None else Path(checkpoint).expanduser()
+    if folder is None or not any(folder.glob("*.safetensors")) or not (folder / "config.json").is_file():
         if checkpoint is not None:
             raise InputError(
                 f"{str(checkpoint)!r} is no folder with config.json and *.safetensors: give the model's checkpoint"
@@ -136,19 +132,6 @@ def _stored(parts: Parts, checkpoint: str | Path | None) -> Stored:
             "load it by a backend of this package"
         )
     return StoredFolder(folder)
-
-
-def _named_folder(parts: Parts) -> Path | str:
-    """The folder that the model names itself, or where the hub's cache keeps the id that it names; or empty."""
-    name = name_of_base(parts)
-    if not name or Path(name).is_dir():
-        return name
-    try:
-        source = parse_model(f"hub:{name}")
-    except ModelSourceError:
-        return ""
-    commit = getattr(parts.config, "_commit_hash", None)
-    return model_folder(replace(source, revision=commit)) or ""
 
 
 @dataclass

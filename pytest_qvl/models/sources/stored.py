@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_qvl.models.adapters import base_modules
-from pytest_qvl.models.sources.loading import in_todays_layout
-from pytest_qvl.models.sources.model_source import stored_tensors, weight_files
+from pytest_qvl.models.sources.base_names import name_of_base
+from pytest_qvl.models.sources.hub import model_folder
+from pytest_qvl.models.sources.loading import in_todays_layout, kept_report
+from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model, stored_tensors, weight_files
 from pytest_qvl.models.sources.synthetic import Drawn, draw_again, drawn_shape
 
 if TYPE_CHECKING:
@@ -26,6 +28,24 @@ if TYPE_CHECKING:
 
 PIECE = 8 * 2**20  # elements
 _STATE = ".quant_state.bitsandbytes__"
+
+
+def loaded_from(parts: Parts) -> Path | None:
+    """The folder that a model was loaded from: as its backend kept it, as it names it, or where the hub's cache has it.
+
+    ``None`` where nobody knows.
+    """
+    report = kept_report(parts.base)
+    if report is not None and report.folder is not None:
+        return report.folder.expanduser()
+    name = name_of_base(parts)
+    if not name or Path(name).is_dir():
+        return Path(name) if name else None
+    try:
+        source = parse_model(f"hub:{name}")
+    except ModelSourceError:
+        return None
+    return model_folder(replace(source, revision=getattr(parts.config, "_commit_hash", None)))
 
 
 class Piece(NamedTuple):
