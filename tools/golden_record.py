@@ -1,7 +1,7 @@
 """Record what the installed releases make of the golden record's inputs, or confirm the record with other releases.
 
-Usage: ``python tools/golden_record.py`` after the embedded model was trained anew or the probes changed, and then, in an
-environment of each other set of releases, ``python tools/golden_record.py --confirm``. Everything runs in float32 on
+Usage: ``python tools/golden_record.py`` after the embedded model was trained anew or the probes changed, and then, in
+an environment of each other set of releases, ``python tools/golden_record.py --confirm``. Everything runs in float32 on
 the CPU.
 """
 

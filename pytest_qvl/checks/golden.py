@@ -38,7 +38,6 @@ from pytest_qvl.samples import make_batch
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     Array = np.ndarray[Any, Any]
 
@@ -132,7 +131,9 @@ def _judge_processor(judge: Judge, parts: Parts, processor: Any, golden: Golden)
         typed = typed or "mm_token_type_ids" in batch
         ids, grids = batch["input_ids"][0].tolist(), batch["image_grid_thw"].tolist()
         if ids != said["input_ids"]:
-            place = next((n for n, pair in enumerate(zip(ids, said["input_ids"], strict=False)) if pair[0] != pair[1]), -1)
+            place = next(
+                (n for n, pair in enumerate(zip(ids, said["input_ids"], strict=False)) if pair[0] != pair[1]), -1
+            )
             wrong.append(f"the token ids of {probe.name!r} (first other one at place {place})")
         if grids != said["grids"]:
             wrong.append(f"the grids of {probe.name!r}")
@@ -171,9 +172,10 @@ def _wrong_pixels(parts: Parts, processor: Any, golden: Golden) -> tuple[list[st
         allowed = recipe.rounding() / step.min() + (STEPS_RESIZED if tuple(size) == RESIZED else 0.0)
         worst = max(worst, float(steps.max()))
         if not bool((steps <= allowed).all()):
-            first = int((~(steps <= allowed)).argmax())
+            off = ~(steps <= allowed)
+            first = int(off.argmax())
             wrong.append(
-                f"{int((~(steps <= allowed)).sum())} of {len(kept)} values kept of {size[0]}x{size[1]} px differ, first "
+                f"{int(off.sum())} of {len(kept)} values kept of {size[0]}x{size[1]} px differ, first "
                 f"value {kept[first] % len(step)} of patch {kept[first] // len(step)} "
                 f"({values.reshape(-1)[kept[first]]:.5g}, was {recorded[first]:.5g})"
             )
@@ -242,9 +244,9 @@ def _comparable(judge: Judge, parts: Parts, golden: Golden) -> dict[str, Stage]:
         return {**golden.stages["vision"], **golden.stages["nf4"]}
     in_tower = any(state.group in TOWER for state in quantized)
     judge.note(
-        f"{'features and logits are' if in_tower else 'logits are'} not judged: recorded are full precision, and NF4 in "
-        f"blocks of 64 with double quantization on the language linears alone; here {len(quantized)} linears are "
-        f"quantized (first: {quantized[0].name}, {quantized[0].storage})"
+        f"{'features and logits are' if in_tower else 'logits are'} not judged: recorded are full precision, and NF4 "
+        "in blocks of 64 with double quantization on the language linears alone; here "
+        f"{len(quantized)} linears are quantized (first: {quantized[0].name}, {quantized[0].storage})"
     )
     return {} if in_tower else golden.stages["vision"]
 

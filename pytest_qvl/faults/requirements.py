@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_qvl.checks.support.golden_data import GOLDEN_FILE
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.families import FAMILIES
 
@@ -20,6 +21,7 @@ Requirement = Literal[
     "gated vision MLP",
     "mrope sections in the module",
     "checkpoint file",
+    "golden record",
     "biases of q, k and v",
     "CLIP's normalisation",
     "CPU",
@@ -60,6 +62,10 @@ def _checkpoint_file(case: Case) -> bool:
     return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
 
 
+def _golden_record(case: Case) -> bool:
+    return (Path(case.subject.source.location) / GOLDEN_FILE).is_file()
+
+
 def _attention_biases(case: Case) -> bool:
     return anatomy(case.model).language_backbone.layers[0].self_attn.q_proj.bias is not None
 
@@ -84,6 +90,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
+    "golden record": (_golden_record, "needs a golden record beside the checkpoint: the embedded model has one"),
     "CPU": (_on("cpu"), "CPU only"),
     "CUDA": (_on("cuda"), "CUDA only"),
 }

@@ -163,9 +163,7 @@ class Golden:
 
 
 def _text(rows: torch.Tensor) -> dict[str, Any]:
-    import numpy as np
-
-    return {"shape": list(rows.shape), "float32": base64.b64encode(rows.numpy().astype(np.dtype("<f4"))).decode()}
+    return {"shape": list(rows.shape), "float32": base64.b64encode(rows.numpy().astype("<f4").tobytes()).decode()}
 
 
 def _tensor(plain: dict[str, Any]) -> torch.Tensor:

@@ -63,16 +63,23 @@ def _language_epsilon(case: Case) -> Iterator[None]:
     expected_words=("mrope_section is [", "not as config.json has it"),
 )
 def _sections(case: Case) -> Iterator[None]:
+    with sections_changed(case, _moved):
+        yield
+
+
+@contextmanager
+def sections_changed(case: Case, change: Callable[[Sequence[int]], list[int]]) -> Iterator[None]:
+    """Pass M-RoPE's sections (time, height, width) through ``change``, wherever this release reads them."""
     parts = anatomy(case.model)
     rotary: Any = parts.language_backbone.rotary_emb
     changes = []
     if hasattr(rotary, "mrope_section"):
-        changes.append(attribute(rotary, "mrope_section", _moved(rotary.mrope_section)))
+        changes.append(attribute(rotary, "mrope_section", change(rotary.mrope_section)))
     for layer in parts.language_backbone.layers:
         for name in ("rope_scaling", "rope_parameters"):  # where some releases read them
             kept = getattr(layer.self_attn, name, None) or {}
             if section := kept.get("mrope_section"):
-                changes.append(attribute(layer.self_attn, name, {**kept, "mrope_section": _moved(section)}))
+                changes.append(attribute(layer.self_attn, name, {**kept, "mrope_section": change(section)}))
     with all_of(changes):
         yield
 
