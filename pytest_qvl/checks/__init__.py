@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pytest_qvl.checks.adapter import adapter_census as adapter_census
+    from pytest_qvl.checks.as_found import generation_as_found as generation_as_found
     from pytest_qvl.checks.backpropagation import vision_not_backpropagated as vision_not_backpropagated
     from pytest_qvl.checks.checkpoint import checkpoint_complete as checkpoint_complete
     from pytest_qvl.checks.collation import training_collation as training_collation
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.frozen import frozen_vision as frozen_vision
     from pytest_qvl.checks.generation import generation_repeatable as generation_repeatable
     from pytest_qvl.checks.generation import greedy_is_argmax as greedy_is_argmax
-    from pytest_qvl.checks.generation_as_found import generation_as_found as generation_as_found
     from pytest_qvl.checks.generation_form import generation_wellformed as generation_wellformed
     from pytest_qvl.checks.generation_invariance import generation_batch_invariance as generation_batch_invariance
     from pytest_qvl.checks.generation_invariance import generation_cache_invariance as generation_cache_invariance

@@ -31,7 +31,7 @@ ORDER = (
     "generation",
     "generation_invariance",
     "generation_form",
-    "generation_as_found",
+    "as_found",
     "visual_alignment",
     "training",
     "backpropagation",
