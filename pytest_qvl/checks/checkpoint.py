@@ -71,13 +71,17 @@ def checkpoint_complete(model: Any, checkpoint: str | Path | None = None) -> Evi
 
 
 def _not_finite(parts: Parts) -> list[str]:
-    """Names of tensors with NaN or infinity; two reductions each, no copy, one transfer to the host."""
+    """Names of tensors with NaN or infinity; two reductions each, no copy, one transfer to the host.
+
+    Packed weights are left out: their bits are codes, also where ``bnb_4bit_quant_storage`` stores them as floats.
+    """
     import torch
 
     held = {
         name: tensor
         for name, tensor in base_tensors(parts)
         if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel() and tensor.device.type != "meta"
+        if getattr(tensor, "quant_state", None) is None
     }
     if not held:
         return []

@@ -6,9 +6,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
-    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.anatomy import Group, Parts
 
 
 def skip_list(parts: Parts) -> list[str] | None:
@@ -74,8 +74,13 @@ def chosen_by_name(parts: Parts, names: Sequence[str]) -> list[str]:
     return [name for name in names if any(f"{name}.".startswith(f"{path}.") for path in paths)]
 
 
-def cause_of_misfits(parts: Parts) -> str:
-    """Why a layer's class and weight do not belong together, and the fix."""
+def cause_of_misfits(parts: Parts, groups: Collection[Group]) -> str:
+    """Why the class and the weight of layers do not belong together, and the fix.
+
+    Args:
+        parts: The model.
+        groups: The parts of it that these layers are in.
+    """
     import transformers
 
     head = parts.lm_head
@@ -90,6 +95,13 @@ def cause_of_misfits(parts: Parts) -> str:
         return (
             f"the checkpoint holds them in 16 bits, but in its skip list entries match no module on Transformers "
             f"{transformers.__version__}: {written} in its config.json"
+        )
+    if saved_quantized(parts) and set(groups) <= {"vision", "merger", "lm_head"}:
+        entries = [parts.roots[group] for group in ("vision", "merger", "lm_head") if group in groups]
+        outer = [entry for entry in entries if not any(entry.startswith(f"{other}.") for other in entries)]
+        return (
+            f"the checkpoint holds them in 16 bits, but the skip list in its config.json ({skip_list(parts)}) does not "
+            f"keep them so: add {', '.join(map(repr, outer))} to llm_int8_skip_modules in its quantization_config"
         )
     return (
         "the class was exchanged, or the weight was put in, without quantizing: load the model with "

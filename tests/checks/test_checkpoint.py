@@ -27,6 +27,15 @@ def test_healthy(model: Any, tiny_dir: Path) -> None:
     assert checkpoint_complete(model).ok  # by the folder that the model names
 
 
+@pytest.mark.parametrize("storage", ["bfloat16", "float32"])
+def test_packed_bits_that_read_as_nan_are_no_numbers(fresh_model: Any, tiny_dir: Path, storage: str) -> None:
+    """FSDP needs packed weights stored in the dtype of all others (``bnb_4bit_quant_storage``)."""
+    model = fresh_model(bnb_4bit_quant_storage=storage)
+    packed = [p for p in model.parameters() if getattr(p, "quant_state", None) is not None and p.is_floating_point()]
+    assert not all(bool(p.isfinite().all()) for p in packed)
+    assert checkpoint_complete(model, tiny_dir).ok
+
+
 @pytest.mark.parametrize(
     "adapter", [{"target_modules": ["embed_tokens"]}, {"trainable_token_indices": [1, 2]}], ids=str
 )

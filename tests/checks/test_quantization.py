@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,19 @@ def test_a_checkpoint_saved_in_fp4_without_a_skip_list_is_to_be_quantized_again(
         "llm_int8_skip_modules=['model.visual', 'lm_head']"
     ) in message
     assert "pass llm_int8_skip_modules" not in message
+
+
+@pytest.mark.parametrize("skip", [None, ["lm_head"]])
+def test_a_checkpoint_saved_in_4_bits_that_lost_its_skip_list(fresh_model: Any, tmp_path: Path, skip: Any) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    fresh_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = refused(AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.bfloat16))
+    assert f"holds them in 16 bits, but the skip list in its config.json ({skip}) does not keep them so" in message
+    assert "add 'model.visual' to llm_int8_skip_modules in its quantization_config" in message
 
 
 def test_weights_rewritten_for_the_cpu_are_named_as_such(fresh_model: Any, processor: Any) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import base_modules
-from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.anatomy import Group, Parts, anatomy
 from pytest_qvl.models.backends import ModelLoadError, one_line
 from pytest_qvl.models.quantized import LinearState, linear_states
 from pytest_qvl.models.skips import cause_of_misfits, skip_list, skipped_by
@@ -294,9 +294,10 @@ def unusable_layers(parts: Parts) -> str:
     misfits = [state for state in linear_states(parts) if state.misfit]
     if not misfits:
         return ""
-    groups: dict[str, list[LinearState]] = {}
+    groups: dict[Group, list[LinearState]] = {}
     for state in misfits:
         groups.setdefault(state.group, []).append(state)
     said = [f"{group}: {len(s)} linears ({s[0].name}, ...)" if len(s) > 1 else s[0].name for group, s in groups.items()]
     first = misfits[0]
-    return f"{', '.join(said)} cannot compute: {first.module}, and {first.misfit}; {cause_of_misfits(parts)}"
+    cause = cause_of_misfits(parts, groups)
+    return f"{', '.join(said)} cannot compute: {first.module}, and {first.misfit}; {cause}"
