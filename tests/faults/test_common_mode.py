@@ -93,7 +93,7 @@ def test_page_figure_and_totals_show_the_second_column() -> None:
     assert "| caught by | reference after | also by |" in table
     assert [kinds[AFTER] for kinds in cells(result).values()] == ["named", "missed", "caught", "named"]
     lines = {name: next(line for line in table.splitlines() if line.startswith(f"| `{name}`")) for name in result.rows}
-    assert [line.split(" | ")[3] for line in lines.values()] == ["same", "missed", OTHER, READER]
+    assert [line.split(" | ")[3] for line in lines.values()] == ["same", "**missed**", OTHER, READER]
     assert len({line.count(" | ") for line in lines.values()}) == 1
     assert "| caught with the reference recorded after the damage | 3 of 4 |" in by_model([result])
     assert f"| `{missed}` | {catalogue()[missed].check} | caught; reference after: missed |" in by_model([result])
@@ -109,6 +109,8 @@ def test_a_record_without_the_column_is_shown_without_it() -> None:
     assert "| caught with the reference recorded after the damage | not run |" in by_model([result])
 
 
-def test_a_fault_that_breaks_on_the_reference_is_no_success() -> None:
+def test_a_fault_that_is_missed_or_breaks_on_the_reference_is_no_success() -> None:
     assert not results(After(broken="KeyError: 'x'")).good
+    assert not results(After({READER: "pass"})).good
     assert results(After(named=True)).good
+    assert results(After({READER: "pass", OTHER: "caught"})).good

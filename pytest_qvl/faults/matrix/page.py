@@ -90,8 +90,8 @@ def _after(row: Row) -> str:
     if row.same:
         return "same"
     if row.after is not None and row.after.broken:
-        return f"could not be made: {_cell(row.after.broken)}"
-    return ", ".join(row.caught_after or ()) or "missed"
+        return f"**could not be made**: {_cell(row.after.broken)}"
+    return ", ".join(row.caught_after or ()) or "**missed**"
 
 
 def _cell(text: str) -> str:

@@ -157,10 +157,13 @@ class Result:
 
     @property
     def good(self) -> bool:
-        """Whether every fault that could be made was caught in the right words, without a false alarm."""
+        """Whether every fault that could be made was caught in the right words, without a false alarm.
+
+        And by any check where it is in the reference too, as far as that was run.
+        """
         bad = {OTHER_WORDS, MISSED, NOT_JUDGED, BROKEN}
-        broken = any(row.after is not None and row.after.broken for row in self.rows.values())
-        return not (bad & self.verdicts.keys() or broken or self.ill or self.alarms)
+        missed = any(row.caught_after == () for row in self.rows.values())
+        return not (bad & self.verdicts.keys() or missed or self.ill or self.alarms)
 
     def silent(self) -> list[str]:
         """Names of the faults that could be made and at which Transformers raises nothing."""
