@@ -30,6 +30,7 @@ from pytest_qvl.report.comparison import comparison
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    from pytest_qvl.report.injected_fault import FaultVerdict
     from pytest_qvl.report.process_results import ProcessResults
     from pytest_qvl.report.report_data import Finding
     from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder, RunResults
@@ -140,6 +141,7 @@ def plain(results: RunResults) -> dict[str, Any]:
             if (gpu := p.lease) is not None
         ],
         "vram": _vram(results.processes),
+        "fault": _fault(results.fault_verdict),
     }
 
 
@@ -162,6 +164,10 @@ def _error(phase: PhaseResult) -> dict[str, Any]:
     finding = phase.data.finding
     target, check = (None, None) if finding is None else (finding.target, finding.check)
     return {"target": target, "test": _name(phase), "when": phase.when, "check": check, "text": phase.error}
+
+
+def _fault(verdict: FaultVerdict | None) -> dict[str, Any] | None:
+    return None if verdict is None else {**asdict(verdict.fault), "state": verdict.state, "also": verdict.also}
 
 
 def _seconds_by_test(results: RunResults) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pytest_qvl.evidence import Evidence
+    from pytest_qvl.report.injected_fault import FaultVerdict, InjectedFault
     from pytest_qvl.report.process_results import ProcessResults, Verdict
     from pytest_qvl.report.report_data import Finding, GpuFailure, LimitOutcome, Said
     from pytest_qvl.report.states import PromiseState
@@ -140,6 +141,7 @@ class RunResults:
         processes: What every process that ran tests says of its session: verdicts, leases, VRAM by phase.
         problems: What went wrong outside any test, one sentence each: a backend's process that died, no GPU where one
             was required.
+        fault: What ``--qvl-fault`` damaged; ``None`` for a run on what was given.
     """
 
     started: datetime
@@ -148,6 +150,7 @@ class RunResults:
     phases: tuple[PhaseResult, ...] = ()
     processes: tuple[ProcessResults, ...] = ()
     problems: tuple[str, ...] = ()
+    fault: InjectedFault | None = None
 
     @cached_property
     def tests(self) -> Mapping[str, int]:
@@ -200,6 +203,11 @@ class RunResults:
         """All processes' verdicts on their sessions."""
         return tuple(verdict for process in self.processes for verdict in process.verdicts)
 
+    @property
+    def fault_verdict(self) -> FaultVerdict | None:
+        """Which checks noticed the fault that was made; ``None`` where none was."""
+        return None if self.fault is None else self.fault.verdict(self.findings)
+
     def _by_target(self, *, shipped: bool) -> dict[str, TargetResults]:
         phases: dict[str, list[tuple[PhaseResult, Finding]]] = {}
         for phase, finding in self.findings:
@@ -216,6 +224,7 @@ class ResultsBuilder:
         self._phases: list[PhaseResult] = []
         self._processes: list[ProcessResults] = []
         self._problems: list[str] = []
+        self._fault: InjectedFault | None = None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take in one phase of a test; a verdict on the session is no test's, and comes with its process."""
@@ -236,6 +245,10 @@ class ResultsBuilder:
         """Take in what went wrong outside any test; it turns a green run red."""
         self._problems.append(sentence)
 
+    def set_fault(self, fault: InjectedFault) -> None:
+        """Take in what is damaged on purpose in this run."""
+        self._fault = fault
+
     def results(self, exit_status: int | None = None) -> RunResults:
         """All that has been found out so far; a later report does not change it.
 
@@ -244,4 +257,4 @@ class ResultsBuilder:
         """
         seconds = (datetime.now(UTC) - self._started).total_seconds()
         parts = tuple(self._phases), tuple(self._processes), tuple(self._problems)
-        return RunResults(self._started, seconds, exit_status, *parts)
+        return RunResults(self._started, seconds, exit_status, *parts, self._fault)

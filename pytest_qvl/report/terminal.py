@@ -89,6 +89,24 @@ def lease_lines(processes: Sequence[ProcessResults]) -> Iterator[str]:
             yield f"  busy when it was leased: {lease.busy}"
 
 
+def write_fault(terminal: Any, results: RunResults) -> None:
+    """What was damaged on purpose, which check must notice it, and which checks did."""
+    verdict = results.fault_verdict
+    if verdict is None:
+        return
+    fault = verdict.fault
+    terminal.line(f"qvl: fault {fault.name}: {fault.summary}")
+    if fault.reference:
+        terminal.line(f"qvl: the reference is {fault.reference}")
+    line, also = f"qvl: {fault.check} must catch it, and", ", ".join(verdict.also)
+    if verdict.state == "not run":
+        terminal.line(f"{line} was not run", yellow=True)
+    elif verdict.state == "missed":
+        terminal.line(f"{line} DID NOT CATCH IT{f'; {also} did' if also else ''}", red=True)
+    else:
+        terminal.line(f"{line} caught it; so did {also or 'no other check'}", green=True)
+
+
 def write_findings(terminal: Any, results: RunResults) -> None:
     """What was found out about models: backends side by side, and the promises."""
     if not results.findings:
@@ -103,4 +121,4 @@ def write_findings(terminal: Any, results: RunResults) -> None:
 Writers = tuple["Callable[[Any, RunResults], None]", ...]
 LINES_FIRST: Writers = (write_verdicts, write_gpu_failures)
 SECTIONS: Writers = (write_findings,)
-LINES_LAST: Writers = (write_problems, write_limits_and_leases)
+LINES_LAST: Writers = (write_problems, write_limits_and_leases, write_fault)

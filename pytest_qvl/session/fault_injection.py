@@ -9,6 +9,7 @@ import pytest
 
 from pytest_qvl.models.backends import BASELINE, ModelLoadError
 from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model
+from pytest_qvl.report.injected_fault import InjectedFault
 from pytest_qvl.session.errors import UserError
 from pytest_qvl.session.suite_collection import is_shipped
 from pytest_qvl.session.targets import Target, target_of
@@ -51,7 +52,7 @@ class Faulted:
         settings: The run's settings.
         default_dtype: Says which dtype a device computes in, where no setting does.
         shared: Around what one test allocates for those after it.
-        builder: Has the results of the run.
+        builder: Is told what is damaged; the results of the run then say which checks noticed it.
     """
 
     def __init__(
@@ -65,13 +66,16 @@ class Faulted:
         from pytest_qvl.faults import find
         from pytest_qvl.faults.common_mode import unshared
 
-        self._default_dtype, self._shared, self._builder = default_dtype, shared, builder
+        self._default_dtype, self._shared = default_dtype, shared
         self._fault = find(fault)
         self._settings = settings
         self._made: tuple[Target, Case] | None = None
-        self._alone = unshared(self._fault)
-        self._damaged = settings.fault_reference == "damaged" and not self._alone
+        alone, asked = unshared(self._fault), settings.fault_reference == "damaged"
+        self._damaged = asked and not alone
         self._reference: tuple[Target, Reference] | None = None
+        recorded = f"recorded before the damage: {alone}" if alone else "recorded after the damage"
+        fault_made = self._fault.name, self._fault.summary, self._fault.check
+        builder.set_fault(InjectedFault(*fault_made, reference=recorded if asked else ""))
 
     def _case(self, item: pytest.Function) -> Case:
         """The healthy case of a test's model and device; one is kept, because a second model may not fit."""
@@ -132,33 +136,6 @@ class Faulted:
                 return (yield)
             finally:
                 item.funcargs = healthy
-
-    @pytest.hookimpl(trylast=True)
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """Write what was damaged, which check must notice it, and which checks did."""
-        fault, noticed = self._fault, self._noticed()
-        terminalreporter.line(f"qvl: fault {fault.name}: {fault.summary}")
-        if self._settings.fault_reference == "damaged":
-            recorded = f"recorded before the damage: {self._alone}" if self._alone else "recorded after the damage"
-            terminalreporter.line(f"qvl: the reference is {recorded}")
-        if fault.check not in noticed:
-            terminalreporter.line(f"qvl: {fault.check} must catch it, and was not run", yellow=True)
-            return
-        caught = noticed[fault.check]
-        verdict = "caught it" if caught else "DID NOT CATCH IT"
-        also = [check for check, did in noticed.items() if did and check != fault.check]
-        line = f"qvl: {fault.check} must catch it, and {verdict}; so did {', '.join(also) or 'no other check'}"
-        terminalreporter.line(line if caught or also else line.partition(";")[0], green=caught, red=not caught)
-
-    def _noticed(self) -> dict[str, bool]:
-        """Whether each check that ran noticed the fault."""
-        noticed: dict[str, bool] = {}
-        for phase, found in self._builder.results().findings:
-            if found.check is None or phase.when != "call":
-                continue
-            if phase.outcome != "skipped" or found.not_judged:  # a fault that cannot be made here proves nothing
-                noticed[found.check] = noticed.get(found.check, False) or phase.failed
-        return noticed
 
 
 def _inputs(case: Case) -> dict[str, Callable[[], Any]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 SUITE = ("--pyargs", "pytest_qvl.suite")
@@ -9,7 +11,7 @@ SUITE = ("--pyargs", "pytest_qvl.suite")
 
 def test_the_suite_shows_what_a_fault_looks_like(run_real):
     result = run_real(*SUITE, "--qvl-fault", "scatter-off-by-one", "-k", "feature_scatter or placeholder_counts", "-rN")
-    result.assert_outcomes(failed=2, passed=2)
+    result.assert_outcomes(failed=2, passed=3)
     result.stdout.fnmatch_lines(
         [
             "qvl: model embedded (default), device cpu (--qvl-device), fault scatter-off-by-one (--qvl-fault)",
@@ -21,10 +23,14 @@ def test_the_suite_shows_what_a_fault_looks_like(run_real):
     )
 
 
-def test_a_fault_in_the_users_own_optimizer_reaches_the_suite(run_real):
-    result = run_real(*SUITE, "--qvl-fault", "optimizer-holds-vision", "-k", "adapter_census", "-rN")
+def test_a_fault_in_the_users_own_optimizer_reaches_the_suite(pytester, run_real):
+    chosen = ("-k", "adapter_census", "-rN", "--qvl-record", "r.json")
+    result = run_real(*SUITE, "--qvl-fault", "optimizer-holds-vision", *chosen)
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["qvl: adapter_census must catch it, and caught it; so did no other check"])
+    fault = json.loads((pytester.path / "r.json").read_text(encoding="utf-8"))["fault"]
+    assert (fault["name"], fault["check"], fault["state"]) == ("optimizer-holds-vision", "adapter_census", "caught")
+    assert (fault["also"], fault["reference"]) == ([], "")
 
 
 def test_a_fault_whose_check_was_not_run_says_so(run_light, pytester):

@@ -14,6 +14,7 @@ import jsonschema
 import pytest
 
 from pytest_qvl.evidence import Evidence, Figure, Relation, Table
+from pytest_qvl.report.injected_fault import InjectedFault
 from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Verdict
 from pytest_qvl.report.record import SCHEMA, Record
 from pytest_qvl.report.report_data import Finding, GpuFailure, Kind, LimitOutcome, add_to_report
@@ -68,6 +69,7 @@ def everything(tmp_path_factory):
         unknown = Usage("load", reason="the driver does not tell", error="OSError")
         whole = Usage("session", 2.5, "", 7, 8, 9, "device", 1)
         builder.add_process(ProcessResults(whole, (unknown,), gpu, verdicts).started_by(backend))
+    builder.set_fault(InjectedFault("vision-thaws", "The tower trains.", "frozen_vision", "recorded after the damage"))
     builder.add_problem("no GPU test was executed")
     config = SimpleNamespace(rootpath=file.parent, invocation_params=SimpleNamespace(args=["-q"]))
     list(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Table
+from pytest_qvl.report.injected_fault import InjectedFault
 from pytest_qvl.report.promise_table import TITLE, write_promises
 from pytest_qvl.report.promises import PROMISES, promise_of
 from pytest_qvl.report.report_data import Finding, ReportData, add_to_report
@@ -141,6 +142,29 @@ def test_a_broken_promise_shows_what_broke_it_and_turns_the_verdict():
     assert "       error: label_mask: ValueError: no labels" in terminal.lines
     assert terminal.lines[-1].startswith(f"   verdict: BROKEN: 0 of {len(PROMISES)} promises kept, 2 BROKEN, 1 error, ")
     assert terminal.colours[terminal.lines[-1]] == {"red"}
+
+
+@pytest.mark.parametrize(
+    ("caught", "others", "says", "colour"),
+    [
+        (True, [], "label_mask must catch it, and caught it; so did no other check", "green"),
+        (True, ["causality"], "label_mask must catch it, and caught it; so did causality", "green"),
+        (False, [], "label_mask must catch it, and DID NOT CATCH IT", "red"),
+        (False, ["causality"], "label_mask must catch it, and DID NOT CATCH IT; causality did", "red"),
+        (None, ["causality"], "label_mask must catch it, and was not run", "yellow"),
+    ],
+)
+def test_a_fault_says_which_checks_noticed_it(caught, others, says, colour):
+    reports = [report(check, "failed", evidence=[broken(check)]) for check in others]
+    if caught is not None:
+        found = [broken("label_mask")] if caught else [kept("label_mask")]
+        reports.append(report("label_mask", "failed" if caught else "passed", evidence=found))
+    builder = built(*reports, report("label_mask", "skipped", skipped="it cannot be made here"))
+    builder.set_fault(InjectedFault("labels-shift", "Labels are shifted.", "label_mask"))
+    terminal = Terminal(verbosity=-2)
+    Summary(builder).pytest_terminal_summary(terminal, pytest.ExitCode.OK)
+    assert terminal.lines == ["qvl: fault labels-shift: Labels are shifted.", f"qvl: {says}"]
+    assert terminal.colours[f"qvl: {says}"] == {colour}
 
 
 def test_a_broken_row_shows_a_figure_that_is_broken():
