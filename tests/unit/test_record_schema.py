@@ -25,9 +25,15 @@ from pytest_qvl.vram.usage import Usage
 RECORDS = Path(__file__).parents[2] / "docs" / "records"
 
 
+def schema_of(version):
+    """The newest version's has a name without a number."""
+    name = "record.schema.json" if version == SCHEMA else f"record-{version.rsplit('/', 1)[1]}.schema.json"
+    return json.loads(files("pytest_qvl").joinpath("report", name).read_text(encoding="utf-8"))
+
+
 @pytest.fixture(scope="module")
 def schema():
-    return json.loads(files("pytest_qvl").joinpath("report", "record.schema.json").read_text(encoding="utf-8"))
+    return schema_of(SCHEMA)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +133,7 @@ def test_a_key_too_many_or_too_few_is_no_record(schema, valid, everything):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("schema",), "pytest-qvl/record/1"),
+        (("schema",), "pytest-qvl/record/0"),
         (("seconds",), "1.5"),
         (("started",), "yesterday"),
         (("exit_status",), None),
@@ -181,8 +187,26 @@ def test_everything_is_described(schema):
     assert list(undescribed("record", schema)) == []
 
 
-def test_committed_records_of_this_version_are_valid(valid):
-    records = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in RECORDS.glob("*.json")}
-    current = {name: r for name, r in records.items() if isinstance(r, dict) and r.get("schema") == SCHEMA}
-    assert current
-    assert [name for name, found in current.items() if not valid(found)] == []
+def test_every_version_keeps_its_schema():
+    """A new version moves ``record.schema.json`` to ``record-N.schema.json``, so that old records stay readable."""
+    kind, newest = SCHEMA.rsplit("/", 1)
+    for number in range(1, int(newest) + 1):
+        kept = schema_of(f"{kind}/{number}")
+        jsonschema.Draft202012Validator.check_schema(kept)
+        assert kept["properties"]["schema"]["const"] == kept["title"] == f"{kind}/{number}"
+        assert kept["$id"].split(":")[1:] == kept["title"].split("/")
+
+
+def test_the_documentation_names_the_version():
+    assert f"now `{SCHEMA}`" in (RECORDS.parent / "ci.md").read_text(encoding="utf-8")
+
+
+def test_committed_records_are_valid_by_the_schema_of_their_version():
+    validators = {}
+    for file in RECORDS.glob("*.json"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        version = found.get("schema", "") if isinstance(found, dict) else ""
+        if version.startswith(SCHEMA.rsplit("/", 1)[0]):
+            by_version = validators.setdefault(version, jsonschema.Draft202012Validator(schema_of(version)))
+            assert [error.message for error in by_version.iter_errors(found)] == [], file.name
+    assert validators
