@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,16 @@ def places(pytester):
 
 def test_every_setting_has_an_example_here():
     assert set(VALID) >= set(BY_NAME)
+
+
+def test_every_setting_has_its_row_in_the_documentation():
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    row = r"^\| `(--[\w-]+)(?: (\w+))?`( \(repeatable\))? \| `(\w+)` \| `(\w+)`(?: \(comma-separated\))? \| (?:`(.+?)` )?\| "
+    rows = {name: (flag, *more) for flag, *more in re.findall(row, page, re.MULTILINE) for name in [more[2]]}
+    many = {True: " (repeatable)", False: ""}
+    assert rows == {
+        s.name: (s.flag, "" if s.switch else s.metavar, many[s.many], s.name, s.env, s.default or "") for s in SETTINGS
+    }
 
 
 @pytest.mark.parametrize("name", BY_NAME)
