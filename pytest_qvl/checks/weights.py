@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,7 +230,8 @@ class _Comparison:
         beside = f" (beside it: {', '.join(parts)})" if parts else ""
         if isinstance(first, str):
             return f"{first}{beside}"
-        cause = usual_cause(first, wrong.tensor, next(self.stored.pieces(wrong.name)), self._twin(wrong))
+        rows = next(self.stored.pieces(wrong.name, math.prod(wrong.tensor.shape[1:])))  # whole ones
+        cause = usual_cause(first, wrong.tensor, rows, self._twin(wrong))
         return f"{first}{beside}: {cause}"
 
     def _twin(self, wrong: _Wrong) -> str:

@@ -237,6 +237,9 @@ def test_synthetic_weights_are_drawn_again_also_under_an_adapter(lora_config: An
     weight = base_modules(anatomy(model))["model.visual.blocks.0.attn.qkv"].weight
     weight.data[3, 4] += 1
     assert "blocks.0.attn.qkv.weight: differs in 1 of 12,288 elements, first at [3, 4]" in refused(model)
+    weight.data[3, 4] -= 1
+    weight.data.copy_(weight.data.roll(1, 0))
+    assert "each of its rows holds the one before it" in refused(model)
 
 
 def test_the_head_that_a_checkpoint_lacks_is_named(fresh_model: Any, tiny_dir: Path, tmp_path: Path) -> None:
