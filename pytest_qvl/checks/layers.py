@@ -19,7 +19,7 @@ from pytest_qvl.checks.support.packing import is_packed
 from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
-from pytest_qvl.models.adapters import auxiliary_layers, base_modules
+from pytest_qvl.models.adapters import adapter_configs, auxiliary_layers, base_modules
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions
@@ -54,13 +54,16 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
 
     Raises:
         CheckFailed: A module computes something else.
-        CannotJudge: Weights were rewritten for a CPU kernel, or the batch is packed.
+        CannotJudge: Weights were rewritten for a CPU kernel, the batch is packed, or an adapter learns a prompt.
     """
     parts = anatomy(model)
     judge = Judge("layer_arithmetic", "every layer computes what its definition says")
     require_unpacked_weights(parts)
     if is_packed(batch):
         raise CannotJudge("the batch is packed: give one sample a row")
+    for name, config in adapter_configs(parts).items():
+        if getattr(config, "is_prompt_learning", False):
+            raise CannotJudge(f"the adapter {name} ({type(config).__name__}) puts tokens of its own before the batch")
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "position_ids")}
     tally = Tally()
     with preserved(model, training=False, seed=0), exact_products():

@@ -41,6 +41,7 @@ FAMILIES = {
     "gradients": "loss and gradients",
     "disk": "adapters on disk",
     "layers": "arithmetic of layers",
+    "cache": "arithmetic of layers",
     "lora": "arithmetic of adapters",
     "library": "library and files, before any reference",
     "session": "session state",

@@ -20,6 +20,7 @@ Requirement = Literal[
     "window attention",
     "gated vision MLP",
     "mrope sections in the module",
+    "DeepStack",
     "checkpoint file",
     "golden record",
     "biases of q, k and v",
@@ -57,6 +58,10 @@ def _sections_in_the_module(case: Case) -> bool:
     return len(set(sections)) > 1 and fits
 
 
+def _deepstack(case: Case) -> bool:
+    return hasattr(anatomy(case.model).vision_tower, "deepstack_merger_list")
+
+
 def _checkpoint_file(case: Case) -> bool:
     source = case.subject.source
     return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
@@ -87,6 +92,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
         _sections_in_the_module,
         "needs a rotary module that keeps sections, which differ and fit; releases before 5.17 leave them to attention",
     ),
+    "DeepStack": (_deepstack, "needs DeepStack and learned positions in the tower: only Qwen3-VL has them"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),

@@ -66,6 +66,30 @@ def after(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[No
 
 
 @contextmanager
+def while_running(modules: Sequence[nn.Module], name: str, value: Callable[[Any], Any]) -> Iterator[None]:
+    """Give modules another attribute for the length of each call: what a kernel does that does not read it.
+
+    Whoever looks at the modules between two calls finds them as they were.
+
+    Args:
+        modules: The modules.
+        name: Of the attribute.
+        value: Makes its other value of the right one.
+    """
+    kept: dict[int, Any] = {}
+
+    def enter(module: Any, _args: Any, _kwargs: Any) -> None:
+        kept[id(module)] = getattr(module, name)
+        setattr(module, name, value(kept[id(module)]))
+
+    def leave(module: Any, _args: Any, _output: Any) -> None:
+        setattr(module, name, kept.pop(id(module)))
+
+    with before(modules, enter), after(modules, leave):
+        yield
+
+
+@contextmanager
 def _removed(handles: Sequence[Any]) -> Iterator[None]:
     try:
         yield

@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     import torch
 
 
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")
+
+
 def linear(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -88,7 +91,7 @@ def layer_norm(
 
 
 def activation(name: str, x: torch.Tensor) -> Claim:
-    """``silu``, ``gelu`` (exact), ``gelu_pytorch_tanh`` or ``quick_gelu`` of x, rounded to the dtype of x once.
+    """One of :data:`ACTIVATIONS` of x (``gelu`` is the exact one), rounded to the dtype of x once.
 
     All are x times a gate between 0 and 1 (Hendrycks and Gimpel 2016); a kernel's function is off by
     :data:`~.bounds.FUNCTION` last places of the gate's largest value, 1, twice with the oracle's own.

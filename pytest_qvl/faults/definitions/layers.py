@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import after, all_of, attribute, before, values
+from pytest_qvl.faults.tools import after, all_of, attribute, before, on_first, while_running
 from pytest_qvl.models.adapters import original_module
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.layers import language_layers, vision_blocks
@@ -91,15 +91,15 @@ def _biases_lost(case: Case) -> Iterator[None]:
 
 
 def tower_eps(case: Case, eps: float) -> Any:
-    """Norms of the vision blocks with another eps."""
+    """Norms of the vision blocks that compute with another eps than the one they have."""
     norms = [norm for block in vision_blocks(anatomy(case.model)) for norm in block.norms]
     name = "variance_epsilon" if hasattr(norms[0], "variance_epsilon") else "eps"
-    return all_of([attribute(norm, name, eps) for norm in norms])
+    return while_running(norms, name, lambda _own: eps)
 
 
 @fault(
     "tower-eps-too-large",
-    "The norms of the vision tower have eps 1e-2 instead of 1e-6.",
+    "A norm kernel in the vision tower computes with eps 1e-2; the modules have the right one.",
     target="model",
     check="layer_arithmetic",
     expected_words=("eps of a norm: model.visual.blocks.0.norm1 computes as with eps 0.01, not 1e-06",),
@@ -111,24 +111,20 @@ def _tower_eps(case: Case) -> Iterator[None]:
 
 @fault(
     "eps-ten-times",
-    "One norm of the language backbone has ten times its eps.",
+    "The kernel of one norm of the language backbone computes with ten times its eps.",
     target="model",
     check="layer_arithmetic",
     expected_words=("eps of a norm", f"{PLACE}.input_layernorm computes as with eps", ", not 1e-0"),
 )
 def _eps_ten_times(case: Case) -> Iterator[None]:
     norm = language_layers(anatomy(case.model))[1].norms[0]
-    with attribute(norm, "variance_epsilon", 10 * norm.variance_epsilon):
+    with while_running([norm], "variance_epsilon", lambda own: 10 * own):
         yield
-
-
-def _sections(rotary: Any, sections: list[int]) -> Any:
-    return attribute(rotary, "mrope_section", sections)
 
 
 @fault(
     "mrope-sections-permuted",
-    "The rotary module deals its frequencies out as (6, 6, 4), where the configuration says (4, 6, 6).",
+    "A rotary kernel deals the frequencies out as (6, 6, 4), where module and configuration say (4, 6, 6).",
     target="model",
     check="layer_arithmetic",
     expected_words=("rotary embedding", "by time, height and width, where mrope_section is"),
@@ -136,13 +132,13 @@ def _sections(rotary: Any, sections: list[int]) -> Any:
 )
 def _sections_permuted(case: Case) -> Iterator[None]:
     rotary = anatomy(case.model).language_backbone.rotary_emb
-    with _sections(rotary, list(rotary.mrope_section)[::-1]):
+    with while_running([rotary], "mrope_section", lambda own: list(own)[::-1]):
         yield
 
 
 @fault(
     "mrope-one-frequency-moved",
-    "The rotary module turns one frequency by width that belongs to height.",
+    "A rotary kernel turns one frequency by width that belongs to height, as with sections (4, 5, 7).",
     target="model",
     check="layer_arithmetic",
     expected_words=("rotary embedding", "by time, height and width, where mrope_section is"),
@@ -150,38 +146,42 @@ def _sections_permuted(case: Case) -> Iterator[None]:
 )
 def _frequency_moved(case: Case) -> Iterator[None]:
     rotary = anatomy(case.model).language_backbone.rotary_emb
-    time, height, width = rotary.mrope_section
-    with _sections(rotary, [time, height - 1, width + 1]):
+    with while_running([rotary], "mrope_section", lambda own: [own[0], own[1] - 1, own[2] + 1]):
         yield
 
 
 @fault(
     "rotary-base-off",
-    "The rotary module has 1.1 times the base of the configuration.",
+    "A rotary kernel turns by 1.1 times the base of module and configuration.",
     target="model",
     check="layer_arithmetic",
     expected_words=("rotary embedding", "turns as with base", "(rope_theta)"),
 )
 def _base_off(case: Case) -> Iterator[None]:
-    from pytest_qvl.models.layers import rope_of
-    from pytest_qvl.oracles.rotary import frequencies
-
-    parts = anatomy(case.model)
-    buffer = parts.language_backbone.rotary_emb.inv_freq
-    wrong = frequencies(1.1 * rope_of(parts).theta, len(buffer))
-    with values(buffer, wrong.to):
+    with rotary_base_times(case, 1.1):
         yield
 
 
+def rotary_base_times(case: Case, times: float) -> Any:
+    """Frequencies of another base while the rotary module runs, the buffer itself untouched."""
+
+    def other(frequencies: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        share = torch.arange(len(frequencies), device=frequencies.device) / len(frequencies)
+        return frequencies * times**-share
+
+    return while_running([anatomy(case.model).language_backbone.rotary_emb], "inv_freq", other)
+
+
 def attention_times(case: Case, times: float) -> Any:
-    """Another scaling of the scores in one language layer."""
-    attention = language_layers(anatomy(case.model))[1].attention
-    return attribute(attention, "scaling", times * attention.scaling)
+    """Another scaling of the scores in one language layer, as of a kernel that does not take the module's."""
+    return while_running([language_layers(anatomy(case.model))[1].attention], "scaling", lambda own: times * own)
 
 
 @fault(
     "attention-scaling-off",
-    "One attention scales its scores by 1.05 / sqrt(d).",
+    "The kernel of one attention scales its scores by 1.05 / sqrt(d); the module has the right scaling.",
     target="model",
     check="layer_arithmetic",
     expected_words=(f"attention: {PLACE}.self_attn scales its scores by", "1.05 times 1 / sqrt(head width)"),
@@ -193,14 +193,13 @@ def _scaling_off(case: Case) -> Iterator[None]:
 
 @fault(
     "vision-attention-scaling-off",
-    "One attention of the vision tower scales its scores by 1.05 / sqrt(d).",
+    "The kernel of one vision attention scales its scores by 1.05 / sqrt(d); the module has the right scaling.",
     target="model",
     check="layer_arithmetic",
     expected_words=("vision attention: model.visual.blocks.1.attn scales its scores by", "1.05 times"),
 )
 def _vision_scaling_off(case: Case) -> Iterator[None]:
-    attention = vision_blocks(anatomy(case.model))[1].attention
-    with attribute(attention, "scaling", 1.05 * attention.scaling):
+    with while_running([vision_blocks(anatomy(case.model))[1].attention], "scaling", lambda own: 1.05 * own):
         yield
 
 
@@ -222,50 +221,11 @@ def _rotation_not_applied(case: Case) -> Iterator[None]:
 
 
 @fault(
-    "cache-one-step-stale",
-    "While decoding, one layer's cache gets the key and value of the step before.",
-    target="model",
-    check="layer_arithmetic",
-    expected_words=(f"key-value cache: {PLACE}.self_attn holds at position", "the cache is one step stale"),
-)
-def _cache_stale(case: Case) -> Iterator[None]:
-    from transformers import cache_utils
-
-    kind: Any = cache_utils.DynamicLayer
-    number = 1
-    original = kind.update
-    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    attention = language_layers(anatomy(case.model))[number].attention
-    inside = [False]
-
-    def update(layer: Any, keys: torch.Tensor, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if inside[0]:
-            older = kept.get(id(layer))
-            kept[id(layer)] = keys[:, :, -1:], states[:, :, -1:]
-            if keys.shape[2] == 1 and older is not None:
-                keys, states = older
-        return original(layer, keys, states, *args, **kwargs)
-
-    def enter(_module: Any, _args: Any, _kwargs: Any) -> None:
-        inside[0] = True
-
-    def leave(_module: Any, _args: Any, _output: Any) -> None:
-        inside[0] = False
-
-    kind.update = update
-    try:
-        with before([attention], enter), after([attention], leave):
-            yield
-    finally:
-        kind.update = original
-
-
-@fault(
     "activation-exchanged",
     "The MLPs of the language backbone use GELU where the configuration says SiLU.",
     target="model",
     check="layer_arithmetic",
-    expected_words=("activation in an MLP: model.language_model.layers.0.mlp",),
+    expected_words=("activation in an MLP: model.language_model.layers.0.mlp computes gelu, not silu",),
 )
 def _activation(case: Case) -> Iterator[None]:
     from torch import nn
@@ -297,4 +257,139 @@ def _heads_exchanged(case: Case) -> Iterator[None]:
         return (hidden, *args[1:]), kwargs
 
     with before([layer.output], exchange):
+        yield
+
+
+@fault(
+    "layer-skipped",
+    "One layer of the language backbone returns its input, as LayerDrop does when it stays on.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(f"residual sum: {PLACE} returns its own input: it is skipped",),
+)
+def _skipped(case: Case) -> Iterator[None]:
+    layer = language_layers(anatomy(case.model))[1].module
+    with after([layer], lambda _m, args, output: on_first(output, lambda _: args[0])):
+        yield
+
+
+@fault(
+    "vision-bias-not-added",
+    "The kernel of one linear of the vision tower does not add its bias.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("linear product: model.visual.blocks.1.attn.proj does not add its bias",),
+)
+def _vision_bias_not_added(case: Case) -> Iterator[None]:
+    with after([vision_blocks(anatomy(case.model))[1].output], lambda m, _a, out: out - m.bias):
+        yield
+
+
+@fault(
+    "4bit-last-tile-not-written",
+    "The kernel of one quantized layer does not write the last eight outputs, where its tiles do not fit.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("4-bit product", f"{PLACE}.mlp.up_proj leaves 8 of", "outputs at 0"),
+)
+def _last_tile(case: Case) -> Iterator[None]:
+    import torch
+
+    layer = original_module(language_layers(anatomy(case.model))[1].mlp.up)
+    with after([layer], lambda _m, _a, out: torch.cat((out[..., :-8], 0 * out[..., -8:]), dim=-1)):
+        yield
+
+
+@fault(
+    "one-layer-attends-to-padding",
+    "One attention of the language backbone is not given the attention mask.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(f"attention: {PLACE}.self_attn attends to padding too",),
+)
+def _padding(case: Case) -> Iterator[None]:
+    attention = language_layers(anatomy(case.model))[1].attention
+    with before([attention], lambda _m, args, kwargs: (args, {**kwargs, "attention_mask": None})):
+        yield
+
+
+@fault(
+    "merger-gelu-approximated",
+    "The merger's GELU is the tanh approximation; the checkpoint was trained with the exact one.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("activation in an MLP: model.visual.merger computes gelu_pytorch_tanh, not gelu",),
+)
+def _merger_gelu(case: Case) -> Iterator[None]:
+    from torch import nn
+
+    acts = [module for module in anatomy(case.model).merger.modules() if isinstance(module, nn.GELU)]
+    changes = [attribute(act, "approximate", "tanh") for act in acts]
+    with all_of(changes):
+        yield
+
+
+@fault(
+    "deepstack-lost",
+    "The features of the DeepStack mergers do not reach the language backbone.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("model.language_model is given the features of 0 DeepStack mergers, where the tower has",),
+    requires=("DeepStack",),
+)
+def _deepstack_lost(case: Case) -> Iterator[None]:
+    def lose(_module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "deepstack_visual_embeds": None}
+
+    with before([anatomy(case.model).language_backbone], lose):
+        yield
+
+
+@fault(
+    "deepstack-exchanged",
+    "The features of the DeepStack mergers are added behind each other's layers.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("model.language_model is not given what DeepStack's merger 0 made",),
+    requires=("DeepStack",),
+)
+def _deepstack_exchanged(case: Case) -> Iterator[None]:
+    def exchange(_module: Any, args: Any, kwargs: Any) -> Any:
+        features = kwargs.get("deepstack_visual_embeds")
+        return args, {**kwargs, "deepstack_visual_embeds": features and list(features)[::-1]}
+
+    with before([anatomy(case.model).language_backbone], exchange):
+        yield
+
+
+@fault(
+    "deepstack-added-twice",
+    "Behind the first layers the features of the DeepStack mergers are added twice.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("residual sum: model.language_model.layers.1",),
+    requires=("DeepStack",),
+)
+def _deepstack_twice(case: Case) -> Iterator[None]:
+    backbone: Any = anatomy(case.model).language_backbone
+    add = backbone._deepstack_process
+
+    def twice(hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> Any:
+        return add(add(hidden, places, features), places, features)
+
+    with attribute(backbone, "_deepstack_process", twice):
+        yield
+
+
+@fault(
+    "learned-positions-lost",
+    "The learned positions are not added to the patches.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("learned positions: model.visual.blocks.0",),
+    requires=("DeepStack",),
+)
+def _learned_positions(case: Case) -> Iterator[None]:
+    tower: Any = anatomy(case.model).vision_tower
+    with after([tower.pos_embed], lambda _m, _a, output: 0 * output):
         yield

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.definitions.adapters import another_adapter
-from pytest_qvl.faults.tools import all_of, attribute, before
+from pytest_qvl.faults.tools import after, all_of, attribute, before
 from pytest_qvl.models.adapters import adapted_layers, chosen_adapter
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.layers import language_layers
@@ -20,16 +20,17 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.case import Case
 
     Rows = Callable[[Any, torch.Tensor], torch.Tensor]
+    Times = Callable[[float, torch.Tensor], float]
 
 
 @contextmanager
-def low_rank_of(case: Case, rows: Rows, *, times: float | None = None) -> Iterator[None]:
+def low_rank_of(case: Case, rows: Rows, *, times: float | Times | None = None) -> Iterator[None]:
     """LoRA layers with a forward of their own, as a fused kernel has.
 
     Args:
         case: Its adapted layers get it.
         rows: What A is given: ``rows(layer, x) -> x``.
-        times: Factor of ``B(A(x))``; the layer's scaling if not given.
+        times: Factor of ``B(A(x))``, or ``times(layer's scaling, x)``; the layer's scaling if not given.
     """
     parts = anatomy(case.model)
     name = chosen_adapter(parts)
@@ -40,7 +41,8 @@ def low_rank_of(case: Case, rows: Rows, *, times: float | None = None) -> Iterat
             if layer.disable_adapters:
                 return base
             down, up = layer.lora_A[name], layer.lora_B[name]
-            factor = layer.scaling[name] if times is None else times
+            scaling = layer.scaling[name]
+            factor = times(scaling, x) if callable(times) else scaling if times is None else times
             added: torch.Tensor = up(down(rows(layer, x).to(down.weight.dtype))) * factor
             return base + added.to(base.dtype)
 
@@ -191,3 +193,46 @@ def _another_mask(case: Case) -> Iterator[None]:
         changes = [attribute(layer, "gradient_checkpointing", True) for layer in layers]
         with all_of([*changes, *(attribute(layer, "_gradient_checkpointing_func", forgetful) for layer in layers)]):
             yield
+
+
+@fault(
+    "lora-lost-while-decoding",
+    "The decoding kernel of LoRA layers leaves the adapter out; prefill has it.",
+    target="adapter",
+    check="layer_arithmetic",
+    expected_words=("LoRA: model.language_model.layers.0", "the adapter is left out (decode step 1)"),
+)
+def _lost_while_decoding(case: Case) -> Iterator[None]:
+    with low_rank_of(case, lambda _layer, x: x, times=lambda scaling, x: scaling if x.shape[1] > 1 else 0.0):
+        yield
+
+
+@fault(
+    "dropout-does-not-rescale",
+    "LoRA's dropout zeroes inputs in training and does not divide the others by 1 - p.",
+    target="adapter",
+    check="layer_arithmetic",
+    expected_words=("LoRA dropout: model.language_model.layers.0", "returns 0.9 times what it has to (in train mode)"),
+)
+def _not_rescaled(case: Case) -> Iterator[None]:
+    from dataclasses import replace
+
+    with another_adapter(case, replace(case.lora_config, lora_dropout=0.1)):
+        name = chosen_adapter(anatomy(case.model))
+        dropouts = [layer.lora_dropout[name] for layer in adapted_layers(anatomy(case.model)).values()]
+        with after(dropouts, lambda module, _args, output: output * (1 - module.p) if module.training else output):
+            yield
+
+
+@fault(
+    "dora-magnitude-ignored",
+    "A kernel for LoRA runs on DoRA layers: the magnitude is not applied.",
+    target="adapter",
+    check="layer_arithmetic",
+    expected_words=("LoRA: model.language_model.layers.0", "DoRA's magnitude is not applied"),
+)
+def _magnitude_ignored(case: Case) -> Iterator[None]:
+    from dataclasses import replace
+
+    with another_adapter(case, replace(case.lora_config, use_dora=True)), low_rank_of(case, lambda _layer, x: x):
+        yield

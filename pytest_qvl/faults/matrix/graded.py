@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.definitions.adapters import another_adapter
 from pytest_qvl.faults.definitions.disk import scaled, trained
-from pytest_qvl.faults.definitions.layers import attention_times, product_times, tower_eps
+from pytest_qvl.faults.definitions.layers import attention_times, product_times, rotary_base_times, tower_eps
+from pytest_qvl.faults.definitions.lora import low_rank_of
 from pytest_qvl.faults.definitions.positions import at_images
 from pytest_qvl.faults.definitions.quantization import four_bit
 from pytest_qvl.faults.matrix.panel import judge
@@ -153,6 +154,10 @@ def _off(change: Callable[[Case, float], Any], percent: float) -> Dose:
     return lambda case: change(case, 1 + percent / 100)
 
 
+def _lora_times(case: Case, times: float) -> AbstractContextManager[None]:
+    return low_rank_of(case, lambda _layer, x: x, times=lambda scaling, _x: times * scaling)
+
+
 def _eps(eps: float) -> Dose:
     return lambda case: tower_eps(case, eps)
 
@@ -208,6 +213,16 @@ GRADED = (
         "scaling of one language attention",
         ("layer_arithmetic", "alignment"),
         tuple((f"{share:g} %", _off(attention_times, share)) for share in (0.01, 0.1, 0.5, 1, 5)),
+    ),
+    Graded(
+        "base of the rotary embedding",
+        ("layer_arithmetic", "alignment"),
+        tuple((f"{share:g} %", _off(rotary_base_times, share)) for share in (0.1, 1, 10, 100)),
+    ),
+    Graded(
+        "scaling of every LoRA layer",
+        ("layer_arithmetic", "alignment"),
+        tuple((f"{share:g} %", _off(_lora_times, share)) for share in (0.01, 0.1, 1, 5, 100)),
     ),
     Graded(
         "eps of the tower's norms instead of 1e-6",

@@ -9,20 +9,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.linears import ELEMENTS, packed_of, weight_rows
-from pytest_qvl.checks.support.layers.tally import factor
+from pytest_qvl.checks.support.layers.tally import error_over_limit, factor
 from pytest_qvl.models.adapters import adapted_layers, adapter_configs
 from pytest_qvl.models.training import weights_restored
 from pytest_qvl.oracles import lora, nf4
 from pytest_qvl.oracles.bounds import SINGLE, Claim, unit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
 
     from pytest_qvl.checks.support.layers.flow import Call
     from pytest_qvl.checks.support.layers.tally import Tally
     from pytest_qvl.models.anatomy import Parts
+
+    Plain = Callable[[], Claim]
 
 OPERATION, SHARED, DROPOUT = "LoRA", "LoRA's matrices", "LoRA dropout"
 # Of the base layer's output, how much the random adapter adds: enough to be seen beside its rounding in 16 bits.
@@ -55,7 +57,9 @@ class Adapters:
         from torch import nn
 
         if not isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) or not hasattr(layer, "scaling"):
-            return f"{type(layer).__name__} is no LoRA of plain matrices"
+            # PEFT calls many of its layers Linear; the package says of which method.
+            kind = type(layer).__module__.removeprefix("peft.tuners.").partition(".")[0]
+            return f"{kind}'s {type(layer).__name__} is no LoRA of plain matrices"
         if hasattr(layer, "lora_E"):
             return "AdaLoRA"
         if layer.merged:
@@ -129,16 +133,20 @@ class Adapters:
             x = self._judge_dropout(place, dropped[names[0]], _dropout(layer, names[0])).flatten(0, -2)
         matrices = [self._matrices(place, layer, name) for name in names]
         bias = getattr(layer.get_base_layer(), "bias", None)
-        got, below = call.made.flatten(0, -2), base.flatten(0, -2)
-        claim = lora.adapted(x, below, None if bias is None else bias.detach(), matrices, got.dtype)
-        words = partial(self._words, place, names, (got, below, claim.value))
-        self._tally.hold(OPERATION, place, got, claim, words)
+        bias = None if bias is None else bias.detach()
+        undirected = [each._replace(gain=None) for each in matrices]
+        for given, got, below in _slices(x, call.made.flatten(0, -2), base.flatten(0, -2)):
+            claim = lora.adapted(given, below, bias, matrices, got.dtype)
+            plain = partial(lora.adapted, given, below, None, undirected, got.dtype)
+            words = partial(self._words, place, names, (got, below, claim.value), plain)
+            self._tally.hold(OPERATION, place, got, claim, words)
 
     def _judge_dropout(self, place: str, call: Call, share: float) -> torch.Tensor:
         """In training an input of A is 0 or divided by ``1 - p``, two roundings; returns them."""
-        kept = call.given.float() / (1 - share)
-        value = kept.where(call.made != 0, 0.0)
-        self._tally.hold(DROPOUT, place, call.made, Claim(value, 2 * (unit(call.made.dtype) + SINGLE) * kept.abs()))
+        for given, made in _slices(call.given.flatten(0, -2), call.made.flatten(0, -2)):
+            kept = given.float() / (1 - share)
+            value = kept.where(made != 0, 0.0)
+            self._tally.hold(DROPOUT, place, made, Claim(value, 2 * (unit(made.dtype) + SINGLE) * kept.abs()))
         return call.made
 
     def _matrices(self, place: str, layer: Any, name: str) -> lora.Matrices:
@@ -166,12 +174,19 @@ class Adapters:
         stabilised = bool(config.use_rslora)
         return lora.scaling_of(alpha, asked_rank, rank_stabilised=stabilised), float(alpha), stabilised
 
-    def _words(self, place: str, names: list[str], seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> str:
-        """What is wrong with an output, by what it is, what the base layer returned and what it had to be."""
+    def _words(
+        self, place: str, names: list[str], seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor], plain: Plain
+    ) -> str:
+        """What is wrong with an output: what it is, what the base layer returned, what it had to be; LoRA's alone."""
         layer, (got, base, expected) = self.layers[place], seen
         if any(_dropout(layer, name) and layer.lora_dropout[name].training for name in names) and not layer.training:
             return "drops inputs of A although the layer is in eval mode: LoRA dropout is on"
-        times, rest = factor(got.float() - base.float(), expected - base.float())
+        if any(layer.use_dora.get(name, False) for name in names) and error_over_limit(got, plain()) <= 1:
+            return "adds what LoRA does: DoRA's magnitude is not applied"
+        added, due = got.float() - base.float(), expected - base.float()
+        if bool(added.norm() < CLOSE * due.norm()):
+            return "adds nothing to its base layer's output: the adapter is left out"
+        times, rest = factor(added, due)
         if len(names) > 1 or not math.isfinite(times) or rest > 5 * CLOSE:
             return f"adds something else than scaling·B(A(x)) of its own input ({', '.join(names)})"
         scaling, alpha, stabilised = self._scaling(place, names[0], layer.lora_A[names[0]].weight.shape[0])
@@ -186,6 +201,13 @@ class Adapters:
         }
         why = next((words for words, value in reasons.items() if abs(applied / value - 1) < CLOSE), "")
         return f"adds {applied:.3g}·B(A(x)) where its scaling is {scaling:.3g}{f': {why}' if why else ''}"
+
+
+def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of several matrices, as many as are held in float32 at a time."""
+    step = max(1, ELEMENTS // max(tensor.shape[1] for tensor in tensors))
+    for start in range(0, len(tensors[0]), step):
+        yield tuple(tensor[start : start + step] for tensor in tensors)
 
 
 def _dropout(layer: Any, name: str) -> float:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
+from pytest_qvl.checks.support.layers.tally import error_over_limit
 from pytest_qvl.oracles import elementary
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
     from pytest_qvl.checks.support.layers.flow import Call, Flow
     from pytest_qvl.checks.support.layers.tally import Tally
     from pytest_qvl.models.layers import Layer, Merger, Mlp
+    from pytest_qvl.oracles.bounds import Claim
 
 MLP, RESIDUAL = "activation in an MLP", "residual sum"
 ELEMENTS = 2**22
@@ -34,12 +41,22 @@ def judge_mlp(tally: Tally, flow: Flow, mlp: Mlp, _call: Call) -> None:
     step = max(1, ELEMENTS // up.shape[-1])
     for start in range(0, len(up), step):
         mine = slice(start, start + step)
-        if gate is None:
-            claim = elementary.activation(mlp.activation, up[mine])
-        else:
-            claim = elementary.gated(mlp.activation, gate[mine], up[mine])
-        tally.hold(MLP, mlp.name, got[mine], claim)
+
+        def claim_of(name: str, mine: slice = mine) -> Claim:
+            if gate is None:
+                return elementary.activation(name, up[mine])
+            return elementary.gated(name, gate[mine], up[mine])
+
+        tell = partial(_other_activation, mlp.activation, got[mine], claim_of)
+        tally.hold(MLP, mlp.name, got[mine], claim_of(mlp.activation), tell)
     flow.forget((*first, mlp.down))
+
+
+def _other_activation(name: str, got: torch.Tensor, claim_of: Callable[[str], Claim]) -> str:
+    """That a result is that of another activation, if it is."""
+    others = (other for other in elementary.ACTIVATIONS if other != name)
+    found = next((other for other in others if error_over_limit(got, claim_of(other)) <= 1), "")
+    return f"computes {found}, not {name}" if found else ""
 
 
 def judge_merger(tally: Tally, flow: Flow, merger: Merger, _call: Call) -> None:
@@ -51,8 +68,9 @@ def judge_merger(tally: Tally, flow: Flow, merger: Merger, _call: Call) -> None:
         return
     words = "does not put the normed patches of a square side by side, in order"
     tally.handed_on(merger.name, flow.given_to(merger.first).flatten(), flow.made_by(merger.norm).flatten(), words)
-    claim = elementary.activation("gelu", flow.made_by(merger.first))
-    tally.hold(MLP, merger.name, flow.given_to(merger.second), claim)
+    got, before = flow.given_to(merger.second), flow.made_by(merger.first)
+    tell = partial(_other_activation, "gelu", got, partial(elementary.activation, x=before))
+    tally.hold(MLP, merger.name, got, elementary.activation("gelu", before), tell)
     tally.handed_on(merger.name, flow.made_by(merger.module), flow.made_by(merger.second), _LAST)
     flow.forget(inside)
 
@@ -72,5 +90,6 @@ def judge_residuals(tally: Tally, flow: Flow, layer: Layer) -> None:
     tally.hold(RESIDUAL, name, middle, elementary.added(x, flow.made_by(attention)))
     words = "does not give its second norm's output to the MLP"
     tally.handed_on(name, flow.given_to(mlp), flow.made_by(second), words)
-    tally.hold(RESIDUAL, name, flow.made_by(layer.module), elementary.added(middle, flow.made_by(mlp)))
+    made, claim = flow.made_by(layer.module), elementary.added(middle, flow.made_by(mlp))
+    tally.hold(RESIDUAL, name, made, claim, lambda: "returns its own input: it is skipped" if made.equal(x) else "")
     flow.forget((first, second, attention, mlp))

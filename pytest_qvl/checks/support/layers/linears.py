@@ -116,6 +116,9 @@ def _product_words(got: torch.Tensor, bias: torch.Tensor | None, expected: torch
         away = (got.float() - expected).norm()
         if bool((got.float() - expected + bias.float()).norm() < away / 4):
             return "does not add its bias: it returns x·Wᵀ instead of x·Wᵀ + b"
+    off = ((got.float() - expected).abs() > expected.abs() / 2).all(dim=0).nonzero().flatten().tolist()
+    if 0 < len(off) <= expected.shape[1] / 2 and not bool(got[:, off].any()):
+        return f"leaves {len(off)} of {expected.shape[1]} outputs at 0, output {off[0]} the first: x·Wᵀ + b"
     return f"{multiple(got, expected)}: x·Wᵀ + b"
 
 

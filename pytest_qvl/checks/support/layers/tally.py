@@ -88,8 +88,10 @@ class Tally:
         entry = self.operations.setdefault(operation, Operation())
         entry.judged += 1
         entry.worst = max(entry.worst, ratio)
-        if ratio > 1:
-            entry.failed.setdefault(place, f"{explain(expected) or multiple(got, expected)}{self.phase}")
+        if ratio > 1 and place not in entry.failed:
+            # Only the first place of an operation is told.
+            words = "" if entry.failed else explain(expected) or multiple(got, expected)
+            entry.failed[place] = f"{words}{self.phase}"
         return ratio <= 1
 
     def handed_on(self, place: str, got: torch.Tensor, expected: torch.Tensor, words: str) -> bool:

@@ -6,16 +6,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.compose import FUSED, RESIDUAL, judge_mlp, judge_residuals
-from pytest_qvl.checks.support.layers.tally import multiple
+from pytest_qvl.checks.support.layers.scores import other_scaling
+from pytest_qvl.checks.support.layers.tally import HANDED_ON, error_over_limit, multiple
 from pytest_qvl.checks.support.layers.turns import Turns
-from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers
+from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, mergers
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import attention as oracle
 from pytest_qvl.oracles import elementary, rotary
 from pytest_qvl.oracles.bounds import Claim, underflow, unit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.models.layers import Layer
 
+    Attend = Callable[..., Claim]
+
 ATTENTION, CACHE = "attention", "key-value cache"
+# Of the largest number, how far rounding to 8 bits leads at most, about; in words only.
+COARSE = 0.07
 
 
 class Text:
@@ -45,6 +50,7 @@ class Text:
         self._before: torch.Tensor | None = None
         self._between: tuple[Any, Any] = None, ()
         self._eager = parts.text_config._attn_implementation == "eager"
+        self._deep = [merger.module for merger in mergers(parts) if merger.module is not parts.merger]
 
     def watch(self) -> None:
         """Put hooks on the backbone."""
@@ -82,6 +88,19 @@ class Text:
     def _begin(self, _args: Any, kwargs: Any) -> None:
         self._before = kwargs.get("inputs_embeds")
         self._between = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds") or ()
+        if self._deep and self._flow.seen(self._deep):
+            self._judge_deepstack(self._between[1])
+            self._flow.forget(self._deep)
+
+    def _judge_deepstack(self, given: Sequence[torch.Tensor]) -> None:
+        """The backbone is given what each of Qwen3-VL's DeepStack mergers made of the images."""
+        name, made = self._parts.roots["language"], [self._flow.made_by(merger) for merger in self._deep]
+        if len(given) != len(made):
+            words = f"is given the features of {len(given)} DeepStack mergers, where the tower has {len(made)}"
+            self._tally.fail(HANDED_ON, name, words)
+        for number, (got, expected) in enumerate(zip(given, made, strict=False)):
+            words = f"is not given what DeepStack's merger {number} made"
+            self._tally.handed_on(name, got, expected.to(got.dtype), words)
 
     def _judge_handed_on(self, name: str, given: torch.Tensor, made: torch.Tensor, number: int) -> None:
         """What comes after a layer is given its output; Qwen3-VL adds features of the tower at visual tokens first."""
@@ -133,9 +152,9 @@ class Text:
         if layer.attention.training and getattr(self._parts.text_config, "attention_dropout", 0.0):
             tally.leave_out("attention drops weights in training", name)
             claims = iter(())
-        for row, (looked, claim) in enumerate(claims):
-            part = got[row][:, looked]
-            tally.hold(ATTENTION, name, part, claim, partial(_words, layer, part, claim, width**-0.5))
+        for row, (looked, attend) in enumerate(claims):
+            part, claim = got[row][:, looked], attend(width**-0.5)
+            tally.hold(ATTENTION, name, part, claim, partial(_words, part, claim, attend, width**-0.5))
         flow.forget((*layer.inputs, layer.output, *layer.head_norms))
 
     def _projected(self, layer: Layer, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -180,8 +199,11 @@ class Text:
 
     def _claims(
         self, layer: Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inexact: float
-    ) -> Iterator[tuple[torch.Tensor, Claim]]:
-        """Per row which queries are no padding, and what attention has to give them."""
+    ) -> Iterator[tuple[torch.Tensor, Attend]]:
+        """Per row which queries are no padding, and what attention has to give them: ``attend(scaling)``.
+
+        ``attend(scaling, everyone=True)`` looks at padding as well, ``attend(scaling, later=True)`` at later tokens.
+        """
         import torch
 
         queries, tokens = query.shape[2], keys.shape[2]
@@ -190,16 +212,27 @@ class Text:
         kinds = getattr(self._parts.text_config, "layer_types", None)
         sliding = kinds is not None and kinds[layer.number] == "sliding_attention"
         allowed = oracle.causal(attended, queries, self._parts.text_config.sliding_window if sliding else None)
-        attend = partial(oracle.attention, scaling=query.shape[3] ** -0.5, eager=self._eager, inexact=inexact)
+        every = oracle.causal(torch.ones_like(attended), queries)
         for row, seen in enumerate(attended[:, tokens - queries :]):
-            yield seen, attend(query[row][:, seen], keys[row], values[row], allowed[row][seen])
+
+            def attend(
+                scaling: float, *, everyone: bool = False, later: bool = False, row: int = row, seen: Any = seen
+            ) -> Claim:
+                looked = every[row] if everyone else attended[row].expand_as(every[row]) if later else allowed[row]
+                given = query[row][:, seen], keys[row], values[row], looked[seen]
+                return oracle.attention(*given, scaling, eager=self._eager, inexact=inexact)
+
+            yield seen, attend
 
 
-def _words(layer: Layer, got: torch.Tensor, claim: Claim, scaling: float) -> str:
-    own = getattr(layer.attention, "scaling", scaling)
-    if abs(own / scaling - 1) > 1e-6:
-        return f"scales its scores by {own:.4g}, {own / scaling:.4g} times 1 / sqrt(head width)"
-    return f"{multiple(got, claim.value)}: softmax(q·kᵀ / sqrt(d))·v over itself and the tokens before it"
+def _words(got: torch.Tensor, claim: Claim, attend: Attend, scaling: float) -> str:
+    if error_over_limit(got, attend(scaling, everyone=True)) <= 1:
+        return "attends to padding too"
+    if error_over_limit(got, attend(scaling, later=True)) <= 1:
+        return "attends to later tokens too: it is not causal"
+    return other_scaling(got, claim, attend, scaling) or (
+        f"{multiple(got, claim.value)}: softmax(q·kᵀ / sqrt(d))·v over itself and the tokens before it"
+    )
 
 
 def _stale(found: torch.Tensor, expected: torch.Tensor, what: str) -> str:
@@ -210,6 +243,8 @@ def _stale(found: torch.Tensor, expected: torch.Tensor, what: str) -> str:
         return ""
     at = wrong[-1]
     size = expected.float().abs().amax()
+    if bool((away <= COARSE * size).all()):
+        return f"holds {what} that are off by up to {float(away.max() / size):.2g} of the largest: they were rounded"
     if at and bool((found[:, :, at].float() - expected[:, :, at - 1].float()).abs().amax() <= 1e-2 * size):
         return f"holds at position {at} the {what} of position {at - 1}: the cache is one step stale"
     return f"holds other {what} than those that were computed, at {len(wrong)} positions, position {wrong[0]} the first"

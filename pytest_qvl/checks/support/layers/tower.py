@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.compose import FUSED, judge_merger, judge_mlp, judge_residuals
 from pytest_qvl.checks.support.layers.linears import judge_patch_embedding
-from pytest_qvl.checks.support.layers.tally import multiple
+from pytest_qvl.checks.support.layers.scores import other_scaling
+from pytest_qvl.checks.support.layers.tally import error_over_limit, multiple
 from pytest_qvl.models.layers import VISION_THETA, mergers, vision_blocks
 from pytest_qvl.models.taps import vision_features
 from pytest_qvl.oracles import attention as oracle
@@ -125,10 +126,13 @@ class Tower:
         self._judge_rotary(name, query.shape[-1], turns)
         cosines, sines = (each.float() for each in turns)
         query, key = (rotary.rotated(each.float(), cosines, sines).to(joint.dtype) for each in (query, key))
-        claim = self._claim(query, key, value, everywhere=block.number in self._full)
+        everywhere = block.number in self._full
+        claim = self._claim(query, key, value, everywhere=everywhere)
         joint = flow.given_to(block.output)
         got = joint.view(len(joint), heads, -1).transpose(0, 1)
-        tally.hold(ATTENTION, name, got, claim, lambda: self._words(block, got, claim, (query, key, value)))
+        tally.hold(
+            ATTENTION, name, got, claim, lambda: self._words(got, claim, (query, key, value), everywhere=everywhere)
+        )
         flow.forget((*block.inputs, block.output))
 
     def _judge_rotary(self, name: str, width: int, turns: Any) -> None:
@@ -140,13 +144,22 @@ class Tower:
         for got, claim in zip(turns, claims, strict=True):
             self._tally.hold(ROTARY, name, got, claim, lambda: _rotary_words(turns))
 
-    def _claim(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, everywhere: bool) -> Claim:
+    def _claim(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        everywhere: bool,
+        scaling: float | None = None,
+    ) -> Claim:
         """What attention has to give within each window, or within each frame of an image."""
         import torch
 
         assert self._laid is not None
         sizes = self._laid.frames if everywhere else self._laid.windows
-        attend = partial(oracle.attention, allowed=None, scaling=query.shape[-1] ** -0.5, eager=self._eager)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attend = partial(oracle.attention, allowed=None, scaling=scaling, eager=self._eager)
         whole = Claim(*(torch.empty(query.shape, device=query.device) for _ in range(2)))
         starts = torch.tensor([0, *sizes], device=query.device).cumsum(0)[:-1]
         for size in set(sizes):
@@ -158,19 +171,19 @@ class Tower:
                 made[:, places] = part.view(len(query), *places.shape, -1)
         return whole
 
-    def _words(self, block: Layer, got: torch.Tensor, claim: Claim, inputs: tuple[torch.Tensor, ...]) -> str:
-        everywhere, scaling = block.number in self._full, inputs[0].shape[-1] ** -0.5
-        own = getattr(block.attention, "scaling", scaling)
-        if abs(own / scaling - 1) > 1e-6:
-            return f"scales its scores by {own:.4g}, {own / scaling:.4g} times 1 / sqrt(head width)"
-        if self._window:
-            query, key, value = inputs
-            other = self._claim(query, key, value, everywhere=not everywhere)
-            if bool(((got.float() - other.value).abs() <= other.limit).all()):
-                if everywhere:
-                    return "stays inside its window, where the configuration has full attention"
-                return "attends over the whole image, where the configuration has windows"
-        return f"{multiple(got, claim.value)}: softmax(q·kᵀ / sqrt(d))·v over its window or image"
+    def _words(self, got: torch.Tensor, claim: Claim, inputs: tuple[torch.Tensor, ...], *, everywhere: bool) -> str:
+        query, key, value = inputs
+        if self._window and error_over_limit(got, self._claim(query, key, value, everywhere=not everywhere)) <= 1:
+            if everywhere:
+                return "stays inside its window, where the configuration has full attention"
+            return "attends over the whole image, where the configuration has windows"
+
+        def attend(scaling: float) -> Claim:
+            return self._claim(query, key, value, everywhere=everywhere, scaling=scaling)
+
+        return other_scaling(got, claim, attend, query.shape[-1] ** -0.5) or (
+            f"{multiple(got, claim.value)}: softmax(q·kᵀ / sqrt(d))·v over its window or image"
+        )
 
 
 def _rotary_words(turns: Any) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_qvl.models.layers import head_sizes, rope_of
 from pytest_qvl.oracles import rotary
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
 
 ROTARY = "rotary embedding"
+# A base that is off by more is told in words; 16 bits leave a share of it open.
+BASE = 0.05
 
 
 class Turns:
@@ -63,7 +66,7 @@ class Turns:
         positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
         together = self._angles(positions, apart=call.made.ndim == 4)
         claims = rotary.turned(together, self._rope.theta, call.made.dtype)
-        words = partial(self._words, call.module, positions, call.made)
+        words = partial(self._words, positions, *call.output)
         for got, claim in zip(call.output, claims, strict=True):
             self._tally.hold(ROTARY, name, got, claim, words)
 
@@ -77,16 +80,28 @@ class Turns:
         count = len(self._axes)
         return torch.stack([rotary.text_angles(positions, self._rope.theta, [axis] * count) for axis in range(3)])
 
-    def _words(self, module: Any, positions: torch.Tensor, cosines: torch.Tensor) -> str:
+    def _base(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> float:
+        """The base by which the second frequency turns the token nearest to the start; the right one if none tells."""
         import torch
 
         assert self._axes is not None
         count = len(self._axes)
-        inverse = getattr(module, "inv_freq", None)
-        if inverse is not None and count > 1 and len(inverse) == count:
-            base = float(inverse[1].double()) ** -float(count)
-            if abs(base / self._rope.theta - 1) > 1e-3:
-                return f"turns as with base {base:.6g}, not {self._rope.theta:g} (rope_theta)"
+        at = positions[self._axes[1] if cosines.ndim == 3 else 0].flatten() if count > 1 else positions.flatten()[:0]
+        if not bool((at > 0).any()):
+            return self._rope.theta
+        token = int(at.where(at > 0, at.max() + 1).argmin())
+        cosine, sine = (each.reshape(-1, each.shape[-1])[token, 1].double() for each in (cosines, sines))
+        turned = float(torch.atan2(sine, cosine)) % (2 * math.pi) / float(at[token])
+        return float(turned ** -float(count)) if turned else self._rope.theta
+
+    def _words(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> str:
+        import torch
+
+        assert self._axes is not None
+        count = len(self._axes)
+        base = self._base(positions, cosines, sines)
+        if abs(base / self._rope.theta - 1) > BASE:
+            return f"turns as with base {base:.6g}, not {self._rope.theta:g} (rope_theta)"
         if cosines.ndim == 3:
             each = [rotary.text_angles(positions, self._rope.theta, [axis] * count).cos() for axis in range(3)]
             apart = [(cosines[..., :count].double() - one).abs().amax(dim=(0, 1)) for one in each]

@@ -1,0 +1,88 @@
+"""Key-value caches that hold something else than was computed; replies end before logits show it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import after, before
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import language_layers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+    Stored = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+NUMBER = 1
+PLACE = f"model.language_model.layers.{NUMBER}"
+
+
+@contextmanager
+def stored(case: Case, change: Stored) -> Iterator[None]:
+    """In one layer, what ``change(layer of the cache, keys, values)`` makes of new keys and values is stored."""
+    from transformers import cache_utils
+
+    kind: Any = cache_utils.DynamicLayer
+    original, inside = kind.update, [False]
+
+    def update(layer: Any, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if inside[0]:
+            keys, values = change(layer, keys, values)
+        return original(layer, keys, values, *args, **kwargs)
+
+    def mark(entered: bool) -> Callable[..., None]:
+        def hook(*_call: Any) -> None:
+            inside[0] = entered
+
+        return hook
+
+    attention = language_layers(anatomy(case.model))[NUMBER].attention
+    kind.update = update
+    try:
+        with before([attention], mark(True)), after([attention], mark(False)):
+            yield
+    finally:
+        kind.update = original
+
+
+@fault(
+    "cache-one-step-stale",
+    "While decoding, one layer's cache gets the key and value of the step before.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(f"key-value cache: {PLACE}.self_attn holds at position", "the cache is one step stale"),
+)
+def _stale(case: Case) -> Iterator[None]:
+    kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def older(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        last = kept.get(id(layer))
+        kept[id(layer)] = keys[:, :, -1:], values[:, :, -1:]
+        return last if keys.shape[2] == 1 and last is not None else (keys, values)
+
+    with stored(case, older):
+        yield
+
+
+@fault(
+    "cache-rounded-to-8-bits",
+    "One layer's cache keeps keys and values in 8 bits, which nobody asked for.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(f"key-value cache: {PLACE}.self_attn holds keys that are off by up to", "they were rounded"),
+)
+def _rounded(case: Case) -> Iterator[None]:
+    import torch
+
+    def coarse(_layer: Any, *both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = (each.to(torch.float8_e4m3fn).to(each.dtype) for each in both)
+        return keys, values
+
+    with stored(case, coarse):
+        yield
