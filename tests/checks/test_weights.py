@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pytest_qvl.checks import AdapterPolicy, weights_as_stored
+from pytest_qvl.checks import AdapterPolicy, frozen_vision, training_step, weights_as_stored
 from pytest_qvl.checks.support.initialised import looks_drawn
 from pytest_qvl.checks.support.stored_values import NF4
-from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.faults.case import load
 from pytest_qvl.faults.matrix.random_models import random_config
 from pytest_qvl.faults.tools import all_of, values
@@ -27,6 +28,7 @@ from pytest_qvl.models.sources.embedded import EMBEDDED_SHA256
 from pytest_qvl.models.sources.stored import StoredFolder
 from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.models.sources.synthetic_checkpoint import write_checkpoint
+from pytest_qvl.samples import make_batch, scenes
 
 LAYER = "model.language_model.layers.0.mlp.up_proj"
 
@@ -98,6 +100,17 @@ def test_trained_biases_are_noted_and_not_compared(fresh_model: Any) -> None:
     bias.data.add_(1)
     evidence = weights_as_stored(model)
     assert any("trained with the adapter (its bias setting)" in note for note in evidence.notes)
+
+
+def test_what_merging_and_unmerging_leaves(fresh_model: Any, processor: Any) -> None:
+    model = fresh_model(dtype="float32", quantized=False, lora={"init_lora_weights": False})
+    model.merge_adapter()
+    batch = make_batch(processor, scenes(seed=5, per_skill=1)[:1], answers=True)
+    for train in (partial(training_step, gradient_checkpointing=False), frozen_vision):
+        with pytest.raises(InputError, match=r"is merged into the base weights, .*: call unmerge_adapter\(\) before"):
+            train(model, batch)
+    model.unmerge_adapter()
+    assert "is off by roundings, up and down: something was added and taken away again, as by merge" in refused(model)
 
 
 def test_what_the_policy_names_may_be_trained(fresh_model: Any) -> None:

@@ -345,12 +345,24 @@ def usual_cause(difference: Difference, memory: torch.Tensor, first: Piece, twin
         return "it requires grad: it was trained, which no policy names (--qvl-adapter-policy)"
     if difference.zeros and difference.count * 4 >= difference.total:
         return "what differs is zero in memory: its values were lost after they were loaded"
-    low, high = difference.factors
-    if difference.part == "" and math.isfinite(low) and high - low <= 0.02 * abs(high) and difference.count > 1:
-        return f"what differs is about {(low + high) / 2:.4g} times what was stored: it was scaled after it was loaded"
+    if said := _by_a_factor(difference):
+        return said
     if difference.part == "" and difference.count * 2 > difference.total:
         return _of_most(memory, first.values)
     return _UNKNOWN
+
+
+def _by_a_factor(difference: Difference) -> str:
+    """What it says that all that differs does so by about one factor; empty where it does not."""
+    low, high = difference.factors
+    if difference.part or difference.count < 2 or not math.isfinite(low) or high - low > 0.02 * abs(high):
+        return ""
+    if low < 1 < high:  # a factor goes one way
+        return (
+            "what differs is off by roundings, up and down: something was added and taken away again, as by "
+            "merge_adapter() and unmerge_adapter(); load the model again"
+        )
+    return f"what differs is about {(low + high) / 2:.4g} times what was stored: it was scaled after it was loaded"
 
 
 _UNKNOWN = "it was written to after it was loaded, or loaded from elsewhere"

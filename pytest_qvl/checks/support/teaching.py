@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.placeholders import validate_batch
 from pytest_qvl.evidence import CannotJudge, InputError, InputTypeError
-from pytest_qvl.models.adapters import adapter_parameters
+from pytest_qvl.models.adapters import adapter_parameters, is_merged
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +68,7 @@ def trainable_parameters(parts: Parts) -> dict[str, nn.Parameter]:
     """Everything that an optimizer made the usual way would train, by name in the base model.
 
     Raises:
-        ValueError: The model has no adapter, or nothing of it requires grad.
+        ValueError: The model has no adapter, or nothing of it requires grad, or it is merged into the base weights.
     """
     adapters = adapter_parameters(parts)
     if not adapters:
@@ -77,6 +77,11 @@ def trainable_parameters(parts: Parts) -> dict[str, nn.Parameter]:
         raise InputError(
             "no adapter parameter requires grad: the adapter was loaded for inference (is_trainable=False) "
             "or is switched off"
+        )
+    if is_merged(parts):
+        raise InputError(
+            "the adapter is merged into the base weights, so that PEFT computes without its matrices and a training "
+            "step reaches none of them: call unmerge_adapter() before training"
         )
     return {name: p for name, p in parts.base.named_parameters() if p.requires_grad}
 

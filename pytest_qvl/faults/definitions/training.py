@@ -35,6 +35,21 @@ def _detached(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "trained-while-merged",
+    "Training goes on after an evaluation that merged the adapter: its matrices take part in no forward.",
+    target="adapter",
+    check="training_step",
+    expected_words=("the adapter is merged into the base weights", "call unmerge_adapter() before training"),
+    silent=False,
+)
+def _merged(case: Case) -> Iterator[None]:
+    # As merge_adapter() marks the layers; B is zero, so that it has nothing to add to their weights.
+    for layer in adapted_layers(anatomy(case.model)).values():
+        layer.merged_adapters = list(layer.active_adapters)
+    yield
+
+
+@fault(
     "one-adapter-scaled-by-zero",
     "The scaling of one layer was lost on the way: its adapter is multiplied by 0.",
     target="adapter",
