@@ -258,6 +258,17 @@ def qvl_batch(qvl_processor: Any, qvl_target: Target) -> Callable[..., dict[str,
 
 
 @pytest.fixture(scope="session")
+def qvl_training_batch(qvl_batch: Callable[..., Any]) -> Callable[[list[Sample]], Any]:
+    """A factory for what is trained on: ``qvl_training_batch(samples)`` → model inputs with ``labels``.
+
+    ``qvl_batch(samples, padding_side="right", answers=True)``. Override it with the collator that you train with.
+    """
+    from functools import partial
+
+    return partial(qvl_batch, padding_side="right", answers=True)
+
+
+@pytest.fixture(scope="session")
 def qvl_reference(
     request: pytest.FixtureRequest,
     _qvl_load_request: LoadRequest,

@@ -107,6 +107,9 @@ EXPECTED = {
         "a function: qvl_batch(samples, padding_side='left', answers=False) returns a mapping from names to tensors",
         _callable,
     ),
+    "qvl_training_batch": Expected(
+        "a function: qvl_training_batch(samples) returns a mapping from names to tensors, labels among them", _callable
+    ),
     "qvl_probe_sizes": Expected(
         "a pytest_qvl.samples.ProbeSizes, as pytest_qvl.samples.probe_sizes does", _instance("ProbeSizes")
     ),

@@ -76,19 +76,19 @@ def training_samples(qvl_image_samples: list[Sample], qvl_probe_sizes: ProbeSize
 
 
 @pytest.fixture(scope="session")
-def training_batch(qvl_batch: Any, training_samples: list[Sample]) -> Any:
-    """:func:`training_samples` with answers and labels, right-padded as collators do."""
-    return qvl_batch(training_samples, padding_side="right", answers=True)
+def training_batch(qvl_training_batch: Any, training_samples: list[Sample]) -> Any:
+    """:func:`training_samples` with answers and labels, as they are trained on."""
+    return qvl_training_batch(training_samples)
 
 
 @pytest.fixture(scope="session")
-def training_halves(qvl_batch: Any, training_samples: list[Sample]) -> list[Any]:
+def training_halves(qvl_training_batch: Any, training_samples: list[Sample]) -> list[Any]:
     """The same rows in two batches, for training that keeps all activations.
 
     All rows at once would take 19 GiB for 7B by the forecast, more than the cards have that QLoRA is for; half of
     them take 13.
     """
-    return [qvl_batch(half, padding_side="right", answers=True) for half in halves(training_samples)]
+    return [qvl_training_batch(half) for half in halves(training_samples)]
 
 
 def halves(samples: list[Sample]) -> list[list[Sample]]:

@@ -104,6 +104,27 @@ def test_overrides_reach_the_suite_from_the_rootdir_and_from_a_module(pytester, 
     result.stdout.fnmatch_lines(["*SETUP qvl_quantized_model overriding*"])
 
 
+def test_a_collator_of_the_users_own_is_judged(pytester, run_real):
+    """Left-padded, on the CPU, with the answers of the last two rows exchanged."""
+    pytester.makeconftest(
+        """
+    import pytest
+    from dataclasses import replace
+    from pytest_qvl.samples import make_batch
+    @pytest.fixture(scope="session")
+    def qvl_training_batch(qvl_processor):
+        def collate(samples):
+            *rest, one, other = samples
+            swapped = [*rest, replace(one, answer=other.answer), replace(other, answer=one.answer)]
+            return make_batch(qvl_processor, swapped, answers=True)
+        return collate
+    """
+    )
+    result = run_real("-k", "training_collation", *SUITE)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*is taught *(of row * where its answer is *keep each answer with its own prompt*"])
+
+
 @pytest.mark.parametrize("order", [("own", *SUITE), (*SUITE, "own")], ids=["before", "after"])
 def test_an_override_that_does_not_reach_the_suite_is_named(pytester, run_light, real_stack, order):
     pytester.makeini("[pytest]")
