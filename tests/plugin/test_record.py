@@ -109,6 +109,7 @@ def test_a_record_that_cannot_be_written_is_no_green_run(pytester, monkeypatch):
     )
     (pytester.path / "record.json").write_text(OLD)
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")  # half a cached module would break every later import of it
     command = [sys.executable, "-m", "pytest", "-p", "qvl", "-p", "no:cacheprovider", "--qvl-record", "record.json"]
     # Into pipes, which the limit does not concern.
     done = subprocess.run(command, cwd=pytester.path, capture_output=True, text=True, check=False)
