@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pytest_qvl.models.backends import check_usable
 from pytest_qvl.models.sources.model_source import check_adapter
+from pytest_qvl.outputs import no_regular_file
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
@@ -118,10 +119,8 @@ def parse_fault(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser 
 def parse_record(text: str, folder: Path) -> Path:
     """A file that is a record, or none yet."""
     path = folder / Path(text).expanduser()
-    if path.is_dir():
-        raise SettingError(f"{str(path)!r} is a folder, not a file")
-    if path.exists() and not path.is_file():
-        raise SettingError(f"{str(path)!r} is a device or a pipe, not a regular file, and is not replaced by one")
+    if reason := no_regular_file(path):
+        raise SettingError(reason)
     # As in `pytest --qvl-record tests/test_mine.py`, where the value was forgotten.
     if path.is_file() and (there := path.read_bytes()[:RECORD_START]).strip() and b'"pytest-qvl/record/' not in there:
         raise SettingError(f"{str(path)!r} is there and is no record of a run: name another file, or delete it first")

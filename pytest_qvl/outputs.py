@@ -9,6 +9,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+def no_regular_file(path: Path) -> str:
+    """What is there in place of a regular file, in one sentence; empty where one is there, or nothing."""
+    if path.is_dir():
+        return f"{str(path)!r} is a folder, not a regular file"
+    if path.exists() and not path.is_file():
+        return f"{str(path)!r} is a device or a pipe, not a regular file, and is not replaced by one"
+    return ""
+
+
 def check_file(option: str, path: Path) -> None:
     """Refuse a file that could not be written.
 
@@ -17,8 +26,8 @@ def check_file(option: str, path: Path) -> None:
     """
     if not path.parent.is_dir():
         raise ValueError(f"{option}: there is no folder {str(path.parent)!r}: make it first")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{option}: {str(path)!r} is a folder, a device or a pipe, not a regular file")
+    if reason := no_regular_file(path):
+        raise ValueError(f"{option}: {reason}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{option}: {str(path)!r} cannot be written: it is read-only for this user")
 

@@ -100,7 +100,7 @@ def test_help_names_every_flag_with_its_ini_and_environment(pytester):
             "",
             "qvl_compute_dtype (QVL_COMPUTE_DTYPE), qvl_card (--qvl-card): t4 has no bfloat16 *; use float16 or auto",
         ),
-        (["--qvl-record", "."], {}, "", "--qvl-record: '*' is a folder, not a file"),
+        (["--qvl-record", "."], {}, "", "--qvl-record: '*' is a folder, not a regular file"),
         (["--qvl-record", "/dev/null"], {}, "", "--qvl-record: '/dev/null' is a device or a pipe, not a regular file*"),
         ([], {"QVL_MODEL": "embedded,qwen"}, "", "QVL_MODEL: model 'qwen' is unknown; give*"),
         ([], {"QVL_DEVICE": "tpu"}, "", "QVL_DEVICE: 'tpu' is not one of auto, cpu, cuda"),
