@@ -5,7 +5,7 @@ processes run at a time as there are GPUs for them, and each frees its GPU befor
 no test, so it never starts CUDA and never holds a GPU. Reports come back as xdist's do, serialised by pytest's own
 hooks, and are handed to this process's plugins: summary, JUnit, ``--lf``, the record and ``-x`` know no difference.
 
-POSIX only, as the GPU lease is. Imports stdlib and pytest only, and asks the driver how many GPUs there are.
+POSIX only, as the GPU lease is. Imports no torch, and asks the driver how many GPUs there are.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 pytest caches the value of a session fixture once, whatever was overridden underneath it: a test in another
 folder, which sees other overrides, silently gets the value made for the first. This module finds out when that would
-happen; it is the only one that knows pytest's fixture internals.
+happen. How pytest keeps its fixtures (managers, overrides, finalizers, cached tracebacks) is known here; other modules
+read no more of it than a definition's function and value, and a request's test.
 """
 
 from __future__ import annotations

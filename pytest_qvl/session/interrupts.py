@@ -7,7 +7,7 @@ import that is under way comes to its end first, a run goes on no longer than it
 ends in peace: it reports the interrupt, tears fixtures down and writes its summary. Ctrl-C twice meanwhile ends the
 process at once, as the signal does by default: without a traceback of pytest's own inner life.
 
-Imports stdlib and pytest only.
+Imports no torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``limit_vram``: a test's peak VRAM as a limit, refused at collection if it is invalid, else enforced.
 
-Imports stdlib and pytest only; the meter's side is imported when the first limit is met.
+Imports no torch; the meter's side is imported when the first limit is met.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ reaches. Options of plugins are unknown then, so the folder in ``--qvl-model /da
 and the project's own configuration can be left out without a word. Joined, ``--qvl-model=/data/model``, it cannot.
 So where such a value is a path that exists, the run starts over, in this process, with values joined to their options.
 
-Uses public parts of pytest only; imports stdlib and pytest only.
+Uses public parts of pytest only, and imports no torch: it runs while pytest starts.
 """
 
 from __future__ import annotations

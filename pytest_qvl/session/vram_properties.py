@@ -1,6 +1,6 @@
 """The VRAM numbers of a test, for those who read its JUnit properties or pytest-benchmark's ``extra_info``.
 
-Imports stdlib and pytest only; pytest-benchmark is known by the fixture that a test uses, never imported.
+Imports no torch; pytest-benchmark is known by the fixture that a test uses, never imported.
 """
 
 from __future__ import annotations
