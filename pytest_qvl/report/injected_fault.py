@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from pytest_qvl.report.report_data import Finding
-    from pytest_qvl.report.run_results import PhaseResult
+    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -28,14 +25,12 @@ class InjectedFault:
     check: str
     reference: str = ""
 
-    def verdict(self, findings: Iterable[tuple[PhaseResult, Finding]]) -> FaultVerdict:
-        """Which checks of the suite noticed it."""
-        noticed: dict[str, bool] = {}
-        for phase, found in findings:
-            if found.check is None or phase.when != "call":
-                continue
-            if phase.outcome != "skipped" or found.not_judged:  # a fault that cannot be made here proves nothing
-                noticed[found.check] = noticed.get(found.check, False) or phase.failed
+    def verdict(self, noticed: Mapping[str, bool]) -> FaultVerdict:
+        """What became of it.
+
+        Args:
+            noticed: Whether each check that gave a verdict on the damaged model failed.
+        """
         also = tuple(check for check, did in noticed.items() if did and check != self.check)
         if self.check not in noticed:
             return FaultVerdict(self, "not run", also)

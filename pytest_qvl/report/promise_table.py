@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qvl.evidence import printable
-from pytest_qvl.report.promises import PROMISES, promise_of
+from pytest_qvl.report.promises import PROMISES, promise_number
 from pytest_qvl.report.states import STATES, PromiseState
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pytest_qvl.report.report_data import Said
+    from pytest_qvl.report.report_data import CheckReason
     from pytest_qvl.report.run_results import RunResults, TargetResults
 
 TITLE = "does QLoRA leave the model seeing?"
@@ -54,12 +54,11 @@ def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bo
         states[promise.state] += 1
         for line in _row(promise, width):
             terminal.line(printable(line), **COLOURS.get(promise.state, YELLOW))
-        index = promise.number - 1
-        for check, said in _about(index, results.errors):
-            terminal.line(printable(f"       error: {check}: {said}"), **COLOURS["error"])
-        for check, said in _about(index, results.not_judged):
-            terminal.line(printable(f"       not judged: {check}: {said}"), **YELLOW)
-        found = [e for e in results.evidence if promise_of(e.check) == index]
+        for check, reason in _about(promise.number, results.errors):
+            terminal.line(printable(f"       error: {check}: {reason}"), **COLOURS["error"])
+        for check, reason in _about(promise.number, results.not_judged):
+            terminal.line(printable(f"       not judged: {check}: {reason}"), **YELLOW)
+        found = [e for e in results.evidence if promise_number(e.check) == promise.number]
         for table in (e.table for e in found if e.check in TABLES_SHOWN and e.table):
             for row in str(table).splitlines():
                 terminal.line(printable(f"       {row}"))
@@ -73,8 +72,8 @@ def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bo
     )
 
 
-def _about(index: int, pairs: Sequence[Said]) -> list[Said]:
-    return [pair for pair in dict.fromkeys(pairs) if promise_of(pair[0]) == index]
+def _about(number: int, reasons: Sequence[CheckReason]) -> list[CheckReason]:
+    return [reason for reason in dict.fromkeys(reasons) if promise_number(reason[0]) == number]
 
 
 def _row(promise: PromiseState, width: int) -> list[str]:

@@ -48,7 +48,7 @@ PROMISES = (
 )
 
 
-def promise_of(check: str) -> int | None:
-    """Index in :data:`PROMISES` of the promise that a check proves; ``None`` for somebody else's check."""
-    said = declared().get(check)
-    return None if said is None else said.promise - 1
+def promise_number(check: str) -> int | None:
+    """Number of the promise that a check proves; ``None`` for somebody else's check."""
+    found = declared().get(check)
+    return None if found is None else found.promise

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "qvl"
 Kind = Literal["out of memory", "broken", "not run"]
-Said = tuple[str, str]  # check, and what was said about it
+CheckReason = tuple[str, str]  # check, and why it gave no verdict
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Finding:
     backend: str | None
     check: str | None
     evidence: tuple[Evidence, ...] = ()
-    not_judged: tuple[Said, ...] = ()
+    not_judged: tuple[CheckReason, ...] = ()
     skipped: str | None = None
 
     def as_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.report.injected_fault import FaultVerdict, InjectedFault
     from pytest_qvl.report.process_results import ProcessResults, Verdict
-    from pytest_qvl.report.report_data import Finding, GpuFailure, LimitOutcome, Said
+    from pytest_qvl.report.report_data import CheckReason, Finding, GpuFailure, LimitOutcome
     from pytest_qvl.report.states import PromiseState
 
 OWN_MODELS = "models of the tests' own"
@@ -99,9 +99,9 @@ class TargetResults:
     """
 
     evidence: tuple[Evidence, ...] = ()
-    not_judged: tuple[Said, ...] = ()
-    errors: tuple[Said, ...] = ()
-    skipped: tuple[Said, ...] = ()
+    not_judged: tuple[CheckReason, ...] = ()
+    errors: tuple[CheckReason, ...] = ()
+    skipped: tuple[CheckReason, ...] = ()
     seconds: float = 0.0
 
     @classmethod
@@ -110,7 +110,7 @@ class TargetResults:
         return cls(
             # A broken promise that a passing test expected (with pytest.raises, or xfail) is no finding.
             tuple(one for phase, found in phases for one in found.evidence if phase.failed or one.ok),
-            tuple(said for _, found in phases for said in found.not_judged),
+            tuple(reason for _, found in phases for reason in found.not_judged),
             tuple((found.check, phase.error) for phase, found in phases if found.check is not None and phase.is_error),
             tuple(
                 (found.check or "", found.skipped)
@@ -206,7 +206,15 @@ class RunResults:
     @property
     def fault_verdict(self) -> FaultVerdict | None:
         """Which checks noticed the fault that was made; ``None`` where none was."""
-        return None if self.fault is None else self.fault.verdict(self.findings)
+        if self.fault is None:
+            return None
+        noticed: dict[str, bool] = {}
+        for phase, found in self.findings:
+            if found.check is None or phase.when != "call":
+                continue
+            if phase.outcome != "skipped" or found.not_judged:  # a fault that cannot be made here proves nothing
+                noticed[found.check] = noticed.get(found.check, False) or phase.failed
+        return self.fault.verdict(noticed)
 
     def _by_target(self, *, shipped: bool) -> dict[str, TargetResults]:
         phases: dict[str, list[tuple[PhaseResult, Finding]]] = {}

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qvl.report.promises import PROMISES, promise_of
+from pytest_qvl.report.promises import PROMISES, promise_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_qvl.evidence import Evidence
-    from pytest_qvl.report.report_data import Said
+    from pytest_qvl.report.promises import Promise
+    from pytest_qvl.report.report_data import CheckReason
 
 STATES = ("kept", "partly judged", "BROKEN", "error", "not judged", "skipped", "not run")
 MEASURED_ONLY = "measured only: neither --qvl-vram-limit nor --qvl-card was given"
@@ -39,7 +40,10 @@ class PromiseState:
 
 
 def promise_states(
-    evidence: Sequence[Evidence], errors: Sequence[Said], not_judged: Sequence[Said], skipped: Sequence[Said]
+    evidence: Sequence[Evidence],
+    errors: Sequence[CheckReason],
+    not_judged: Sequence[CheckReason],
+    skipped: Sequence[CheckReason],
 ) -> list[PromiseState]:
     """The state of every promise.
 
@@ -49,20 +53,27 @@ def promise_states(
         not_judged: Check and reason, where a check could not decide.
         skipped: Check and reason, where a test was skipped.
     """
-    said = (errors, not_judged, skipped)
     return [
         _state_of(
-            index, *([pair for pair in pairs if promise_of(pair[0]) == index] for pairs in said), evidence=evidence
+            promise,
+            [e for e in evidence if promise_number(e.check) == promise.number],
+            *(
+                [reason for reason in reasons if promise_number(reason[0]) == promise.number]
+                for reasons in (errors, not_judged, skipped)
+            ),
         )
-        for index in range(len(PROMISES))
+        for promise in PROMISES
     ]
 
 
 def _state_of(
-    index: int, errors: list[Said], not_judged: list[Said], skipped: list[Said], *, evidence: Sequence[Evidence]
+    promise: Promise,
+    found: list[Evidence],
+    errors: list[CheckReason],
+    not_judged: list[CheckReason],
+    skipped: list[CheckReason],
 ) -> PromiseState:
-    promise = PROMISES[index]
-    found = [e for e in evidence if promise_of(e.check) == index]
+    """The state of one promise, from what was said of its own checks."""
     judged = tuple(check for check in promise.checks if any(e.check == check for e in found))
     missing = tuple(c for c in promise.checks if c not in judged and c not in promise.on_request)
     if bad := [e for e in found if not e.ok]:
@@ -81,7 +92,7 @@ def _state_of(
     else:
         detail = "; ".join(dict.fromkeys(reason for _, reason in skipped))
         state = "skipped" if detail else "not run"
-    return PromiseState(index + 1, promise.title, state, detail, judged, missing)
+    return PromiseState(promise.number, promise.title, state, detail, judged, missing)
 
 
 def _worst(found: Sequence[Evidence]) -> str:

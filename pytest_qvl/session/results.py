@@ -51,13 +51,13 @@ def judging(item: pytest.Item) -> Iterator[None]:
 
 def _check_in(reason: CannotJudge, item: pytest.Item) -> str:
     """The check that could not judge: the outermost one that the exception went through."""
-    from pytest_qvl.report.promises import promise_of
+    from pytest_qvl.report.promises import promise_number
 
     trace = reason.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         module = trace.tb_frame.f_globals.get("__name__", "")
-        if module.startswith(CHECKS) and promise_of(code.co_name) is not None:
+        if module.startswith(CHECKS) and promise_number(code.co_name) is not None:
             return code.co_name
         trace = trace.tb_next
     return check_name(item)

@@ -11,7 +11,7 @@ import pytest
 from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Table
 from pytest_qvl.report.injected_fault import InjectedFault
 from pytest_qvl.report.promise_table import TITLE, write_promises
-from pytest_qvl.report.promises import PROMISES, promise_of
+from pytest_qvl.report.promises import PROMISES, promise_number
 from pytest_qvl.report.report_data import Finding, ReportData, add_to_report
 from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder, RunResults
 from pytest_qvl.report.terminal import Summary
@@ -72,7 +72,7 @@ def row(terminal, number):
 
 def alone(check):
     """What the summary says where this check gave a verdict, and no other of its promise did."""
-    promise = PROMISES[promise_of(check)]
+    promise = PROMISES[promise_number(check) - 1]
     return f"partly judged  (1 of {len({check} | {*promise.checks} - {*promise.on_request})} checks)"
 
 
@@ -97,8 +97,8 @@ def test_results_that_were_read_do_not_change_with_a_later_report():
 def test_every_promise_has_checks_and_every_check_one_promise():
     checks = [check for promise in PROMISES for check in promise.checks]
     assert len(checks) == len(set(checks))
-    assert all(promise_of(check) is not None for check in checks)
-    assert promise_of("somebody_elses") is None
+    assert all(promise_number(check) is not None for check in checks)
+    assert promise_number("somebody_elses") is None
 
 
 def test_every_check_of_the_suite_belongs_to_a_promise():
@@ -110,7 +110,7 @@ def test_every_check_of_the_suite_belongs_to_a_promise():
     assert check_of("test_picture_pairings") == "picture_pairings"
     for file in FOLDER.glob("test_*.py"):
         for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE):
-            assert promise_of(check_of(name)) is not None, f"{file.name}: {name}"
+            assert promise_number(check_of(name)) is not None, f"{file.name}: {name}"
 
 
 def test_a_whole_run_is_kept():
