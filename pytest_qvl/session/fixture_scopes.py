@@ -32,10 +32,17 @@ class FixtureScopes(CollectionRefusal):
         super().__init__()
         self._config = config
         self._sentences: list[str] = []
+        self._of_marks: dict[pytest.Item, str] = {}
 
     def concerns(self, items: Sequence[pytest.Item]) -> bool:
         """Whether a test uses such an override of a file; pytest would call it a ScopeMismatch."""
-        found = (self._sentence(*pair) for item in items for pair in _too_narrow(item) if not _by_mark(pair[1]))
+        found = []
+        for item in items:
+            for pair in _too_narrow(item):
+                if _by_mark(pair[1]):
+                    self._of_marks.setdefault(item, self._sentence(*pair))
+                else:
+                    found.append(self._sentence(*pair))
         self._sentences = list(dict.fromkeys(found))
         return bool(self._sentences)
 
@@ -51,10 +58,8 @@ class FixtureScopes(CollectionRefusal):
             UserError: With the reason.
         """
         super().pytest_runtest_setup(item)
-        if hasattr(item, "callspec"):
-            for pair in _too_narrow(item):
-                if _by_mark(pair[1]):
-                    raise UserError(self._sentence(*pair))
+        if sentence := self._of_marks.get(item):
+            raise UserError(sentence)
 
     def _sentence(self, user: Definition, used: Definition) -> str:
         fix = "@pytest.mark.parametrize(..., " if _by_mark(used) else "@pytest.fixture("
