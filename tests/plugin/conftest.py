@@ -63,8 +63,8 @@ def real_stack(with_torch):
     from pytest_qvl.samples import make_batch, scenes
 
     owner = ModelOwner(print)
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    base = owner.base(LoadRequest(parse_model("embedded"), quantization, "cpu", "bfloat16"), "transformers")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = owner.base(LoadRequest(parse_model("embedded"), quantization, "cpu", "float32"), "transformers")
     model = owner.adapted(base, "transformers", LoraConfig(r=2, target_modules=["q_proj"]), None, 0)
     batch = make_batch(load_processor(embedded_model_dir()), scenes(0, 1)[:1])
     model.generate(**batch, max_new_tokens=2, do_sample=False)
@@ -73,10 +73,14 @@ def real_stack(with_torch):
 
 @pytest.fixture
 def run_real(pytester, real_stack):
-    """Run pytest in this process, with the real model on the CPU."""
+    """Run pytest in this process, with the real model on the CPU, in float32 unless the dtype is the subject.
 
-    def run(*args, **kwargs):
-        return pytester.runpytest_inprocess("--qvl-device", "cpu", "-p", "no:cacheprovider", *args, **kwargs)
+    Not every CPU multiplies 16-bit numbers in hardware; the shipped suite itself runs in bfloat16.
+    """
+
+    def run(*args, dtype="float32", **kwargs):
+        chosen = ("--qvl-device", "cpu", "--qvl-compute-dtype", dtype, "-p", "no:cacheprovider")
+        return pytester.runpytest_inprocess(*chosen, *args, **kwargs)
 
     return run
 

@@ -160,10 +160,10 @@ SUITE = ("--pyargs", "pytest_qvl.suite", "-k", "forecast_fits_card", "-rs")
 
 
 def test_the_suite_forecasts_for_the_card_on_the_cpu(pytester, run_real):
-    result = run_real(*SUITE)
+    result = run_real(*SUITE, dtype="auto")
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines(["*not judged: forecast_fits_card: no card was named: --qvl-card t4 forecasts for one"])
-    result = run_real(*SUITE, "--qvl-card", "t4")
+    result = run_real(*SUITE, "--qvl-card", "t4", dtype="auto")
     result.assert_outcomes(passed=1)
     promise = next(promise for promise in PROMISES if "forecast_fits_card" in promise.checks)
     partly = f"partly judged  (1 of {len(promise.checks)} checks)"

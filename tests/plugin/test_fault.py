@@ -7,14 +7,36 @@ import json
 import pytest
 
 SUITE = ("--pyargs", "pytest_qvl.suite")
+MODEL = "qvl: model embedded (default), device cpu (--qvl-device), compute dtype float32 (--qvl-compute-dtype)"
 
 
-def test_the_suite_shows_what_a_fault_looks_like(run_real):
-    result = run_real(*SUITE, "--qvl-fault", "scatter-off-by-one", "-k", "feature_scatter or placeholder_counts", "-rN")
+@pytest.fixture(scope="module")
+def healthy_once(real_stack):
+    """The real healthy case, made once: each fault puts back what it damages (tests/faults/test_named.py)."""
+    from functools import cache
+
+    from pytest_qvl.faults import healthy_case
+
+    return cache(healthy_case)
+
+
+@pytest.fixture
+def run_fault(run_real, healthy_once, monkeypatch):
+    """Run some checks of the suite with a fault."""
+    monkeypatch.setattr("pytest_qvl.faults.healthy_case", healthy_once)
+
+    def run(fault, checks, *args):
+        return run_real(*SUITE, "--qvl-fault", fault, "-k", checks, "-rN", *args)
+
+    return run
+
+
+def test_the_suite_shows_what_a_fault_looks_like(run_fault):
+    result = run_fault("scatter-off-by-one", "feature_scatter or placeholder_counts")
     result.assert_outcomes(failed=2, passed=3)
     result.stdout.fnmatch_lines(
         [
-            "qvl: model embedded (default), device cpu (--qvl-device), fault scatter-off-by-one (--qvl-fault)",
+            f"{MODEL}, fault scatter-off-by-one (--qvl-fault)",
             "*still holds the placeholder's own text embedding*",
             "*features land on their placeholders *BROKEN *",
             "qvl: fault scatter-off-by-one: Every visual token lands one place to the right of its placeholder.",
@@ -23,9 +45,8 @@ def test_the_suite_shows_what_a_fault_looks_like(run_real):
     )
 
 
-def test_a_fault_in_the_users_own_optimizer_reaches_the_suite(pytester, run_real):
-    chosen = ("-k", "adapter_census", "-rN", "--qvl-record", "r.json")
-    result = run_real(*SUITE, "--qvl-fault", "optimizer-holds-vision", *chosen)
+def test_a_fault_in_the_users_own_optimizer_reaches_the_suite(pytester, run_fault):
+    result = run_fault("optimizer-holds-vision", "adapter_census", "--qvl-record", "r.json")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["qvl: adapter_census must catch it, and caught it; so did no other check"])
     fault = json.loads((pytester.path / "r.json").read_text(encoding="utf-8"))["fault"]
@@ -69,6 +90,6 @@ def test_a_fault_is_made_on_the_model_and_device_asked_for(pytester, arguments, 
     assert left_out not in result.stdout.str()
 
 
-def test_a_fault_in_a_batch_reaches_the_training_checks(run_real):
-    result = run_real(*SUITE, "--qvl-fault", "pixels-require-grad", "-k", "vision_not_backpropagated and plain", "-rN")
+def test_a_fault_in_a_batch_reaches_the_training_checks(run_fault):
+    result = run_fault("pixels-require-grad", "vision_not_backpropagated and plain")
     result.stdout.fnmatch_lines(["qvl: vision_not_backpropagated must catch it, and caught it*"])

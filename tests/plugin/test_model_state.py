@@ -108,7 +108,7 @@ def test_trained_fresh_and_base_in_any_order(pytester, run_real):
     def test_trained_after_all(trained): assert holds(trained, 1)
     """
     )
-    result = run_real("-v")
+    result = run_real("-v", dtype="bfloat16")
     result.assert_outcomes(passed=18)
     assert result.ret == 0
 

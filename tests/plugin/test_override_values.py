@@ -140,7 +140,7 @@ def test_what_a_fixture_can_be_passes(pytester, run_real):
     )
     names = ", ".join(EXPECTED)
     pytester.makepyfile(f"def test_one({names}): pass\ndef test_two({names}): assert callable(qvl_batch)")
-    run_real().assert_outcomes(passed=2)
+    run_real(dtype="auto").assert_outcomes(passed=2)
 
 
 def test_a_parameter_in_place_of_a_fixture_is_judged_too(pytester, run_light):
@@ -191,6 +191,16 @@ def test_a_parameter_of_too_narrow_a_scope_is_an_error_of_its_test(pytester, run
         "the fixture qvl_model (a parameter of the test) has the scope function, and qvl_processor, which uses it, the "
         'scope session; write @pytest.mark.parametrize(..., scope="session")'
     ) in result.outlines
+
+
+def test_scopes_are_looked_at_once_for_each_test(pytester, run_light, monkeypatch):
+    from pytest_qvl.session import fixture_scopes
+
+    looked, too_narrow = [], fixture_scopes._too_narrow
+    monkeypatch.setattr(fixture_scopes, "_too_narrow", lambda item: looked.append(item.name) or too_narrow(item))
+    pytester.makepyfile("import pytest\n@pytest.mark.parametrize('n', [1, 2])\ndef test_it(qvl_model, n): pass")
+    run_light().assert_outcomes(passed=2)
+    assert looked == ["test_it[embedded-cpu-1]", "test_it[embedded-cpu-2]"]
 
 
 def test_an_override_that_nothing_wider_uses_may_be_of_any_scope(pytester, run_light):

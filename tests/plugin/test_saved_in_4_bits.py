@@ -16,7 +16,7 @@ def in_4bit(tmp_path_factory, real_stack):
     from pytest_qvl.models.sources.embedded import embedded_model_dir
 
     folder = shutil.copytree(embedded_model_dir(), tmp_path_factory.mktemp("saved") / "in-4-bits")
-    load(lora=None).save_pretrained(folder)
+    load(lora=None, dtype="float32").save_pretrained(folder)
     return folder
 
 
@@ -36,7 +36,7 @@ def test_a_checkpoint_saved_in_fp4_is_kept_only_where_fp4_was_declared(pytester,
     from pytest_qvl.models.sources.embedded import embedded_model_dir
 
     folder = shutil.copytree(embedded_model_dir(), tmp_path / "in-fp4")
-    load(lora=None, bnb_4bit_quant_type="fp4").save_pretrained(folder)
+    load(lora=None, dtype="float32", bnb_4bit_quant_type="fp4").save_pretrained(folder)
     pytester.makeini("[pytest]")
     census = (*SUITE, f"--qvl-model={folder}", "-k", "quantization_census")
     result = run_real(*census)
@@ -60,7 +60,7 @@ def test_a_named_base_is_the_reference(pytester, run_real, in_4bit):
     pytester.makepyfile(
         """
     def test_reference(qvl_quantized_model, qvl_reference):
-        assert qvl_reference.source == "full precision of embedded, bfloat16"
+        assert qvl_reference.source == "full precision of embedded, float32"
         assert qvl_reference.caveat == ""
     """
     )
@@ -97,7 +97,7 @@ def test_a_configuration_that_the_folder_does_not_have_is_refused(pytester, run_
     result.stdout.fnmatch_lines(
         [
             "qvl_quantization_config: the model was saved in 4 bits, and its own configuration counts, not this one "
-            "(bnb_4bit_use_double_quant False, saved True; bnb_4bit_compute_dtype float16, saved bfloat16): leave the *"
+            "(bnb_4bit_use_double_quant False, saved True; bnb_4bit_compute_dtype float16, saved float32): leave the *"
         ]
     )
 
