@@ -74,14 +74,19 @@ def model():
 
 
 @pytest.fixture
-def run(pytester):
-    """Run a test file; ``started`` says whether CUDA is in use from the beginning."""
+def run(pytester, monkeypatch):
+    """Run a test file; ``started`` says whether CUDA is in use from the beginning.
+
+    A process of its own, and its workers, import no plugins but those named.
+    """
 
     def run_file(text, *args, started=True, subprocess=False, **more_files):
         pytester.makeconftest(CONFTEST.format(started=started))
         pytester.makepyfile(
             "import pytest, unittest\nMiB = 1 << 20\nmark = pytest.mark.limit_vram\n" + text, **more_files
         )
+        if subprocess:
+            monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
         start = pytester.runpytest_subprocess if subprocess else pytester.runpytest_inprocess
         return start("-p", "no:qvl", "--strict-markers", "-W", "error", *args)
 

@@ -32,11 +32,11 @@ def unrelated(pytester):
 
 def test_without_the_plugin_nothing_of_it_is_left(pytester, unrelated):
     pytester.makepyfile(test_fixture="def test_it(qvl_model): pass")
-    result = pytester.runpytest_subprocess("-p", "no:qvl", "--doctest-modules")
+    result = pytester.runpytest_inprocess("-p", "no:qvl", "--doctest-modules")
     result.assert_outcomes(passed=3, skipped=1, errors=1)
     result.stdout.fnmatch_lines(["*fixture 'qvl_model' not found*"])
     assert "qvl:" not in result.stdout.str()
-    assert pytester.runpytest_subprocess("-p", "no:qvl", "--qvl-seed", "1").ret == pytest.ExitCode.USAGE_ERROR
+    assert pytester.runpytest_inprocess("-p", "no:qvl", "--qvl-seed", "1").ret == pytest.ExitCode.USAGE_ERROR
 
 
 @pytest.mark.parametrize(
@@ -81,8 +81,8 @@ def test_marks_are_listed(pytester):
     result.stdout.fnmatch_lines(["@pytest.mark.gpu: the test executes on CUDA"])
 
 
-def test_two_workers(pytester, unrelated):
-    result = pytester.runpytest_subprocess("-n", "2", "--doctest-modules", "-W", "error")
+def test_two_workers(run_apart, unrelated):
+    result = run_apart("-n", "2", "--doctest-modules", "-W", "error", plugins=["xdist"])
     result.assert_outcomes(passed=3, skipped=1)
 
 
