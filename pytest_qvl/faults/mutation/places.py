@@ -31,8 +31,9 @@ class Places:
 
     @classmethod
     def of(cls, case: Case) -> Places:
-        """Everything of a case; its code is run once, to see which lines take part."""
+        """Everything of a case; its code is run twice, to see which lines take part every time."""
         parts = anatomy(case.model)
+        probed(case)  # what runs in a process once, to fill a cache, would be drawn in some processes and not in others
         with lines_run(_files(case)) as lines:
             probed(case)
         return cls(tensors_of(parts), settings_of(parts, case.processor), sites_of(lines))
