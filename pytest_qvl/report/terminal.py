@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -32,6 +34,11 @@ class Summary:
         quiet = terminalreporter.config.get_verbosity() < -1
         for write in LINES_FIRST + (() if quiet else SECTIONS) + LINES_LAST:
             write(terminalreporter, results)
+
+    @pytest.hookimpl(specname="pytest_terminal_summary", trylast=True)
+    def pytest_terminal_summary_fault(self, terminalreporter: Any, exitstatus: int) -> None:
+        """What a fault did, below all else: also below what other plugins write."""
+        write_fault(terminalreporter, self._builder.results(int(exitstatus)))
 
 
 def write_verdicts(terminal: Any, results: RunResults) -> None:
@@ -121,4 +128,4 @@ def write_findings(terminal: Any, results: RunResults) -> None:
 Writers = tuple["Callable[[Any, RunResults], None]", ...]
 LINES_FIRST: Writers = (write_verdicts, write_gpu_failures)
 SECTIONS: Writers = (write_findings,)
-LINES_LAST: Writers = (write_problems, write_limits_and_leases, write_fault)
+LINES_LAST: Writers = (write_problems, write_limits_and_leases)

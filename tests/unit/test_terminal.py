@@ -163,6 +163,8 @@ def test_a_fault_says_which_checks_noticed_it(caught, others, says, colour):
     builder.set_fault(InjectedFault("labels-shift", "Labels are shifted.", "label_mask"))
     terminal = Terminal(verbosity=-2)
     Summary(builder).pytest_terminal_summary(terminal, pytest.ExitCode.OK)
+    assert terminal.lines == []
+    Summary(builder).pytest_terminal_summary_fault(terminal, pytest.ExitCode.OK)
     assert terminal.lines == ["qvl: fault labels-shift: Labels are shifted.", f"qvl: {says}"]
     assert terminal.colours[f"qvl: {says}"] == {colour}
 
