@@ -1,4 +1,4 @@
-"""The door: options, settings, the public fixtures, the header, and targets of tests.
+"""The hooks that pytest calls first: options, settings, the public fixtures, the header, and targets of tests.
 
 The objects of a session are put together in :mod:`pytest_qvl.session.composition`, and what happens around a test is in
 :mod:`pytest_qvl.session.phases`. Importing this module imports pytest only; each hook imports what it needs when it is

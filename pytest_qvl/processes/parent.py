@@ -23,8 +23,8 @@ import pytest
 
 from pytest_qvl.gpu.visible import VisibleDevicesError, visible_gpus
 from pytest_qvl.processes.child import BOOT, Channel
-from pytest_qvl.session import results
-from pytest_qvl.session.keys import CONSOLE_KEY, RESULTS_KEY, SESSION_RESULTS_KEY
+from pytest_qvl.session import findings
+from pytest_qvl.session.keys import CONSOLE_KEY, RESULTS_KEY, SESSION_VERDICTS_KEY
 from pytest_qvl.session.process_link import PARENT_NAME
 from pytest_qvl.session.targets import target_of
 
@@ -280,7 +280,7 @@ class ChildRun:
         self._config.stash[CONSOLE_KEY].announce(line)
 
     def _on_session(self, output: list[dict[str, Any]]) -> None:
-        self._config.stash[SESSION_RESULTS_KEY].take(output, self._backend)
+        self._config.stash[SESSION_VERDICTS_KEY].take(output, self._backend)
 
     def _on_internalerror(self, text: str) -> None:
         self._why = f"met an internal error of pytest:\n{text}"
@@ -321,7 +321,7 @@ class ChildRun:
             when: Any = "teardown" if self._phases.get(nodeid) == "call" else "call"
             keywords: Any = dict.fromkeys(item.keywords, 1)
             report = pytest.TestReport(nodeid, item.location, keywords, "failed", text, when, duration=0.0)
-            results.attach(item, report)
+            findings.attach(item, report)
             self._hook.pytest_runtest_logreport(report=report)
             self._hook.pytest_runtest_logfinish(nodeid=nodeid, location=item.location)
             how, *_ = how.splitlines()  # what pytest itself says can be long; once is enough

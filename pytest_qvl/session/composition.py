@@ -30,13 +30,13 @@ from pytest_qvl.session.keys import (
     METER_KEY,
     MODEL_KEY,
     RESULTS_KEY,
-    SESSION_RESULTS_KEY,
+    SESSION_VERDICTS_KEY,
 )
 from pytest_qvl.session.leaks import LeakVerdicts
 from pytest_qvl.session.limit_vram import VramLimits
 from pytest_qvl.session.model_state import ModelState
 from pytest_qvl.session.session_limits import SessionLimits
-from pytest_qvl.session.session_results import SessionResults
+from pytest_qvl.session.session_verdicts import SessionVerdicts
 from pytest_qvl.session.suite_collection import ShippedSuite
 from pytest_qvl.session.vram_properties import PhaseNumbers
 from pytest_qvl.session.worker_crashes import WorkerCrashes
@@ -60,7 +60,7 @@ def make_objects(config: pytest.Config, settings: Settings) -> None:
     leaks = stash[LEAKS_KEY] = LeakVerdicts(meter, access, model, errors)
     limits = stash[LIMITS_KEY] = SessionLimits(meter)
     results = stash[RESULTS_KEY] = ResultsBuilder()
-    stash[SESSION_RESULTS_KEY] = SessionResults(results, limits, leaks, access)
+    stash[SESSION_VERDICTS_KEY] = SessionVerdicts(results, limits, leaks, access)
 
 
 def register_plugins(config: pytest.Config, settings: Settings, *, writes_record: bool) -> None:
@@ -82,7 +82,7 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
     register(stash[LIMITS_KEY], "qvl-session-limits")
     register(PhaseNumbers(stash[METER_KEY]), "qvl-vram-numbers")
     register(GpuFailures(stash[ACCESS_KEY], stash[METER_KEY]), "qvl-gpu-failures")
-    register(stash[SESSION_RESULTS_KEY], "qvl-session-results")
+    register(stash[SESSION_VERDICTS_KEY], "qvl-session-results")
     register(Interrupts(stash[CONSOLE_KEY].announce), "qvl-interrupts")
     if settings.record is not None and writes_record:
         from pytest_qvl.report.record import Record

@@ -35,7 +35,7 @@ class FirstErrors:
         if again and definition.argname in MODEL_FIXTURES:
             self._failed.setdefault(_failure_key(definition, item), self._first_met[error])
 
-    def note_nobodys(self, error: BaseException) -> None:
+    def note_for_later(self, error: BaseException) -> None:
         """Remember an error of a fixture that the running test does not ask for: the next that does meets it first."""
         self._first_met[error] = ""
 

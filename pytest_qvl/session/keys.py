@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pytest_qvl.session.leaks import LeakVerdicts
     from pytest_qvl.session.model_state import ModelState
     from pytest_qvl.session.session_limits import SessionLimits
-    from pytest_qvl.session.session_results import SessionResults
+    from pytest_qvl.session.session_verdicts import SessionVerdicts
     from pytest_qvl.vram.meter import Meter, Phase
 
 # ---- on the configuration: one of each per process ---------------------------------------------------------
@@ -33,7 +33,7 @@ FIRST_ERRORS_KEY: pytest.StashKey[FirstErrors] = pytest.StashKey()
 LEAKS_KEY: pytest.StashKey[LeakVerdicts] = pytest.StashKey()
 LIMITS_KEY: pytest.StashKey[SessionLimits] = pytest.StashKey()
 RESULTS_KEY: pytest.StashKey[ResultsBuilder] = pytest.StashKey()
-SESSION_RESULTS_KEY: pytest.StashKey[SessionResults] = pytest.StashKey()
+SESSION_VERDICTS_KEY: pytest.StashKey[SessionVerdicts] = pytest.StashKey()
 # Arguments of the run that starts over, where the rootdir was misled.
 AGAIN_KEY: pytest.StashKey[list[str]] = pytest.StashKey()
 

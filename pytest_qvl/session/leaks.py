@@ -156,7 +156,7 @@ class LeakVerdicts:
         (item, errors), self._tearing_down = self._tearing_down, None
 
         def let_go() -> None:
-            self.let_go_of(errors)
+            self.release_errors(errors)
             forget_last()
             if hasattr(item, "funcargs"):
                 item.funcargs.clear()  # pytest does it a moment later
@@ -174,7 +174,7 @@ class LeakVerdicts:
         self.look()
         return self._left or None
 
-    def let_go_of(self, errors: Iterable[BaseException]) -> None:
+    def release_errors(self, errors: Iterable[BaseException]) -> None:
         """Drop what kept errors hold in their frames, half-built models too."""
         for error in errors:
             release_frames(error)

@@ -7,7 +7,7 @@ backend's process by ``processes.child``, which sends it on. ``pytest_sessionfin
 
 1. ``pytest_qvl.session.fault_injection``: lets go of the damaged model
 2. ``pytest_qvl.session.require_gpu``: notes that no GPU test was executed
-3. ``pytest_qvl.session.session_results``: judges the session, gathers from all processes, turns a green run red
+3. ``pytest_qvl.session.session_verdicts``: judges the session, gathers from all processes, turns a green run red
 4. ``_pytest.junitxml``: writes JUnit's file
 5. ``_pytest.runner``: tears down the fixtures of a run that was interrupted
 6. ``pytest_qvl.session.phases``: frees the model's memory and the GPU
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_qvl.session import fixture_graph, overrides, results, threads, warning_filters
+from pytest_qvl.session import findings, fixture_graph, overrides, threads, warning_filters
 from pytest_qvl.session.keys import (
     ACCESS_KEY,
     DEVICE_KEY,
@@ -110,7 +110,7 @@ def pytest_runtest_setup(item: pytest.Item) -> Generator[None, object, object]:
             warning_filters.spare()
         threads.limit_threads(item.config)
     try:
-        with results.judging(item):
+        with findings.judging(item):
             result = yield
     except (Exception, pytest.fail.Exception) as error:
         pointer = stash[FIRST_ERRORS_KEY].pointer(error, item)
@@ -136,7 +136,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """Collect the evidence of every check that the test calls."""
     __tracebackhide__ = _hide_hook_frame
     model = item.config.stash[MODEL_KEY]
-    with results.judging(item), model.kept_as_found():
+    with findings.judging(item), model.kept_as_found():
         result = yield
     model.check_announced(item)
     return result
@@ -164,9 +164,9 @@ def pytest_runtest_makereport(
     """Put evidence, target and check on the report."""
     if call.excinfo is not None and (target_of(item) is not None or fixture_graph.requested_models(item)):
         item.stash.setdefault(RAISED_KEY, []).append(call.excinfo.value)
-    with results.trim_traceback(item.config, call.excinfo):
+    with findings.trim_traceback(item.config, call.excinfo):
         report = yield
-    results.attach(item, report)
+    findings.attach(item, report)
     return report
 
 

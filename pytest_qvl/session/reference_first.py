@@ -25,5 +25,5 @@ def record_reference_first(request: pytest.FixtureRequest) -> None:
         if isinstance(error, Exception):  # those of pytest are one line
             write_down(error)
         stash = request.config.stash
-        stash[LEAKS_KEY].let_go_of([error])  # its frames hold the full-precision model
-        stash[FIRST_ERRORS_KEY].note_nobodys(error)
+        stash[LEAKS_KEY].release_errors([error])  # its frames hold the full-precision model
+        stash[FIRST_ERRORS_KEY].note_for_later(error)

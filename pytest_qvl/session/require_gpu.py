@@ -14,8 +14,8 @@ import pytest
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.report.report_data import add_to_report
+from pytest_qvl.session.findings import skip_reason
 from pytest_qvl.session.keys import GIVEN_OUT_KEY
-from pytest_qvl.session.results import skip_reason
 
 if TYPE_CHECKING:
     from collections.abc import Generator

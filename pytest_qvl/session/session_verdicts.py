@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _OUTPUT = "qvl_session"
 
 
-class SessionResults:
+class SessionVerdicts:
     """Judges the session when it ends, brings the results of processes together, and reports.
 
     Args:
