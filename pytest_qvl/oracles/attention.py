@@ -64,7 +64,8 @@ def attention(
     queries = max(1, ELEMENTS // max(1, key.shape[1]))
     shared = query.shape[0] // key.shape[0]
     u = unit(query.dtype)
-    whole = Claim(*(torch.empty((*query.shape[:2], value.shape[2]), device=query.device) for _ in range(2)))
+    shape = *query.shape[:2], value.shape[2]
+    whole = Claim(*(torch.empty(shape, dtype=torch.float32, device=query.device) for _ in range(2)))
     for start, first in product(range(0, query.shape[0], heads), range(0, query.shape[1], queries)):
         mine, some = slice(start, start + heads), slice(first, first + queries)
         ours = torch.arange(query.shape[0], device=key.device)[mine] // shared

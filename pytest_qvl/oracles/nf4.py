@@ -92,7 +92,7 @@ def rows(
     first, last = start * columns, stop * columns
     data = packed.data.detach().contiguous().view(torch.uint8).flatten()[first // 2 : (last + 1) // 2]
     halves = torch.stack((data >> 4, data & 15), dim=-1).flatten()[first % 2 : first % 2 + last - first]
-    book = torch.tensor(CODE_BOOK, device=data.device)
+    book = torch.tensor(CODE_BOOK, dtype=torch.float32, device=data.device)
     first_block = first // packed.blocksize
     blocks = torch.arange(first_block, (last - 1) // packed.blocksize + 1, device=data.device)
     scales = block_scales(packed, blocks, fused=fused)

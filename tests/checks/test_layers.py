@@ -261,3 +261,11 @@ def test_packed_rows_are_refused(case: Case) -> None:
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
     with pytest.raises(CannotJudge, match="packed"):
         layer_arithmetic(case.model, batch)
+
+
+def test_a_default_dtype_of_the_user_s_changes_no_limit(case: Case) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert max(worst(layer_arithmetic(case.model, case.batch())).values()) < 0.5
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -89,11 +89,13 @@ class Adapters:
         import torch
 
         pairs = [(layer, name) for layer in self.layers.values() for name in self.active(layer)]
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         with weights_restored(layer.lora_B[name].weight for layer, name in pairs):
             for layer, name in pairs:
                 weight = layer.lora_B[name].weight
-                noise = torch.randn(weight.shape, generator=generator) * _deviation(layer, name)
+                noise = torch.randn(weight.shape, dtype=torch.float32, device="cpu", generator=generator) * _deviation(
+                    layer, name
+                )
                 weight.data.copy_(noise.to(weight.dtype))
             yield
 

@@ -129,7 +129,7 @@ def judge_code_book(tally: Tally, name: str, module: Any) -> None:
     state = getattr(module.weight, "quant_state", None)
     if state is None or state.quant_type != "nf4":
         return
-    expected = torch.tensor(nf4.CODE_BOOK, device=state.code.device)
+    expected = torch.tensor(nf4.CODE_BOOK, dtype=torch.float32, device=state.code.device)
     wrong = (state.code.float() != expected).nonzero().flatten().tolist() if state.code.shape == expected.shape else [0]
     first = f"entry {wrong[0]} of NF4's sixteen" if wrong else ""
     tally.same(BOOK, name, state.code.float(), expected, f"has another number than the paper at {first}")

@@ -160,7 +160,7 @@ class Tower:
         sizes = self._laid.frames if everywhere else self._laid.windows
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         attend = partial(oracle.attention, allowed=None, scaling=scaling, eager=self._eager)
-        whole = Claim(*(torch.empty(query.shape, device=query.device) for _ in range(2)))
+        whole = Claim(*(torch.empty(query.shape, dtype=torch.float32, device=query.device) for _ in range(2)))
         starts = torch.tensor([0, *sizes], device=query.device).cumsum(0)[:-1]
         for size in set(sizes):
             # Groups of one size are so many heads more.
