@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.generation_invariance import generation_batch_invariance as generation_batch_invariance
     from pytest_qvl.checks.generation_invariance import generation_cache_invariance as generation_cache_invariance
     from pytest_qvl.checks.golden import golden_record as golden_record
+    from pytest_qvl.checks.gradients import gradient_arithmetic as gradient_arithmetic
     from pytest_qvl.checks.isolation import causality as causality
     from pytest_qvl.checks.isolation import image_isolation as image_isolation
     from pytest_qvl.checks.labels import label_mask as label_mask

@@ -38,6 +38,7 @@ ORDER = (
     "labels",
     "collation",
     "loss",
+    "gradients",
     "frozen",
     "layers",
     "golden",

@@ -61,3 +61,9 @@ def test_training_collation(qvl_processor: Any, training_samples: Any, training_
 def test_loss_arithmetic(qvl_lora_model: Any, training_halves: Any, qvl_trainer: Any) -> None:
     """The loss is the mean cross-entropy of the answers' tokens, in one batch and accumulated over several."""
     checks.loss_arithmetic(qvl_lora_model, training_halves[0], trainer=qvl_trainer)
+
+
+@checkpointing
+def test_gradient_arithmetic(qvl_lora_model: Any, rows: Any, gradient_checkpointing: bool) -> None:
+    """Autograd's gradient is the derivative of the loss, in every layer."""
+    checks.gradient_arithmetic(qvl_lora_model, rows, gradient_checkpointing=gradient_checkpointing)

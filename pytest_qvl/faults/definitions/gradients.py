@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import attribute
+from pytest_qvl.faults.tools import after, attribute, before, on_first
+from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 STEPS = 2
+LAYER = 2
+DROPOUT = 0.2
 
 
 def _with_loss(case: Case, loss: Callable[..., torch.Tensor]) -> AbstractContextManager[None]:
@@ -200,3 +204,130 @@ def _not_divided(case: Case) -> Iterator[None]:
 
     case.trainer = accumulate
     yield
+
+
+def _layer(case: Case) -> tuple[str, Any]:
+    """A decoder layer in the middle, with a name as messages have it."""
+    return f"layers.{LAYER}", anatomy(case.model).language_backbone.layers[LAYER]
+
+
+@contextmanager
+def gradient_times(case: Case, factor: float) -> Iterator[None]:
+    """Multiply the gradient of the adapter on one decoder layer."""
+    name, _module = _layer(case)
+    with ExitStack() as stack:
+        parameters: dict[str, Any] = {**adapter_parameters(anatomy(case.model))}
+        for key, parameter in parameters.items():
+            if f".{name}." in key and parameter.requires_grad:
+                stack.callback(parameter.register_hook(lambda gradient: gradient * factor).remove)
+        yield
+
+
+@fault(
+    "gradient-lost-in-one-layer",
+    "The gradient of one layer's adapter is a thousandth of what it has to be.",
+    target="adapter",
+    check="gradient_arithmetic",
+    expected_words=("the gradient is not the loss's in 1 of", "layers.2", "0.001 times its gradient"),
+)
+def _thousandth(case: Case) -> Iterator[None]:
+    with gradient_times(case, 1e-3):
+        yield
+
+
+@fault(
+    "gradient-a-quarter-too-large",
+    "The gradient of one layer's adapter is 1.25 of what it has to be.",
+    target="adapter",
+    check="gradient_arithmetic",
+    expected_words=("the gradient is not the loss's in 1 of", "layers.2"),
+)
+def _quarter(case: Case) -> Iterator[None]:
+    with gradient_times(case, 1.25):
+        yield
+
+
+@fault(
+    "gradient-sign-wrong-in-one-layer",
+    "The gradient of one layer's adapter has the wrong sign; the others learn against it.",
+    target="adapter",
+    check="gradient_arithmetic",
+    expected_words=("the gradient is not the loss's in 1 of", "layers.2", "-1 times its gradient"),
+)
+def _flipped(case: Case) -> Iterator[None]:
+    with gradient_times(case, -1.0):
+        yield
+
+
+@fault(
+    "gradient-halved-on-its-way",
+    "Half of the gradient is lost between two layers: all adapters before learn half as fast as those behind.",
+    target="model",
+    check="gradient_arithmetic",
+    expected_words=("the gradient is not the loss's in 1 of", "layers.2", "what goes in gets 0.5 times its gradient"),
+)
+def _halved(case: Case) -> Iterator[None]:
+    def half(_module: Any, _args: Any, output: Any) -> Any:
+        return on_first(output, lambda hidden: hidden.detach().lerp(hidden, 0.5))
+
+    with after([_layer(case)[1]], half):
+        yield
+
+
+@fault(
+    "gradient-of-one-row-lost",
+    "The first row of a batch is detached on its way: the layers before learn nothing from it.",
+    target="model",
+    check="gradient_arithmetic",
+    expected_words=("the gradient is not the loss's in 1 of", "layers.2"),
+)
+def _one_row(case: Case) -> Iterator[None]:
+    import torch
+
+    def detach(_module: Any, _args: Any, output: Any) -> Any:
+        return on_first(output, lambda hidden: torch.cat([hidden[:1].detach(), hidden[1:]]))
+
+    with after([_layer(case)[1]], detach):
+        yield
+
+
+@fault(
+    "mlp-input-detached",
+    "The input of one layer's MLP is detached: what lies before it learns by the residual stream alone.",
+    target="model",
+    check="gradient_arithmetic",
+    expected_words=("the gradient is not the loss's in 1 of", "layers.2", "what goes in gets"),
+)
+def _detached_input(case: Case) -> Iterator[None]:
+    with before(
+        [_layer(case)[1].post_attention_layernorm], lambda _m, args, kwargs: ((args[0].detach(), *args[1:]), kwargs)
+    ):
+        yield
+
+
+@fault(
+    "checkpointing-with-other-dropout",
+    "Checkpointing does not keep dropout's random state: activations are computed again with another mask.",
+    target="adapter",
+    check="gradient_arithmetic",
+    expected_words=("the gradient is not the loss's", "preserve_rng_state=True", "cosine"),
+)
+def _other_dropout(case: Case) -> Iterator[None]:
+    from functools import partial
+
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    parts = anatomy(case.model)
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    with ExitStack() as stack:
+        for layer in adapted_layers(parts).values():
+            held = layer.lora_dropout
+            for name, module in list(held.items()):
+                stack.callback(held.__setitem__, name, module)
+                held[name] = nn.Dropout(DROPOUT)
+                held[name].train(module.training)
+        for layer in parts.language_backbone.layers:
+            stack.enter_context(attribute(layer, "gradient_checkpointing", True))
+            stack.enter_context(attribute(layer, "_gradient_checkpointing_func", again))
+        yield

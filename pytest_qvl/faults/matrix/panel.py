@@ -102,6 +102,11 @@ def _training_step(case: Case) -> None:
         )
 
 
+def _gradient_arithmetic(case: Case) -> None:
+    for checkpointing in (False, True):
+        checks.gradient_arithmetic(case.model, _training(case), gradient_checkpointing=checkpointing)
+
+
 def _vision_not_backpropagated(case: Case) -> None:
     for checkpointing in (False, True):
         checks.vision_not_backpropagated(case.model, _training(case), gradient_checkpointing=checkpointing)
@@ -136,6 +141,7 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
     "label_mask": lambda c: checks.label_mask(c.model, _training(c), c.processor),
     "layer_arithmetic": lambda c: checks.layer_arithmetic(c.model, c.batch(), c.lora_config),
     "training_collation": lambda c: checks.training_collation(c.processor, c.rows, _training(c)),
+    "gradient_arithmetic": _gradient_arithmetic,
     "loss_arithmetic": lambda c: checks.loss_arithmetic(c.model, _training(c), trainer=c.trainer),
     "frozen_vision": lambda c: checks.frozen_vision(c.model, _training(c), make_optimizer=c.make_optimizer),
 }

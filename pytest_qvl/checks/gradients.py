@@ -1,0 +1,254 @@
+"""Autograd's gradient is the derivative of the loss, in every layer."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.cross_entropy import IGNORED, telling_labels
+from pytest_qvl.checks.support.directional import Derivative, Noise, along_gradient, derivative, step_size
+from pytest_qvl.checks.support.head_replay import HeadReplay
+from pytest_qvl.checks.support.lora import layer_of, zero_initialised_matrices
+from pytest_qvl.checks.support.rounding import rounded_sums
+from pytest_qvl.checks.support.scoring import coarsest_dtype
+from pytest_qvl.checks.support.segments import Layers, Segment, layers_recorded, norms_held
+from pytest_qvl.checks.support.teaching import NO_LABELS, forward, trainable_parameters
+from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
+from pytest_qvl.checks.support.wording import some
+from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
+from pytest_qvl.models.adapters import orthogonality_penalty_off
+from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.state import preserved
+from pytest_qvl.models.training import (
+    FIRST_FLOAT16_SCALE,
+    backward,
+    checkpointing,
+    computes_in_float16,
+    layer_gains,
+    weights_restored,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from torch import nn
+
+    from pytest_qvl.checks.support.teaching import Batch
+
+RESOLVED = 0.25
+SHARE = 0.2
+_SEED = 20_311
+_NAMED = 2
+
+
+@check(promise=10, needs=("time",))
+def gradient_arithmetic(model: Any, batch: Batch, *, gradient_checkpointing: bool) -> Evidence:
+    """Prove that the gradient that autograd computes is the derivative of the loss, layer by layer.
+
+    One forward and backward pass in train mode, with random labels and B (or what starts at zero) set to random signs.
+    Then each decoder layer, and norm, head and loss together, is run by itself from the hidden states that went in,
+    with the same dropout, moved a little along a direction of its own in hidden states and adapter at once. What comes
+    out, weighted with the gradient that came back from behind, has to move by what the layer's gradients promise.
+    Errors do not add up from layer to layer, so that many layers are judged as sharply as few; and by the chain rule
+    right layers make a right whole.
+
+    ========================================= ===================================================
+    judged                                    limit
+    ========================================= ===================================================
+    derivative of each layer over its promise docs/limits.md#directional-derivatives
+    gradient of each row with labels          not exactly zero
+    ========================================= ===================================================
+
+    A layer in which rounding hides a quarter of the derivative is not judged, and counted.
+
+    Args:
+        model: The model wrapped by PEFT, its adapter trainable.
+        batch: Model inputs with ``labels``.
+        gradient_checkpointing: Train with it or without, as :func:`training_step` does.
+
+    Raises:
+        CheckFailed: Names the layers, and of the first ones the tensors whose gradient is not the loss's, and a factor.
+        CannotJudge: Nothing can be resolved, layers that are not called one by one, or weights repacked for the CPU.
+        ValueError: No adapter, nothing trainable, or no labels.
+    """
+    parts = anatomy(model)
+    trained = trainable_parameters(parts)
+    if "labels" not in batch or bool((batch["labels"][:, 1:] == IGNORED).all()):
+        raise InputError(f"gradient_arithmetic: {NO_LABELS}")
+    require_unpacked_weights(parts)
+    how = "with" if gradient_checkpointing else "without"
+    judge = Judge("gradient_arithmetic", f"gradients {how} checkpointing are those of the loss")
+    tokens = sorted({*batch["input_ids"].flatten().tolist()} - {*parts.vision_token_ids})
+    taught = {**batch, "labels": telling_labels(batch["labels"], tokens, _SEED)}
+    with (
+        preserved(model, training=True, seed=_SEED),
+        weights_restored(trained.values()),
+        orthogonality_penalty_off(parts),
+        norms_held(parts),
+    ):
+        _leave_zero(parts, trained)
+        with checkpointing(parts, gradient_checkpointing):
+            layers, scale = _backward(parts, taught, trained)
+        with checkpointing(parts, False):
+            segments = layers.segments(HeadReplay(parts, taught), taught["labels"], scale)
+            _judge_rows(judge, segments[-1], taught["labels"])
+            _note_left_out(judge, segments, trained)
+            _judge_segments(judge, parts, segments)
+            if judge.problems and gradient_checkpointing:
+                judge.problems[-1] += _changed_by_checkpointing(parts, taught, trained)
+    return judge.verdict()
+
+
+def _leave_zero(parts: Parts, trained: Mapping[str, nn.Parameter]) -> None:
+    """Give matrices that are all zero random signs, of a size by which each layer adds a fifth of what goes into it."""
+    import torch
+
+    gains = layer_gains(parts)
+    generator = torch.Generator().manual_seed(_SEED)
+    with torch.no_grad():
+        for name, matrix in zero_initialised_matrices(trained).items():
+            if not bool(matrix.any()):
+                signs = torch.randint(0, 2, matrix.shape, generator=generator) * 2 - 1
+                matrix.copy_(signs * (SHARE / gains.get(layer_of(name), 1.0)))
+
+
+def _backward(parts: Parts, batch: Batch, trained: Mapping[str, nn.Parameter]) -> tuple[Layers, float]:
+    """One backward pass; what went into the layers, and the scale of the gradients that came back to them."""
+    import torch
+
+    with layers_recorded(parts) as layers:
+
+        def loss() -> torch.Tensor:
+            layers.calls.clear()
+            torch.manual_seed(_SEED)
+            found: torch.Tensor = forward(parts, batch).loss
+            return found
+
+        scale = FIRST_FLOAT16_SCALE if computes_in_float16(parts) else 1.0
+        value, scale = backward(loss, list(trained.values()), scale=scale)
+    if not math.isfinite(value):
+        raise CannotJudge(f"the loss is {value}, which has no derivative; training_step says where it begins")
+    return layers, scale
+
+
+def _judge_rows(judge: Judge, end: Segment, labels: torch.Tensor) -> None:
+    gradient = end.gradient
+    if gradient is None:
+        raise CannotJudge("the loss has no gradient at the last hidden states; training_step says what is not reached")
+    taught = (labels[:, 1:] != IGNORED).any(dim=1).nonzero().flatten().tolist()
+    lost = [row for row in taught if not bool(gradient[row].any())]
+    judge.equal(
+        "rows with labels that have a gradient",
+        len(taught) - len(lost),
+        len(taught),
+        else_say=f"{len(lost)} of {len(taught)} rows with labels give no gradient: row {some([str(r) for r in lost])}",
+    )
+
+
+def _note_left_out(judge: Judge, segments: list[Segment], trained: Mapping[str, nn.Parameter]) -> None:
+    judged = {id(parameter) for segment in segments for parameter in segment.parameters.values()}
+    left = [name for name, parameter in trained.items() if id(parameter) not in judged]
+    if left:
+        judge.note(
+            f"not judged: {len(left)} trained tensors in none of the layers, or in several, or without a gradient: "
+            f"{some(left)}"
+        )
+
+
+def _judge_segments(judge: Judge, parts: Parts, segments: list[Segment]) -> None:
+    found: list[_Found] = []
+    hidden: list[str] = []
+    probe = _Probe(parts)
+    for segment in segments:
+        seen = probe(segment, list(segment.parameters), hidden=True)
+        if seen is None or (not seen.is_off and seen.limit > RESOLVED):
+            hidden.append(segment.name)
+        else:
+            found.append(_Found(segment, seen))
+    if not found:
+        raise CannotJudge(f"rounding hides the derivative of the loss in all of {len(hidden)} layers")
+    if hidden:
+        judge.note(f"rounding hides the derivative of the loss in {some(hidden)}: not judged there")
+    worst = max(found, key=lambda one: one.seen.off / one.seen.limit if one.seen.limit else math.inf).seen
+    judge.report("layers judged", len(found))
+    judge.report("coarsest limit of a layer", max(one.seen.limit for one in found))
+    off = [one for one in found if one.seen.is_off]
+    told = "; ".join(f"in {one.segment.name} {probe.explained(one)}" for one in off[:_NAMED])
+    judge.at_most(
+        "derivative of the worst layer over its promise, off 1 by",
+        worst.off,
+        worst.limit,
+        else_say=f"the gradient is not the loss's in {len(off)} of {len(found)} layers: {told}",
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A layer and the derivative of the loss along its direction."""
+
+    segment: Segment
+    seen: Derivative
+
+
+class _Probe:
+    """Takes derivatives in layers: along hidden states and adapter at once, or along some of them."""
+
+    def __init__(self, parts: Parts) -> None:
+        import torch
+
+        dtype = coarsest_dtype(parts, ("language", "lm_head"))
+        terms = max(parts.text_config.intermediate_size, parts.text_config.hidden_size)
+        self._eps, self._sums = torch.finfo(dtype).eps, rounded_sums(dtype, terms)
+        self._noise: dict[str, Noise] = {}
+
+    def __call__(self, segment: Segment, names: Sequence[str], *, hidden: bool) -> Derivative | None:
+        """Each tensor is moved by a random multiple of its size, once to twice, so that no two count alike."""
+        import torch
+
+        eps = max(self._eps, torch.finfo(segment.x.dtype).eps)
+        if segment.name not in self._noise:
+            self._noise[segment.name] = Noise.of(segment, eps, self._sums)
+        chance = random.Random(f"{_SEED} {segment.name}")
+        direction = along_gradient(segment, {name: chance.uniform(1.0, 2.0) for name in names}, hidden=hidden)
+        return derivative(segment, direction, step_size(eps), self._noise[segment.name])
+
+    def explained(self, found: _Found) -> str:
+        """Which gradients of a layer are wrong by themselves, by what factor; else that they are together."""
+        segment = found.segment
+        wrong = {}
+        for name in segment.parameters:
+            seen = self(segment, [name], hidden=False)
+            if seen is not None and seen.is_off:
+                wrong[name.removeprefix(f"{segment.name}.")] = seen
+        told = [f"{name} has {_times(seen)} its gradient" for name, seen in wrong.items()]
+        passed = self(segment, [], hidden=True) if segment.gradient is not None else None
+        if passed is not None and passed.is_off:
+            told.insert(0, f"what goes in gets {_times(passed)} its gradient")
+        return some(told) or f"all of it together has {_times(found.seen)} its gradient"
+
+
+def _times(seen: Derivative) -> str:
+    return f"{1 / seen.ratio:.3g} times" if seen.ratio and math.isfinite(seen.ratio) else f"1/{seen.ratio:.3g} of"
+
+
+def _changed_by_checkpointing(parts: Parts, batch: Batch, trained: Mapping[str, nn.Parameter]) -> str:
+    """What checkpointing does to the gradient of the same step, as the end of a sentence; empty if nothing."""
+    import torch
+
+    kept = {name: parameter.grad.float() for name, parameter in trained.items() if parameter.grad is not None}
+    with checkpointing(parts, False):
+        _backward(parts, batch, trained)
+    pairs = [(kept[name], p.grad.float()) for name, p in trained.items() if name in kept and p.grad is not None]
+    dot = sum(float((a * b).sum()) for a, b in pairs)
+    sizes = [math.sqrt(sum(float(pair[side].square().sum()) for pair in pairs)) for side in (0, 1)]
+    cosine = dot / (sizes[0] * sizes[1]) if all(sizes) else 0.0
+    if cosine > 1 - torch.finfo(torch.bfloat16).eps:
+        return ""
+    return (
+        f"; without checkpointing the same step has another gradient (cosine {cosine:.2f}): does checkpointing keep "
+        "dropout's random state (preserve_rng_state=True) when it computes activations again?"
+    )

@@ -1,0 +1,228 @@
+"""Directional derivatives by central differences, beside what a gradient says they are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from torch import nn
+
+    from pytest_qvl.checks.support.segments import Segment
+
+DEVIATIONS = 5.0
+PLACES = 66
+HALVINGS = 8
+SETTLED = 3  # the first change has nothing to be compared with, and counts
+LITTLE = 1 / 32
+HIDDEN = 0.5
+
+
+@dataclass(frozen=True)
+class Direction:
+    """Where to move: the hidden states that go into a segment, and parameters of it by name."""
+
+    x: torch.Tensor | None
+    parameters: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """A derivative as seen, over what the gradient promises; 1 for a right gradient.
+
+    Attributes:
+        ratio: Seen over promised.
+        limit: How far a right gradient's ratio may be from 1.
+    """
+
+    ratio: float
+    limit: float
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the gradient is not the loss's."""
+        return not self.off <= self.limit
+
+    @property
+    def off(self) -> float:
+        """Distance from 1; infinite for what is not finite."""
+        return abs(self.ratio - 1) if math.isfinite(self.ratio) else math.inf
+
+
+def step_size(eps: float) -> float:
+    """The largest step, relative to what is moved: four times the power of two nearest to the cube root of ``eps``.
+
+    At the cube root what a central difference leaves out (as the square of the step) and what rounding adds (as ``eps``
+    over the step) are alike: docs/limits.md#directional-derivatives.
+    """
+    return math.ldexp(4.0, round(math.log2(eps) / 3))
+
+
+def along_gradient(segment: Segment, names: Mapping[str, float], *, hidden: bool) -> Direction:
+    """A direction along the gradient, of the size of what is moved, so that the loss moves as far as it can.
+
+    Of the hidden states each token by itself, by its own norm, along its gradient here and at what comes out, which is
+    nearly the same by the residual connection: a token whose gradient was lost on its way through is moved too.
+
+    Args:
+        segment: What is moved.
+        names: Parameters to move, each with a factor.
+        hidden: Move the hidden states as well, where they have a gradient.
+    """
+    moves: dict[str, torch.Tensor] = {}
+    for name, factor in names.items():
+        parameter = segment.parameters[name]
+        assert parameter.grad is not None
+        size, slope = float(parameter.detach().float().norm()), parameter.grad.float()
+        norm = float(slope.norm())
+        if size and norm:
+            moves[name] = slope * (factor * size / norm)
+    gradient = segment.gradient if hidden else None
+    if gradient is None:
+        return Direction(None, moves)
+    along = _unit(gradient)
+    if segment.outgoing is not None:
+        along = _unit(along + _unit(segment.outgoing))
+    return Direction(along * (HIDDEN * segment.x.float().norm(dim=-1, keepdim=True)), moves)
+
+
+def _unit(vectors: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    tiny = torch.finfo(torch.float32).tiny
+    units: torch.Tensor = vectors / vectors.norm(dim=-1, keepdim=True).clamp_min(tiny)
+    return units
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What rounding does to one segment.
+
+    Attributes:
+        value: Standard deviation of the difference of two values at the same place.
+        gradient: Relative standard deviation of an element of the gradient.
+    """
+
+    value: float
+    gradient: float
+
+    @classmethod
+    def of(cls, segment: Segment, eps: float, sums: float) -> Noise:
+        """Measured for the value, counted for the gradient: docs/limits.md#directional-derivatives.
+
+        Args:
+            segment: Where.
+            eps: Of the coarsest dtype that it computes in.
+            sums: How many times more than its result a product is rounded.
+        """
+        import torch
+
+        coarser = eps / torch.finfo(segment.x.dtype).eps
+        return cls(segment.noise() * coarser * sums / 2, eps * math.sqrt(PLACES / 12) * sums)
+
+
+def derivative(segment: Segment, direction: Direction, step: float, noise: Noise) -> Derivative | None:
+    """The derivative of the loss along a direction, extrapolated over step sizes (Richardson 1911).
+
+    The step is halved until the ratio of seen and promised settles: it changes by little, and twice in a row by half as
+    much as before at most (that of a central difference does by a quarter), or within the noise:
+    docs/limits.md#directional-derivatives.
+
+    Args:
+        segment: Where.
+        direction: Along what.
+        step: The largest step.
+        noise: Of this segment.
+
+    Returns:
+        The extrapolation with the smallest limit; ``None`` where the ratio settles nowhere, or nothing is promised and
+        nothing seen.
+    """
+    large = _differences(segment, direction, step)
+    if not large.promised:
+        return Derivative(math.inf, 0.0) if abs(large.seen) > DEVIATIONS * noise.value else None
+    best: Derivative | None = None
+    change, settled = math.inf, 0
+    for halving in range(1, HALVINGS + 1):
+        small = _differences(segment, direction, step / 2**halving)
+        if not small.promised:
+            break
+        rounding, previous = DEVIATIONS * _rounding(large, small, noise), change
+        change = abs(small.ratio - large.ratio)
+        settled = settled + 1 if change <= max(previous / 2, rounding) else 0
+        if settled >= SETTLED and change <= max(LITTLE, rounding):
+            left_out = max(change, previous / 2)
+            if best is None or rounding + left_out < best.limit:
+                best = Derivative((4 * small.ratio - large.ratio) / 3, rounding + left_out)
+            if left_out <= rounding:
+                break
+        large = small
+    return best
+
+
+def _rounding(large: _Differences, small: _Differences, noise: Noise) -> float:
+    """Standard deviation of an extrapolated ratio."""
+    seen = math.hypot(noise.value / large.promised, 4 * noise.value / small.promised) / 3
+    return math.hypot(seen, noise.gradient * small.spread / abs(small.promised))
+
+
+@dataclass(frozen=True)
+class _Differences:
+    """Of the values ahead and behind, and what the gradient promises for where these really were.
+
+    Attributes:
+        seen: The difference.
+        promised: The same by the gradient, a sum over all elements that are moved.
+        spread: Root of the sum of the squares of its terms.
+    """
+
+    seen: float
+    promised: float
+    spread: float
+
+    @property
+    def ratio(self) -> float:
+        """Seen over promised."""
+        return self.seen / self.promised
+
+
+def _differences(segment: Segment, direction: Direction, step: float) -> _Differences:
+    ahead, behind = (_moved(segment, direction, length) for length in (step, -step))
+    return _Differences(
+        ahead.seen - behind.seen, ahead.promised - behind.promised, math.sqrt(ahead.spread) + math.sqrt(behind.spread)
+    )
+
+
+def _moved(segment: Segment, direction: Direction, length: float) -> _Differences:
+    """The value where everything is moved, its promised change as rounded there, and its terms' sum of squares."""
+    import torch
+
+    kept: list[tuple[nn.Parameter, torch.Tensor]] = []
+    terms: list[tuple[float, float]] = []
+    x = segment.x
+    with torch.no_grad():
+        try:
+            for name, move in direction.parameters.items():
+                parameter = segment.parameters[name]
+                kept.append((parameter, parameter.detach().clone()))
+                parameter.copy_(kept[-1][1].float() + length * move)
+                terms.append(_terms(parameter.grad, parameter.detach(), kept[-1][1]))
+            if direction.x is not None:
+                x = (segment.x.float() + length * direction.x).to(segment.x.dtype)
+                terms.append(_terms(segment.gradient, x, segment.x))
+            value = segment.value(x)
+        finally:
+            for parameter, before in kept:
+                parameter.copy_(before)
+    promised, squares = (float(sum(each)) for each in zip(*terms, strict=True)) if terms else (0.0, 0.0)
+    return _Differences(value, promised, squares)
+
+
+def _terms(gradient: torch.Tensor | None, now: torch.Tensor, before: torch.Tensor) -> tuple[float, float]:
+    assert gradient is not None
+    terms = gradient.double() * (now.double() - before.double())
+    return float(terms.sum()), float(terms.square().sum())

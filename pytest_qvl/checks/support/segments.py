@@ -1,0 +1,296 @@
+"""One training step cut into the language model's layers, each with what went in and the gradient that came back."""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+from pytest_qvl.checks.support.activations import leaves
+from pytest_qvl.checks.support.cross_entropy import token_losses
+from pytest_qvl.checks.support.rounding import last_place_noise
+from pytest_qvl.evidence import CannotJudge
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+    from torch import nn
+
+    from pytest_qvl.checks.support.head_replay import HeadReplay
+    from pytest_qvl.models.anatomy import Parts
+
+
+class Segment(Protocol):
+    """A part of the model between two hidden states, or between the last of them and the loss.
+
+    Attributes:
+        name: Dotted name of the layer in the base model, or ``"norm, head and loss"``.
+        parameters: What is trained in it, by name in the base model, with gradients as autograd left them.
+    """
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+
+    @property
+    def x(self) -> torch.Tensor:
+        """The hidden states that went in, ``(rows, length, width)``."""
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """Autograd's gradient of the loss at ``x``, of its shape in float32; ``None`` where none was asked for."""
+
+    @property
+    def outgoing(self) -> torch.Tensor | None:
+        """The same at what comes out; ``None`` of the segment that ends with the loss."""
+
+    def value(self, x: torch.Tensor) -> float:
+        """The loss, to first order in what comes out, for other hidden states, with the same dropout; in float64."""
+
+    def noise(self) -> float:
+        """By how much two values at the same place differ when every module is a last place off."""
+
+
+@dataclass
+class _Call:
+    """A layer's call: input, keyword arguments and random states before it, and the gradient that came back, scaled."""
+
+    x: torch.Tensor
+    kwargs: dict[str, Any]
+    random: tuple[torch.Tensor, torch.Tensor | None]
+    scaled_gradient: torch.Tensor | None = None
+    scale: float = 1.0
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """In float32, not scaled; made anew every time, for it is twice as large as what is kept."""
+        return None if self.scaled_gradient is None else self.scaled_gradient.float() / self.scale
+
+
+@dataclass
+class Layers:
+    """What the layers and the final norm of the language backbone were called with, each the first time only."""
+
+    parts: Parts
+    modules: dict[str, Any]
+    calls: dict[str, _Call] = field(default_factory=dict)
+
+    def note(self, name: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep a call, and the gradient that will come back to its input."""
+        if name in self.calls:  # computed again by checkpointing
+            return
+        given = dict(kwargs)
+        x = args[0] if args else given.pop("hidden_states")
+        call = self.calls[name] = _Call(x.detach(), given, _random_states(x.device))
+        if x.requires_grad:
+            x.register_hook(partial(setattr, call, "scaled_gradient"))
+
+    def segments(self, replay: HeadReplay, labels: torch.Tensor, scale: float) -> list[Segment]:
+        """Every layer and the end of the model, after a backward pass.
+
+        Args:
+            replay: The model behind its core.
+            labels: ``(rows, length)``.
+            scale: What the loss was multiplied by.
+
+        Raises:
+            CannotJudge: A layer was not called, or no gradient came back to what it put out.
+        """
+        silent = [name for name in self.modules if name not in self.calls]
+        if silent:
+            raise CannotJudge(f"the forward does not call {silent[0]} as a layer of its own, so it cannot be looked at")
+        *names, norm = self.modules
+        shared = self._shared()
+        found: list[Segment] = []
+        for call in self.calls.values():
+            call.scale = scale
+        for name, following in zip(names, [*names[1:], norm], strict=True):
+            if self.calls[following].scaled_gradient is None:
+                raise CannotJudge(f"the loss has no gradient behind {name}; training_step says what it does not reach")
+            module = self.modules[name]
+            own = _trained(module, name, shared)
+            found.append(Layer(name, own, module, self.calls[name], self.calls[following]))
+        head = self.parts.roots["lm_head"]
+        end = {**_trained(self.modules[norm], norm, shared), **_trained(self.parts.lm_head, head, shared)}
+        found.append(End("norm, head and loss", end, self.calls[norm], self.parts, replay, labels))
+        return found
+
+    def _shared(self) -> set[int]:
+        """Parameters that several parts of the model hold, whose gradient is a sum."""
+        seen: dict[int, int] = {}
+        for holder in [*self.modules.values(), self.parts.lm_head, self.parts.embeddings]:
+            for parameter in holder.parameters():
+                seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+        return {each for each, count in seen.items() if count > 1}
+
+
+def _trained(module: nn.Module, name: str, shared: set[int]) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{key}": parameter
+        for key, parameter in module.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None and id(parameter) not in shared
+    }
+
+
+@contextmanager
+def layers_recorded(parts: Parts) -> Iterator[Layers]:
+    """Record what the layers of the language backbone are called with inside the block."""
+    backbone = parts.language_backbone
+    root = parts.roots["language"]
+    modules = {f"{root}.layers.{number}": layer for number, layer in enumerate(backbone.layers)}
+    recorded = Layers(parts, {**modules, f"{root}.norm": backbone.norm})
+    handles = [
+        module.register_forward_pre_hook(partial(recorded.note, name), with_kwargs=True)
+        for name, module in recorded.modules.items()
+    ]
+    try:
+        yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def norms_held(parts: Parts) -> Iterator[None]:
+    """Let DoRA divide by the norms of the first forward in the block, whatever the weights are in later ones.
+
+    By its definition (arXiv:2402.09353, section 4.3) they are constants, and its gradients are those of such a loss.
+    """
+    layers: list[Any] = [module for module in parts.base.modules() if hasattr(module, "get_weight_norm")]
+    try:
+        for layer in layers:
+            object.__setattr__(layer, "get_weight_norm", _once(layer.get_weight_norm))
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("get_weight_norm", None)
+
+
+def _once(function: Any) -> Any:
+    kept: list[Any] = []
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        if not kept:
+            kept.append(function(*args, **kwargs).detach())
+        return kept[0]
+
+    return first
+
+
+@dataclass
+class Layer:
+    """A decoder layer; see :class:`Segment`."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    module: Any
+    call: _Call
+    following: _Call
+
+    @property
+    def x(self) -> torch.Tensor:
+        """See :class:`Segment`."""
+        return self.call.x
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """See :class:`Segment`."""
+        return self.call.gradient
+
+    @property
+    def outgoing(self) -> torch.Tensor:
+        """See :class:`Segment`."""
+        found = self.following.gradient
+        assert found is not None
+        return found
+
+    def _out(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        with torch.no_grad():
+            made = self.module(x, **self.call.kwargs)
+        out: torch.Tensor = made[0] if isinstance(made, tuple) else made
+        return out
+
+    def value(self, x: torch.Tensor) -> float:
+        """See :class:`Segment`."""
+        _put_random_states(self.call.random, x.device)
+        return float((self._out(x).double() * self.outgoing.double()).sum())
+
+    def noise(self) -> float:
+        """See :class:`Segment`; tokens count as independent, the elements of one do not."""
+        with _without_dropout(self.module), last_place_noise(leaves(self.module)):
+            first, second = (self._out(self.x).double() for _ in range(2))
+        return float(((first - second) * self.outgoing.double()).sum(dim=-1).square().sum().sqrt())
+
+
+@dataclass
+class End:
+    """Final norm, head and loss; see :class:`Segment`."""
+
+    name: str
+    parameters: dict[str, nn.Parameter]
+    call: _Call
+    parts: Parts
+    replay: HeadReplay
+    labels: torch.Tensor
+    outgoing: None = None
+
+    @property
+    def x(self) -> torch.Tensor:
+        """See :class:`Segment`."""
+        return self.call.x
+
+    @property
+    def gradient(self) -> torch.Tensor | None:
+        """See :class:`Segment`."""
+        return self.call.gradient
+
+    def _output(self, x: torch.Tensor) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return self.replay(self.labels, hidden=self.parts.language_backbone.norm(x))
+
+    def value(self, x: torch.Tensor) -> float:
+        """See :class:`Segment`."""
+        _put_random_states(self.call.random, x.device)
+        return float(self._output(x).loss)
+
+    def noise(self) -> float:
+        """See :class:`Segment`; tokens count as independent."""
+        modules = [*leaves(self.parts.language_backbone.norm), *leaves(self.parts.lm_head)]
+        with _without_dropout(self.parts.lm_head), last_place_noise(modules):
+            outputs = [self._output(self.x) for _ in range(2)]
+        if getattr(outputs[0], "logits", None) is None or outputs[0].logits.shape[:2] != self.labels.shape:
+            return abs(float(outputs[0].loss) - float(outputs[1].loss))
+        first, second = (token_losses(output.logits, self.labels) for output in outputs)
+        apart = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(first.values, second.values, strict=True)))
+        return abs(float(outputs[0].loss)) * apart / abs(first.total)
+
+
+def _random_states(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    import torch
+
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _put_random_states(states: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    import torch
+
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+@contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    modes: Sequence[tuple[nn.Module, bool]] = [(each, each.training) for each in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode

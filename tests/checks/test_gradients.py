@@ -1,0 +1,205 @@
+"""Autograd's gradient against directional derivatives of the loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from pytest_qvl.checks.gradients import gradient_arithmetic
+from pytest_qvl.checks.support.directional import Noise, along_gradient, derivative, step_size
+from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
+from pytest_qvl.faults import apply, find
+from pytest_qvl.faults.case import Case
+from pytest_qvl.faults.definitions.gradients import gradient_times
+from pytest_qvl.faults.subject import embedded
+from pytest_qvl.models.adapters import LANGUAGE_ONLY
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.samples import make_batch, scenes
+
+FAULTS = (
+    *("gradient-lost-in-one-layer", "gradient-a-quarter-too-large", "gradient-sign-wrong-in-one-layer"),
+    *("gradient-halved-on-its-way", "gradient-of-one-row-lost", "mlp-input-detached"),
+)
+MASK = "checkpointing-with-other-dropout"
+
+
+@pytest.fixture(scope="module")
+def model(fresh_model: Any) -> Any:
+    return fresh_model(lora=True)
+
+
+@pytest.fixture(scope="module")
+def batch(processor: Any) -> dict[str, torch.Tensor]:
+    rows = [sample for sample in scenes(seed=5, per_skill=1) if sample.skill in ("nth_colour", "text", "list")]
+    return make_batch(processor, rows, padding_side="right", answers=True)
+
+
+def case_of(model: Any, processor: Any, dtype: str = "float32") -> Case:
+    """As much of a case as faults of gradients look at."""
+    nothing: Any = None
+    return Case(model, processor, nothing, nothing, [], [], nothing, nothing, embedded(dtype))
+
+
+def figures(evidence: Any) -> dict[str, Any]:
+    return {figure.name: figure.value for figure in evidence.figures}
+
+
+# --- healthy ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_right_gradients_pass_in_float32(model: Any, batch: Any, gradient_checkpointing: bool) -> None:
+    found = figures(gradient_arithmetic(model, batch, gradient_checkpointing=gradient_checkpointing))
+    assert found["layers judged"] == len(anatomy(model).language_backbone.layers) + 1
+    assert found["coarsest limit of a layer"] < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True, "lora_dropout": 0.1, "use_rslora": True},
+        {"target_modules": LANGUAGE_ONLY + "|lm_head", "init_lora_weights": False, "lora_dropout": 0.1},
+    ],
+    ids=["DoRA, rsLoRA, dropout", "trained, head adapted, dropout"],
+)
+def test_right_gradients_pass_in_16_bits(fresh_model: Any, batch: Any, dtype: str, lora: Any) -> None:
+    found = figures(gradient_arithmetic(fresh_model(dtype=dtype, lora=lora), batch, gradient_checkpointing=True))
+    assert found["coarsest limit of a layer"] < 0.25
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_users_own_checkpointing_with_dropout(fresh_model: Any, batch: Any, use_reentrant: bool) -> None:
+    model = fresh_model(lora={"lora_dropout": 0.1})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert gradient_arithmetic(model, batch, gradient_checkpointing=True).ok
+
+
+def test_what_lies_outside_of_the_layers_is_named(fresh_model: Any, batch: Any) -> None:
+    model = fresh_model(lora={"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]})
+    (note,) = gradient_arithmetic(model, batch, gradient_checkpointing=False).notes
+    assert note.startswith("not judged: 2 trained tensors")
+    assert "embed_tokens" in note
+
+
+def test_the_model_is_left_as_it_was(model: Any, batch: Any) -> None:
+    before = {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    gradient_arithmetic(model, batch, gradient_checkpointing=True)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters() if name in before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+# --- damaged ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_of_gradients_are_named(model: Any, processor: Any, batch: Any, name: str) -> None:
+    with apply(name, case_of(model, processor)) as damaged, pytest.raises(CheckFailed) as caught:
+        gradient_arithmetic(damaged.model, batch, gradient_checkpointing=False)
+    assert all(word in str(caught.value) for word in find(name).expected_words), str(caught.value)
+
+
+def test_another_dropout_mask_is_named_only_where_checkpointing_makes_it(
+    model: Any, processor: Any, batch: Any
+) -> None:
+    with apply(MASK, case_of(model, processor)) as damaged:
+        assert gradient_arithmetic(damaged.model, batch, gradient_checkpointing=False).ok
+        with pytest.raises(CheckFailed) as caught:
+            gradient_arithmetic(damaged.model, batch, gradient_checkpointing=True)
+    assert all(word in str(caught.value) for word in find(MASK).expected_words), str(caught.value)
+
+
+@pytest.mark.parametrize("factor", [1.02, 0.98])
+def test_one_tensors_gradient_off_by_a_fiftieth_is_seen_in_float32(model: Any, batch: Any, factor: float) -> None:
+    name, parameter = next((n, p) for n, p in model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n)
+    handle = parameter.register_hook(lambda gradient: gradient * factor)
+    try:
+        with pytest.raises(CheckFailed, match=rf"layers\.1 mlp.up_proj.lora_B\S* has {factor} times its gradient"):
+            gradient_arithmetic(model, batch, gradient_checkpointing=False)
+    finally:
+        handle.remove()
+    assert "lora_B" in name
+
+
+def test_a_twentieth_in_one_layer_is_seen_in_float16(fresh_model: Any, processor: Any, batch: Any) -> None:
+    damaged = case_of(fresh_model(dtype="float16", lora=True), processor, "float16")
+    with gradient_times(damaged, 1.05):
+        with pytest.raises(CheckFailed, match=r"layers\.2"):
+            gradient_arithmetic(damaged.model, batch, gradient_checkpointing=False)
+
+
+def test_a_row_that_the_loss_forgets_is_named(model: Any, batch: Any) -> None:
+    base = model.get_base_model()
+    right = base.loss_function
+    base.loss_function = lambda logits, labels, **kwargs: right(
+        torch.cat([logits[:1], logits[1:2].detach(), logits[2:]]), labels, **kwargs
+    )
+    try:
+        with pytest.raises(CheckFailed, match="1 of 3 rows with labels give no gradient: row 1"):
+            gradient_arithmetic(model, batch, gradient_checkpointing=False)
+    finally:
+        del base._loss_function
+
+
+def test_batches_without_labels_are_refused(model: Any, batch: Any) -> None:
+    with pytest.raises(InputError, match="needs labels"):
+        gradient_arithmetic(
+            model, {**batch, "labels": torch.full_like(batch["labels"], -100)}, gradient_checkpointing=False
+        )
+
+
+def test_a_loss_that_is_not_finite_has_no_derivative(model: Any, batch: Any) -> None:
+    base = model.get_base_model()
+    base.loss_function = lambda logits, labels, **_: logits.float().sum() * math.inf
+    try:
+        with pytest.raises(CannotJudge, match="has no derivative"):
+            gradient_arithmetic(model, batch, gradient_checkpointing=False)
+    finally:
+        del base._loss_function
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------
+
+
+class Quartic:
+    """A segment of one matrix and no hidden states: the sum of fourth powers, whose gradient is known."""
+
+    name = "quartic"
+    gradient = outgoing = None
+
+    def __init__(self, factor: float) -> None:
+        self.x = torch.zeros(1, 1, 1)
+        self.matrix = torch.nn.Parameter(torch.arange(1.0, 7.0))
+        self.matrix.grad = factor * 4 * self.matrix.detach() ** 3
+        self.parameters = {"matrix": self.matrix}
+
+    def value(self, _x: torch.Tensor) -> float:
+        return float((self.matrix.detach().double() ** 4).sum())
+
+    def noise(self) -> float:
+        return 0.0
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.05, -1.0, 1e-3])
+def test_a_derivative_over_its_promise_is_the_inverse_of_the_factor(factor: float) -> None:
+    segment: Any = Quartic(factor)
+    seen = derivative(segment, along_gradient(segment, {"matrix": 1.0}, hidden=False), 2.0**-5, Noise(0.0, 0.0))
+    assert seen is not None
+    assert seen.ratio == pytest.approx(1 / factor, rel=1e-5)
+    assert seen.is_off == (factor != 1.0)
+
+
+def test_step_sizes() -> None:
+    assert {name: step_size(torch.finfo(getattr(torch, name)).eps) for name in ("bfloat16", "float16", "float32")} == {
+        "bfloat16": 2**0,
+        "float16": 2**-1,
+        "float32": 2**-6,
+    }
