@@ -216,6 +216,13 @@ def _refuse_no_batch(check_name: str, argument: str, batch: Any) -> None:
                 f"{check_name}: {argument}[{name!r}] is of type {kind(value)} where the model takes a torch.Tensor: "
                 f'ask the processor for return_tensors="pt"; {BATCH_HELP}'
             )
+    grids = values.get("image_grid_thw")
+    if grids is not None and grids.is_floating_point():
+        raise InputError(
+            f"{check_name}: {argument}['image_grid_thw'] is {str(grids.dtype).removeprefix('torch.')}, and counts "
+            "frames, rows and columns of patches: cast pixel_values alone, or hand it on as the processor returns it "
+            f"(int64); {BATCH_HELP}"
+        )
     ids = values.get("input_ids")
     if ids is None or ids.ndim != 2:
         names = ", ".join(sorted(map(str, values))) or "no names at all"

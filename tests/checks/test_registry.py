@@ -223,6 +223,12 @@ def test_what_is_no_batch_is_named(model: Any, batch: Any, check: str, given: An
     assert "\n" not in str(error.value)
 
 
+def test_grids_that_were_cast_with_the_pixels(model: Any, batch: Any) -> None:
+    cast = {**batch, "image_grid_thw": batch["image_grid_thw"].to(torch.bfloat16)}
+    with pytest.raises(InputError, match=r"placeholder_counts: batch\['image_grid_thw'\] is bfloat16, and counts"):
+        checks.placeholder_counts(model, cast)
+
+
 def test_one_of_several_batches_is_named(model: Any, batch: Any) -> None:
     with pytest.raises(InputError, match=r"adapter_neutrality: .* got str for batches\[1\]"):
         checks.adapter_neutrality(model, [batch, "second"])
