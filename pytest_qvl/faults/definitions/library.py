@@ -6,8 +6,9 @@ installation made of the same inputs can.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
 
 from pytest_qvl.faults.catalogue import fault, find
 from pytest_qvl.faults.common_mode import in_full_precision
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pytest_qvl.checks import Reference
     from pytest_qvl.faults.case import Case
 
     Damage = Callable[[Case], AbstractContextManager[None]]
@@ -27,15 +29,38 @@ if TYPE_CHECKING:
 _FIRST = "is the first that differs"
 
 
+class _RecordedLater:
+    """A reference that is recorded when a check first reads it: recording takes seconds, and few checks do."""
+
+    def __init__(self, record: Callable[[], Reference]) -> None:
+        self._record = record
+
+    @cached_property
+    def _recorded(self) -> Reference:
+        return self._record()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._recorded, name)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # what isinstance() asks
+        return type(self._recorded)
+
+
 @contextmanager
 def _everywhere(case: Case, damage: Damage) -> Iterator[None]:
-    """Damage the full-precision model, record the reference from it, and damage the case's own model too."""
+    """Damage the case, and record its reference from a full-precision model with the same damage."""
     from pytest_qvl import checks
 
     full = in_full_precision(case)
-    with damage(full):
-        case.reference = checks.record_reference(full.model, full.processor, full.probes)
-    del full
+    processor = vars(case.processor.image_processor).copy()
+
+    def record() -> Reference:
+        shared = vars(case.processor.image_processor) != processor
+        with nullcontext() if shared else damage(full):  # one processor serves both, and is damaged already
+            return checks.record_reference(full.model, full.processor, full.probes)
+
+    case.reference = cast("Reference", _RecordedLater(record))
     with damage(case):
         yield
 

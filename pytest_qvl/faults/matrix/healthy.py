@@ -122,7 +122,8 @@ def variations(count: int) -> list[Variation]:
             dtype = "float32"
         needs_float32 = dtype == "float16" and adapter == COPIES
         turn = number // (RANDOM_EVERY if family else 2) % len(ROTATING)
-        checks = (*ALWAYS, *ROTATING[turn], *(KNOWLEDGE if knowledge else ()))
+        always = [name for name in ALWAYS if not family or name not in needing("request")]  # of the embedded model
+        checks = (*always, *ROTATING[turn], *(KNOWLEDGE if knowledge else ()))
         made.append(
             Variation(
                 number,
