@@ -18,7 +18,7 @@ import torch
 from pytest_qvl.checks.declared import declared
 from pytest_qvl.cli import main
 from pytest_qvl.faults.common_mode import reads_reference
-from pytest_qvl.faults.mutation import command, running
+from pytest_qvl.faults.mutation import command, judging, running
 from pytest_qvl.faults.mutation.code import CHANGES, draw_code, lines_run, sites_of
 from pytest_qvl.faults.mutation.drawn import CODE, SETTING, SHARES, TENSOR, Mutation, draw
 from pytest_qvl.faults.mutation.judging import (
@@ -194,10 +194,9 @@ def test_every_kind_has_places_of_the_real_model(places: Places, case: Any) -> N
     assert len(settings_of(anatomy(case.model), case.processor)) == len(places.settings)
 
 
-def named(places: Places, words: str, **site: Any) -> Mutation:
-    sites = [one for one in places.sites if all(getattr(one, key) == value for key, value in site.items())]
-    found = (draw_code(sites, random.Random(number)) for number in range(1000))
-    return next(one for one in found if one is not None and words in one.what)
+def in_function(places: Places, name: str, change: str) -> Mutation:
+    sites = [site for site in places.sites if site.function[1] == name and site.change == change]
+    return next(filter(None, (draw_code(sites, random.Random(number)) for number in range(10))))
 
 
 CHECKS = ("weights_as_stored", "layer_arithmetic")
@@ -211,7 +210,7 @@ def test_outcomes_on_the_real_model(case: Any, places: Places, healthy: Healthy)
     weight = Mutation(TENSOR, "a weight", lambda: values(norm.weight, lambda w: w * 1.01))
     unused = Mutation(SETTING, "no setting", lambda: attribute(parts.text_config, "initializer_range", 0.5))
     absent = Mutation(CODE, "nothing", lambda: attribute(norm, "variance_epsilon", None))
-    rotary = named(places, "apply_rotary_pos_emb_vision", change="operator")
+    rotary = in_function(places, "apply_rotary_pos_emb_vision", "operator")
     before = state(case)
     found = [
         judge_mutation(mutation, 0, case, limits, checks)
@@ -228,6 +227,19 @@ def test_outcomes_on_the_real_model(case: Any, places: Places, healthy: Healthy)
     assert [one.by for one in found] == ["weights_as_stored", "layer_arithmetic", "", "", "", ""]
     assert "layers.1.input_layernorm" in found[0].said
     assert state(case) == before
+    assert probed(case).equals(healthy.probed)
+
+
+def test_an_endless_mutation_is_stopped(case: Any, healthy: Healthy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*_: object) -> None:
+        while True:
+            pass
+
+    norm: Any = anatomy(case.model).language_backbone.layers[0].input_layernorm
+    monkeypatch.setattr(judging, "LIMIT", 0.2)
+    found = judge_mutation(Mutation(CODE, "loop", lambda: attribute(norm, "forward", forward)), 0, case, healthy, ())
+    assert found.outcome == RAISES
+    assert found.said == "TimeoutError: it takes more than 0.2 s"
     assert probed(case).equals(healthy.probed)
 
 

@@ -197,8 +197,9 @@ def _source(file: str) -> str:
     return Path(file).read_text(encoding="utf-8")
 
 
+@cache
 def _functions(file: str) -> list[FunctionType]:
-    """The live functions of a file, whatever decorators have wrapped them in."""
+    """The live functions of a file, whatever decorators have wrapped them in; searched for once."""
     return [one for one in gc.get_objects() if type(one) is FunctionType and one.__code__.co_filename == file]
 
 
