@@ -69,3 +69,10 @@ def test_settings_of_either_interface_are_put_back(change: Callable[[Any], None]
         assert not torch.backends.cudnn.allow_tf32
         assert not MATMUL.allow_bf16_reduced_precision_reduction
     assert readings() == before
+
+
+def test_autocast_is_off_inside() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with exact_products():
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16

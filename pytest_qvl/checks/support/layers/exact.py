@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def exact_products() -> Iterator[None]:
     """Switch off inside the block what torch may compute products in besides their dtype, of model and oracles alike.
 
-    TF32 and bfloat16 in place of float32; sums of 16-bit products in 16 bits on CUDA. They are settings of the process.
-    Torch has two interfaces to the first, and refuses to read the old one where the two differ: both are set, and both
-    are put back, the older one first, as it writes into the other.
+    TF32, bfloat16 and autocast in place of float32; sums of 16-bit products in 16 bits on CUDA. They are settings of
+    the process, autocast of the thread. Torch has two interfaces to the first, and refuses to read the old one where
+    the two differ: both are set, and both are put back, the older one first, as it writes into the other.
     """
     import torch
 
@@ -35,7 +35,11 @@ def exact_products() -> Iterator[None]:
             torch.set_float32_matmul_precision("highest")
         for owner, name, exact in settings:
             setattr(owner, name, exact)
-        yield
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         if older:
             torch.set_float32_matmul_precision(older)
