@@ -579,8 +579,9 @@ def test_validation_that_counts_totals_only_is_caught(
         (lambda pixels: pixels.long(), "pixel_values are int64"),
         (lambda pixels: pixels.to(torch.float8_e4m3fn), "pixel_values are float8_e4m3fn"),
         (lambda pixels: (pixels + 2) * 60, "where the processor makes about -2.2 to 2.2: rescaling (1/255)"),
+        (lambda pixels: pixels / pixels.new_tensor([[0.0]]), "values that are NaN or infinite, the first in patch 0"),
     ],
-    ids=["uint8", "int64", "float8", "0 to 255"],
+    ids=["uint8", "int64", "float8", "0 to 255", "infinite"],
 )
 def test_pixels_that_no_processor_makes(model: Any, processor: Any, batch: Batch, change: Any, says: str) -> None:
     """The model casts them without a word, and sees black."""
@@ -590,6 +591,11 @@ def test_pixels_that_no_processor_makes(model: Any, processor: Any, batch: Batch
             check(model, *arguments)
     with pytest.raises(ValueError, match="the batch is malformed: pixel_values"):
         causality(model, batch)
+
+
+def test_pixels_that_were_stacked(model: Any, batch: Batch) -> None:
+    with pytest.raises(CheckFailed, match=r"pixel_values has shape \(1, \d+, 1176\) where the processor makes"):
+        placeholder_counts(model, {**batch, "pixel_values": batch["pixel_values"][None]})
 
 
 def test_token_ids_of_another_dtype_than_int64(model: Any, processor: Any) -> None:

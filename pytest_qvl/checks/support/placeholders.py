@@ -208,7 +208,7 @@ def _runs(ids: torch.Tensor, placeholder: int) -> list[tuple[int, int, int]]:
 
 
 def value_problems(pixels: torch.Tensor) -> list[str]:
-    """What no processor's ``pixel_values`` can be: of another kind of number, or far too large.
+    """What no processor's ``pixel_values`` can be: of another kind of number, not finite, or far too large.
 
     No value is above 16 (docs/limits.md#pixel-values). Integers and 8-bit floats have no room for what lies between.
 
@@ -222,6 +222,12 @@ def value_problems(pixels: torch.Tensor) -> list[str]:
         return [
             f"pixel_values are {name}: the processor makes float32 within about -2.2 to 2.2, of which a cast to {name} "
             "leaves next to nothing; cast to float16, bfloat16 or float32 only"
+        ]
+    wild = (~pixels.isfinite()).nonzero()
+    if len(wild):
+        return [
+            f"pixel_values hold {len(wild):,} values that are NaN or infinite, the first in patch {int(wild[0][0])}, "
+            "which no image makes: a collator divided by zero, or read memory that was never written"
         ]
     largest = float(pixels.abs().max()) if pixels.numel() else 0.0
     if largest > LARGEST_PIXEL:
@@ -281,6 +287,11 @@ def _width_problems(parts: Parts, pixels: torch.Tensor) -> list[str]:
 
 
 def _pixel_problems(pixels: torch.Tensor, grids: Sequence[Grid], merge_size: int) -> list[str]:
+    if pixels.ndim != 2:
+        return [
+            f"pixel_values has shape {tuple(pixels.shape)} where the processor makes (patches, values per patch): "
+            "concatenate the images of a batch along the first axis, do not stack them"
+        ]
     if not grids:
         return [f"pixel_values has {pixels.shape[0]} patches but there is no image_grid_thw"]
     problems = [
