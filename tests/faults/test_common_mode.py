@@ -87,7 +87,7 @@ def test_page_figure_and_totals_show_the_second_column() -> None:
     result = results(None, After({READER: "pass"}), After({READER: "pass", OTHER: "caught"}), After(named=True))
     _, missed, *_ = result.rows
     assert "3 of 4 with the reference recorded after the damage" in summary(result)
-    assert "3 were run again, the others' outcomes do not depend on it; 1 by another check" in summary(result)
+    assert "3 judged again, the others' outcomes do not depend on it; 1 by another check" in summary(result)
     assert f"missed: {missed}\n" in summary(result) + "\n"
     table = page(result)
     assert "| caught by | reference after | also by |" in table

@@ -138,6 +138,7 @@ def test_the_order_asks_the_healthy_reference_last() -> None:
     assert {*FIRST, *THEN} <= declared().keys()
     first, later = in_order(list(declared()))
     assert first == list(FIRST)
+    assert [check for check in later if not reads_reference(check)][-1] == "golden_record"
     readers = [reads_reference(check) for check in later if check != "forecast_agrees"]
     assert readers == sorted(readers)
     assert sum(readers) >= 5

@@ -238,7 +238,7 @@ def _common_mode(result: Result) -> str:
     others = [name for name, checks in result.after.items() if checks and rows[name].check not in checks]
     missed = [name for name, checks in result.after.items() if not checks]
     return (
-        f"{caught} of {len(rows)} {where}: {sum(row.after is not None for row in rows.values())} were run again, the "
+        f"{caught} of {len(rows)} {where}: {sum(row.after is not None for row in rows.values())} judged again, the "
         f"others' outcomes do not depend on it; {len(others)} by another check than the named one; "
         f"missed: {', '.join(missed) or 'none'}"
     )
