@@ -23,5 +23,5 @@ def random_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = random_config("qwen2_5_vl", layers=LAYERS, blocks=BLOCKS, tied=True)
     folder = tmp_path_factory.mktemp("random") / "model"
     processor = load_processor(embedded_model_dir())
-    write_checkpoint(config, folder, lambda to: save_processor(processor, to), device="cpu", dtype="bfloat16")
+    write_checkpoint(config, folder, lambda to: save_processor(processor, to), device="cpu", dtype="float32")
     return folder

@@ -33,7 +33,7 @@ CAUGHT = (
 
 @pytest.fixture(scope="module")
 def subject(random_folder: Path) -> Subject:
-    return Subject.of(str(random_folder))
+    return Subject.of(str(random_folder), dtype="float32")
 
 
 @pytest.fixture(scope="module")
