@@ -38,7 +38,7 @@ from pytest_qvl.faults.mutation.probes import Healthy, probed
 from pytest_qvl.faults.mutation.record import page, record, share_caught, totals
 from pytest_qvl.faults.mutation.settings import draw_setting, settings_of
 from pytest_qvl.faults.mutation.tensors import draw_tensor, tensors_of
-from pytest_qvl.faults.tools import attribute, values
+from pytest_qvl.faults.tools import after, attribute, values
 from pytest_qvl.models.anatomy import anatomy
 
 SOURCE = '''
@@ -229,6 +229,27 @@ def test_outcomes_on_the_real_model(case: Any, places: Places, healthy: Healthy)
     assert "layers.1.input_layernorm" in found[0].said
     assert state(case) == before
     assert probed(case).equals(healthy.probed)
+
+
+def test_a_step_of_the_generation_that_is_off_is_no_equivalent(case: Any, healthy: Healthy) -> None:
+    def larger(_module: Any, _args: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits * 1.01 if logits.shape[1] == 1 else logits
+
+    with after([anatomy(case.model).lm_head], larger):
+        mutated = probed(case)
+    assert mutated.replies.equal(healthy.probed.replies)
+    assert healthy.resolves(mutated)
+
+
+def test_positions_of_a_decoding_loop_of_ones_own_are_probed(case: Any, places: Places, healthy: Healthy) -> None:
+    """``generate()`` counts on by itself and never reads these."""
+    sites = [site for site in places.sites if site.function[1] == "get_rope_index" and site.change == "operator"]
+    found = (draw_code(sites, random.Random(number)) for number in range(100))
+    mutation = next(one for one in found if one is not None and "max() - 1 in mrope_position_deltas" in one.what)
+    with mutation.made():
+        mutated = probed(case)
+    assert mutated.replies.equal(healthy.probed.replies)
+    assert healthy.resolves(mutated)
 
 
 def test_an_endless_mutation_is_stopped(case: Any, healthy: Healthy, monkeypatch: pytest.MonkeyPatch) -> None:

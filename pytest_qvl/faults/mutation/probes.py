@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.definitions.disk import trained
 from pytest_qvl.models.anatomy import anatomy
@@ -26,7 +26,9 @@ class Probed:
     """What came out, all on the CPU.
 
     Attributes:
-        logits: Of the evaluation and of the training batch, one after the other, float32.
+        logits: Of the evaluation batch, of each step of its generation, and of the training batch, one after the other,
+            float32; and of a token that follows the first with the cache, as a decoding loop of one's own does. A step
+            may be off without another token winning, and generate() brings positions of its own.
         loss: Of the training batch.
         gradients: Of every adapter parameter, one after the other, float32.
         replies: Generated ids.
@@ -98,8 +100,16 @@ def probed(case: Case) -> Probed:
     batch, training = case.batch(), case.batch(padding_side="right", answers=True)
     with preserved(model, training=False, seed=0), trained(case, 0.02):
         with torch.no_grad():
-            logits = model(**batch, use_cache=False).logits
-            replies = model.generate(**batch, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+            prompt = model(**batch, use_cache=True)
+            followed = model(**_following(prompt)).logits
+            replies = model.generate(
+                **batch,
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
         model.train()
         model.zero_grad(set_to_none=True)
         made = model(**training, use_cache=False)
@@ -107,8 +117,19 @@ def probed(case: Case) -> Probed:
         # One that no gradient reaches counts as zero: a mutation may cut it off.
         gradients = [p.new_zeros(p.shape) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
     return Probed(
-        torch.cat([logits.detach().float().flatten().cpu(), made.logits.detach().float().flatten().cpu()]),
+        torch.cat(
+            [one.detach().float().flatten().cpu() for one in (prompt.logits, followed, *replies.logits, made.logits)]
+        ),
         made.loss.detach().float().cpu(),
         torch.cat([gradient.float().flatten().cpu() for gradient in gradients]),
-        replies.cpu(),
+        replies.sequences.cpu(),
     )
+
+
+def _following(prompt: Any) -> dict[str, Any]:
+    """Inputs of the most probable next tokens, with the cache of the prompt.
+
+    Without a mask: with one, Transformers 5.17 counts positions for all of it, and asks for these of its own.
+    """
+    next_tokens = prompt.logits[:, -1:].argmax(dim=-1)
+    return {"input_ids": next_tokens, "past_key_values": prompt.past_key_values, "use_cache": True}
