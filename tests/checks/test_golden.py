@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from pytest_qvl.checks import AdapterPolicy, golden_record
-from pytest_qvl.checks.golden import TENSOR_FLOAT_STEP, rounding_step
-from pytest_qvl.checks.support.golden_data import GOLDEN_FILE, PROBES, Golden, drawn, recipe_of
+from pytest_qvl.checks.golden import STEPS_RESIZED, TENSOR_FLOAT_STEP, rounding_step
+from pytest_qvl.checks.support.golden_data import GOLDEN_FILE, PROBES, RESIZED, Golden, drawn, image, recipe_of
+from pytest_qvl.checks.support.image_oracle import BICUBIC, resized
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.faults.matrix.random_models import random_model
 from pytest_qvl.faults.tools import attribute, values
@@ -149,3 +152,15 @@ def test_the_step_is_that_of_the_coarsest_dtype_before_a_module(fresh_model: Any
     assert rounding_step(mixed, "lm_head") == 2**-10
     assert rounding_step(mixed, "model.visual") == pytest.approx(2**-23 * (1176 / 6) ** 0.5)
     assert TENSOR_FLOAT_STEP == 2**-10
+
+
+def test_either_order_of_passes_gives_the_resized_image(model: Any) -> None:
+    """Pillow resizes columns or rows first, by release; torchvision in its own order. Nothing is cut off at 0 or 255."""
+    recipe = recipe_of(anatomy(model))
+    pixels = np.asarray(image(*RESIZED))
+    size = recipe.size(*pixels.shape[:2])
+    made = [resized(pixels, size, replace(BICUBIC, passes=passes)) for passes in ("columns", "rows", "once")]
+    apart = [np.abs(each.astype(float) - made[0].astype(float)).max() for each in made]
+    assert max(apart) <= STEPS_RESIZED
+    assert made[0].min() > 0
+    assert made[0].max() < 255
