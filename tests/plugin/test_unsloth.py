@@ -69,16 +69,20 @@ def seen(pytester):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "imports"),
+    ("arguments", "imports", "torch"),
     [
-        pytest.param(["--qvl-backend", "unsloth", "-s"], [True], marks=pytest.mark.slow),
-        (["--qvl-backend", "transformers", "--qvl-backend", "unsloth"], [False, False, True]),
-        (["--qvl-backend", "unsloth", "--collect-only"], [False]),
-        pytest.param(["--qvl-backend", "unsloth", "-p", "xdist", "-n", "1"], [False, True], marks=pytest.mark.slow),
+        pytest.param(["--qvl-backend", "unsloth", "-s"], [True], "real", marks=pytest.mark.slow),
+        (["--qvl-backend", "transformers", "--qvl-backend", "unsloth"], [False, False, True], "light"),
+        (["--qvl-backend", "unsloth", "--collect-only"], [False], "light"),
+        pytest.param(
+            ["--qvl-backend", "unsloth", "-p", "xdist", "-n", "1"], [False, True], "real", marks=pytest.mark.slow
+        ),
     ],
     ids=["alone", "in its process", "collecting", "in a worker"],
 )
-def test_it_is_imported_first_where_its_tests_run_and_nowhere_else(pytester, arguments, imports):
+def test_it_is_imported_first_where_its_tests_run_and_nowhere_else(pytester, request, arguments, imports, torch):
+    if torch == "light":
+        request.getfixturevalue("light_torch")
     result = pytester.runpytest_subprocess("-p", "a_gpu", "--qvl-device", "cuda", "-W", "error", *arguments)
     assert result.ret == 0
     lines = seen(pytester)

@@ -6,13 +6,16 @@ A tensor takes bytes when it is made and gives them back when Python lets it go.
 
 import json
 import os
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 MACHINE = json.loads(os.environ["MACHINE"])
 CAPACITY = 16 << 30
 
 version = SimpleNamespace(cuda=MACHINE.get("cuda", "12.8"))
 _C = SimpleNamespace()
+for _name in ("_functorch", "_functorch.config"):  # set by the Unsloth backend
+    sys.modules[f"{__name__}.{_name}"] = ModuleType(f"{__name__}.{_name}")
 backends = SimpleNamespace(
     cuda=SimpleNamespace(
         **{f"{name}_sdp_enabled": lambda: True for name in ("flash", "mem_efficient", "math", "cudnn")},
