@@ -40,14 +40,17 @@ def _small(**changes: Any) -> Forecast:
 
 
 def test_a_verdict_names_the_phase_that_runs_out() -> None:
-    request = Request("qwen2.5-vl-3b", image=(56, 56), tokens=512, gradient_checkpointing=False)
+    """On a T4 made to hold little more than a step of 64 tokens."""
+    request = Request(model=EMBEDDED, image=(56, 56), tokens=64, gradient_checkpointing=False)
     forecaster, request = make_forecaster(request, "t4", None)
+    t4, room = card("t4"), forecaster.forecast(request, inference=False).peak_reserved
+    forecaster.card = replace(t4, usable_bytes=t4.context_bytes + room)
     fits = forecaster.forecast(request, inference=False)
     assert fits.verdict is not None
     assert fits.verdict.fits
     assert fits.request.compute_dtype == "float16"
     assert fits.request.capability == (7, 5)
-    refused = forecaster.forecast(replace(request, tokens=4096), inference=False)
+    refused = forecaster.forecast(replace(request, tokens=1024), inference=False)
     assert refused.verdict is not None
     assert refused.verdict.failure is not None
     assert refused.verdict.failure.phase == phases.FORWARD
