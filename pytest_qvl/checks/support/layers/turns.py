@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.models.layers import head_sizes, rope_of
 from pytest_qvl.oracles import rotary
+from pytest_qvl.oracles.bounds import unit
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 ROTARY = "rotary embedding"
 # A base that is off by more is told in words; 16 bits leave a share of it open.
 BASE = 0.05
+# Roundings to the dtype within which a cosine is that of an angle; in words only.
+STEPS = 4
 
 
 class Turns:
@@ -95,23 +98,39 @@ class Turns:
         return float(turned ** -float(count)) if turned else self._rope.theta
 
     def _words(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> str:
+
+        assert self._axes is not None
+        return (
+            (self._sections_words(positions, cosines) if cosines.ndim == 3 else "")
+            or self._base_words(positions, cosines, sines)
+            or "turns by other angles than position times theta^(-2i/d) along mrope_section"
+        )
+
+    def _sections_words(self, positions: torch.Tensor, cosines: torch.Tensor) -> str:
+        """That frequencies turn along other axes, if each turns by the right base along one of the three."""
         import torch
 
         assert self._axes is not None
         count = len(self._axes)
+        each = [rotary.text_angles(positions, self._rope.theta, [axis] * count).cos() for axis in range(3)]
+        apart = torch.stack([(cosines[..., :count].double() - one).abs().amax(dim=(0, 1)) for one in each])
+        limit = STEPS * unit(cosines.dtype)
+        # A frequency that no position tells apart counts for the axis that it has to turn along.
+        nearest = [
+            axis if float(apart[axis, number]) <= limit else int(apart[:, number].argmin())
+            for number, axis in enumerate(self._axes)
+        ]
+        found, asked = ([axes.count(axis) for axis in range(3)] for axes in (nearest, self._axes))
+        if found == asked or float(apart.amin(dim=0).max()) > limit:
+            return ""
+        return (
+            f"turns {', '.join(map(str, found))} frequencies by time, height and width, where mrope_section is "
+            f"{', '.join(map(str, asked))}"
+        )
+
+    def _base_words(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> str:
+        """That frequencies turn by another base, if the second one does."""
         base = self._base(positions, cosines, sines)
-        if abs(base / self._rope.theta - 1) > BASE:
-            return f"turns as with base {base:.6g}, not {self._rope.theta:g} (rope_theta)"
-        if cosines.ndim == 3:
-            each = [rotary.text_angles(positions, self._rope.theta, [axis] * count).cos() for axis in range(3)]
-            apart = [(cosines[..., :count].double() - one).abs().amax(dim=(0, 1)) for one in each]
-            # A frequency that no position tells apart counts for the first axis.
-            nearest = torch.stack(apart).argmin(dim=0).tolist()
-            found = [nearest.count(axis) for axis in range(3)]
-            asked = [self._axes.count(axis) for axis in range(3)]
-            if found != asked:
-                return (
-                    f"turns {', '.join(map(str, found))} frequencies by time, height and width, where mrope_section "
-                    f"is {', '.join(map(str, asked))}"
-                )
-        return "turns by other angles than position times theta^(-2i/d) along mrope_section"
+        if abs(base / self._rope.theta - 1) <= BASE:
+            return ""
+        return f"turns as with base {base:.6g}, not {self._rope.theta:g} (rope_theta)"
