@@ -161,7 +161,22 @@ def derivative(segment: Segment, direction: Direction, step: float, noise: Noise
             if left_out <= rounding:
                 break
         large = small
-    return best
+    if best is None or not best.is_off or not _vanishes(segment, direction, step, noise, best.off):
+        return best
+    return None
+
+
+def _vanishes(segment: Segment, direction: Direction, step: float, noise: Noise, off: float) -> bool:
+    """Whether the ratio is 1 after all at the smallest step at which rounding leaves half of `off` to be seen.
+
+    What bends strongly (attention that large steps saturate) can have a ratio that settles twice, at another value
+    first. A wrong gradient has a wrong one at every step.
+    """
+    half = min(off, 1.0) / 2
+    visible = half * abs(_differences(segment, direction, step).promised) / (DEVIATIONS * noise.value or math.inf)
+    halvings = math.floor(math.log2(visible)) if visible > 1 else 0
+    small = _differences(segment, direction, step / 2**halvings)
+    return bool(small.promised) and abs(small.ratio - 1) <= half
 
 
 def _rounding(large: _Differences, small: _Differences, noise: Noise) -> float:
