@@ -57,14 +57,13 @@ def test_right_gradients_pass_in_float32(model: Any, batch: Any, gradient_checkp
     assert found["coarsest limit of a layer"] < 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "lora",
+    ("dtype", "lora"),
     [
-        {"use_dora": True, "lora_dropout": 0.1, "use_rslora": True},
-        {"target_modules": LANGUAGE_ONLY + "|lm_head", "init_lora_weights": False, "lora_dropout": 0.1},
+        ("bfloat16", {"use_dora": True, "lora_dropout": 0.1, "use_rslora": True}),
+        ("float16", {"target_modules": LANGUAGE_ONLY + "|lm_head", "init_lora_weights": False, "lora_dropout": 0.1}),
     ],
-    ids=["DoRA, rsLoRA, dropout", "trained, head adapted, dropout"],
+    ids=["bfloat16, DoRA, rsLoRA, dropout", "float16, trained, head adapted, dropout"],
 )
 def test_right_gradients_pass_in_16_bits(fresh_model: Any, batch: Any, dtype: str, lora: Any) -> None:
     found = figures(gradient_arithmetic(fresh_model(dtype=dtype, lora=lora), batch, gradient_checkpointing=True))
@@ -117,7 +116,7 @@ def test_another_dropout_mask_is_named_only_where_checkpointing_makes_it(
     assert all(word in str(caught.value) for word in find(MASK).expected_words), str(caught.value)
 
 
-@pytest.mark.parametrize("factor", [1.02, 0.98])
+@pytest.mark.parametrize("factor", [1.02])
 def test_one_tensors_gradient_off_by_a_fiftieth_is_seen_in_float32(model: Any, batch: Any, factor: float) -> None:
     name, parameter = next((n, p) for n, p in model.named_parameters() if "layers.1.mlp.up_proj.lora_B" in n)
     handle = parameter.register_hook(lambda gradient: gradient * factor)

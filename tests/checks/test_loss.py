@@ -58,14 +58,13 @@ def test_a_healthy_loss_passes_and_says_what_the_trainer_would_do(model: Any, ba
     assert any("pull/40333" in note and "accepts_loss_kwargs = True" in note for note in evidence.notes)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "lora",
+    ("dtype", "lora"),
     [
-        {"use_dora": True, "lora_dropout": 0.1, "target_modules": LANGUAGE_ONLY + "|lm_head"},
-        {"modules_to_save": ["lm_head"], "init_lora_weights": False},
+        ("bfloat16", {"use_dora": True, "lora_dropout": 0.1, "target_modules": LANGUAGE_ONLY + "|lm_head"}),
+        ("float16", {"modules_to_save": ["lm_head"], "init_lora_weights": False}),
     ],
-    ids=["head adapted, dropout", "copy of the head"],
+    ids=["bfloat16, head adapted, dropout", "float16, copy of the head"],
 )
 def test_a_healthy_loss_in_16_bits(fresh_model: Any, batch: Any, dtype: str, lora: Any) -> None:
     model = fresh_model(dtype=dtype, lora=lora)
