@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pytest_qvl.checks.gradients import gradient_arithmetic
-from pytest_qvl.checks.support.directional import Noise, along_gradient, derivative, step_size
+from pytest_qvl.checks.support.directional import Noise, _differences, _vanishes, along_gradient, derivative, step_size
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.faults import apply, find
 from pytest_qvl.faults.case import Case
@@ -194,6 +194,28 @@ def test_a_derivative_over_its_promise_is_the_inverse_of_the_factor(factor: floa
     assert seen is not None
     assert seen.ratio == pytest.approx(1 / factor, rel=1e-5)
     assert seen.is_off == (factor != 1.0)
+
+
+class Saturating(Quartic):
+    """Half of what it promises is flat beyond a move of a hundredth, as attention is that large steps saturate."""
+
+    def __init__(self) -> None:
+        super().__init__(1.0)
+        self.start = self.matrix.detach().clone().double()
+        self.matrix.grad = torch.ones(6)
+
+    def value(self, _x: torch.Tensor) -> float:
+        moved = self.matrix.detach().double() - self.start
+        return float((0.5 * moved + 0.005 * (100 * moved).tanh()).sum())
+
+
+def test_a_ratio_that_is_off_at_large_steps_only_is_no_wrong_gradient() -> None:
+    for segment, step, is_wrong in ((Saturating(), 0.5, False), (Quartic(1.9), 2**-6, True)):
+        given: Any = segment
+        direction = along_gradient(given, {"matrix": 1.0}, hidden=False)
+        off = abs(_differences(given, direction, step).ratio - 1)
+        assert off > 0.4
+        assert _vanishes(given, direction, step, Noise(1e-6, 0.0), off) is not is_wrong
 
 
 def test_step_sizes() -> None:
