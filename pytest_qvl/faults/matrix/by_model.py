@@ -5,8 +5,17 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from pytest_qvl.faults.catalogue import catalogue
-from pytest_qvl.faults.matrix.results import BROKEN, CAUGHT, MISSED, NOT_CARRIED, NOT_JUDGED, OTHER_WORDS, Result, Row
+from pytest_qvl.faults.matrix.results import (
+    BROKEN,
+    CAUGHT,
+    MISSED,
+    NOT_CARRIED,
+    NOT_JUDGED,
+    OTHER_WORDS,
+    Result,
+    Row,
+    faults_in_order,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -43,7 +52,7 @@ def ordered(results: Iterable[Result]) -> list[Result]:
 
 def by_model(results: Sequence[Result]) -> str:
     """The page: figures per model, then a row per fault."""
-    faults = catalogue()
+    faults = faults_in_order()
     lines = [
         "# The faults on every model",
         "",

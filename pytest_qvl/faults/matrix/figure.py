@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import nan
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.faults.catalogue import catalogue
+from pytest_qvl.faults.matrix.results import faults_in_order
 from pytest_qvl.figures import new_figure, write_svg
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def cells(result: Result) -> dict[str, dict[str, str]]:
 
     The last column, where it was run: whether any check catches the fault that is in the reference too.
     """
-    faults, made = catalogue(), result.made
+    faults, made = faults_in_order(), result.made
     families = list(dict.fromkeys(fault.family for fault in faults.values()))
     table = {}
     # A record has them in the order in which they were done; the page goes family by family.
@@ -96,7 +96,7 @@ def _draw_names(axes: Any, faults: list[str], checks: list[str]) -> None:
         axes.text(-0.4, row + 0.5, name, ha="right", va="center", fontsize=7.5)
     for column, check in enumerate(checks):
         axes.text(column + 0.5, -0.4, check, ha="left", va="bottom", rotation=60, rotation_mode="anchor", fontsize=7.5)
-    families = [catalogue()[name].family for name in faults]
+    families = [faults_in_order()[name].family for name in faults]
     for family in dict.fromkeys(families):
         first, left = families.index(family), -LEFT / CELL + 0.4
         axes.text(left, first + 0.5, family, ha="left", va="center", fontsize=7.5, fontweight="bold")

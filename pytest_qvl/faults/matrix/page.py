@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.matrix.by_model import NAME as BY_MODEL
-from pytest_qvl.faults.matrix.results import NOTICED
+from pytest_qvl.faults.matrix.results import NOTICED, faults_in_order
 from pytest_qvl.faults.unreproduced import UNREPRODUCED
 from pytest_qvl.models.families import FAMILIES
 
@@ -20,7 +19,7 @@ def page(result: Result) -> str:
     """``docs/faults.md``."""
     from pytest_qvl.faults.matrix.results import summary
 
-    faults = catalogue()
+    faults = faults_in_order()
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     minutes = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in result.seconds.items())
     lines = [
@@ -66,7 +65,7 @@ def _family(result: Result, family: str) -> list[str]:
     columns = ["fault", "what is wrong", "caught by", *["reference after"] * after, "also by", "silent", "smoke test"]
     head = "| " + " | ".join([*columns, "from"]) + " |"
     lines = [f"### {family[0].upper()}{family[1:]}", "", head, "|" + "---|" * (len(columns) + 1)]
-    for name, fault in catalogue().items():
+    for name, fault in faults_in_order().items():
         row = result.rows.get(name)
         if fault.family != family or row is None:
             continue
@@ -100,7 +99,7 @@ def _cell(text: str) -> str:
 
 
 def _checks(result: Result) -> list[str]:
-    faults = catalogue()
+    faults = faults_in_order()
     checks = next(iter(result.made.values())).outcomes
     labels = [family.label for family in FAMILIES.values()]
     lines = [
