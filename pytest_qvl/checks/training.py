@@ -238,7 +238,6 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
     only_a = bool(starts_at_zero) and all(matrix_of(name) == "lora_A" for name in starts_at_zero)
     zero, others = ("E", "A and B") if by_values else ("A", "B") if only_a else ("B", "A")
     when = (f"first step ({zero} = 0)", "second step")[step]
-
     wild = [name for name, peak in peaks.items() if peak is not None and not math.isfinite(peak)]
     judge.equal(
         f"{when}: gradients not finite",
