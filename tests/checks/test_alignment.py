@@ -157,6 +157,7 @@ def test_an_adapter_trained_on_right_answers(fresh_model: Any, processor: Any, r
         alignment(model, processor, SAMPLES, reference, limits=AlignmentLimits(), max_new_tokens=SHORT)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_answers_blind(fresh_model: Any, processor: Any, reference: Reference) -> None:
     lessons = [replace(s, answer="red") for s in LESSONS if s.images]
     model = train(fresh_model(lora=True), processor, lessons, 15, 1e-2)
@@ -174,6 +175,7 @@ def lightly_trained(fresh_model: Any) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_base_that_is_damaged_under_a_trained_adapter(
     lightly_trained: Any, processor: Any, reference: Reference
 ) -> None:
@@ -190,6 +192,7 @@ def test_a_trained_adapter_with_too_few_probes(lightly_trained: Any, processor: 
     assert "probes that need the image in full precision are too few to tell a model that looks" in note
 
 
+@pytest.mark.slow
 def test_an_adapter_that_is_not_finite(fresh_model: Any, processor: Any, reference: Reference) -> None:
     model = fresh_model(lora=True)
     with torch.no_grad():
@@ -229,6 +232,7 @@ def test_rounding_alone_never_costs_a_margin(
     assert allowed > 0
 
 
+@pytest.mark.slow
 def test_a_users_adapter_is_reported_not_judged(fresh_model: Any, processor: Any) -> None:
     model = fresh_model(lora=True)
     with torch.random.fork_rng(devices=[]), torch.no_grad():

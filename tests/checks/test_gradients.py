@@ -61,7 +61,11 @@ def test_right_gradients_pass_in_float32(model: Any, batch: Any, gradient_checkp
     ("dtype", "lora"),
     [
         ("bfloat16", {"use_dora": True, "lora_dropout": 0.1, "use_rslora": True}),
-        ("float16", {"target_modules": LANGUAGE_ONLY + "|lm_head", "init_lora_weights": False, "lora_dropout": 0.1}),
+        pytest.param(
+            "float16",
+            {"target_modules": LANGUAGE_ONLY + "|lm_head", "init_lora_weights": False, "lora_dropout": 0.1},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["bfloat16, DoRA, rsLoRA, dropout", "float16, trained, head adapted, dropout"],
 )
@@ -99,7 +103,7 @@ def test_the_model_is_left_as_it_was(model: Any, batch: Any) -> None:
 # --- damaged ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [FAULTS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FAULTS[1:])])
 def test_faults_of_gradients_are_named(model: Any, processor: Any, batch: Any, name: str) -> None:
     with apply(name, case_of(model, processor)) as damaged, pytest.raises(CheckFailed) as caught:
         gradient_arithmetic(damaged.model, batch, gradient_checkpointing=False)
@@ -128,6 +132,7 @@ def test_one_tensors_gradient_off_by_a_fiftieth_is_seen_in_float32(model: Any, b
     assert "lora_B" in name
 
 
+@pytest.mark.slow
 def test_a_twentieth_in_one_layer_is_seen_in_float16(fresh_model: Any, processor: Any, batch: Any) -> None:
     damaged = case_of(fresh_model(dtype="float16", lora=True), processor, "float16")
     with gradient_times(damaged, 1.05):

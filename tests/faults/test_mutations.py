@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -333,3 +334,10 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_options_that_do_not_go_together(capsys: Any, arguments: list[str], says: str) -> None:
     assert main(["faults", *arguments]) == 2
     assert says in capsys.readouterr().err
+
+
+def test_functions_that_were_set_aside_are_found(places: Places) -> None:
+    """``gc.freeze()`` hides objects from ``gc.get_objects()``: no expression of a model was found after one."""
+    gc.freeze()
+    files = {site.file: {site.line} for site in places.sites}
+    assert {site.file for site in sites_of(files)} == set(files)

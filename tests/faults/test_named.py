@@ -87,6 +87,7 @@ def test_expected_words_count_the_embedded_models_layers(case: Any) -> None:
     assert sizes_of(case.model) == EMBEDDED
 
 
+@pytest.mark.slow
 def test_everything_is_put_back(case: Any) -> None:
     before = state(case)
     for name, fault in catalogue().items():

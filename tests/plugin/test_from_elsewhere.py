@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 OVERRIDE = """
     import pytest
     @pytest.fixture(scope="session")
@@ -24,6 +26,7 @@ POPULAR_SKIP_LIST = """
 SUITE = ("--pyargs", "pytest_qvl.suite")
 
 
+@pytest.mark.slow
 def test_three_lines_pass_under_warnings_as_errors(pytester, run_apart):
     """In a fresh process, where importing the stack warns."""
     pytester.makepyfile(

@@ -28,7 +28,7 @@ def test_share(monkeypatch, cores, workers, each):
     assert share(workers) == each
 
 
-@pytest.mark.parametrize("chosen", [None, "OMP_NUM_THREADS"])
+@pytest.mark.parametrize("chosen", [None, pytest.param("OMP_NUM_THREADS", marks=pytest.mark.slow)])
 def test_workers_share_the_cores(pytester, monkeypatch, run_apart, chosen):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)

@@ -199,7 +199,8 @@ def _source(file: str) -> str:
 
 @cache
 def _functions(file: str) -> list[FunctionType]:
-    """The live functions of a file, whatever decorators have wrapped them in; searched for once."""
+    """The live functions of a file, whatever decorators have wrapped them in."""
+    gc.unfreeze()  # what somebody set aside (gc.freeze) is not among the objects
     return [one for one in gc.get_objects() if type(one) is FunctionType and one.__code__.co_filename == file]
 
 
