@@ -111,8 +111,8 @@ def pooled(
             try:
                 while running or due():
                     while len(running) < jobs and due():
-                        piece = waiting.popleft()
-                        running[pool.submit(work, piece)] = piece
+                        future = pool.submit(work, waiting[0])  # raises if a process has died meanwhile
+                        running[future] = waiting.popleft()
                     ready, _ = wait(running, return_when=FIRST_COMPLETED)
                     for future in ready:
                         result = future.result()
