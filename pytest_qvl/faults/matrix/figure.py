@@ -33,11 +33,10 @@ def cells(result: Result) -> dict[str, dict[str, str]]:
 
     The last column, where it was run: whether any check catches the fault that is in the reference too.
     """
-    faults, made = faults_in_order(), result.made
-    families = list(dict.fromkeys(fault.family for fault in faults.values()))
+    made, after = result.made, result.after
     table = {}
     # A record has them in the order in which they were done; the page goes family by family.
-    for name, fault in sorted(faults.items(), key=lambda item: families.index(item[1].family)):
+    for name, fault in faults_in_order().items():
         if name not in made or made[name].broken:
             continue
         row = made[name]
@@ -45,8 +44,8 @@ def cells(result: Result) -> dict[str, dict[str, str]]:
         if fault.check in kinds:
             kinds[fault.check] = "named" if row.named else "missed"
         table[name] = {**kinds, SMOKE: "pass" if row.smoke == "pass" else "caught"}
-        if result.after:
-            by = result.after[name]
+        if after:
+            by = after[name]
             table[name][AFTER] = ("named" if row.check in by else "caught") if by else "missed"
     return table
 
@@ -96,7 +95,8 @@ def _draw_names(axes: Any, faults: list[str], checks: list[str]) -> None:
         axes.text(-0.4, row + 0.5, name, ha="right", va="center", fontsize=7.5)
     for column, check in enumerate(checks):
         axes.text(column + 0.5, -0.4, check, ha="left", va="bottom", rotation=60, rotation_mode="anchor", fontsize=7.5)
-    families = [faults_in_order()[name].family for name in faults]
+    known = faults_in_order()
+    families = [known[name].family for name in faults]
     for family in dict.fromkeys(families):
         first, left = families.index(family), -LEFT / CELL + 0.4
         axes.text(left, first + 0.5, family, ha="left", va="center", fontsize=7.5, fontweight="bold")

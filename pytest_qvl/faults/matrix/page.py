@@ -10,6 +10,7 @@ from pytest_qvl.faults.unreproduced import UNREPRODUCED
 from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
+    from pytest_qvl.faults.catalogue import Fault
     from pytest_qvl.faults.matrix.results import Result, Row
 
 COMMAND = "pytest-qvl faults --matrix --docs docs"
@@ -19,7 +20,7 @@ def page(result: Result) -> str:
     """``docs/faults.md``."""
     from pytest_qvl.faults.matrix.results import summary
 
-    faults = faults_in_order()
+    faults, after = faults_in_order(), bool(result.after)
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     minutes = ", ".join(f"{name} {seconds / 60:.1f} min" for name, seconds in result.seconds.items())
     lines = [
@@ -43,11 +44,12 @@ def page(result: Result) -> str:
         "",
         '"Silent": forward, backward and `generate` raise nothing. "Smoke test": one training step with a finite',
         "loss, then text comes out; what a project without further tests sees.",
-        *(_AFTER if result.after else ()),
+        *(_AFTER if after else ()),
         "",
     ]
     for family in dict.fromkeys(fault.family for fault in faults.values()):
-        lines += _family(result, family)
+        own = {name: fault for name, fault in faults.items() if fault.family == family and name in result.rows}
+        lines += _family(result, family, own, after=after)
     lines += _checks(result) + _graded(result) + _unreproduced() + _alarms(result)
     return "\n".join(lines)
 
@@ -59,16 +61,13 @@ _AFTER = (
 )
 
 
-def _family(result: Result, family: str) -> list[str]:
+def _family(result: Result, family: str, faults: dict[str, Fault], *, after: bool) -> list[str]:
     """The faults of one family that are in the result, as a table under a heading."""
-    after = bool(result.after)
     columns = ["fault", "what is wrong", "caught by", *["reference after"] * after, "also by", "silent", "smoke test"]
     head = "| " + " | ".join([*columns, "from"]) + " |"
     lines = [f"### {family[0].upper()}{family[1:]}", "", head, "|" + "---|" * (len(columns) + 1)]
-    for name, fault in faults_in_order().items():
-        row = result.rows.get(name)
-        if fault.family != family or row is None:
-            continue
+    for name, fault in faults.items():
+        row = result.rows[name]
         if row.missing:
             empty = "| " * (after + 3)
             lines.append(

@@ -164,8 +164,14 @@ class Result:
 
         Empty if that was not run for every fault that may have another outcome then.
         """
-        found = {name: row.caught_after for name, row in self.made.items() if not row.broken}
-        return {name: checks for name, checks in found.items() if checks is not None and None not in found.values()}
+        found: dict[str, tuple[str, ...]] = {}
+        for name, row in self.made.items():
+            if row.broken:
+                continue
+            if row.caught_after is None:
+                return {}
+            found[name] = row.caught_after
+        return found
 
     @property
     def verdicts(self) -> Counter[str]:
@@ -255,12 +261,13 @@ def summary(result: Result) -> str:
 def _common_mode(result: Result) -> str:
     """The figure of the second column."""
     where = "with the reference recorded after the damage, as a user's is"
-    if not result.after:
+    after = result.after
+    if not after:
         return f"{where}: not run"
-    rows = {name: result.rows[name] for name in result.after}
-    caught = sum(bool(checks) for checks in result.after.values())
-    others = [name for name, checks in result.after.items() if checks and rows[name].check not in checks]
-    missed = [name for name, checks in result.after.items() if not checks]
+    rows = {name: result.rows[name] for name in after}
+    caught = sum(bool(checks) for checks in after.values())
+    others = [name for name, checks in after.items() if checks and rows[name].check not in checks]
+    missed = [name for name, checks in after.items() if not checks]
     return (
         f"{caught} of {len(rows)} {where}: {sum(row.after is not None for row in rows.values())} judged again, the "
         f"others' outcomes do not depend on it; {len(others)} by another check than the named one; "
