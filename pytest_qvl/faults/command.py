@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.catalogue import catalogue, find
 from pytest_qvl.faults.common_mode import unshared
 from pytest_qvl.faults.matrix.healthy_command import healthy, split_records
+from pytest_qvl.faults.matrix.journal import partial_file, write_record
 from pytest_qvl.faults.mutation.command import add_random, randomly
 from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file, check_folder
@@ -167,7 +167,7 @@ def matrix(options: argparse.Namespace) -> int:
         raise ValueError("--docs is about the whole matrix of the embedded model on the CPU: write other runs to --out")
     if options.docs is not None:
         require_matplotlib("--docs")
-    partial = None if options.out is None else _partial(options.out)
+    partial = partial_file(options.out)
     jobs = _jobs(options.jobs, subject.device)
     try:
         result = running.run(plan, jobs, partial=partial, minutes=options.minutes)
@@ -176,16 +176,12 @@ def matrix(options: argparse.Namespace) -> int:
     sys.stdout.write(summary(result) + "\n")
     if not running.complete(plan, result):
         return 1
-    if options.out is not None:
-        options.out.write_text(json.dumps(result.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        _partial(options.out).unlink()
+    if partial is not None:
+        write_record(options.out, result.as_dict())
+        partial.unlink()
     if options.docs is not None:
         _write_pages(result, options.docs)
     return 0 if result.good else 1
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".part")
 
 
 def _jobs(given: int | None, device: str) -> int:

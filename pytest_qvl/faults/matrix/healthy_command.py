@@ -6,8 +6,11 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.faults.matrix.journal import partial_file, write_record
+
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Collection
     from pathlib import Path
 
     from pytest_qvl.faults.matrix.healthy_record import Outcome
@@ -34,15 +37,14 @@ def healthy(options: argparse.Namespace, jobs: int) -> int:
     from pytest_qvl.faults.matrix.healthy_record import record, shown
     from pytest_qvl.faults.matrix.isa import settings, this_cpu
 
-    _check(options)
+    check_count(options, "healthy", "variations", OTHERS)
     cpu, out = this_cpu(), options.out
-    partial = None if out is None else out.with_name(out.name + ".part")
+    partial = partial_file(out)
     chosen = settings(options.isa or "native")
     outcomes = run(options.healthy, chosen, cpu, jobs, partial=partial, minutes=options.minutes)
     left = options.healthy - sum(len(outcome.numbers) for outcome in outcomes)
     if out is not None:
-        text = json.dumps(record(outcomes, cpu, options.healthy), indent=1, ensure_ascii=False)
-        out.write_text(text + "\n", encoding="utf-8")
+        write_record(out, record(outcomes, cpu, options.healthy))
     if partial is not None and not left:
         partial.unlink()
     sys.stdout.write(shown(outcomes, cpu) + "\n")
@@ -59,12 +61,23 @@ def exit_status(outcomes: list[Outcome], left: int) -> int:
     return UNFINISHED if left else GOOD
 
 
-def _check(options: argparse.Namespace) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in OTHERS if getattr(options, name) not in (None, False)]
+def check_count(options: argparse.Namespace, name: str, what: str, others: Collection[str]) -> None:
+    """Refuse what does not go with an option that says how many are run.
+
+    Args:
+        options: The command line.
+        name: The option, as an attribute of `options`.
+        what: What it counts, in the plural.
+        others: Options that do not go with it.
+
+    Raises:
+        ValueError: One of them was given, or a number below 1, or no time.
+    """
+    given = [f"--{other.replace('_', '-')}" for other in others if getattr(options, other) not in (None, False)]
     if given:
-        raise ValueError(f"--healthy takes no {', no '.join(given)}")
-    if options.healthy < 1:
-        raise ValueError(f"--healthy is a number of variations from 1, not {options.healthy}")
+        raise ValueError(f"--{name} takes no {', no '.join(given)}")
+    if (count := getattr(options, name)) < 1:
+        raise ValueError(f"--{name} is a number of {what} from 1, not {count}")
     if options.minutes is not None and options.minutes <= 0:
         raise ValueError(f"--minutes is a time above 0, not {options.minutes:g}")
 

@@ -22,7 +22,6 @@ COLUMNS = ("setting", "variations", "checks judged", "false alarms", "not judged
 BEGIN, END = "<!-- healthy variations: {} -->", "<!-- end of healthy variations -->"
 COMMAND = "pytest-qvl faults --table docs/records/healthy-cpu.json --docs docs"
 PAGE = "checks.md"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass
@@ -97,16 +96,15 @@ def shown(outcomes: Sequence[Outcome], cpu: Cpu) -> str:
 
 def record(outcomes: Sequence[Outcome], cpu: Cpu, asked: int) -> dict[str, Any]:
     """CPU, versions and the outcome of each setting, as plain data."""
-    from importlib.metadata import version
-
     from pytest_qvl.faults.matrix.freshness import definitions_digest
+    from pytest_qvl.faults.matrix.journal import versions
 
     return {
         "schema": SCHEMA,
         "asked": asked,
         "complete": sum(len(outcome.numbers) for outcome in outcomes) == asked,
         "cpu": asdict(cpu),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "definitions": definitions_digest(),
         "settings": [_setting(outcome) for outcome in outcomes],
     }

@@ -1,15 +1,34 @@
-"""Partial results, line by line as they come: a run that is cut off goes on where it was."""
+"""Records on disk, and partial results as they come, line by line: a run that is cut off goes on where it was."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.matrix.work import Done, Plan, Task
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+
+
+def versions() -> dict[str, str]:
+    """The installed releases that a record is about."""
+    return {name: version(name) for name in PACKAGES}
+
+
+def partial_file(out: Path | None) -> Path | None:
+    """Where partial results of a record are kept; ``None`` where none is written."""
+    return None if out is None else out.with_name(out.name + ".part")
+
+
+def write_record(out: Path, data: dict[str, Any]) -> None:
+    """Write a record as JSON."""
+    out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class JsonLines:

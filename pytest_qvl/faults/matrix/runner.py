@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.matrix.freshness import definitions_digest
-from pytest_qvl.faults.matrix.journal import Journal
+from pytest_qvl.faults.matrix.journal import Journal, versions
 from pytest_qvl.faults.matrix.results import UNDECIDED, After, Result, Row
 from pytest_qvl.faults.matrix.work import DeviceBroken, Done, Plan, Task, do, say, tasks
 
@@ -165,7 +165,7 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
     """
     subject = plan.subject
     fine = ("pass",) if subject.is_default else ("pass", UNDECIDED)
-    result = Result(definitions_digest(), _versions(), str(subject.source), subject.label, device, subject.dtype)
+    result = Result(definitions_digest(), versions(), str(subject.source), subject.label, device, subject.dtype)
     counts, undecided = Counter[str](), Counter[str]()
     rows: dict[str, Row] = {}
     after: dict[str, After | None] = {}
@@ -195,9 +195,3 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
     result.healthy, result.undecided = dict(counts), dict(undecided)
     result.doses = [dose for number in sorted(graded) for dose in graded[number]]
     return result
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pytest_qvl.faults.matrix.healthy_command import BAD, GOOD, UNFINISHED, check_count
+from pytest_qvl.faults.matrix.journal import partial_file, write_record
 
 if TYPE_CHECKING:
     import argparse
 
-OTHERS = ("model", "device", "dtype", "only", "named_only", "matrix", "table", "docs", "name", "healthy", "isa")
-GOOD, BAD, UNFINISHED = 0, 1, 3
+OTHERS = ("model", "device", "dtype", "only", "named_only", "matrix", "table", "docs", "name", "isa")
 
 
 def add_random(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +44,12 @@ def randomly(options: argparse.Namespace, jobs: int) -> int:
     from pytest_qvl.faults.mutation.record import BAR, record, share_caught, totals
     from pytest_qvl.faults.mutation.running import run
 
-    _check(options)
+    check_count(options, "random", "mutations", OTHERS)
     out, seed = options.out, options.seed or 0
-    partial = None if out is None else out.with_name(out.name + ".part")
+    partial = partial_file(out)
     data = record(run(options.random, seed, jobs, partial=partial, minutes=options.minutes), options.random, seed)
     if out is not None:
-        out.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_record(out, data)
     if partial is not None and data["complete"]:
         partial.unlink()
     missed = [one for one in data["mutations"] if one["outcome"] == MISSED]
@@ -57,13 +58,3 @@ def randomly(options: argparse.Namespace, jobs: int) -> int:
     if share_caught(data["mutations"]) < BAR:
         return BAD
     return GOOD if data["complete"] else UNFINISHED
-
-
-def _check(options: Any) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in OTHERS if getattr(options, name) not in (None, False)]
-    if given:
-        raise ValueError(f"--random takes no {', no '.join(given)}")
-    if options.random < 1:
-        raise ValueError(f"--random is a number of mutations from 1, not {options.random}")
-    if options.minutes is not None and options.minutes <= 0:
-        raise ValueError(f"--minutes is a time above 0, not {options.minutes:g}")

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 SCHEMA = "pytest-qvl/mutations/1"
 NAME = "mutations.md"
 COMMAND = "pytest-qvl faults --table docs/records/mutations-embedded-cpu.json --docs docs"
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 # The share of mutations that change something which must be caught.
 BAR = 0.95
 WORDS = {
@@ -29,9 +28,8 @@ WORDS = {
 
 def record(found: Sequence[Judged], count: int, seed: int) -> dict[str, Any]:
     """The run as plain data."""
-    from importlib.metadata import version
-
     from pytest_qvl.faults.matrix.freshness import definitions_digest
+    from pytest_qvl.faults.matrix.journal import versions
     from pytest_qvl.faults.mutation.running import DTYPE
     from pytest_qvl.faults.subject import embedded
 
@@ -41,7 +39,7 @@ def record(found: Sequence[Judged], count: int, seed: int) -> dict[str, Any]:
         "asked": count,
         "complete": len(found) == count,
         "subject": str(embedded(DTYPE)),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(),
         "definitions": definitions_digest(),
         "seconds": round(sum(one.seconds for one in found), 1),
         "longest": max((one.seconds for one in found), default=0.0),
