@@ -8,13 +8,13 @@ from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.matrix.freshness import definitions_digest
 from pytest_qvl.faults.matrix.journal import JsonLines
 from pytest_qvl.faults.matrix.runner import end_with_parent
-from pytest_qvl.faults.matrix.work import quiet_process, say
+from pytest_qvl.faults.matrix.work import Plan, Task, do, quiet_process, say
 from pytest_qvl.faults.mutation.judging import RAISES, Judged, judge_mutation
 from pytest_qvl.faults.subject import embedded
 
@@ -82,9 +82,12 @@ def _judging_checks(jobs: int) -> tuple[str, ...]:
     """
     from pytest_qvl.faults.matrix.panel import PASS, UNDECIDED, all_checks
 
-    broken: list[str] = []
-    found = dict(pooled(healthy_outcome, list(all_checks()), jobs, None, broken))
-    failing = [f"{name} ({outcome})" for name, outcome in found.items() if outcome not in (PASS, UNDECIDED)] + broken
+    broken: list[Task] = []
+    tasks = [Task("health", name) for name in all_checks()]
+    judged = pooled(partial(do, Plan(embedded(DTYPE))), tasks, jobs, None, broken)
+    found = {task.key: done.found["outcome"] for task, done in judged}
+    failing = [f"{name} ({outcome})" for name, outcome in found.items() if outcome not in (PASS, UNDECIDED)]
+    failing += [task.key for task in broken]
     if failing:
         raise ValueError(f"without any mutation the model fails {', '.join(failing)}: nothing can be said of mutations")
     return tuple(name for name in all_checks() if found[name] == PASS)
@@ -134,13 +137,6 @@ def judge_number(asked: tuple[int, int, tuple[str, ...]]) -> Judged:
     if state(case) != before:  # a mutation may write where nothing is put back, such as into a shared buffer
         _prepared.cache_clear()
     return judged
-
-
-def healthy_outcome(check: str) -> str:
-    """What a check says of the model without a mutation."""
-    from pytest_qvl.faults.matrix.panel import judge
-
-    return judge(_prepared()[0], check).outcome
 
 
 @cache
