@@ -47,7 +47,7 @@ def weights_as_stored(
 ) -> Evidence:
     """Prove that every tensor in memory is, bit for bit, what the checkpoint holds, and computes with its values.
 
-    Read tensor by tensor beside the model, in pieces of a few MiB; nothing is run. There are no limits but one:
+    Read tensor by tensor beside the model, large ones in pieces; nothing is run. There are no limits but one:
 
     - *16 and 32 bits*: the stored tensor, cast to the dtype in memory (rounded to the nearest), has the same bits.
     - *4 bits*: the stored tensor, quantized once more by bitsandbytes with the layer's own type and block size, where

@@ -1,4 +1,4 @@
-"""Where things are inside a Qwen-VL model: the only place that knows attribute paths of the families.
+"""Where things are inside a Qwen-VL model; what a single layer is made of is in :mod:`pytest_qvl.models.layers`.
 
 Module trees differ by release (Transformers 4.52 moved the vision tower from ``visual`` to ``model.visual``) and
 by wrapping (PEFT adds ``base_model.model``). Everything else in this package asks :func:`anatomy`.

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 # Of every norm in the tower and its mergers; no configuration has a field for it.
 VISION_EPS = 1e-6
+# Base of the tower's rotary embedding in every release.
 VISION_THETA = 10_000.0
 
 

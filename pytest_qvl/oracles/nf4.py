@@ -1,4 +1,4 @@
-"""NF4 weights out of packed bytes, as QLoRA defines them (Dettmers et al. 2023, sections 3 and appendix E)."""
+"""NF4 weights out of packed bytes, as QLoRA defines them (Dettmers et al. 2023, section 3 and appendix E)."""
 
 from __future__ import annotations
 

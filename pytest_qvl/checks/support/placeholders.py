@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNED = ("attention_mask", "mm_token_type_ids", "labels")
-# What the model indexes with, which torch takes as int64 only.
+# Token ids; cross-entropy takes labels as int64 only, and what processors return is int64.
 INDICES = ("input_ids", "labels")
 # A placeholder of an image in mm_token_type_ids (Transformers 5); text is 0.
 IMAGE_TYPE = 1
@@ -257,7 +257,7 @@ def _type_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
 
 
 def _dtype_problems(batch: Mapping[str, Any]) -> list[str]:
-    """Token ids of another dtype than int64: the forward crashes on them, in words that name neither."""
+    """Token ids of another dtype than int64; of labels the loss crashes, in words that name neither."""
     import torch
 
     dtypes = {name: batch[name].dtype for name in INDICES if batch.get(name) is not None}

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 def too_small_steps(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> list[str]:
-    """Names of the tensors of which float32 keeps no step along the gradient at the optimizer's learning rate.
+    """Names of the tensors of which float32 keeps no plain gradient step at the optimizer's learning rate.
 
     Such a tensor stands still although its gradient is right and the optimizer holds it: A matrices under plain SGD at
     1e-6, while B is near zero. Of float32 only: in 16 bits a training stands still with it, which is worth a finding.
+    Adaptive optimizers step further than that, so of them a tensor that is named here may have been left out as well.
 
     Args:
         parameters: Tensors by name, their gradient in ``.grad``.
@@ -43,7 +44,7 @@ def too_small_steps(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> l
 
 
 def note_too_small(judge: Judge, small: Sequence[str], of: Sized) -> None:
-    """Say which tensors stand still because the steps are too small, and that this is no defect of the optimizer."""
+    """Say which tensors stand still and have gradients so small that float32 keeps no plain step along them."""
     if small:
         judge.note(
             f"{len(small)} of {len(of)} tensors stand still under your optimizer, because float32 keeps no step as "

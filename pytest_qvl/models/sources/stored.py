@@ -1,6 +1,7 @@
 """The values that a model was made from, tensor by tensor: a checkpoint's files, or synthetic weights drawn again.
 
-Nothing is kept: a tensor is read in pieces of a few MiB, so that a model of any size can be compared beside itself.
+Nothing is kept: a file's tensor is read in pieces of 8 Mi elements, one that was saved in 4 bits or that is drawn again
+as a whole, so that a model of any size can be compared beside itself.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class Adapters:
             yield
 
     def judge_sharing(self) -> None:
-        """No two layers, and no two adapters, may have a matrix together, unless the configuration ties them."""
+        """No two layers may have a matrix together, unless the configuration ties them."""
         owners: dict[int, str] = {}
         for place, layer in self.layers.items():
             for name in self.active(layer):

@@ -33,7 +33,7 @@ class Call(NamedTuple):
 
 
 class Flow:
-    """Inputs and outputs by module, without copies: a layer's tensors live until the layer is done."""
+    """Inputs and outputs by module, without copies: a layer's tensors live until it is judged, or else called again."""
 
     def __init__(self) -> None:
         self._given: dict[int, torch.Tensor] = {}
