@@ -64,11 +64,16 @@ def test_with_torchvision_auto_processor_decides(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_folder_with_everything_in_processor_config_is_read(processor: Any, tmp_path: Path) -> None:
-    """Transformers 5 saves a whole processor that way, without a preprocessor_config.json."""
+    """Transformers 5 saves a whole processor that way, without a preprocessor_config.json.
+
+    With torchvision it loads the video half too, and refuses a folder without its settings.
+    """
     folder = tmp_path / "checkpoint"
     shutil.copytree(embedded_model_dir(), folder, ignore=shutil.ignore_patterns("*.safetensors", "chat_template*"))
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    whole = {"processor_class": settings.pop("processor_class"), "image_processor": settings}
+    name = settings.pop("processor_class")
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": settings["patch_size"]}
+    whole = {"processor_class": name, "image_processor": settings, "video_processor": video}
     (folder / "processor_config.json").write_text(json.dumps(whole))
     (folder / "preprocessor_config.json").unlink()
     (sample,) = scenes(0, 1, ["side"])
