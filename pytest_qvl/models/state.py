@@ -27,7 +27,8 @@ def preserved(model: Any, *, training: bool | None = None, seed: int | None = No
     Put back: train/eval mode and gradient-checkpointing flag of every module, ``requires_grad`` and ``.grad`` of every
     parameter, forward and backward hooks, active and switched-off adapters, ``use_cache``, the generation config,
     ``rope_deltas``, and the random states of Python-independent generators (CPU and CUDA). Weights are not copied:
-    a check that trains restores them itself.
+    a check that trains restores them itself. Gradients that wait for an optimizer step are out of the way inside of
+    the block, so that none adds to them.
 
     Args:
         model: The model, wrapped or not.
@@ -54,6 +55,8 @@ def preserved(model: Any, *, training: bool | None = None, seed: int | None = No
         if training is not None:
             parts.wrapped.train(training)
         parts.core.rope_deltas = None
+        for parameter, _, _ in parameters:
+            parameter.grad = None  # a backward pass in the block would add to the very tensor that is put back
         try:
             yield
         finally:

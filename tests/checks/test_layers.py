@@ -210,6 +210,18 @@ def test_a_code_book_with_two_numbers_exchanged_is_seen(case: Case) -> None:
         code.copy_(kept)
 
 
+def test_gradients_that_wait_for_a_step_stay_as_they_are(case: Case) -> None:
+    """Checkpointing is judged by a backward pass, which must not add to what a user has accumulated so far."""
+    config, changed = lora_config(lora_dropout=0.1), replace(case)
+    with another_adapter(changed, config):
+        waiting = {name: torch.ones_like(p) for name, p in changed.model.named_parameters() if p.requires_grad}
+        for name, parameter in changed.model.named_parameters():
+            parameter.grad = waiting.get(name)
+        layer_arithmetic(changed.model, changed.batch(), lora_config=config)
+        assert all(bool((gradient == 1).all()) for gradient in waiting.values())
+        assert all(parameter.grad is waiting.get(name) for name, parameter in changed.model.named_parameters())
+
+
 def test_dropout_in_training_is_judged_by_what_it_made(case: Case) -> None:
     config, changed = lora_config(lora_dropout=0.1), replace(case)
     with another_adapter(changed, config):

@@ -16,6 +16,7 @@ from pytest_qvl.faults import apply
 from pytest_qvl.faults.case import Case
 from pytest_qvl.faults.subject import embedded
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
+from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import make_batch, scenes
 
 FAULTS = (
@@ -89,6 +90,24 @@ def test_a_single_row_and_rows_of_one_token(model: Any, batch: Any) -> None:
     assert "accumulation was not judged: only one row has labels" in evidence.notes
     labels[1:, 4] = 9
     assert loss_arithmetic(model, {**batch, "labels": labels}).ok
+
+
+def test_gradients_that_wait_for_a_step_stay_as_they_are(model: Any, batch: Any) -> None:
+    """A trainer's backward passes must not add to what a user has accumulated so far."""
+
+    def accumulate(model: Any, batches: list[Any]) -> None:
+        items = sum((each["labels"][:, 1:] != -100).sum() for each in batches)
+        for each in batches:
+            model(**each, num_items_in_batch=items).loss.backward()
+
+    head = anatomy(model).lm_head.weight
+    head.requires_grad_(True).grad = waiting = torch.full_like(head, 0.5)
+    try:
+        loss_arithmetic(model, batch, trainer=accumulate)
+        assert head.grad is waiting
+        assert bool((waiting == 0.5).all())
+    finally:
+        head.requires_grad_(False).grad = None
 
 
 def test_the_model_is_left_as_it_was(model: Any, batch: Any) -> None:
