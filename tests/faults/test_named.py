@@ -139,11 +139,6 @@ def test_every_kind_comes_up_and_knowledge_is_asked_for_in_every_dtype() -> None
     }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="since there are as many turns of checks as optimizers, each optimizer meets the same five turns: "
-    "OPTIMIZER_EVERY has to become 14, with the next run of the matrix",
-)
 def test_every_optimizer_meets_both_training_checks() -> None:
     every = variations(1000)
     assert {v.optimizer for v in every if "training_step" in v.checks} == set(OPTIMIZERS)
