@@ -15,7 +15,7 @@ from pytest_qvl.checks.support.lora import layer_of, zero_initialised_matrices
 from pytest_qvl.checks.support.rounding import rounded_sums
 from pytest_qvl.checks.support.scoring import coarsest_dtype
 from pytest_qvl.checks.support.segments import Layers, Segment, layers_recorded, norms_held
-from pytest_qvl.checks.support.teaching import NO_LABELS, forward, trainable_parameters
+from pytest_qvl.checks.support.teaching import NO_LABELS, forward, text_tokens, trainable_parameters
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
@@ -82,8 +82,7 @@ def gradient_arithmetic(model: Any, batch: Batch, *, gradient_checkpointing: boo
     require_unpacked_weights(parts)
     how = "with" if gradient_checkpointing else "without"
     judge = Judge("gradient_arithmetic", f"gradients {how} checkpointing are those of the loss")
-    tokens = sorted({*batch["input_ids"].flatten().tolist()} - {*parts.vision_token_ids})
-    taught = {**batch, "labels": telling_labels(batch["labels"], tokens, _SEED)}
+    taught = {**batch, "labels": telling_labels(batch["labels"], text_tokens(parts, batch), _SEED)}
     with (
         preserved(model, training=True, seed=_SEED),
         weights_restored(trained.values()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +25,15 @@ from pytest_qvl.checks.support.cross_entropy import (
 )
 from pytest_qvl.checks.support.head_replay import HeadReplay
 from pytest_qvl.checks.support.rounding import step
-from pytest_qvl.checks.support.teaching import NO_LABELS
+from pytest_qvl.checks.support.teaching import NO_LABELS, text_tokens
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import orthogonality_penalty_off
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.state import preserved
+from pytest_qvl.models.training import without_dropout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
     from pytest_qvl.checks.support.teaching import Batch
@@ -90,11 +88,11 @@ def loss_arithmetic(model: Any, batch: Batch, *, trainer: Any = None) -> Evidenc
     judge = Judge("loss_arithmetic", "the loss is the mean cross-entropy of the answers' tokens")
     with (
         preserved(model, training=True, seed=_SEED),
-        _without_dropout(parts.lm_head),
+        without_dropout(parts.lm_head),
         orthogonality_penalty_off(parts),
     ):
         replay = HeadReplay(parts, batch)
-        labels = telling_labels(batch["labels"], _ordinary_tokens(parts, batch), _SEED)
+        labels = telling_labels(batch["labels"], text_tokens(parts, batch), _SEED)
         _judge_value(judge, "loss of the batch", replay, batch["labels"])
         right = _judge_value(judge, "loss, labels exchanged", replay, labels)
         if not judge.problems:
@@ -115,24 +113,6 @@ def _require_labels(batch: Batch) -> None:
         raise InputError(f"labels are {tuple(labels.shape)} but input_ids are {tuple(batch['input_ids'].shape)}")
     if bool((labels[:, 1:] == IGNORED).all()):
         raise InputError("the batch has no supervised token: all of its labels are -100")
-
-
-def _ordinary_tokens(parts: Parts, batch: Batch) -> list[int]:
-    """The tokens of the batch that stand for text, in order of their ids."""
-    return sorted({*batch["input_ids"].flatten().tolist()} - {*parts.vision_token_ids})
-
-
-@contextmanager
-def _without_dropout(module: Any) -> Iterator[None]:
-    """Let a module (an adapted head) compute the same every time."""
-    from torch import nn
-
-    layers = [each for each in module.modules() if isinstance(each, nn.Dropout)]
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.callback(setattr, layer, "p", layer.p)
-            layer.p = 0.0
-        yield
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,28 @@ def asked_biases(parts: Parts) -> dict[str, nn.Parameter]:
 
 
 @contextmanager
+def without_dropout(module: nn.Module) -> Iterator[None]:
+    """Let a module compute the same every time inside the block.
+
+    In eval mode, and with probabilities of 0 for the case that somebody (a user's trainer) calls ``train()`` inside.
+    """
+    from torch import nn
+
+    modes = [(each, each.training) for each in module.modules()]
+    drops = [(each, each.p) for each in module.modules() if isinstance(each, nn.Dropout)]
+    module.eval()
+    for layer, _ in drops:
+        layer.p = 0.0
+    try:
+        yield
+    finally:
+        for each, mode in modes:
+            each.training = mode
+        for layer, probability in drops:
+            layer.p = probability
+
+
+@contextmanager
 def weights_restored(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Put parameters back bitwise after a block that trains them; the copies wait in host memory."""
     import torch

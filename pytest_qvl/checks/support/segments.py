@@ -12,9 +12,10 @@ from pytest_qvl.checks.support.activations import leaves
 from pytest_qvl.checks.support.cross_entropy import token_losses
 from pytest_qvl.checks.support.rounding import last_place_noise
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.training import without_dropout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     import torch
     from torch import nn
@@ -221,7 +222,7 @@ class Layer:
 
     def noise(self) -> float:
         """See :class:`Segment`; tokens count as independent, the elements of one do not."""
-        with _without_dropout(self.module), last_place_noise(leaves(self.module)):
+        with without_dropout(self.module), last_place_noise(leaves(self.module)):
             first, second = (self._out(self.x).double() for _ in range(2))
         return float(((first - second) * self.outgoing.double()).sum(dim=-1).square().sum().sqrt())
 
@@ -262,7 +263,7 @@ class End:
     def noise(self) -> float:
         """See :class:`Segment`; tokens count as independent."""
         modules = [*leaves(self.parts.language_backbone.norm), *leaves(self.parts.lm_head)]
-        with _without_dropout(self.parts.lm_head), last_place_noise(modules):
+        with without_dropout(self.parts.lm_head), last_place_noise(modules):
             outputs = [self._output(self.x) for _ in range(2)]
         if getattr(outputs[0], "logits", None) is None or outputs[0].logits.shape[:2] != self.labels.shape:
             return abs(float(outputs[0].loss) - float(outputs[1].loss))
@@ -283,14 +284,3 @@ def _put_random_states(states: tuple[torch.Tensor, torch.Tensor | None], device:
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state(states[1], device)
-
-
-@contextmanager
-def _without_dropout(module: nn.Module) -> Iterator[None]:
-    modes: Sequence[tuple[nn.Module, bool]] = [(each, each.training) for each in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, mode in modes:
-            each.training = mode

@@ -64,6 +64,11 @@ def _shown(value: Any) -> str:
     return "None: is its return missing?" if value is None else f"a value of type {type(value).__name__}"
 
 
+def text_tokens(parts: Parts, batch: Batch) -> list[int]:
+    """The tokens of a batch that stand for text, in order of their ids."""
+    return sorted({*batch["input_ids"].flatten().tolist()} - {*parts.vision_token_ids})
+
+
 def trainable_parameters(parts: Parts) -> dict[str, nn.Parameter]:
     """Everything that an optimizer made the usual way would train, by name in the base model.
 
