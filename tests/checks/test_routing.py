@@ -608,6 +608,22 @@ def test_token_ids_of_another_dtype_than_int64(model: Any, processor: Any) -> No
         causality(model, {**batch, "input_ids": batch["input_ids"].int()})
 
 
+@pytest.mark.parametrize("kind", ["text", "positions"])
+def test_int32_ids_of_which_the_model_makes_no_positions_are_as_good(model: Any, processor: Any, kind: str) -> None:
+    """The embedding takes them, the model trains; labels have to be int64 all the same."""
+    batch = make_batch(processor, SAMPLES if kind == "positions" else [sample("none")], answers=True)
+    shape = batch["input_ids"].shape
+    if kind == "positions":
+        batch["position_ids"] = torch.arange(shape[1]).expand(3, *shape)
+    batch["input_ids"] = batch["input_ids"].int()
+    with torch.no_grad():
+        assert model(**batch).loss.isfinite()
+    assert validate_batch(model, batch) == []
+    for name, cast in (("labels", torch.int32), ("input_ids", torch.int16)):
+        (problem,) = validate_batch(model, {**batch, name: batch[name].to(cast)})
+        assert f"the batch has {name} {str(cast).removeprefix('torch.')}: let the collator" in problem
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "says"),
     [

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNED = ("attention_mask", "mm_token_type_ids", "labels")
-# Token ids; cross-entropy takes labels as int64 only, and what processors return is int64.
-INDICES = ("input_ids", "labels")
 # A placeholder of an image in mm_token_type_ids (Transformers 5); text is 0.
 IMAGE_TYPE = 1
 LARGEST_PIXEL = 16.0
@@ -112,7 +110,8 @@ def validate_batch(model: Any, batch: Mapping[str, Any]) -> list[str]:
 
     Args:
         model: The model the batch is for, wrapped or not; only its token ids and merge size are read.
-        batch: ``input_ids`` (rows, length) int64 and whatever else the processor returned.
+        batch: ``input_ids`` (rows, length) int64 and whatever else the processor returned; int32 where the model does
+            not make positions of them (a batch without images, or with ``position_ids``).
 
     Returns:
         One sentence per defect with row, image and token index; empty for a sound batch.
@@ -257,17 +256,33 @@ def _type_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
 
 
 def _dtype_problems(batch: Mapping[str, Any]) -> list[str]:
-    """Token ids of another dtype than int64; of labels the loss crashes, in words that name neither."""
+    """Token ids of a dtype on which the model crashes, in words that name none: what processors return is int64."""
     import torch
 
-    dtypes = {name: batch[name].dtype for name in INDICES if batch.get(name) is not None}
-    others = [f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items() if dtype != torch.int64]
+    wide, either = (torch.int64,), (torch.int64, torch.int32)
+    # Cross-entropy takes labels as int64 only.
+    taken = {"input_ids": wide if _places_are_made(batch) else either, "labels": wide}
+    given = {name: batch[name].dtype for name in taken if batch.get(name) is not None}
+    others = [
+        f"{name} {str(dtype).removeprefix('torch.')}" for name, dtype in given.items() if dtype not in taken[name]
+    ]
     if not others:
         return []
     return [
         f"token ids have to be int64 (torch.long), and the batch has {' and '.join(others)}: let the collator make "
         "them so (torch.tensor(ids) of Python integers does; numpy arrays of int32 keep their dtype)"
     ]
+
+
+def _places_are_made(batch: Mapping[str, Any]) -> bool:
+    """Whether ``get_rope_index`` writes int64 positions, by a mask, into a tensor of the dtype of ``input_ids``.
+
+    Torch refuses that of two dtypes. An embedding takes int32 as well, and so does all else that reads the ids.
+    """
+    asked = batch.get("mm_token_type_ids") is not None or is_before("transformers", "5.3")
+    return (
+        asked and bool(_grids(batch)) and batch.get("attention_mask") is not None and batch.get("position_ids") is None
+    )
 
 
 def _width_problems(parts: Parts, pixels: torch.Tensor) -> list[str]:
