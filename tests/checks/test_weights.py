@@ -328,6 +328,13 @@ def test_draws_look_drawn_and_trained_matrices_do_not(tiny_dir: Path) -> None:
     assert len(drawn) <= 1
 
 
+@pytest.mark.parametrize("value", [1.0, 0.1, -1.7e-3], ids=["ones", "tenths", "small"])
+def test_a_matrix_of_one_magnitude_was_not_drawn(value: float) -> None:
+    signs = 1 - 2 * (torch.arange(64 * 64) % 2).view(64, 64)
+    assert not looks_drawn(torch.full((64, 64), value))
+    assert not looks_drawn(signs * value)
+
+
 def test_the_embedded_weights_are_the_published_ones(tiny_dir: Path, tmp_path: Path) -> None:
     """Trained anew? Then write their SHA-256 into ``models/sources/embedded.py``."""
     assert known_digest(tiny_dir / "model.safetensors") == EMBEDDED_SHA256

@@ -45,8 +45,9 @@ def looks_drawn(matrix: torch.Tensor) -> bool:
     The squares of n such elements have a mean whose variance is ``(k - 1) / n`` of its square, k the kurtosis. The
     variance of r row means, in units of that, is chi-squared with r - 1 degrees of freedom, mean 1 and deviation
     ``sqrt(2 / (r - 1))``; the same of columns. Both within six deviations: beyond, by the normal limit, once in 1e9
-    matrices that are drawn. The kurtosis of what is drawn from a normal or uniform distribution is at most 3, within
-    six deviations ``sqrt(24 / elements)``.
+    matrices that are drawn. The kurtosis of what is drawn is between 1.8 (uniform) and 3 (normal), within six
+    deviations ``sqrt(24 / elements)``, the normal's, which is the larger. It is 1 where every element has one
+    magnitude (a constant, signs): no initialisation draws such, and their squares have no variance to divide by.
     """
     values = matrix.double()
     squares = values.square()
@@ -54,7 +55,8 @@ def looks_drawn(matrix: torch.Tensor) -> bool:
     if not math.isfinite(mean) or mean == 0:
         return False
     kurtosis = float(squares.square().mean()) / mean**2
-    if kurtosis > 3 + DEVIATIONS * math.sqrt(24 / values.numel()):
+    spread = DEVIATIONS * math.sqrt(24 / values.numel())
+    if not max(1.0, 1.8 - spread) < kurtosis <= 3 + spread:
         return False
     for axis in (0, 1):
         means = squares.mean(dim=axis) / mean
