@@ -215,7 +215,7 @@ def test_without_a_gpu_there_is_nothing_to_compare(lora_model: Any, processor: A
 def three_billion() -> DryRun:
     """The 3B model as the suite and the predictions build it."""
     source = find_source("qwen2.5-vl-3b")
-    request = Request("qwen2.5-vl-3b", checkpoint="synthetic")
+    request = Request("qwen2.5-vl-3b", checkpoint="synthetic", trainer="loop")
     return DryRun(request, source, recipe_from_configs(source.config, NF4, LORA))
 
 

@@ -135,7 +135,7 @@ def _small(**changes: Any) -> Forecast:
 
 
 def test_what_takes_more_memory_is_forecast_to_take_more() -> None:
-    request = Request(model=EMBEDDED, image=(112, 112), tokens=40, lora_r=8)
+    request = Request(model=EMBEDDED, image=(112, 112), tokens=40, lora_r=8, trainer="loop")
     forecaster, request = make_forecaster(request, None, None)
 
     def training(**changes: Any) -> int:
@@ -220,7 +220,14 @@ def test_the_forecast_is_what_an_h200_measured(
     if options.get("vision_hook") and TRANSFORMERS_4:
         pytest.skip("Transformers 4 puts no gradient hook on the vision tower")
     rows = {512: 16, 1024: 32}[visual]
-    given_options = {"checkpoint": "nf4", "optimizer": "adamw_8bit", "pixel_dtype": "bfloat16", "tokens": 68, **options}
+    given_options = {
+        "checkpoint": "nf4",
+        "optimizer": "adamw_8bit",
+        "pixel_dtype": "bfloat16",
+        "tokens": 68,
+        "trainer": "loop",
+        **options,
+    }
     request = Request(image=(rows * MERGED_PIXELS, visual // rows * MERGED_PIXELS), **given_options)
     forecaster, request = make_forecaster(request, None, None)
     found = forecaster.forecast(request, inference=request.lora_r == 0)
@@ -255,6 +262,7 @@ def test_a_capped_gpu_runs_out_where_the_replay_says() -> None:
         pixel_dtype="float16",
         vision_hook=True,
         capability=(7, 5),
+        trainer="loop",
     )
     trace = DryRun(request, find_source(request.model)).run(request, inference=False)
     assert replay(trace, limit=10 * GiB).failure is None

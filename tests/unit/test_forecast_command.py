@@ -113,7 +113,7 @@ def test_a_model_that_never_fits_has_no_largest() -> None:
         ({"lora_r": -1}, "lora_r is -1"),
         ({"generate": -3}, "generate is -3"),
         ({"tokens": 3}, "tokens is 3"),
-        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"optimizer": "lomo"}, "optimizer is 'lomo'"),
         ({"compute_dtype": "float64"}, "float64"),
         ({"checkpoint": "gguf"}, "checkpoint is 'gguf'"),
         ({"card": "t5"}, "card 't5' is unknown"),

@@ -76,7 +76,7 @@ def run_forecast(options: argparse.Namespace) -> int:
         lora_r=options.lora_r,
         gradient_checkpointing=not options.no_gradient_checkpointing,
         optimizer=options.optimizer,
-        vision_hook=options.vision_hook,
+        vision_hook=options.vision_hook or None,
         kbit_upcast=options.kbit_upcast,
         generate=options.generate,
         checkpoint=options.checkpoint,

@@ -5,12 +5,54 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Optimizer = Literal["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"]
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "sgd",
+    "adafactor",
+]
 Dtype = Literal["bfloat16", "float16"]
 Checkpoint = Literal["16bit", "nf4", "synthetic"]
+Trainer = Literal["hf", "trl", "unsloth", "loop"]
+Precision = Literal["bf16", "fp16", "bf16-pure", "fp16-pure"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 CHECKPOINTS: tuple[Checkpoint, ...] = get_args(Checkpoint)
+TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+BASE_BITS = (4, 8, 16)
+# What ``lora_targets`` may be beside names of modules.
+LORA_TARGETS = ("language", "all-linear")
+# Fields that are known and not followed yet, with the value that asks for nothing.
+_NOT_FOLLOWED: dict[str, object] = {
+    "samples": (),
+    "evaluation": 0,
+    "generate_in_training": 0,
+    "lora_targets": "language",
+    "use_dora": False,
+    "modules_to_save": (),
+    "trainable_tokens": 0,
+    "base_bits": 4,
+    "fused_loss": False,
+}
+_PRECISION_DTYPE: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a batch.
+
+    Attributes:
+        images: Height and width of each of its images in pixels, before the processor resizes them.
+        tokens: Text tokens, the markers around images included; visual tokens come on top.
+    """
+
+    images: tuple[tuple[int, int], ...]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -23,16 +65,18 @@ class Request:
         images: Images per sample.
         batch: Samples per step, all of the same length (no padding).
         tokens: Text tokens per sample, the markers around images included; visual tokens come on top.
-        lora_r: Rank of the LoRA on all language linears; 0 for the bare quantized model, without a training
-            step.
+        samples: The samples of one batch, where they differ: they are padded to the longest. They take the place of
+            ``image``, ``images``, ``batch`` and ``tokens``.
+        lora_r: Rank of the LoRA; 0 for the bare quantized model, without a training step.
         gradient_checkpointing: Whether decoder layers (and vision blocks) are recomputed in backward.
-        optimizer: Which AdamW, by its name in Transformers' ``TrainingArguments``.
+        optimizer: By its name in Transformers' ``TrainingArguments``.
         compute_dtype: Dtype of 4-bit products and of everything that is not quantized.
-        vision_hook: Whether the vision patch embed keeps the hook that ``gradient_checkpointing_enable`` puts
-            on it, so that the frozen vision tower is back-propagated through.
+        vision_hook: Whether the vision patch embed keeps the hook that ``gradient_checkpointing_enable`` of
+            Transformers 5 puts on it, so that the frozen vision tower is back-propagated through. ``None`` for what
+            ``trainer`` does: with checkpointing a trainer leaves it on, a loop takes it off.
         kbit_upcast: Whether ``prepare_model_for_kbit_training`` raised all 16-bit parameters to fp32.
-        autocast: Whether forward and loss run under autocast to ``compute_dtype``; ``None`` for what trainers
-            do: yes after the fp32 upcast and for float16, else no.
+        autocast: Whether forward and loss of a loop run under autocast to ``compute_dtype``; ``None`` for what
+            ``precision`` and ``trainer`` say.
         generate: New tokens to decode; 0 for none.
         pixel_dtype: Dtype in which images reach the device; processors give float32.
         all_logits: Whether the inference forward keeps the logits of every position (a plain
@@ -40,6 +84,22 @@ class Request:
         checkpoint: Whether a 16-bit checkpoint is quantized while it loads, one saved in NF4 is loaded, or random
             weights are drawn layer by layer (``synthetic:`` models).
         capability: CUDA compute capability, which decides attention kernels and library workspaces.
+        trainer: Who runs the steps: Transformers' ``Trainer`` (``"hf"``), TRL's ``SFTTrainer`` (``"trl"``), Unsloth's
+            (``"unsloth"``) or a plain loop over ``model(**batch).loss`` (``"loop"``).
+        precision: ``"bf16"`` and ``"fp16"`` are autocast, as by ``TrainingArguments(bf16=True)``, the second with a
+            gradient scaler; ``"bf16-pure"`` and ``"fp16-pure"`` are without. ``None`` for autocast to
+            ``compute_dtype`` by a trainer; by a loop only after the fp32 upcast and for float16.
+        accumulation: Batches per update (``gradient_accumulation_steps``).
+        evaluation: Samples per batch of an evaluation between two steps; 0 for none.
+        generate_in_training: New tokens to generate between two steps; 0 for none.
+        lora_targets: ``"language"`` for every language linear, ``"all-linear"`` for PEFT's target of that name (the
+            vision tower's too), or names as for ``LoraConfig(target_modules=[...])``.
+        lora_dropout: Dropout of the adapter's inputs.
+        use_dora: Whether the adapter is DoRA.
+        modules_to_save: Names of modules trained whole beside the adapter, as in ``LoraConfig``.
+        trainable_tokens: How many rows of the input embeddings are trained (``trainable_token_indices``).
+        base_bits: 4 for NF4, 8 for ``LLM.int8()``, 16 for no quantization.
+        fused_loss: Whether Liger's fused linear cross-entropy takes the place of head and loss.
     """
 
     model: str = "qwen2.5-vl-7b"
@@ -51,7 +111,7 @@ class Request:
     gradient_checkpointing: bool = True
     optimizer: Optimizer = "paged_adamw_8bit"
     compute_dtype: Dtype = "bfloat16"
-    vision_hook: bool = False
+    vision_hook: bool | None = None
     kbit_upcast: bool = False
     autocast: bool | None = None
     generate: int = 0
@@ -59,38 +119,102 @@ class Request:
     all_logits: bool = False
     checkpoint: Checkpoint = "16bit"
     capability: tuple[int, int] = (9, 0)
+    trainer: Trainer = "hf"
+    precision: Precision | None = None
+    accumulation: int = 1
+    samples: tuple[Sample, ...] = ()
+    evaluation: int = 0
+    generate_in_training: int = 0
+    lora_targets: str | tuple[str, ...] = "language"
+    lora_dropout: float = 0.0
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    trainable_tokens: int = 0
+    base_bits: int = 4
+    fused_loss: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values that describe no run.
+        """Refuse values that describe no run, and runs that the forecast does not follow.
 
         Raises:
             ValueError: Names the field, what it was and what it may be.
         """
-        height, width = self.image
-        if height < 1 or width < 1:
-            raise ValueError(f"image {height}x{width} has no pixels: both sides must be at least 1")
-        for name, least in (("images", 1), ("batch", 1), ("lora_r", 0), ("generate", 0)):
-            value = getattr(self, name)
+        self._check_samples()
+        least_of = {"images": 1, "batch": 1, "accumulation": 1}
+        for name in (*least_of, "lora_r", "generate", "evaluation", "generate_in_training", "trainable_tokens"):
+            value, least = getattr(self, name), least_of.get(name, 0)
             if value < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
-        if self.tokens < 2 * self.images + 2:
-            raise ValueError(
-                f"tokens is {self.tokens}: each of {self.images} images needs two marker tokens, and a "
-                "sample one token at its start and end"
-            )
-        choices: dict[str, tuple[str, ...]] = {
+        choices: dict[str, tuple[object, ...]] = {
             "optimizer": OPTIMIZERS,
             "compute_dtype": DTYPES,
             "pixel_dtype": ("float32", *DTYPES),
             "checkpoint": CHECKPOINTS,
+            "trainer": TRAINERS,
+            "precision": (None, *PRECISIONS),
+            "base_bits": BASE_BITS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: known are {', '.join(known)}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}: known are {', '.join(map(str, known))}")
+        if isinstance(self.lora_targets, str) and self.lora_targets not in LORA_TARGETS:
+            raise ValueError(
+                f"lora_targets is {self.lora_targets!r}: known are {', '.join(LORA_TARGETS)} and a tuple of names"
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout is {self.lora_dropout}: it must be at least 0 and less than 1")
+        if self.autocast is not None and self.precision is not None and self.autocast == self._is_pure:
+            raise ValueError(f"precision {self.precision!r} and autocast={self.autocast} contradict each other")
+        self._check_followed()
+
+    def _check_samples(self) -> None:
+        for sample in self.batch_of_samples:
+            for height, width in sample.images:
+                if height < 1 or width < 1:
+                    raise ValueError(f"image {height}x{width} has no pixels: both sides must be at least 1")
+            if sample.tokens < 2 * len(sample.images) + 2:
+                raise ValueError(
+                    f"tokens is {sample.tokens}: each of {len(sample.images)} images needs two marker tokens, and a "
+                    "sample one token at its start and end"
+                )
+
+    def _check_followed(self) -> None:
+        asked = {
+            name: getattr(self, name) for name, harmless in _NOT_FOLLOWED.items() if getattr(self, name) != harmless
+        }
+        for name, value in asked.items():
+            raise ValueError(f"{name} is {value!r}: the forecast does not follow that")
+        if self.trainer == "unsloth":
+            raise ValueError(
+                "trainer is 'unsloth': the forecast follows Transformers' and PEFT's own code, which Unsloth replaces "
+                "by its own; known are hf, trl and loop"
+            )
+
+    @property
+    def batch_of_samples(self) -> tuple[Sample, ...]:
+        """The samples of one batch, whichever way they were given."""
+        return self.samples or (Sample((self.image,) * self.images, self.tokens),) * self.batch
+
+    @property
+    def _is_pure(self) -> bool:
+        return self.precision is not None and self.precision.endswith("-pure")
+
+    @property
+    def autocast_dtype(self) -> Dtype | None:
+        """The dtype that the training forward is autocast to; ``None`` without autocast."""
+        if self.precision is not None:
+            return None if self._is_pure else _PRECISION_DTYPE[self.precision]
+        usual = self.trainer != "loop" or self.kbit_upcast or self.compute_dtype == "float16"
+        return self.compute_dtype if (usual if self.autocast is None else self.autocast) else None
+
+    @property
+    def keeps_vision_hook(self) -> bool:
+        """Whether the hook on the vision patch embed stays, where this Transformers puts one."""
+        if self.vision_hook is None:
+            return self.gradient_checkpointing and self.trainer != "loop"
+        return self.vision_hook
 
     @property
     def trains_under_autocast(self) -> bool:
         """Whether the training forward runs under autocast."""
-        if self.autocast is not None:
-            return self.autocast
-        return self.kbit_upcast or self.compute_dtype == "float16"
+        return self.autocast_dtype is not None

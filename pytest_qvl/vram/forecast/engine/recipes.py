@@ -94,6 +94,7 @@ def recipe_from_model(model: Any) -> tuple[Request, Source, Recipe]:
         kbit_upcast=stored == torch.float32,
         capability=_capability(parts),
         checkpoint="nf4",
+        trainer="loop",
     )
     config = deepcopy(parts.config)
     vars(config).pop("quantization_config", None)

@@ -76,9 +76,9 @@ def prepare_training(parts: Parts, request: Request, stage: Stage) -> None:
     """Set up checkpointing and the hooks that make inputs require gradients, as ``request`` wants them."""
     if request.gradient_checkpointing:
         enable_checkpointing(parts.base, {"use_reentrant": False, **stage.checkpoint_arguments()})
-    if request.gradient_checkpointing or request.vision_hook:
+    if request.gradient_checkpointing or request.keeps_vision_hook:
         parts.base.enable_input_require_grads()
-    if not request.vision_hook:
+    if not request.keeps_vision_hook:
         remove_vision_grad_hooks(parts.patch_embed)
 
 
@@ -169,9 +169,9 @@ def _forward_phases(parts: Parts, stage: Stage) -> Iterator[None]:
 
 def autocast(request: Request, stage: Stage) -> Any:
     """The autocast that ``request`` trains under, if any."""
-    if not request.trains_under_autocast:
+    if request.autocast_dtype is None:
         return nullcontext()
-    return torch.autocast(stage.autocast_device, dtype=getattr(torch, request.compute_dtype))
+    return torch.autocast(stage.autocast_device, dtype=getattr(torch, request.autocast_dtype))
 
 
 def model_inputs(parts: Parts, request: Request, source: Source, stage: Stage) -> dict[str, Any]:

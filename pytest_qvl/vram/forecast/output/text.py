@@ -30,7 +30,7 @@ def _asked(forecast: Forecast) -> str:
     if request.lora_r:
         options = [f"LoRA r={request.lora_r} (fp32, language linears)", request.optimizer]
         options.append("gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing")
-        if request.vision_hook:
+        if request.keeps_vision_hook:
             options.append("vision hook left on")
         if request.kbit_upcast:
             options.append("fp32 upcast")

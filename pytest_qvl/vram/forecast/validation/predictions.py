@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.request import Request
+from pytest_qvl.vram.forecast.request import Request, Sample
 from pytest_qvl.vram.units import GiB
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ CAP = "t4"
 # What a phase of the forecast and of a measurement do not share: the first training step, of which the forecast makes
 # the update only.
 NOT_COMPARED = (phases.STATES,)
+# Fields of a request that JSON gives back as lists.
+_TUPLES = {"image", "capability", "lora_targets", "modules_to_save"}
 
 
 @dataclass(frozen=True)
@@ -69,17 +71,19 @@ class Case:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Case:
-        """The case of one entry of the file."""
-        fields = {**data["request"], "image": tuple(data["request"]["image"])}
-        fields["capability"] = tuple(fields["capability"])
+        """The case of one entry of the file; what entries of earlier releases do not name was a loop."""
+        fields = {"trainer": "loop", **data["request"]}
+        for name in _TUPLES & fields.keys():
+            fields[name] = as_tuples(fields[name])
+        fields["samples"] = tuple(Sample(as_tuples(s["images"]), s["tokens"]) for s in fields.get("samples", ()))
         return cls(Request(**fields), data["card"])
 
 
 def cases() -> list[Case]:
     """Every case: models by visual tokens by checkpointing, then a 7B training step on a capped card."""
-    common = {"tokens": TEXT_TOKENS, "optimizer": "adamw_8bit", "checkpoint": "synthetic"}
+    common = {"tokens": TEXT_TOKENS, "optimizer": "adamw_8bit", "checkpoint": "synthetic", "trainer": "loop"}
     found = [
-        Case(Request(model, (side, side), gradient_checkpointing=on, generate=32, **common))  # type: ignore[arg-type]
+        Case(Request(model, (side, side), gradient_checkpointing=on, generate=32, vision_hook=False, **common))  # type: ignore[arg-type]
         for model in MODELS
         for on in (True, False)
         for side in SIDES.values()
@@ -139,6 +143,11 @@ def predictions() -> Iterator[dict[str, Any]]:
         if built is None or built[0] != kind:
             built = kind, Forecaster(case.request, None if case.card is None else find_card(case.card))
         yield as_plain(predict(case, built[1]))
+
+
+def as_tuples(value: Any) -> Any:
+    """``value`` with every list in it as a tuple."""
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
 
 
 def as_plain(entry: dict[str, Any]) -> dict[str, Any]:
@@ -212,13 +221,13 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The entries of the file.
+    """The entries of the file, their requests with every field of today's.
 
     Raises:
         ValueError: The file is of another schema.
     """
     entries: list[dict[str, Any]] = read_file(path)["cases"]
-    return entries
+    return [{**entry, "request": as_plain(asdict(Case.from_dict(entry).request))} for entry in entries]
 
 
 def main(arguments: list[str]) -> int:

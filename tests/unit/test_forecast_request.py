@@ -1,0 +1,69 @@
+"""What can be asked of a forecast: the fields of a request, what they decide, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pytest_qvl.vram.forecast import Request, Sample
+from pytest_qvl.vram.forecast.validation.predictions import Case
+
+
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({}, "bfloat16"),
+        ({"trainer": "trl", "compute_dtype": "float16"}, "float16"),
+        ({"trainer": "loop"}, None),
+        ({"trainer": "loop", "kbit_upcast": True}, "bfloat16"),
+        ({"trainer": "loop", "compute_dtype": "float16"}, "float16"),
+        ({"trainer": "loop", "autocast": True}, "bfloat16"),
+        ({"autocast": False}, None),
+        ({"precision": "fp16"}, "float16"),
+        ({"precision": "bf16-pure"}, None),
+    ],
+)
+def test_autocast_is_what_the_trainer_and_the_precision_say(settings: dict[str, Any], dtype: str | None) -> None:
+    assert Request(**settings).autocast_dtype == dtype
+
+
+def test_a_trainer_leaves_the_vision_hook_and_a_loop_takes_it_off() -> None:
+    assert Request().keeps_vision_hook
+    assert not Request(gradient_checkpointing=False).keeps_vision_hook
+    assert not Request(trainer="loop").keeps_vision_hook
+    assert not Request(vision_hook=False).keeps_vision_hook
+
+
+def test_samples_take_the_place_of_one_size_for_all() -> None:
+    assert (
+        Request(image=(56, 84), images=2, batch=3, tokens=9).batch_of_samples == (Sample(((56, 84), (56, 84)), 9),) * 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"accumulation": 0}, "accumulation is 0: it must be at least 1"),
+        ({"evaluation": -1}, "evaluation is -1: it must be at least 0"),
+        ({"trainer": "axolotl"}, "trainer is 'axolotl': known are hf, trl, unsloth, loop"),
+        ({"trainer": "unsloth"}, "Unsloth replaces"),
+        ({"precision": "fp8"}, "precision is 'fp8': known are None, bf16"),
+        ({"precision": "bf16", "autocast": False}, "contradict each other"),
+        ({"precision": "bf16-pure", "autocast": True}, "contradict each other"),
+        ({"lora_targets": "vision"}, "lora_targets is 'vision': known are language, all-linear and a tuple"),
+        ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
+        ({"base_bits": 3}, "base_bits is 3: known are 4, 8, 16"),
+        ({"samples": (Sample(((0, 28),), 9),)}, "image 0x28 has no pixels"),
+        ({"samples": (Sample(((28, 28),), 3),)}, "tokens is 3"),
+    ],
+)
+def test_what_describes_no_run_is_refused_in_one_sentence(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint) as refused:
+        Request(**settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_entry_of_an_earlier_release_was_a_loop() -> None:
+    case = Case.from_dict({"request": {"image": [448, 448], "capability": [7, 5], "vision_hook": False}, "card": None})
+    assert case.request == Request(image=(448, 448), capability=(7, 5), vision_hook=False, trainer="loop")
