@@ -241,6 +241,16 @@ def test_the_forecast_is_what_an_h200_measured(
         assert abs(above - expected_above) <= max(0.10 * expected_above, 32 * MiB)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("settings", "peak"), [({}, 11071), ({"trainer": "loop"}, 13795)])
+def test_a_trainer_and_a_loop_take_what_they_were_measured_to(settings: dict[str, Any], peak: int) -> None:
+    """3B, one image, on an H200: Transformers' Trainer with ``bf16=True``, and a loop without autocast."""
+    found = forecast("qwen2.5-vl-3b", image=(756, 1008), tokens=300, gradient_checkpointing=False, **settings)
+    assert found.visual_tokens == 972
+    assert found.training_peak is not None
+    assert abs(found.training_peak.peak_allocated - peak * MiB) <= 4 * MiB
+
+
 def test_loading_a_16_bit_checkpoint_keeps_the_measured_gaps() -> None:
     """6,591 MiB allocated and 6,598 reserved on the H200: 10 MiB of blocks that were not worth splitting."""
     loaded = forecast("qwen2.5-vl-7b", lora_r=0, image=(56, 56), tokens=8).phase(phases.LOAD)

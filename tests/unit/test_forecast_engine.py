@@ -220,3 +220,18 @@ def test_dropout_keeps_a_mask_of_one_byte_per_element() -> None:
         assert out.requires_grad
     found = replay(trace).phases
     assert found["kept"].start_allocated - found["dropout"].start_allocated == (4 + 1) * MiB
+
+
+def test_autocast_is_cudas() -> None:
+    """PEFT asks whether autocast is on without naming a device and means CUDA; there ``layer_norm`` runs in fp32."""
+    recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=10**9)
+    question = torch.is_autocast_enabled
+    with recorder:
+        x, weight = (recorder.dataless((100, 64), torch.bfloat16), recorder.dataless((64,), torch.bfloat16))
+        assert not torch.is_autocast_enabled()
+        assert nn.functional.layer_norm(x, (64,), weight).dtype == torch.bfloat16
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.is_autocast_enabled()
+            assert nn.functional.layer_norm(x, (64,), weight).dtype == torch.float32
+            assert nn.functional.linear(x.float(), recorder.dataless((8, 64), torch.float32)).dtype == torch.bfloat16
+    assert torch.is_autocast_enabled is question

@@ -163,6 +163,20 @@ def attention(  # noqa: PLR0917  (torch's own signature)
     return out[0]  # type: ignore[no-any-return]
 
 
+def in_float32(args: Any, kwargs: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of an operation that CUDA's autocast runs in fp32 and the CPU's does not: ``layer_norm``.
+
+    The others of CUDA's list either do not occur in these models under autocast (``exp``, ``softmax``), or get fp32.
+
+    Source: ``aten/src/ATen/autocast_mode.h``, ``AT_FORALL_FP32``.
+    """
+
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    return [cast(value) for value in args], {name: cast(value) for name, value in kwargs.items()}
+
+
 def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
     """``torch.nn.functional.dropout`` as on CUDA: one kernel that keeps a mask of one byte per element.
 

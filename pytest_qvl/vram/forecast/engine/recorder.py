@@ -12,7 +12,7 @@ Inside a :class:`Recorder` the real model code runs unchanged, on the CPU build 
   would be released.
 
 Tensors without data call themselves CPU tensors because Python indexing of fake CUDA tensors needs a CUDA build; what
-differs on CUDA (attention kernels, scratch memory inside kernels) comes from :mod:`.kernels`.
+differs on CUDA (attention kernels, scratch memory inside kernels, what autocast casts) comes from :mod:`.kernels`.
 """
 
 from __future__ import annotations
@@ -94,13 +94,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._workspaces: dict[tuple[str, bool], int] = {}
         self._shapes = ShapeCache()
         self._functions = _PythonCalls(self)
+        self._autocast_questions: list[Any] = []
 
     def __enter__(self) -> Recorder:
         super().__enter__()  # type: ignore[no-untyped-call]
         self._functions.__enter__()  # type: ignore[no-untyped-call]
+        self._autocast_questions.append(torch.is_autocast_enabled)
+        torch.is_autocast_enabled = _is_autocast_enabled
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        torch.is_autocast_enabled = self._autocast_questions.pop()
         self._functions.__exit__(*exc)  # type: ignore[no-untyped-call]
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
 
@@ -275,10 +279,24 @@ class _PythonCalls(TorchFunctionMode):
             return kernels.attention(self._device, *args, **(kwargs or {}))
         if func is torch.nn.functional.dropout:
             return kernels.dropout(*args, **(kwargs or {}))
+        if func is torch.nn.functional.layer_norm and torch.is_autocast_enabled("cpu"):
+            args, kwargs = kernels.in_float32(args, kwargs or {})
         out = func(*args, **(kwargs or {}))
         if func == _SET_DATA and isinstance(args[0], DatalessTensor):
             args[0].elem = args[1].elem
         return out
+
+
+_ask_autocast = torch.is_autocast_enabled
+
+
+def _is_autocast_enabled(device_type: str = "cpu") -> bool:
+    """``torch.is_autocast_enabled`` of a process whose device is the one that tensors without data say they are on.
+
+    The original means CUDA where no device is named. PEFT's 4-bit layers ask it so, and copy their input to fp32 where
+    autocast is off.
+    """
+    return _ask_autocast(device_type)
 
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
