@@ -62,8 +62,15 @@ class Forecaster:
         Raises:
             ValueError: An image the processor refuses.
         """
+        return self.read(request, self.trace(request, inference=inference))
+
+    def trace(self, request: Request, *, inference: bool = True) -> AllocationTrace:
+        """Every allocation and free of the run that ``request`` describes, for :meth:`read` and :func:`judge`."""
+        return self._dry_run.run(request, inference=inference)
+
+    def read(self, request: Request, trace: AllocationTrace) -> Forecast:
+        """The forecast that a trace of ``request`` makes."""
         visual = request.images * self.source.sizes.visual_tokens(*request.image)
-        trace = self._dry_run.run(request, inference=inference)
         points: list[tuple[str, tuple[int, ...]]] = []
 
         def watch(phase: str, live: tuple[int, ...]) -> None:
@@ -72,6 +79,7 @@ class Forecaster:
 
         found = replay(trace, watch=watch).phases
         ready = found.get(phases.PREPARE) or found[phases.LOAD]
+        reserved = max(phase.peak_reserved for phase in found.values())
         return Forecast(
             request=request,
             label=self.source.label,
@@ -80,15 +88,21 @@ class Forecaster:
             resident=ready.end_allocated,
             phases=tuple(found.values()),
             timeline=Timeline(tuple(p for p, _ in points), tuple(v for _, v in points)),
-            verdict=self._judge(trace, max(phase.peak_reserved for phase in found.values())),
+            verdict=None if self.card is None else judge(trace, self.card, reserved),
         )
 
-    def _judge(self, trace: AllocationTrace, reserved: int) -> Verdict | None:
-        if self.card is None:
-            return None
-        available = self.card.usable_bytes - self.card.context_bytes
-        failure = replay(trace, limit=available).failure if reserved > available else None
-        return Verdict(self.card, available, reserved, failure)
+
+def judge(trace: AllocationTrace, card: Card, reserved: int) -> Verdict:
+    """Whether what ``trace`` allocates fits a card.
+
+    Args:
+        trace: From :meth:`Forecaster.trace`.
+        card: The card, whose attention kernels need not be those of the trace.
+        reserved: Most bytes the allocator reserves without a limit.
+    """
+    available = card.usable_bytes - card.context_bytes
+    failure = replay(trace, limit=available).failure if reserved > available else None
+    return Verdict(card, available, reserved, failure)
 
 
 def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> Largest:

@@ -1,0 +1,146 @@
+"""The cases that real trainers are measured on, as data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pytest_qvl.vram.forecast.request import Request, Sample
+
+# Caps under which "fits" is judged. The allocator of the measuring GPU gets what the card would leave it; kernels stay
+# those of the measuring GPU.
+CARDS = ("t4", "l4", "a100-40gb")
+# Of the GPU that the cases are measured on (H100, H200).
+CAPABILITY = (9, 0)
+
+Size = tuple[int, int]
+# Model, trainer, dtype, batch, images of each sample, text tokens, rank, optimizer, accumulation, checkpointing.
+Row = tuple[str, str, str, int, tuple[Size, ...], int, int, str, int, bool]
+_ROWS: tuple[Row, ...] = (
+    ("qwen2.5-vl-3b", "hf", "bf16", 1, ((1008, 756),), 300, 16, "paged_adamw_8bit", 1, False),
+    ("qwen2.5-vl-3b", "hf", "bf16", 1, ((1008, 756),), 300, 16, "paged_adamw_8bit", 1, True),
+    ("qwen2.5-vl-3b", "hf", "bf16", 2, ((644, 644),), 128, 8, "adamw_torch_fused", 1, True),
+    ("qwen2.5-vl-3b", "hf", "bf16", 4, ((448, 448),), 96, 32, "adamw_torch", 4, True),
+    ("qwen2.5-vl-3b", "hf", "bf16", 8, ((336, 560),), 200, 64, "adamw_8bit", 1, True),
+    ("qwen2.5-vl-3b", "hf", "bf16", 2, ((448, 672), (896, 560)), 180, 128, "paged_adamw_32bit", 1, True),
+    ("qwen2.5-vl-3b", "hf", "bf16", 1, ((560, 560),) * 4, 512, 16, "adamw_bnb_8bit", 4, False),
+    ("qwen2.5-vl-3b", "hf", "bf16", 4, ((392, 588),), 64, 16, "adamw_8bit", 1, False),
+    ("qwen2.5-vl-3b", "hf", "fp16", 1, ((868, 868),), 250, 32, "adamw_torch", 1, True),
+    ("qwen2.5-vl-3b", "hf", "fp16", 2, ((504, 504), (504, 504)), 140, 16, "paged_adamw_8bit", 4, True),
+    ("qwen2.5-vl-3b", "hf", "fp16", 2, ((476, 700),), 100, 64, "adamw_8bit", 1, False),
+    ("qwen2.5-vl-3b", "trl", "bf16", 1, ((1008, 756),), 300, 16, "paged_adamw_8bit", 1, True),
+    ("qwen2.5-vl-3b", "trl", "bf16", 1, ((1008, 756),), 300, 16, "adamw_torch_fused", 1, False),
+    ("qwen2.5-vl-3b", "trl", "bf16", 4, ((616, 448),), 220, 64, "adamw_8bit", 4, True),
+    ("qwen2.5-vl-3b", "trl", "bf16", 2, ((700, 700), (448, 448), (420, 840)), 400, 8, "adamw_torch", 1, True),
+    ("qwen2.5-vl-3b", "trl", "bf16", 8, ((448, 448),), 80, 128, "paged_adamw_32bit", 1, True),
+    ("qwen2.5-vl-7b", "hf", "bf16", 1, ((1204, 784),), 350, 16, "paged_adamw_8bit", 1, True),
+    ("qwen2.5-vl-7b", "hf", "bf16", 1, ((1204, 784),), 350, 16, "paged_adamw_8bit", 1, False),
+    ("qwen2.5-vl-7b", "hf", "bf16", 2, ((672, 672), (672, 672)), 150, 64, "adamw_torch_fused", 4, True),
+    ("qwen2.5-vl-7b", "hf", "bf16", 4, ((560, 420),), 256, 32, "adamw_8bit", 1, True),
+    ("qwen2.5-vl-7b", "hf", "bf16", 8, ((448, 448),), 72, 8, "adamw_torch", 1, True),
+    ("qwen2.5-vl-7b", "hf", "bf16", 1, ((1624, 1624),), 100, 128, "paged_adamw_32bit", 1, True),
+    ("qwen2.5-vl-7b", "hf", "bf16", 1, ((840, 616), (448, 952), (560, 560)), 600, 16, "adamw_bnb_8bit", 1, True),
+    ("qwen2.5-vl-7b", "hf", "bf16", 2, ((392, 392),), 120, 64, "adamw_torch", 4, False),
+    ("qwen2.5-vl-7b", "hf", "fp16", 1, ((756, 756),), 200, 16, "paged_adamw_8bit", 1, True),
+    ("qwen2.5-vl-7b", "hf", "fp16", 2, ((588, 784),), 90, 32, "adamw_8bit", 4, True),
+    ("qwen2.5-vl-7b", "trl", "bf16", 1, ((1204, 784),), 350, 16, "paged_adamw_8bit", 1, True),
+    ("qwen2.5-vl-7b", "trl", "bf16", 2, ((728, 560), (728, 560)), 300, 32, "adamw_torch_fused", 4, True),
+    ("qwen2.5-vl-7b", "trl", "bf16", 4, ((644, 476),), 128, 128, "adamw_8bit", 1, True),
+    ("qwen2.5-vl-7b", "trl", "bf16", 1, ((616, 616),), 500, 64, "paged_adamw_32bit", 1, False),
+    ("qwen3-vl-2b", "hf", "bf16", 1, ((768, 1024),), 200, 16, "adamw_torch_fused", 1, True),
+    ("qwen3-vl-2b", "hf", "bf16", 4, ((512, 512),), 150, 32, "paged_adamw_8bit", 4, True),
+    ("qwen3-vl-2b", "hf", "bf16", 8, ((384, 640),), 100, 8, "adamw_8bit", 1, False),
+    ("qwen3-vl-2b", "hf", "fp16", 2, ((640, 640), (512, 768)), 250, 64, "adamw_torch", 1, True),
+    ("qwen3-vl-2b", "trl", "bf16", 2, ((736, 736), (480, 640)), 180, 16, "adamw_8bit", 1, True),
+    ("qwen3-vl-2b", "trl", "bf16", 4, ((576, 448),), 300, 128, "adamw_torch", 4, False),
+    ("qwen3-vl-4b", "hf", "bf16", 1, ((1120, 864),), 280, 64, "paged_adamw_8bit", 1, True),
+    ("qwen3-vl-4b", "hf", "bf16", 2, ((608, 608),), 160, 16, "adamw_torch", 4, False),
+    ("qwen3-vl-4b", "hf", "bf16", 1, ((512, 512), (704, 480), (320, 960), (512, 640)), 420, 32, "adamw_8bit", 1, True),
+    ("qwen3-vl-4b", "trl", "bf16", 2, ((800, 640),), 220, 32, "paged_adamw_32bit", 4, True),
+    ("qwen3-vl-8b", "hf", "bf16", 1, ((896, 1152),), 320, 16, "paged_adamw_8bit", 1, True),
+    ("qwen3-vl-8b", "hf", "bf16", 4, ((544, 544),), 110, 64, "adamw_torch_fused", 1, True),
+    ("qwen3-vl-8b", "hf", "bf16", 2, ((448, 608), (640, 384)), 240, 8, "adamw_8bit", 4, True),
+    ("qwen3-vl-8b", "hf", "bf16", 1, ((704, 512),), 180, 128, "adamw_torch", 1, False),
+    ("qwen3-vl-8b", "trl", "bf16", 1, ((896, 1152),), 320, 16, "paged_adamw_8bit", 1, True),
+    ("qwen3-vl-8b", "trl", "bf16", 4, ((480, 480),), 130, 32, "adamw_8bit", 1, True),
+)
+# Batches of samples that differ, padded to the longest: model, trainer, samples.
+_MIXED: tuple[tuple[str, str, tuple[Sample, ...]], ...] = (
+    ("qwen2.5-vl-3b", "hf", (Sample(((1008, 756),), 90), Sample(((448, 448), (336, 504)), 260))),
+    ("qwen2.5-vl-7b", "hf", (Sample(((756, 560),), 310), Sample(((448, 448),), 40), Sample(((560, 560),), 120))),
+    ("qwen3-vl-2b", "trl", (Sample(((896, 640),), 64), Sample(((512, 512), (320, 448)), 200))),
+)
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def cases() -> list[Request]:
+    """Every case: samples that are alike, samples that differ, k-bit preparation, and the vision hook taken off.
+
+    Without those whose settings the forecast does not follow; :func:`refused` says which.
+    """
+    return [request for request in map(_request, _fields()) if isinstance(request, Request)]
+
+
+def refused() -> list[str]:
+    """Why the forecast does not follow some of the cases, a sentence each."""
+    return [why for why in map(_request, _fields()) if isinstance(why, str)]
+
+
+def _request(fields: dict[str, Any]) -> Request | str:
+    try:
+        return Request(**fields)
+    except ValueError as error:
+        return f"{fields['model']} {fields['trainer']}: {error}"
+
+
+def _fields() -> list[dict[str, Any]]:
+    alike = [_alike(row) for row in _ROWS]
+    usual = {fields["model"]: fields for fields in reversed(alike) if fields["gradient_checkpointing"]}
+    shapes = ("image", "images", "batch", "tokens")
+    bare = {model: {k: v for k, v in fields.items() if k not in shapes} for model, fields in usual.items()}
+    mixed = [{**bare[model], "trainer": trainer, "samples": samples} for model, trainer, samples in _MIXED]
+    upcast = [{**usual[model], "kbit_upcast": True} for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-4b")]
+    unhooked = [{**usual[model], "vision_hook": False} for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b")]
+    return [*alike, *mixed, *upcast, *unhooked]
+
+
+def _alike(row: Row) -> dict[str, Any]:
+    model, trainer, precision, batch, images, tokens, rank, optimizer, accumulation, checkpointing = row
+    shapes: dict[str, Any] = {"samples": (Sample(images, tokens),) * batch}
+    if len(set(images)) == 1:
+        shapes = {"image": images[0], "images": len(images), "batch": batch, "tokens": tokens}
+    return {
+        "model": model,
+        "trainer": trainer,
+        "precision": precision,
+        "compute_dtype": _DTYPES[precision],
+        "lora_r": rank,
+        "optimizer": optimizer,
+        "accumulation": accumulation,
+        "gradient_checkpointing": checkpointing,
+        "checkpoint": "synthetic",
+        "capability": CAPABILITY,
+        **shapes,
+    }
+
+
+def name_of(request: Request) -> str:
+    """Short, and unique among the cases: model, trainer, precision, samples, rank, optimizer and what is unusual."""
+    samples = request.batch_of_samples
+    kinds = list(dict.fromkeys(samples))
+    words = [Path(request.model).name, request.trainer, request.precision or request.compute_dtype]
+    shapes = [f"{_images(sample)}+{sample.tokens}" for sample in kinds]
+    words += [f"{len(samples)}x{shapes[0]}"] if len(kinds) == 1 else ["_".join(shapes)]
+    words += [f"r{request.lora_r}", request.optimizer]
+    words += [f"accumulate{request.accumulation}"] if request.accumulation > 1 else []
+    words += [] if request.gradient_checkpointing else ["kept"]
+    words += ["upcast"] if request.kbit_upcast else []
+    words += ["unhooked"] if request.gradient_checkpointing and request.vision_hook is False else []
+    return " ".join(words)
+
+
+def _images(sample: Sample) -> str:
+    sizes = list(dict.fromkeys(sample.images))
+    if len(sizes) == 1 and len(sample.images) > 1:
+        return f"{len(sample.images)}*{sizes[0][0]}x{sizes[0][1]}"
+    return ",".join(f"{height}x{width}" for height, width in sample.images)

@@ -1,0 +1,340 @@
+"""Run every predicted case with its real trainer on this GPU and keep what it used, a record after each case.
+
+``python -m pytest_qvl.vram.forecast.validation.trainers.measure PREDICTIONS.json RECORD.json --shard 1/2``. Started
+again, it goes on with what the record lacks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.vram.forecast.validation.trainers.records import (
+    MEASURED,
+    PREDICTED,
+    digest,
+    read_record,
+    versions,
+    write_record,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pytest_qvl.vram.forecast.request import Request
+
+PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "datasets")
+# Nearer than this to the edge of a card, by the forecast, the training is run under the card's cap.
+EDGE = 0.15
+# What may stay allocated after a case: more means that it left something behind, and the model is built anew.
+LEFT = 1 << 20
+CUDA_BROKEN = 3
+
+
+@dataclass
+class _Built:
+    """A model that serves several cases."""
+
+    kind: tuple[str, str, bool]
+    base: Any
+    source: Any
+    baseline: int
+    resident: int
+
+
+class Bench:
+    """Measures cases one after the other; a model is built once for all cases of its kind that follow each other.
+
+    Args:
+        device: ``"cuda"``, or ``"cpu"`` to see that the cases run.
+        steps: Updates of each training.
+    """
+
+    def __init__(self, device: str, steps: int) -> None:
+        self._device, self._steps = device, steps
+        self._built: _Built | None = None
+
+    def run(self, entry: dict[str, Any]) -> dict[str, Any]:
+        """One case: what it used, and what came of it under the caps of cards it is near to."""
+        started = time.perf_counter()
+        request = request_of(entry)
+        found = {"name": entry["name"], **self._train(request, self._steps)}
+        found["caps"] = {
+            card: self._under_cap(request, verdict, found, entry["reserved"])
+            for card, verdict in entry["verdicts"].items()
+            if found.get("reserved")
+        }
+        return {**found, "seconds": round(time.perf_counter() - started, 1)}
+
+    def _train(self, request: Request, steps: int) -> dict[str, Any]:
+        """What one training used, or the sentence it ended with."""
+        import torch
+
+        from pytest_qvl.vram.cap import pinned_attention
+        from pytest_qvl.vram.forecast.validation.trainers.training import train_with_trainer
+
+        try:
+            built = self._model(request)
+            self._settle()
+            with pinned_attention(request.capability):
+                trained = train_with_trainer(built.base, request, built.source, self._device, steps)
+        except torch.OutOfMemoryError as error:
+            return {"status": "out of memory", "error": _sentence(error), **self._after(error)}
+        except Exception as error:
+            return {"status": "failed", "error": _sentence(error), "where": _place(error), **self._after(error)}
+        used = trained.peaks.by_phase
+        figures: dict[str, Any] = {"not_measured": "no CUDA here: torch counts no memory of the CPU"}
+        if used:
+            figures = {
+                "baseline": built.baseline,
+                "resident": built.resident - built.baseline,
+                "allocated": max(allocated for allocated, _ in used.values()) - built.baseline,
+                "reserved": max(reserved for _, reserved in used.values()),
+                "phases": {
+                    name: {"allocated": allocated - built.baseline, "reserved": reserved}
+                    for name, (allocated, reserved) in used.items()
+                },
+            }
+        return {
+            "status": "measured",
+            **figures,
+            "updates": trained.updates,
+            "losses": trained.losses,
+            "vision_backward": trained.vision_backward,
+            **self._after(None),
+        }
+
+    def _under_cap(
+        self, request: Request, verdict: dict[str, Any], found: dict[str, Any], forecast: int
+    ) -> dict[str, Any]:
+        """Whether it fits what a card leaves the allocator: trained under that cap where it is near, else derived."""
+        import torch
+
+        available = verdict["available"]
+        near = abs(forecast / available - 1) <= EDGE
+        # What is reserved without a cap may be given back under one; what is allocated may not.
+        sure = found["reserved"] <= available or found["allocated"] > available
+        if sure and not near:
+            return {"ran": False, "fits": found["reserved"] <= available}
+        total = torch.cuda.mem_get_info()[1]
+        if available > total:
+            return {"ran": False, "fits": None, "why": f"this GPU has {total} bytes, less than the card leaves"}
+        torch.cuda.set_per_process_memory_fraction(available / total)
+        try:
+            run = self._train(request, 2)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        fits = {"measured": True, "out of memory": False}.get(run["status"])
+        return {"ran": True, "fits": fits, "reserved": run.get("reserved"), "error": run.get("error")}
+
+    def _model(self, request: Request) -> _Built:
+        import torch
+
+        from pytest_qvl.models.quantized import keep_quantized_weights_in_place, usual_quantization
+        from pytest_qvl.models.sources.synthetic import build_synthetic
+        from pytest_qvl.vram.forecast.source import find_source
+
+        kind = kind_of(request)
+        if self._built is not None and self._built.kind == kind:
+            return self._built
+        self._drop()
+        source, dtype = find_source(request.model), getattr(torch, request.compute_dtype)
+        baseline = self._allocated()
+        base = build_synthetic(source.config, usual_quantization(dtype), self._device, dtype)
+        keep_quantized_weights_in_place(base)
+        base.requires_grad_(False)
+        if request.kbit_upcast:
+            from peft import prepare_model_for_kbit_training
+
+            prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        self._settle()
+        self._built = _Built(kind, base, source, baseline, self._allocated())
+        return self._built
+
+    def _after(self, error: BaseException | None) -> dict[str, Any]:
+        """Clean up; the model is built anew if a case failed or left something on the device."""
+        import torch
+
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)  # they hold the batch and the graph
+        self._settle()
+        if self._built is None:
+            return {}
+        left = self._allocated() - self._built.resident
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if abs(left) > LEFT or (error is not None and not out_of_memory):
+            self._drop()
+        return {"left_behind": left} if abs(left) > LEFT else {}
+
+    def _drop(self) -> None:
+        self._built = None
+        self._settle()
+
+    def _settle(self) -> None:
+        """Without garbage, library workspaces and cached memory."""
+        import torch
+
+        gc.collect()
+        if self._device == "cuda":
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.empty_cache()
+
+    def _allocated(self) -> int:
+        import torch
+
+        return torch.cuda.memory_allocated() if self._device == "cuda" else 0
+
+
+def kind_of(request: Request) -> tuple[str, str, bool]:
+    """What requests must share for one model to serve them."""
+    return request.model, request.compute_dtype, request.kbit_upcast
+
+
+def request_of(entry: dict[str, Any]) -> Request:
+    """The request of one entry of the predictions."""
+    from pytest_qvl.vram.forecast.validation.predictions import Case
+
+    return Case.from_dict({"card": None, **entry}).request
+
+
+def in_shard(entries: Sequence[dict[str, Any]], shard: tuple[int, int]) -> list[dict[str, Any]]:
+    """The entries of one shard of several, those of one model together.
+
+    Models go to the shard that has least to do, largest first; a model with more than its share is split.
+    """
+    kinds: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for entry in entries:
+        kinds.setdefault(kind_of(request_of(entry)), []).append(entry)
+    share = max(1, -(-len(entries) // shard[1]))
+    pieces = [group[i : i + share] for group in kinds.values() for i in range(0, len(group), share)]
+    shards: list[list[dict[str, Any]]] = [[] for _ in range(shard[1])]
+    for piece in sorted(pieces, key=len, reverse=True):
+        min(shards, key=len).extend(piece)
+    return shards[shard[0] - 1]
+
+
+def _sentence(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+
+
+def _place(error: BaseException) -> list[str]:
+    frames = traceback.extract_tb(error.__traceback__)[-6:]
+    return [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shard like 1/2")
+    return int(match[1]), int(match[2])
+
+
+def _works(device: str) -> bool:
+    import torch
+
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main(arguments: list[str]) -> int:
+    """Measure the cases of one shard; 1 if one failed, 3 if CUDA broke (start again: it goes on)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pytest_qvl.vram.forecast.validation.trainers.measure", description=__doc__
+    )
+    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS.json")
+    parser.add_argument("record", type=Path, metavar="RECORD.json", help="written after every case; one per shard")
+    parser.add_argument("--shard", type=_shard, default=(1, 1), metavar="K/N", help="the K-th of N parts")
+    parser.add_argument("--only", default="", metavar="REGEX", help="only these cases")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: run, measure nothing")
+    parser.add_argument("--steps", type=int, default=3, metavar="N", help="updates of each training")
+    parser.add_argument("--again", action="store_true", help="run what failed before again")
+    options = parser.parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+
+    if options.device == "cuda" and torch.cuda.device_count() != 1:
+        parser.error(f"{torch.cuda.device_count()} GPUs are visible: set CUDA_VISIBLE_DEVICES to one")
+    entries = read_record(options.predictions, PREDICTED)["cases"]
+    wanted = [entry for entry in in_shard(entries, options.shard) if re.search(options.only, entry["name"])]
+    record = _begin(options.record, digest(options.predictions), options.device)
+    done = {e["name"] for e in record["cases"] if e["status"] != "failed" or not options.again}
+    bench = Bench(options.device, options.steps)
+    with _quiet():
+        for entry in wanted:
+            if entry["name"] in done:
+                continue
+            found = bench.run(entry)
+            record["cases"] = [*(e for e in record["cases"] if e["name"] != entry["name"]), found]
+            write_record(options.record, record)
+            print(_line(entry, found), flush=True)
+            if not _works(options.device):
+                print("CUDA is broken in this process: start the command again to go on", flush=True)
+                return CUDA_BROKEN
+    return int(any(e["status"] == "failed" for e in record["cases"]))
+
+
+def _begin(path: Path, predictions: str, device: str) -> dict[str, Any]:
+    """The record that is there, or a new one.
+
+    Raises:
+        ValueError: The record belongs to other predictions.
+    """
+    import torch
+
+    if path.is_file():
+        record = read_record(path, MEASURED)
+        if record["predictions"] != predictions:
+            raise ValueError(f"{path} was measured for other predictions: name another file")
+        return record
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return {
+        "schema": MEASURED,
+        "predictions": predictions,
+        "device": name,
+        "versions": versions(*PACKAGES),
+        "cases": [],
+    }
+
+
+def _line(entry: dict[str, Any], found: dict[str, Any]) -> str:
+    if "allocated" not in found:
+        said = found.get("error") or found.get("not_measured")
+        return f"{entry['name']}: {found['status']} ({said}), {found['seconds']} s"
+    parts = []
+    for key in ("allocated", "reserved"):
+        forecast, measured = entry[key] / 2**20, found[key] / 2**20
+        parts.append(f"{key} {forecast:,.0f} forecast, {measured:,.0f} measured ({forecast / measured - 1:+.2%})")
+    caps = ", ".join(
+        f"{card} {'fits' if cap['fits'] else 'does not fit' if cap['fits'] is False else 'unknown'}"
+        + ("" if cap["fits"] == entry["verdicts"][card]["fits"] else " BUT FORECAST OTHERWISE")
+        for card, cap in found["caps"].items()
+    )
+    return f"{entry['name']}: {'; '.join(parts)}; {caps}; {found['seconds']} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,288 @@
+"""One case run by the real ``transformers.Trainer`` or TRL's ``SFTTrainer``, its peaks read from torch's allocator."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine.build import usual_lora
+from pytest_qvl.vram.forecast.engine.workload import model_inputs
+from pytest_qvl.vram.forecast.validation.measured import FIRST_STEPS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.vram.forecast.request import Request
+    from pytest_qvl.vram.forecast.source import Source
+
+IGNORED_LABEL = -100
+
+
+class Peaks:
+    """Peak allocated and reserved bytes, phase by phase; nothing without CUDA.
+
+    Attributes:
+        by_phase: ``(allocated, reserved)`` of each phase: the most of all steps.
+    """
+
+    def __init__(self) -> None:
+        self.by_phase: dict[str, tuple[int, int]] = {}
+        self._open: str | None = None
+
+    def enter(self, name: str | None) -> None:
+        """End the open phase and begin another, or none."""
+        if not torch.cuda.is_available():
+            return
+        if self._open is not None:
+            found = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            before = self.by_phase.get(self._open, (0, 0))
+            self.by_phase[self._open] = max(found[0], before[0]), max(found[1], before[1])
+        torch.cuda.reset_peak_memory_stats()
+        self._open = name
+
+
+@dataclass
+class Trained:
+    """What a run showed.
+
+    Attributes:
+        peaks: By phase.
+        updates: Optimizer steps after which the optimizer had states.
+        losses: As the trainer logged them.
+        vision_backward: Whether the vision tower's output required gradients.
+    """
+
+    peaks: Peaks = field(default_factory=Peaks)
+    updates: int = 0
+    losses: list[float] = field(default_factory=list)
+    vision_backward: bool = False
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Reads the peaks at the borders that a trainer calls back at, and ends the training after enough updates."""
+
+    def __init__(self, request: Request, parts: Parts, steps: int, trained: Trained) -> None:
+        self._request, self._parts, self._steps, self._trained = request, parts, steps, trained
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        if self._request.vision_hook is False:
+            remove_vision_grad_hooks(self._parts.patch_embed)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trained.peaks.enter(phases.OPTIMIZER)
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self._trained.peaks.enter(phases.TRAIN_VISION)
+
+    def on_step_end(self, _: Any, __: Any, control: Any, optimizer: Any = None, **___: Any) -> None:
+        self._trained.updates += bool(optimizer.state)
+        control.should_training_stop = self._trained.updates >= self._steps
+
+    def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+        self._trained.losses += [logs["loss"]] if logs and "loss" in logs else []
+
+
+class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """As many rows as a training needs; what stands in them the collator knows."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return {"images": index}
+
+
+class OnHost:
+    """Where a collator makes its tensors (see :func:`~pytest_qvl.vram.forecast.engine.workload.model_inputs`)."""
+
+    @contextmanager
+    def labelled(self, kind: str) -> Iterator[None]:  # noqa: ARG002 - a host knows no kinds
+        """No label."""
+        yield
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it is."""
+        return tensor
+
+    def pixels(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Zeros: what an image shows does not change its memory."""
+        return torch.zeros(shape, dtype=dtype)
+
+
+def train_with_trainer(base: Any, request: Request, source: Source, device: str, steps: int = 3) -> Trained:
+    """Attach the adapter, train for ``steps`` updates, and take everything off again.
+
+    Args:
+        base: The quantized model without adapter; it is left as it was.
+        request: What to run; ``trainer`` is ``"hf"`` or ``"trl"``.
+        source: The model's configuration.
+        device: ``"cuda"`` or ``"cpu"``; peaks are read on CUDA only.
+        steps: Updates with optimizer states; a float16 loss scale that is too large leaves out earlier ones.
+
+    Raises:
+        torch.OutOfMemoryError: It does not fit.
+        ImportError: TRL or datasets are not installed and the request wants them.
+    """
+    from peft import get_peft_model
+
+    trained = Trained()
+    with _as_it_was(base), tempfile.TemporaryDirectory(prefix="qvl-trainer-") as folder:
+        model = get_peft_model(base, usual_lora(anatomy(base), request.lora_r))
+        parts = anatomy(model)
+        hooks = _follow(parts, trained)
+        watch = _Watch(request, parts, steps, trained)
+        arguments = _arguments(request, folder, device, steps)
+        trainer = None
+        try:
+            make = _sft_trainer if request.trainer == "trl" else _hf_trainer
+            trainer = make(model, request, source, arguments, watch)
+            trainer.remove_callback(PrinterCallback)
+            trained.peaks.enter(phases.TRAIN_VISION)
+            trainer.train()
+            trained.peaks.enter(None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            if trainer is not None:
+                _forget(trainer)
+            model.unload()
+    return trained
+
+
+def _follow(parts: Parts, trained: Trained) -> list[Any]:
+    """Hooks that begin the phases of a step."""
+
+    def leave_vision(_: Any, __: Any, output: Any) -> None:
+        found = output if isinstance(output, torch.Tensor) else next(iter(_tensors(output)), None)
+        trained.vision_backward |= found is not None and found.requires_grad
+        trained.peaks.enter(phases.FORWARD)
+
+    return [
+        parts.wrapped.register_forward_pre_hook(lambda *_: trained.peaks.enter(phases.TRAIN_VISION)),
+        parts.vision_tower.register_forward_hook(leave_vision),
+        parts.lm_head.register_forward_pre_hook(lambda *_: trained.peaks.enter(phases.LOSS)),
+        parts.wrapped.register_forward_hook(lambda *_: trained.peaks.enter(phases.BACKWARD)),
+    ]
+
+
+def _tensors(output: Any) -> Iterator[torch.Tensor]:
+    values = output.values() if hasattr(output, "values") else output
+    return (value for value in values if isinstance(value, torch.Tensor))
+
+
+def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[str, Any]:
+    """Arguments as people write them."""
+    dtype = request.autocast_dtype
+    return {
+        "output_dir": folder,
+        "per_device_train_batch_size": len(request.batch_of_samples),
+        "gradient_accumulation_steps": request.accumulation,
+        "max_steps": steps if dtype != "float16" else steps + FIRST_STEPS,
+        "learning_rate": 1e-4,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "optim": request.optimizer,
+        "gradient_checkpointing": request.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "use_cpu": device == "cpu",
+    }
+
+
+def _collator(model: Any, request: Request, source: Source) -> Any:
+    parts = anatomy(model)
+
+    def collate(_: Any) -> dict[str, Any]:
+        batch = model_inputs(parts, request, source, OnHost())  # type: ignore[arg-type]
+        labels = batch["input_ids"].clone()
+        batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        return batch
+
+    return collate
+
+
+def _rows(arguments: dict[str, Any]) -> int:
+    per_update = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
+    return int(per_update * arguments["max_steps"])
+
+
+def _hf_trainer(model: Any, request: Request, source: Source, arguments: dict[str, Any], watch: Any) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**arguments),
+        train_dataset=Rows(_rows(arguments)),
+        data_collator=_collator(model, request, source),
+        callbacks=[watch],
+    )
+
+
+def _sft_trainer(model: Any, request: Request, source: Source, arguments: dict[str, Any], watch: Any) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
+        train_dataset=Dataset.from_dict({"images": list(range(_rows(arguments)))}),
+        data_collator=_collator(model, request, source),
+        processing_class=_processor(request.model),
+        callbacks=[watch],
+    )
+
+
+def _processor(model: str) -> Any:
+    """The processor that TRL wants to have; the collator needs none."""
+    from pytest_qvl.models.sources.processors import load_processor
+    from pytest_qvl.models.sources.released import released_names
+    from pytest_qvl.models.sources.synthetic_processor import synthetic_processor
+
+    return synthetic_processor(model) if model in released_names() else load_processor(model)
+
+
+def _forget(trainer: Any) -> None:
+    """Let go of what a trainer and its accelerator hold."""
+    trainer.accelerator.free_memory()
+    vars(trainer).clear()
+
+
+@contextmanager
+def _as_it_was(base: Any) -> Iterator[None]:
+    """Take off afterwards what trainers leave on the model: patched forwards, hooks, checkpointing, training mode."""
+    patched = {id(module): dict(vars(module)) for module in base.modules()}
+    hooks = {id(module): set(module._forward_hooks) for module in base.modules()}
+    try:
+        yield
+    finally:
+        for module in base.modules():
+            if id(module) not in patched:
+                continue
+            for name in vars(module).keys() - patched[id(module)].keys():
+                delattr(module, name)
+            before = patched[id(module)]
+            for name, value in before.items():
+                if name not in {"_modules", "_parameters", "_buffers"} and vars(module).get(name) is not value:
+                    vars(module)[name] = value
+            for key in set(module._forward_hooks) - hooks[id(module)]:
+                del module._forward_hooks[key]
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        base.eval()

@@ -1,0 +1,171 @@
+"""Predicted first, measured with real trainers: cases, records, shards, the table, and a run without figures on the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.vram.forecast import Request, phases
+from pytest_qvl.vram.forecast.validation.trainers import measure, predict, table
+from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, cases, name_of
+from pytest_qvl.vram.forecast.validation.trainers.records import MEASURED, PREDICTED, digest, read_record, write_record
+
+EMBEDDED = str(embedded_model_dir())
+MIB = 1 << 20
+
+
+def _small(**changes: Any) -> Request:
+    plain = {"image": (112, 112), "tokens": 40, "lora_r": 8, "precision": "bf16", "optimizer": "adamw_torch"}
+    return Request(model=EMBEDDED, checkpoint="synthetic", **{**plain, **changes})
+
+
+def _entry(request: Request, allocated: int = 1000 * MIB, reserved: int = 1200 * MIB) -> dict[str, Any]:
+    verdicts = {
+        "t4": {"available": 1100 * MIB, "fits": False, "tight": False, "fails_in": phases.BACKWARD},
+        "l4": {"available": 2000 * MIB, "fits": True, "tight": False, "fails_in": None},
+    }
+    entry = {
+        "name": name_of(request),
+        "request": asdict(request),
+        "allocated": allocated,
+        "reserved": reserved,
+        "verdicts": verdicts,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(entry))
+    return plain
+
+
+def _predictions(folder: Path, *requests: Request) -> Path:
+    file = folder / "predictions.json"
+    write_record(file, {"schema": PREDICTED, "versions": {}, "cases": [_entry(request) for request in requests]})
+    return file
+
+
+def _measured(folder: Path, predictions: Path, *cases: dict[str, Any], name: str = "measured.json") -> Path:
+    file = folder / name
+    write_record(
+        file, {"schema": MEASURED, "predictions": digest(predictions), "device": "a GPU", "cases": list(cases)}
+    )
+    return file
+
+
+def test_cases_cover_what_people_vary_and_have_names_of_their_own() -> None:
+    found = cases()
+    assert len({name_of(request) for request in found}) == len(found) >= 40
+    assert {len(request.batch_of_samples) for request in found} >= {1, 2, 4, 8}
+    assert {len(sample.images) for request in found for sample in request.batch_of_samples} >= {1, 2, 4}
+    assert {request.lora_r for request in found} >= {8, 16, 32, 64, 128}
+    assert len({request.optimizer for request in found}) >= 4
+    assert {request.accumulation for request in found} == {1, 4}
+    assert {request.gradient_checkpointing for request in found} == {True, False}
+    assert {request.precision for request in found} == {"bf16", "fp16"}
+    assert {request.trainer for request in found} == {"hf", "trl"}
+    assert len({request.model for request in found}) == 5
+
+
+def test_a_prediction_has_the_peak_of_the_steps_and_a_verdict_for_each_card() -> None:
+    request = _small()
+    entry = predict.predict(request)
+    assert measure.request_of(entry) == request
+    steps = {name: phase for name, phase in entry["phases"].items() if name in predict.STEPS}
+    assert entry["allocated"] == steps[entry["peak_phase"]]["allocated"] == max(p["allocated"] for p in steps.values())
+    assert entry["reserved"] == max(phase["reserved"] for phase in steps.values())
+    assert set(entry["verdicts"]) == set(CARDS)
+    assert all(verdict["fits"] for verdict in entry["verdicts"].values())
+
+
+def test_the_real_trainer_runs_cases_one_after_the_other_on_one_model(tmp_path: Path) -> None:
+    """The first case fails and is recorded; the third would fail if the second left adapter, hooks or checkpointing."""
+    requests = _small(lora_r=0), _small(accumulation=2), _small(gradient_checkpointing=False)
+    predictions, record = _predictions(tmp_path, *requests), tmp_path / "record.json"
+    assert measure.main([str(predictions), str(record), "--device", "cpu", "--steps", "2"]) == 1
+    bad, first, second = read_record(record, MEASURED)["cases"]
+    assert bad["status"] == "failed"
+    assert "ValueError: `r` should be a positive integer" in bad["error"]
+    for case in (first, second):
+        assert case["status"] == "measured"
+        assert case["not_measured"] == "no CUDA here: torch counts no memory of the CPU"
+        assert case["updates"] == len(case["losses"]) == 2
+        assert "allocated" not in case
+    assert (first["vision_backward"], second["vision_backward"]) == (True, False)
+    before = record.read_bytes()
+    assert measure.main([str(predictions), str(record), "--device", "cpu"]) == 1  # goes on with nothing left to do
+    assert record.read_bytes() == before
+
+
+def test_a_record_of_other_predictions_is_not_gone_on_with(tmp_path: Path) -> None:
+    predictions = _predictions(tmp_path, _small())
+    record = _measured(tmp_path, predictions)
+    _predictions(tmp_path, _small(tokens=44))
+    with pytest.raises(ValueError, match="was measured for other predictions: name another file"):
+        measure.main([str(predictions), str(record), "--device", "cpu"])
+
+
+def test_shards_share_all_cases_and_keep_those_of_a_model_together() -> None:
+    entries = [_entry(request) for request in cases()]
+    shards = [measure.in_shard(entries, (k, 3)) for k in (1, 2, 3)]
+    names = [entry["name"] for shard in shards for entry in shard]
+    assert sorted(names) == sorted(entry["name"] for entry in entries)
+    assert max(map(len, shards)) - min(map(len, shards)) <= len(entries) // 4
+    for shard in shards:
+        kinds = [measure.kind_of(measure.request_of(entry)) for entry in shard]
+        assert len(set(kinds)) == 1 + sum(a != b for a, b in pairwise(kinds))
+
+
+def _found(request: Request, allocated: float, reserved: float, **caps: Any) -> dict[str, Any]:
+    sizes = {"allocated": int(allocated * MIB), "reserved": int(reserved * MIB)}
+    return {"name": name_of(request), "status": "measured", "seconds": 5.0, **sizes, "caps": caps}
+
+
+def test_the_table_is_made_from_the_records(tmp_path: Path) -> None:
+    near, wrong, lost = _small(), _small(tokens=44), _small(tokens=48)
+    predictions = _predictions(tmp_path, near, wrong, lost)
+    derived, trained = {"ran": False, "fits": True}, {"ran": True, "fits": False}
+    one = _measured(tmp_path, predictions, _found(near, 990, 1250, t4=trained, l4=derived), name="1.json")
+    two = _measured(
+        tmp_path,
+        predictions,
+        _found(wrong, 1100, 1210, t4={"ran": True, "fits": True}),
+        {"name": name_of(lost), "status": "failed", "error": "RuntimeError: no", "caps": {}, "seconds": 1.0},
+        name="2.json",
+    )
+    text = table.render(table.rows_of(predictions, [one, two]))
+    assert "2 of 3 cases are measured." in text
+    assert f"allocated: off by 5.05% on average, 9.09% at worst ({name_of(wrong)})" in text
+    assert "right in 2 of 3 cases under the caps of cards, 2 of them trained under the cap" in text
+    assert f"| {name_of(near)} | 1,000 | 990 | +1.01% | 1,200 | 1,250 | -4.00% | no (trained) | fits |" in text
+    assert f"| {name_of(wrong)} | 1,000 | 1,100 | -9.09% |" in text
+    assert "**fits (trained); forecast: no**" in text
+    assert f"- {name_of(lost)}: RuntimeError: no" in text
+
+
+def test_the_table_goes_between_the_marks_of_a_page_and_is_checked_there(tmp_path: Path) -> None:
+    request = _small()
+    predictions = _predictions(tmp_path, request)
+    record = _measured(tmp_path, predictions, _found(request, 990, 1250))
+    page = tmp_path / "page.md"
+    page.write_text("no marks\n")
+    with pytest.raises(ValueError, match="the page lacks the marks"):
+        table.main([str(predictions), str(record), "--write", str(page)])
+    page.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    command = [str(predictions), str(record), "--write", str(page)]
+    assert table.main([*command, "--check"]) == 1
+    assert table.main(command) == 0
+    assert table.main([*command, "--check"]) == 0
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("after\n")
+    assert "| +1.01% |" in page.read_text()
+
+
+def test_a_case_measured_twice_is_refused(tmp_path: Path) -> None:
+    request = _small()
+    predictions = _predictions(tmp_path, request)
+    records = [_measured(tmp_path, predictions, _found(request, 1, 1), name=name) for name in ("1.json", "2.json")]
+    with pytest.raises(ValueError, match="name each case once"):
+        table.rows_of(predictions, records)
