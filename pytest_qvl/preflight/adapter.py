@@ -1,0 +1,134 @@
+"""The adapter: its configuration and the headers of its file; and how PEFT puts it on the model without data."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.adapters import ADAPTER_FILE
+from pytest_qvl.models.attaching import check_lora_config
+from pytest_qvl.models.sources.model_source import ADAPTER_CONFIG, ModelSourceError, check_adapter
+from pytest_qvl.preflight.files.folder import Folder, UnsafeFileError
+from pytest_qvl.preflight.files.headers import Tensor, read_header
+from pytest_qvl.preflight.findings import neutral
+
+if TYPE_CHECKING:
+    from pytest_qvl.models.anatomy import Parts
+
+# Fields by which a configuration has modules imported, or data and models loaded, when PEFT attaches the adapter.
+_NOT_FOR_STRANGERS = ("megatron_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "arrow_config")
+_MOST_LAYERS = 4096  # of layer_replication, which copies modules
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter, or one that is still to be made.
+
+    Attributes:
+        label: What to call it.
+        fields: Content of ``adapter_config.json``, or of the file that ``--lora`` names.
+        folder: Where its files are; ``None`` for one that is still to be made.
+        tensors: Its tensors by the header of its file; empty for one that is still to be made.
+    """
+
+    label: str
+    fields: Mapping[str, Any]
+    folder: Folder | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def lora_config(self) -> Any:
+        """The ``peft.LoraConfig`` that PEFT makes of it, without what would import modules or load other data.
+
+        Raises:
+            ModelSourceError: PEFT cannot make one of it, or a field has a value that means nothing.
+        """
+        from peft import LoraConfig
+
+        known = {name for name in LoraConfig.__dataclass_fields__ if name not in _NOT_FOR_STRANGERS}
+        fields = {key: value for key, value in self.fields.items() if key in known}
+        # How A and B start decides nothing of where they are, and some starts need the base's values.
+        fields |= {"init_lora_weights": False}
+        fields.pop("megatron_core", None)
+        fields.pop("runtime_config", None)
+        fields.pop("auto_mapping", None)
+        replication = fields.get("layer_replication")
+        if replication and _copies(replication) > _MOST_LAYERS:
+            raise UnsafeFileError(f"layer_replication of {self.label} asks for more than {_MOST_LAYERS:,} layers")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                config = LoraConfig(**fields)
+            check_lora_config(config)
+        except Exception as error:
+            raise ModelSourceError(f"{self.label} has no LoRA configuration: {neutral(error, 300)}") from None
+        return config
+
+
+def _copies(replication: Any) -> float:
+    try:
+        return sum(int(end) - int(start) for start, end in replication)
+    except (TypeError, ValueError):
+        return float("inf")
+
+
+def find_adapter(path: Path) -> Adapter:
+    """The adapter in a folder.
+
+    Raises:
+        ModelSourceError: It is no LoRA adapter saved by PEFT as safetensors.
+        UnsafeFileError: A file of it is not read, because reading it could do harm.
+    """
+    if not path.expanduser().is_dir():
+        check_adapter(path.expanduser())  # one clear error: there is no such folder
+    folder = Folder(path)
+    if not folder.has(ADAPTER_CONFIG):
+        check_adapter(folder.path)  # says which folder below has one
+    fields = folder.json(ADAPTER_CONFIG)
+    label = f"adapter {neutral(str(path))!s}"
+    if fields.get("peft_type") != "LORA":
+        raise ModelSourceError(
+            f"{ADAPTER_CONFIG} of {label} says peft_type {neutral(repr(fields.get('peft_type')), 80)}; "
+            "this package tests 'LORA'"
+        )
+    if not folder.has(ADAPTER_FILE):
+        if pickled := folder.pickles():
+            raise UnsafeFileError(
+                f"{neutral(pickled[0], 160)} in {neutral(str(path))} is a pickle, which can run code when it is read; "
+                "it is not opened"
+            )
+        raise ModelSourceError(
+            f"{neutral(str(path))} has no {ADAPTER_FILE}: give the folder that PeftModel.save_pretrained wrote"
+        )
+    return Adapter(label, fields, folder, read_header(folder, ADAPTER_FILE))
+
+
+def planned_adapter(source: Path | Mapping[str, Any]) -> Adapter:
+    """An adapter that is still to be made, from a JSON file with the fields of ``peft.LoraConfig`` or from a mapping.
+
+    Raises:
+        ModelSourceError: There is no such file, or it is no JSON object.
+    """
+    if isinstance(source, Mapping):
+        return Adapter("the LoRA configuration", dict(source))
+    file = source.expanduser()
+    if not file.is_file():
+        raise ModelSourceError(f"--lora: there is no file {neutral(repr(str(source)))}")
+    return Adapter(f"--lora {neutral(str(source))}", Folder(file.parent).json(file.name))
+
+
+def attach(parts: Parts, config: Any) -> Any:
+    """Put an adapter on a model without data, as PEFT does; returns the ``PeftModel``.
+
+    Raises:
+        ValueError: PEFT refuses the configuration; the message is PEFT's.
+    """
+    import copy
+
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel(parts.base, copy.deepcopy(config), low_cpu_mem_usage=True)

@@ -1,0 +1,227 @@
+"""The base model: its configuration, the headers of its files, and the real class without data."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.sources.hub import hub_options
+from pytest_qvl.models.sources.model_source import (
+    ModelSource,
+    ModelSourceError,
+    check_stored_quantization,
+    parse_model,
+    stored_quantization,
+)
+from pytest_qvl.models.sources.released import hub_id, released_names
+from pytest_qvl.preflight.files.folder import Folder, UnsafeFileError
+from pytest_qvl.preflight.files.headers import Tensor, read_headers
+from pytest_qvl.preflight.findings import neutral
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pytest_qvl.models.anatomy import Parts
+
+# What is fetched of a model on the hub: nothing with weights, nothing that can run.
+SMALL_FILES = (
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+# Several times what the largest released Qwen-VL has (94 layers, 27 blocks, 151,936 words, 8,192 wide).
+_MOST = {"num_hidden_layers": 512, "depth": 256, "vocab_size": 2**22, "deepstack_visual_indexes": 64}
+_WIDEST = 2**20
+# Keys by which a configuration asks for code of its own, or for kernels from the hub.
+_CODE = frozenset({"auto_map", "custom_pipelines"})
+_CODE_ENDS = ("_implementation", "_implementation_internal")
+_DROPPED = frozenset({"quantization_config", "torch_dtype", "dtype"})
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that is judged from its files.
+
+    Attributes:
+        label: What to call it.
+        name: Its hub id or folder, as an adapter's ``base_model_name_or_path`` would name it.
+        fields: Content of its ``config.json``.
+        folder: Where its files are; ``None`` for a built-in configuration.
+        tensors: Its tensors by the headers of its files; empty where there are none to read.
+        note: What a reader should know about where this came from; empty for nothing.
+        released: Its name in ``released.json``, where that is what was given.
+    """
+
+    label: str
+    name: str
+    fields: Mapping[str, Any]
+    folder: Folder | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    note: str = ""
+    released: str = ""
+
+    @property
+    def family(self) -> str:
+        """``model_type`` of its configuration."""
+        return str(self.fields["model_type"])
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The ``quantization_config`` that it was saved with; ``None`` for a 16-bit model."""
+        return stored_quantization(dict(self.fields))
+
+    @cached_property
+    def config(self) -> Any:
+        """The configuration, as the installed Transformers reads it; without its quantization.
+
+        Raises:
+            ModelSourceError: Transformers refuses it.
+        """
+        import transformers
+
+        kind = getattr(transformers, FAMILIES[self.family].config_class)
+        try:
+            return kind.from_dict(_without_code(self.fields))
+        except Exception as error:
+            raise ModelSourceError(
+                f"config.json of {self.label} is none that Transformers {transformers.__version__} takes: "
+                f"{neutral(error, 200)}"
+            ) from None
+
+    def skeleton(self) -> Parts:
+        """The real model class of the installed Transformers on the meta device; a new one with each call.
+
+        Raises:
+            ModelSourceError: The class cannot be built from this configuration.
+        """
+        import torch
+        from transformers import AutoModelForImageTextToText
+
+        from pytest_qvl.models.anatomy import anatomy
+
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(
+                    self.config, dtype=torch.bfloat16, attn_implementation="eager"
+                )
+            model.tie_weights()
+        except ModelSourceError:
+            raise
+        except Exception as error:
+            raise ModelSourceError(
+                f"no model can be built from config.json of {self.label}: {neutral(error, 200)}"
+            ) from None
+        return anatomy(model)
+
+
+def find_base(text: str) -> Base:
+    """The base that a user named: a released name, a folder, a hub id.
+
+    Raises:
+        ModelSourceError: There is none, it is of another family, or the hub does not answer.
+        UnsafeFileError: A file of it is not read, because reading it could do harm.
+    """
+    text = text.strip()
+    if text in released_names():
+        return _built_in(text)
+    prefix, colon, rest = text.partition(":")
+    folder = Path(rest if colon and prefix == "local" else text).expanduser()
+    if text and prefix not in ("hub", "synthetic") and folder.is_dir():
+        return _of_folder(Folder(folder), str(folder), str(folder))
+    source = parse_model(text)
+    if source.kind == "synthetic":
+        return _built_in(source.location)
+    if source.kind == "hub":
+        return _of_hub(source)
+    return _of_folder(Folder(Path(source.location)), source.label, source.location)
+
+
+def _built_in(name: str, note: str = "") -> Base:
+    from pytest_qvl.models.sources.released import released_config
+
+    fields = released_config(name).to_dict()
+    return Base(name, hub_id(name), fields, note=note or "built-in configuration of the release", released=name)
+
+
+def _of_folder(folder: Folder, label: str, name: str) -> Base:
+    fields = folder.json("config.json")
+    _refuse_foreign(fields, label)
+    return Base(label, name, fields, folder, read_headers(folder))
+
+
+def _refuse_foreign(fields: Mapping[str, Any], label: str) -> None:
+    kind = fields.get("model_type")
+    if kind not in FAMILIES:
+        raise ModelSourceError(
+            f"config.json of {neutral(label)} says model_type {neutral(repr(kind), 80)}; "
+            f"this package knows {', '.join(FAMILIES)}"
+        )
+    if not isinstance(fields.get("vision_config"), dict):
+        raise ModelSourceError(f"config.json of {neutral(label)} has no vision_config, so it describes no vision tower")
+    check_stored_quantization(dict(fields), neutral(label))
+    _refuse_absurd(fields, label)
+
+
+def _refuse_absurd(fields: Mapping[str, Any], label: str) -> None:
+    """Refuse sizes that no model has, before anything is built from them."""
+    for key, value in fields.items():
+        if isinstance(value, dict):
+            _refuse_absurd(value, label)
+        size = len(value) if isinstance(value, list) else value
+        most = _MOST.get(key, _WIDEST if "size" in str(key) or "dim" in str(key) else 2**53)
+        if isinstance(size, int) and not isinstance(size, bool) and not -1 <= size <= most:
+            raise UnsafeFileError(
+                f"config.json of {neutral(label)} says {neutral(key, 80)} {neutral(size, 40)}, which no model of this "
+                f"family has (at most {most:,}); nothing is built from it"
+            )
+
+
+def _without_code(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration that asks for no code, no kernels and no quantization."""
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if key not in _CODE | _DROPPED and not str(key).endswith(_CODE_ENDS)
+    }
+
+
+def _of_hub(source: ModelSource) -> Base:
+    """Of a model on the hub only configuration and headers are fetched.
+
+    Raises:
+        ModelSourceError: It is not in the cache and the hub does not answer, and it is none of the built-in releases.
+    """
+    known = {hub_id(name): name for name in released_names()}
+    try:
+        options = hub_options(source)
+    except ModelSourceError as error:
+        if source.location in known and source.revision is None:
+            return _built_in(known[source.location], f"built-in configuration of the release, because {error}")
+        raise
+    from transformers.utils.hub import cached_file
+
+    fetch = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    for name in SMALL_FILES:
+        cached_file(source.location, name, **fetch, **options)
+    snapshot = Folder(Path(cached_file(source.location, "config.json", **options)).parent)
+    fields = snapshot.json("config.json")
+    _refuse_foreign(fields, str(source))
+    tensors = read_headers(snapshot) if snapshot.has("model.safetensors") else {}
+    return Base(source.location, source.location, fields, snapshot, tensors)
+
+
+def quiet() -> None:
+    """Keep Transformers, PEFT's helpers and bitsandbytes from printing into the report."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,0 +1,59 @@
+"""``pytest-qvl preflight``: options, and what is printed. Standard library only until the files are read."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+
+from pytest_qvl.preflight.output import FORMATS
+from pytest_qvl.preflight.subject import RUNTIMES
+from pytest_qvl.vram.cards import card_names
+
+
+def add_preflight(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the subcommand."""
+    parser = commands.add_parser(
+        "preflight",
+        help="judge a base model and an adapter from their files: no GPU, no weights in memory",
+        description="Judge a base model and an adapter from their files, in seconds. Exit code 0: nothing is red; 1: "
+        "something is; 2: invalid input.",
+    )
+    parser.add_argument("base", metavar="BASE", help="released name (qwen2.5-vl-7b), folder, or hub id")
+    parser.add_argument("adapter", metavar="ADAPTER", nargs="?", type=Path, help="folder of a saved adapter")
+    parser.add_argument("--merged", type=Path, metavar="FOLDER", help="a checkpoint that is said to hold the adapter")
+    parser.add_argument("--for", dest="runtime", choices=RUNTIMES, default="transformers", help="what will load it")
+    parser.add_argument("--skip", action="append", metavar="NAME", help="entry of llm_int8_skip_modules (repeatable)")
+    parser.add_argument("--lora", type=Path, metavar="FILE.json", help="fields of peft.LoraConfig, before training")
+    parser.add_argument("--processor", type=Path, metavar="FOLDER", help="processor, if not beside the adapter")
+    parser.add_argument("--card", help=f"judge the memory for a card: {', '.join(card_names())}")
+    shape = parser.add_mutually_exclusive_group()
+    shape.add_argument("--json", dest="format", action="store_const", const="json", help="print JSON")
+    shape.add_argument("--format", dest="format", choices=tuple(FORMATS), help="text (default), json or md")
+    parser.set_defaults(run=run_preflight_command, format="text")
+
+
+def run_preflight_command(options: argparse.Namespace) -> int:
+    """Judge and print; returns 1 if anything is red, else 0.
+
+    Raises:
+        ValueError: Invalid input; the message names it.
+    """
+    gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time
+    try:
+        from pytest_qvl.preflight.run import run_preflight
+
+        report = run_preflight(
+            options.base,
+            options.adapter,
+            merged=options.merged,
+            runtime=options.runtime,
+            skip=options.skip,
+            lora=options.lora,
+            processor=options.processor,
+            card=options.card,
+        )
+    finally:
+        gc.enable()
+    print(FORMATS[options.format](report))
+    return 1 if report.red else 0

@@ -1,0 +1,1 @@
+"""Reading what strangers have sent: bounded, inside one folder, without running anything."""

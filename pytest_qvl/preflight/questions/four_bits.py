@@ -1,0 +1,216 @@
+"""Question 1: which linear layers a skip list leaves to be quantized, in this release of Transformers and in others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from pytest_qvl.checks.quantization import QuantizationPolicy
+from pytest_qvl.models.anatomy import GROUPS, Group
+from pytest_qvl.models.sources.loading import has_tied_head
+from pytest_qvl.preflight import skip_rules
+from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
+from pytest_qvl.preflight.timing import patience
+
+if TYPE_CHECKING:
+    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.preflight.skip_rules import Rule
+    from pytest_qvl.preflight.subject import Subject
+
+NUMBER = 1
+_POLICY = QuantizationPolicy()
+_INDEX = re.compile(r"\.(\d+)(?=\.|$)")
+
+
+def answer(subject: Subject) -> Iterator[Finding]:
+    """A census of what will be in 4 bits, and one finding for each entry that does nothing or too much."""
+    parts = subject.parts
+    linears = {name: parts.group_of(name) for name, _ in parts.named_linears()}
+    given, whose = subject.skip
+    entries = skip_rules.DEFAULT if given is None else given
+    rule = skip_rules.installed_rule()
+    with patience("llm_int8_skip_modules"):
+        yield _census(subject, linears, entries, rule, whose if given is not None else f"{whose} (no list)")
+        for entry in entries if given is not None else ():
+            yield from _entry(subject, linears, entry, rule, whose)
+
+
+def in_four_bits(linears: Mapping[str, Group], entries: Sequence[str], rule: Rule) -> list[str]:
+    """Names of the linear layers that a skip list leaves to be quantized."""
+    return [name for name in linears if not any(_skips(rule, entry, name) for entry in entries)]
+
+
+def _skips(rule: Rule, entry: str, name: str) -> bool:
+    try:
+        return rule.skips(entry, name)
+    except re.error:  # Transformers would raise it too; said once, as the entry's own finding
+        return False
+
+
+def _census(subject: Subject, linears: Mapping[str, Group], entries: Sequence[str], rule: Rule, whose: str) -> Finding:
+    packed = in_four_bits(linears, entries, rule)
+    wrong = [group for group in _POLICY.kept if any(linears[name] == group for name in packed)]
+    none = not any(linears[name] in _POLICY.quantized for name in packed)
+    line = (
+        f"with {rule.title}, {_counts(linears, packed)} in 4 bits; skip list {neutral(list(entries), 300)} from {whose}"
+    )
+    notes = tuple(filter(None, (_elsewhere(linears, entries, packed, other) for other in skip_rules.others())))
+    if none:
+        return Finding(
+            NUMBER, "nothing-in-four-bits", "red", line,
+            cause="the skip list keeps every layer of the language backbone out of the quantization",
+            fix="take the entry that covers the language backbone out of llm_int8_skip_modules",
+            keeps_green=pytest_line(subject), notes=notes,
+        )  # fmt: skip
+    if wrong:
+        return Finding(
+            NUMBER, f"{wrong[0].replace('_', '-')}-in-four-bits", "red", line,
+            cause=_cause(subject.parts, wrong, entries),
+            fix=f"llm_int8_skip_modules={_mended(subject.parts, entries)}",
+            keeps_green=pytest_line(subject), notes=notes,
+        )  # fmt: skip
+    return Finding(NUMBER, "census", "green", line, notes=notes, keeps_green=pytest_line(subject))
+
+
+def _cause(parts: Parts, wrong: Sequence[Group], entries: Sequence[str]) -> str:
+    said = f"no entry of the list keeps {', '.join(wrong)} in 16 bits"
+    if "lm_head" in wrong:
+        said += "; a list that is given replaces the default, which keeps the head"
+        if has_tied_head(parts):
+            said += ", and this head is tied to the embeddings: a 4-bit one fails in its first forward"
+    if {"vision", "merger"} & set(wrong) and not any("visual" in entry for entry in entries):
+        said += "; bitsandbytes quantizes every linear layer that no entry names"
+    return said
+
+
+def _mended(parts: Parts, entries: Sequence[str]) -> list[str]:
+    """The list with what keeps vision tower, merger and head; entries that did nothing for them are left out."""
+    roots = [parts.roots["vision"], parts.roots["lm_head"]]
+    own = [entry for entry in entries if entry not in skip_rules.GENERIC and not any(entry in root for root in roots)]
+    return [*roots, *own]
+
+
+def _counts(linears: Mapping[str, Group], packed: Sequence[str]) -> str:
+    rows = []
+    for group in GROUPS:
+        whole = sum(each == group for each in linears.values())
+        if whole:
+            rows.append(f"{group} {sum(linears[name] == group for name in packed)} of {whole}")
+    return ", ".join(rows)
+
+
+def _elsewhere(linears: Mapping[str, Group], entries: Sequence[str], here: Sequence[str], other: Rule) -> str:
+    """What another release makes of the same list, where that differs; empty where it does not."""
+    there = in_four_bits(linears, entries, other)
+    if set(there) == set(here):
+        return ""
+    changed = sorted(set(there) ^ set(here), key=list(linears).index)
+    return (
+        f"{other.title} differs in {len(changed)} layers ({some(changed, 2)}): {_counts(linears, there)} in 4 bits, "
+        f"because it reads an entry as {other.words} ({other.source})"
+    )
+
+
+def _entry(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule, whose: str) -> Iterator[Finding]:
+    if broken := _no_pattern(entry):
+        yield Finding(
+            NUMBER, "broken-skip-entry", "red", f"skip entry {entry!r} from {whose} is no regular expression: {broken}",
+            cause="Transformers 5 reads entries as regular expressions and fails while it loads the model",
+            fix="write the module's path", keeps_green=pytest_line(subject),
+        )  # fmt: skip
+        return
+    kept = [name for name in linears if rule.skips(entry, name)]
+    wide = [name for name in kept if not _is_inside(entry, name)]
+    if not kept:
+        yield from _idle(subject, linears, entry, rule, whose)
+    elif wide and not _is_pattern(entry):
+        yield _wide(subject, entry, kept, wide, rule)
+
+
+def _no_pattern(entry: str) -> str:
+    try:
+        re.compile(entry)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
+def _is_pattern(entry: str) -> bool:
+    """Whether an entry is meant as a regular expression: it has marks that no path has."""
+    return re.fullmatch(r"[\w.-]*", entry) is None
+
+
+def _is_inside(entry: str, name: str) -> bool:
+    return f".{entry.strip('.')}." in f".{name}."
+
+
+def _idle(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule, whose: str) -> Iterator[Finding]:
+    better = _entry_that_would(entry, subject.parts, linears, rule)
+    saved = subject.base.quantization is not None and subject.asked.skip is None
+    covered = better and all(
+        any(rule.skips(other, name) for other in subject.skip[0] or ()) for name in linears if rule.skips(better, name)
+    )
+    if covered or (not better and (saved or entry in skip_rules.GENERIC)):
+        return  # what it names is kept by another entry, or no Qwen-VL has it: the list is one for all families
+    yield Finding(
+        NUMBER,
+        "idle-skip-entry",
+        "red",
+        f"skip entry {entry!r} from {whose} matches no linear layer with {rule.title}"
+        + (f"; {better!r} would" if better else ""),
+        cause=f"{rule.title} takes an entry as {rule.words}",
+        fix=f"write {better!r}" if better else "write the path of a module of this model, or take the entry out",
+        keeps_green=pytest_line(subject),
+        notes=tuple(
+            f"{other.title} matches {count} layers with it"
+            for other in skip_rules.others()
+            if (count := sum(_skips(other, entry, name) for name in linears))
+        ),
+    )
+
+
+def _entry_that_would(entry: str, parts: Parts, linears: Mapping[str, Group], rule: Rule) -> str:
+    """The entry that says what an idle one was meant to say; empty if no module of the model resembles it."""
+    from pytest_qvl.models.sources.loading import in_todays_layout
+
+    modules = [name for name, _ in parts.base.named_modules() if name]
+    today = in_todays_layout(f"{entry.strip('.')}.").rstrip(".")
+    plain = entry.strip(".*\\^$").replace("\\.", ".")
+    fitting = [name for name in modules if name in (today, plain) or name.endswith(f".{plain}")]
+    if not fitting:
+        ends = {name.rpartition(".")[2] for name in modules}
+        fitting = [name for near in get_close_matches(plain, ends, 1, 0.75) for name in modules if name.endswith(near)]
+    fitting = [name for name in fitting if any(rule.skips(name, linear) for linear in linears)]
+    return min(fitting, key=len, default="")
+
+
+def _wide(subject: Subject, entry: str, kept: Sequence[str], wide: Sequence[str], rule: Rule) -> Finding:
+    layers = [int(found[1]) for name in wide if (found := _INDEX.search(name))]
+    where = f" (layers {numbers(layers)})" if layers and re.search(r"\.\d+$", entry) else ""
+    return Finding(
+        NUMBER,
+        "wide-skip-entry",
+        "red",
+        f"skip entry {entry!r} keeps {len(kept)} layers in 16 bits with {rule.title}, {len(wide)} of them outside of "
+        f"what it names{where}: {some(wide, 2)}",
+        cause=f"{rule.title} takes an entry as {rule.words}",
+        fix=_narrower(subject.parts, entry),
+        keeps_green=pytest_line(subject),
+        notes=tuple(
+            f"{other.title} keeps {sum(_skips(other, entry, name) for name in kept)} of these layers in 16 bits"
+            for other in skip_rules.others()
+        ),
+    )
+
+
+def _narrower(parts: Parts, entry: str) -> str:
+    """Entries that mean the same in every supported release: the paths of the module's children."""
+    path = next((name for name, _ in parts.base.named_modules() if name == entry or name.endswith(f".{entry}")), "")
+    children = [name for name, child in parts.base.get_submodule(path).named_children() if any(child.modules())]
+    inner = [f"{path}.{name}" for name in children if "norm" not in name]
+    if not path or not inner:
+        return "write the whole path of the module"
+    return f"write {', '.join(map(repr, inner))} in its place, which every supported release reads alike"

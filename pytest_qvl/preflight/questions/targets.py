@@ -1,0 +1,231 @@
+"""Question 2: which modules the installed PEFT gives an adapter, on the real model class without data."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.lora_request import adaptable_modules, expected_size, requested_modules
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.adapters import adapted_layers
+from pytest_qvl.models.anatomy import GROUPS, Group, anatomy
+from pytest_qvl.models.attaching import why_not_attached
+from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.files.folder import UnsafeFileError
+from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
+from pytest_qvl.preflight.timing import patience
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pytest_qvl.preflight.subject import Subject
+
+NUMBER = 2
+_SEEN: tuple[Group, ...] = ("vision", "merger")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
+# Words by which a regular expression says that it means the vision tower.
+_EXCLUDED = re.compile(r"\(\?<?![^)]*\)")  # negative look-around: what the expression does not mean
+_HOW_PEFT_MATCHES = "PEFT matches a list by the end of a module's name, and a text as an expression of the whole name"
+_LANGUAGE = r".*{}.*\.({})"
+_MEANS_VISION = re.compile(r"vis(ion|ual)|image|patch|merger|blocks|qkv|fc[12]", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the installed PEFT puts the adapter.
+
+    Attributes:
+        subject: What it is about.
+        modules: Every module that LoRA can adapt, by name.
+        actual: Those that PEFT gave an adapter.
+        expected: Those that the configuration asks for, worked out without PEFT.
+    """
+
+    subject: Subject
+    modules: Mapping[str, nn.Module]
+    actual: frozenset[str]
+    expected: frozenset[str]
+
+    @cached_property
+    def groups(self) -> dict[str, Group]:
+        """The part of the model that each module belongs to."""
+        return {name: self.subject.parts.group_of(name) for name in self.modules}
+
+    def of(self, group: Group) -> list[str]:
+        """The adapted modules of one part, in the model's order."""
+        return [name for name in self.modules if name in self.actual and self.groups[name] == group]
+
+
+def answer(subject: Subject) -> Iterator[Finding]:
+    """The exact count by part of the model, leaks, layers without an adapter, entries that match nothing."""
+    if subject.adapter is None:
+        raise CannotJudge("no adapter and no --lora was given")
+    config = subject.lora
+    if not config.target_modules:
+        what = "target_parameters" if getattr(config, "target_parameters", None) else "no target_modules"
+        raise CannotJudge(f"the LoRA configuration names {what}; only target_modules are judged")
+    try:
+        adapted = anatomy(subject.adapted)
+    except UnsafeFileError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        yield _refused(subject, config, error)
+        return
+    with patience("target_modules of the adapter"):
+        modules = adaptable_modules(subject.parts)
+        expected = frozenset(requested_modules(subject.parts, config, modules))
+    placement = Placement(subject, modules, frozenset(adapted_layers(adapted)), expected)
+    yield _census(placement, config)
+    yield from _leaks(placement, config)
+    yield from _idle_entries(placement, config)
+    yield from _bare_layers(placement, config)
+
+
+def _refused(subject: Subject, config: Any, error: Exception) -> Finding:
+    """PEFT puts no adapter on the model."""
+    words = why_not_attached(error, config, None)
+    nothing = "not found in the base model" in words or "No modules were targeted" in words
+    root = subject.parts.roots["language"].rpartition(".")[2]
+    targets = config.target_modules
+    if nothing:
+        return Finding(
+            NUMBER, "no-target", "red", f"target_modules {_short(targets)} match no module of {subject.base.label}",
+            cause=_old_names(targets) or _HOW_PEFT_MATCHES,
+            fix=f'name modules of this model, such as target_modules=r"{_LANGUAGE.format(root, "q_proj|v_proj")}"',
+            keeps_green=pytest_line(subject),
+        )  # fmt: skip
+    return Finding(
+        NUMBER, "peft-refuses", "red", f"PEFT puts no such adapter on {subject.base.label}: {neutral(words, 400)}",
+        cause="the LoRA configuration asks for what the installed PEFT cannot do", fix="correct adapter_config.json",
+        keeps_green=pytest_line(subject),
+    )  # fmt: skip
+
+
+def _old_names(targets: Any) -> str:
+    text = targets if isinstance(targets, str) else " ".join(map(str, targets))
+    if re.search(r"(^|[^\w.])(model\\?\.layers|visual\\?\.)", text):
+        return "these are names of before Transformers 4.52: model.language_model.layers was called model.layers"
+    return ""
+
+
+def _census(placement: Placement, config: Any) -> Finding:
+    subject = placement.subject
+    counts = [f"{group} {len(found)}" for group in GROUPS if (found := placement.of(group))]
+    size = sum(expected_size(config, name, placement.modules[name]) for name in placement.actual)
+    line = (
+        f"{len(placement.actual)} modules get an adapter of rank {config.r}: {', '.join(counts)}; "
+        f"{size:,} parameters beside the base"
+    )
+    if config.modules_to_save:
+        line += f", and whole copies of {some(sorted(config.modules_to_save))}"
+    if placement.actual != placement.expected:
+        missing, surplus = placement.expected - placement.actual, placement.actual - placement.expected
+        return Finding(
+            NUMBER, "peft-differs", "red",
+            f"{line}; the configuration asks for {len(placement.expected)}: "
+            f"{len(missing)} have none ({some(sorted(missing))}), {len(surplus)} were not asked for "
+            f"({some(sorted(surplus))})",
+            cause="the installed PEFT does not do what its documentation says of this configuration",
+            fix="write target_modules as one regular expression of whole names", keeps_green=pytest_line(subject),
+        )  # fmt: skip
+    if not any(placement.of(group) for group in ("language", "lm_head", "embeddings")):
+        return Finding(
+            NUMBER, "text-side-bare", "red", line,
+            cause=f"target_modules {_short(config.target_modules)} match nothing in the language backbone",
+            fix="name the language backbone's layers (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)",
+            keeps_green=pytest_line(subject),
+        )  # fmt: skip
+    return Finding(NUMBER, "census", "green", line, keeps_green=pytest_line(subject))
+
+
+def _leaks(placement: Placement, config: Any) -> Iterator[Finding]:
+    leaked = [name for group in _SEEN for name in placement.of(group) if not _on_purpose(placement, config, name)]
+    if not leaked:
+        return
+    counts = Counter(placement.groups[name] for name in leaked)
+    said = ", ".join(f"{group} {count}" for group, count in counts.items())
+    root = placement.subject.parts.roots["language"].rpartition(".")[2]
+    ends = "|".join(sorted({name.rpartition(".")[2] for name in placement.of("language")})) or "q_proj|v_proj"
+    yield Finding(
+        NUMBER,
+        "leak",
+        "red",
+        f"{len(leaked)} modules of the vision side get an adapter by the way ({said}): {some(leaked)}",
+        cause=f"target_modules {_short(config.target_modules)} match by name, and the vision side has such layers too",
+        fix=f'target_modules=r"{_LANGUAGE.format(root, ends)}"; if the vision side is adapted on purpose, say so by an '
+        "expression that names it, and in qvl_adapter_policy",
+        keeps_green=pytest_line(placement.subject),
+    )
+
+
+def _on_purpose(placement: Placement, config: Any, name: str) -> bool:
+    """Whether a module of the vision side is adapted because the configuration means it.
+
+    A list does by an entry that matches the vision side only; a regular expression by a word for it.
+    """
+    targets = config.target_modules
+    if isinstance(targets, str):
+        return targets.lower() != "all-linear" and _MEANS_VISION.search(_EXCLUDED.sub("", targets)) is not None
+    entries = [entry for entry in targets if _ends_with(name, entry)]
+    return any(not any(_ends_with(other, entry) for other in placement.of("language")) for entry in entries)
+
+
+def _ends_with(name: str, entry: str) -> bool:
+    return name == entry or name.endswith(f".{entry}")
+
+
+def _idle_entries(placement: Placement, config: Any) -> Iterator[Finding]:
+    """Entries of the list that no module has, and modules_to_save that the model lacks."""
+    targets = config.target_modules
+    names = [name for name, _ in placement.subject.parts.base.named_modules() if name]
+    asked = [("target_modules", entry) for entry in (() if isinstance(targets, str) else sorted(targets))]
+    asked += [("modules_to_save", entry) for entry in config.modules_to_save or ()]
+    for what, entry in asked:
+        pool = placement.modules if what == "target_modules" else names
+        if any(_ends_with(name, entry) for name in pool):
+            continue
+        near = get_close_matches(entry, {name.rpartition(".")[2] for name in pool}, 1, 0.6)
+        yield Finding(
+            NUMBER,
+            "idle-target",
+            "red",
+            f"{what} names {entry!r}, which no module of {placement.subject.base.label} is called",
+            cause="PEFT passes over entries that match nothing as long as one of the list does",
+            fix=f"write {near[0]!r}" if near else "take it out, or give the base that has it",
+            keeps_green=pytest_line(placement.subject),
+        )
+
+
+def _bare_layers(placement: Placement, config: Any) -> Iterator[Finding]:
+    """Layers of the language backbone that get fewer adapters than their siblings, without having been left out."""
+    count = placement.subject.parts.text_config.num_hidden_layers
+    have: dict[int, set[str]] = {index: set() for index in range(count)}
+    for name in placement.of("language"):
+        if found := _LAYER.search(name):
+            have[int(found[1])].add(name[found.end() :])
+    whole = set().union(*have.values())
+    bare = [index for index, ends in have.items() if not ends]
+    uneven = [index for index, ends in have.items() if ends and ends != whole]
+    if not whole or not (bare or uneven) or config.layers_to_transform not in (None, []):
+        return
+    missing = f"layers {numbers(bare)} get none" if bare else f"layers {numbers(uneven)} get fewer than the others"
+    yield Finding(
+        NUMBER,
+        "bare-layers",
+        "red",
+        f"{len(bare) + len(uneven)} of {count} layers of the language backbone are not adapted as the others are: "
+        f"{missing}",
+        cause=f"target_modules {_short(config.target_modules)} match some layers only",
+        fix="let the expression match every layer, or say which are meant with layers_to_transform",
+        keeps_green=pytest_line(placement.subject),
+    )
+
+
+def _short(targets: Any) -> str:
+    shown: Sequence[str] | str = targets if isinstance(targets, str) else sorted(map(str, targets))
+    return neutral(repr(shown), 200)

@@ -1,0 +1,102 @@
+"""What a preflight is asked, and what its questions share: each thing is read or built once, when first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pytest_qvl.models.quantized import KEEP_16BIT
+from pytest_qvl.preflight.adapter import Adapter, attach
+from pytest_qvl.preflight.base import Base
+from pytest_qvl.preflight.timing import patience
+
+if TYPE_CHECKING:
+    from pytest_qvl.models.anatomy import Parts
+
+Runtime = Literal["transformers", "unsloth", "vllm"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asked for, as it was given.
+
+    Attributes:
+        base: Released name, folder or hub id.
+        adapter: Folder of a saved adapter.
+        merged: Folder of a checkpoint into which the adapter is said to be merged.
+        runtime: What will load the adapter.
+        skip: ``llm_int8_skip_modules`` of the quantization; ``None`` for that of the base, or this package's default.
+        lora: Fields of ``peft.LoraConfig``, or a JSON file with them, of an adapter that is still to be made.
+        processor: Folder of the processor that will be used, where it is not beside the adapter.
+        card: GPU to judge the memory for.
+    """
+
+    base: str
+    adapter: Path | None = None
+    merged: Path | None = None
+    runtime: Runtime = "transformers"
+    skip: tuple[str, ...] | None = None
+    lora: Path | Mapping[str, Any] | None = None
+    processor: Path | None = None
+    card: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the questions are about.
+
+    Attributes:
+        asked: As the user gave it.
+        base: The base model.
+        adapter: The adapter, saved or planned; ``None`` for none.
+    """
+
+    asked: Asked
+    base: Base
+    adapter: Adapter | None = None
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The base model without data and without adapter; not to be changed.
+
+        Raises:
+            ModelSourceError: It cannot be built.
+        """
+        return self.base.skeleton()
+
+    @cached_property
+    def lora(self) -> Any:
+        """The adapter's ``peft.LoraConfig``.
+
+        Raises:
+            ModelSourceError: There is none to be made of its fields.
+        """
+        assert self.adapter is not None
+        return self.adapter.lora_config()
+
+    @cached_property
+    def adapted(self) -> Any:
+        """A second model without data with the adapter put on by the installed PEFT, a ``PeftModel``.
+
+        Raises:
+            ValueError: PEFT refuses the configuration.
+            UnsafeFileError: Its regular expressions take for ever.
+        """
+        parts = self.base.skeleton()
+        with patience("target_modules of the adapter"):
+            return attach(parts, self.lora)
+
+    @property
+    def skip(self) -> tuple[tuple[str, ...] | None, str]:
+        """The skip list of the quantization, and who gave it, in words; ``None`` for Transformers' own default."""
+        if self.asked.skip is not None:
+            return self.asked.skip, "--skip"
+        saved = self.base.quantization
+        if saved is not None:
+            entries = saved.get("llm_int8_skip_modules")
+            return (None if entries is None else tuple(map(str, entries))), "the config.json of the base"
+        return KEEP_16BIT, "this package's default, since no --skip was given"

@@ -1,0 +1,41 @@
+"""A limit on how long regular expressions from strangers may work."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pytest_qvl.preflight.files.folder import UnsafeFileError
+
+PATIENCE_S = 20.0  # a healthy 7B model and adapter take two or three
+
+
+@contextmanager
+def patience(what: str, seconds: float = PATIENCE_S) -> Iterator[None]:
+    """Stop what takes longer, as a regular expression that backtracks without end does.
+
+    Python's ``re`` looks for signals while it matches, so a timer of the process can stop it; only in the main thread,
+    and only where no other timer runs (pytest-timeout's). Elsewhere there is no limit.
+
+    Raises:
+        UnsafeFileError: It took longer.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise UnsafeFileError(
+            f"{what} took more than {seconds:g} s, as a regular expression that backtracks without end does; stopped"
+        )
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

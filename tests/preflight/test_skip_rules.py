@@ -1,0 +1,93 @@
+"""The rules of releases as data, held to the installed release's own function."""
+
+from __future__ import annotations
+
+import pytest
+
+from pytest_qvl.models.skips import skipped_by
+from pytest_qvl.preflight import preflight
+from pytest_qvl.preflight.skip_rules import RULES, others, rule_of
+from pytest_qvl.releases import installed
+
+NAMES = (
+    "lm_head",
+    "model.visual.blocks.1.attn.qkv",
+    "model.visual.merger.mlp.0",
+    "model.language_model.layers.1.self_attn.q_proj",
+    "model.language_model.layers.11.mlp.gate_proj",
+)
+ENTRIES = ("visual", "model.visual", "lm_head", "model.language_model.layers.1", "merger", "mlp", "proj", "0", "q_proj")
+PATTERNS = (r"model\.visual.*", "model.*", "visual.*")
+
+
+@pytest.mark.parametrize("entry", [*ENTRIES, *PATTERNS])
+def test_the_row_of_the_installed_release_is_its_own_function(entry):
+    rule = rule_of(installed("transformers"))
+    assert [rule.skips(entry, name) for name in NAMES] == [skipped_by(entry, name) for name in NAMES]
+
+
+def test_every_supported_release_has_one_rule():
+    assert rule_of("4.56.2") is None
+    assert [rule_of(v) for v in ("4.57.6", "5.0.0", "5.20.1", "5.21.0", "5.24.0")] == [
+        RULES[0],
+        RULES[1],
+        RULES[1],
+        RULES[2],
+        RULES[2],
+    ]
+    assert len(others()) == 2
+
+
+def names(report, question=1):
+    return {finding.name for finding in report.of(question) if finding.state == "red"}
+
+
+def test_the_default_list_is_green_in_every_release():
+    report = preflight("qwen2.5-vl-7b")
+    (census,) = report.of(1)
+    assert census.state == "green"
+    assert not census.notes
+    assert "language 196 of 196, vision 0 of 160, merger 0 of 2, lm_head 0 of 1" in census.line
+
+
+def test_an_entry_without_effect_is_named_with_the_one_that_would():
+    report = preflight("qwen2.5-vl-7b", skip=["visual", "lm_head"])
+    if rule_of(installed("transformers")) is RULES[0]:
+        assert not names(report)
+        return
+    assert names(report) == {"vision-in-four-bits", "idle-skip-entry"}
+    idle = next(finding for finding in report if finding.name == "idle-skip-entry")
+    assert "'model.visual' would" in idle.line
+    assert any("4.57" in note and "162" in note for note in idle.notes)
+
+
+def test_an_entry_that_covers_more_than_it_names():
+    report = preflight("qwen2.5-vl-7b", skip=["model.visual", "lm_head", "model.language_model.layers.1"])
+    wide = [finding for finding in report if finding.name == "wide-skip-entry"]
+    if rule_of(installed("transformers")) is not RULES[1]:
+        assert not wide
+        return
+    assert "layers 10-19" in wide[0].line
+    # The fix means the same in every release.
+    entries = ["model.language_model.layers.1.self_attn", "model.language_model.layers.1.mlp"]
+    assert all(repr(entry) in wide[0].fix for entry in entries)
+    mended = preflight("qwen2.5-vl-7b", skip=["model.visual", "lm_head", *entries])
+    assert not names(mended)
+    assert not mended.of(1)[0].notes
+    assert "language 189 of 196" in mended.of(1)[0].line
+
+
+def test_a_list_without_the_head():
+    assert names(preflight("qwen2.5-vl-7b", skip=["model.visual"])) == {"lm-head-in-four-bits"}
+    tied = preflight("qwen2.5-vl-3b", skip=["model.visual"])
+    assert "fails in its first forward" in tied.red[0].cause
+
+
+@pytest.mark.parametrize("entry", ["multi_modal_projector", "mamba"])
+def test_entries_for_other_families_are_no_alarm(entry):
+    assert not names(preflight("qwen3-vl-8b", skip=["model.visual", "lm_head", entry]))
+
+
+def test_a_mistyped_and_a_broken_entry():
+    assert names(preflight("qwen3-vl-8b", skip=["model.visual", "lm_head", "gate_prjo"])) == {"idle-skip-entry"}
+    assert names(preflight("qwen3-vl-8b", skip=["model.visual", "lm_head", "(("])) == {"broken-skip-entry"}
