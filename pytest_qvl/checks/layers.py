@@ -9,9 +9,11 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.greedy import STEPS
 from pytest_qvl.checks.support.layers import linears
 from pytest_qvl.checks.support.layers.adapters import Adapters
+from pytest_qvl.checks.support.layers.copies import place_of, resting, trained_copies
 from pytest_qvl.checks.support.layers.exact import exact_products
 from pytest_qvl.checks.support.layers.flow import Flow
 from pytest_qvl.checks.support.layers.recomputed import judge_recomputation
+from pytest_qvl.checks.support.layers.returned import Returned
 from pytest_qvl.checks.support.layers.tally import Tally
 from pytest_qvl.checks.support.layers.text import Text
 from pytest_qvl.checks.support.layers.tower import Tower
@@ -19,8 +21,9 @@ from pytest_qvl.checks.support.packing import is_packed
 from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
-from pytest_qvl.models.adapters import adapter_configs, auxiliary_layers, base_modules
+from pytest_qvl.models.adapters import adapter_configs, base_modules
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import vision_theta
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions
 
@@ -75,7 +78,9 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
     several = {name for layer in adapters.layers.values() for name in adapters.active(layer)}
     if len(several) > 1:
         judge.note(f"{len(several)} adapters are active and judged as a sum: {', '.join(sorted(several))}")
-    if "pixel_values" not in inputs:
+    if "pixel_values" in inputs:
+        judge.report("base of the tower's rotary embedding", vision_theta(parts))
+    else:
         judge.note("the vision tower was not judged: the batch has no image")
     tally.report(judge)
     rows = [(name, op.judged, op.worst) for name, op in tally.operations.items()]
@@ -83,17 +88,18 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
 
 
 def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally) -> None:
-    """Generate eight tokens, then one forward in train mode, judging every module on the way."""
+    """Generate eight tokens, then one forward in train mode, and its head again in eval mode, judging every module."""
     import torch
     from transformers import GenerationConfig
 
     flow = Flow()
     text = Text(parts, tally, flow, attended(inputs).bool())
-    modules = _Modules(parts, tally, flow, adapters)
+    modules, returned = _Modules(parts, tally, flow, adapters), Returned(parts, tally, flow)
     with flow.running(), torch.no_grad():
         modules.watch()
         text.watch()
         Tower(parts, tally, flow).watch()
+        returned.watch()
         flow.before(parts.language_backbone, lambda _a, _k: modules.next_call())
         forget_positions(parts)
         model: Any = parts.wrapped
@@ -113,6 +119,7 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
         model.train()
         model(**inputs, use_cache=False, logits_to_keep=1)
         model.eval()
+        returned.call_again(inputs)
         modules.note_uncalled(with_image="pixel_values" in inputs)
 
 
@@ -145,34 +152,33 @@ class _Modules:
         """Put hooks on every module that is judged by itself."""
         from torch import nn
 
-        watched = dict(base_modules(self._parts))
-        for name, wrapper in auxiliary_layers(self._parts).items():
-            copies = getattr(wrapper, "modules_to_save", {})
-            watched |= {f"{name} ({key})": copies[key] for key in copies} if hasattr(copies, "keys") else {}
-        for name, module in watched.items():
+        for name, module in {**base_modules(self._parts), **trained_copies(self._parts)}.items():
             if isinstance(module, nn.Linear):
                 self._waiting.add(name)
                 linears.judge_code_book(self._tally, name, module)
                 self._flow.watch(module, partial(self._linear, name))
             elif isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
                 self._flow.watch(module, partial(self._norm, name))
-            elif module is self._parts.embeddings:
-                self._flow.watch(module, partial(linears.judge_embedding, self._tally, name))
+            elif place_of(name) == self._parts.roots["embeddings"] and isinstance(module, nn.Embedding):
+                self._waiting.add(name)
+                self._flow.watch(module, partial(self._embedding, name))
         for name, layer in self._adapters.layers.items():
             for adapter, dropout in layer.lora_dropout.items():
                 self._flow.watch(dropout, partial(self._dropout, name, adapter))
             self._flow.watch(layer, partial(self._adapted, name))
 
     def note_uncalled(self, *, with_image: bool) -> None:
-        """Say which linears have not run: a fused kernel may have computed in their place.
+        """Say which linears and tables have not run: a fused kernel may have computed in their place.
 
-        Those of the tower are not due without an image, nor those of which PEFT keeps copies: one of them runs.
+        Those of the tower are not due without an image, nor those in whose place a trained copy runs, or the other way.
         """
-        copied = tuple(auxiliary_layers(self._parts))
-        for name in sorted(self._waiting):
-            due = with_image or self._parts.group_of(name) not in ("vision", "merger")
-            if due and not name.startswith(copied):
+        for name in sorted(self._waiting - resting(self._parts)):
+            if with_image or self._parts.group_of(name) not in ("vision", "merger"):
                 self._tally.leave_out("its module is never called: a fused kernel may compute in its place", name)
+
+    def _embedding(self, name: str, call: Call) -> None:
+        self._waiting.discard(name)
+        linears.judge_embedding(self._tally, name, call)
 
     def _linear(self, name: str, call: Call) -> None:
         self._waiting.discard(name)

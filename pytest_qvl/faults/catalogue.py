@@ -42,6 +42,7 @@ FAMILIES = {
     "disk": "adapters on disk",
     "layers": "arithmetic of layers",
     "cache": "arithmetic of layers",
+    "logits": "arithmetic of layers",
     "lora": "arithmetic of adapters",
     "library": "library and files, before any reference",
     "session": "session state",

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Of every norm in the tower and its mergers; no configuration has a field for it.
 VISION_EPS = 1e-6
-# Base of the tower's rotary embedding in every release.
+# Base of the tower's rotary embedding in every release; configurations before Transformers 5.17 have no field for it.
 VISION_THETA = 10_000.0
 
 
@@ -182,6 +182,12 @@ def rope_of(parts: Parts) -> Rope:
         tuple(scaling["mrope_section"]),
         parts.family == "Qwen3-VL",
     )
+
+
+def vision_theta(parts: Parts) -> float:
+    """Base of the tower's rotary embedding: as the configuration has it, or :data:`VISION_THETA` where it has none."""
+    declared: Any = getattr(parts.config.vision_config, "rope_parameters", None)
+    return float((declared or {}).get("rope_theta", VISION_THETA))
 
 
 def has_bias(parts: Parts, name: str) -> bool | None:

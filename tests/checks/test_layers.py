@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from pytest_qvl.checks import CannotJudge, CheckFailed, layer_arithmetic
+from pytest_qvl.checks.support.layers.adapters import Adapters
+from pytest_qvl.checks.support.layers.copies import resting
+from pytest_qvl.checks.support.layers.tally import Tally
 from pytest_qvl.faults.case import Case, apply, load, lora_config
 from pytest_qvl.faults.catalogue import catalogue, find
 from pytest_qvl.faults.definitions.adapters import another_adapter
 from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.subject import embedded
-from pytest_qvl.faults.tools import after
-from pytest_qvl.models.adapters import adapted_layers, original_module
+from pytest_qvl.faults.tools import after, attribute
+from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers, original_module
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.attention import other_attention
 from pytest_qvl.models.layers import language_layers, vision_blocks
@@ -281,3 +287,97 @@ def test_a_default_dtype_of_the_user_s_changes_no_limit(case: Case) -> None:
         assert max(worst(layer_arithmetic(case.model, case.batch())).values()) < 0.5
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("wrapper", [False, True], ids=["model", "PeftModel"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_logits_that_change_behind_the_head_are_seen(case: Case, *, wrapper: bool, training: bool) -> None:
+    parts = anatomy(case.model)
+    mode = "train" if training else "eval"
+
+    def change(module: Any, _args: Any, output: Any) -> Any:
+        if module.training is training:
+            output.logits[0, -1, 7] += 2**-8
+        return output
+
+    says = f"{'its wrapper' if wrapper else 'the model'} does not return the logits of its head in {mode} mode"
+    with after([parts.wrapped if wrapper else parts.base], change), pytest.raises(CheckFailed, match=says):
+        layer_arithmetic(case.model, case.batch())
+
+
+def test_the_configuration_that_was_asked_for_is_that_of_the_active_adapter(case: Case) -> None:
+    asked = lora_config(lora_alpha=8)
+    case.model.add_adapter("second", lora_config(lora_alpha=32))
+    case.model.set_adapter("second")
+    try:
+        layer_arithmetic(case.model, case.batch(), lora_config(lora_alpha=32))
+        with pytest.raises(CheckFailed, match="LoRA: .* where its scaling is 1"):
+            layer_arithmetic(case.model, case.batch(), asked)
+    finally:
+        case.model.delete_adapter("second")
+        case.model.set_adapter("default")
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "norm1"])
+def test_trained_copies_are_judged_too(case: Case, name: str) -> None:
+    changed = replace(case)
+    with another_adapter(changed, lora_config(modules_to_save=[name])):
+        copies = [w.modules_to_save["default"] for w in auxiliary_layers(anatomy(changed.model)).values()]
+        assert layer_arithmetic(changed.model, case.batch()).notes == ()
+        with after(copies[:1], lambda _m, _a, out: out * (1 + 2**-7)), pytest.raises(CheckFailed) as failure:
+            layer_arithmetic(changed.model, case.batch())
+    kind = {"embed_tokens": "embedding", "lm_head": "linear product", "norm1": "norm"}[name]
+    assert re.search(rf"{kind}: \S*{name} \(default\)", str(failure.value))
+
+
+def test_linears_inside_a_trained_copy_are_judged_and_originals_rest(case: Case) -> None:
+    changed = replace(case)
+    with another_adapter(changed, lora_config(modules_to_save=["merger"])):
+        merger: Any = anatomy(changed.model).merger
+        first = merger.modules_to_save["default"].mlp[0]
+        assert layer_arithmetic(changed.model, case.batch()).notes == ()
+        with after([first], lambda _m, _a, out: out * 1.01), pytest.raises(CheckFailed) as failure:
+            layer_arithmetic(changed.model, case.batch())
+    assert "linear product: model.visual.merger.mlp.0 (default) returns 1.01 times" in str(failure.value)
+
+
+def test_a_layer_that_is_not_called_is_not_taken_for_a_copy_of_another_s_name() -> None:
+    """A copy of ``layers.1`` is none of ``layers.10``."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(11))
+
+    wrapped = get_peft_model(Model(), LoraConfig(target_modules=[r"layers.0"], modules_to_save=["layers.1"]))
+    base: Any = wrapped.base_model.model
+    parts: Any = SimpleNamespace(base=base)
+    assert "layers.1" in resting(parts)
+    assert "layers.10" not in resting(parts)
+
+
+def test_matrices_on_the_meta_device_are_not_one(case: Case) -> None:
+    first, second, *_ = adapted_layers(anatomy(case.model)).values()
+    kept = [(layer.lora_A["default"], layer.lora_A["default"].weight) for layer in (first, second)]
+    tally = Tally()
+    try:
+        for down, weight in kept:
+            down.weight = torch.nn.Parameter(weight.to("meta"))
+        Adapters(anatomy(case.model), None, tally).judge_sharing()
+        assert not tally.operations["LoRA's matrices"].failed
+        kept[0][0].weight = kept[1][0].weight
+        Adapters(anatomy(case.model), None, tally).judge_sharing()
+        assert tally.operations["LoRA's matrices"].failed
+    finally:
+        for down, weight in kept:
+            down.weight = weight
+
+
+def test_the_base_of_the_tower_s_rotary_embedding_is_the_configuration_s(case: Case) -> None:
+    vision = anatomy(case.model).config.vision_config
+    name = "base of the tower's rotary embedding"
+    evidence = layer_arithmetic(case.model, case.batch())
+    assert {figure.name: figure.value for figure in evidence.figures}[name] == 10_000
+    with attribute(vision, "rope_parameters", {"rope_theta": 500.0}), pytest.raises(CheckFailed) as failure:
+        layer_arithmetic(case.model, case.batch())
+    assert "is given other angles than row and column times 500^(-2i/d)" in str(failure.value)

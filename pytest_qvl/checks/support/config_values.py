@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import base_modules
+from pytest_qvl.models.layers import VISION_EPS, VISION_THETA
 from pytest_qvl.models.sources.loading import has_tied_head
 
 if TYPE_CHECKING:
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
 
     from pytest_qvl.models.anatomy import Parts
 
-VISION_EPS = 1e-6
-VISION_THETA = 10_000.0
 FLOAT32_STEP = 2.0**-23
 # Rotary kinds whose frequencies are theta ** (-2 i / d); the others stretch them, each in its own way.
 _PLAIN_ROPE = (None, "default", "mrope")

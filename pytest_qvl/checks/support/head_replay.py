@@ -50,12 +50,6 @@ class HeadReplay:
         if self._recorded is None:
             raise CannotJudge("the model's forward does not call its core, so its loss cannot be looked at by itself")
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the recorded hidden states."""
-        found: torch.dtype = self._recorded[0].dtype
-        return found
-
     def leaf(self) -> torch.Tensor:
         """The recorded hidden states, ``(rows, length, width)``, as a leaf that takes gradients."""
         found: torch.Tensor = self._recorded[0].detach().requires_grad_()
@@ -69,7 +63,7 @@ class HeadReplay:
             hidden: Hidden states in place of the recorded ones, of their shape.
         """
         output = self._recorded if hidden is None else _with_hidden(self._recorded, hidden)
-        with _forward_replaced(self._parts.core, lambda *_args, **_kwargs: output):
+        with core_serving(self._parts, output):
             yield
 
     def __call__(self, labels: torch.Tensor | None, *, hidden: torch.Tensor | None = None, **extra: Any) -> Any:
@@ -78,6 +72,13 @@ class HeadReplay:
         given = {} if labels is None else {"labels": labels}
         with self.serving(hidden):
             return self._parts.wrapped(**batch, **given, use_cache=False, **extra)
+
+
+@contextmanager
+def core_serving(parts: Parts, output: Any) -> Iterator[None]:
+    """Let every call of the model in the block begin behind the core, with what that is to have returned."""
+    with _forward_replaced(parts.core, lambda *_args, **_kwargs: output):
+        yield
 
 
 def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.linears import ELEMENTS, packed_of, weight_rows
 from pytest_qvl.checks.support.layers.tally import error_over_limit, factor
-from pytest_qvl.models.adapters import adapted_layers, adapter_configs
+from pytest_qvl.models.adapters import adapted_layers, adapter_configs, chosen_adapter
 from pytest_qvl.models.training import weights_restored
 from pytest_qvl.oracles import lora, nf4
 from pytest_qvl.oracles.bounds import SINGLE, Claim, unit
@@ -39,13 +39,14 @@ class Adapters:
 
     Args:
         parts: The model.
-        asked: The ``peft.LoraConfig`` that was asked for; None takes the model's own.
+        asked: The ``peft.LoraConfig`` that was asked for, of the adapter that is active (the first, if several are);
+            None takes the model's own.
         tally: Where findings go.
     """
 
     def __init__(self, parts: Parts, asked: Any, tally: Tally) -> None:
         self._parts, self._asked, self._tally = parts, asked, tally
-        self._configs = adapter_configs(parts)
+        self._configs, self._chosen = adapter_configs(parts), chosen_adapter(parts)
         self.layers: dict[str, Any] = {}
         for name, layer in adapted_layers(parts).items():
             if reason := self._refused(layer):
@@ -101,14 +102,14 @@ class Adapters:
 
     def judge_sharing(self) -> None:
         """No two layers may have a matrix together, unless the configuration ties them."""
-        owners: dict[int, str] = {}
+        owners: dict[Any, str] = {}
         for place, layer in self.layers.items():
             for name in self.active(layer):
                 if getattr(self._configs.get(name), "ensure_weight_tying", False):
                     continue
                 for kind in ("lora_A", "lora_B"):
-                    pointer = getattr(layer, kind)[name].weight.data_ptr()
-                    other = owners.setdefault(pointer, f"{place}.{kind}")
+                    weight = getattr(layer, kind)[name].weight
+                    other = owners.setdefault(_storage(weight), f"{place}.{kind}")
                     if other != f"{place}.{kind}":
                         where = other.removesuffix(f".{kind}")
                         self._tally.fail(SHARED, place, f"has one {kind} together with {where}, one pair for two")
@@ -169,7 +170,7 @@ class Adapters:
     def _scaling(self, place: str, name: str, rank: int) -> tuple[float, float, bool]:
         """Scaling that was asked for, its alpha, and whether it is rank-stabilised."""
         config: Any = self._configs[name]
-        if hasattr(self._asked, "lora_alpha") and name == next(iter(self._configs)):
+        if hasattr(self._asked, "lora_alpha") and name == self._chosen:
             config = self._asked
         alpha = _by_pattern(config.alpha_pattern, place, config.lora_alpha)
         asked_rank = _by_pattern(config.rank_pattern, place, config.r) if config is self._asked else rank
@@ -203,6 +204,11 @@ class Adapters:
         }
         why = next((words for words, value in reasons.items() if abs(applied / value - 1) < CLOSE), "")
         return f"adds {applied:.3g}·B(A(x)) where its scaling is {scaling:.3g}{f': {why}' if why else ''}"
+
+
+def _storage(weight: torch.Tensor) -> Any:
+    """What two tensors have together if they are one; without data (the meta device) there is no pointer to compare."""
+    return (weight.device, weight.data_ptr()) if weight.data_ptr() else id(weight)
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -20,7 +20,7 @@ class Call(NamedTuple):
         positional: What it was called with by position.
         kwargs: What it was called with by name.
         output: What it returned.
-        given: The first tensor that it was called with.
+        given: The first tensor that it was called with, on the device of the next.
         made: The first tensor that it returned.
     """
 
@@ -64,7 +64,8 @@ class Flow:
             given, made = first_tensor((*args, *kwargs.values())), first_tensor(output)
             if given is None or made is None:
                 return
-            given, made = given.detach(), made.detach()
+            # Over several GPUs, Accelerate moves what a module is given inside of its forward.
+            given, made = given.detach().to(made.device), made.detach()
             self._given[id(module)], self._made[id(module)] = given, made
             if judge is not None:
                 self._inside = True

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.layers.copies import place_of
 from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.layers import VISION_EPS, has_bias
 from pytest_qvl.oracles import elementary, nf4
@@ -76,7 +77,7 @@ def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
         )
         words = partial(_product_words, part, bias)
         tally.hold_to_one(PRODUCT_4BIT if is_4bit else PRODUCT_16BIT, name, part, claims, words)
-    expected = has_bias(parts, name)
+    expected = has_bias(parts, place_of(name))
     if expected is not None:
         tally.count(BIAS, 1)
         if expected != (module.bias is not None):

@@ -105,12 +105,14 @@ class Text:
     def _judge_handed_on(self, name: str, given: torch.Tensor, made: torch.Tensor, number: int) -> None:
         """What comes after a layer is given its output; Qwen3-VL adds features of the tower at visual tokens first."""
         places, features = self._between
+        made = made.to(given.device)
         words = "is not given what the layer before it returned" if number >= 0 else "is not given the embedded tokens"
         if places is None or not 0 <= number < len(features):
             self._tally.handed_on(name, given, made, words)
             return
+        places = places.to(given.device)
         self._tally.handed_on(name, given[~places], made[~places], words)
-        claim = elementary.added(made[places], features[number].to(made.dtype))
+        claim = elementary.added(made[places], features[number].to(made))
         self._tally.hold(RESIDUAL, name, given[places], claim)
 
     def _judge_head(self, call: Call) -> None:

@@ -9,7 +9,7 @@ from pytest_qvl.checks.support.layers.compose import FUSED, judge_merger, judge_
 from pytest_qvl.checks.support.layers.linears import judge_patch_embedding
 from pytest_qvl.checks.support.layers.scores import other_scaling
 from pytest_qvl.checks.support.layers.tally import error_over_limit, multiple
-from pytest_qvl.models.layers import VISION_THETA, mergers, vision_blocks
+from pytest_qvl.models.layers import mergers, vision_blocks, vision_theta
 from pytest_qvl.models.taps import vision_features
 from pytest_qvl.oracles import attention as oracle
 from pytest_qvl.oracles import patches, rotary
@@ -44,6 +44,7 @@ class Tower:
         everywhere = getattr(vision, "fullatt_block_indexes", None)
         self._full = set(range(vision.depth)) if everywhere is None or not self._window else set(everywhere)
         self._eager = vision._attn_implementation == "eager"
+        self._theta = vision_theta(parts)
         self._laid: patches.Patches | None = None
         self._before: torch.Tensor | None = None
         # Qwen3-VL's learned positions.
@@ -84,7 +85,8 @@ class Tower:
     def _judge_block(self, block: Layer, call: Call) -> None:
         if block.number == 0 and self._before is not None and self._table is not None:
             assert self._laid is not None
-            claim = patches.with_learned_positions(self._before, self._table.detach(), self._laid.relative)
+            embedded, table = (each.detach().to(call.given.device) for each in (self._before, self._table))
+            claim = patches.with_learned_positions(embedded, table, self._laid.relative)
             self._tally.hold("learned positions", block.name, call.given, claim)
         elif self._before is not None:
             words = "is not given what the block before it returned"
@@ -101,8 +103,8 @@ class Tower:
 
         merger = self._parts.merger
         if self._flow.seen((merger,)):
-            order = self._order(call.made.device)
-            merged = self._flow.made_by(merger)[torch.argsort(order)]
+            merged = self._flow.made_by(merger)
+            merged = merged[torch.argsort(self._order(merged.device))]
             words = "does not return the merger's visual tokens in the order of the images' rows"
             self._tally.handed_on(self._parts.roots["vision"], vision_features(call.output).detach(), merged, words)
         self._flow.forget((merger, self._parts.vision_tower))
@@ -140,9 +142,9 @@ class Tower:
 
         assert self._laid is not None
         positions = torch.tensor(self._laid.positions, device=turns[0].device)
-        claims = rotary.turned(rotary.vision_angles(positions, width), VISION_THETA, turns[0].dtype)
+        claims = rotary.turned(rotary.vision_angles(positions, width, self._theta), self._theta, turns[0].dtype)
         for got, claim in zip(turns, claims, strict=True):
-            self._tally.hold(ROTARY, name, got, claim, lambda: _rotary_words(turns))
+            self._tally.hold(ROTARY, name, got, claim, lambda: _rotary_words(turns, self._theta))
 
     def _claim(
         self,
@@ -186,8 +188,8 @@ class Tower:
         )
 
 
-def _rotary_words(turns: Any) -> str:
+def _rotary_words(turns: Any, theta: float) -> str:
     cosines, sines = turns
     if bool((cosines == 1).all()) and not bool(sines.any()):
         return "is given no rotation: every cosine is 1, every sine 0"
-    return "is given other angles than row and column times 10,000^(-2i/d)"
+    return f"is given other angles than row and column times {theta:,.10g}^(-2i/d)"

@@ -65,7 +65,7 @@ class Turns:
             self._tally.leave_out(f"rotary positions of kind {self._rope.kind}", name)
             return
         positions = call.kwargs.get("position_ids")
-        positions = call.positional[1] if positions is None else positions
+        positions = (call.positional[1] if positions is None else positions).to(call.made.device)
         positions = positions[-3:] if positions.ndim == 3 else positions.expand(3, *positions.shape)
         together = self._angles(positions, apart=call.made.ndim == 4)
         claims = rotary.turned(together, self._rope.theta, call.made.dtype)
