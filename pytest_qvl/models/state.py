@@ -48,7 +48,8 @@ def preserved(model: Any, *, training: bool | None = None, seed: int | None = No
     generation, use_cache = parts.base.generation_config, parts.text_config.use_cache
     settings = copy.deepcopy(vars(generation))
     deltas = parts.core.rope_deltas
-    devices = [parts.device] if parts.device.type == "cuda" else []
+    # A model over several GPUs draws from the generator of each.
+    devices = list({parameter.device for parameter, _, _ in parameters if parameter.is_cuda})
     with torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.manual_seed(seed)

@@ -86,7 +86,7 @@ def along_gradient(segment: Segment, names: Mapping[str, float], *, hidden: bool
         return Direction(None, moves)
     along = _unit(gradient)
     if segment.outgoing is not None:
-        along = _unit(along + _unit(segment.outgoing))
+        along = _unit(along + _unit(segment.outgoing.to(along.device)))
     return Direction(along * (HIDDEN * segment.x.float().norm(dim=-1, keepdim=True)), moves)
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.support.head_replay import HeadReplay
     from pytest_qvl.models.anatomy import Parts
 
+    RandomStates = tuple[torch.Tensor, dict[torch.device, torch.Tensor]]
+
 
 class Segment(Protocol):
     """A part of the model between two hidden states, or between the last of them and the loss.
@@ -60,7 +62,7 @@ class _Call:
 
     x: torch.Tensor
     kwargs: dict[str, Any]
-    random: tuple[torch.Tensor, torch.Tensor | None]
+    random: RandomStates
     scaled_gradient: torch.Tensor | None = None
     scale: float = 1.0
 
@@ -78,13 +80,13 @@ class Layers:
     modules: dict[str, Any]
     calls: dict[str, _Call] = field(default_factory=dict)
 
-    def note(self, name: str, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(self, name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a call, and the gradient that will come back to its input."""
         if name in self.calls:  # computed again by checkpointing
             return
         given = dict(kwargs)
         x = args[0] if args else given.pop("hidden_states")
-        call = self.calls[name] = _Call(x.detach(), given, _random_states(x.device))
+        call = self.calls[name] = _Call(x.detach(), given, _random_states(module))
         if x.requires_grad:
             x.register_hook(partial(setattr, call, "scaled_gradient"))
 
@@ -217,7 +219,7 @@ class Layer:
 
     def value(self, x: torch.Tensor) -> float:
         """See :class:`Segment`."""
-        _put_random_states(self.call.random, x.device)
+        _put_random_states(self.call.random)
         return float((self._out(x).double() * self.outgoing.double()).sum())
 
     def noise(self) -> float:
@@ -257,7 +259,7 @@ class End:
 
     def value(self, x: torch.Tensor) -> float:
         """See :class:`Segment`."""
-        _put_random_states(self.call.random, x.device)
+        _put_random_states(self.call.random)
         return float(self._output(x).loss)
 
     def noise(self) -> float:
@@ -272,15 +274,17 @@ class End:
         return abs(float(outputs[0].loss)) * apart / abs(first.total)
 
 
-def _random_states(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _random_states(module: nn.Module) -> RandomStates:
+    """What the dropout of a module draws from: its own devices' generators, wherever its input comes from."""
     import torch
 
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    devices = {parameter.device for parameter in module.parameters() if parameter.is_cuda}
+    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
 
 
-def _put_random_states(states: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+def _put_random_states(states: RandomStates) -> None:
     import torch
 
     torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)
+    for device, state in states[1].items():
+        torch.cuda.set_rng_state(state, device)
