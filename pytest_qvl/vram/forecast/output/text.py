@@ -13,9 +13,17 @@ if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.result import Forecast, Largest, Verdict
 
 
-def render(forecast: Forecast, largest: Largest | None = None) -> str:
-    """The whole answer: what was asked, a row per phase, the peak, the verdict."""
+def render(forecast: Forecast, largest: Largest | None = None, assumed: tuple[str, ...] = ()) -> str:
+    """The whole answer: what was asked, a row per phase, the peak, the verdict.
+
+    Args:
+        forecast: To be shown.
+        largest: What was found to fit still, if that was searched for.
+        assumed: What nobody asked for, as options.
+    """
     parts = [_asked(forecast), _table(forecast), _peak(forecast)]
+    if assumed:
+        parts[0] += f"\nassumed, as nothing was said: {' '.join(assumed)}"
     if forecast.verdict is not None:
         parts.append(_verdict(forecast.verdict))
     if largest is not None:

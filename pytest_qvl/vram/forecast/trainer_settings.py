@@ -1,0 +1,171 @@
+"""What a ``TrainingArguments`` and a ``LoraConfig`` of a user's say about memory, as fields of a request.
+
+They come from JSON, or from a name in a module that is imported. A ``training_args.bin`` is never read: it is a pickle,
+and reading one runs whatever code is in it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+TO_JSON = "Path('training_args.json').write_text(args.to_json_string())"
+# First bytes of a pickle (protocol 2 and above) and of the zip archive that torch.save writes.
+_PICKLES = (b"\x80", b"PK\x03\x04")
+_KINDS = {"TrainingArguments": "hf", "SFTConfig": "trl", "UnslothTrainingArguments": "unsloth"}
+# Settings that change memory in ways that are not forecast, with the values that ask for nothing.
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "deepspeed": (None,),
+    "fsdp": (None, "", False, []),
+    "torch_compile": (None, False),
+    "packing": (None, False),
+    "padding_free": (None, False),
+    "activation_offloading": (None, False),
+    "neftune_noise_alpha": (None,),
+    "fp16_full_eval": (None, False),
+    "bf16_full_eval": (None, False),
+}
+
+
+def from_trainer(where: str) -> dict[str, Any]:
+    """Fields of a request that training arguments decide.
+
+    ``precision`` is ``"pure"`` where they ask for no autocast: the dtype is the model's.
+
+    Args:
+        where: A JSON file, or ``module:name`` or ``script.py:name`` of an object in a module that is imported.
+
+    Raises:
+        ValueError: A pickle; neither; no training arguments; something they ask for is not forecast.
+    """
+    settings, kind = _settings(where, "training arguments", "per_device_train_batch_size")
+    if "num_generations" in settings or "ref_model_init_kwargs" in settings:
+        raise ValueError(f"{where} is of a trainer with a reference or generations, which the forecast does not follow")
+    for name, harmless in _REFUSED.items():
+        if settings.get(name) not in harmless:
+            raise ValueError(f"{where} has {name}={settings[name]!r}, which the forecast does not follow")
+    recomputation = settings.get("gradient_checkpointing_kwargs") or {}
+    if set(recomputation) - {"use_reentrant"} or recomputation.get("use_reentrant"):
+        raise ValueError(
+            f"{where} has gradient_checkpointing_kwargs={recomputation!r}: the forecast follows use_reentrant=False"
+        )
+    found = {
+        "trainer": kind or ("trl" if "dataset_text_field" in settings else "hf"),
+        "batch": settings["per_device_train_batch_size"],
+        "accumulation": settings.get("gradient_accumulation_steps", 1),
+        "optimizer": _plain(settings.get("optim", "adamw_torch_fused")),
+        "gradient_checkpointing": bool(settings.get("gradient_checkpointing", False)),
+        "precision": "bf16" if settings.get("bf16") else "fp16" if settings.get("fp16") else "pure",
+    }
+    if _plain(settings.get("eval_strategy", "no")) != "no":
+        found["evaluation"] = settings.get("per_device_eval_batch_size", 8)
+    if settings.get("use_liger_kernel"):
+        found["fused_loss"] = True
+    return found
+
+
+def from_lora(where: str) -> dict[str, Any]:
+    """Fields of a request that a LoRA configuration decides.
+
+    Args:
+        where: As for :func:`from_trainer`; also the folder of an ``adapter_config.json``.
+
+    Raises:
+        ValueError: As there; or a pattern as its ``target_modules``.
+    """
+    if Path(where).is_dir():
+        where = str(Path(where) / "adapter_config.json")
+    settings, _ = _settings(where, "a LoRA configuration", "r")
+    targets = settings.get("target_modules")
+    found = {
+        "lora_r": settings["r"],
+        "lora_dropout": settings.get("lora_dropout") or 0.0,
+        "use_dora": bool(settings.get("use_dora")),
+        "modules_to_save": tuple(settings.get("modules_to_save") or ()),
+        "trainable_tokens": _count(settings.get("trainable_token_indices")),
+    }
+    if isinstance(targets, str) and targets != "all-linear":
+        raise ValueError(
+            f"{where} has the pattern {targets!r} as target_modules: give the forecast --lora-targets with "
+            "language, all-linear or names of modules"
+        )
+    if targets:
+        found["lora_targets"] = targets if isinstance(targets, str) else tuple(sorted(targets))
+    return found
+
+
+def _count(indices: Any) -> int:
+    """Trained rows of embeddings: a list of them, or one per module."""
+    lists = indices.values() if isinstance(indices, dict) else [indices or ()]
+    return sum(map(len, lists))
+
+
+def _plain(value: Any) -> str:
+    """An option of an enumeration by its value."""
+    return str(getattr(value, "value", value))
+
+
+def _settings(where: str, what: str, needs: str) -> tuple[dict[str, Any], str]:
+    """All settings by name, and the trainer that their class belongs to (empty where none says)."""
+    file, colon, name = where.rpartition(":")
+    if Path(where).is_file():
+        found: Any = _read(Path(where))
+    elif colon and re.fullmatch(r"[A-Za-z_][\w.]*", name) and file:
+        found = _import(file, name)
+    else:
+        raise ValueError(f"{where!r} is neither a file nor MODULE:NAME")
+    kind = ""
+    if not isinstance(found, dict):
+        names = [cls.__name__ for cls in type(found).__mro__]
+        kind = next((_KINDS[cls] for cls in names if cls in _KINDS), "")
+        if needs == "per_device_train_batch_size" and names[0] not in _KINDS:
+            raise ValueError(f"{where} is a {names[0]}; the forecast follows {', '.join(_KINDS)}")
+        found = vars(found)
+    if needs not in found:
+        raise ValueError(f"{where} holds no {what}: it has no {needs}")
+    return found, kind
+
+
+def _read(file: Path) -> dict[str, Any]:
+    start = file.read_bytes()[:4]
+    if file.suffix in {".bin", ".pkl", ".pt", ".pth"} or start.startswith(_PICKLES):
+        raise ValueError(
+            f"{file} is a pickle, and reading it would run whatever code is in it: save the arguments as JSON instead, "
+            f"{TO_JSON}"
+        )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds a {type(found).__name__} and no settings by name")
+    return found
+
+
+def _import(module: str, name: str) -> Any:
+    """A name in a module or script, which runs as it is imported, the current folder first on the path."""
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = _script(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{module}:{name} cannot be imported: {type(error).__name__}: {said}") from None
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    return found
+
+
+def _script(file: Path) -> Any:
+    spec = spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

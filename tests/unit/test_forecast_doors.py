@@ -1,0 +1,199 @@
+"""The doors of the forecast: options, training arguments and LoRA configurations, and what was assumed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_qvl.cli import main
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.vram.forecast import Request
+from pytest_qvl.vram.forecast.asked import Asked, ask
+from pytest_qvl.vram.forecast.options import add_options
+from pytest_qvl.vram.forecast.trainer_settings import from_lora, from_trainer
+
+EMBEDDED = str(embedded_model_dir())
+
+
+def _ask(*options: str) -> Asked:
+    parser = argparse.ArgumentParser()
+    add_options(parser)
+    return ask(parser.parse_args(options))
+
+
+@pytest.fixture(scope="module")
+def training_arguments(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A file that real training arguments were saved in, changed as asked."""
+    from transformers import TrainingArguments
+
+    folder = tmp_path_factory.mktemp("arguments")
+    plain = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing=True,
+        optim="paged_adamw_32bit",
+        report_to="none",
+        use_cpu=True,
+    )
+
+    def saved(**changes: Any) -> str:
+        file = folder / "training_args.json"
+        file.write_text(json.dumps({**json.loads(plain.to_json_string()), **changes}), encoding="utf-8")
+        return str(file)
+
+    return saved
+
+
+def test_nothing_said_is_the_default_request_and_is_said_to_be_assumed() -> None:
+    asked = _ask()
+    assert asked.request == Request()
+    assert asked.assumed == (
+        *("--trainer hf", "--precision bf16", "--accumulation 1"),
+        *("--gradient-checkpointing", "--lora-r 16", "--optimizer paged_adamw_8bit"),
+    )
+    assert "--precision fp16" in _ask("--card", "t4").assumed
+    assert "--precision bf16-pure" in _ask("--trainer", "loop").assumed
+    assert _ask("--lora-r", "0").assumed == ()
+
+
+def test_options_make_the_request_and_are_not_assumed() -> None:
+    said = (
+        "--trainer trl --precision fp16 --accumulation 4 --no-gradient-checkpointing --lora-r 8 --optimizer adamw_torch"
+    )
+    asked = _ask(*said.split(), "--no-vision-hook", "--batch", "2", "--image", "448x448")
+    assert asked.assumed == ()
+    assert asked.compute_dtype == "float16"
+    assert asked.request == Request(
+        trainer="trl",
+        precision="fp16",
+        accumulation=4,
+        gradient_checkpointing=False,
+        lora_r=8,
+        optimizer="adamw_torch",
+        vision_hook=False,
+        batch=2,
+        image=(448, 448),
+    )
+
+
+def test_training_arguments_are_read_from_json_and_options_go_first(training_arguments: Any) -> None:
+    asked = _ask("--from-trainer", training_arguments(bf16=True), "--batch", "3")
+    assert asked.request == Request(
+        batch=3, accumulation=4, gradient_checkpointing=True, optimizer="paged_adamw_32bit", precision="bf16"
+    )
+    assert asked.assumed == ("--lora-r 16",)
+
+
+@pytest.mark.parametrize(
+    ("card", "precision"), [((), "bf16-pure"), (("--card", "l4"), "bf16-pure"), (("--card", "t4"), "fp16-pure")]
+)
+def test_training_arguments_without_mixed_precision_train_without_autocast(
+    training_arguments: Any, card: tuple[str, ...], precision: str
+) -> None:
+    assert _ask("--from-trainer", training_arguments(), *card).request.precision == precision
+
+
+def test_bf16_of_training_arguments_on_a_card_without_it_is_refused(
+    training_arguments: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["forecast", "--model", EMBEDDED, "--from-trainer", training_arguments(bf16=True), "--card", "t4"]
+    assert main(command) == 2
+    assert "t4 has no bfloat16" in capsys.readouterr().err
+
+
+def test_an_sft_config_is_known_by_its_own_settings(training_arguments: Any) -> None:
+    assert from_trainer(training_arguments(dataset_text_field="text", packing=False))["trainer"] == "trl"
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"deepspeed": {"zero_optimization": {}}}, "deepspeed={'zero_optimization': {}}, which the forecast does not"),
+        ({"packing": True}, "packing=True, which the forecast does not follow"),
+        ({"num_generations": 8}, "of a trainer with a reference or generations"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "the forecast follows use_reentrant=False"),
+        ({"optim": "lomo"}, r"optimizer is 'lomo': known are .* \(settings were read from .*; options go first\)"),
+    ],
+)
+def test_what_training_arguments_ask_for_and_no_forecast_follows_is_refused(
+    training_arguments: Any, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        _ask("--from-trainer", training_arguments(**changes))
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "training_args.json"])
+def test_a_pickle_is_refused_and_never_run(tmp_path: Path, name: str) -> None:
+    class Trap:
+        def __reduce__(self) -> Any:
+            return Path.touch, (tmp_path / "ran",)
+
+    file = tmp_path / name
+    file.write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(ValueError, match=f"{name} is a pickle, and reading it would run whatever code is in it: save"):
+        from_trainer(str(file))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [("{", "is not JSON"), ("[]", "holds a list"), ('{"lr": 1}', "holds no training arguments: it has no per_device")],
+)
+def test_files_that_hold_no_training_arguments_are_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    (tmp_path / "some.json").write_text(text)
+    with pytest.raises(ValueError, match=complaint):
+        from_trainer(str(tmp_path / "some.json"))
+
+
+def test_arguments_are_read_from_a_module_and_from_a_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "qvl_my_training.py"
+    script.write_text(
+        "class TrainingArguments:\n    def __init__(self):\n        self.per_device_train_batch_size = 5\n"
+        "class SFTConfig(TrainingArguments): pass\nclass DPOConfig(TrainingArguments): pass\n"
+        "arguments, sft, dpo = TrainingArguments(), SFTConfig(), DPOConfig()\n"
+    )
+    assert from_trainer("qvl_my_training:arguments")["batch"] == 5
+    assert from_trainer("qvl_my_training.py:sft")["trainer"] == "trl"
+    with pytest.raises(ValueError, match="is a DPOConfig; the forecast follows TrainingArguments"):
+        from_trainer("qvl_my_training:dpo")
+    with pytest.raises(ValueError, match="qvl_my_training:nothing cannot be imported: AttributeError"):
+        from_trainer("qvl_my_training:nothing")
+    with pytest.raises(ValueError, match="'nothing' is neither a file nor MODULE:NAME"):
+        from_trainer("nothing")
+
+
+def test_a_lora_configuration_is_read_from_what_peft_saved(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    LoraConfig(r=64, lora_dropout=0.05, target_modules=["v_proj", "q_proj"]).save_pretrained(str(tmp_path))
+    assert from_lora(str(tmp_path)) == {
+        "lora_r": 64,
+        "lora_dropout": 0.05,
+        "use_dora": False,
+        "modules_to_save": (),
+        "trainable_tokens": 0,
+        "lora_targets": ("q_proj", "v_proj"),
+    }
+    LoraConfig(r=4, target_modules=r".*layers.*_proj").save_pretrained(str(tmp_path))
+    with pytest.raises(
+        ValueError, match="has the pattern '.*layers.*_proj' as target_modules: give the forecast --lora"
+    ):
+        from_lora(str(tmp_path))
+
+
+def test_several_sizes_beside_a_number_of_images_are_refused() -> None:
+    with pytest.raises(ValueError, match="--images 2 beside 3 sizes of --image: each size is one image"):
+        _ask("--image", "448x448", "224x448", "100x100", "--images", "2")
+
+
+def test_the_command_says_what_was_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["forecast", "--model", EMBEDDED, "--image", "112x112", "--tokens", "20", "--lora-r", "8"]) == 0
+    said = "assumed, as nothing was said: --trainer hf --precision bf16 --accumulation 1 --gradient-checkpointing --optimizer"
+    assert said in capsys.readouterr().out
