@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.catalogue import find
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from pytest_qvl.checks import Reference
     from pytest_qvl.faults.case import Case
     from pytest_qvl.faults.catalogue import Fault
@@ -73,8 +75,20 @@ def damaged_reference(name: str, full: Case) -> Reference:
         ValueError: No such fault.
         CannotJudge: Nothing can be recorded of the damaged model, because its logits are not finite for instance.
     """
-    from pytest_qvl import checks
     from pytest_qvl.faults.case import apply
 
-    with apply(find(name).name, full) as damaged:
-        return checks.record_reference(damaged.model, damaged.processor, damaged.probes)
+    return reference_under(apply(find(name).name, full), full)
+
+
+def reference_under(damage: AbstractContextManager[Case | None], full: Case) -> Reference:
+    """What full precision makes of the probes inside of a block.
+
+    Args:
+        damage: The block; gives the damaged case, or None where it changes `full` itself.
+        full: From :func:`in_full_precision`.
+    """
+    from pytest_qvl import checks
+
+    with damage as damaged:
+        case = damaged or full
+        return checks.record_reference(case.model, case.processor, case.probes)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from pytest_qvl.faults.case import Case
+
 _ABSENT = object()
 
 
@@ -105,6 +107,11 @@ def all_of(contexts: Sequence[Any]) -> Iterator[None]:
         for context in contexts:
             stack.enter_context(context)
         yield
+
+
+def load_again(case: Case, **options: Any) -> None:
+    """Put another load of the case's model in its place, with other options of :attr:`Case.load`; in its own dtype."""
+    case.model = case.load(**{"dtype": case.policy.compute_dtype, **options})
 
 
 def on_first(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.definitions.adapters import another_adapter
-from pytest_qvl.faults.tools import after, all_of, attribute, values
+from pytest_qvl.faults.tools import after, all_of, attribute, load_again, values
 from pytest_qvl.models.adapters import (
     ADAPTER_FILE,
     adapted_layers,
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_qvl.faults.case import Case
+
+    Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 @contextmanager
@@ -213,9 +215,7 @@ def _two(case: Case) -> Iterator[None]:
 
 
 @contextmanager
-def changed_checkpoint(
-    case: Case, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-) -> Iterator[Path]:
+def changed_checkpoint(case: Case, change: Change) -> Iterator[Path]:
     """A copy of the case's checkpoint whose tensors, by name on disk, `change` has replaced."""
     from safetensors.torch import load_file, save_file
 
@@ -226,9 +226,21 @@ def changed_checkpoint(
         yield folder
 
 
+@contextmanager
+def loaded_from_changed(case: Case, change: Change) -> Iterator[None]:
+    """The model of such a checkpoint in place of the case's."""
+    with changed_checkpoint(case, change) as folder:
+        load_again(case, folder=folder)
+        yield
+
+
+def rolled_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows of the head moved by one."""
+    return {**tensors, "lm_head.weight": tensors["lm_head.weight"].roll(1, 0)}
+
+
 def _without(case: Case, part: str) -> Iterator[None]:
-    with changed_checkpoint(case, lambda tensors: {n: t for n, t in tensors.items() if part not in n}) as folder:
-        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+    with loaded_from_changed(case, lambda tensors: {n: t for n, t in tensors.items() if part not in n}):
         yield
 
 
@@ -289,8 +301,7 @@ def _adapter_left(case: Case) -> Iterator[None]:
         }
         return {**tensors, **{f"{name}.{key}.default.weight": value for key, value in learned.items()}}
 
-    with changed_checkpoint(case, with_adapter) as folder:
-        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+    with loaded_from_changed(case, with_adapter):
         yield
 
 
@@ -310,6 +321,5 @@ def _nan_row(case: Case) -> Iterator[None]:
         table[-1, 0] = float("nan")
         return {**tensors, name: table}
 
-    with changed_checkpoint(case, with_nan) as folder:
-        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+    with loaded_from_changed(case, with_nan):
         yield

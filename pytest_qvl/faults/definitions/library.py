@@ -11,15 +11,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 from pytest_qvl.faults.catalogue import fault, find
-from pytest_qvl.faults.common_mode import in_full_precision
+from pytest_qvl.faults.common_mode import in_full_precision, reference_under
 from pytest_qvl.faults.definitions.configuration import sections_changed
-from pytest_qvl.faults.definitions.disk import changed_checkpoint
+from pytest_qvl.faults.definitions.disk import loaded_from_changed, rolled_head
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
-
-    import torch
 
     from pytest_qvl.checks import Reference
     from pytest_qvl.faults.case import Case
@@ -50,15 +48,13 @@ class _RecordedLater:
 @contextmanager
 def _everywhere(case: Case, damage: Damage) -> Iterator[None]:
     """Damage the case, and record its reference from a full-precision model with the same damage."""
-    from pytest_qvl import checks
-
     full = in_full_precision(case)
     processor = vars(case.processor.image_processor).copy()
 
     def record() -> Reference:
         shared = vars(case.processor.image_processor) != processor
-        with nullcontext() if shared else damage(full):  # one processor serves both, and is damaged already
-            return checks.record_reference(full.model, full.processor, full.probes)
+        # One processor serves both, and is damaged already.
+        return reference_under(nullcontext() if shared else damage(full), full)
 
     case.reference = cast("Reference", _RecordedLater(record))
     with damage(case):
@@ -178,14 +174,5 @@ def _random_block(case: Case) -> Iterator[None]:
     requires=("golden record", "checkpoint file", "untied head"),
 )
 def _rolled(case: Case) -> Iterator[None]:
-    def roll(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**tensors, "lm_head.weight": tensors["lm_head.weight"].roll(1, 0)}
-
-    @contextmanager
-    def damage(each: Case) -> Iterator[None]:
-        with changed_checkpoint(each, roll) as folder:
-            each.model = each.load(folder=folder, dtype=each.policy.compute_dtype)
-            yield
-
-    with _everywhere(case, damage):
+    with _everywhere(case, lambda each: loaded_from_changed(each, rolled_head)):
         yield

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import all_of, attribute
+from pytest_qvl.faults.tools import all_of, attribute, load_again
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import KEEP_16BIT
 
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pytest_qvl.faults.case import Case
-
-
-def _loaded(case: Case, **options: Any) -> None:
-    case.model = case.load(**{"dtype": case.policy.compute_dtype, **options})
 
 
 @fault(
@@ -35,7 +31,7 @@ def _loaded(case: Case, **options: Any) -> None:
     transformers=(5,),
 )
 def _skip_list_visual(case: Case) -> Iterator[None]:
-    _loaded(case, skip=["visual", "lm_head"])
+    load_again(case, skip=["visual", "lm_head"])
     yield
 
 
@@ -48,7 +44,7 @@ def _skip_list_visual(case: Case) -> Iterator[None]:
     source="unslothai/unsloth#3639, unslothai/unsloth#1347",
 )
 def _skip_list_missing(case: Case) -> Iterator[None]:
-    _loaded(case, skip=None)
+    load_again(case, skip=None)
     yield
 
 
@@ -62,7 +58,7 @@ def _skip_list_missing(case: Case) -> Iterator[None]:
     requires=("untied head",),
 )
 def _skip_list_without_head(case: Case) -> Iterator[None]:
-    _loaded(case, skip=["model.visual"])
+    load_again(case, skip=["model.visual"])
     yield
 
 
@@ -75,7 +71,7 @@ def _skip_list_without_head(case: Case) -> Iterator[None]:
     source="vllm-project/llm-compressor#1766",
 )
 def _skip_list_without_merger(case: Case) -> Iterator[None]:
-    _loaded(case, skip=["model.visual.blocks", "lm_head"])
+    load_again(case, skip=["model.visual.blocks", "lm_head"])
     yield
 
 
@@ -87,7 +83,7 @@ def _skip_list_without_merger(case: Case) -> Iterator[None]:
     expected_words=("language: {layers} of {language} linears are {dtype} instead of nf4", "o_proj"),
 )
 def _skip_list_too_greedy(case: Case) -> Iterator[None]:
-    _loaded(case, skip=[*KEEP_16BIT, "o_proj"])
+    load_again(case, skip=[*KEEP_16BIT, "o_proj"])
     yield
 
 
@@ -100,7 +96,7 @@ def _skip_list_too_greedy(case: Case) -> Iterator[None]:
     source="NVIDIA-NeMo/Automodel#2358",
 )
 def _quantization_dropped(case: Case) -> Iterator[None]:
-    _loaded(case, quantized=False)
+    load_again(case, quantized=False)
     yield
 
 
@@ -113,7 +109,7 @@ def _quantization_dropped(case: Case) -> Iterator[None]:
     source="bitsandbytes-foundation/bitsandbytes#2077",
 )
 def _type_fp4(case: Case) -> Iterator[None]:
-    _loaded(case, bnb_4bit_quant_type="fp4")
+    load_again(case, bnb_4bit_quant_type="fp4")
     yield
 
 
@@ -126,7 +122,7 @@ def _type_fp4(case: Case) -> Iterator[None]:
     source="bitsandbytes-foundation/bitsandbytes#2077",
 )
 def _double_quantization_off(case: Case) -> Iterator[None]:
-    _loaded(case, bnb_4bit_use_double_quant=False)
+    load_again(case, bnb_4bit_use_double_quant=False)
     yield
 
 
@@ -141,7 +137,7 @@ def _double_quantization_off(case: Case) -> Iterator[None]:
 def _compute_float32(case: Case) -> Iterator[None]:
     import torch
 
-    _loaded(case, bnb_4bit_compute_dtype=torch.float32)
+    load_again(case, bnb_4bit_compute_dtype=torch.float32)
     yield
 
 
@@ -155,7 +151,7 @@ def _compute_float32(case: Case) -> Iterator[None]:
 )
 def _eight_bits(case: Case) -> Iterator[None]:
     # In float16, which LLM.int8 computes in: it casts anything else, and says so at every product.
-    _loaded(case, dtype="float16", load_in_4bit=False, load_in_8bit=True)
+    load_again(case, dtype="float16", load_in_4bit=False, load_in_8bit=True)
     yield
 
 
@@ -206,7 +202,7 @@ def _saved_in_4_bits(case: Case, **options: Any) -> Iterator[None]:
     with TemporaryDirectory(prefix="qvl-fault-") as name:
         folder = Path(shutil.copytree(case.subject.source.location, Path(name) / "checkpoint"))
         case.load(dtype=case.policy.compute_dtype, lora=None, **options).save_pretrained(folder)
-        _loaded(case, folder=folder)
+        load_again(case, folder=folder)
         yield
 
 
@@ -308,7 +304,7 @@ def _attached_first(case: Case) -> Iterator[None]:
     from pytest_qvl.models.adapters import adapted_layers
 
     quantized = anatomy(case.load(dtype=case.policy.compute_dtype, lora=None)).base
-    _loaded(case, quantized=False)
+    load_again(case, quantized=False)
     for name, layer in adapted_layers(anatomy(case.model)).items():
         layer.base_layer = quantized.get_submodule(name)
     yield
@@ -370,7 +366,7 @@ def _repacked(case: Case) -> Iterator[None]:
     import bitsandbytes as bnb
     import torch
 
-    _loaded(case)
+    load_again(case)
     for module in case.model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = True

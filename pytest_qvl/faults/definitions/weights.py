@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.definitions.disk import changed_checkpoint
-from pytest_qvl.faults.tools import all_of, values
+from pytest_qvl.faults.definitions.disk import changed_checkpoint, loaded_from_changed, rolled_head
+from pytest_qvl.faults.tools import all_of, load_again, values
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import anatomy
 
@@ -261,8 +261,7 @@ def _drawn_anew(case: Case, part: str) -> Iterator[None]:
             made[name] = new.to(tensor.dtype)
         return {**tensors, **made}
 
-    with changed_checkpoint(case, draw) as folder:
-        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+    with loaded_from_changed(case, draw):
         yield
 
 
@@ -299,11 +298,7 @@ def _random_block(case: Case) -> Iterator[None]:
     requires=("checkpoint file", "untied head"),
 )
 def _other_checkpoint(case: Case) -> Iterator[None]:
-    def roll(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**tensors, "lm_head.weight": tensors["lm_head.weight"].roll(1, 0)}
-
-    with changed_checkpoint(case, roll) as folder:
-        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+    with loaded_from_changed(case, rolled_head):
         case.checkpoint = Path(case.subject.source.location)
         yield
 
@@ -319,14 +314,11 @@ def _other_checkpoint(case: Case) -> Iterator[None]:
 def _altered(case: Case) -> Iterator[None]:
     import hashlib
 
-    def roll(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {**tensors, "lm_head.weight": tensors["lm_head.weight"].roll(1, 0)}
-
     published = (Path(case.subject.source.location) / "model.safetensors").read_bytes()
-    with changed_checkpoint(case, roll) as folder:
+    with changed_checkpoint(case, rolled_head) as folder:
         blob = folder.parent / "blobs" / hashlib.sha256(published).hexdigest()
         blob.parent.mkdir()
         (folder / "model.safetensors").rename(blob)
         (folder / "model.safetensors").symlink_to(blob)
-        case.model = case.load(folder=folder, dtype=case.policy.compute_dtype)
+        load_again(case, folder=folder)
         yield
