@@ -19,6 +19,7 @@ from pytest_qvl.checks.support.golden_data import (
     places_kept,
     recipe_of,
 )
+from pytest_qvl.checks.support.image_oracle import STEPS_IN_8_BITS
 from pytest_qvl.checks.support.lora import rewrites_base
 from pytest_qvl.checks.support.placeholders import show_grid
 from pytest_qvl.checks.support.rounding import rounded_sums
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 # On a GPU cuDNN convolves float32 in TensorFloat-32 unless it is told not to: ten bits behind the point.
 TENSOR_FLOAT_STEP = 2.0**-10
-# Pixels of a resized image, in steps of 8 bits: each of two passes may round a tie the other way.
-STEPS_RESIZED = 2
 
 
 @check(promise=12, needs=("request",))
@@ -156,7 +155,6 @@ def _wrong_pixels(parts: Parts, processor: Any, golden: Golden) -> tuple[list[st
     import numpy as np
 
     recipe = recipe_of(parts)
-    step = np.repeat(recipe.step(), recipe.frames * recipe.patch**2)
     wrong, worst = [], 0.0
     for said in golden.images:
         size, recorded = said["size"], np.asarray(said["values"])
@@ -167,16 +165,16 @@ def _wrong_pixels(parts: Parts, processor: Any, golden: Golden) -> tuple[list[st
             wrong.append(f"the grid of {size[0]}x{size[1]} px is {show_grid(grid)}, was {show_grid(said['grid'])}")
             continue
         kept = np.asarray(places_kept(values.size))
-        gap = np.abs(values.reshape(-1)[kept] - recorded)
-        steps = gap / step[kept % len(step)]
-        allowed = recipe.rounding() / step.min() + (STEPS_RESIZED if tuple(size) == RESIZED else 0.0)
-        worst = max(worst, float(steps.max()))
-        if not bool((steps <= allowed).all()):
-            off = ~(steps <= allowed)
+        width, resized = values.shape[-1], tuple(size) == RESIZED
+        furthest, off = recipe.apart(
+            values.reshape(-1)[kept], recorded, kept % width, STEPS_IN_8_BITS if resized else 0
+        )
+        worst = max(worst, furthest)
+        if off.any():
             first = int(off.argmax())
             wrong.append(
                 f"{int(off.sum())} of {len(kept)} values kept of {size[0]}x{size[1]} px differ, first "
-                f"value {kept[first] % len(step)} of patch {kept[first] // len(step)} "
+                f"value {kept[first] % width} of patch {kept[first] // width} "
                 f"({values.reshape(-1)[kept[first]]:.5g}, was {recorded[first]:.5g})"
             )
     return wrong, worst

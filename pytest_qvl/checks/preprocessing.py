@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.image_oracle import (
     BICUBIC,
+    STEPS_IN_8_BITS,
     Filter,
     Recipe,
     keys,
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-# Two passes of 8 bits: the first may round a tie the other way, which the second multiplies by the sum of its
-# weights' sizes (1.25 for a cubic with a = -0.5) before it rounds once more.
-STEPS_IN_8_BITS = 2
 STEPS_ROUNDED_ONCE = 1
 _WAYS = (BICUBIC, replace(BICUBIC, passes="rows"), replace(BICUBIC, passes="once"))
 FROM_SAMPLES = 8  # images of the samples, of as many sizes as there are
@@ -294,13 +292,8 @@ def _expected(recipe: Recipe, pixels: Array, how: Filter = BICUBIC, *, blocks: b
 
 def _beyond(recipe: Recipe, shown: _Shown, values: Array, made: Array, how: Filter) -> tuple[float, Array]:
     """The largest difference in steps of 8 bits, and which values are further away than allowed."""
-    import numpy as np
-
     steps = STEPS_ROUNDED_ONCE if how.passes == "once" else STEPS_IN_8_BITS
-    step = np.repeat(recipe.step(), recipe.frames * recipe.patch**2)[None]
-    allowed = recipe.rounding() + (steps * step * (1 + 1e-6) if _resizes(recipe, shown.pixels) else 0.0)
-    gap = np.abs(values - made)
-    return float((gap / step).max()), ~(gap <= allowed)
+    return recipe.apart(values, made, slice(None), steps if _resizes(recipe, shown.pixels) else 0)
 
 
 def _cause(recipe: Recipe, shown: _Shown, values: Array) -> str:

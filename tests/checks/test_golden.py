@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from pytest_qvl.checks import AdapterPolicy, golden_record
-from pytest_qvl.checks.golden import STEPS_RESIZED, TENSOR_FLOAT_STEP, rounding_step
+from pytest_qvl.checks.golden import TENSOR_FLOAT_STEP, rounding_step
 from pytest_qvl.checks.support.golden_data import GOLDEN_FILE, PROBES, RESIZED, Golden, drawn, image, recipe_of
-from pytest_qvl.checks.support.image_oracle import BICUBIC, resized
+from pytest_qvl.checks.support.image_oracle import BICUBIC, STEPS_IN_8_BITS, resized
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.faults.matrix.random_models import random_model
 from pytest_qvl.faults.tools import attribute, values
@@ -161,6 +161,6 @@ def test_either_order_of_passes_gives_the_resized_image(model: Any) -> None:
     size = recipe.size(*pixels.shape[:2])
     made = [resized(pixels, size, replace(BICUBIC, passes=passes)) for passes in ("columns", "rows", "once")]
     apart = [np.abs(each.astype(float) - made[0].astype(float)).max() for each in made]
-    assert max(apart) <= STEPS_RESIZED
+    assert max(apart) <= STEPS_IN_8_BITS
     assert made[0].min() > 0
     assert made[0].max() < 255

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from pytest_qvl.checks import image_preprocessing
-from pytest_qvl.checks.preprocessing import STEPS_IN_8_BITS, STEPS_ROUNDED_ONCE
-from pytest_qvl.checks.support.image_oracle import Filter, Recipe, resized, triangle
+from pytest_qvl.checks.preprocessing import STEPS_ROUNDED_ONCE
+from pytest_qvl.checks.support.image_oracle import STEPS_IN_8_BITS, Filter, Recipe, resized, triangle
 from pytest_qvl.evidence import CheckFailed
 from pytest_qvl.faults.matrix.random_models import random_config
 from pytest_qvl.faults.tools import attribute

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pytest_qvl.checks.generation_invariance import generation_batch_invariance, generation_cache_invariance
+from pytest_qvl.checks.support.bitwise import differs
 from pytest_qvl.checks.support.greedy import Reply
 from pytest_qvl.checks.support.noise_floor import EVIDENCE, NoiseFloor
 from pytest_qvl.checks.support.reply_logits import LogitsApart, judge_apart
@@ -162,3 +163,12 @@ def test_a_head_that_is_off_by_many_steps_is_a_defect(brain: Any, processor: Any
             generation_batch_invariance(brain, processor, ROWS, QUIET)
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64]
+)
+def test_bits_are_those_of_every_size_of_number(dtype: torch.dtype) -> None:
+    values, other = (torch.tensor(numbers)[:, None].to(dtype) for numbers in ([0.0, 1.0, 0.0], [0.0, 0.0, 1.0]))
+    assert differs(values, values.clone()).tolist() == [False, False, False]
+    assert differs(values, other).tolist() == [False, True, True]

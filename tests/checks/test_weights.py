@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from pytest_qvl.checks import AdapterPolicy, frozen_vision, training_step, weights_as_stored
 from pytest_qvl.checks.support.initialised import looks_drawn
-from pytest_qvl.checks.support.stored_values import NF4
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.faults.case import load
 from pytest_qvl.faults.matrix.random_models import random_config
@@ -28,6 +27,7 @@ from pytest_qvl.models.sources.embedded import EMBEDDED_SHA256
 from pytest_qvl.models.sources.stored import StoredFolder
 from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.models.sources.synthetic_checkpoint import write_checkpoint
+from pytest_qvl.oracles.nf4 import CODE_BOOK
 from pytest_qvl.samples import make_batch, scenes
 
 LAYER = "model.language_model.layers.0.mlp.up_proj"
@@ -314,7 +314,7 @@ def test_nobody_knows_the_files(fresh_model: Any, tmp_path: Path) -> None:
 def test_the_code_book_of_the_paper_is_that_of_bitsandbytes() -> None:
     from bitsandbytes.functional import get_4bit_type
 
-    assert torch.equal(torch.tensor(NF4), get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(torch.tensor(CODE_BOOK), get_4bit_type("nf4", device="cpu"))
 
 
 def test_draws_look_drawn_and_trained_matrices_do_not(tiny_dir: Path) -> None:

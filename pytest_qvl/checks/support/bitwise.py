@@ -12,7 +12,9 @@ def bits_of(values: torch.Tensor) -> torch.Tensor:
     """The bit patterns, so that NaN equals itself and 0 differs from -0."""
     import torch
 
-    return values.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+    return values.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    )
 
 
 def differs(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

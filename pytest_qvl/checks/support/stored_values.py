@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.bitwise import bits_of
 from pytest_qvl.models.quantized import dtype_name
+from pytest_qvl.oracles.nf4 import CODE_BOOK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -15,13 +17,6 @@ if TYPE_CHECKING:
 
     from pytest_qvl.models.sources.stored import Piece, Stored
 
-# QLoRA (arXiv:2305.14314), appendix E: the sixteen values of NormalFloat4, as float32 holds them.
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
 # Roundings on the longest way of a summand through a mean: sums over pairs of up to 2**32 values, each of them begun
 # by a few additions one after the other.
 MEAN_ROUNDINGS = 64
@@ -83,10 +78,10 @@ class _Comparison:
         import torch
 
         self.total += memory.numel()
-        if memory.numel() == stored.numel() and torch.equal(_bits(memory), _bits(stored)):
+        if memory.numel() == stored.numel() and torch.equal(bits_of(memory), bits_of(stored)):
             return
         size = min(memory.numel(), stored.numel())
-        different = _bits(memory[:size]) != _bits(stored[:size])
+        different = bits_of(memory[:size]) != bits_of(stored[:size])
         here, there = memory[:size][different].double(), stored[:size][different].double()
         self.count += int(different.sum()) + abs(memory.numel() - stored.numel())
         if self.first < 0 and len(here):
@@ -109,13 +104,6 @@ class _Comparison:
             self.tensor, self.part, self.count, self.total, tuple(reversed(index)), self.found, self.wanted,
             self.zeros, (low, high),
         )  # fmt: skip
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.itemsize])
 
 
 def compare(name: str, part: str, memory: torch.Tensor, stored: torch.Tensor) -> Difference | None:
@@ -300,7 +288,7 @@ def _requantized(
         packed = _bytes(own).to(memory.device)
         comparison.add(start // 2, memory[start // 2 : start // 2 + packed.numel()], packed)
         absmax.append(part.absmax)
-    book = torch.tensor(NF4) if state.quant_type == "nf4" else get_4bit_type(state.quant_type, device="cpu")
+    book = torch.tensor(CODE_BOOK) if state.quant_type == "nf4" else get_4bit_type(state.quant_type, device="cpu")
     found: list[Difference | str | None] = [
         comparison.result(),
         compare(name, "code book", state.code, book),
