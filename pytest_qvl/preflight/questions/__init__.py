@@ -37,4 +37,5 @@ QUESTIONS = (
     Question(0, "", "Can the files be read without harm?"),
     Question(1, "four_bits", "Which modules will be in 4 bits?"),
     Question(2, "targets", "Which modules get an adapter?"),
+    Question(3, "keys", "Does every key of the adapter land on a module, and is it for this model?"),
 )

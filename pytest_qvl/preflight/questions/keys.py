@@ -1,0 +1,97 @@
+"""Question 3: what becomes of every key of the adapter's file, in the installed PEFT and Transformers, or in vLLM."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.anatomy import GROUPS
+from pytest_qvl.models.sources.base_names import other_base
+from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.findings import Finding, neutral
+from pytest_qvl.preflight.loading import Loaded, load
+from pytest_qvl.preflight.questions.misfits import misfits
+from pytest_qvl.preflight.questions.serving import vllm
+
+if TYPE_CHECKING:
+    from pytest_qvl.preflight.subject import Subject
+
+NUMBER = 3
+# Which releases do not load names of before 4.52, by running them; what is installed is asked itself.
+_OLD_NAMES = (
+    "Transformers 4.52.4 and 4.53.3 with PEFT 0.15.2, and 5.4.0, 5.10.4, 5.15.1 and 5.23.0 with PEFT 0.18.1 or 0.21.2, "
+    "load none of them, without an error (https://github.com/huggingface/transformers/pull/38627)"
+)
+
+
+def answer(subject: Subject) -> Iterator[Finding]:
+    """Every key on its module and every module with its keys; rank, alpha, base and family."""
+    if subject.adapter is None:
+        raise CannotJudge("no adapter was given")
+    if not subject.adapter.tensors:
+        raise CannotJudge("the adapter is still to be made, so it has no keys")
+    yield from _alpha(subject)
+    yield from _base(subject)
+    loaded = load(subject)
+    wrong = list(misfits(subject, loaded))
+    yield from wrong
+    if not wrong:
+        yield _lands(subject, loaded)
+    if subject.asked.runtime == "vllm":
+        yield from vllm(subject, loaded)
+
+
+def _lands(subject: Subject, loaded: Loaded) -> Finding:
+    modules = {name for name, _ in loaded.wanted}
+    counts = Counter(subject.parts.group_of(name) for name in modules)
+    said = ", ".join(f"{group} {counts[group]}" for group in GROUPS if counts[group])
+    layouts = {layout for layout in loaded.layouts.values() if layout}
+    return Finding(
+        NUMBER,
+        "keys",
+        "green",
+        f"all {len(loaded.keys)} keys of the file land, on {len(modules)} modules ({said}), and none of them lacks one",
+        keeps_green=pytest_line(subject),
+        notes=(f"the file has names of before Transformers 4.52: {_OLD_NAMES}",) if "old" in layouts else (),
+    )
+
+
+def _alpha(subject: Subject) -> Iterator[Finding]:
+    config = subject.lora
+    patterns = list((config.alpha_pattern or {}).values())
+    if config.lora_alpha and all(patterns):
+        return
+    yield Finding(
+        NUMBER,
+        "alpha-zero",
+        "red",
+        f"lora_alpha is {config.lora_alpha}{f', alpha_pattern has {patterns}' if patterns else ''}: the adapter is "
+        "multiplied by zero",
+        cause="adapter_config.json was written or edited with another alpha than the training had",
+        fix="put back the lora_alpha of the training",
+        keeps_green=pytest_line(subject),
+    )
+
+
+def _base(subject: Subject) -> Iterator[Finding]:
+    adapter, base = subject.adapter, subject.base
+    assert adapter is not None
+    named = str(adapter.fields.get("base_model_name_or_path") or "")
+    other = other_base(adapter.fields, base.name, base.config)
+    if other.certain:
+        yield Finding(
+            NUMBER,
+            "other-base",
+            "red",
+            other.sentence,
+            cause="an adapter is a difference to the weights that it was trained on, and means nothing on others",
+            fix=f"judge it on {neutral(named, 200)!r}, or give the adapter of this base",
+            keeps_green=pytest_line(subject),
+        )
+    elif other.sentence:
+        yield Finding(NUMBER, "base-name", "not judged", other.sentence)
+    else:
+        said = f"the adapter names {named!r} as its base" if named else "the adapter names no base"
+        yield Finding(NUMBER, "base-name", "green" if named else "not judged", said)

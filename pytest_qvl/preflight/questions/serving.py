@@ -1,0 +1,114 @@
+"""Question 3 for vLLM: what its loader makes of the adapter, by its naming rules; vLLM itself is not needed.
+
+Sources: ``vllm/lora/utils.py`` (``parse_fine_tuned_lora_name``), ``vllm/lora/peft_helper.py``,
+``vllm/lora/lora_model.py``, and ``hf_to_vllm_mapper`` of the three families in ``vllm/model_executor/models``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.findings import Finding, some
+from pytest_qvl.preflight.naming import Key
+
+if TYPE_CHECKING:
+    from pytest_qvl.preflight.loading import Loaded
+    from pytest_qvl.preflight.subject import Subject
+
+NUMBER = 3
+_NEW = (
+    ("model.language_model.", "language_model.model."),
+    ("model.visual.", "visual."),
+    ("lm_head.", "language_model.lm_head."),
+)
+# What a module's name begins with in Transformers, and in vLLM; the first that fits counts.
+MAPPERS = {
+    "qwen2_vl": (*_NEW, ("model.", "language_model.model.")),
+    "qwen2_5_vl": (*_NEW, ("model.", "language_model.model.")),
+    "qwen3_vl": _NEW,
+}
+_MOST_RANK = 16  # ``max_lora_rank`` by default
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+_TOWER = "https://github.com/vllm-project/vllm/issues/23796"
+_NO_MATCH = "https://github.com/vllm-project/vllm/issues/34186"
+
+
+def to_vllm(name: str, family: str) -> str:
+    """What vLLM calls a module whose name stands in an adapter's file."""
+    for theirs, ours in MAPPERS[family]:
+        if f"{name}.".startswith(theirs):
+            return (ours + f"{name}.".removeprefix(theirs)).rstrip(".")
+    return name
+
+
+def vllm(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
+    """What vLLM refuses, ignores or has no module for."""
+    yield from _unsupported(subject, loaded)
+    family = subject.base.family
+    modules = {to_vllm(name, family) for name, _ in subject.parts.base.named_modules() if name}
+    matrices = [key for key in loaded.keys.values() if key.part]
+    lost = [key.text for key in matrices if not _is_plain(key) or to_vllm(key.module, family) not in modules]
+    tower = [key.text for key in matrices if key.text not in lost and to_vllm(key.module, family).startswith("visual.")]
+    if lost:
+        yield Finding(
+            NUMBER,
+            "vllm-no-module",
+            "red",
+            f"{len(lost)} of {len(matrices)} keys name no module of vLLM's model: {some(lost)}",
+            cause=f"vLLM looks an adapter up by name and serves the base where it finds none ({_NO_MATCH})",
+            fix="save it with the installed PEFT on the whole vision-language model: "
+            "base_model.model.model.language_model.layers...lora_A.weight",
+            keeps_green=pytest_line(subject),
+        )
+    if tower:
+        yield Finding(
+            NUMBER,
+            "vllm-tower",
+            "red",
+            f"{len(tower)} of {len(matrices)} keys are of the vision side, which vLLM leaves out unless told otherwise",
+            cause=f"vLLM before 0.14 has no LoRA in the vision tower, later ones only on demand ({_TOWER})",
+            fix="serve with --enable-tower-connector-lora on vLLM 0.14 or newer, merge the adapter, or train the "
+            "language backbone only",
+            keeps_green=pytest_line(subject),
+        )
+    if not lost and not tower:
+        yield Finding(NUMBER, "vllm-keys", "green", f"all {len(matrices)} keys name a module of vLLM's model")
+
+
+def _is_plain(key: Key) -> bool:
+    return not key.adapter and not key.kohya and not key.wrapped and key.prefixes <= 1
+
+
+def _unsupported(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
+    config = subject.lora
+    asked = {
+        "use_dora": config.use_dora,
+        "modules_to_save": config.modules_to_save,
+        f"bias={config.bias!r}": config.bias != "none",
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+    }
+    if refused := [name for name, value in asked.items() if value]:
+        yield Finding(
+            NUMBER,
+            "vllm-unsupported",
+            "red",
+            f"vLLM does not serve {', '.join(refused)} of this adapter",
+            cause="its loader knows plain LoRA and rsLoRA with one rank and one alpha",
+            fix="merge the adapter into the base and serve that",
+            keeps_green=pytest_line(subject),
+        )
+    ranks = [shape[0] for text, shape in loaded.shapes.items() if loaded.keys[text].part == "lora_A"]
+    if ranks and max(ranks) > _MOST_RANK:
+        enough = next((rank for rank in _RANKS if rank >= max(ranks)), max(ranks))
+        yield Finding(
+            NUMBER,
+            "vllm-rank",
+            "red",
+            f"the adapter has rank {max(ranks)}, and vLLM takes up to {_MOST_RANK} unless told otherwise",
+            cause="max_lora_rank is 16 by default",
+            fix=f"serve with --max-lora-rank {enough}",
+            keeps_green=pytest_line(subject),
+        )

@@ -1,0 +1,17 @@
+"""Broken and healthy artefacts, made when they are asked for: small, but by the real libraries.
+
+- :mod:`.making`: bases and adapters of every family, saved by Transformers, PEFT and bitsandbytes, each once per run;
+  copies of them to be broken; helpers that edit JSON and tensors.
+- :mod:`.broken`: one :class:`~.making.Case` for each way to be broken, with its public thread, the finding that must name
+  it, and words of its cause.
+- :mod:`.healthy`: set-ups on which every red finding is a false alarm.
+
+To add one: a function that takes a ``Workshop`` and a family and returns the arguments of ``preflight``, decorated with
+``@broken(...)`` or ``@healthy(...)``.
+"""
+
+from .broken import BROKEN
+from .healthy import HEALTHY
+from .making import Case, Workshop
+
+__all__ = ["BROKEN", "HEALTHY", "Case", "Workshop"]

@@ -1,0 +1,150 @@
+"""Set-ups on which every red finding is a false alarm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .making import ADAPTER, CONFIG, FAMILIES, Arguments, Case, Workshop, edit, retensor
+
+HEALTHY: list[Case] = []
+# As Unsloth's ``get_peft_regex`` writes it for the language side, and for both sides.
+_UNSLOTH_TEXT = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj).*?)"
+    r"|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)))"
+)
+_UNSLOTH_BOTH = (
+    r"(?:.*?(?:vision|image|visual|patch|language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj|qkv|proj|linear_fc1|linear_fc2).*?)"
+)
+
+
+def healthy(
+    families: tuple[str, ...] = FAMILIES,
+) -> Callable[[Callable[[Workshop, str], Arguments]], Callable[[Workshop, str], Arguments]]:
+    """Register a healthy set-up, for each of the families."""
+
+    def register(build: Callable[[Workshop, str], Arguments]) -> Callable[[Workshop, str], Arguments]:
+        for family in families:
+            HEALTHY.append(Case(build.__name__.replace("_", "-"), family, build))
+        return build
+
+    return register
+
+
+def _adapted(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
+    return {"base": shop.base(family), "adapter": shop.adapter(family, **lora)}
+
+
+@healthy()
+def base_alone(shop: Workshop, family: str) -> Arguments:
+    return {"base": shop.base(family)}
+
+
+@healthy()
+def language_backbone_by_an_expression(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family)
+
+
+@healthy()
+def saved_under_another_name(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, name="captions")
+
+
+@healthy()
+def dora(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, use_dora=True)
+
+
+@healthy()
+def rslora_with_patterns(shop: Workshop, family: str) -> Arguments:
+    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"down_proj": 64}}
+    return _adapted(shop, family, use_rslora=True, **patterns)
+
+
+@healthy()
+def head_and_embeddings_trained_whole(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, modules_to_save=["lm_head", "embed_tokens"])
+
+
+@healthy()
+def some_layers_on_purpose(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])
+
+
+@healthy()
+def unsloth_language_only(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family, target_modules=_UNSLOTH_TEXT, task_type="CAUSAL_LM")
+    edit(found["adapter"] / CONFIG, base_model_name_or_path=str(found["base"]), lora_dropout=0, peft_version="0.18.1")
+    return found
+
+
+@healthy()
+def unsloth_vision_and_language(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family, target_modules=_UNSLOTH_BOTH, task_type="CAUSAL_LM")
+    edit(found["adapter"] / CONFIG, unsloth_fixed=True)
+    return found
+
+
+@healthy()
+def configuration_of_an_older_peft(shop: Workshop, family: str) -> Arguments:
+    """Without the fields that later releases have added."""
+    found = _adapted(shop, family)
+    kept = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout")
+    kept += ("modules_to_save", "peft_type", "r", "target_modules", "task_type", "layers_to_transform")
+
+    def older(content: dict[str, Any]) -> None:
+        for name in [name for name in content if name not in kept]:
+            del content[name]
+
+    edit(found["adapter"] / CONFIG, older)
+    return found
+
+
+@healthy()
+def fields_of_a_newer_peft(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    edit(found["adapter"] / CONFIG, a_field_of_next_year={"on": True})
+    return found
+
+
+@healthy()
+def sixteen_bit_matrices(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    retensor(found["adapter"] / ADAPTER, lambda name, tensor: {name: tensor.half()})
+    return found
+
+
+@healthy(("qwen3_vl", "qwen2_vl"))
+def seven_names_where_the_tower_has_none_of_them(shop: Workshop, family: str) -> Arguments:
+    return _adapted(
+        shop, family, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@healthy()
+def only_attention(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+@healthy()
+def head_adapted(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, target_modules=["q_proj", "lm_head"])
+
+
+@healthy()
+def served_by_vllm(shop: Workshop, family: str) -> Arguments:
+    return {**_adapted(shop, family), "runtime": "vllm"}
+
+
+@healthy()
+def a_plan(shop: Workshop, family: str) -> Arguments:
+    return {"base": shop.base(family), "lora": {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}}
+
+
+@healthy()
+def a_list_with_entries_of_every_family(shop: Workshop, family: str) -> Arguments:
+    skip = ["model.visual", "lm_head", "multi_modal_projector", "merger", "modality_projection", "router"]
+    return {"base": shop.base(family), "skip": skip}

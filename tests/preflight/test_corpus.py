@@ -1,0 +1,45 @@
+"""The corpus: every broken artefact is named with its cause, no healthy one raises an alarm."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from preflight_corpus import BROKEN, HEALTHY, Case, Workshop
+
+from pytest_qvl.preflight import preflight
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    return Workshop(tmp_path_factory.mktemp("corpus"))
+
+
+def judged(case: Case, shop: Workshop):
+    arguments = dict(case.build(shop, case.family))
+    return preflight(str(arguments.pop("base")), **arguments)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in BROKEN])
+def test_what_is_broken_is_named(case, shop):
+    report = judged(case, shop)
+    red = {finding.name for finding in report.red}
+    assert set(case.red) <= red, report.red
+    said = " ".join(f"{f.line} {f.cause} {f.fix}" for f in report.red if f.name in case.red)
+    assert case.words in said
+    assert not [finding for finding in report.not_judged if "error of its own" in finding.line]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in HEALTHY])
+def test_what_is_healthy_raises_no_alarm(case, shop):
+    report = judged(case, shop)
+    assert not report.red
+    assert not [finding for finding in report.not_judged if "error of its own" in finding.line]
+
+
+def test_the_corpus_is_what_the_documentation_says():
+    assert len({case.name for case in BROKEN}) >= 30
+    assert len(HEALTHY) >= 50
+    assert {case.family for case in BROKEN} == {case.family for case in HEALTHY}
+    assert not [id_ for id_, count in Counter(case.id for case in (*BROKEN, *HEALTHY)).items() if count > 1]
+    assert all(case.thread.startswith("https://") and case.red and case.words for case in BROKEN)
