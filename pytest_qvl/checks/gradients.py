@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.cross_entropy import IGNORED, telling_labels
 from pytest_qvl.checks.support.directional import Derivative, Noise, along_gradient, derivative, step_size
-from pytest_qvl.checks.support.head_replay import HeadReplay
+from pytest_qvl.checks.support.head_replay import HeadReplay, core_recorded
 from pytest_qvl.checks.support.lora import layer_of, zero_initialised_matrices
 from pytest_qvl.checks.support.rounding import rounded_sums
 from pytest_qvl.checks.support.scoring import coarsest_dtype
@@ -90,10 +90,13 @@ def gradient_arithmetic(model: Any, batch: Batch, *, gradient_checkpointing: boo
         norms_held(parts),
     ):
         _leave_zero(parts, trained)
-        with checkpointing(parts, gradient_checkpointing):
+        with checkpointing(parts, gradient_checkpointing), core_recorded(parts) as recorded:
             layers, scale = _backward(parts, taught, trained)
         with checkpointing(parts, False):
-            segments = layers.segments(HeadReplay(parts, taught), taught["labels"], scale)
+            replay = HeadReplay(parts, taught, recorded)
+            segments, before = layers.segments(replay, taught["labels"], scale)
+            if before:
+                judge.note(f"nothing to judge in {some(before)}: all that is trained begins behind")
             _judge_rows(judge, segments[-1], taught["labels"])
             _note_left_out(judge, segments, trained)
             _judge_segments(judge, parts, segments)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_qvl.checks.support.student import deviations
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 DEVIATIONS = 5.0
 PLACES = 66
+FIRST = 4
+FREEDOM = 16
 HALVINGS = 8
 SETTLED = 3  # the first change has nothing to be compared with, and counts
 LITTLE = 1 / 32
@@ -103,7 +107,8 @@ class Noise:
     """What rounding does to one segment.
 
     Attributes:
-        value: Standard deviation of the difference of two values at the same place.
+        value: Standard deviation of the difference of two values at the same place. As it is estimated, it stands for
+            so much more that :data:`DEVIATIONS` of it are exceeded no more often than of the true one.
         gradient: Relative standard deviation of an element of the gradient.
     """
 
@@ -122,7 +127,27 @@ class Noise:
         import torch
 
         coarser = eps / torch.finfo(segment.x.dtype).eps
-        return cls(segment.noise() * coarser * sums / 2, eps * math.sqrt(PLACES / 12) * sums)
+        moved = segment.noise(FIRST)
+        more = math.ceil(FREEDOM * FIRST / _freedom(moved)) - FIRST
+        if more > 0:
+            moved = torch.cat([moved, segment.noise(more)])
+        response = math.sqrt(float(moved.square().mean(dim=0).sum()))
+        unsure = deviations(DEVIATIONS, int(_freedom(moved))) / DEVIATIONS
+        return cls(
+            response * unsure / math.sqrt(3) * coarser * sums,
+            eps * math.sqrt(PLACES / 12) * sums,
+        )
+
+
+def _freedom(moved: torch.Tensor) -> float:
+    """Degrees of freedom of a sum over tokens of variances that are estimated from ``(times, tokens)`` deviations.
+
+    Welch, Biometrika 34 (1947), and Satterthwaite: as many as there are times where all of it is one token's, that
+    many for each token where all move alike.
+    """
+    variances = moved.square().mean(dim=0)
+    squares = float(variances.square().sum())
+    return len(moved) * float(variances.sum()) ** 2 / squares if squares else float(len(moved))
 
 
 def derivative(segment: Segment, direction: Direction, step: float, noise: Noise) -> Derivative | None:

@@ -9,7 +9,7 @@ from pytest_qvl.checks.support.teaching import forward
 from pytest_qvl.evidence import CannotJudge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -27,28 +27,25 @@ class HeadReplay:
     Args:
         parts: The model, in the mode that it is to be judged in.
         batch: Model inputs, with labels or without.
+        recorded: What the core returned in a forward with them, see :func:`core_recorded`; one is run if not given.
 
     Raises:
         CannotJudge: The forward does not call its core.
     """
 
-    def __init__(self, parts: Parts, batch: Batch) -> None:
+    def __init__(self, parts: Parts, batch: Batch, recorded: Sequence[Any] | None = None) -> None:
         import torch
 
         self._parts = parts
         self._batch = batch
-        self._recorded: Any = None
-        own = parts.core.forward
-
-        def recording(*args: Any, **kwargs: Any) -> Any:
-            self._recorded = own(*args, **kwargs)
-            return self._recorded
-
-        inputs: Any = {name: value for name, value in batch.items() if name != "labels"} | {"logits_to_keep": 1}
-        with torch.no_grad(), _forward_replaced(parts.core, recording):
-            forward(parts, inputs)
-        if self._recorded is None:
+        if recorded is None:
+            inputs: Any = {name: value for name, value in batch.items() if name != "labels"} | {"logits_to_keep": 1}
+            with torch.no_grad(), core_recorded(parts) as outputs:
+                forward(parts, inputs)
+            recorded = outputs
+        if not recorded:
             raise CannotJudge("the model's forward does not call its core, so its loss cannot be looked at by itself")
+        self._recorded = recorded[-1]
 
     def leaf(self) -> torch.Tensor:
         """The recorded hidden states, ``(rows, length, width)``, as a leaf that takes gradients."""
@@ -85,6 +82,21 @@ def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
     if isinstance(output, tuple):
         return (hidden, *output[1:])
     return type(output)(**{**output, "last_hidden_state": hidden})
+
+
+@contextmanager
+def core_recorded(parts: Parts) -> Iterator[list[Any]]:
+    """Record what the core returns inside the block, hidden states detached: the last call's output, if any."""
+    outputs: list[Any] = []
+    own = parts.core.forward
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        outputs[:] = [_with_hidden(output, output[0].detach())]
+        return output
+
+    with _forward_replaced(parts.core, recording):
+        yield outputs
 
 
 @contextmanager

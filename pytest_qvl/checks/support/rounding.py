@@ -36,6 +36,14 @@ def rounded_sums(dtype: torch.dtype, terms: int) -> float:
     return max(1.0, math.sqrt(terms / 6)) if dtype == torch.float32 else 1.0
 
 
+def a_last_place_off(values: torch.Tensor) -> torch.Tensor:
+    """Each of the values times ``1 + eps`` or ``1 - eps``, in their own dtype; signs from torch's random state."""
+    import torch
+
+    signs = torch.randint(0, 2, values.shape, device=values.device, dtype=values.dtype)
+    return values * (1 + torch.finfo(values.dtype).eps * (2 * signs - 1))
+
+
 @contextmanager
 def last_place_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Move every output of `modules` by one unit in the last place inside the block.
@@ -47,11 +55,7 @@ def last_place_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
     import torch
 
     def after(_module: Any, _args: Any, output: Any) -> Any:
-        if not hasattr(output, "is_floating_point") or not output.is_floating_point():
-            return output
-        eps = torch.finfo(output.dtype).eps
-        signs = torch.randint(0, 2, output.shape, device=output.device, dtype=output.dtype)
-        return output * (1 + eps * (2 * signs - 1))
+        return a_last_place_off(output) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
 
     handles = [module.register_forward_hook(after) for module in modules]
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_qvl.checks.support.activations import leaves
 from pytest_qvl.checks.support.cross_entropy import token_losses
-from pytest_qvl.checks.support.rounding import last_place_noise
+from pytest_qvl.checks.support.rounding import a_last_place_off, last_place_noise
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.training import without_dropout
 
@@ -52,8 +51,12 @@ class Segment(Protocol):
     def value(self, x: torch.Tensor) -> float:
         """The loss, to first order in what comes out, for other hidden states, with the same dropout; in float64."""
 
-    def noise(self) -> float:
-        """By how much two values at the same place differ when every module is a last place off."""
+    def noise(self, times: int) -> torch.Tensor:
+        """By how much the value at ``x`` differs when all that rounds is a last place off, token by token.
+
+        Returns:
+            ``(times, tokens)`` float64, independent of each other.
+        """
 
 
 @dataclass
@@ -90,8 +93,10 @@ class Layers:
         if x.requires_grad:
             x.register_hook(partial(setattr, call, "scaled_gradient"))
 
-    def segments(self, replay: HeadReplay, labels: torch.Tensor, scale: float) -> list[Segment]:
-        """Every layer and the end of the model, after a backward pass.
+    def segments(self, replay: HeadReplay, labels: torch.Tensor, scale: float) -> tuple[list[Segment], list[str]]:
+        """Every layer and the end of the model, after a backward pass; then layers before all that is trained.
+
+        To these no gradient has to come back, so that there is none to be judged.
 
         Args:
             replay: The model behind its core.
@@ -107,18 +112,24 @@ class Layers:
         *names, norm = self.modules
         shared = self._shared()
         found: list[Segment] = []
+        before: list[str] = []
         for call in self.calls.values():
             call.scale = scale
         for name, following in zip(names, [*names[1:], norm], strict=True):
-            if self.calls[following].scaled_gradient is None:
-                raise CannotJudge(f"the loss has no gradient behind {name}; training_step says what it does not reach")
             module = self.modules[name]
+            if self.calls[following].scaled_gradient is None:
+                if found or any(parameter.requires_grad for parameter in module.parameters()):
+                    raise CannotJudge(
+                        f"the loss has no gradient behind {name}; training_step says what it does not reach"
+                    )
+                before.append(name)
+                continue
             own = _trained(module, name, shared)
             found.append(Layer(name, own, module, self.calls[name], self.calls[following]))
         head = self.parts.roots["lm_head"]
         end = {**_trained(self.modules[norm], norm, shared), **_trained(self.parts.lm_head, head, shared)}
         found.append(End("norm, head and loss", end, self.calls[norm], self.parts, replay, labels))
-        return found
+        return found, before
 
     def _shared(self) -> set[int]:
         """Parameters that several parts of the model hold, whose gradient is a sum."""
@@ -222,11 +233,22 @@ class Layer:
         _put_random_states(self.call.random)
         return float((self._out(x).double() * self.outgoing.double()).sum())
 
-    def noise(self) -> float:
-        """See :class:`Segment`; tokens count as independent, the elements of one do not."""
-        with without_dropout(self.module), last_place_noise(leaves(self.module)):
-            first, second = (self._out(self.x).double() for _ in range(2))
-        return float(((first - second) * self.outgoing.double()).sum(dim=-1).square().sum().sqrt())
+    def noise(self, times: int) -> torch.Tensor:
+        """See :class:`Segment`; the elements of one token are not independent of each other.
+
+        What the layer puts out is a last place off too: its sums with the residual stream are rounded as well, and in
+        a layer that adds little to the stream by far more than all of what it adds.
+        """
+        import torch
+
+        outgoing, moved = self.outgoing.double(), []
+        with without_dropout(self.module):
+            still = self._out(self.x).double()
+            with last_place_noise(leaves(self.module)):
+                for _ in range(times):
+                    off = a_last_place_off(self._out(self.x)).double() - still
+                    moved.append((off * outgoing).sum(dim=-1).flatten())
+        return torch.stack(moved)
 
 
 @dataclass
@@ -262,16 +284,25 @@ class End:
         _put_random_states(self.call.random)
         return float(self._output(x).loss)
 
-    def noise(self) -> float:
-        """See :class:`Segment`; tokens count as independent."""
+    def noise(self, times: int) -> torch.Tensor:
+        """See :class:`Segment`; the loss as a whole counts as one token where the model returns no logits for it."""
+        import torch
+
         modules = [*leaves(self.parts.language_backbone.norm), *leaves(self.parts.lm_head)]
-        with without_dropout(self.parts.lm_head), last_place_noise(modules):
-            outputs = [self._output(self.x) for _ in range(2)]
-        if getattr(outputs[0], "logits", None) is None or outputs[0].logits.shape[:2] != self.labels.shape:
-            return abs(float(outputs[0].loss) - float(outputs[1].loss))
-        first, second = (token_losses(output.logits, self.labels) for output in outputs)
-        apart = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(first.values, second.values, strict=True)))
-        return abs(float(outputs[0].loss)) * apart / abs(first.total)
+        with without_dropout(self.parts.lm_head):
+            still = self._losses(self._output(self.x))
+            with last_place_noise(modules):
+                return torch.stack([self._losses(self._output(self.x)) - still for _ in range(times)])
+
+    def _losses(self, output: Any) -> torch.Tensor:
+        """What each supervised token adds to the loss, ``(tokens,)`` float64."""
+        import torch
+
+        logits = getattr(output, "logits", None)
+        if logits is None or logits.shape[:2] != self.labels.shape:
+            return torch.tensor([float(output.loss)], dtype=torch.float64)
+        found = token_losses(logits, self.labels)
+        return torch.tensor(found.values, dtype=torch.float64) * abs(float(output.loss) / found.total)
 
 
 def _random_states(module: nn.Module) -> RandomStates:
