@@ -6,11 +6,18 @@ import argparse
 import gc
 import json
 import logging
+from typing import TYPE_CHECKING
 
 from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file
 from pytest_qvl.vram.forecast.asked import ask
+from pytest_qvl.vram.forecast.changes import cheapest, render_changes
 from pytest_qvl.vram.forecast.options import add_options
+
+if TYPE_CHECKING:
+    from pytest_qvl.vram.forecast.changes import Change
+    from pytest_qvl.vram.forecast.result import Forecast, Largest
+    from pytest_qvl.vram.forecast.run import Forecaster
 
 
 def add_forecast(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,6 +52,7 @@ def run_forecast(options: argparse.Namespace) -> int:
     try:
         from transformers.utils import logging as transformers_logging
 
+        from pytest_qvl.vram.forecast.output.as_json import as_json
         from pytest_qvl.vram.forecast.output.text import render
         from pytest_qvl.vram.forecast.output.timeline import draw_timeline
         from pytest_qvl.vram.forecast.run import largest, make_forecaster
@@ -55,24 +63,28 @@ def run_forecast(options: argparse.Namespace) -> int:
     transformers_logging.set_verbosity_error()
     forecaster, request = make_forecaster(request, card, asked.compute_dtype)
     forecast = forecaster.forecast(request)
-    found = None if card is None or options.largest == "none" else largest(forecaster, forecast, options.largest)
-    rules_of_thumb = side_by_side(forecast, forecaster.source.config) if options.compare else []
+    searches = card is not None and not request.samples and options.largest != "none"
+    found = largest(forecaster, forecast, options.largest) if searches else None
+    changes = _changes(options, forecaster, forecast, found)
+    rules = side_by_side(forecast, forecaster.source.config) if options.compare else []
     if options.timeline is not None:
         draw_timeline(forecast, options.timeline)
     if options.json:
-        data = forecast.as_dict()
-        if found is not None:
-            data["largest"] = {
-                "dimension": found.dimension,
-                "request": found.forecast and found.forecast.as_dict()["request"],
-                "refused": found.refused and found.refused.as_dict()["request"],
-                "bounded": found.bounded,
-            }
-        if rules_of_thumb:
-            data["rules"] = [vars(rule) for rule in rules_of_thumb]
-        print(json.dumps(data, indent=1))
+        print(json.dumps(as_json(forecast, asked.assumed, found, changes, rules), indent=1))
     else:
         print(render(forecast, found, asked.assumed))
-        if rules_of_thumb:
-            print("\n" + render_rules_of_thumb(rules_of_thumb, forecast))
+        if changes is not None:
+            print("\n" + render_changes(changes))
+        if rules:
+            print("\n" + render_rules_of_thumb(rules, forecast))
     return 0 if forecast.verdict is None or forecast.verdict.fits else 1
+
+
+def _changes(
+    options: argparse.Namespace, forecaster: Forecaster, forecast: Forecast, found: Largest | None
+) -> list[Change] | None:
+    """What would make a training step fit that does not; ``None`` where that is not the question."""
+    if forecast.verdict is None or forecast.verdict.fits or not forecast.request.lora_r or not options.changes:
+        return None
+    smaller = found.forecast if found is not None and found.dimension == "image" else None
+    return cheapest(forecast, forecaster.other, smaller)

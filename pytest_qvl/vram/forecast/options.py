@@ -127,6 +127,12 @@ def _add_output(group: _Group) -> None:
     group.add_argument(
         "--largest", choices=("image", "batch", "none"), default="image", help="what to search for on the card"
     )
+    group.add_argument(
+        "--changes",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="where it does not fit, forecast the three cheapest changes that make it fit",
+    )
     group.add_argument("--compare", action="store_true", help="also ask accelerate and the usual rules of thumb")
     group.add_argument(
         "--timeline", type=Path, metavar="FILE.svg", help="draw the memory of one training step (needs the extra plots)"

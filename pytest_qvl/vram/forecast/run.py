@@ -50,6 +50,7 @@ class Forecaster:
     ) -> None:
         self.source: Source = source or find_source(request.model)
         self.card = card
+        self._request = request
         self._dry_run = DryRun(request, self.source, recipe)
 
     def forecast(self, request: Request, *, inference: bool = True) -> Forecast:
@@ -63,6 +64,13 @@ class Forecaster:
             ValueError: An image the processor refuses.
         """
         return self.read(request, self.trace(request, inference=inference))
+
+    def other(self, request: Request) -> Forecast:
+        """The forecast for any request on the same model and card, without an inference pass."""
+        kept = {name: getattr(self._request, name) for name in ("image", "images", "batch", "tokens", "accumulation")}
+        if replace(request, **kept) == self._request:
+            return self.forecast(request, inference=False)
+        return Forecaster(request, self.card, source=self.source).forecast(request, inference=False)
 
     def trace(self, request: Request, *, inference: bool = True) -> AllocationTrace:
         """Every allocation and free of the run that ``request`` describes, for :meth:`read` and :func:`judge`."""
