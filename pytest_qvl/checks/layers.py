@@ -45,7 +45,9 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
     module's input and output are held, as it runs, to an independent reference on that very input
     (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen where logits hide it. No
     second model and no recorded reference is needed: a model that was damaged before anything was recorded is judged
-    the same. B of every adapter is random for that time, and put back bitwise.
+    the same. B of every adapter is random for that time, and put back bitwise. Copies that are trained in full
+    (``modules_to_save``) are judged in place of the modules whose work they do, and the logits that the model returns
+    are its head's, bitwise.
 
     Every limit is the rounding of the operation itself, from its dtype and number of terms: see
     docs/limits.md#layer-arithmetic and the oracles' docstrings. The figures are error over limit.
@@ -53,15 +55,18 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
     Args:
         model: Wrapped or not; 4-bit, 16-bit or float32.
         batch: Model inputs, left-padded.
-        lora_config: The ``peft.LoraConfig`` that was asked for; None takes the one that the adapter came with.
+        lora_config: The ``peft.LoraConfig`` that was asked for, of the active adapter (the first, if several are); None
+            takes the one that the adapter came with.
 
     Raises:
         CheckFailed: A module computes something else.
-        CannotJudge: Weights were rewritten for a CPU kernel, the batch is packed, or an adapter learns a prompt.
+        CannotJudge: Weights were rewritten for a CPU kernel or have no data, the batch is packed, or an adapter learns
+            a prompt.
     """
     parts = anatomy(model)
     judge = Judge("layer_arithmetic", "every layer computes what its definition says")
     require_unpacked_weights(parts)
+    _require_data(parts)
     if is_packed(batch):
         raise CannotJudge("the batch is packed: give one sample a row")
     for name, config in adapter_configs(parts).items():
@@ -85,6 +90,15 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
     tally.report(judge)
     rows = [(name, op.judged, op.worst) for name, op in tally.operations.items()]
     return judge.verdict(("operation", "comparisons", "largest error / limit"), rows)
+
+
+def _require_data(parts: Parts) -> None:
+    empty = next((name for name, tensor in parts.base.named_parameters() if tensor.device.type == "meta"), "")
+    if empty:
+        raise CannotJudge(
+            f"{empty} has no data between two calls (meta device): layers whose weights are offloaded, or never came, "
+            "cannot be computed again; load the whole model onto its devices"
+        )
 
 
 def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # Of every norm in the tower and its mergers; no configuration has a field for it.
 VISION_EPS = 1e-6
-# Base of the tower's rotary embedding in every release; configurations before Transformers 5.17 have no field for it.
+# Base of the tower's rotary embedding in every release; configurations of older Transformers have no field for it.
 VISION_THETA = 10_000.0
 
 

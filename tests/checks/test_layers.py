@@ -373,6 +373,17 @@ def test_matrices_on_the_meta_device_are_not_one(case: Case) -> None:
             down.weight = weight
 
 
+def test_a_model_with_weights_elsewhere_is_refused_in_one_sentence(case: Case) -> None:
+    norm: Any = language_layers(anatomy(case.model))[1].norms[0]
+    kept = norm.weight
+    norm.weight = torch.nn.Parameter(kept.to("meta"))
+    try:
+        with pytest.raises(CannotJudge, match=r"layers\.1\.input_layernorm\.weight has no data between two calls"):
+            layer_arithmetic(case.model, case.batch())
+    finally:
+        norm.weight = kept
+
+
 def test_the_base_of_the_tower_s_rotary_embedding_is_the_configuration_s(case: Case) -> None:
     vision = anatomy(case.model).config.vision_config
     name = "base of the tower's rotary embedding"
