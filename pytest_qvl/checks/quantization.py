@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.bitwise import identity_of
 from pytest_qvl.checks.support.unpacked_weights import repacked_sentence
 from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
@@ -308,7 +309,7 @@ def _judge_tie(judge: Judge, parts: Parts) -> None:
     head, table = next(parts.lm_head.parameters()), next(parts.embeddings.parameters())
     judge.equal(
         "lm_head shares the embeddings' storage",
-        head.data_ptr() == table.data_ptr(),
+        identity_of(head) == identity_of(table),
         True,
         else_say=(
             "lm_head and embeddings are tied by the configuration but are two tensors "

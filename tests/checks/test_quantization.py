@@ -291,7 +291,13 @@ def test_quantized_embeddings_are_seen(fresh_model: Any) -> None:
 def test_a_tied_head_must_share_its_storage(fresh_model: Any) -> None:
     model = fresh_model()
     model.config.tie_word_embeddings = True
-    assert refused(model).startswith("lm_head and embeddings are tied by the configuration but are two tensors")
+    words = "lm_head and embeddings are tied by the configuration but are two tensors"
+    assert refused(model).startswith(words)
+    table = model.model.language_model.embed_tokens
+    head, kept = model.lm_head.weight, table.weight
+    model.lm_head.weight, table.weight = (torch.nn.Parameter(each.to("meta")) for each in (head, kept))
+    assert refused(model).startswith(words)  # no pointer without data, and no two tensors are one for that
+    table.weight = kept
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
     assert quantization_census(model).ok
 

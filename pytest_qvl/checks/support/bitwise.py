@@ -1,8 +1,8 @@
-"""Bitwise comparison of tensors."""
+"""Bitwise comparison of tensors, and whether two are one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -15,6 +15,11 @@ def bits_of(values: torch.Tensor) -> torch.Tensor:
     return values.contiguous().view(
         {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     )
+
+
+def identity_of(tensor: torch.Tensor) -> Any:
+    """What two tensors have together if they are one; without data (the meta device) there is no pointer to compare."""
+    return (tensor.device, tensor.data_ptr()) if tensor.data_ptr() else id(tensor)
 
 
 def differs(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.bitwise import identity_of
 from pytest_qvl.checks.support.layers.linears import ELEMENTS, packed_of, weight_rows
 from pytest_qvl.checks.support.layers.tally import error_over_limit, factor
 from pytest_qvl.models.adapters import adapted_layers, adapter_configs, chosen_adapter
@@ -109,7 +110,7 @@ class Adapters:
                     continue
                 for kind in ("lora_A", "lora_B"):
                     weight = getattr(layer, kind)[name].weight
-                    other = owners.setdefault(_storage(weight), f"{place}.{kind}")
+                    other = owners.setdefault(identity_of(weight), f"{place}.{kind}")
                     if other != f"{place}.{kind}":
                         where = other.removesuffix(f".{kind}")
                         self._tally.fail(SHARED, place, f"has one {kind} together with {where}, one pair for two")
@@ -204,11 +205,6 @@ class Adapters:
         }
         why = next((words for words, value in reasons.items() if abs(applied / value - 1) < CLOSE), "")
         return f"adds {applied:.3g}·B(A(x)) where its scaling is {scaling:.3g}{f': {why}' if why else ''}"
-
-
-def _storage(weight: torch.Tensor) -> Any:
-    """What two tensors have together if they are one; without data (the meta device) there is no pointer to compare."""
-    return (weight.device, weight.data_ptr()) if weight.data_ptr() else id(weight)
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
