@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -351,6 +352,24 @@ def test_tensors_that_the_optimizer_leaves_out_are_no_small_steps(plain_model: A
     )
     assert message.startswith("2 of 56 adapter tensors did not move in 2 steps: ")
     assert "the optimizer does not hold them, or its steps are below the resolution of float32 (2)" in message
+
+
+def test_an_optimizer_that_passes_a_tensor_over_is_no_small_step(plain_model: Any, batch: Any) -> None:
+    """It holds the tensor; a plain step along the gradient would be too small for float32, its own would not."""
+
+    class Skipping(torch.optim.AdamW):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            skipped = self.param_groups[0]["params"][0]
+            kept = skipped.detach().clone()
+            done = super().step(*args, **kwargs)
+            skipped.data.copy_(kept)
+            return done
+
+    make = partial(Skipping, lr=1e-7, weight_decay=0.0)
+    message = refused(frozen_vision, plain_model, batch, make_optimizer=make)
+    assert message.startswith("1 of 56 adapter tensors did not move in 2 steps: ")
+    message = refused(step, plain_model, batch, make_optimizer=make)
+    assert "does not move 1 of 56 tensors that have a gradient" in message
 
 
 def test_an_adalora_for_language_models_learns(fresh_model: Any, batch: Any) -> None:

@@ -10,6 +10,7 @@ from pytest_qvl.checks.support.lora import RANK_COUNT
 from pytest_qvl.checks.support.teaching import optimizer_of
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.models.quantized import dtype_name
+from pytest_qvl.models.training import weights_restored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence, Sized
@@ -22,29 +23,47 @@ if TYPE_CHECKING:
 
 
 def too_small_steps(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> list[str]:
-    """Names of the tensors of which float32 keeps no plain gradient step at the optimizer's learning rate.
+    """Names of the tensors of which float32 keeps no step that the optimizer itself takes along their gradient.
 
-    Such a tensor stands still although its gradient is right and the optimizer holds it: A matrices under plain SGD at
-    1e-6, while B is near zero. Of float32 only: in 16 bits a training stands still with it, which is worth a finding.
-    Adaptive optimizers step further than that, so of them a tensor that is named here may have been left out as well.
+    Such a tensor stands still although its gradient is right and the optimizer steps it: A matrices under plain SGD at
+    1e-6, while B is near zero. What the step is, the optimizer shows on zeros in the tensor's place, of which float32
+    keeps every step: its first one, without state of earlier ones, as momentum makes later ones larger. Added to the
+    tensor it has to change no element. A tensor that the optimizer leaves out stays zero and is not named. Of float32
+    only: in 16 bits a training stands still with it, which is worth a finding.
 
     Args:
-        parameters: Tensors by name, their gradient in ``.grad``.
+        parameters: Tensors by name, their gradient in ``.grad``; like all that the optimizer holds they are put back.
         optimizer: What should move them.
     """
     import torch
 
-    rates = {id(p): float(group.get("lr") or 0.0) for group in optimizer.param_groups for p in group["params"]}
+    asked = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.dtype == torch.float32 and parameter.grad is not None and bool(parameter.grad.any())
+    }
+    if not asked:
+        return []
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     small = []
-    for name, parameter in parameters.items():
-        rate, grad, value = rates.get(id(parameter), 0.0), parameter.grad, parameter.detach()
-        if value.dtype == torch.float32 and rate > 0 and grad is not None and bool(grad.any()):
-            small.extend([name] if torch.equal(value - rate * grad, value) else [])
+    with weights_restored([*held, *asked.values()]), torch.no_grad():
+        before = {name: parameter.detach().clone() for name, parameter in asked.items()}
+        states = {parameter: optimizer.state.pop(parameter, None) for parameter in asked.values()}
+        for parameter in asked.values():
+            parameter.zero_()
+        optimizer.step()
+        for parameter, state in states.items():
+            optimizer.state.pop(parameter, None)
+            if state is not None:
+                optimizer.state[parameter] = state
+        for name, parameter in asked.items():
+            if bool(parameter.any()) and torch.equal(before[name] + parameter, before[name]):
+                small.append(name)
     return small
 
 
 def note_too_small(judge: Judge, small: Sequence[str], of: Sized) -> None:
-    """Say which tensors stand still and have gradients so small that float32 keeps no plain step along them."""
+    """Say which tensors stand still because float32 keeps no step of the optimizer along their gradients."""
     if small:
         judge.note(
             f"{len(small)} of {len(of)} tensors stand still under your optimizer, because float32 keeps no step as "
@@ -143,27 +162,6 @@ def _moved(move: Move) -> list[bool]:
     import torch
 
     return [not torch.equal(before, after) for before, after in zip(move.before, move.after, strict=True)]
-
-
-def too_small_to_see(parameters: Mapping[str, nn.Parameter], optimizer: Any) -> list[str]:
-    """Names of the tensors in which float32 keeps no step of the optimizer's learning rate along the gradient.
-
-    At such a rate (plain SGD at 1e-6) a tensor stands still although its gradient is right and the optimizer holds it.
-    Only of float32: in 16 bits training stands still as well, which is worth a finding.
-
-    Args:
-        parameters: Tensors by name, their gradient in ``.grad``.
-        optimizer: The optimizer that should move them.
-    """
-    import torch
-
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"] if group.get("lr")}
-    asked = {name: p for name, p in parameters.items() if id(p) in rates and p.grad is not None and bool(p.grad.any())}
-    return [
-        name
-        for name, p in asked.items()
-        if p.dtype == torch.float32 and torch.equal(p.detach() - rates[id(p)] * p.grad, p.detach())
-    ]
 
 
 def _judge_moves(judge: Judge, trained: Mapping[str, nn.Parameter], move: Move, optimizer: Any) -> None:

@@ -164,6 +164,29 @@ def _rate_zero(case: Case) -> Iterator[None]:
     yield
 
 
+@fault(
+    "optimizer-passes-one-tensor-over",
+    "The optimizer holds every adapter matrix and leaves one where it is: a fused step of one's own that lost it.",
+    target="run",
+    check="training_step",
+    expected_words=("your optimizer's step does not move 1 of {adapter} tensors that have a gradient",),
+)
+def _passes_over(case: Case) -> Iterator[None]:
+    """At a rate at which float32 keeps AdamW's steps and not those of plain gradient descent."""
+    import torch
+
+    class Skipping(torch.optim.AdamW):
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            skipped = self.param_groups[0]["params"][0]
+            kept = skipped.detach().clone()
+            done = super().step(*args, **kwargs)
+            skipped.data.copy_(kept)
+            return done
+
+    case.make_optimizer = lambda parameters: Skipping(parameters, lr=1e-6, weight_decay=0.0)
+    yield
+
+
 def _labels(case: Case, change: Callable[[dict[str, Any]], torch.Tensor]) -> None:
     case.collators.append(lambda b, _: {**b, "labels": change(b)} if "labels" in b else b)
 
