@@ -27,10 +27,11 @@ class Summary:
 
     def __init__(self, builder: ResultsBuilder) -> None:
         self._builder = builder
+        self._built: RunResults | None = None
 
     def pytest_terminal_summary(self, terminalreporter: Any, exitstatus: int) -> None:
         """Write every part; on ``-qq`` those that take a line each."""
-        results = self._builder.results(int(exitstatus))
+        results = self._results(exitstatus)
         quiet = terminalreporter.config.get_verbosity() < -1
         for write in LINES_FIRST + (() if quiet else SECTIONS) + LINES_LAST:
             write(terminalreporter, results)
@@ -38,7 +39,13 @@ class Summary:
     @pytest.hookimpl(specname="pytest_terminal_summary", trylast=True)
     def pytest_terminal_summary_fault(self, terminalreporter: Any, exitstatus: int) -> None:
         """What a fault did, below all else: also below what other plugins write."""
-        write_fault(terminalreporter, self._builder.results(int(exitstatus)))
+        write_fault(terminalreporter, self._results(exitstatus))
+
+    def _results(self, exitstatus: int) -> RunResults:
+        """Those of the run, which is over: built once for all parts."""
+        if self._built is None:
+            self._built = self._builder.results(int(exitstatus))
+        return self._built
 
 
 def write_verdicts(terminal: Any, results: RunResults) -> None:

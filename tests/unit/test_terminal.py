@@ -317,3 +317,13 @@ def test_nothing_to_say_is_not_said():
 def test_quieter_than_quiet_is_silent():
     assert written(report("causality", evidence=[kept("causality")]), verbosity=-1).lines
     assert not written(report("causality", evidence=[kept("causality")]), verbosity=-2).lines
+
+
+def test_results_are_built_once_for_all_parts(monkeypatch):
+    builder, terminal, calls = built(report(evidence=[kept("loss_arithmetic")])), Terminal(), []
+    own = builder.results
+    monkeypatch.setattr(builder, "results", lambda status: calls.append(status) or own(status))
+    summary = Summary(builder)
+    summary.pytest_terminal_summary(terminal, pytest.ExitCode.OK)
+    summary.pytest_terminal_summary_fault(terminal, pytest.ExitCode.OK)
+    assert calls == [0]
