@@ -14,7 +14,7 @@ from pytest_qvl.vram.forecast.validation.predictions import Case
     ("settings", "dtype"),
     [
         ({}, "bfloat16"),
-        ({"trainer": "trl", "compute_dtype": "float16"}, "float16"),
+        ({"trainer": "hf", "compute_dtype": "float16"}, "float16"),
         ({"trainer": "loop"}, None),
         ({"trainer": "loop", "kbit_upcast": True}, "bfloat16"),
         ({"trainer": "loop", "compute_dtype": "float16"}, "float16"),
@@ -67,3 +67,12 @@ def test_what_describes_no_run_is_refused_in_one_sentence(settings: dict[str, An
 def test_an_entry_of_an_earlier_release_was_a_loop() -> None:
     case = Case.from_dict({"request": {"image": [448, 448], "capability": [7, 5], "vision_hook": False}, "card": None})
     assert case.request == Request(image=(448, 448), capability=(7, 5), vision_hook=False, trainer="loop")
+
+
+def test_a_scaler_is_there_for_float16() -> None:
+    assert Request(precision="fp16").scales_loss
+    assert Request(trainer="loop", compute_dtype="float16").scales_loss
+    assert not Request().scales_loss
+    assert not Request(precision="fp16-pure").scales_loss
+    with pytest.raises(ValueError, match="GradScaler cannot unscale"):
+        Request(trainer="trl", precision="fp16")

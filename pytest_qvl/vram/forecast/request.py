@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 Optimizer = Literal[
@@ -29,7 +29,6 @@ BASE_BITS = (4, 8, 16)
 LORA_TARGETS = ("language", "all-linear")
 # Fields that are known and not followed yet, with the value that asks for nothing.
 _NOT_FOLLOWED: dict[str, object] = {
-    "samples": (),
     "evaluation": 0,
     "generate_in_training": 0,
     "lora_targets": "language",
@@ -184,6 +183,11 @@ class Request:
         }
         for name, value in asked.items():
             raise ValueError(f"{name} is {value!r}: the forecast does not follow that")
+        if self.trainer == "trl" and self.autocast_dtype == "float16":
+            raise ValueError(
+                "trainer is 'trl' and autocasts to float16: SFTTrainer keeps the adapter of a quantized model in "
+                "bfloat16, whose gradients torch's GradScaler cannot unscale; use precision='bf16'"
+            )
         if self.trainer == "unsloth":
             raise ValueError(
                 "trainer is 'unsloth': the forecast follows Transformers' and PEFT's own code, which Unsloth replaces "
@@ -206,6 +210,17 @@ class Request:
             return None if self._is_pure else _PRECISION_DTYPE[self.precision]
         usual = self.trainer != "loop" or self.kbit_upcast or self.compute_dtype == "float16"
         return self.compute_dtype if (usual if self.autocast is None else self.autocast) else None
+
+    @property
+    def standing_alone(self) -> Request:
+        """The same without a trainer, as for inference before it trains."""
+        return replace(self, trainer="loop", precision=None)
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether the loss is scaled, as float16 gradients need it."""
+        pure_loop = self.trainer == "loop" and self.precision is None and self.compute_dtype == "float16"
+        return self.autocast_dtype == "float16" or pure_loop
 
     @property
     def keeps_vision_hook(self) -> bool:

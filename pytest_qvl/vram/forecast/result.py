@@ -63,8 +63,8 @@ class Forecast:
     Attributes:
         request: What was asked.
         label: The model's name.
-        visual_tokens: Visual tokens per sample.
-        sequence: All tokens per sample.
+        visual_tokens: Visual tokens per sample, of the longest where they differ.
+        sequence: All tokens per sample, of the longest where they differ.
         resident: Allocated once the model is ready, before the adapter.
         phases: Every phase, in order.
         timeline: Live bytes over one training step; empty without training.

@@ -15,7 +15,7 @@ from pytest_qvl.vram.forecast.source import Source, find_source
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.engine.build import Recipe
-    from pytest_qvl.vram.forecast.request import Request
+    from pytest_qvl.vram.forecast.request import Request, Sample
 
 # Share of the card's free memory at which the search looks first; the rest is for gaps between the
 # allocator's blocks. It only saves forecasts: what is reported was confirmed by one.
@@ -67,7 +67,10 @@ class Forecaster:
 
     def other(self, request: Request) -> Forecast:
         """The forecast for any request on the same model and card, without an inference pass."""
-        kept = {name: getattr(self._request, name) for name in ("image", "images", "batch", "tokens", "accumulation")}
+        kept = {
+            name: getattr(self._request, name)
+            for name in ("image", "images", "batch", "tokens", "samples", "accumulation")
+        }
         if replace(request, **kept) == self._request:
             return self.forecast(request, inference=False)
         return Forecaster(request, self.card, source=self.source).forecast(request, inference=False)
@@ -78,7 +81,7 @@ class Forecaster:
 
     def read(self, request: Request, trace: AllocationTrace) -> Forecast:
         """The forecast that a trace of ``request`` makes."""
-        visual = request.images * self.source.sizes.visual_tokens(*request.image)
+        visual, text = max((self._lengths(sample) for sample in request.batch_of_samples), key=sum)
         points: list[tuple[str, tuple[int, ...]]] = []
 
         def watch(phase: str, live: tuple[int, ...]) -> None:
@@ -92,12 +95,16 @@ class Forecaster:
             request=request,
             label=self.source.label,
             visual_tokens=visual,
-            sequence=visual + request.tokens,
+            sequence=visual + text,
             resident=ready.end_allocated,
             phases=tuple(found.values()),
             timeline=Timeline(tuple(p for p, _ in points), tuple(v for _, v in points)),
             verdict=None if self.card is None else judge(trace, self.card, reserved),
         )
+
+    def _lengths(self, sample: Sample) -> tuple[int, int]:
+        """Visual and text tokens of a sample."""
+        return sum(self.source.sizes.visual_tokens(*image) for image in sample.images), sample.tokens
 
 
 def judge(trace: AllocationTrace, card: Card, reserved: int) -> Verdict:
@@ -131,6 +138,8 @@ def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> La
     """
     if forecaster.card is None or first.verdict is None:
         raise ValueError("the largest that fits needs a card")
+    if first.request.samples:
+        raise ValueError("the largest that fits is searched among samples of one size, and these are of several")
     ladder: _Ladder = _Images(forecaster, first.request) if dimension == "image" else _Batches(first)
     known = {ladder.size_of(first.request): first}
     target = SEARCH_TARGET * first.verdict.available

@@ -16,7 +16,6 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import keep_quantized_weights_in_place
 from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor, Recorder
@@ -202,14 +201,15 @@ def _drop_data(model: nn.Module, recorder: Recorder) -> None:
 
 
 def follow_gradients(parts: Parts, recorder: Recorder) -> None:
-    """Count a gradient as ``"gradients"`` from the moment it stays on its adapter parameter."""
+    """Count a gradient as ``"gradients"`` from the moment it stays on its parameter."""
 
     def keep(parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
         recorder.relabel(parameter.grad, "gradients")
 
-    for parameter in adapter_parameters(parts).values():
-        parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
+    for parameter in parts.wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(keep)  # type: ignore[no-untyped-call]
 
 
 def make_optimizer(name: Optimizer, parameters: list[Any], recorder: Recorder) -> Any:

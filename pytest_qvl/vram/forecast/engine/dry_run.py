@@ -14,6 +14,7 @@ from pytest_qvl.vram.forecast.engine.build import Recipe, attach_lora, build_bas
 from pytest_qvl.vram.forecast.engine.kernels import Device
 from pytest_qvl.vram.forecast.engine.recorder import Recorder
 from pytest_qvl.vram.forecast.engine.trace import AllocationTrace
+from pytest_qvl.vram.forecast.engine.trainers import adapter_in_bfloat16
 from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class DryRun:
         trace = AllocationTrace()
         device = Device(request.capability)
         self._recorder = Recorder(trace, device, source.config.get_text_config().vocab_size)
-        self._stage = DryRunStage(self._recorder, scaled=request.compute_dtype == "float16")
+        self._stage = DryRunStage(self._recorder, scaled=request.scales_loss)
         trace.phase(phases.LOAD)
         dtype = getattr(torch, request.compute_dtype)
         model = build_base(source.config, dtype, request.checkpoint, self._recorder, recipe)
@@ -61,6 +62,9 @@ class DryRun:
         if request.lora_r:
             trace.phase(phases.ATTACH)
             model = attach_lora(model, request.lora_r, self._recorder, recipe)
+            if request.trainer == "trl":
+                with self._recorder, self._recorder.labelled("adapters"):
+                    adapter_in_bfloat16(model)
         self._parts = anatomy(model)
         if request.lora_r:
             prepare_training(self._parts, request, self._stage)
@@ -190,6 +194,9 @@ class DryRunStage:
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the scale, for float16."""
         return loss * LOSS_SCALE if self._scaled else loss
+
+    def unscale(self, optimizer: Any) -> None:
+        """Nothing: a scale is taken away in place."""
 
     def update(self, optimizer: Any) -> None:
         """Update the parameters; taking the scale away needs no memory."""

@@ -48,6 +48,7 @@ class Device:
 # ``addmm`` takes its bias through cuBLASLt, whose handle is a cuBLAS handle with a workspace of its own.
 WORKSPACES_OF: dict[Any, tuple[str, ...]] = {
     aten.mm.default: ("cublas",),
+    aten.mm.out: ("cublas",),
     aten.bmm.default: ("cublas",),
     aten.baddbmm.default: ("cublas",),
     aten.addmm.default: ("cublas", "cublaslt"),
@@ -67,6 +68,9 @@ LAST_RESULT_FIRST = {
 PACKED_MATMUL_ROWS = 4
 
 _FLASH_TILE = 128
+# Elements that a row of an additive mask is padded to a multiple of (``preprocess_mask`` in
+# ``aten/src/ATen/native/transformers/attention.cpp``).
+_MASK_ALIGNMENT = 16
 
 
 def scratch(func: Any, args: Any) -> list[int]:
@@ -191,4 +195,7 @@ def _additive(mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | 
     if mask is None or mask.dtype != torch.bool:
         return mask
     bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
+    if bias.shape[-1] % _MASK_ALIGNMENT:
+        padding = _MASK_ALIGNMENT - bias.shape[-1] % _MASK_ALIGNMENT
+        bias = torch.nn.functional.pad(bias, (0, padding))[..., : mask.shape[-1]]
     return bias.expand(query.shape[0], query.shape[1], query.shape[2], bias.shape[-1])

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import gc
 import inspect
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.renamed import enable_checkpointing
 from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine.trainers import TRAINERS, Steps, autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,8 +69,11 @@ class Stage(Protocol):
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale."""
 
+    def unscale(self, optimizer: Any) -> None:
+        """Take the scale away from the gradients, where there is one."""
+
     def update(self, optimizer: Any) -> None:
-        """Take the gradients' scale away and update the parameters."""
+        """Take the gradients' scale away, unless that was done, and update the parameters."""
 
 
 def prepare_training(parts: Parts, request: Request, stage: Stage) -> None:
@@ -88,7 +92,7 @@ def infer(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     model.eval()
     stage.empty_cache()
     stage.phase(phases.VISION)
-    batch = model_inputs(parts, request, source, stage)
+    batch = model_inputs(parts, request, source, stage, pad_left=True)
 
     def leave_vision(*_: Any) -> None:
         stage.phase(phases.PREFILL)
@@ -103,7 +107,7 @@ def infer(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     ]
     own = stage.generation_arguments(parts, source)
     try:
-        with torch.no_grad(), autocast(request, stage):
+        with torch.no_grad(), autocast(request.standing_alone, stage):
             if request.generate:
                 model.generate(
                     **batch,
@@ -123,31 +127,26 @@ def infer(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
 
 def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     """A first training step for what it leaves behind, and the one that repeats, phase by phase."""
+    trainer = TRAINERS[request.trainer](parts, request, stage)
     parts.wrapped.train()
-    adapters = list(adapter_parameters(parts).values())
-    batch = model_inputs(parts, request, source, stage)
-    batch["labels"] = batch["input_ids"].clone()
+
+    def draw() -> dict[str, Any]:
+        batch = model_inputs(parts, request, source, stage)
+        batch["labels"] = batch["input_ids"].clone()
+        return batch
+
+    step = Steps(trainer, draw)
+    trained = [p for p in parts.wrapped.parameters() if p.requires_grad]
     with stage.labelled("optimizer"):
-        optimizer = stage.optimizer(request.optimizer, adapters)
-
-    def step(enter: Callable[[str], None]) -> None:
-        with autocast(request, stage):
-            loss = parts.wrapped(**batch).loss
-        enter(phases.BACKWARD)
-        stage.scaled(loss).backward()  # type: ignore[no-untyped-call]
-        del loss
-        enter(phases.OPTIMIZER)
-        with stage.labelled("optimizer"):
-            stage.update(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-
-    stage.phase(phases.STATES)
-    stage.first_step(lambda: step(lambda _: None), adapters, optimizer)
-    # As a measurement begins: without garbage, from an empty cache.
-    gc.collect()
-    stage.empty_cache()
-    with _forward_phases(parts, stage):
-        step(stage.phase)
+        step.optimizer = optimizer = stage.optimizer(request.optimizer, trained)
+    with trainer.prepared():
+        stage.phase(phases.STATES)
+        stage.first_step(lambda: step(lambda _: None), trained, optimizer)
+        # As a measurement begins: without garbage, from an empty cache.
+        gc.collect()
+        stage.empty_cache()
+        with _forward_phases(parts, stage):
+            step(stage.phase)
 
 
 @contextmanager
@@ -167,39 +166,48 @@ def _forward_phases(parts: Parts, stage: Stage) -> Iterator[None]:
             hook.remove()
 
 
-def autocast(request: Request, stage: Stage) -> Any:
-    """The autocast that ``request`` trains under, if any."""
-    if request.autocast_dtype is None:
-        return nullcontext()
-    return torch.autocast(stage.autocast_device, dtype=getattr(torch, request.autocast_dtype))
-
-
-def model_inputs(parts: Parts, request: Request, source: Source, stage: Stage) -> dict[str, Any]:
+def model_inputs(
+    parts: Parts, request: Request, source: Source, stage: Stage, *, pad_left: bool = False
+) -> dict[str, Any]:
     """Model inputs of ``request``: token ids, masks and grids, and images.
 
-    ``input_ids``, ``attention_mask``, ``mm_token_type_ids``: (batch, sequence) int64; ``pixel_values``:
-    (patches of all images, values per patch); ``image_grid_thw``: (images, 3) int64. Without what this Transformers
-    does not know (4.x has no ``mm_token_type_ids``).
+    ``input_ids``, ``attention_mask``, ``mm_token_type_ids``: (batch, sequence) int64, shorter samples padded on the
+    right or left; ``pixel_values``: (patches of all images, values per patch); ``image_grid_thw``: (images, 3) int64.
+    Without what this Transformers does not know (4.x has no ``mm_token_type_ids``).
     """
-    config, vision = source.config, source.config.vision_config
-    grid = source.sizes.grid(*request.image)
-    patches = grid[0] * grid[1] * grid[2]
-    visual = patches // parts.merge_size**2
-    text = request.tokens - 2 * request.images
-    ids = [0] * (text - text // 2)
-    for _ in range(request.images):
-        ids += [config.vision_start_token_id, *[parts.image_token_id] * visual, config.vision_end_token_id]
-    ids += [0] * (text // 2)
-    images = request.images * request.batch
+    vision = source.config.vision_config
+    samples = request.batch_of_samples
+    grids = [[source.sizes.grid(*image) for image in sample.images] for sample in samples]
+    rows = [_token_ids(parts, source, sample.tokens, own) for sample, own in zip(samples, grids, strict=True)]
+    longest = max(map(len, rows))
+    every = [grid for own in grids for grid in own]
     values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
     with stage.labelled("inputs"):
-        input_ids = stage.place(torch.tensor([ids] * request.batch))
+        paddings = [[0] * (longest - len(row)) for row in rows]
+        padded = [pad + row if pad_left else row + pad for row, pad in zip(rows, paddings, strict=True)]
+        input_ids = stage.place(torch.tensor(padded))
+        mask = torch.ones_like(input_ids)
+        for row, own_mask in zip(rows, mask, strict=True):
+            own_mask[slice(0, longest - len(row)) if pad_left else slice(len(row), None)] = 0
         inputs = {
             "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
+            "attention_mask": mask,
             "mm_token_type_ids": (input_ids == parts.image_token_id).long(),
-            "pixel_values": stage.pixels((images * patches, values), getattr(torch, request.pixel_dtype)),
-            "image_grid_thw": stage.place(torch.tensor([grid] * images)),
         }
+        if every:
+            shape = (sum(prod(grid) for grid in every), values)
+            inputs["pixel_values"] = stage.pixels(shape, getattr(torch, request.pixel_dtype))
+            inputs["image_grid_thw"] = stage.place(torch.tensor(every))
     known = inspect.signature(type(parts.base).forward).parameters
     return {name: tensor for name, tensor in inputs.items() if name in known}
+
+
+def _token_ids(parts: Parts, source: Source, tokens: int, grids: list[tuple[int, int, int]]) -> list[int]:
+    """One sample: half of its text, its images between their markers, and the other half."""
+    config = source.config
+    text = tokens - 2 * len(grids)
+    ids = [0] * (text - text // 2)
+    for grid in grids:
+        visual = prod(grid) // parts.merge_size**2
+        ids += [config.vision_start_token_id, *[parts.image_token_id] * visual, config.vision_end_token_id]
+    return ids + [0] * (text // 2)

@@ -15,6 +15,7 @@ from pytest_qvl.models.quantized import keep_quantized_weights_in_place, usual_q
 from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.build import usual_lora
+from pytest_qvl.vram.forecast.engine.trainers import adapter_in_bfloat16
 from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
 from pytest_qvl.vram.forecast.source import find_source
 
@@ -38,7 +39,7 @@ class Measurement:
     """What one run used.
 
     Attributes:
-        phases: What each phase used, in the order they ran.
+        phases: What each phase used, in the order they ran; with accumulation some come back.
     """
 
     phases: tuple[Usage, ...]
@@ -55,8 +56,8 @@ class Measurement:
         return next(u.alive_allocated for u in self.phases if u.name not in building) - self.baseline
 
     def peak(self, phase: str) -> int:
-        """Peak allocated of a phase, without what was there before loading."""
-        return next(u.allocated for u in self.phases if u.name == phase) - self.baseline
+        """Peak allocated of a phase, however often it came back, without what was there before loading."""
+        return max(u.allocated for u in self.phases if u.name == phase) - self.baseline
 
 
 def measure(request: Request, meter: Meter, device: str = "cuda", *, inference: bool = True) -> Measurement:
@@ -76,7 +77,7 @@ def measure(request: Request, meter: Meter, device: str = "cuda", *, inference: 
     """
     if request.checkpoint != "synthetic":
         raise ValueError(f"checkpoint is {request.checkpoint!r}: what is measured here is built with random weights")
-    stage = MeterStage(meter, device, scaled=request.compute_dtype == "float16")
+    stage = MeterStage(meter, device, scaled=request.scales_loss)
     try:
         _run(request, stage, inference=inference)
     except BaseException as error:
@@ -106,6 +107,8 @@ def _run(request: Request, stage: MeterStage, *, inference: bool) -> None:
     if request.lora_r:
         stage.phase(phases.ATTACH)
         model = get_peft_model(model, usual_lora(anatomy(model), request.lora_r))
+        if request.trainer == "trl":
+            adapter_in_bfloat16(model)
     parts = anatomy(model)
     if request.lora_r:
         prepare_training(parts, request, stage)
@@ -206,6 +209,11 @@ class MeterStage:
         """The loss times the scale, for float16."""
         scaled: torch.Tensor = loss if self._scaler is None else self._scaler.scale(loss)
         return scaled
+
+    def unscale(self, optimizer: Any) -> None:
+        """Take the scale away from the gradients, for float16."""
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
 
     def update(self, optimizer: Any) -> None:
         """Update the parameters, through the scaler for float16."""

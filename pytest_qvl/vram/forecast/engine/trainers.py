@@ -1,0 +1,190 @@
+"""What a trainer does in a training step, beyond ``model(**batch).loss.backward()``: a loop, Transformers' and TRL's.
+
+Followed from source: ``transformers/trainer.py`` (``_run_epoch``, ``training_step``, ``compute_loss``),
+``accelerate/accelerator.py`` (``prepare_model``, ``clip_grad_norm_``) and ``trl/trainer/sft_trainer.py``
+(``__init__``, ``compute_loss``).
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine.fused_head import FusedHead
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.vram.forecast.engine.workload import Stage
+    from pytest_qvl.vram.forecast.request import Request
+
+# ``max_grad_norm`` of ``TrainingArguments``; any other value above zero gives the same memory.
+MAX_GRADIENT_NORM = 1.0
+
+# Batches of one update beyond the second find the memory as the second does: all gradients are there.
+REPEATED_BATCHES = 2
+
+
+class Loop:
+    """``model(**batch).loss``, a batch at a time.
+
+    Args:
+        parts: The model.
+        request: What is trained.
+        stage: Where.
+
+    Attributes:
+        enter: Told of phases that begin within a loss.
+    """
+
+    # Whether every batch of an update is on the device before the first is used.
+    fetches_ahead = False
+    clips_gradients = False
+
+    def __init__(self, parts: Parts, request: Request, stage: Stage) -> None:
+        self.parts = parts
+        self.request = request
+        self.stage = stage
+        self.enter: Callable[[str], None] = stage.phase
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """What holds while it trains."""
+        yield
+
+    def autocast(self) -> Any:
+        """The autocast that the request trains under, if any."""
+        return autocast(self.request, self.stage)
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """The loss of one batch."""
+        with self.autocast():
+            loss: torch.Tensor = self.parts.wrapped(**batch).loss
+        return loss
+
+
+class HuggingFace(Loop):
+    """Transformers' ``Trainer`` on Accelerate."""
+
+    fetches_ahead = True
+    clips_gradients = True
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Without a KV cache, which ``Trainer.__init__`` switches off in the model's configuration."""
+        config: Any = self.parts.wrapped.config
+        before, config.use_cache = getattr(config, "use_cache", None), False
+        try:
+            yield
+        finally:
+            config.use_cache = before
+
+    def outputs(self, **batch: Any) -> Any:
+        """What the prepared model returns: under autocast its 16-bit outputs in fp32."""
+        with self.autocast():
+            outputs = self.parts.wrapped(**batch)
+        if self.request.autocast_dtype is None:
+            return outputs
+        from accelerate.utils.operations import convert_to_fp32
+
+        return convert_to_fp32(outputs)
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """``Trainer.compute_loss``: the outputs live until it returns."""
+        outputs = self.outputs(**batch)
+        loss: torch.Tensor = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+        return loss
+
+
+class TRL(HuggingFace):
+    """TRL's ``SFTTrainer`` (1.15), which never has all logits."""
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """The model's head replaced by the fused one."""
+        base = self.parts.base
+        with super().prepared():
+            base.forward = FusedHead(self.parts, lambda: self.enter(phases.LOSS)).forward
+            try:
+                yield
+            finally:
+                del base.forward
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """``SFTTrainer.compute_loss``: the sum of each token's loss over their number; metrics read what is left."""
+        outputs = self.outputs(**batch, use_cache=False)
+        count = outputs["label_mask"].sum()
+        loss: torch.Tensor = (-outputs["log_probs"]).sum() / count.clamp(min=1)
+        outputs["entropy"].detach().sum()
+        outputs["is_top1"].sum()
+        return loss
+
+
+TRAINERS: dict[str, type[Loop]] = {"loop": Loop, "hf": HuggingFace, "trl": TRL}
+
+
+class Steps:
+    """Training steps: batches, losses, backward, update.
+
+    Args:
+        trainer: Computes losses.
+        draw: Puts the next batch on the device.
+
+    Attributes:
+        optimizer: Updates; to be set before the first step.
+    """
+
+    optimizer: Any
+
+    def __init__(self, trainer: Loop, draw: Callable[[], dict[str, Any]]) -> None:
+        self._trainer, self._request, self._stage = trainer, trainer.request, trainer.stage
+        self._draw = draw
+        # A loop is measured over the same batch again and again; trainers let go of the last update's when they have
+        # the next one's.
+        self._batches: list[dict[str, Any]] = [] if trainer.fetches_ahead else [draw()]
+
+    def __call__(self, enter: Callable[[str], None]) -> None:
+        """One update; ``enter`` is told of the phases after the loss."""
+        self._trainer.enter = enter
+        if self._trainer.fetches_ahead:
+            self._batches = [self._draw() for _ in range(self._request.accumulation)]
+        for number in range(min(self._request.accumulation, REPEATED_BATCHES)):
+            self._one(self._batches[number % len(self._batches)], enter)
+        enter(phases.OPTIMIZER)
+        if self._trainer.clips_gradients:
+            with self._stage.labelled("gradients"):
+                self._stage.unscale(self.optimizer)
+                torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizer), MAX_GRADIENT_NORM)
+        with self._stage.labelled("optimizer"):
+            self._stage.update(self.optimizer)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _one(self, batch: dict[str, Any], enter: Callable[[str], None]) -> None:
+        loss = self._trainer.loss(batch)
+        if self._request.accumulation > 1:
+            loss = loss / self._request.accumulation
+        enter(phases.BACKWARD)
+        self._stage.scaled(loss).backward()  # type: ignore[no-untyped-call]
+
+
+def autocast(request: Request, stage: Stage) -> Any:
+    """The autocast that ``request`` trains under, if any."""
+    if request.autocast_dtype is None:
+        return nullcontext()
+    return torch.autocast(stage.autocast_device, dtype=getattr(torch, request.autocast_dtype))
+
+
+def parameters_of(optimizer: Any) -> list[Any]:
+    """Every parameter that an optimizer updates."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def adapter_in_bfloat16(model: Any) -> None:
+    """What ``SFTTrainer.__init__`` does to the adapter of a quantized model, DoRA's magnitudes left in fp32."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_magnitude_vector" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)

@@ -1,0 +1,92 @@
+"""What trainers add to a step: adapters, heads, batches, masks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.vram.forecast import Forecast, Request, Sample, phases
+from pytest_qvl.vram.forecast.engine.allocator import round_size
+from pytest_qvl.vram.forecast.engine.kernels import Device, attention
+from pytest_qvl.vram.forecast.engine.recorder import Recorder
+from pytest_qvl.vram.forecast.engine.trace import AllocationTrace, replay
+from pytest_qvl.vram.forecast.run import Forecaster, largest, make_forecaster
+
+EMBEDDED = str(embedded_model_dir())
+SMALL = Request(model=EMBEDDED, image=(112, 112), tokens=40, lora_r=8, optimizer="adamw_8bit")
+
+
+def made(request: Request) -> Forecast:
+    return Forecaster(request).forecast(request, inference=False)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> Forecaster:
+    """Of Transformers' Trainer; its model serves every batch."""
+    return Forecaster(SMALL)
+
+
+def test_trl_keeps_a_quantized_models_adapter_in_bfloat16(trainer: Forecaster) -> None:
+    trl, hf = made(replace(SMALL, trainer="trl")), trainer.forecast(SMALL, inference=False)
+    ours, theirs = (found.phase(phases.OPTIMIZER).by_kind["adapters"] for found in (trl, hf))
+    assert theirs / 2 <= ours < 0.6 * theirs
+
+
+def test_trl_never_has_all_logits() -> None:
+    """A tile of at most 4,096 tokens and 32,768 words in 16 bits takes their place, whatever the vocabulary is."""
+    found = made(replace(SMALL, trainer="trl", gradient_checkpointing=False))
+    loss = found.phase(phases.LOSS)
+    tile = 2 * 32768 * (found.sequence - 1)
+    assert loss.by_kind["logits"] == 0
+    assert tile <= loss.peak_allocated - found.phase(phases.FORWARD).end_allocated < 1.2 * tile
+
+
+def test_a_trainer_has_every_batch_of_an_update_on_the_device(trainer: Forecaster) -> None:
+    one, four = (
+        trainer.forecast(replace(SMALL, accumulation=n), inference=False).phase(phases.BACKWARD) for n in (1, 4)
+    )
+    assert four.by_kind["inputs"] > 3.5 * one.by_kind["inputs"]
+    # The second batch's gradients come while the first's are there.
+    assert four.by_kind["gradients"] > one.by_kind["gradients"]
+
+
+def test_shorter_samples_are_padded_and_images_are_not(trainer: Forecaster) -> None:
+    """The mask is no longer all ones, so each layer keeps one of (batch, 1, length, length) in 16 bits."""
+    kept = replace(SMALL, gradient_checkpointing=False)
+    forecaster = Forecaster(kept)
+    long, short = Sample(((112, 112),), 200), Sample((), 100)
+    even = forecaster.forecast(replace(kept, samples=(long, replace(long, images=(), tokens=216))), inference=False)
+    uneven = forecaster.forecast(replace(kept, samples=(long, short)), inference=False)
+    assert (uneven.visual_tokens, uneven.sequence) == (16, 216)
+    layers = forecaster.source.config.get_text_config().num_hidden_layers
+    mask = 2 * 2 * 216 * 224  # a row is padded to a multiple of 16 values
+    grown = uneven.phase(phases.LOSS).start_allocated - even.phase(phases.LOSS).start_allocated
+    assert layers * mask <= grown < layers * (mask + 2 * mask)
+
+
+def test_the_largest_of_samples_that_differ_is_not_searched() -> None:
+    request = replace(SMALL, samples=(Sample(((112, 112),), 40), Sample(((56, 56),), 40)))
+    forecaster, request = make_forecaster(request, "t4", None)
+    with pytest.raises(ValueError, match="samples of one size"):
+        largest(forecaster, forecaster.forecast(request, inference=False), "image")
+
+
+def test_an_additive_mask_is_padded_to_rows_of_sixteen_values() -> None:
+    """``preprocess_mask`` of torch's memory-efficient attention."""
+    trace = AllocationTrace()
+    recorder = Recorder(trace, Device((9, 0)), vocabulary=10**9)
+    with recorder:
+        q: Any = recorder.dataless((2, 8, 217, 64), torch.bfloat16).requires_grad_()
+        mask = recorder.dataless((2, 1, 217, 217), torch.bool)
+        trace.phase("attention")
+        out = attention(recorder.device, q, q, q, mask)
+        trace.phase("kept")
+        assert out.requires_grad
+    found = replay(trace).phases
+    kept = found["kept"].start_allocated - found["attention"].start_allocated
+    out_bytes, sums = round_size(2 * 2 * 8 * 217 * 64), round_size(4 * 2 * 8 * 224)
+    assert kept == pytest.approx(round_size(2 * 2 * 217 * 224) + out_bytes + sums, abs=2048)
