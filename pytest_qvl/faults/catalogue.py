@@ -26,6 +26,7 @@ FAMILIES = {
     "adapters": "adapter placement",
     "frozen": "frozen weights",
     "routing": "placeholders and routing",
+    "slices": "placeholders and routing",
     "positions": "positions",
     "padding": "padding and batching",
     "attention": "vision attention",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
@@ -9,12 +11,13 @@ from pytest_qvl.faults.tools import after, attribute, before, on_first
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import torch
 
     from pytest_qvl.faults.case import Case
 
+MASK = -5.0
 _MOVED = ("visual features", "moved away from full precision", "its weights are not those of the reference")
 
 
@@ -76,6 +79,86 @@ def _both_ways(case: Case) -> Iterator[None]:
         return on_first(output, change)
 
     with before([parts.core], note), after([parts.language_backbone.layers[1]], peek):
+        yield
+
+
+@contextmanager
+def _faintly_masked(
+    parts: Any, block: int, sizes_seen: Callable[[list[int]], list[int]], when: Callable[[int], bool]
+) -> Iterator[None]:
+    """Let through e^-5 of a mean over patches that should be masked, as a mask of -5 does in the place of -inf.
+
+    It goes in before the attention's last linear.
+
+    Args:
+        parts: The model.
+        block: Which vision block.
+        sizes_seen: Makes the sizes of the groups of patches that see each other so, from the sizes of the images.
+        when: Whether it happens, from the number of images.
+    """
+    import torch
+
+    sizes: list[int] = []
+
+    def note(_module: Any, args: Any, kwargs: Any) -> None:
+        grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        sizes[:] = sizes_seen(grids.prod(dim=1).tolist()) if when(len(grids)) else []
+
+    def leak(_module: Any, args: Any, kwargs: Any) -> Any:
+        if not sizes:
+            return None
+        mixed = [group + math.exp(MASK) * group.float().mean(dim=0) for group in args[0].split(sizes)]
+        return (torch.cat(mixed).to(args[0].dtype), *args[1:]), kwargs
+
+    attention: Any = parts.blocks[block].attn
+    with before([parts.vision_tower], note), before([attention.proj], leak):
+        yield
+
+
+@fault(
+    "scored-images-leak-into-each-other",
+    "Where rows are scored in a batch (a forward in eval mode, not generate()), the other images are masked with -5 "
+    "instead of minus infinity in one vision block.",
+    target="model",
+    check="image_isolation",
+    expected_words=("it must move its own visual tokens only; does vision attention mix images?",),
+    source="EvolvingLMMs-Lab/lmms-eval#648, Blaizzy/mlx-vlm#704",
+)
+def _scored(case: Case) -> Iterator[None]:
+    parts = anatomy(case.model)
+    base, original = parts.base, parts.base.generate
+    generating, rows = [0], [0]
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        generating[0] += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            generating[0] -= 1
+
+    def note(module: Any, _args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        rows[0] = 0 if ids is None or generating[0] or module.training else len(ids)
+
+    def forget(_module: Any, _args: Any, _output: Any) -> None:
+        rows[0] = 0
+
+    scored = _faintly_masked(parts, len(parts.blocks) - 1, lambda sizes: [sum(sizes)], lambda _: rows[0] > 1)
+    with attribute(base, "generate", generate), before([parts.core], note), after([parts.core], forget), scored:
+        yield
+
+
+@fault(
+    "other-windows-masked-by-a-finite-number",
+    "Where an image comes alone, one vision block masks the other windows with -5 instead of minus infinity.",
+    target="model",
+    check="vision_stability",
+    expected_words=("vision block 0: it attends outside its window", "as do 1 of the"),
+    source="huggingface/transformers#37363, Blaizzy/mlx-vlm#704",
+    requires=("window attention",),
+)
+def _finite_between_windows(case: Case) -> Iterator[None]:
+    with _faintly_masked(anatomy(case.model), 0, lambda sizes: sizes, lambda images: images == 1):
         yield
 
 

@@ -180,7 +180,7 @@ def _off_by_one(case: Case) -> Iterator[None]:
 
 
 @contextmanager
-def _features_regrouped(parts: Any, change: Callable[[list[Any]], Any]) -> Iterator[None]:
+def features_regrouped(parts: Any, change: Callable[[list[Any]], Any]) -> Iterator[None]:
     """Change the list of images' visual tokens on its way from the tower to the placeholders."""
     original = parts.core.get_image_features
 
@@ -204,7 +204,7 @@ def _features_regrouped(parts: Any, change: Callable[[list[Any]], Any]) -> Itera
     source="Blaizzy/mlx-vlm#565, EricLBuehler/mistral.rs#1950",
 )
 def _exchanged(case: Case) -> Iterator[None]:
-    with _features_regrouped(anatomy(case.model), lambda f: [*f[1:2], *f[:1], *f[2:]]):
+    with features_regrouped(anatomy(case.model), lambda f: [*f[1:2], *f[:1], *f[2:]]):
         yield
 
 
@@ -222,7 +222,7 @@ def _zero_padded(case: Case) -> Iterator[None]:
         last[-1] = 0
         return [*images[:-1], last]
 
-    with _features_regrouped(anatomy(case.model), pad):
+    with features_regrouped(anatomy(case.model), pad):
         yield
 
 
@@ -234,7 +234,7 @@ def _zero_padded(case: Case) -> Iterator[None]:
     expected_words=("holds neither a visual token of this batch nor its text embedding",),
 )
 def _scaled(case: Case) -> Iterator[None]:
-    with _features_regrouped(anatomy(case.model), lambda images: [p * 2 for p in images]):
+    with features_regrouped(anatomy(case.model), lambda images: [p * 2 for p in images]):
         yield
 
 
