@@ -16,7 +16,7 @@ from pytest_qvl.vram.cards import card
 from pytest_qvl.vram.forecast import Forecast, Request
 from pytest_qvl.vram.forecast.changes import Change, candidates, cheapest, render_changes
 from pytest_qvl.vram.forecast.engine.trace import Failure, PhaseBytes
-from pytest_qvl.vram.forecast.output.as_json import as_json
+from pytest_qvl.vram.forecast.output.answer import Answer
 from pytest_qvl.vram.forecast.result import Largest, Verdict
 from pytest_qvl.vram.forecast.run import Forecaster, make_forecaster
 from pytest_qvl.vram.units import MiB
@@ -122,8 +122,8 @@ def test_the_schema_knows_every_setting_and_refuses_what_is_no_forecast() -> Non
             jsonschema.validate({**data, **broken}, SCHEMA)
 
 
-def _as_plain(*arguments: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(as_json(*arguments)))
+def _as_plain(*arguments: Any, **named: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(Answer(*arguments, **named).as_json()))
     return plain
 
 
@@ -132,7 +132,7 @@ def test_all_that_a_forecast_can_say_fits_the_schema() -> None:
     fits = _found(Request(), 900 * MiB)
     change = Change("--batch 1 --accumulation 4", "time", fits)
     for largest in (Largest("batch", fits, refused=refused), Largest("image", None, refused=refused), None):
-        data = _as_plain(refused, ("--trainer hf",), largest, [change])
+        data = _as_plain(refused, ("--trainer hf",), largest=largest, changes=[change])
         jsonschema.validate(data, SCHEMA)
         assert data["changes"][0]["fits"] is True
 

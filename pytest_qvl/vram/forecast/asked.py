@@ -28,12 +28,14 @@ class Asked:
         request: All of it.
         card: The card to judge, if one was named.
         compute_dtype: As asked for; ``None`` for what the card decides.
+        tokens: Text tokens of a sample, if they were named.
         assumed: Settings that decide memory and that nobody named, as options.
     """
 
     request: Request
     card: Card | None
     compute_dtype: str | None
+    tokens: int | None
     assumed: tuple[str, ...]
 
 
@@ -49,7 +51,10 @@ def ask(options: argparse.Namespace) -> Asked:
         fields |= from_lora(options.from_lora)
     if options.from_trainer is not None:
         fields |= from_trainer(options.from_trainer)
-    fields |= said_by(options)
+    said = said_by(options)
+    if options.dataset is not None and {"image", "images"} & said.keys():
+        raise ValueError("--image and --images beside --dataset: its images have sizes of their own")
+    fields |= said
     compute_dtype = options.compute_dtype or _DTYPE_OF.get(fields.get("precision", "").removesuffix("-pure"))
     if fields.get("precision") == "pure":
         dtype = compute_dtype or ("bfloat16" if card is None else dtype_for(card))
@@ -60,7 +65,7 @@ def ask(options: argparse.Namespace) -> Asked:
         files = [file for file in (options.from_trainer, options.from_lora) if file is not None]
         read = f" (settings were read from {' and '.join(files)}; options go first)" if files else ""
         raise ValueError(f"{error}{read}") from None
-    return Asked(request, card, compute_dtype, _assumed(request, fields, card))
+    return Asked(request, card, compute_dtype, said.get("tokens"), _assumed(request, fields, card))
 
 
 def _assumed(request: Request, fields: dict[str, Any], card: Card | None) -> tuple[str, ...]:

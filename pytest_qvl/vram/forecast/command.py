@@ -6,16 +6,22 @@ import argparse
 import gc
 import json
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file
 from pytest_qvl.vram.forecast.asked import ask
-from pytest_qvl.vram.forecast.changes import cheapest, render_changes
+from pytest_qvl.vram.forecast.changes import cheapest
 from pytest_qvl.vram.forecast.options import add_options
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pytest_qvl.vram.forecast.asked import Asked
     from pytest_qvl.vram.forecast.changes import Change
+    from pytest_qvl.vram.forecast.output.answer import Answer
+    from pytest_qvl.vram.forecast.request import Request
     from pytest_qvl.vram.forecast.result import Forecast, Largest
     from pytest_qvl.vram.forecast.run import Forecaster
 
@@ -38,46 +44,63 @@ def run_forecast(options: argparse.Namespace) -> int:
         ValueError: An option's value cannot be used; the message names it.
     """
     asked = ask(options)
-    request, card = asked.request, asked.card
-    if options.timeline is not None and options.timeline.suffix != ".svg":
-        raise ValueError(f"--timeline writes SVG: {str(options.timeline)!r} must end in .svg")
-    if options.timeline is not None and not request.lora_r:
-        raise ValueError("--timeline shows a training step, and --lora-r 0 has none")
     if options.timeline is not None:
-        check_file("--timeline", options.timeline)
-        require_matplotlib("--timeline")
+        _check_timeline(options.timeline, asked.request)
     # About CPU kernels that no forecast uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time
     try:
         from transformers.utils import logging as transformers_logging
 
-        from pytest_qvl.vram.forecast.output.as_json import as_json
-        from pytest_qvl.vram.forecast.output.text import render
-        from pytest_qvl.vram.forecast.output.timeline import draw_timeline
-        from pytest_qvl.vram.forecast.run import largest, make_forecaster
-        from pytest_qvl.vram.forecast.validation.rules_of_thumb import render_rules_of_thumb, side_by_side
+        import pytest_qvl.vram.forecast.output.answer
+        import pytest_qvl.vram.forecast.output.timeline
+        import pytest_qvl.vram.forecast.run
     finally:
         gc.freeze()
         gc.enable()
     transformers_logging.set_verbosity_error()
-    forecaster, request = make_forecaster(request, card, asked.compute_dtype)
-    forecast = forecaster.forecast(request)
-    searches = card is not None and not request.samples and options.largest != "none"
-    found = largest(forecaster, forecast, options.largest) if searches else None
-    changes = _changes(options, forecaster, forecast, found)
-    rules = side_by_side(forecast, forecaster.source.config) if options.compare else []
+    answer = _answer(options, asked)
     if options.timeline is not None:
-        draw_timeline(forecast, options.timeline)
-    if options.json:
-        print(json.dumps(as_json(forecast, asked.assumed, found, changes, rules), indent=1))
-    else:
-        print(render(forecast, found, asked.assumed))
-        if changes is not None:
-            print("\n" + render_changes(changes))
-        if rules:
-            print("\n" + render_rules_of_thumb(rules, forecast))
-    return 0 if forecast.verdict is None or forecast.verdict.fits else 1
+        pytest_qvl.vram.forecast.output.timeline.draw_timeline(answer.forecast, options.timeline)
+    print(json.dumps(answer.as_json(), indent=1) if options.json else answer.as_text())
+    return 0 if answer.forecast.verdict is None or answer.forecast.verdict.fits else 1
+
+
+def _check_timeline(file: Path, request: Request) -> None:
+    if file.suffix != ".svg":
+        raise ValueError(f"--timeline writes SVG: {str(file)!r} must end in .svg")
+    if not request.lora_r:
+        raise ValueError("--timeline shows a training step, and --lora-r 0 has none")
+    check_file("--timeline", file)
+    require_matplotlib("--timeline")
+
+
+def _answer(options: argparse.Namespace, asked: Asked) -> Answer:
+    """Everything that the options ask for."""
+    from pytest_qvl.vram.forecast.output.answer import Answer
+    from pytest_qvl.vram.forecast.output.of_dataset import forecast_batches
+    from pytest_qvl.vram.forecast.run import largest, make_forecaster
+    from pytest_qvl.vram.forecast.validation.rules_of_thumb import side_by_side
+
+    request, dataset = asked.request, None
+    if options.dataset is not None:
+        from pytest_qvl.vram.forecast.dataset import read_dataset
+        from pytest_qvl.vram.forecast.source import find_source
+
+        dataset = read_dataset(options.dataset, find_source(request.model), request.model, asked.tokens)
+        request = replace(request, samples=dataset.worst(request.batch).samples)
+    forecaster, request = make_forecaster(request, asked.card, asked.compute_dtype)
+    forecast = forecaster.forecast(request)
+    searches = asked.card is not None and not request.samples and options.largest != "none"
+    found = largest(forecaster, forecast, options.largest) if searches else None
+    return Answer(
+        forecast,
+        asked.assumed,
+        None if dataset is None else forecast_batches(dataset, forecast, forecaster),
+        found,
+        _changes(options, forecaster, forecast, found),
+        side_by_side(forecast, forecaster.source.config) if options.compare else None,
+    )
 
 
 def _changes(

@@ -59,6 +59,12 @@ def _add_what(group: _Group) -> None:
         metavar="N",
         help="text tokens per sample, images not counted (default: 256)",
     )
+    group.add_argument(
+        "--dataset",
+        type=Path,
+        metavar="FOLDER|FILE.jsonl",
+        help="forecast the worst batch of a folder of images or of rows with images and text, beside the usual ones",
+    )
     group.add_argument("--generate", type=int, default=unsaid, metavar="N", help="new tokens to decode (default: 0)")
 
 

@@ -9,8 +9,15 @@ from pytest_qvl.vram.forecast.engine.trace import KINDS
 from pytest_qvl.vram.units import MiB, format_bytes
 
 if TYPE_CHECKING:
-    from pytest_qvl.vram.forecast.request import Request
+    from pytest_qvl.vram.forecast.request import Request, Sample
     from pytest_qvl.vram.forecast.result import Forecast, Largest, Verdict
+
+TRAINERS = {
+    "hf": "transformers.Trainer",
+    "trl": "trl.SFTTrainer",
+    "unsloth": "Unsloth's trainer",
+    "loop": "a plain loop",
+}
 
 
 def render(forecast: Forecast, largest: Largest | None = None, assumed: tuple[str, ...] = ()) -> str:
@@ -33,23 +40,40 @@ def render(forecast: Forecast, largest: Largest | None = None, assumed: tuple[st
 
 def _asked(forecast: Forecast) -> str:
     request = forecast.request
-    height, width = request.image
-    training = "no adapter, inference only"
-    if request.lora_r:
-        options = [f"LoRA r={request.lora_r} (fp32, language linears)", request.optimizer]
-        options.append("gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing")
-        if request.keeps_vision_hook:
-            options.append("vision hook left on")
-        if request.kbit_upcast:
-            options.append("fp32 upcast")
-        if request.trains_under_autocast:
-            options.append("autocast")
-        training = ", ".join(options)
-    return (
-        f"{forecast.label}: NF4 with nested statistics, rest {request.compute_dtype}; {training}\n"
-        f"batch {request.batch}, images {request.images} x {height}x{width}: "
-        f"{forecast.visual_tokens:,} visual + {request.tokens:,} text = {forecast.sequence:,} tokens each"
-    )
+    training = _training(request) if request.lora_r else "no adapter, inference only"
+    kinds = list(dict.fromkeys(request.batch_of_samples))
+    text = forecast.sequence - forecast.visual_tokens
+    tokens = f"{forecast.visual_tokens:,} visual + {text:,} text = {forecast.sequence:,} tokens"
+    if len(kinds) > 1:
+        samples = f"{len(request.batch_of_samples)} samples padded to the longest: {tokens}"
+    else:
+        samples = f"batch {len(request.batch_of_samples)}, images {_images(kinds[0])}: {tokens} each"
+    updates = f", {request.accumulation} batches per update" if request.accumulation > 1 else ""
+    return f"{forecast.label}: NF4 with nested statistics, rest {request.compute_dtype}; {training}\n{samples}{updates}"
+
+
+def _training(request: Request) -> str:
+    # TRL casts the adapter of a quantized model to bfloat16; PEFT keeps it in float32.
+    adapter = "bf16" if request.trainer == "trl" else "fp32"
+    targets = "language linears" if request.lora_targets == "language" else f"on {request.lora_targets}"
+    autocast = f"{request.autocast_dtype} autocast" if request.autocast_dtype else "without autocast"
+    options = [
+        f"LoRA r={request.lora_r} ({adapter}, {targets})",
+        TRAINERS[request.trainer],
+        autocast,
+        request.optimizer,
+    ]
+    options.append("gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing")
+    options += ["vision hook left on"] if request.keeps_vision_hook else []
+    options += ["fp32 upcast"] if request.kbit_upcast else []
+    return ", ".join(options)
+
+
+def _images(sample: Sample) -> str:
+    sizes = [f"{height}x{width}" for height, width in sample.images]
+    if len(set(sizes)) <= 1:
+        return f"{len(sizes)} x {sizes[0]}" if sizes else "none"
+    return " + ".join(sizes)
 
 
 def _table(forecast: Forecast) -> str:

@@ -1,0 +1,304 @@
+"""How long the samples of a user's dataset are, and the batches that training on it can draw.
+
+Images are read no further than their size; text is counted by the tokenizer beside the model, through its chat template
+where rows hold messages. The batch that runs out of memory is not the usual one but the worst: the longest sample,
+which all others are padded to, beside those with the most visual tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.vram.forecast.request import Sample
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from pytest_qvl.models.sources.released import ImageSizes
+    from pytest_qvl.vram.forecast.source import Source
+
+IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+# Batches drawn to say what the usual one is; their quantiles are those of all batches within a few per cent.
+DRAWN_BATCHES = 2000
+_WRITERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_TEXT_KEYS = (("text",), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("prompt",))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of the dataset.
+
+    Attributes:
+        name: Where it is: a file, or a line.
+        sample: Its images and text tokens.
+        visual: Its visual tokens.
+    """
+
+    name: str
+    sample: Sample
+    visual: int
+
+    @property
+    def tokens(self) -> int:
+        """All of its tokens."""
+        return self.visual + self.sample.tokens
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that are trained together.
+
+    Attributes:
+        which: ``"median"``, ``"95 %"`` or ``"worst"``.
+        rows: Its rows.
+    """
+
+    which: str
+    rows: tuple[Row, ...]
+
+    @property
+    def longest(self) -> Row:
+        """The row that the others are padded to."""
+        return max(self.rows, key=lambda row: row.tokens)
+
+    @property
+    def padded(self) -> int:
+        """Tokens of the batch, every row padded to its longest."""
+        return len(self.rows) * self.longest.tokens
+
+    @property
+    def samples(self) -> tuple[Sample, ...]:
+        """For a request."""
+        return tuple(row.sample for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The samples of a dataset.
+
+    Attributes:
+        name: The folder or file.
+        rows: All of them, at least one.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+
+    def quantile(self, share: float, of: Callable[[Row], int]) -> int:
+        """The value that ``share`` of the rows do not exceed."""
+        return sorted(map(of, self.rows))[_rank(share, len(self.rows))]
+
+    def batches(self, size: int) -> tuple[Batch, Batch, Batch]:
+        """The median batch, the one that 95 % do not exceed (of shuffled ones, by tokens), and the worst that can be.
+
+        A dataset with fewer rows than a batch gives a smaller batch.
+        """
+        size = min(size, len(self.rows))
+        shuffled, found = random.Random(0), []
+        for _ in range(DRAWN_BATCHES):
+            found.append(Batch("", tuple(shuffled.sample(self.rows, size))))
+        found.sort(key=lambda batch: (batch.padded, sum(row.visual for row in batch.rows)))
+        return (
+            Batch("median", found[_rank(0.5, len(found))].rows),
+            Batch("95 %", found[_rank(0.95, len(found))].rows),
+            self.worst(size),
+        )
+
+    def worst(self, size: int) -> Batch:
+        """The longest row beside those with the most visual tokens: no batch is padded to more or has more of them."""
+        longest = max(self.rows, key=lambda row: (row.tokens, row.visual))
+        others = sorted((row for row in self.rows if row is not longest), key=lambda row: row.visual, reverse=True)
+        return Batch("worst", (longest, *others[: size - 1]))
+
+
+def _rank(share: float, count: int) -> int:
+    return max(0, math.ceil(share * count) - 1)
+
+
+def read_dataset(where: Path, source: Source, model: str, tokens: int | None) -> Dataset:
+    """The samples of a folder of images (one each) or of a JSONL file.
+
+    A row of a JSONL has its images as ``image`` or ``images`` (paths, from the file's folder on) or in the messages,
+    and its text as ``messages``, ``conversations`` (LLaVA's) or plain: ``text``, ``prompt`` and ``completion``,
+    ``question`` and ``answer``, ``instruction`` and ``output``.
+
+    Args:
+        where: The folder or file.
+        source: The model's configuration, with what its processor does with image sizes.
+        model: Released name or folder; a folder's tokenizer counts the text.
+        tokens: Text tokens of every row; ``None`` for those of its text.
+
+    Raises:
+        ValueError: No images; a row or image that cannot be read; text without a tokenizer to count it; a video.
+    """
+    if where.is_dir():
+        files = sorted(file for file in where.rglob("*") if file.suffix.lower() in IMAGE_FILES)
+        text = 256 if tokens is None else tokens
+        rows = [_row(str(file.relative_to(where)), [file], text, source.sizes) for file in files]
+    elif where.is_file():
+        count = None if tokens is not None else _Counter(model, where)
+        rows = []
+        for name, row in _lines(where):
+            images = _images(row, where, name)
+            text = tokens if count is None else count(row, len(images), name)  # type: ignore[assignment]
+            rows.append(_row(name, images, text, source.sizes))
+    else:
+        raise ValueError(f"dataset {str(where)!r} is neither a folder of images nor a JSONL file")
+    if not rows:
+        raise ValueError(f"dataset {str(where)!r} holds no {'images' if where.is_dir() else 'rows'}")
+    _hold_to_processor(rows, source.sizes, model)
+    return Dataset(str(where), tuple(rows))
+
+
+def _row(name: str, images: Sequence[Path], tokens: int, sizes: ImageSizes) -> Row:
+    measured = tuple(_size(image) for image in images)
+    sample = Sample(measured, max(tokens, 2 * len(measured) + 2))
+    try:
+        return Row(name, sample, sum(sizes.visual_tokens(*size) for size in measured))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _size(image: Path) -> tuple[int, int]:
+    """Height and width."""
+    from PIL import Image
+
+    try:
+        with Image.open(image) as opened:
+            return opened.height, opened.width
+    except OSError as error:
+        raise ValueError(f"image {str(image)!r} cannot be read: {error}") from None
+
+
+def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            name = f"{file.name}, line {number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{name} is not JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{name} holds a {type(row).__name__} and not one row")
+            yield name, row
+
+
+def _images(row: dict[str, Any], file: Path, name: str) -> list[Path]:
+    """The images of a row, wherever it names them."""
+    if row.get("video") or row.get("videos"):
+        raise ValueError(f"{name} has a video: the forecast follows images only")
+    given = row.get("images") or row.get("image") or []
+    given = list(given) if isinstance(given, list) else [given]
+    if not given:
+        parts = [part for message in row.get("messages") or [] for part in _parts(message)]
+        given = [part.get("image") or part.get("path") or part.get("url") for part in parts if _is_image(part)]
+    for image in given:
+        if not isinstance(image, str) or "://" in image or image.startswith("data:"):
+            raise ValueError(f"{name} has the image {str(image)[:60]!r}, which is no path of a file")
+    return [file.parent / image for image in given]
+
+
+def _parts(message: Any) -> list[dict[str, Any]]:
+    content = message.get("content") if isinstance(message, dict) else None
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+
+
+def _is_image(part: dict[str, Any]) -> bool:
+    return part.get("type") == "image" or "image" in part
+
+
+class _Counter:
+    """Counts the text tokens of rows with the model's own tokenizer and chat template."""
+
+    def __init__(self, model: str, file: Path) -> None:
+        from pytest_qvl.models.sources.processors import TOKENIZER_FILES, load_processor
+        from pytest_qvl.models.sources.released import released_names
+
+        if model in released_names() or not any((Path(model) / name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(
+                f"the text of {file.name} needs a tokenizer to count it, and there is none beside {model!r}: give "
+                "--model a folder with the checkpoint's tokenizer, or --tokens for every row"
+            )
+        self._processor = load_processor(model)
+
+    def __call__(self, row: dict[str, Any], images: int, name: str) -> int:
+        """Text tokens of a row, the markers around its images included."""
+        messages = _messages(row, images)
+        tokenizer = self._processor.tokenizer
+        if messages is None:
+            keys = next((keys for keys in _TEXT_KEYS if all(isinstance(row.get(key), str) for key in keys)), None)
+            if keys is None:
+                raise ValueError(
+                    f"{name} has no text: known are messages, conversations and "
+                    f"{', '.join(' with '.join(keys) for keys in _TEXT_KEYS)}"
+                )
+            text = "".join(row[key] for key in keys).replace("<image>", "")
+            return len(tokenizer(text)["input_ids"]) + 2 * images
+        text = self._processor.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer(text)["input_ids"]
+        placeholders = ids.count(tokenizer.convert_tokens_to_ids(self._processor.image_token))
+        if placeholders != images:
+            raise ValueError(f"{name} has {images} images and a place for {placeholders}")
+        return len(ids) - int(placeholders)
+
+
+def _messages(row: dict[str, Any], images: int) -> list[dict[str, Any]] | None:
+    """Messages of a row in the form that chat templates take; ``None`` where it has plain text."""
+    if isinstance(row.get("messages"), list):
+        messages = [dict(message) for message in row["messages"]]
+    elif isinstance(row.get("conversations"), list):
+        messages = [
+            {"role": _WRITERS.get(turn.get("from"), "user"), "content": turn.get("value", "")}
+            for turn in row["conversations"]
+        ]
+    else:
+        return None
+    marked = [message for message in messages if "<image>" in str(message.get("content"))]
+    placed = any(_is_image(part) for message in messages for part in _parts(message))
+    for message in marked if not placed else ():
+        message["content"] = _split(message["content"])
+    if not placed and not marked and images and messages:
+        first = messages[0]
+        first["content"] = [{"type": "image"}] * images + [{"type": "text", "text": first["content"]}]
+    return messages
+
+
+def _split(content: Any) -> Any:
+    """Text with ``<image>`` in it as parts."""
+    if not isinstance(content, str):
+        return content
+    parts: list[dict[str, str]] = []
+    for i, text in enumerate(content.split("<image>")):
+        parts += [{"type": "image"}] if i else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
+
+
+def _hold_to_processor(rows: Sequence[Row], sizes: ImageSizes, model: str) -> None:
+    """Hold the visual tokens of the largest images to what the processor beside the model makes of them.
+
+    Raises:
+        ValueError: They differ.
+    """
+    from pytest_qvl.models.sources.processors import TOKENIZER_FILES, load_processor
+
+    if not any((Path(model) / name).is_file() for name in TOKENIZER_FILES):
+        return
+    processor = load_processor(model).image_processor
+    counted = getattr(processor, "get_number_of_image_patches", None)
+    if counted is None:  # not before Transformers 4.53
+        return
+    for size in sorted({size for row in rows for size in row.sample.images}, key=lambda s: s[0] * s[1])[-100:]:
+        found = int(counted(*size, {})) // processor.merge_size**2
+        if found != sizes.visual_tokens(*size):
+            raise ValueError(
+                f"the processor beside {model!r} makes {found} visual tokens of {size[0]}x{size[1]}, and the forecast "
+                f"{sizes.visual_tokens(*size)}"
+            )
