@@ -20,6 +20,7 @@ from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions, tapped
+from pytest_qvl.releases import is_before
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -74,6 +75,9 @@ def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) ->
     (huggingface/transformers#40154, #41180). Greedy generation of ``steps`` + 1 tokens with the cache on;
     tokens that stand for vision or end the text are suppressed, so that every row takes every step.
 
+    What the model keeps for a caller who goes on from its cache without position ids, ``rope_deltas``, is held too: of
+    each row the largest prefill id, plus one, less its tokens (before Transformers 5.3 less its length with padding).
+
     Args:
         model: Qwen-VL model, wrapped or not.
         batch: What the processor returned. Left padding is what generation wants; positions are judged on
@@ -95,10 +99,35 @@ def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) ->
     last = prefill.masked_fill(~attended(inputs).cpu(), -1).amax(dim=(0, 2))
     with preserved(model, training=False):
         calls = _generate(parts, inputs, steps)
+        deltas = parts.core.rope_deltas
     following = [(last + step)[None, :, None].expand(3, -1, 1) for step in range(1, steps + 1)]
     PositionComparison(judge, parts, inputs).hold(calls, [prefill, *following])
+    _judge_deltas(judge, deltas, last, attended(inputs).cpu())
     judge.report("decode steps", steps)
     return judge.verdict()
+
+
+def _judge_deltas(judge: Judge, deltas: torch.Tensor | None, last: torch.Tensor, mask: torch.Tensor) -> None:
+    """Hold the model's ``rope_deltas`` ``(rows, 1)`` to the largest ids of the prompt, ``(rows,)``."""
+    if deltas is None:
+        judge.note("rope_deltas were not judged: generate() leaves none in this model")
+        return
+    padded, counts = is_before("transformers", "5.3"), mask.sum(dim=1)
+    right = last + 1 - (mask.shape[1] if padded else counts)
+    seen = deltas.flatten().tolist()
+    wrong = [row for row, value in enumerate(right.tolist()) if seen[row : row + 1] != [value]]
+    row = wrong[0] if wrong else 0
+    judge.equal(
+        "wrong rope_deltas",
+        len(wrong) if len(seen) == len(right) else len(seen),
+        0,
+        else_say=(
+            f"rope_deltas of row {row} is {seen[row] if row < len(seen) else 'missing'}, should be {int(right[row])} "
+            f"(largest id {int(last[row])} + 1 - {mask.shape[1] if padded else int(counts[row])} tokens): who goes on "
+            f"from the cache without position ids gets wrong ones; {len(wrong)} of {len(right)} rows are wrong, and "
+            f"the model keeps {len(seen)}"
+        ),
+    )
 
 
 @check(promise=6, needs=("time",))

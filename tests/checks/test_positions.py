@@ -245,6 +245,21 @@ def test_a_row_shifted_by_a_constant_is_equivalent(model: Any, processor: Any) -
         assert decode_positions(model, batch).ok
 
 
+def test_deltas_that_are_kept_for_later_steps_are_held(model: Any, processor: Any, monkeypatch: Any) -> None:
+    """generate() makes no use of them since Transformers 5.3: its own ids are right."""
+    core = anatomy(model).core
+    own, batch = core.get_rope_index, batch_of(processor)
+    assert decode_positions(model, batch, steps=1).ok
+
+    def off(*args: Any, **kwargs: Any) -> Any:
+        positions, deltas = own(*args, **kwargs)
+        return positions, torch.cat([deltas[:1], deltas[1:] - 2])
+
+    monkeypatch.setattr(core, "get_rope_index", off)
+    with pytest.raises(CheckFailed, match=r"rope_deltas of row 1 is -2, should be 0 .*; 3 of 4 rows are wrong"):
+        decode_positions(model, batch, steps=1)
+
+
 @pytest.mark.parametrize("check", [mrope_positions, decode_positions, position_state])
 def test_the_model_is_left_as_it_was(model: Any, processor: Any, check: Any) -> None:
     parts = anatomy(model)

@@ -205,6 +205,25 @@ def _stands_still(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "rope-deltas-off-by-one",
+    "The rope_deltas that are kept for later steps are one too large: who goes on from the cache skips a position.",
+    target="model",
+    check="decode_positions",
+    expected_words=("rope_deltas of row 0 is", "should be", "from the cache without position ids"),
+)
+def _deltas_off(case: Case) -> Iterator[None]:
+    core: Any = anatomy(case.model).core
+    own = core.get_rope_index
+
+    def off(*args: Any, **kwargs: Any) -> Any:
+        positions, deltas = own(*args, **kwargs)
+        return positions, deltas + 1
+
+    with attribute(core, "get_rope_index", off):
+        yield
+
+
+@fault(
     "stale-rope-deltas",
     "A forward reuses the rope_deltas that an earlier call left in the model.",
     target="model",
