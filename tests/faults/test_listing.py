@@ -58,7 +58,7 @@ def test_listing_imports_no_torch() -> None:
 POOL = """
 import multiprocessing, time
 from concurrent.futures import ProcessPoolExecutor
-from pytest_qvl.faults.matrix.runner import end_with_parent
+from pytest_qvl.faults.matrix.pool import end_with_parent
 
 def work():
     print("working", flush=True)

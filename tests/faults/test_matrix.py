@@ -9,7 +9,7 @@ import pytest
 
 from pytest_qvl.cli import main
 from pytest_qvl.faults import catalogue
-from pytest_qvl.faults.matrix import runner, work
+from pytest_qvl.faults.matrix import pool, runner, work
 from pytest_qvl.faults.matrix.by_model import by_model, ordered, read_record
 from pytest_qvl.faults.matrix.results import Result, Row
 from pytest_qvl.faults.matrix.runner import assembled, complete, run
@@ -138,7 +138,7 @@ def test_a_process_that_dies_is_one_sentence(plan: Plan, monkeypatch: pytest.Mon
             future.set_exception(BrokenProcessPool("terminated abruptly"))
             return future
 
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", Pool)
     with pytest.raises(runner.MatrixStopped, match="give fewer --jobs"):
         run(plan, jobs=2)
 

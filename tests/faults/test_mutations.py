@@ -19,6 +19,7 @@ import torch
 from pytest_qvl.checks.declared import declared
 from pytest_qvl.cli import main
 from pytest_qvl.faults.common_mode import reads_reference
+from pytest_qvl.faults.matrix.pool import pooled
 from pytest_qvl.faults.mutation import command, judging, running
 from pytest_qvl.faults.mutation.code import CHANGES, draw_code, lines_run, sites_of
 from pytest_qvl.faults.mutation.drawn import CODE, SETTING, SHARES, TENSOR, Mutation, draw
@@ -268,10 +269,10 @@ def test_an_endless_mutation_is_stopped(case: Any, healthy: Healthy, monkeypatch
 
 def test_what_is_running_when_a_process_dies_is_left_and_the_rest_goes_on() -> None:
     left: list[Any] = []
-    assert list(running.pooled(os._exit, [3], 1, None, left)) == []
+    assert list(pooled(os._exit, [3], 1, None, left.extend)) == []
     assert left == [3]
-    assert list(running.pooled(abs, [-1, -2], 1, None, left)) == [(-1, 1), (-2, 2)]
-    assert list(running.pooled(abs, [-1], 1, 0.0, left)) == []
+    assert list(pooled(abs, [-1, -2], 1, None, left.extend)) == [(-1, 1), (-2, 2)]
+    assert list(pooled(abs, [-1], 1, 0.0, left.extend)) == []
 
 
 FOUND = [

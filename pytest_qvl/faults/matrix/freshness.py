@@ -22,6 +22,7 @@ ASIDE = frozenset(
             "faults/matrix/figure.py",
             "faults/matrix/freshness.py",
             "faults/matrix/journal.py",
+            "faults/matrix/pool.py",
             "faults/matrix/runner.py",
         ),
         *(

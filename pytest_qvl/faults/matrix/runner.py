@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
+import functools
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.catalogue import catalogue
 from pytest_qvl.faults.matrix.freshness import definitions_digest
 from pytest_qvl.faults.matrix.journal import Journal, versions
+from pytest_qvl.faults.matrix.pool import pooled
 from pytest_qvl.faults.matrix.results import UNDECIDED, After, Result, Row
 from pytest_qvl.faults.matrix.work import DeviceBroken, Done, Plan, Task, do, say, tasks
 
@@ -87,43 +84,21 @@ def _results(plan: Plan, todo: Sequence[Task], jobs: int, deadline: float | None
 
     No piece is begun after the deadline; those that run are waited for.
     """
-    waiting = deque(todo)
-
-    def due() -> bool:
-        return bool(waiting) and (deadline is None or time.monotonic() < deadline)
-
     if jobs == 1:
-        while due():
-            yield do(plan, waiting.popleft())
+        for task in todo:
+            if deadline is not None and time.monotonic() >= deadline:
+                return
+            yield do(plan, task)
         return
-    # Not forked: torch's threads do not survive a fork, and neither does CUDA.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool:
-        running: set[Future[Done]] = set()
-        try:
-            while running or due():
-                while len(running) < jobs and due():
-                    running.add(pool.submit(do, plan, waiting.popleft()))
-                ready, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in ready:
-                    yield future.result()
-        except BrokenProcessPool:
-            raise MatrixStopped(
-                "a process of the matrix died, as one does that finds no memory: give fewer --jobs; with --out the "
-                "same command goes on where it was"
-            ) from None
+    for _, one in pooled(functools.partial(do, plan), todo, jobs, deadline, _stop):
+        yield one
 
 
-def end_with_parent() -> None:
-    """In a process of the pool: end when the one that started it was killed, which would leave it busy for an hour."""
-    parent = multiprocessing.parent_process()
-
-    def watch() -> None:
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _stop(_running: Sequence[Task]) -> None:
+    raise MatrixStopped(
+        "a process of the matrix died, as one does that finds no memory: give fewer --jobs; with --out the "
+        "same command goes on where it was"
+    ) from None
 
 
 @contextmanager

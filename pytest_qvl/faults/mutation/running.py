@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.matrix.freshness import definitions_digest
 from pytest_qvl.faults.matrix.journal import JsonLines
-from pytest_qvl.faults.matrix.runner import end_with_parent
+from pytest_qvl.faults.matrix.pool import pooled
 from pytest_qvl.faults.matrix.work import Plan, Task, do, quiet_process, say
 from pytest_qvl.faults.mutation.judging import RAISES, Judged, judge_mutation
 from pytest_qvl.faults.subject import embedded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from pytest_qvl.faults.case import Case
@@ -63,13 +59,13 @@ def _judged(seed: int, todo: Sequence[int], jobs: int, deadline: float | None) -
     checks = _judging_checks(jobs)
     waiting = [(seed, number, checks) for number in todo]
     left: list[tuple[int, int, tuple[str, ...]]] = []
-    for (_, number, _), judged in pooled(judge_number, waiting, jobs, deadline, left):
+    for (_, number, _), judged in pooled(judge_number, waiting, jobs, deadline, left.extend):
         assert judged.number == number
         yield judged
     # Some of these ended their process, and took the others along: one at a time, it shows which.
     for one in left:
         alone: list[Any] = []
-        yield from (judged for _, judged in pooled(judge_number, [one], 1, None, alone))
+        yield from (judged for _, judged in pooled(judge_number, [one], 1, None, alone.extend))
         if alone:
             yield Judged(one[1], "", "", RAISES, said=DIED)
 
@@ -84,44 +80,13 @@ def _judging_checks(jobs: int) -> tuple[str, ...]:
 
     broken: list[Task] = []
     tasks = [Task("health", name) for name in all_checks()]
-    judged = pooled(partial(do, Plan(embedded(DTYPE))), tasks, jobs, None, broken)
+    judged = pooled(partial(do, Plan(embedded(DTYPE))), tasks, jobs, None, broken.extend)
     found = {task.key: done.found["outcome"] for task, done in judged}
     failing = [f"{name} ({outcome})" for name, outcome in found.items() if outcome not in (PASS, UNDECIDED)]
     failing += [task.key for task in broken]
     if failing:
         raise ValueError(f"without any mutation the model fails {', '.join(failing)}: nothing can be said of mutations")
     return tuple(name for name in all_checks() if found[name] == PASS)
-
-
-def pooled(
-    work: Callable[[Any], Any], todo: Sequence[Any], jobs: int, deadline: float | None, left: list[Any]
-) -> Iterator[tuple[Any, Any]]:
-    """Give pieces of work to processes, and yield each with its result as it is done.
-
-    No piece is begun after the deadline; those that run are waited for. Where a process dies the pool is broken: what
-    was running goes to `left`, and a new pool goes on with the rest.
-    """
-    waiting = deque(todo)
-
-    def due() -> bool:
-        return bool(waiting) and (deadline is None or time.monotonic() < deadline)
-
-    # Not forked: torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    while due():
-        running: dict[Future[Any], Any] = {}
-        with ProcessPoolExecutor(min(jobs, len(waiting)), mp_context=context, initializer=end_with_parent) as pool:
-            try:
-                while running or due():
-                    while len(running) < jobs and due():
-                        future = pool.submit(work, waiting[0])  # raises if a process has died meanwhile
-                        running[future] = waiting.popleft()
-                    ready, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in ready:
-                        result = future.result()
-                        yield running.pop(future), result
-            except BrokenProcessPool:
-                left += running.values()
 
 
 def judge_number(asked: tuple[int, int, tuple[str, ...]]) -> Judged:
