@@ -255,6 +255,18 @@ def test_settings_that_are_not_offered_are_shown_and_recorded() -> None:
     )
 
 
+def test_a_record_of_two_machines_has_the_releases_of_each() -> None:
+    outcome = Outcome(Setting("", "", 1))
+    used = Used("AVX2", "Intel AVX2", "", 1)
+    for number, (cpu, torch) in enumerate([("CPU one", "2.13.0"), ("CPU two", "2.12.1"), ("CPU one", "2.13.0")]):
+        judged = Judged(number=number, judged=1, undecided={}, why={}, alarms=[], seconds=1.0)
+        outcome.add(judged, used, cpu, {"torch": torch})
+    data = json.loads(json.dumps(record([outcome], OLD, 3)))
+    both = [{"cpu": "CPU one", "torch": "2.13.0"}, {"cpu": "CPU two", "torch": "2.12.1"}]
+    assert data["settings"][0]["versions"] == both
+    assert "on CPU one, with torch 2.13.0; on CPU two, with torch 2.12.1." in markdown(data)
+
+
 def test_a_setting_takes_effect_in_its_process() -> None:
     """The only test that starts a real one: what it computes with, and how it says that it was killed."""
     setting = Setting("AVX2", "default", 1)

@@ -19,7 +19,7 @@ from pytest_qvl.faults.matrix.healthy_child import SEPARATOR, Judged
 from pytest_qvl.faults.matrix.healthy_plan import Schedule, offered_only, spread
 from pytest_qvl.faults.matrix.healthy_record import Outcome
 from pytest_qvl.faults.matrix.isa_used import Used
-from pytest_qvl.faults.matrix.journal import JsonLines
+from pytest_qvl.faults.matrix.journal import JsonLines, versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -142,7 +142,8 @@ class _Panel:
                 self._children.discard(child)
 
     def _keep(self, outcome: Outcome, judged: Judged, used: Used) -> None:
-        line = {"setting": str(outcome.setting), "cpu": self._cpu, "used": vars(used), **vars(judged)}
+        ran = {"cpu": self._cpu, "versions": versions(), "used": vars(used)}
+        line = {"setting": str(outcome.setting), **ran, **vars(judged)}
         with self._lock:
             self._journal.write(line)
             _add(outcome, line)
@@ -155,7 +156,7 @@ class _Panel:
 
 def _add(outcome: Outcome, line: dict[str, Any]) -> None:
     names = Judged.__dataclass_fields__
-    outcome.add(Judged(**{name: line[name] for name in names}), Used(**line["used"]), line["cpu"])
+    outcome.add(Judged(**{name: line[name] for name in names}), Used(**line["used"]), line["cpu"], line.get("versions"))
 
 
 class Child:

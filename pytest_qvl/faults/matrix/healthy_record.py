@@ -34,6 +34,7 @@ class Outcome:
         numbers: Of the variations that were judged.
         used: What torch and oneDNN say they compute with, process by process, without repetition.
         cpus: Names of the CPUs that it ran on.
+        versions: The releases on each of them, with the name as ``"cpu"``, without repetition.
         judged: Checks that gave a verdict.
         undecided: Check to how often it could not judge.
         why: Check to a reason why.
@@ -47,6 +48,7 @@ class Outcome:
     numbers: list[int] = field(default_factory=list)
     used: list[Used] = field(default_factory=list)
     cpus: list[str] = field(default_factory=list)
+    versions: list[dict[str, str]] = field(default_factory=list)
     judged: int = 0
     undecided: dict[str, int] = field(default_factory=dict)
     why: dict[str, str] = field(default_factory=dict)
@@ -59,13 +61,15 @@ class Outcome:
         """Whether it ran through without a false alarm, or could not run here."""
         return not self.alarms and not self.broken
 
-    def add(self, judged: Judged, used: Used, cpu: str) -> None:
-        """Count what a process, computing with `used` on `cpu`, found in one variation; each once."""
+    def add(self, judged: Judged, used: Used, cpu: str, versions: dict[str, str] | None = None) -> None:
+        """Count what a process, computing with `used` on `cpu` with these releases, found in a variation; each once."""
         if judged.number in self.numbers:
             return
         self.numbers.append(judged.number)
         self.used += [] if used in self.used else [used]
         self.cpus += [] if cpu in self.cpus else [cpu]
+        ran_with = {"cpu": cpu, **(versions or {})}
+        self.versions += [] if versions is None or ran_with in self.versions else [ran_with]
         self.judged += judged.judged
         self.undecided = dict(Counter(self.undecided) + Counter(judged.undecided))
         self.why |= judged.why
@@ -127,14 +131,12 @@ def markdown(data: dict[str, Any]) -> str:
         [alarm for setting in settings for alarm in setting["alarms"]],
     )
     ran = [setting for setting in settings if setting["variations"]]
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
-    cpus = sorted({cpu for setting in settings for cpu in setting["cpus"]}) or [data["cpu"]["model"]]
     unfinished = "" if data["complete"] else f" (of {data['asked']:,} asked for: the run is unfinished)"
     return "\n".join(
         [
             BEGIN.format(f"written by `{COMMAND}`; definitions {data['definitions']}"),
             f"**{len(alarms)} false alarms over {variations:,} healthy variations{unfinished}**: {judged:,} verdicts "
-            f"of checks under {len(ran)} of {len(settings)} settings, on {' and '.join(cpus)}, with {versions}.",
+            f"of checks under {len(ran)} of {len(settings)} settings, {_machines(data)}.",
             "",
             "| `ONEDNN_MAX_CPU_ISA` | `ATEN_CPU_CAPABILITY` | threads | oneDNN says | torch says | variations | "
             "checks judged | not judged | false alarms |",
@@ -145,6 +147,18 @@ def markdown(data: dict[str, Any]) -> str:
             END,
         ]
     )
+
+
+def _machines(data: dict[str, Any]) -> str:
+    """The CPUs and the releases on them; a record of before they were kept by CPU has those of its last one."""
+    cpus = sorted({cpu for setting in data["settings"] for cpu in setting["cpus"]}) or [data["cpu"]["model"]]
+    kept = [each for setting in data["settings"] for each in setting.get("versions", [])]
+    releases: dict[str, list[str]] = {}
+    for each in kept or [{"cpu": cpu, **data["versions"]} for cpu in cpus]:
+        words = ", ".join(f"{name} {version}" for name, version in each.items() if name != "cpu")
+        on = releases.setdefault(words, [])
+        on += [] if each["cpu"] in on else [each["cpu"]]
+    return "; ".join(f"on {' and '.join(sorted(on))}, with {words}" for words, on in releases.items())
 
 
 def _row(setting: dict[str, Any]) -> str:
