@@ -90,3 +90,41 @@ def test_an_additive_mask_is_padded_to_rows_of_sixteen_values() -> None:
     kept = found["kept"].start_allocated - found["attention"].start_allocated
     out_bytes, sums = round_size(2 * 2 * 8 * 217 * 64), round_size(4 * 2 * 8 * 224)
     assert kept == pytest.approx(round_size(2 * 2 * 217 * 224) + out_bytes + sums, abs=2048)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_value"), [("adamw_torch_fused", 8), ("adamw_torch", 8), ("sgd", 0), ("adafactor", 2)]
+)
+def test_optimizers_keep_the_states_they_are_known_for(optimizer: Any, bytes_per_value: int) -> None:
+    """AdamW two fp32 values; SGD none; Adafactor of each matrix a row and a column, some 512 bytes each."""
+    found = made(replace(SMALL, optimizer=optimizer)).phase(phases.LOSS).by_kind
+    values = found["adapters"] / 4
+    assert found["optimizer"] <= 1.1 * bytes_per_value * values
+    assert found["optimizer"] >= bytes_per_value * values or optimizer == "adafactor"
+
+
+@pytest.mark.parametrize(
+    ("settings", "grows"),
+    [
+        ({"lora_targets": "all-linear"}, True),
+        ({"lora_targets": ("q_proj", "v_proj")}, False),
+        ({"modules_to_save": ("lm_head",)}, True),
+        ({"trainable_tokens": 64}, True),
+    ],
+)
+def test_what_is_trained_is_what_the_adapter_names(trainer: Forecaster, settings: dict[str, Any], grows: bool) -> None:
+    usual = trainer.forecast(SMALL, inference=False).phase(phases.STATES).by_kind
+    found = made(replace(SMALL, **settings)).phase(phases.STATES).by_kind
+    assert (found["adapters"] > usual["adapters"]) == grows
+    assert (found["optimizer"] > usual["optimizer"]) == grows
+
+
+def test_dropout_keeps_a_mask_of_each_input() -> None:
+    kept = replace(SMALL, gradient_checkpointing=False)
+    usual, dropped = (made(replace(kept, lora_dropout=p)).phase(phases.LOSS).start_allocated for p in (0.0, 0.1))
+    assert dropped > usual
+
+
+def test_a_module_to_save_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="modules_to_save names 'head', and no module of"):
+        made(replace(SMALL, modules_to_save=("head",)))

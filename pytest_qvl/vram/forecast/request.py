@@ -31,10 +31,7 @@ LORA_TARGETS = ("language", "all-linear")
 _NOT_FOLLOWED: dict[str, object] = {
     "evaluation": 0,
     "generate_in_training": 0,
-    "lora_targets": "language",
     "use_dora": False,
-    "modules_to_save": (),
-    "trainable_tokens": 0,
     "base_bits": 4,
     "fused_loss": False,
 }

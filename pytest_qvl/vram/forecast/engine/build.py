@@ -10,6 +10,7 @@ import warnings
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -21,11 +22,21 @@ from pytest_qvl.models.quantized import keep_quantized_weights_in_place
 from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor, Recorder
 
 if TYPE_CHECKING:
-    from pytest_qvl.vram.forecast.request import Checkpoint, Optimizer
+    from pytest_qvl.vram.forecast.request import Checkpoint, Optimizer, Request
 
 # ``get_state_buffer`` in ``bitsandbytes/optim/optimizer.py``: smaller states of a paged optimizer are not
 # paged.
 PAGED_ELEMENTS = 100_000
+
+
+# Any gives the same memory.
+LEARNING_RATE = 1e-4
+# As ``Trainer`` makes them; where nothing is asked for, torch takes the kernels over lists on CUDA.
+_TORCH_OPTIMIZERS: dict[str, Any] = {
+    "adamw_torch": partial(torch.optim.AdamW, foreach=True),
+    "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
+    "sgd": partial(torch.optim.SGD, lr=LEARNING_RATE, foreach=True),
+}
 
 
 @dataclass(frozen=True)
@@ -163,22 +174,39 @@ def _linear_4bit(linear: Any, weight: Any, dtype: torch.dtype) -> Any:
     return layer
 
 
-def usual_lora(parts: Parts, rank: int) -> Any:
-    """A ``peft.LoraConfig`` of that rank on every language linear."""
+def asked_lora(parts: Parts, request: Request) -> Any:
+    """The ``peft.LoraConfig`` that a request describes."""
     from peft import LoraConfig
 
-    targets = [name for name, _ in parts.named_linears() if parts.group_of(name) == "language"]
-    return LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=targets)
+    targets: Any = request.lora_targets
+    if targets == "language":
+        targets = [name for name, _ in parts.named_linears() if parts.group_of(name) == "language"]
+    return LoraConfig(
+        r=request.lora_r,
+        lora_alpha=request.lora_r,
+        lora_dropout=request.lora_dropout,
+        bias="none",
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(request.modules_to_save) or None,
+        trainable_token_indices=list(range(request.trainable_tokens)) or None,
+    )
 
 
-def attach_lora(model: Any, rank: int, recorder: Recorder, recipe: Recipe) -> Any:
-    """PEFT's LoRA as the recipe wants it, in place; returns the PEFT model.
+def attach_lora(model: Any, request: Request, recorder: Recorder, recipe: Recipe) -> Any:
+    """PEFT's LoRA as the recipe or the request wants it, in place; returns the PEFT model.
 
     ``recorder`` must not be active.
+
+    Raises:
+        ValueError: Names of modules that the model does not have.
     """
     from peft import get_peft_model
 
-    config = usual_lora(anatomy(model), rank)
+    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    for name in request.modules_to_save:
+        if name not in names:
+            raise ValueError(f"modules_to_save names {name!r}, and no module of {request.model} is called that")
+    config = asked_lora(anatomy(model), request)
     if recipe.lora is not None:
         # What the first values are does not change their size, and some ways to find them read the weights.
         config = replace(recipe.lora, inference_mode=False, init_lora_weights=True)
@@ -191,10 +219,12 @@ def attach_lora(model: Any, rank: int, recorder: Recorder, recipe: Recipe) -> An
 
 
 def _drop_data(model: nn.Module, recorder: Recorder) -> None:
-    """Turn adapter parameters that were small enough to be created with data into tensors without data."""
+    """Turn what was small enough to be created with data into tensors without, and count copies of whole modules."""
     for module in model.modules():
         for name, own in list(module._parameters.items()):
-            if own is not None and not isinstance(own, DatalessTensor):
+            if isinstance(own, DatalessTensor):
+                recorder.place(own)
+            elif own is not None:
                 module._parameters[name] = nn.Parameter(
                     recorder.dataless(tuple(own.shape), own.dtype), requires_grad=own.requires_grad
                 )
@@ -217,10 +247,15 @@ def make_optimizer(name: Optimizer, parameters: list[Any], recorder: Recorder) -
 
     States of a paged optimizer live in managed memory outside the caching allocator and are not counted.
     """
-    if name == "adamw_torch":
-        return torch.optim.AdamW(parameters, foreach=True)
+    if name in _TORCH_OPTIMIZERS:
+        return _TORCH_OPTIMIZERS[name](parameters)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, lr=LEARNING_RATE, scale_parameter=False, relative_step=False)
     kinds = {
         "adamw_8bit": bnb.optim.AdamW8bit,
+        "adamw_bnb_8bit": bnb.optim.AdamW8bit,
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
         "paged_adamw_32bit": bnb.optim.PagedAdamW32bit,
     }

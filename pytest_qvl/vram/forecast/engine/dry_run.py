@@ -61,7 +61,7 @@ class DryRun:
             trace.empty_cache()
         if request.lora_r:
             trace.phase(phases.ATTACH)
-            model = attach_lora(model, request.lora_r, self._recorder, recipe)
+            model = attach_lora(model, request, self._recorder, recipe)
             if request.trainer == "trl":
                 with self._recorder, self._recorder.labelled("adapters"):
                     adapter_in_bfloat16(model)

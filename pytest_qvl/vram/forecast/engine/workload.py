@@ -18,6 +18,7 @@ import torch
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.renamed import enable_checkpointing
 from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine.fused_head import IGNORED
 from pytest_qvl.vram.forecast.engine.trainers import TRAINERS, Steps, autocast
 
 if TYPE_CHECKING:
@@ -132,7 +133,9 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
 
     def draw() -> dict[str, Any]:
         batch = model_inputs(parts, request, source, stage)
-        batch["labels"] = batch["input_ids"].clone()
+        batch["labels"] = labels = batch["input_ids"].clone()
+        if request.samples:
+            labels[batch["attention_mask"] == 0] = IGNORED
         return batch
 
     step = Steps(trainer, draw)

@@ -14,7 +14,7 @@ from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import keep_quantized_weights_in_place, usual_quantization
 from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.engine.build import usual_lora
+from pytest_qvl.vram.forecast.engine.build import asked_lora
 from pytest_qvl.vram.forecast.engine.trainers import adapter_in_bfloat16
 from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
 from pytest_qvl.vram.forecast.source import find_source
@@ -106,7 +106,7 @@ def _run(request: Request, stage: MeterStage, *, inference: bool) -> None:
         stage.empty_cache()
     if request.lora_r:
         stage.phase(phases.ATTACH)
-        model = get_peft_model(model, usual_lora(anatomy(model), request.lora_r))
+        model = get_peft_model(model, asked_lora(anatomy(model), request))
         if request.trainer == "trl":
             adapter_in_bfloat16(model)
     parts = anatomy(model)

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, TrainerCallback
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.engine.build import usual_lora
+from pytest_qvl.vram.forecast.engine.build import asked_lora
 from pytest_qvl.vram.forecast.engine.workload import model_inputs
 from pytest_qvl.vram.forecast.validation.measured import FIRST_STEPS
 
@@ -139,7 +139,7 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
 
     trained = Trained()
     with _as_it_was(base), tempfile.TemporaryDirectory(prefix="qvl-trainer-") as folder:
-        model = get_peft_model(base, usual_lora(anatomy(base), request.lora_r))
+        model = get_peft_model(base, asked_lora(anatomy(base), request))
         parts = anatomy(model)
         hooks = _follow(parts, trained)
         watch = _Watch(request, parts, steps, trained)
