@@ -17,6 +17,9 @@ _PART = re.compile(
     r"(?:\.(?P<adapter>[^.]+?))??(?:\.(?P<end>weight|bias))?"
 )
 _COPY = re.compile(r"(?P<module>.+)\.modules_to_save(?:\.(?P<adapter>[^.]+?))??\.(?P<end>weight|bias)")
+# Rows of embeddings that are trained, and what PEFT keeps of a layer that it adapts (its bias, resized embeddings).
+_ROWS = ".token_adapter.trainable_tokens_delta"
+_KEPT = re.compile(r"\.base_layer(?=\.(weight|bias)$)")
 _KOHYA = {"lora_down": "lora_A", "lora_up": "lora_B"}
 # The innermost numbered part on: ``layers.3.self_attn.q_proj``, ``blocks.0.attn.qkv``.
 _TAIL = re.compile(r"(?:layers|blocks|deepstack_merger_list)\.\d+\..+$|merger\..+$|lm_head$|embed_tokens$")
@@ -29,7 +32,8 @@ class Key:
     Attributes:
         text: As it stands in the file.
         module: The module it means, without prefix, in its own layout.
-        part: ``"lora_A"`` and so on; ``""`` for a copy of a whole module or any other tensor.
+        part: ``"lora_A"`` and so on; ``"rows"`` for trained rows of embeddings; ``""`` for a copy of a whole module or
+            any other tensor.
         adapter: Name of an adapter in it, which PEFT takes out when it saves; empty for none.
         prefixes: How often :data:`PREFIX` stands in front.
         wrapped: A wrapper's name in it, such as ``"module"``; empty for none.
@@ -59,8 +63,11 @@ def parse(text: str) -> Key:
     while plain.startswith(PREFIX):
         plain = plain.removeprefix(PREFIX)
         prefixes += 1
-    found = _PART.fullmatch(plain)
     wrapped = wrappers[0] if wrappers else ""
+    if plain.endswith(_ROWS):
+        return Key(text, plain.removesuffix(_ROWS), "rows", "", prefixes, wrapped)
+    plain = _KEPT.sub("", plain)
+    found = _PART.fullmatch(plain)
     if found is not None:
         part = found["part"]
         return Key(

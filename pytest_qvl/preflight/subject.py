@@ -15,6 +15,9 @@ from pytest_qvl.preflight.timing import patience
 
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.preflight.survey import Surveyed
+    from pytest_qvl.preflight.updates import Updates
+    from pytest_qvl.preflight.weights import Weights
 
 Runtime = Literal["transformers", "unsloth", "vllm"]
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
@@ -89,6 +92,35 @@ class Subject:
         parts = self.base.skeleton()
         with patience("target_modules of the adapter"):
             return attach(parts, self.lora)
+
+    @cached_property
+    def updates(self) -> Updates:
+        """What the adapter's tensors mean, by their headers.
+
+        Raises:
+            ModelSourceError: No LoRA configuration can be made of the adapter's fields.
+        """
+        from pytest_qvl.preflight.updates import find_updates
+
+        return find_updates(self)
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The base's weights, of which any part can be read; empty where only headers are here."""
+        from pytest_qvl.preflight.weights import Weights
+
+        return Weights(self.base.tensors)
+
+    @cached_property
+    def survey(self) -> dict[str, Surveyed]:
+        """A sample of the rows of every adapted weight that is here.
+
+        Raises:
+            ModelSourceError: A file has become shorter, or a quantization state is not what bitsandbytes writes.
+        """
+        from pytest_qvl.preflight.survey import survey
+
+        return survey(self)
 
     @property
     def skip(self) -> tuple[tuple[str, ...] | None, str]:

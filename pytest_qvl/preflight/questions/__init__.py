@@ -38,4 +38,5 @@ QUESTIONS = (
     Question(1, "four_bits", "Which modules will be in 4 bits?"),
     Question(2, "targets", "Which modules get an adapter?"),
     Question(3, "keys", "Does every key of the adapter land on a module, and is it for this model?"),
+    Question(4, "alive", "Is the adapter alive?"),
 )

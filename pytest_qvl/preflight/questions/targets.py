@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.lora_request import adaptable_modules, expected_size, requested_modules
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.models.adapters import adapted_layers
+from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
 from pytest_qvl.models.anatomy import GROUPS, Group, anatomy
 from pytest_qvl.models.attaching import why_not_attached
 from pytest_qvl.preflight.commands import pytest_line
@@ -79,7 +79,10 @@ def answer(subject: Subject) -> Iterator[Finding]:
     with patience("target_modules of the adapter"):
         modules = adaptable_modules(subject.parts)
         expected = frozenset(requested_modules(subject.parts, config, modules))
-    placement = Placement(subject, modules, frozenset(adapted_layers(adapted)), expected)
+    # What holds trained rows of embeddings is a tuner layer inside of one that stands for them (not a target).
+    inside = tuple(f"{name}." for name in auxiliary_layers(adapted))
+    actual = frozenset(name for name in adapted_layers(adapted) if not name.startswith(inside))
+    placement = Placement(subject, modules, actual, expected)
     yield _census(placement, config)
     yield from _leaks(placement, config)
     yield from _idle_entries(placement, config)

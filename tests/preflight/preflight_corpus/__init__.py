@@ -5,11 +5,13 @@
 - :mod:`.broken`: one :class:`~.making.Case` for each way to be broken, with its public thread, the finding that must name
   it, and words of its cause.
 - :mod:`.healthy`: set-ups on which every red finding is a false alarm.
+- :mod:`.values`: both kinds, of adapters whose values matter.
 
 To add one: a function that takes a ``Workshop`` and a family and returns the arguments of ``preflight``, decorated with
 ``@broken(...)`` or ``@healthy(...)``.
 """
 
+from . import values as values  # registers its cases
 from .broken import BROKEN
 from .healthy import HEALTHY
 from .making import Case, Workshop

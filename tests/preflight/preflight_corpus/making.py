@@ -146,14 +146,17 @@ def _make_adapter(source: Path, folder: Path, name: str, lora: Mapping[str, Any]
     from transformers import AutoModelForImageTextToText
 
     fields: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": LANGUAGE_ONLY, **lora}
+    save_embedding_layers = fields.pop("save_embedding_layers", False)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     torch.manual_seed(1)
     adapted = get_peft_model(model, LoraConfig(**fields), adapter_name=name)
     with torch.no_grad():
         for key, parameter in adapted.named_parameters():
             if "lora_B" in key or "lora_embedding_A" in key:
-                parameter.normal_(std=0.02)
-    adapted.save_pretrained(folder, save_embedding_layers=False)
+                parameter.normal_(std=0.004)
+            elif "modules_to_save" in key:
+                parameter.mul_(1.01)  # as trained: a copy with the base's values is one that was not
+    adapted.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     if name != "default":
         for file in (folder / name).iterdir():
             file.rename(folder / file.name)

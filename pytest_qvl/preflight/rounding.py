@@ -1,0 +1,155 @@
+"""What storing does to a weight: half a step of its dtype, NF4 as bitsandbytes packs it; and what that leaves of ΔW.
+
+Let W be what was stored, D what storing ``W + ΔW`` changes (``Q(W + ΔW) - Q(W)``). Two numbers say what is left of ΔW:
+
+- *kept* = ``<D, ΔW> / norm(ΔW)**2``: the share of ΔW along its own direction. 1 is all of it; 0 none.
+- *error* = ``norm(D - ΔW) / norm(ΔW)``: what is added besides, or missing. Without any change it is 1. Rounding to
+  the nearest number never makes it larger than 1 for a W that has that dtype already (W itself is one of the numbers);
+  NF4 does, since it moves weights by a whole step or not at all.
+
+``1 - error**2`` is how much nearer to the adapted weights the merged ones are than the base is; at 1/2 as much of
+ΔW's energy is lost as is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_qvl.oracles.nf4 import CODE_BOOK
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+BLOCK = 64
+TAIL = 2.0  # standard errors that are printed: 95 %
+
+
+@cache
+def _table() -> tuple[torch.Tensor, torch.Tensor]:
+    """NF4's numbers and the borders half way between them, float32."""
+    import torch
+
+    book = torch.tensor(CODE_BOOK, dtype=torch.float32)
+    return book, (book[1:] + book[:-1]) / 2
+
+
+def through_nf4(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values as bitsandbytes packs and unpacks them: NF4, blocks of 64 along the rows, no double quantization; float32.
+
+    Double quantization changes a block's scale by less than 0.5 %, and with it both Q(W) and Q(W + ΔW).
+
+    Args:
+        values: ``(rows, columns)`` float32, whole blocks from their first value on; the last block may be shorter.
+        dtype: That they are unpacked to.
+    """
+    import torch
+
+    book, borders = _table()
+    flat = values.flatten()
+    whole = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    largest = whole.abs().amax(1, keepdim=True)
+    codes = torch.bucketize(whole / torch.where(largest == 0, 1.0, largest), borders)
+    made: torch.Tensor = (book[codes] * largest).flatten()[: flat.numel()].view_as(values).to(dtype).float()
+    return made
+
+
+def half_step(values: torch.Tensor) -> torch.Tensor:
+    """Half a step of the dtype that each value is stored in (float32): the largest error of rounding to it.
+
+    The step belongs to the value's exponent, which is read from its bits.
+    """
+    import torch
+
+    info = torch.finfo(values.dtype)
+    bits = {2: torch.int16, 4: torch.int32}[values.itemsize]
+    exponents = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}[values.dtype]
+    powers = (values.view(bits) & exponents).view(values.dtype).float()
+    return powers.clamp_(min=info.tiny).mul_(info.eps / 2)
+
+
+class Loss(NamedTuple):
+    """What storing leaves of ΔW.
+
+    Attributes:
+        kept: Share of ΔW along its own direction.
+        kept_error: By how much sampling may have it wrong, :data:`TAIL` standard errors; 0 if all rows were looked at.
+        error: What is added besides or missing, relative to ΔW.
+        error_error: By how much sampling may have it wrong.
+        changed: Share of the weights that have another value afterwards.
+    """
+
+    kept: float
+    kept_error: float
+    error: float
+    error_error: float
+    changed: float
+
+
+class Sums(NamedTuple):
+    """Sums over some rows of a weight.
+
+    Attributes:
+        numel: How many weights.
+        weight: Of squares of W.
+        update: Of squares of ΔW.
+        along: For each way to store, of ``D * ΔW``.
+        apart: Of squares of ``D - ΔW``.
+        changed: How many weights have another value.
+    """
+
+    numel: int
+    weight: float
+    update: float
+    along: tuple[float, ...]
+    apart: tuple[float, ...]
+    changed: tuple[int, ...]
+
+
+def sums(weight: torch.Tensor, update: torch.Tensor, changes: Sequence[torch.Tensor]) -> Sums:
+    """Sums over rows of W, ΔW and one D for each way to store; all float32 of one shape."""
+    flat = update.flatten()
+    return Sums(
+        weight.numel(),
+        _squares(weight),
+        _squares(update),
+        tuple(float(change.flatten().dot(flat)) for change in changes),
+        tuple(_squares(change - update) for change in changes),
+        tuple(int(change.count_nonzero()) for change in changes),
+    )
+
+
+def _squares(values: torch.Tensor) -> float:
+    flat = values.flatten()
+    return float(flat.dot(flat))
+
+
+class Estimate(NamedTuple):
+    """A ratio of two sums over a sample, and :data:`TAIL` standard errors of it."""
+
+    value: float
+    error: float
+
+
+def ratio(tops: Sequence[float], bottoms: Sequence[float], whole: int) -> Estimate:
+    """``sum(tops) / sum(bottoms)`` over all, from a simple random sample without replacement of equal parts.
+
+    The standard error is that of the ratio estimator (Cochran, *Sampling Techniques*, section 2.11):
+    ``sqrt((1 - n/N) / n * sum((t - R b)**2) / (n - 1)) / mean(b)``.
+
+    Args:
+        tops: One for each part of the sample.
+        bottoms: One for each part of the sample.
+        whole: Number of parts that there are.
+    """
+    count, bottom = len(tops), math.fsum(bottoms)
+    if bottom == 0:
+        return Estimate(math.nan, math.nan)
+    value = math.fsum(tops) / bottom
+    if count >= whole:
+        return Estimate(value, 0.0)
+    spread = math.fsum((top - value * below) ** 2 for top, below in zip(tops, bottoms, strict=True)) / max(1, count - 1)
+    return Estimate(value, TAIL * math.sqrt((1 - count / whole) / count * spread) / (bottom / count))
