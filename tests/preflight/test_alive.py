@@ -183,7 +183,7 @@ def test_without_the_bases_weights_the_adapter_itself_is_judged():
 
 def test_a_huge_scaling_is_named_as_such(shop):
     adapter = shop.adapter(FAMILY)
-    edit(adapter / CONFIG, lora_alpha=1e7)
+    edit(adapter / CONFIG, lora_alpha=1e9)
     names = {finding.name: finding for finding in preflight(shop.base(FAMILY), adapter).of(4)}
     assert names["overflow"].state == names["exploded"].state == "red"
-    assert "1.25e+06" in names["exploded"].cause
+    assert "1.25e+08" in names["exploded"].cause
