@@ -38,6 +38,7 @@ FAMILIES = {
     "generation": "generation",
     "as_found": "generation as found",
     "training": "training",
+    "taught": "training",
     "collators": "training collator",
     "gradients": "loss and gradients",
     "disk": "adapters on disk",

@@ -1,0 +1,58 @@
+"""Adapters that learned the wrong thing: weights and arithmetic are right, the answers are not."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pytest_qvl.checks.support.teaching import adamw, forward, trainable_parameters
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import all_of, values
+from pytest_qvl.models.anatomy import anatomy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from pytest_qvl.faults.case import Case
+    from pytest_qvl.samples import Sample
+
+STEPS = 14
+RATE = 3e-3
+ROWS = 6
+
+
+@contextmanager
+def _taught(case: Case, samples: Sequence[Sample]) -> Iterator[None]:
+    """Train the adapter for some steps on samples, and put its values back on leaving.
+
+    Args:
+        case: Its adapter is trained.
+        samples: With the answers that it learns.
+    """
+    import torch
+
+    parts = anatomy(case.model)
+    parameters = list(trainable_parameters(parts).values())
+    with all_of([values(parameter, lambda weight: weight) for parameter in parameters]):
+        optimizer = adamw(RATE)(parameters)
+        with torch.enable_grad(), torch.random.fork_rng(devices=case.subject.random_devices()):
+            for step in range(STEPS):
+                first = step * ROWS % len(samples)
+                batch = case.batch(samples[first : first + ROWS], padding_side="right", answers=True)
+                forward(parts, batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        yield
+
+
+@fault(
+    "adapter-learned-one-answer",
+    "The adapter was trained by a collator that gave every row the first row's answer: it says that to everything.",
+    target="adapter",
+    check="alignment",
+    expected_words=("with the adapter on, answers are lost", "answers are right"),
+)
+def _one_answer(case: Case) -> Iterator[None]:
+    with _taught(case, [replace(sample, answer=case.probes[0].answer) for sample in case.probes]):
+        yield
