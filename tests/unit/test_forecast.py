@@ -107,6 +107,7 @@ def test_phases_come_in_order_and_their_parts_sum_to_their_peak(small: Forecast)
         phases.VISION,
         phases.PREFILL,
         phases.DECODE,
+        phases.FIRST,
         phases.STATES,
         *phases.TRAINING,
     ]

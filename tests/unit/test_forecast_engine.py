@@ -235,3 +235,26 @@ def test_autocast_is_cudas() -> None:
             assert nn.functional.layer_norm(x, (64,), weight).dtype == torch.float32
             assert nn.functional.linear(x.float(), recorder.dataless((8, 64), torch.float32)).dtype == torch.bfloat16
     assert torch.is_autocast_enabled is question
+
+
+def test_a_step_is_repeated_without_what_stays_of_it() -> None:
+    """Two steps of which the first leaves states: the second has all but those, and the first's names are others."""
+    trace = AllocationTrace()
+    trace.phase("before")
+    weight = trace.alloc(1 * MiB, "weights")
+    start = len(trace.events)
+    trace.phase("forward")
+    activation = trace.alloc(2 * MiB, "activations")
+    trace.phase("update")
+    trace.alloc(4 * MiB, "optimizer")
+    trace.relabel(activation, "gradients")
+    trace.free(activation)
+    step = trace.take_step(start, {"forward": "first", "update": "states"})
+    trace.repeat(step)
+    trace.free(weight)
+    found = replay(trace).phases
+    assert list(found) == ["before", "first", "states", "forward", "update"]
+    assert [phase.peak_allocated // MiB for phase in found.values()] == [1, 3, 7, 7, 7]
+    assert found["update"].by_kind["gradients"] == 0
+    assert found["update"].end_allocated == 4 * MiB
+    assert found["states"].peak_allocated == found["update"].peak_allocated

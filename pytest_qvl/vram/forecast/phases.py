@@ -8,6 +8,7 @@ ATTACH = "attach adapter"
 VISION = "vision"
 PREFILL = "prefill"
 DECODE = "decode"
+FIRST = "first step"
 STATES = "optimizer states"
 TRAIN_VISION = "train: vision"
 FORWARD = "train: forward"
@@ -16,6 +17,8 @@ BACKWARD = "train: backward"
 OPTIMIZER = "train: optimizer"
 
 TRAINING = (TRAIN_VISION, FORWARD, LOSS, BACKWARD, OPTIMIZER)
+# What the phases of a trainer's first step are called, to tell them from those of the step that repeats.
+OF_THE_FIRST = {**dict.fromkeys(TRAINING[:-1], FIRST), OPTIMIZER: STATES}
 EXPLAIN = {
     LOAD: "weights arrive and become NF4",
     PREPARE: "16-bit parameters raised to fp32",
@@ -23,6 +26,7 @@ EXPLAIN = {
     VISION: "images through the vision tower",
     PREFILL: "the whole prompt through the language model",
     DECODE: "new tokens, one by one",
+    FIRST: "a trainer's first forward and backward",
     STATES: "created by the first update",
     TRAIN_VISION: "images through the vision tower",
     FORWARD: "decoder layers",

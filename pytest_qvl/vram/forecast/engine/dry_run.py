@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from pytest_qvl.models.anatomy import Parts
-    from pytest_qvl.vram.forecast.engine.trace import Kind
+    from pytest_qvl.vram.forecast.engine.trace import Kind, Step
     from pytest_qvl.vram.forecast.request import Optimizer, Request
     from pytest_qvl.vram.forecast.source import Source
 
@@ -138,6 +138,7 @@ class DryRunStage:
     def __init__(self, recorder: Recorder, *, scaled: bool) -> None:
         self._recorder = recorder
         self._scaled = scaled
+        self._step: Step
 
     def labelled(self, kind: Kind) -> AbstractContextManager[None]:
         """Allocations inside count as ``kind``."""
@@ -190,6 +191,18 @@ class DryRunStage:
         with self.labelled("optimizer"):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+    def first_of_two(self, step: Callable[[], None]) -> None:
+        """Run the step; what it does and undoes is what the second will do."""
+        trace = self._recorder.trace
+        start = len(trace.events)
+        step()
+        gc.collect()
+        self._step = trace.take_step(start, phases.OF_THE_FIRST)
+
+    def second_of_two(self, step: Callable[[], None]) -> None:  # noqa: ARG002
+        """The first one's allocations and frees once more, without running it."""
+        self._recorder.trace.repeat(self._step)
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the scale, for float16."""

@@ -7,7 +7,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -84,13 +84,56 @@ class AllocationTrace:
 
     def phase(self, name: str) -> None:
         """Everything from here on belongs to phase ``name``; a name may come back later."""
-        if name not in self.phases:
-            self.phases.append(name)
-        self.events.append((_PHASE, self.phases.index(name), 0))
+        self.events.append((_PHASE, self._phase_index(name), 0))
 
     def empty_cache(self) -> None:
         """Record a ``torch.cuda.empty_cache()``."""
         self.events.append((_EMPTY_CACHE, 0, 0))
+
+    def take_step(self, start: int, renamed: Mapping[str, str]) -> Step:
+        """What happened since ``start`` as a step that :meth:`repeat` can make again, without what stays of it.
+
+        Args:
+            start: How many events there were when it began.
+            renamed: Other names for the phases of this first one.
+        """
+        first = sum(event[0] == _ALLOC for event in self.events[:start])
+        freed = {value for code, value, _ in self.events[start:] if code == _FREE}
+        number, events = first, []
+        for code, value, kind in self.events[start:]:
+            if code == _ALLOC:
+                if number in freed:
+                    events.append((code, value, kind, number))
+                number += 1
+            elif code == _PHASE or (value in freed and value >= first):
+                events.append((code, value, kind, -1))
+        names = dict(enumerate(self.phases))
+        for index in range(start, len(self.events)):
+            code, value, kind = self.events[index]
+            if code == _PHASE and names[value] in renamed:
+                self.events[index] = (code, self._phase_index(renamed[names[value]]), kind)
+        return Step(tuple(events))
+
+    def repeat(self, step: Step) -> None:
+        """The events of a step once more, with allocations of their own."""
+        numbers: dict[int, int] = {}
+        for code, value, kind, number in step.events:
+            if code == _ALLOC:
+                numbers[number] = self._allocations
+                self._allocations += 1
+            self.events.append((code, value if code in (_ALLOC, _PHASE) else numbers[value], kind))
+
+    def _phase_index(self, name: str) -> int:
+        if name not in self.phases:
+            self.phases.append(name)
+        return self.phases.index(name)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step to be repeated: code, value, kind, and the number that an allocation had."""
+
+    events: tuple[tuple[int, int, int, int], ...]
 
 
 @dataclass

@@ -148,10 +148,16 @@ class Steps:
         self._batches: list[dict[str, Any]] = [] if trainer.fetches_ahead else [draw()]
 
     def __call__(self, enter: Callable[[str], None]) -> None:
-        """One update; ``enter`` is told of the phases after the loss."""
+        """One step over the batch that is there; ``enter`` is told of the phases after the loss."""
+        self.update(enter)
+
+    def fetch(self) -> None:
+        """Every batch of the next update; those of the last one go when these are there."""
+        self._batches = [self._draw() for _ in range(self._request.accumulation)]
+
+    def update(self, enter: Callable[[str], None]) -> None:
+        """Losses and gradients of the batches, and the update; ``enter`` is told of the phases after the loss."""
         self._trainer.enter = enter
-        if self._trainer.fetches_ahead:
-            self._batches = [self._draw() for _ in range(self._request.accumulation)]
         for number in range(min(self._request.accumulation, REPEATED_BATCHES)):
             self._one(self._batches[number % len(self._batches)], enter)
         enter(phases.OPTIMIZER)

@@ -67,6 +67,12 @@ class Stage(Protocol):
     def first_step(self, step: Callable[[], None], parameters: list[Any], optimizer: Any) -> None:
         """Leave behind what the first training step leaves: optimizer states and library workspaces."""
 
+    def first_of_two(self, step: Callable[[], None]) -> None:
+        """A trainer's first step, which leaves optimizer states and library workspaces."""
+
+    def second_of_two(self, step: Callable[[], None]) -> None:
+        """The step that repeats."""
+
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale."""
 
@@ -143,6 +149,9 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     with stage.labelled("optimizer"):
         step.optimizer = optimizer = stage.optimizer(request.optimizer, trained)
     with trainer.prepared():
+        if trainer.fetches_ahead:
+            _two_steps(step, parts, stage)
+            return
         stage.phase(phases.STATES)
         stage.first_step(lambda: step(lambda _: None), trained, optimizer)
         # As a measurement begins: without garbage, from an empty cache.
@@ -150,6 +159,21 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
         stage.empty_cache()
         with _forward_phases(parts, stage):
             step(stage.phase)
+
+
+def _two_steps(step: Steps, parts: Parts, stage: Stage) -> None:
+    """A trainer's first two steps: its cache is not emptied, and the first one's blocks are what the second finds."""
+
+    def update() -> None:
+        with _forward_phases(parts, stage):
+            step.update(stage.phase)
+
+    stage.phase(phases.FIRST)
+    step.fetch()
+    stage.first_of_two(update)
+    stage.phase(phases.TRAIN_VISION)
+    step.fetch()
+    stage.second_of_two(update)
 
 
 @contextmanager

@@ -135,6 +135,7 @@ class MeterStage:
         self._meter = meter
         self._open: Phase | None = None
         self._scaler: Any = torch.amp.GradScaler(device) if scaled else None
+        self._names: dict[str, str] = {}
         self.usages: list[Usage] = []
 
     def begin(self) -> None:
@@ -143,6 +144,7 @@ class MeterStage:
 
     def phase(self, name: str) -> None:
         """End the phase that is open and begin another; nothing happens if it has that name already."""
+        name = self._names.get(name, name)
         if self._open is None or self._open.name != name:
             self.end(None)
             self._open = self._meter.begin(name, settle=False)
@@ -204,6 +206,16 @@ class MeterStage:
             if optimizer.state:
                 return
         raise RuntimeError(f"{FIRST_STEPS} training steps overflowed, so the optimizer has no states")
+
+    def first_of_two(self, step: Callable[[], None]) -> None:
+        """The real step; its phases are those of a first one."""
+        self._names = phases.OF_THE_FIRST
+        step()
+        self._names = {}
+
+    def second_of_two(self, step: Callable[[], None]) -> None:
+        """The real step once more."""
+        step()
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the scale, for float16."""

@@ -153,6 +153,7 @@ class Bench:
         base = build_synthetic(source.config, usual_quantization(dtype), self._device, dtype)
         keep_quantized_weights_in_place(base)
         base.requires_grad_(False)
+        base.is_loaded_in_4bit = True  # as from_pretrained says; SFTTrainer asks
         if request.kbit_upcast:
             from peft import prepare_model_for_kbit_training
 
