@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 SUITE = "pytest --pyargs pytest_qvl.suite"
 
 
-def pytest_line(subject: Subject, tests: str = "preflight") -> str:
+def pytest_line(subject: Subject, tests: str = "preflight", *more: str) -> str:
     """The command that asks the same of the same model in every run.
 
     Args:
         subject: The model and the adapter.
         tests: What to select (``-k``); ``preflight`` needs neither weights nor a GPU.
+        more: Other options.
     """
     base = subject.base
     model = (
@@ -25,4 +26,4 @@ def pytest_line(subject: Subject, tests: str = "preflight") -> str:
     words = [SUITE, "--qvl-model", shlex.quote(model)]
     if subject.asked.adapter is not None:
         words += ["--qvl-adapter", shlex.quote(str(subject.asked.adapter))]
-    return " ".join([*words, "-k", shlex.quote(tests)])
+    return " ".join([*words, *map(shlex.quote, more), "-k", shlex.quote(tests)])

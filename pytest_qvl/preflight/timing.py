@@ -14,7 +14,7 @@ PATIENCE_S = 20.0  # a healthy 7B model and adapter take two or three
 
 
 @contextmanager
-def patience(what: str, seconds: float = PATIENCE_S) -> Iterator[None]:
+def patience(what: str, seconds: float | None = None) -> Iterator[None]:
     """Stop what takes longer, as a regular expression that backtracks without end does.
 
     Python's ``re`` looks for signals while it matches, so a timer of the process can stop it; only in the main thread,
@@ -23,17 +23,18 @@ def patience(what: str, seconds: float = PATIENCE_S) -> Iterator[None]:
     Raises:
         UnsafeFileError: It took longer.
     """
+    limit = PATIENCE_S if seconds is None else seconds
     if threading.current_thread() is not threading.main_thread() or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
 
     def stop(*_: Any) -> None:
         raise UnsafeFileError(
-            f"{what} took more than {seconds:g} s, as a regular expression that backtracks without end does; stopped"
+            f"{what} took more than {limit:g} s, as a regular expression that backtracks without end does; stopped"
         )
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     finally:

@@ -38,8 +38,8 @@ def test_what_is_healthy_raises_no_alarm(case, shop):
 
 
 def test_the_corpus_is_what_the_documentation_says():
-    assert len({case.name for case in BROKEN}) >= 30
+    assert len({case.name for case in BROKEN if case.thread}) >= 40
     assert len(HEALTHY) >= 50
     assert {case.family for case in BROKEN} == {case.family for case in HEALTHY}
     assert not [id_ for id_, count in Counter(case.id for case in (*BROKEN, *HEALTHY)).items() if count > 1]
-    assert all(case.thread.startswith("https://") and case.red and case.words for case in BROKEN)
+    assert all(case.red and case.words for case in BROKEN)

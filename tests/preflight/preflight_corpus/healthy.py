@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
-from .making import ADAPTER, CONFIG, FAMILIES, Arguments, Case, Workshop, edit, retensor
+from .making import ADAPTER, CONFIG, FAMILIES, PROCESSOR, Arguments, Case, Workshop, edit, retensor
 
 HEALTHY: list[Case] = []
 # As Unsloth's ``get_peft_regex`` writes it for the language side, and for both sides.
@@ -148,3 +149,35 @@ def a_plan(shop: Workshop, family: str) -> Arguments:
 def a_list_with_entries_of_every_family(shop: Workshop, family: str) -> Arguments:
     skip = ["model.visual", "lm_head", "multi_modal_projector", "merger", "modality_projection", "router"]
     return {"base": shop.base(family), "skip": skip}
+
+
+@healthy()
+def base_saved_in_4_bits(shop: Workshop, family: str) -> Arguments:
+    return {"base": shop.packed(family), "adapter": shop.adapter(family)}
+
+
+@healthy(("qwen2_5_vl", "qwen3_vl"))
+def base_saved_with_single_quantization(shop: Workshop, family: str) -> Arguments:
+    return {"base": shop.packed(family, bnb_4bit_use_double_quant=False)}
+
+
+@healthy()
+def base_saved_with_layers_kept_by_name(shop: Workshop, family: str) -> Arguments:
+    """As Unsloth's dynamic 4-bit bases: a list for every family, and layers that lose too much in 4 bits."""
+    general = ("lm_head", "multi_modal_projector", "merger", "modality_projection", "model.visual")
+    return {"base": shop.packed(family, skip=(*general, "model.language_model.layers.1.mlp.down_proj"))}
+
+
+@healthy()
+def processor_beside_the_adapter(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    for name in PROCESSOR:
+        shutil.copy(found["base"] / name, found["adapter"])
+    return found
+
+
+@healthy()
+def fewer_pixels_on_purpose(shop: Workshop, family: str) -> Arguments:
+    found = dict(processor_beside_the_adapter(shop, family))
+    edit(found["adapter"] / "preprocessor_config.json", min_pixels=200704, max_pixels=1003520)
+    return found

@@ -14,6 +14,9 @@ FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+WEIGHTS = "model.safetensors"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.json")
+PROCESSOR = (*_TOKENIZER, "preprocessor_config.json", "generation_config.json")
 Arguments = Mapping[str, Any]
 
 
@@ -27,7 +30,7 @@ class Case:
         build: Makes it, and returns the arguments of ``preflight``.
         red: Names of the findings that must be red, whatever else is; empty for a healthy one.
         words: What their causes, fixes or lines must say.
-        thread: Where it was reported.
+        thread: Where it was reported; empty for what was made up.
     """
 
     name: str
@@ -109,9 +112,8 @@ def _make_base(folder: Path, family: str, *, vocabulary: int = 0, **changes: Any
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     embedded = embedded_model_dir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.json"):
+    for name in (*_TOKENIZER, "generation_config.json"):
         shutil.copy(embedded / name, folder)
-    shutil.copy(embedded / "generation_config.json", folder)
     row = ROWS[family]
     images = json.loads((embedded / "preprocessor_config.json").read_text(encoding="utf-8"))
     images |= {

@@ -1,0 +1,183 @@
+"""Question 5: whether the base's files hold every tensor, and whether what was saved in 4 bits fits together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.quantization import QuantizationPolicy
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.sources.loading import compared_with
+from pytest_qvl.preflight import skip_rules
+from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.findings import Finding, neutral, some
+from pytest_qvl.preflight.packed import Packed, packed_weights, without_state
+from pytest_qvl.preflight.questions.four_bits import in_four_bits
+from pytest_qvl.preflight.timing import patience
+
+if TYPE_CHECKING:
+    from pytest_qvl.preflight.subject import Subject
+
+NUMBER = 5
+_POLICY = QuantizationPolicy()
+_AGAIN = "quantize its 16-bit base again with the installed bitsandbytes and Transformers, or download it again"
+
+
+def answer(subject: Subject) -> Iterator[Finding]:
+    """Completeness of the base's files; states, statistics and skip list of one that was saved in 4 bits."""
+    base = subject.base
+    if not base.tensors or base.folder is None:
+        raise CannotJudge(f"{base.label} has no weight files at hand: {base.note or 'configuration only'}")
+    report = compared_with(subject.parts.base, base.folder.path, "the base")
+    for sentence in report.problems:
+        yield _red(
+            subject, "incomplete", sentence, cause="the files and config.json do not belong together",
+            fix="download or save the base again",
+        )  # fmt: skip
+    if not report.problems:
+        yield Finding(NUMBER, "complete", "green", f"all {len(base.tensors)} tensors of {base.label} have their place")
+    if base.quantization is None:
+        yield from _packed_without_configuration(subject)
+        return
+    packed = packed_weights(base.tensors)
+    wrong = [*_settings(subject, base.quantization, packed), *_states(subject, packed), *_places(subject, packed)]
+    yield from wrong
+    if not wrong:
+        kinds = Counter((each.kind, each.state.get("blocksize"), each.nested) for each in packed.values())
+        said = ", ".join(
+            f"{count} of {kind}, block size {size}, {'double' if nested else 'single'} quantization"
+            for (kind, size, nested), count in kinds.items()
+        )
+        yield Finding(
+            NUMBER, "states", "green", f"{len(packed)} weights in 4 bits with their states: {said}",
+            keeps_green=pytest_line(subject),
+        )  # fmt: skip
+
+
+def _red(subject: Subject, name: str, line: str, *, cause: str, fix: str, notes: tuple[str, ...] = ()) -> Finding:
+    return Finding(NUMBER, name, "red", line, cause, fix, pytest_line(subject), notes)
+
+
+def _packed_without_configuration(subject: Subject) -> Iterator[Finding]:
+    packed = [*packed_weights(subject.base.tensors), *without_state(subject.base.tensors)]
+    if packed:
+        yield _red(
+            subject, "configuration-lost",
+            f"{len(packed)} weights are packed in 4 bits, and config.json has no quantization_config: {some(packed)}",
+            cause="it was lost when the folder was copied or edited, and Transformers takes packed bytes for weights",
+            fix="put quantization_config back into config.json, or download the base again",
+        )  # fmt: skip
+
+
+def _settings(subject: Subject, saved: Mapping[str, Any], packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """What config.json says against what is stored, and against what QLoRA is proven with."""
+    kind = str(saved.get("bnb_4bit_quant_type", "fp4"))
+    kinds = Counter(each.kind for each in packed.values())
+    if kinds and set(kinds) != {kind}:
+        yield _red(
+            subject, "type-differs",
+            f"config.json says {neutral(kind, 40)}, the files hold "
+            f"{', '.join(f'{count} weights in {name}' for name, count in kinds.items())}",
+            cause="config.json was edited, or belongs to another folder", fix="put back the config.json of this base",
+        )  # fmt: skip
+    elif kind != _POLICY.quant_type:
+        yield _red(
+            subject, "not-nf4", f"the base was saved in {neutral(kind, 40)}",
+            cause="BitsAndBytesConfig defaults to fp4, and QLoRA is proven with NF4 (arXiv:2305.14314)",
+            fix="quantize its 16-bit base again with bnb_4bit_quant_type='nf4'",
+        )  # fmt: skip
+    nested = bool(saved.get("bnb_4bit_use_double_quant", False))
+    others = [name for name, each in packed.items() if each.nested != nested]
+    if others:
+        yield _red(
+            subject, "nesting-differs",
+            f"config.json says bnb_4bit_use_double_quant={nested}, and {len(others)} of {len(packed)} weights are "
+            f"stored otherwise: {some(others)}",
+            cause="config.json was edited, or belongs to another folder", fix="put back the config.json of this base",
+        )  # fmt: skip
+    compute = saved.get("bnb_4bit_compute_dtype", "float32")
+    if compute not in ("bfloat16", "float16"):
+        yield _red(
+            subject, "slow-compute", f"config.json says bnb_4bit_compute_dtype {neutral(repr(compute), 40)}",
+            cause="BitsAndBytesConfig defaults to float32, which is several times slower, without a warning",
+            fix='"bnb_4bit_compute_dtype": "bfloat16" (float16 on a T4) in quantization_config of config.json',
+        )  # fmt: skip
+
+
+def _states(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """Each weight's state and statistics against its data and the model's shape."""
+    lost = without_state(subject.base.tensors)
+    if lost or not packed:
+        yield _red(
+            subject, "states-missing",
+            f"{len(lost) or 'all'} weights have no quantization state: {some(lost) or 'the files hold none'}",
+            cause="the folder was saved by something that does not keep what bitsandbytes needs to unpack a weight",
+            fix=_AGAIN,
+        )  # fmt: skip
+    shapes = {
+        name: (module.out_features, module.in_features)
+        for name, module in ((n, m) for n, m in subject.parts.named_linears())
+        if isinstance(module.out_features, int) and isinstance(module.in_features, int)
+    }
+    broken: dict[str, list[str]] = {}
+    for name, each in packed.items():
+        for fault in each.faults(shapes.get(name)):
+            broken.setdefault(fault, []).append(name)
+    sizes = {each.state.get("blocksize") for each in packed.values()} - {_POLICY.blocksize}
+    for fault, names in list(broken.items())[:3]:
+        yield _red(
+            subject, "state-broken", f"{len(names)} packed weights do not fit together ({fault}): {some(names)}",
+            cause="statistics were cast, cut or taken from another base, so the weights unpack to other values",
+            fix=_AGAIN,
+        )  # fmt: skip
+    if sizes and not broken:
+        yield _red(
+            subject, "block-size", f"the base was saved with block size {some(map(str, sorted(map(str, sizes))))}",
+            cause=f"QLoRA is proven with {_POLICY.blocksize} weights per block; larger blocks round more coarsely",
+            fix="quantize its 16-bit base again with the default block size",
+        )  # fmt: skip
+
+
+def _places(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """Which modules are stored in 4 bits against those that the skip list leaves to be."""
+    given, _ = subject.base.quantization and subject.base.quantization.get("llm_int8_skip_modules"), None
+    entries = skip_rules.DEFAULT if given is None else tuple(map(str, given))
+    linears = {name: subject.parts.group_of(name) for name, _ in subject.parts.named_linears()}
+    rule = skip_rules.installed_rule()
+    with patience("llm_int8_skip_modules"):
+        asked = set(in_four_bits(linears, entries, rule))
+        fine = [other for other in skip_rules.others() if set(in_four_bits(linears, entries, other)) == set(packed)]
+    notes = tuple(f"{other.title} reads the same list as it was meant" for other in fine)
+    kept = [name for name in linears if name in asked and name not in packed]
+    skipped = [name for name in linears if name in packed and name not in asked]
+    if kept:
+        yield _red(
+            subject, "kept-but-not-skipped",
+            f"{len(kept)} layers are stored in 16 bits, and the skip list {neutral(list(entries), 200)} leaves them to "
+            f"be in 4 bits with {rule.title}: {some(kept)}",
+            cause=f"{rule.title} takes an entry as {rule.words}, so it makes 4-bit layers of them that find no state",
+            fix=f"write the paths of these modules into llm_int8_skip_modules of config.json: {_paths(subject, kept)}",
+            notes=notes,
+        )  # fmt: skip
+    if skipped:
+        yield _red(
+            subject, "packed-but-skipped",
+            f"{len(skipped)} layers are stored in 4 bits, and the skip list {neutral(list(entries), 200)} keeps them "
+            f"in 16 with {rule.title}: {some(skipped)}",
+            cause=f"{rule.title} takes an entry as {rule.words}, and takes packed bytes for weights then",
+            fix="take the entry that covers them out of config.json, or quantize the base again", notes=notes,
+        )  # fmt: skip
+
+
+def _paths(subject: Subject, names: list[str]) -> str:
+    """The shortest list of paths that covers layers and nothing else of the model."""
+    every = [name for name, _ in subject.parts.named_linears()]
+    wanted, found = set(names), []
+    roots = sorted({name.rsplit(".", cut)[0] for name in names for cut in range(1, name.count(".") + 1)}, key=len)
+    for root in [*roots, *names]:
+        inside = {name for name in every if f"{name}.".startswith(f"{root}.")}
+        if inside and inside <= wanted:
+            found.append(root)
+            wanted -= inside
+    return some(map(repr, found), 6)

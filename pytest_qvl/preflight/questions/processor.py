@@ -1,0 +1,302 @@
+"""Question 6: processor, tokenizer, chat template and generation settings, beside the adapter and in the base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.generation_settings import at_random, unusual
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.families import FAMILIES, Family
+from pytest_qvl.models.sources.released import image_sizes
+from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.files.folder import Folder
+from pytest_qvl.preflight.findings import Finding, neutral, some
+from pytest_qvl.preflight.processor_files import ProcessorFiles, pixel_limits
+
+if TYPE_CHECKING:
+    from pytest_qvl.preflight.subject import Subject
+
+NUMBER = 6
+# Tokens that the model's configuration has ids of, by the field's name.
+_TOKENS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+_END = "<|im_end|>"
+_PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")
+# Steps that every Qwen-VL was trained with; switched off, pixel values are of another size or scale.
+_STEPS = ("do_resize", "do_rescale", "do_normalize")
+_SCALE = 1 / 255
+# JSON keeps 17 digits of a float64; two files of one value differ by roundings of its last at most.
+_SAME = 1e-12
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is judged, and what it is compared with.
+
+    Attributes:
+        subject: What it is about.
+        files: The processor that will be used.
+        base: The base's own; ``None`` where the base has no files at hand.
+        where: Where :attr:`files` are, in words.
+    """
+
+    subject: Subject
+    files: ProcessorFiles
+    base: ProcessorFiles | None
+    where: str
+
+    @property
+    def family(self) -> Family:
+        """The base's family."""
+        return FAMILIES[self.subject.base.family]
+
+    def red(self, name: str, line: str, *, cause: str, fix: str) -> Finding:
+        """A red finding of this question."""
+        return Finding(NUMBER, name, "red", f"{self.where}: {line}", cause, fix, pytest_line(self.subject))
+
+
+def answer(subject: Subject) -> Iterator[Finding]:
+    """Every setting that decides pixels, tokens and the end of replies, against the base's."""
+    beside = _beside(subject)
+    wrong = [
+        finding
+        for judge in (_complete, _image, _tokens, _untrained, _template, _generation)
+        for finding in judge(beside)
+    ]
+    yield from wrong
+    if not wrong:
+        yield Finding(
+            NUMBER, "processor", "green", f"{beside.where}: {_said(beside)}",
+            keeps_green=pytest_line(subject), notes=tuple(_notes(beside)),
+        )  # fmt: skip
+
+
+def _beside(subject: Subject) -> Beside:
+    own = None if subject.base.folder is None else ProcessorFiles(subject.base.folder)
+    if subject.asked.processor is not None:
+        folder = Folder(subject.asked.processor)
+        return Beside(subject, ProcessorFiles(folder), own, f"the processor in {neutral(str(folder), 200)}")
+    if subject.adapter is not None and subject.adapter.folder is not None:
+        files = ProcessorFiles(subject.adapter.folder)
+        if files.image is not None or files.has_tokenizer or files.template is not None:
+            return Beside(subject, files, own, "the processor beside the adapter")
+    if own is None:
+        raise CannotJudge("neither the base nor the adapter has processor files at hand (--processor)")
+    return Beside(subject, own, own, "the processor of the base")
+
+
+def _said(beside: Beside) -> str:
+    known = [
+        name
+        for name, there in (
+            ("image settings", beside.files.image), ("tokenizer", beside.files.has_tokenizer),
+            ("chat template", beside.files.template), ("generation settings", beside.files.generation),
+        )
+        if there
+    ]  # fmt: skip
+    return f"{', '.join(known)} belong to {beside.family.label}"
+
+
+def _notes(beside: Beside) -> Iterator[str]:
+    if beside.base is None or beside.base is beside.files:
+        return
+    for name, values in pixel_limits(beside.files.image or {}).items():
+        theirs = pixel_limits(beside.base.image or {})[name]
+        if values and theirs and values != theirs:
+            yield f"{name} is {neutral(values[0], 40)}, the base's {neutral(theirs[0], 40)}: train and serve alike"
+    if beside.files.template and beside.base.template and beside.files.template != beside.base.template:
+        yield "the chat template is not the base's: train and serve with the same"
+    settings = SimpleNamespace(**{str(k): v for k, v in (beside.files.generation or {}).items()})
+    if found := unusual(settings):
+        yield f"generation settings that change greedy replies: {some(found)}"
+
+
+def _complete(beside: Beside) -> Iterator[Finding]:
+    files = beside.files
+    if files.has_tokenizer and files.image is None:
+        yield beside.red(
+            "no-image-processor", "a tokenizer without preprocessor_config.json",
+            cause="only the tokenizer was saved: AutoProcessor then gives a bare tokenizer, or the base's settings",
+            fix="processor.save_pretrained(FOLDER), or take the tokenizer away and use the base's processor",
+        )  # fmt: skip
+    if files.image is not None and not files.has_tokenizer:
+        yield beside.red(
+            "no-tokenizer", "image settings without a tokenizer", cause="only the image processor was saved",
+            fix="processor.save_pretrained(FOLDER)",
+        )  # fmt: skip
+    if files.has_tokenizer and files.template is None:
+        yield beside.red(
+            "no-template", "no chat template", cause="it was not saved with the tokenizer, so no prompt can be written",
+            fix="copy chat_template.jinja (or .json) of the base into the folder",
+        )  # fmt: skip
+
+
+def _image(beside: Beside) -> Iterator[Finding]:
+    image, vision = beside.files.image, beside.subject.base.config.vision_config
+    if image is None:
+        return
+    wanted = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.spatial_merge_size,
+    }
+    off = {name: image[name] for name, value in wanted.items() if name in image and image[name] != value}
+    if off:
+        said = ", ".join(f"{name} {neutral(value, 40)} instead of {wanted[name]}" for name, value in off.items())
+        yield beside.red(
+            "other-patches", said, cause="these are the settings of another model's processor",
+            fix="copy preprocessor_config.json of the base",
+        )  # fmt: skip
+    scales = {"image_mean": beside.family.image_mean, "image_std": beside.family.image_std}
+    shifted = [name for name, value in scales.items() if name in image and not _same(image[name], value)]
+    dark = [name for name in _STEPS if image.get(name) is False]
+    if "rescale_factor" in image and not _same([image["rescale_factor"]], [_SCALE]):
+        dark.append("rescale_factor")
+    if shifted or dark:
+        said = ", ".join(f"{name} {neutral(image[name], 80)}" for name in [*shifted, *dark])
+        yield beside.red(
+            "other-scale", f"{said}, which {beside.family.label} was not trained with",
+            cause="pixel values reach the tower shifted or on another scale",
+            fix="copy preprocessor_config.json of the base",
+        )  # fmt: skip
+    yield from _limits(beside, image)
+    name = beside.files.processor_class
+    classes = {family.processor_class for family in FAMILIES.values()}
+    if name in classes - {beside.family.processor_class}:
+        yield beside.red(
+            "other-processor", f"processor_class is {neutral(name, 80)}, of another family",
+            cause="it was saved for another model", fix=f"use {beside.family.processor_class}",
+        )  # fmt: skip
+
+
+def _same(value: Any, wanted: Any) -> bool:
+    if not isinstance(value, list | tuple) or len(value) != len(wanted):
+        return False
+    return all(isinstance(v, int | float) and abs(v - w) <= _SAME for v, w in zip(value, wanted, strict=True))
+
+
+def _limits(beside: Beside, image: Mapping[str, Any]) -> Iterator[Finding]:
+    limits = pixel_limits(image)
+    twice = {name: values for name, values in limits.items() if len(values) > 1}
+    if twice:
+        said = ", ".join(f"{name} is {' and '.join(neutral(v, 40) for v in values)}" for name, values in twice.items())
+        yield beside.red(
+            "limits-contradict", f"{said}: given twice, as a field and in size",
+            cause="one was set without the other, and which of them counts depends on the release and the class",
+            fix="write the same number into min_pixels or max_pixels and into size",
+        )  # fmt: skip
+        return
+    least, most = (values[0] if values else None for values in limits.values())
+    sizes = image_sizes(beside.family.typical)
+    cell = (sizes.patch_size * sizes.merge_size) ** 2
+    wrong = [v for v in (least, most) if v is not None and (not isinstance(v, int) or isinstance(v, bool) or v < 1)]
+    if wrong or (most is not None and (most < cell or (least is not None and least > most))):
+        yield beside.red(
+            "limits-impossible", f"min_pixels {neutral(least, 40)}, max_pixels {neutral(most, 40)}",
+            cause=f"an image has at least one visual token of {cell} pixels, and least must not be above most",
+            fix="copy the limits of the base",
+        )  # fmt: skip
+
+
+def _tokens(beside: Beside) -> Iterator[Finding]:
+    files, config = beside.files, beside.subject.base.config
+    added, special = files.added, files.special
+    off = {
+        name: added[text]
+        for name, text in _TOKENS.items()
+        if text in added and isinstance(getattr(config, name, None), int) and added[text] != getattr(config, name)
+    }
+    if off:
+        said = ", ".join(f"{_TOKENS[n]} is {v}, {n} of the model {getattr(config, n)}" for n, v in off.items())
+        yield beside.red(
+            "other-ids", said, cause="tokens were added in front of them, or it is another model's tokenizer",
+            fix="use the base's tokenizer",
+        )  # fmt: skip
+    rows = config.get_text_config().vocab_size
+    beyond = sorted(text for text, index in added.items() if index >= rows)
+    if beyond:
+        yield beside.red(
+            "beyond-embeddings", f"{len(beyond)} tokens have ids of {rows} and above: {some(beyond)}",
+            cause=f"the embeddings of {beside.subject.base.label} have {rows} rows: tokens were added, they were not "
+            "resized, or the base is not the one that was trained",
+            fix="model.resize_token_embeddings(len(tokenizer)) before training; save them with the adapter",
+        )  # fmt: skip
+    if special.get("pad_token") in _PLACEHOLDERS:
+        yield beside.red(
+            "pad-is-image", f"pad_token is {neutral(special['pad_token'], 40)}",
+            cause="padding counts as places of images then, which have no pixels", fix='pad_token "<|endoftext|>"',
+        )  # fmt: skip
+    if "eos_token" in special and special["eos_token"] == special.get("pad_token"):
+        yield beside.red(
+            "pad-is-eos", f"pad_token and eos_token both are {neutral(special['eos_token'], 40)}",
+            cause="collators take padding out of the loss, so the end of replies is not learned",
+            fix='pad_token "<|endoftext|>", eos_token "<|im_end|>"',
+        )  # fmt: skip
+
+
+def _untrained(beside: Beside) -> Iterator[Finding]:
+    """Tokens that the base's tokenizer lacks, whose rows nobody trains."""
+    subject = beside.subject
+    if beside.base is None or subject.adapter is None or beside.base is beside.files or not beside.base.added:
+        return
+    rows = subject.base.config.get_text_config().vocab_size
+    new = [text for text, index in beside.files.added.items() if text not in beside.base.added and index < rows]
+    fields = subject.adapter.fields
+    targets = fields.get("target_modules")
+    named = [*(fields.get("modules_to_save") or ()), *(targets if isinstance(targets, list) else [str(targets)])]
+    trained = fields.get("trainable_token_indices") or any("embed_tokens" in str(name) for name in named)
+    if new and not trained:
+        yield beside.red(
+            "untrained-tokens", f"{len(new)} tokens that the base does not have: {some(new)}",
+            cause="nobody trained their rows of the embeddings, and this adapter does not either",
+            fix='modules_to_save=["embed_tokens", "lm_head"] or trainable_token_indices, or leave the tokens out',
+        )  # fmt: skip
+
+
+def _template(beside: Beside) -> Iterator[Finding]:
+    template = beside.files.template
+    if template is None:
+        return
+    blind = [text for text in ("<|vision_start|>", "<|image_pad|>") if text not in template]
+    if blind:
+        yield beside.red(
+            "blind-template", f"the chat template does not write {' and '.join(blind)}",
+            cause="it is a text model's template: images get no place in the prompt",
+            fix="copy chat_template.jinja (or .json) of the base into the folder",
+        )  # fmt: skip
+    elif _END not in template:
+        yield beside.red(
+            "endless-template", f"the chat template does not write {_END}",
+            cause="replies are learned without their end, and do not stop",
+            fix="copy chat_template.jinja (or .json) of the base into the folder",
+        )  # fmt: skip
+
+
+def _generation(beside: Beside) -> Iterator[Finding]:
+    """What makes replies random, endless, or cut, where the base's own settings do not."""
+    settings = beside.files.generation
+    if settings is None:
+        return
+    eos = settings.get("eos_token_id")
+    ends = set(eos) if isinstance(eos, list) and all(isinstance(i, int) for i in eos) else {eos}
+    end = beside.files.added.get(_END, beside.base.added.get(_END) if beside.base else None)
+    if end is not None and end not in ends:
+        yield beside.red(
+            "never-ends", f"eos_token_id of generation_config.json is {neutral(eos, 60)}, and {_END} is {end}",
+            cause="a reply ends with that token, and generate() does not stop at it",
+            fix=f"put {end} into eos_token_id",
+        )  # fmt: skip
+    plain = SimpleNamespace(**{str(key): value for key, value in settings.items()})
+    try:
+        drawn = at_random(plain, beside.subject.base.family)
+    except TypeError:
+        drawn = f"its values are no numbers: {neutral(settings, 200)}"
+    if drawn:
+        yield beside.red("drawn-replies", drawn, cause="answers differ from run to run", fix="do_sample=False")

@@ -1,0 +1,140 @@
+"""The command and the function: exit codes, formats, refusals, and what a newcomer with a folder sees."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from preflight_corpus import Workshop
+
+from pytest_qvl.cli import main
+from pytest_qvl.models.sources import hub
+from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.model_source import ModelSourceError
+from pytest_qvl.preflight import preflight
+from pytest_qvl.preflight.questions import QUESTIONS
+
+EMBEDDED = str(embedded_model_dir())
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    return Workshop(tmp_path_factory.mktemp("command"))
+
+
+def test_a_healthy_pair_is_green_and_exits_with_0(shop, capsys):
+    base, adapter = shop.base("qwen2_5_vl"), shop.adapter("qwen2_5_vl")
+    assert main(["preflight", str(base), str(adapter)]) == 0
+    out = capsys.readouterr().out
+    assert "GREEN: 0 red" in out
+    assert "all 42 keys of the file land, on 21 modules (language 21)" in out
+    assert f"--qvl-model {base} --qvl-adapter {adapter} -k preflight" in out
+
+
+def test_a_broken_one_exits_with_1_and_json_says_all(shop, capsys):
+    base = shop.base("qwen2_5_vl")
+    assert main(["preflight", str(base), "--skip", "lm_head", "--json"]) == 1
+    data = json.loads(capsys.readouterr().out)
+    assert data["state"] == "red"
+    assert data["counts"]["red"] == 1
+    (red,) = [finding for finding in data["findings"] if finding["state"] == "red"]
+    assert (red["question"], red["name"]) == (1, "vision-in-four-bits")
+    assert red["cause"]
+    assert red["fix"]
+    assert red["keeps_green"]
+
+
+def test_markdown_is_one_table(shop, capsys):
+    assert main(["preflight", str(shop.base("qwen3_vl")), "--format", "md"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("**green**")
+    assert {line.count("|") for line in lines[2:]} == {7}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["qwen9-vl-1b"], "is unknown"),
+        (["./nowhere"], "does not exist"),
+        ([EMBEDDED, "./nowhere"], "does not exist"),
+        ([EMBEDDED, "--merged", "out"], "give its folder too"),
+        ([EMBEDDED, "--card", "t5"], "card 't5' is unknown"),
+        ([EMBEDDED, "--lora", "nowhere.json"], "there is no file"),
+    ],
+)
+def test_invalid_input_is_one_line_and_exit_code_2(arguments, words, capsys):
+    assert main(["preflight", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch):
+    def offline(source):
+        raise ModelSourceError(f"model {str(source)!r} is not in the local cache, and the hub does not answer")
+
+    monkeypatch.setattr(hub, "_cache_only", offline)
+    with pytest.raises(ModelSourceError, match="does not answer"):
+        preflight("somebody/qwen2.5-vl-7b-finetuned")
+    # Of releases the configuration is built in.
+    report = preflight("Qwen/Qwen2.5-VL-7B-Instruct")
+    assert report.state == "green"
+    assert "built-in configuration of the release, because" in report.of(0)[0].line
+
+
+def test_another_family_and_absurd_sizes_are_refused(shop):
+    folder = shop.copy(shop.base("qwen2_5_vl"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava\x1b[31m"}))
+    with pytest.raises(ModelSourceError, match=r"model_type 'llava\\\\?x1b"):
+        preflight(folder)
+    config["text_config"]["num_hidden_layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+    report = preflight(folder)
+    assert [finding.name for finding in report.red] == ["base-unsafe"]
+
+
+def test_what_a_configuration_asks_to_run_is_not_run(shop):
+    folder = shop.copy(shop.base("qwen2_5_vl"))
+    (folder / "evil.py").write_text("raise SystemExit('ran')")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForImageTextToText": "evil.Evil"}, "attn_implementation": "stranger/kernel"}
+    config["text_config"]["_attn_implementation"] = "stranger/kernel"
+    (folder / "config.json").write_text(json.dumps(config))
+    adapter = shop.adapter("qwen2_5_vl")
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    fields |= {"megatron_config": {"a": 1}, "megatron_core": "antigravity", "eva_config": {"rho": 2.0}}
+    fields |= {"auto_mapping": {"base_model_class": "X", "parent_library": "antigravity"}, "init_lora_weights": "pissa"}
+    (adapter / "adapter_config.json").write_text(json.dumps(fields))
+    assert preflight(folder, adapter).state == "green"
+    assert "antigravity" not in sys.modules
+
+
+def test_a_regular_expression_without_end_is_stopped(shop, monkeypatch):
+    monkeypatch.setattr("pytest_qvl.preflight.timing.PATIENCE_S", 0.5)
+    report = preflight(shop.base("qwen2_5_vl"), lora={"r": 8, "target_modules": r"(?:(?:\w+\.?)+)+Z"})
+    assert "unsafe" in {finding.name for finding in report.of(2)}
+
+
+def test_a_card_is_judged_by_the_forecast():
+    assert [f.name for f in preflight(EMBEDDED, card="t4").of(8)] == ["fits"]
+    assert [f.state for f in preflight(EMBEDDED).of(8)] == ["not judged"]
+
+
+@pytest.mark.slow  # a forecast at true size
+def test_a_card_that_is_too_small():
+    (finding,) = preflight("qwen2.5-vl-7b", lora={"r": 1024, "target_modules": ["q_proj"]}, card="rtx3060-12gb").of(8)
+    assert finding.name == "does-not-fit"
+    assert "out of memory in" in finding.cause
+
+
+def test_numbers_of_questions_are_those_of_the_documentation():
+    assert [question.number for question in QUESTIONS] == sorted(question.number for question in QUESTIONS)
+    assert {question.number for question in QUESTIONS} <= set(range(9))
+
+
+def test_importing_it_is_cheap():
+    code = "import sys, pytest_qvl.preflight.command; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
