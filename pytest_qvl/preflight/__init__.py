@@ -33,9 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from pytest_qvl.evidence import Evidence
+    from pytest_qvl.models.policy import AdapterPolicy
     from pytest_qvl.preflight.subject import Runtime
 
-__all__ = ["Finding", "Report", "preflight"]
+__all__ = ["Finding", "Report", "preflight", "require_green"]
 
 
 def preflight(
@@ -48,6 +50,7 @@ def preflight(
     lora: str | Path | Mapping[str, Any] | None = None,
     processor: str | Path | None = None,
     card: str | None = None,
+    policy: AdapterPolicy | None = None,
 ) -> Report:
     """Judge a base model and an adapter from their files; see :mod:`pytest_qvl.preflight`.
 
@@ -61,6 +64,7 @@ def preflight(
         lora: Fields of ``peft.LoraConfig``, or a JSON file with them, of an adapter that is still to be made.
         processor: Folder of the processor that will be used, where it is not beside the adapter.
         card: GPU to judge the memory for, such as ``"t4"``.
+        policy: Parts of the model that are adapted on purpose; ``None``: by what ``target_modules`` names.
 
     Returns:
         One finding per line of the answer. Files that are broken or dangerous are red findings, not exceptions.
@@ -71,5 +75,39 @@ def preflight(
     from pytest_qvl.preflight.run import run_preflight
 
     return run_preflight(
-        base, adapter, merged=merged, runtime=runtime, skip=skip, lora=lora, processor=processor, card=card
+        base,
+        adapter,
+        merged=merged,
+        runtime=runtime,
+        skip=skip,
+        lora=lora,
+        processor=processor,
+        card=card,
+        policy=policy,
     )
+
+
+def require_green(
+    model: str,
+    adapter: Path | None = None,
+    lora_config: Any = None,
+    quantization_config: Any = None,
+    *,
+    policy: AdapterPolicy | None = None,
+) -> Evidence:
+    """Prove by their files that base, skip list, adapter and processor belong together.
+
+    Args:
+        model: The base, as :func:`preflight` takes it.
+        adapter: Folder of a saved adapter.
+        lora_config: The ``peft.LoraConfig`` of an adapter that is still to be made; not looked at where one is given.
+        quantization_config: The ``transformers.BitsAndBytesConfig`` that the base is loaded with.
+        policy: Parts of the model that are adapted on purpose.
+
+    Raises:
+        CheckFailed: Something is red; one problem each, with cause and fix.
+        ValueError: Invalid input.
+    """
+    from pytest_qvl.preflight.evidence import judge_by_files
+
+    return judge_by_files(model, adapter, lora_config, quantization_config, policy)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -219,9 +221,17 @@ def _of_hub(source: ModelSource) -> Base:
     return Base(source.location, source.location, fields, snapshot, tensors)
 
 
-def quiet() -> None:
-    """Keep Transformers, PEFT's helpers and bitsandbytes from printing into the report."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Transformers and bitsandbytes from printing into the report."""
     from transformers.utils import logging as transformers_logging
 
+    before, packing = transformers_logging.get_verbosity(), logging.getLogger("bitsandbytes")
+    level = packing.level
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    packing.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+        packing.setLevel(level)

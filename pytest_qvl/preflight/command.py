@@ -26,6 +26,9 @@ def add_preflight(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--skip", action="append", metavar="NAME", help="entry of llm_int8_skip_modules (repeatable)")
     parser.add_argument("--lora", type=Path, metavar="FILE.json", help="fields of peft.LoraConfig, before training")
     parser.add_argument("--processor", type=Path, metavar="FOLDER", help="processor, if not beside the adapter")
+    parser.add_argument(
+        "--adapter-policy", metavar="PARTS", help="parts that are adapted on purpose: language,lm_head,vision"
+    )
     parser.add_argument("--card", help=f"judge the memory for a card: {', '.join(card_names())}")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", dest="format", action="store_const", const="json", help="print JSON")
@@ -41,6 +44,7 @@ def run_preflight_command(options: argparse.Namespace) -> int:
     """
     gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time
     try:
+        from pytest_qvl.models.policy import AdapterPolicy
         from pytest_qvl.preflight.run import run_preflight
 
         report = run_preflight(
@@ -52,6 +56,7 @@ def run_preflight_command(options: argparse.Namespace) -> int:
             lora=options.lora,
             processor=options.processor,
             card=options.card,
+            policy=None if options.adapter_policy is None else AdapterPolicy.parse(options.adapter_policy),
         )
     finally:
         gc.enable()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.model_source import ModelSourceError
@@ -16,6 +16,9 @@ from pytest_qvl.preflight.findings import Finding, Report, neutral
 from pytest_qvl.preflight.questions import QUESTIONS, Question
 from pytest_qvl.preflight.subject import RUNTIMES, Asked, Runtime, Subject
 from pytest_qvl.releases import STACK, installed
+
+if TYPE_CHECKING:
+    from pytest_qvl.models.policy import AdapterPolicy
 
 _FILES = 0
 _HARM = "what it holds could do harm to whoever loads it"
@@ -36,6 +39,7 @@ def run_preflight(
     lora: str | Path | Mapping[str, Any] | None = None,
     processor: str | Path | None = None,
     card: str | None = None,
+    policy: AdapterPolicy | None = None,
 ) -> Report:
     """See :func:`pytest_qvl.preflight.preflight`."""
     begun = time.perf_counter()
@@ -48,12 +52,15 @@ def run_preflight(
         lora if lora is None or isinstance(lora, Mapping) else Path(lora),
         _path(processor),
         card,
+        policy,
     )
     _check(asked)
     findings, subject = _read(asked)
     if subject is not None:
-        quiet()
-        findings += [finding for question in QUESTIONS if question.module for finding in _answers(question, subject)]
+        with quiet():
+            findings += [
+                finding for question in QUESTIONS if question.module for finding in _answers(question, subject)
+            ]
     return Report(
         asked.base if subject is None else subject.base.label,
         _name_of_adapter(asked),

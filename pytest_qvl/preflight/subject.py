@@ -15,6 +15,7 @@ from pytest_qvl.preflight.timing import patience
 
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.policy import AdapterPolicy
     from pytest_qvl.preflight.survey import Surveyed
     from pytest_qvl.preflight.updates import Updates
     from pytest_qvl.preflight.weights import Weights
@@ -36,6 +37,7 @@ class Asked:
         lora: Fields of ``peft.LoraConfig``, or a JSON file with them, of an adapter that is still to be made.
         processor: Folder of the processor that will be used, where it is not beside the adapter.
         card: GPU to judge the memory for.
+        policy: Parts of the model that are adapted on purpose; ``None``: by what ``target_modules`` names.
     """
 
     base: str
@@ -46,6 +48,7 @@ class Asked:
     lora: Path | Mapping[str, Any] | None = None
     processor: Path | None = None
     card: str | None = None
+    policy: AdapterPolicy | None = None
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,8 @@ def test_the_suite_has_a_test_of_every_check() -> None:
 
     files = [file.read_text(encoding="utf-8") for file in FOLDER.glob("test_*.py")]
     tests = chain(*(re.findall(r"^def (test_\w+)", file, re.MULTILINE) for file in files))
-    assert {check_of(test) for test in tests} == set(declared())
+    # The preflight judges files; what has no model to judge is no check.
+    assert {check_of(test) for test in tests} == {*declared(), "preflight"}
 
 
 def test_a_fault_names_every_check_that_judges_a_model() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 
@@ -10,10 +11,12 @@ import pytest
 from preflight_corpus import Workshop
 
 from pytest_qvl.cli import main
+from pytest_qvl.evidence import CheckFailed
+from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.sources import hub
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.model_source import ModelSourceError
-from pytest_qvl.preflight import preflight
+from pytest_qvl.preflight import preflight, require_green
 from pytest_qvl.preflight.questions import QUESTIONS
 
 EMBEDDED = str(embedded_model_dir())
@@ -138,3 +141,24 @@ def test_numbers_of_questions_are_those_of_the_documentation():
 def test_importing_it_is_cheap():
     code = "import sys, pytest_qvl.preflight.command; print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_suite_fails_with_cause_and_fix(shop):
+    from peft import LoraConfig
+    from transformers import BitsAndBytesConfig
+
+    usual = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.visual", "lm_head"])
+    leaking = LoraConfig(r=8, target_modules=["q_proj", "gate_proj"])
+    base = str(shop.base("qwen2_5_vl"))
+    assert require_green(base, None, LoraConfig(r=8, target_modules=["q_proj"]), usual).ok
+    assert require_green(base, None, leaking, usual, policy=AdapterPolicy(("language", "vision"))).ok
+    with pytest.raises(CheckFailed, match=r"vision 4.*match by name.*--adapter-policy language,vision"):
+        require_green(base, None, leaking, usual)
+    with pytest.raises(CheckFailed, match="no entry of the list keeps vision"):
+        require_green(base, None, None, BitsAndBytesConfig(load_in_4bit=True))
+
+
+def test_messages_of_other_packages_are_as_they_were(shop):
+    before = {name: logging.getLogger(name).level for name in ("bitsandbytes", "transformers")}
+    preflight(shop.base("qwen2_5_vl"))
+    assert {name: logging.getLogger(name).level for name in before} == before

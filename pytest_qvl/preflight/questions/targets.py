@@ -161,7 +161,7 @@ def _leaks(placement: Placement, config: Any) -> Iterator[Finding]:
         f"{len(leaked)} modules of the vision side get an adapter by the way ({said}): {some(leaked)}",
         cause=f"target_modules {_short(config.target_modules)} match by name, and the vision side has such layers too",
         fix=f'target_modules=r"{_LANGUAGE.format(root, ends)}"; if the vision side is adapted on purpose, say so by an '
-        "expression that names it, and in qvl_adapter_policy",
+        "expression that names it, or declare it (--adapter-policy language,vision)",
         keeps_green=pytest_line(placement.subject),
     )
 
@@ -169,9 +169,12 @@ def _leaks(placement: Placement, config: Any) -> Iterator[Finding]:
 def _on_purpose(placement: Placement, config: Any, name: str) -> bool:
     """Whether a module of the vision side is adapted because the configuration means it.
 
-    A list does by an entry that matches the vision side only; a regular expression by a word for it.
+    A declared policy says so; a list does by an entry that matches the vision side only, a regular expression by a
+    word for it.
     """
-    targets = config.target_modules
+    policy, targets = placement.subject.asked.policy, config.target_modules
+    if policy is not None and placement.groups[name] in policy.adapted:
+        return True
     if isinstance(targets, str):
         return targets.lower() != "all-linear" and _MEANS_VISION.search(_EXCLUDED.sub("", targets)) is not None
     entries = [entry for entry in targets if _ends_with(name, entry)]
