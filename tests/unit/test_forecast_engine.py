@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -258,3 +260,14 @@ def test_a_step_is_repeated_without_what_stays_of_it() -> None:
     assert found["update"].by_kind["gradients"] == 0
     assert found["update"].end_allocated == 4 * MiB
     assert found["states"].peak_allocated == found["update"].peak_allocated
+
+
+def test_a_process_that_forecasts_imports_no_compiler_for_bitsandbytes() -> None:
+    code = (
+        "from pytest_qvl.vram.forecast.imports import without_compiler\n"
+        "import sys, torch\ncompiler = torch.compile\n"
+        "with without_compiler():\n    import bitsandbytes\n"
+        "assert torch.compile is compiler\n"
+        "assert 'torch._inductor.lowering' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

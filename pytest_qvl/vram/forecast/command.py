@@ -13,6 +13,7 @@ from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file
 from pytest_qvl.vram.forecast.asked import ask
 from pytest_qvl.vram.forecast.changes import cheapest
+from pytest_qvl.vram.forecast.imports import without_compiler
 from pytest_qvl.vram.forecast.options import add_options
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ def run_forecast(options: argparse.Namespace) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time
     try:
+        with without_compiler():
+            import bitsandbytes  # noqa: F401
         from transformers.utils import logging as transformers_logging
 
         import pytest_qvl.vram.forecast.output.answer
