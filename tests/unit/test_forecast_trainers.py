@@ -128,3 +128,22 @@ def test_dropout_keeps_a_mask_of_each_input() -> None:
 def test_a_module_to_save_that_is_not_there_is_refused() -> None:
     with pytest.raises(ValueError, match="modules_to_save names 'head', and no module of"):
         made(replace(SMALL, modules_to_save=("head",)))
+
+
+def test_evaluation_and_generation_find_the_states_of_the_training() -> None:
+    forecaster = Forecaster(replace(SMALL, evaluation=4))
+    asked = replace(SMALL, evaluation=4, generate_in_training=3)
+    found = forecaster.forecast(asked, inference=False)
+    assert [phase.name for phase in found.phases][-2:] == [phases.EVALUATION, phases.GENERATION]
+    evaluated, generated = found.phases[-2:]
+    states = found.phase(phases.LOSS).by_kind["optimizer"]
+    assert evaluated.by_kind["optimizer"] == generated.by_kind["optimizer"] == states > 0
+    # Four samples' logits against one's; the cache is that of generation alone.
+    assert evaluated.by_kind["logits"] > 2 * found.phase(phases.LOSS).by_kind["logits"]
+    assert generated.by_kind["cache"] > evaluated.by_kind["cache"] == 0
+
+
+def test_samples_are_begun_anew_for_a_larger_batch() -> None:
+    one, other = Sample(((112, 112),), 40), Sample((), 20)
+    assert Request(samples=(one, other)).of_batch(3).samples == (one, other, one)
+    assert Request(batch=2).of_batch(5).batch_of_samples == Request(batch=5).batch_of_samples

@@ -15,6 +15,8 @@ FORWARD = "train: forward"
 LOSS = "train: loss"
 BACKWARD = "train: backward"
 OPTIMIZER = "train: optimizer"
+EVALUATION = "evaluation"
+GENERATION = "generation in training"
 
 TRAINING = (TRAIN_VISION, FORWARD, LOSS, BACKWARD, OPTIMIZER)
 # What the phases of a trainer's first step are called, to tell them from those of the step that repeats.
@@ -33,4 +35,6 @@ EXPLAIN = {
     LOSS: "logits and cross-entropy",
     BACKWARD: "gradients",
     OPTIMIZER: "update of the adapter",
+    EVALUATION: "the loss of a batch between two steps",
+    GENERATION: "new tokens between two steps",
 }

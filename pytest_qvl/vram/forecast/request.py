@@ -29,8 +29,6 @@ BASE_BITS = (4, 8, 16)
 LORA_TARGETS = ("language", "all-linear")
 # Fields that are known and not followed yet, with the value that asks for nothing.
 _NOT_FOLLOWED: dict[str, object] = {
-    "evaluation": 0,
-    "generate_in_training": 0,
     "use_dora": False,
     "base_bits": 4,
     "fused_loss": False,
@@ -87,7 +85,8 @@ class Request:
             ``compute_dtype`` by a trainer; by a loop only after the fp32 upcast and for float16.
         accumulation: Batches per update (``gradient_accumulation_steps``).
         evaluation: Samples per batch of an evaluation between two steps; 0 for none.
-        generate_in_training: New tokens to generate between two steps; 0 for none.
+        generate_in_training: New tokens to generate between two steps, for as many samples as an evaluation has, or
+            for one; 0 for none.
         lora_targets: ``"language"`` for every language linear, ``"all-linear"`` for PEFT's target of that name (the
             vision tower's too), or names as for ``LoraConfig(target_modules=[...])``.
         lora_dropout: Dropout of the adapter's inputs.
@@ -207,6 +206,11 @@ class Request:
             return None if self._is_pure else _PRECISION_DTYPE[self.precision]
         usual = self.trainer != "loop" or self.kbit_upcast or self.compute_dtype == "float16"
         return self.compute_dtype if (usual if self.autocast is None else self.autocast) else None
+
+    def of_batch(self, size: int) -> Request:
+        """The same with that many samples, begun anew where there are fewer that differ."""
+        repeated = self.samples * -(-size // len(self.samples)) if self.samples else ()
+        return replace(self, batch=size, samples=repeated[:size])
 
     @property
     def standing_alone(self) -> Request:

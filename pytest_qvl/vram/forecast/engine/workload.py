@@ -19,7 +19,7 @@ from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.renamed import enable_checkpointing
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.fused_head import IGNORED
-from pytest_qvl.vram.forecast.engine.trainers import TRAINERS, Steps, autocast
+from pytest_qvl.vram.forecast.engine.trainers import TRAINERS, Loop, Steps, autocast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,13 +116,7 @@ def infer(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     try:
         with torch.no_grad(), autocast(request.standing_alone, stage):
             if request.generate:
-                model.generate(
-                    **batch,
-                    **own,
-                    max_new_tokens=request.generate,
-                    min_new_tokens=request.generate,
-                    do_sample=False,
-                )
+                _generate(model, {**batch, **own}, request.generate)
             else:
                 keep = {} if request.all_logits else {"logits_to_keep": 1}
                 model(**batch, **own, **keep)
@@ -132,17 +126,17 @@ def infer(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     parts.core.rope_deltas = None
 
 
+def _generate(model: Any, inputs: dict[str, Any], tokens: int) -> None:
+    model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+
+
 def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     """A first training step for what it leaves behind, and the one that repeats, phase by phase."""
     trainer = TRAINERS[request.trainer](parts, request, stage)
     parts.wrapped.train()
 
     def draw() -> dict[str, Any]:
-        batch = model_inputs(parts, request, source, stage)
-        batch["labels"] = labels = batch["input_ids"].clone()
-        if request.samples:
-            labels[batch["attention_mask"] == 0] = IGNORED
-        return batch
+        return _with_labels(model_inputs(parts, request, source, stage), request)
 
     step = Steps(trainer, draw)
     trained = [p for p in parts.wrapped.parameters() if p.requires_grad]
@@ -151,14 +145,41 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     with trainer.prepared():
         if trainer.fetches_ahead:
             _two_steps(step, parts, stage)
-            return
-        stage.phase(phases.STATES)
-        stage.first_step(lambda: step(lambda _: None), trained, optimizer)
-        # As a measurement begins: without garbage, from an empty cache.
-        gc.collect()
-        stage.empty_cache()
-        with _forward_phases(parts, stage):
-            step(stage.phase)
+        else:
+            stage.phase(phases.STATES)
+            stage.first_step(lambda: step(lambda _: None), trained, optimizer)
+            # As a measurement begins: without garbage, from an empty cache.
+            gc.collect()
+            stage.empty_cache()
+            with _forward_phases(parts, stage):
+                step(stage.phase)
+        parts.wrapped.eval()
+        if request.evaluation:
+            stage.phase(phases.EVALUATION)
+            _evaluate(trainer, request.of_batch(request.evaluation), source)
+    if request.generate_in_training:
+        stage.phase(phases.GENERATION)
+        prompt = model_inputs(parts, request.of_batch(request.evaluation or 1), source, stage, pad_left=True)
+        with torch.no_grad():
+            own = stage.generation_arguments(parts, source)
+            _generate(parts.wrapped, {**prompt, **own}, request.generate_in_training)
+        parts.core.rope_deltas = None
+
+
+def _with_labels(batch: dict[str, Any], request: Request) -> dict[str, Any]:
+    """A batch whose every token is to be learnt, but padding."""
+    batch["labels"] = labels = batch["input_ids"].clone()
+    if request.samples:
+        labels[batch["attention_mask"] == 0] = IGNORED
+    return batch
+
+
+def _evaluate(trainer: Loop, request: Request, source: Source) -> None:
+    """The loss of a batch as ``Trainer.evaluate`` computes it without ``compute_metrics``, which would keep logits."""
+    batch = _with_labels(model_inputs(trainer.parts, request, source, trainer.stage), request)
+    trainer.enter = lambda _: None
+    with torch.no_grad():
+        trainer.loss(batch)
 
 
 def _two_steps(step: Steps, parts: Parts, stage: Stage) -> None:
