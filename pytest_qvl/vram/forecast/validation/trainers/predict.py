@@ -68,13 +68,16 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("file", type=Path, metavar="FILE.json")
     parser.add_argument("--only", default="", metavar="REGEX", help="forecast these cases again, keep the others")
+    parser.add_argument("--resume", action="store_true", help="keep what the file has, forecast what it lacks")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of some 0.6 GiB each")
     options = parser.parse_args(arguments)
     requests = {name_of(request): request for request in cases()}
     wanted = [request for name, request in requests.items() if re.search(options.only, name)]
     entries: dict[str, dict[str, Any]] = {}
-    if options.only and options.file.is_file():
+    if (options.only or options.resume) and options.file.is_file():
         entries = {e["name"]: e for e in read_record(options.file, PREDICTED)["cases"]}
+    if options.resume:
+        wanted = [request for request in wanted if name_of(request) not in entries]
     failed = [f"not predicted: {why}" for why in refused()]
     with ProcessPoolExecutor(options.jobs) as pool:
         for request, entry in zip(wanted, pool.map(_try, wanted), strict=True):
@@ -85,7 +88,7 @@ def main(arguments: list[str]) -> int:
             kept = [entries[name] for name in requests if name in entries]
             write_record(options.file, {"schema": PREDICTED, "versions": versions(*PACKAGES), "cases": kept})
             print(f"{len(kept)}/{len(requests)} {entry['name']}: {entry['allocated'] / 2**20:,.0f} MiB", flush=True)
-    print("\n".join(failed))
+    print("\n".join(failed), end="\n" if failed else "")
     return int(bool(failed))
 
 
