@@ -50,11 +50,13 @@ def through_nf4(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     book, borders = _table()
     flat = values.flatten()
-    whole = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
-    largest = whole.abs().amax(1, keepdim=True)
-    codes = torch.bucketize(whole / torch.where(largest == 0, 1.0, largest), borders)
-    made: torch.Tensor = (book[codes] * largest).flatten()[: flat.numel()].view_as(values).to(dtype).float()
-    return made
+    spare = -flat.numel() % BLOCK
+    blocks = (torch.nn.functional.pad(flat, (0, spare)) if spare else flat).view(-1, BLOCK)
+    largest = blocks.abs().amax(1, keepdim=True)
+    codes = torch.bucketize((blocks / largest.masked_fill(largest == 0, 1.0)).flatten(), borders, out_int32=True)
+    made = book.index_select(0, codes).view(-1, BLOCK).mul_(largest).flatten()
+    unpacked: torch.Tensor = made[: flat.numel()].to(dtype).float().view_as(values)
+    return unpacked
 
 
 def half_step(values: torch.Tensor) -> torch.Tensor:
@@ -90,41 +92,32 @@ class Loss(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Sums over some rows of a weight.
+    """Sums over each part of a sample, one number a part, float64.
 
     Attributes:
-        numel: How many weights.
         weight: Of squares of W.
         update: Of squares of ΔW.
         along: For each way to store, of ``D * ΔW``.
         apart: Of squares of ``D - ΔW``.
-        changed: How many weights have another value.
+        changed: For each way to store, the share of the weights that have another value.
     """
 
-    numel: int
-    weight: float
-    update: float
-    along: tuple[float, ...]
-    apart: tuple[float, ...]
-    changed: tuple[int, ...]
+    weight: torch.Tensor
+    update: torch.Tensor
+    along: tuple[torch.Tensor, ...]
+    apart: tuple[torch.Tensor, ...]
+    changed: tuple[torch.Tensor, ...]
 
 
 def sums(weight: torch.Tensor, update: torch.Tensor, changes: Sequence[torch.Tensor]) -> Sums:
-    """Sums over rows of W, ΔW and one D for each way to store; all float32 of one shape."""
-    flat = update.flatten()
+    """Sums over parts of W, ΔW and one D for each way to store: all ``(parts, values)`` float32."""
     return Sums(
-        weight.numel(),
-        _squares(weight),
-        _squares(update),
-        tuple(float(change.flatten().dot(flat)) for change in changes),
-        tuple(_squares(change - update) for change in changes),
-        tuple(int(change.count_nonzero()) for change in changes),
+        weight.square().sum(1).double(),
+        update.square().sum(1).double(),
+        tuple((change * update).sum(1).double() for change in changes),
+        tuple((change - update).square().sum(1).double() for change in changes),
+        tuple(change.count_nonzero(1).double() / change.shape[1] for change in changes),
     )
-
-
-def _squares(values: torch.Tensor) -> float:
-    flat = values.flatten()
-    return float(flat.dot(flat))
 
 
 class Estimate(NamedTuple):
@@ -134,22 +127,24 @@ class Estimate(NamedTuple):
     error: float
 
 
-def ratio(tops: Sequence[float], bottoms: Sequence[float], whole: int) -> Estimate:
-    """``sum(tops) / sum(bottoms)`` over all, from a simple random sample without replacement of equal parts.
+def ratio(tops: torch.Tensor, bottoms: torch.Tensor, whole: bool) -> Estimate:
+    """``sum(tops) / sum(bottoms)`` over all parts of a weight, from a systematic sample of them.
 
-    The standard error is that of the ratio estimator (Cochran, *Sampling Techniques*, section 2.11):
-    ``sqrt((1 - n/N) / n * sum((t - R b)**2) / (n - 1)) / mean(b)``.
+    The sample's parts are in an order in which neighbours are alike, so the variance of their mean is estimated from
+    differences of neighbours (Wolter, *Introduction to Variance Estimation*, section 8.2, estimator v2), here of what
+    is left of the tops: ``z = t - R b``, ``var = sum((z[k] - z[k-1])**2) / (2 n (n - 1)) / mean(b)**2``.
 
     Args:
-        tops: One for each part of the sample.
-        bottoms: One for each part of the sample.
-        whole: Number of parts that there are.
+        tops: One for each part, divided by the probability with which it was drawn; ``(n,)`` float64.
+        bottoms: Likewise.
+        whole: Whether these are all parts there are.
     """
-    count, bottom = len(tops), math.fsum(bottoms)
-    if bottom == 0:
+    count, bottom = len(tops), float(bottoms.sum())
+    if not bottom:
         return Estimate(math.nan, math.nan)
-    value = math.fsum(tops) / bottom
-    if count >= whole:
+    value = float(tops.sum()) / bottom
+    if whole:
         return Estimate(value, 0.0)
-    spread = math.fsum((top - value * below) ** 2 for top, below in zip(tops, bottoms, strict=True)) / max(1, count - 1)
-    return Estimate(value, TAIL * math.sqrt((1 - count / whole) / count * spread) / (bottom / count))
+    rest = tops - value * bottoms
+    variance = float(rest.diff().square().sum()) / (2 * count * max(1, count - 1))
+    return Estimate(value, TAIL * math.sqrt(variance) / (bottom / count))

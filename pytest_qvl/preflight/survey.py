@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.preflight.rounding import BLOCK, Estimate, Loss, Sums, ratio, sums, through_nf4
 
@@ -19,11 +18,12 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.updates import Factors, Update
     from pytest_qvl.preflight.weights import Weights
 
-# Of a weight so many parts of rows are looked at, of at least so many values each.
-PARTS = 24
-PART_VALUES = 2**13
+# Of a weight so many values are looked at, in so many parts at least.
+VALUES = 2**17
+PARTS = 16
 WHOLE = 2**18  # values of a weight that is looked at whole
-MOST_VALUES = 2**24  # of one part: rows of NF4 blocks that end with no row below may be long
+MOST_VALUES = 2**22  # of one part: rows of which only many together end with a block of NF4 may be long
+AT_ONCE = 2**16  # values that are rounded at once, so that they stay in the cache
 METHODS = ("bf16", "nf4-after-bf16", "nf4-in-place")
 
 
@@ -77,44 +77,89 @@ def weight_name(subject: Subject, module: str) -> str:
 
 
 def _of_weight(weights: Weights, name: str, update: Update, factors: Factors) -> Surveyed:
-    runs, whole = sample_of(name, weights.shape(name))
-    parts = [
-        part_sums(weight, factors.rows(weight, start), packed=weights.is_packed(name))
-        for start, weight in _rows(weights, name, runs)
-    ]
-    squared = ratio([part.update for part in parts], [part.weight for part in parts], whole)
-    value = math.sqrt(squared.value) if squared.value >= 0 else math.nan
-    strength = Estimate(value, squared.error / (2 * value) if value else 0.0)  # d sqrt(x) = dx / (2 sqrt(x))
-    total = math.fsum(part.update for part in parts) * whole / len(parts)
-    sound = 0 < total < math.inf
-    losses = {method: _loss(parts, i, whole) for i, method in enumerate(METHODS)} if sound else {}
-    losses = {method: loss for method, loss in losses.items() if method not in _not_of(weights.is_packed(name))}
-    share = sum(stop - start for start, stop in runs) / weights.shape(name)[0]
-    return Surveyed(update.module, update.group, weights.is_packed(name), strength, total, losses, share)
+    import torch
+
+    packed, shape = weights.is_packed(name), weights.shape(name)
+    sample = sample_of(name, shape, _energies(factors))
+    found: list[Sums] = []
+    order: list[int] = []  # of the sums, as the parts are in the sample
+    step = max(1, AT_ONCE // (sample.rows * shape[1]))
+    for first in range(0, len(sample.starts), step):
+        starts = sample.starts[first : first + step]
+        runs = [(start, min(shape[0], start + sample.rows)) for start in starts]
+        parts = weights.rows(name, runs)
+        added = [factors.rows(part, start) for part, start in zip(parts, starts, strict=True)]
+        whole_rows = [len(part) for part in parts]
+        for size in sorted(set(whole_rows), reverse=True):  # the last part of a weight may be shorter
+            chosen = [i for i, rows in enumerate(whole_rows) if rows == size]
+            stacked = [torch.stack([each[i].flatten() for i in chosen]) for each in (parts, added)]
+            found.append(part_sums(*stacked, packed=packed))
+            order += [first + i for i in chosen]
+    whole = Sums(*(_in_order([getattr(each, field) for each in found], order) for field in Sums._fields))
+    return _surveyed(update, packed, whole, sample, shape)
 
 
-def _not_of(packed: bool) -> tuple[str, ...]:
-    return ("nf4-after-bf16",) if packed else ()
+def _in_order(found: Sequence[Any], order: Sequence[int]) -> Any:
+    """Numbers of parts, or tuples of them, put together in the order of the parts."""
+    import torch
+
+    if isinstance(found[0], tuple):
+        return tuple(_in_order(of_method, order) for of_method in zip(*found, strict=True))
+    return torch.cat(list(found))[torch.tensor(order).argsort()]
 
 
-def _rows(weights: Weights, name: str, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[int, torch.Tensor]]:
-    yield from ((start, rows) for (start, _), rows in zip(runs, weights.rows(name, runs), strict=True))
+def _energies(factors: Factors) -> torch.Tensor:
+    """The squared norm of each row of ``scaling * left @ right``, ``(rows,)`` float64."""
+    left, right = factors.left.double(), factors.right.double()
+    return ((left @ (right @ right.T)) * left).sum(1).clamp_(min=0) * factors.scaling**2
 
 
-def sample_of(name: str, shape: tuple[int, int]) -> tuple[list[tuple[int, int]], int]:
-    """Runs of rows to look at, and how many such runs there are: a random sample, the same for a name every time.
+@dataclass(frozen=True)
+class Sample:
+    """Parts of a weight: runs of whole rows.
 
-    Every run but the last begins and ends with a block of NF4, so that its blocks are those of the whole weight.
+    Attributes:
+        starts: First row of each part that was drawn, in the order of its energy; one drawn twice is there twice.
+        rows: Rows of a part.
+        chances: With which probability each was drawn, times the number of draws; ``(parts,)`` float64.
+        whole: Whether these are all parts there are.
     """
+
+    starts: list[int]
+    rows: int
+    chances: torch.Tensor
+    whole: bool
+
+
+def sample_of(name: str, shape: tuple[int, int], energies: torch.Tensor) -> Sample:
+    """Parts of a weight to look at, the same for a name every time.
+
+    Every part but the last begins and ends with a block of NF4, so that its blocks are those of the whole weight. Parts
+    are drawn systematically from all in the order of ΔW's energy in them, half of the probability in proportion to that
+    energy and half the same for each: the first for sums of ``D * ΔW``, the second for sums of squares of W.
+
+    Args:
+        name: Of the weight; where the first is drawn depends on it.
+        shape: Rows and columns.
+        energies: Squared norm of each row of ΔW, ``(rows,)`` float64.
+    """
+    import torch
+
     rows, columns = shape
     step = BLOCK // math.gcd(BLOCK, columns)
-    step *= max(1, PART_VALUES // (step * columns))
-    starts = list(range(0, rows, step))
-    chosen = range(len(starts))
-    if rows * columns > WHOLE and len(starts) > PARTS and step * columns <= MOST_VALUES:
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        chosen = sorted(random.Random(seed).sample(chosen, PARTS))  # type: ignore[assignment]
-    return [(starts[i], min(rows, starts[i] + step)) for i in chosen], len(starts)
+    count = -(-rows // step)
+    draws = max(PARTS, VALUES // (step * columns))
+    if rows * columns <= WHOLE or count <= draws or step * columns > MOST_VALUES:
+        return Sample(list(range(0, rows, step)), step, torch.ones(count, dtype=torch.float64), True)
+    energy = torch.nn.functional.pad(energies, (0, count * step - rows)).view(count, step).sum(1)
+    order = energy.argsort()
+    total = float(energy.sum())
+    even = 1 / count
+    chances = (energy[order] / total + even) / 2 if 0 < total < math.inf else torch.full_like(energy, even)
+    first = int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little") / 2**48
+    points = (torch.arange(draws, dtype=torch.float64) + first) / draws
+    drawn = torch.searchsorted(chances.cumsum(0), points).clamp_(max=count - 1)
+    return Sample((order[drawn] * step).tolist(), step, chances[drawn] * draws, False)
 
 
 def part_sums(weight: torch.Tensor, update: torch.Tensor, *, packed: bool) -> Sums:
@@ -122,11 +167,12 @@ def part_sums(weight: torch.Tensor, update: torch.Tensor, *, packed: bool) -> Su
 
     - ``bf16``: ``bf16(W + ΔW) - bf16(W)``.
     - ``nf4-after-bf16``: ``Q(bf16(W + ΔW)) - Q(bf16(W))``, a 16-bit merge that is quantized afterwards.
-    - ``nf4-in-place``: ``Q(Q(W) + ΔW) - Q(W)``, PEFT's merge into a 4-bit layer. Of a packed base W is Q(W) already.
+    - ``nf4-in-place``: ``Q(Q(W) + ΔW) - Q(W)``, PEFT's merge into a 4-bit layer, in float32. W of a packed base is
+      Q(W) already.
 
     Args:
-        weight: Rows of W in float32, whole blocks of NF4.
-        update: The same rows of ΔW.
+        weight: Parts of W, ``(parts, values)`` float32, each of whole blocks of NF4.
+        update: The same parts of ΔW.
         packed: Whether the base is stored in 4 bits.
     """
     import torch
@@ -134,24 +180,46 @@ def part_sums(weight: torch.Tensor, update: torch.Tensor, *, packed: bool) -> Su
     def bf16(values: torch.Tensor) -> torch.Tensor:
         return values.bfloat16().float()
 
+    def nf4(values: torch.Tensor) -> torch.Tensor:
+        # A part that ends a weight may end within a block.
+        return (
+            torch.stack([through_nf4(part, torch.bfloat16) for part in values])
+            if odd
+            else through_nf4(values, torch.bfloat16)
+        )
+
+    odd = weight.shape[1] % BLOCK != 0
     plain = bf16(weight)
     merged = bf16(weight + update)
-    quantized = plain if packed else through_nf4(plain, torch.bfloat16)
+    quantized = plain if packed else nf4(plain)
     changes = [
         merged - plain,
-        torch.zeros_like(update) if packed else through_nf4(merged, torch.bfloat16) - quantized,
-        through_nf4(bf16(quantized + update), torch.bfloat16) - quantized,
+        torch.zeros_like(update) if packed else nf4(merged) - quantized,
+        nf4(quantized + update) - quantized,
     ]
     return sums(weight, update, changes)
 
 
-def _loss(parts: Sequence[Sums], i: int, whole: int) -> Loss:
-    updates = [part.update for part in parts]
-    kept = ratio([part.along[i] for part in parts], updates, whole)
-    squared = ratio([part.apart[i] for part in parts], updates, whole)
-    error = math.sqrt(squared.value)
-    changed = sum(part.changed[i] for part in parts) / sum(part.numel for part in parts)
-    return Loss(kept.value, kept.error, error, squared.error / (2 * error) if error else 0.0, changed)
+def _surveyed(update: Update, packed: bool, found: Sums, sample: Sample, shape: tuple[int, int]) -> Surveyed:
+    energy = found.update / sample.chances
+    strength = _root(ratio(energy, found.weight / sample.chances, sample.whole))
+    total = float(energy.sum())
+    losses: dict[str, Loss] = {}
+    for i, method in enumerate(METHODS if 0 < total < math.inf else ()):
+        if packed and method == "nf4-after-bf16":
+            continue
+        kept = ratio(found.along[i] / sample.chances, energy, sample.whole)
+        error = _root(ratio(found.apart[i] / sample.chances, energy, sample.whole))
+        changed = ratio(found.changed[i] / sample.chances, 1 / sample.chances, sample.whole)
+        losses[method] = Loss(*kept, *error, changed.value)
+    looked = len(set(sample.starts)) * sample.rows / shape[0]
+    return Surveyed(update.module, update.group, packed, strength, total, losses, min(1.0, looked))
+
+
+def _root(square: Estimate) -> Estimate:
+    """The square root of an estimate; its error follows from ``d sqrt(x) = dx / (2 sqrt(x))``."""
+    value = math.sqrt(square.value) if square.value >= 0 else math.nan
+    return Estimate(value, square.error / (2 * value) if value else 0.0)
 
 
 def pooled(surveyed: Sequence[Surveyed], method: str) -> Loss:

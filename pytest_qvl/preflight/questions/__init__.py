@@ -41,5 +41,6 @@ QUESTIONS = (
     Question(4, "alive", "Is the adapter alive?"),
     Question(5, "prequantized", "Are the base's files complete, and consistent where they were saved in 4 bits?"),
     Question(6, "processor", "Do processor, tokenizer and template belong to the base?"),
+    Question(7, "survival", "What survives a merge?"),
     Question(8, "card", "Does it fit the card?"),
 )
