@@ -64,14 +64,14 @@ def test_nothing_said_is_the_default_request_and_is_said_to_be_assumed() -> None
 
 def test_options_make_the_request_and_are_not_assumed() -> None:
     said = (
-        "--trainer trl --precision fp16 --accumulation 4 --no-gradient-checkpointing --lora-r 8 --optimizer adamw_torch"
+        "--trainer trl --precision bf16 --accumulation 4 --no-gradient-checkpointing --lora-r 8 --optimizer adamw_torch"
     )
     asked = _ask(*said.split(), "--no-vision-hook", "--batch", "2", "--image", "448x448")
     assert asked.assumed == ()
-    assert asked.compute_dtype == "float16"
+    assert asked.compute_dtype == "bfloat16"
     assert asked.request == Request(
         trainer="trl",
-        precision="fp16",
+        precision="bf16",
         accumulation=4,
         gradient_checkpointing=False,
         lora_r=8,
