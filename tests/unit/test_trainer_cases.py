@@ -13,7 +13,7 @@ import pytest
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Request, phases
 from pytest_qvl.vram.forecast.validation.trainers import measure, predict, table
-from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, cases, name_of
+from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, cases, name_of, refused
 from pytest_qvl.vram.forecast.validation.trainers.records import MEASURED, PREDICTED, digest, read_record, write_record
 
 EMBEDDED = str(embedded_model_dir())
@@ -67,6 +67,7 @@ def test_cases_cover_what_people_vary_and_have_names_of_their_own() -> None:
     assert {request.precision for request in found} == {"bf16", "fp16"}
     assert {request.trainer for request in found} == {"hf", "trl"}
     assert len({request.model for request in found}) == 5
+    assert refused() == []
 
 
 def test_a_prediction_has_the_peak_of_the_steps_and_a_verdict_for_each_card() -> None:
@@ -82,7 +83,8 @@ def test_a_prediction_has_the_peak_of_the_steps_and_a_verdict_for_each_card() ->
 
 def test_the_real_trainer_runs_cases_one_after_the_other_on_one_model(tmp_path: Path) -> None:
     """The first case fails and is recorded; the third would fail if the second left adapter, hooks or checkpointing."""
-    requests = _small(lora_r=0), _small(accumulation=2), _small(gradient_checkpointing=False)
+    saving = {"modules_to_save": ("lm_head",), "lora_dropout": 0.1, "evaluation": 2}
+    requests = _small(lora_r=0), _small(accumulation=2, **saving), _small(gradient_checkpointing=False)
     predictions, record = _predictions(tmp_path, *requests), tmp_path / "record.json"
     assert measure.main([str(predictions), str(record), "--device", "cpu", "--steps", "2"]) == 1
     bad, first, second = read_record(record, MEASURED)["cases"]

@@ -70,11 +70,21 @@ _MIXED: tuple[tuple[str, str, tuple[Sample, ...]], ...] = (
     ("qwen2.5-vl-7b", "hf", (Sample(((756, 560),), 310), Sample(((448, 448),), 40), Sample(((560, 560),), 120))),
     ("qwen3-vl-2b", "trl", (Sample(((896, 640),), 64), Sample(((512, 512), (320, 448)), 200))),
 )
+# Settings beside those of a row: model, and what differs from the first row of it with checkpointing.
+_OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("qwen2.5-vl-3b", {"lora_dropout": 0.05, "gradient_checkpointing": False}),
+    ("qwen2.5-vl-3b", {"lora_targets": ("q_proj", "v_proj"), "optimizer": "adamw_torch_fused"}),
+    ("qwen2.5-vl-3b", {"evaluation": 4}),
+    ("qwen2.5-vl-7b", {"lora_targets": "all-linear", "lora_dropout": 0.05}),
+    ("qwen2.5-vl-7b", {"modules_to_save": ("lm_head",), "optimizer": "adamw_8bit"}),
+    ("qwen2.5-vl-7b", {"trainer": "trl", "evaluation": 2, "batch": 2}),
+    ("qwen3-vl-4b", {"lora_targets": "all-linear", "optimizer": "adamw_torch"}),
+)
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def cases() -> list[Request]:
-    """Every case: samples that are alike, samples that differ, k-bit preparation, and the vision hook taken off.
+    """Every case: samples that are alike, samples that differ, k-bit preparation, no vision hook, and others.
 
     Without those whose settings the forecast does not follow; :func:`refused` says which.
     """
@@ -101,7 +111,8 @@ def _fields() -> list[dict[str, Any]]:
     mixed = [{**bare[model], "trainer": trainer, "samples": samples} for model, trainer, samples in _MIXED]
     upcast = [{**usual[model], "kbit_upcast": True} for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-4b")]
     unhooked = [{**usual[model], "vision_hook": False} for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b")]
-    return [*alike, *mixed, *upcast, *unhooked]
+    others = [{**usual[model], **changes} for model, changes in _OTHERS]
+    return [*alike, *mixed, *upcast, *unhooked, *others]
 
 
 def _alike(row: Row) -> dict[str, Any]:
@@ -134,6 +145,11 @@ def name_of(request: Request) -> str:
     words += [f"r{request.lora_r}", request.optimizer]
     words += [f"accumulate{request.accumulation}"] if request.accumulation > 1 else []
     words += [] if request.gradient_checkpointing else ["kept"]
+    targets = request.lora_targets
+    words += [] if targets == "language" else [targets if isinstance(targets, str) else "+".join(targets)]
+    words += [f"saves {'+'.join(request.modules_to_save)}"] if request.modules_to_save else []
+    words += [f"dropout{request.lora_dropout}"] if request.lora_dropout else []
+    words += [f"evaluates{request.evaluation}"] if request.evaluation else []
     words += ["upcast"] if request.kbit_upcast else []
     words += ["unhooked"] if request.gradient_checkpointing and request.vision_hook is False else []
     return " ".join(words)

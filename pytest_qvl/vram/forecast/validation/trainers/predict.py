@@ -22,7 +22,7 @@ from pytest_qvl.vram.forecast.validation.trainers.records import PREDICTED, read
 
 PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 # What a trainer's run is compared by: everything from its first step on.
-STEPS = (phases.FIRST, phases.STATES, *phases.TRAINING)
+STEPS = (phases.FIRST, phases.STATES, *phases.TRAINING, phases.EVALUATION)
 
 
 def predict(request: Request) -> dict[str, Any]:

@@ -185,6 +185,9 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[str, Any]:
     """Arguments as people write them."""
     dtype = request.autocast_dtype
+    evaluates: dict[str, Any] = {}
+    if request.evaluation:
+        evaluates = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": request.evaluation}
     return {
         "output_dir": folder,
         "per_device_train_batch_size": len(request.batch_of_samples),
@@ -202,14 +205,15 @@ def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[s
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "use_cpu": device == "cpu",
+        **evaluates,
     }
 
 
 def _collator(model: Any, request: Request, source: Source) -> Any:
     parts = anatomy(model)
 
-    def collate(_: Any) -> dict[str, Any]:
-        batch = model_inputs(parts, request, source, OnHost())  # type: ignore[arg-type]
+    def collate(rows: Any) -> dict[str, Any]:
+        batch = model_inputs(parts, request.of_batch(len(rows)), source, OnHost())  # type: ignore[arg-type]
         labels = batch["input_ids"].clone()
         batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
         return batch
@@ -229,6 +233,7 @@ def _hf_trainer(model: Any, request: Request, source: Source, arguments: dict[st
         model=model,
         args=TrainingArguments(**arguments),
         train_dataset=Rows(_rows(arguments)),
+        eval_dataset=Rows(request.evaluation) if request.evaluation else None,
         data_collator=_collator(model, request, source),
         callbacks=[watch],
     )
@@ -238,10 +243,14 @@ def _sft_trainer(model: Any, request: Request, source: Source, arguments: dict[s
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    def rows(count: int) -> Any:
+        return Dataset.from_dict({"images": list(range(count))})
+
     return SFTTrainer(
         model=model,
         args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
-        train_dataset=Dataset.from_dict({"images": list(range(_rows(arguments)))}),
+        train_dataset=rows(_rows(arguments)),
+        eval_dataset=rows(request.evaluation) if request.evaluation else None,
         data_collator=_collator(model, request, source),
         processing_class=_processor(request.model),
         callbacks=[watch],
