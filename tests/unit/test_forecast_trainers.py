@@ -147,3 +147,15 @@ def test_samples_are_begun_anew_for_a_larger_batch() -> None:
     one, other = Sample(((112, 112),), 40), Sample((), 20)
     assert Request(samples=(one, other)).of_batch(3).samples == (one, other, one)
     assert Request(batch=2).of_batch(5).batch_of_samples == Request(batch=5).batch_of_samples
+
+
+@pytest.mark.parametrize("name", ["hf", "trl"])
+def test_a_base_of_16_bits_has_its_own_size_and_an_adapter_in_float32(trainer: Forecaster, name: Any) -> None:
+    usual, whole = trainer.forecast(SMALL, inference=False), made(replace(SMALL, base_bits=16, trainer=name))
+    config = trainer.source.config.get_text_config()
+    narrow = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    values = 2 * config.hidden_size * (config.hidden_size + narrow) + 3 * config.hidden_size * config.intermediate_size
+    # Half a byte each in NF4, and its statistics, against two.
+    grown = whole.resident - usual.resident
+    assert 1.3 * values * config.num_hidden_layers < grown < 1.5 * values * config.num_hidden_layers
+    assert whole.phase(phases.LOSS).by_kind["adapters"] == usual.phase(phases.LOSS).by_kind["adapters"]

@@ -27,12 +27,17 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BASE_BITS = (4, 8, 16)
 # What ``lora_targets`` may be beside names of modules.
 LORA_TARGETS = ("language", "all-linear")
-# Fields that are known and not followed yet, with the value that asks for nothing.
-_NOT_FOLLOWED: dict[str, object] = {
-    "use_dora": False,
-    "base_bits": 4,
-    "fused_loss": False,
-}
+# What is known and not followed: field, value, why.
+_NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
+    ("use_dora", True, "DoRA unpacks each 4-bit weight for its norm, which the forecast does not follow; use False"),
+    ("base_bits", 8, "the forecast does not follow the products of LLM.int8(); known are 4 and 16"),
+    (
+        "fused_loss",
+        True,
+        "the forecast does not follow Liger, whose Triton kernels replace norms, rotations and MLPs too; use False, or "
+        "trainer='trl', whose own fused head it follows",
+    ),
+)
 _PRECISION_DTYPE: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -174,12 +179,12 @@ class Request:
                 )
 
     def _check_followed(self) -> None:
-        asked = {
-            name: getattr(self, name) for name, harmless in _NOT_FOLLOWED.items() if getattr(self, name) != harmless
-        }
-        for name, value in asked.items():
-            raise ValueError(f"{name} is {value!r}: the forecast does not follow that")
-        if self.trainer == "trl" and self.autocast_dtype == "float16":
+        for name, value, why in _NOT_FOLLOWED:
+            if getattr(self, name) == value:
+                raise ValueError(f"{name} is {value!r}: {why}")
+        if self.base_bits == 16 and self.checkpoint == "nf4":
+            raise ValueError("checkpoint is 'nf4' and base_bits is 16: one saved in NF4 has 4 bits")
+        if self.trainer == "trl" and self.base_bits < 16 and self.autocast_dtype == "float16":
             raise ValueError(
                 "trainer is 'trl' and autocasts to float16: SFTTrainer keeps the adapter of a quantized model in "
                 "bfloat16, whose gradients torch's GradScaler cannot unscale; use precision='bf16'"

@@ -93,7 +93,7 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
         for name, own in list(module._parameters.items()):
             if own is not None and id(own) in made:
                 module._parameters[name] = made[id(own)]
-    model.is_loaded_in_4bit = True
+    model.is_loaded_in_4bit = bool(quantized)
     keep_quantized_weights_in_place(model)
     model.requires_grad_(False)
     model.eval()

@@ -43,7 +43,7 @@ class DryRun:
     """
 
     def __init__(self, request: Request, source: Source, recipe: Recipe | None = None) -> None:
-        recipe = recipe or Recipe()
+        recipe = recipe or (Recipe() if request.base_bits == 4 else Recipe(quantized=frozenset()))
         self.source = source
         trace = AllocationTrace()
         device = Device(request.capability)
@@ -62,7 +62,7 @@ class DryRun:
         if request.lora_r:
             trace.phase(phases.ATTACH)
             model = attach_lora(model, request, self._recorder, recipe)
-            if request.trainer == "trl":
+            if request.trainer == "trl" and request.base_bits < 16:
                 with self._recorder, self._recorder.labelled("adapters"):
                     adapter_in_bfloat16(model)
         self._parts = anatomy(model)

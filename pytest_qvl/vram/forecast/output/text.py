@@ -49,7 +49,10 @@ def _asked(forecast: Forecast) -> str:
     else:
         samples = f"batch {len(request.batch_of_samples)}, images {_images(kinds[0])}: {tokens} each"
     updates = f", {request.accumulation} batches per update" if request.accumulation > 1 else ""
-    return f"{forecast.label}: NF4 with nested statistics, rest {request.compute_dtype}; {training}\n{samples}{updates}"
+    base = (
+        f"NF4 with nested statistics, rest {request.compute_dtype}" if request.base_bits == 4 else request.compute_dtype
+    )
+    return f"{forecast.label}: {base}; {training}\n{samples}{updates}"
 
 
 def _training(request: Request) -> str:
