@@ -239,6 +239,20 @@ def test_autocast_is_cudas() -> None:
     assert torch.is_autocast_enabled is question
 
 
+def test_the_cache_is_emptied_where_a_phase_begins() -> None:
+    """What loading leaves behind is given back before the next phase, whose reserved bytes begin without it."""
+    trace = AllocationTrace()
+    trace.phase("load")
+    trace.free(trace.alloc(40 * MiB, "weights"))
+    trace.phase("train")
+    trace.alloc(11 * MiB, "activations")
+    assert replay(trace).phases["train"].peak_reserved == 40 * MiB
+    trace.empty_cache_before("train")
+    assert replay(trace).phases["train"].peak_reserved == 12 * MiB
+    with pytest.raises(ValueError, match="'decode' is not in list"):
+        trace.empty_cache_before("decode")
+
+
 def test_a_step_is_repeated_without_what_stays_of_it() -> None:
     """Two steps of which the first leaves states: the second has all but those, and the first's names are others."""
     trace = AllocationTrace()

@@ -90,6 +90,15 @@ class AllocationTrace:
         """Record a ``torch.cuda.empty_cache()``."""
         self.events.append((_EMPTY_CACHE, 0, 0))
 
+    def empty_cache_before(self, phase: str) -> None:
+        """The same, where a phase first begins: what a measurement does that builds one model for several runs.
+
+        Raises:
+            ValueError: There is no such phase.
+        """
+        begins = self.events.index((_PHASE, self.phases.index(phase), 0))
+        self.events.insert(begins, (_EMPTY_CACHE, 0, 0))
+
     def take_step(self, start: int, renamed: Mapping[str, str]) -> Step:
         """What happened since ``start`` as a step that :meth:`repeat` can make again, without what stays of it.
 

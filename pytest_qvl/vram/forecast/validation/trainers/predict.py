@@ -31,6 +31,7 @@ def predict(request: Request) -> dict[str, Any]:
 
     forecaster = Forecaster(request)
     trace = forecaster.trace(request, inference=False)
+    trace.empty_cache_before(phases.ATTACH)  # as the measurement, whose model serves several cases
     found = forecaster.read(request, trace)
     steps = [phase for phase in found.phases if phase.name in STEPS]
     highest = max(steps, key=lambda phase: phase.peak_allocated)
