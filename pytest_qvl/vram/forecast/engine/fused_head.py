@@ -58,16 +58,16 @@ class _ChunkedLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         device = hidden.device.type
         ctx.compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        running_max, sum_exp, x_sum_exp, _, _, before_target, target = (
-            hidden.new_zeros((hidden.shape[0],), dtype=torch.float32) for _ in range(7)
-        )
-        _tiles(hidden, weight, ctx.compute_dtype)
+        statistics = [hidden.new_zeros((hidden.shape[0],), dtype=torch.float32) for _ in range(7)]
+        running_max, sum_exp, x_sum_exp, before_target, target = statistics[:5]
+        buffer = _tiles(hidden, weight, ctx.compute_dtype)
         log_z = running_max + torch.log(sum_exp)
         log_probs = target - log_z
         entropy = log_z - x_sum_exp / sum_exp
         is_top1 = (target >= running_max) & (target > before_target)
         ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
         ctx.mark_non_differentiable(is_top1)
+        del buffer  # until here, as in TRL
         return log_probs, entropy, is_top1
 
     @staticmethod
@@ -76,14 +76,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors[:2]
         gradient = hidden.new_zeros(hidden.shape, dtype=torch.float32)
         grad_log_probs = grad_log_probs.float().contiguous()
-        _tiles(hidden, weight, ctx.compute_dtype)
-        return gradient.to(hidden.dtype), None, None
+        buffer = _tiles(hidden, weight, ctx.compute_dtype)
+        gradient = gradient.to(hidden.dtype)
+        del buffer  # until here, as in TRL
+        return gradient, None, None
 
 
-def _tiles(hidden: Any, weight: Any, dtype: torch.dtype) -> None:
+def _tiles(hidden: Any, weight: Any, dtype: torch.dtype) -> Any:
     """Every product of some tokens with a part of the vocabulary, into one buffer."""
     buffer = hidden.new_empty((min(hidden.shape[0], TOKENS), VOCABULARY), dtype=dtype)
     for rows in hidden.split(TOKENS):
         rows_in_dtype = rows.to(dtype)
         for part in weight.split(VOCABULARY):
             torch.mm(rows_in_dtype, part.to(dtype).t(), out=buffer[: rows.shape[0], : part.shape[0]])
+    return buffer
