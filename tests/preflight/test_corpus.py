@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from preflight_corpus import BROKEN, HEALTHY, Case, Workshop
 
 from pytest_qvl.preflight import preflight
+from pytest_qvl.releases import installed
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,9 @@ def judged(case: Case, shop: Workshop):
 def test_what_is_broken_is_named(case, shop):
     report = judged(case, shop)
     red = {finding.name for finding in report.red}
+    if case.versions and not SpecifierSet(case.versions).contains(installed("transformers"), prereleases=True):
+        assert not set(case.red) & red
+        return
     assert set(case.red) <= red, report.red
     said = " ".join(f"{f.line} {f.cause} {f.fix}" for f in report.red if f.name in case.red)
     assert case.words in said

@@ -29,14 +29,14 @@ _GITHUB = "https://github.com/"
 
 
 def broken(
-    thread: str, red: str, words: str, families: tuple[str, ...] = ("qwen2_5_vl",)
+    thread: str, red: str, words: str, families: tuple[str, ...] = ("qwen2_5_vl",), versions: str = ""
 ) -> Callable[[Callable[[Workshop, str], Arguments]], Callable[[Workshop, str], Arguments]]:
     """Register a way to be broken, for each of the families; the thread is a path on GitHub, or empty."""
 
     def register(build: Callable[[Workshop, str], Arguments]) -> Callable[[Workshop, str], Arguments]:
         name = build.__name__.replace("_", "-")
         for family in families:
-            BROKEN.append(Case(name, family, build, tuple(red.split()), words, thread and _GITHUB + thread))
+            BROKEN.append(Case(name, family, build, tuple(red.split()), words, thread and _GITHUB + thread, versions))
         return build
 
     return register
@@ -45,7 +45,13 @@ def broken(
 # 1: what will be in 4 bits
 
 
-@broken("1038lab/ComfyUI-JoyCaption/issues/53", "idle-skip-entry vision-in-four-bits", "'model.visual' would", FAMILIES)
+@broken(
+    "1038lab/ComfyUI-JoyCaption/issues/53",
+    "idle-skip-entry vision-in-four-bits",
+    "'model.visual' would",
+    FAMILIES,
+    versions=">=5",
+)
 def skip_entry_of_transformers_4(shop: Workshop, family: str) -> Arguments:
     return {"base": shop.base(family), "skip": ["visual", "lm_head"]}
 
@@ -65,7 +71,7 @@ def vision_left_to_be_quantized(shop: Workshop, family: str) -> Arguments:
     return {"base": shop.base(family), "skip": ["lm_head"]}
 
 
-@broken("huggingface/transformers/issues/29691", "wide-skip-entry", "layers 10-11")
+@broken("huggingface/transformers/issues/29691", "wide-skip-entry", "layers 10-11", versions=">=5,<5.21")
 def entry_that_covers_ten_layers(shop: Workshop, family: str) -> Arguments:
     entries = ["model.visual", "lm_head", "model.language_model.layers.1"]
     return {"base": shop.base(family, layers=12), "skip": entries}
@@ -76,7 +82,7 @@ def pattern_of_another_tool(shop: Workshop, family: str) -> Arguments:
     return {"base": shop.base(family), "skip": ["visual.*", "lm_head"]}
 
 
-@broken("unslothai/unsloth/issues/4208", "idle-skip-entry", "'model.visual.merger' would")
+@broken("unslothai/unsloth/issues/4208", "idle-skip-entry", "'model.visual.merger' would", versions=">=5")
 def merger_by_its_old_name(shop: Workshop, family: str) -> Arguments:
     return {"base": shop.base(family), "skip": ["lm_head", "model.visual.blocks", "visual.merger"]}
 
@@ -128,14 +134,16 @@ def _adapted(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
     return {"base": shop.base(family), "adapter": shop.adapter(family, **lora)}
 
 
-@broken("huggingface/transformers/pull/38627", "old-layout", "before 4.52", ("qwen2_vl", "qwen2_5_vl"))
+@broken(
+    "huggingface/transformers/pull/38627", "old-layout", "before 4.52", ("qwen2_vl", "qwen2_5_vl"), versions=">=5.4"
+)
 def saved_before_4_52(shop: Workshop, family: str) -> Arguments:
     found = _adapted(shop, family)
     rename(found["adapter"] / ADAPTER, old_names)
     return found
 
 
-@broken("illuin-tech/colpali/issues/424", "old-layout", "vision", ("qwen2_vl", "qwen2_5_vl"))
+@broken("illuin-tech/colpali/issues/424", "old-layout", "vision", ("qwen2_vl", "qwen2_5_vl"), versions=">=5.4")
 def saved_before_4_52_with_vision(shop: Workshop, family: str) -> Arguments:
     found = _adapted(shop, family, target_modules=r".*(visual|language_model).*\.(q_proj|v_proj|qkv)")
     rename(found["adapter"] / ADAPTER, old_names)
@@ -293,7 +301,13 @@ def states_not_saved(shop: Workshop, family: str) -> Arguments:
     return {"base": folder}
 
 
-@broken("unslothai/unsloth/issues/4209", "idle-skip-entry kept-but-not-skipped", "find no state", ("qwen2_5_vl",))
+@broken(
+    "unslothai/unsloth/issues/4209",
+    "idle-skip-entry kept-but-not-skipped",
+    "find no state",
+    ("qwen2_5_vl",),
+    versions=">=5",
+)
 def saved_by_transformers_4(shop: Workshop, family: str) -> Arguments:
     return _quantization(_packed(shop, family), llm_int8_skip_modules=["visual", "lm_head"])
 

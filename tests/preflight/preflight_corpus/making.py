@@ -31,6 +31,7 @@ class Case:
         red: Names of the findings that must be red, whatever else is; empty for a healthy one.
         words: What their causes, fixes or lines must say.
         thread: Where it was reported; empty for what was made up.
+        versions: Releases of Transformers in which it is broken; the others take it as it was meant.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     red: tuple[str, ...] = ()
     words: str = ""
     thread: str = ""
+    versions: str = ""
 
     @property
     def id(self) -> str:
