@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
+import sys
 from pathlib import Path
 
 from pytest_qvl.preflight.output import FORMATS
@@ -43,6 +45,9 @@ def run_preflight_command(options: argparse.Namespace) -> int:
         ValueError: Invalid input; the message names it.
     """
     gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time
+    if "torch" not in sys.modules:
+        # bitsandbytes asks torch.compile for functions that nothing here calls, which imports all of Inductor.
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         from pytest_qvl.models.policy import AdapterPolicy
         from pytest_qvl.preflight.run import run_preflight
