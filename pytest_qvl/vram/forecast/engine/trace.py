@@ -120,7 +120,8 @@ class AllocationTrace:
         for index in range(start, len(self.events)):
             code, value, kind = self.events[index]
             if code == _PHASE and names[value] in renamed:
-                self.events[index] = (code, self._phase_index(renamed[names[value]]), kind)
+                # What it is called in the step that repeats stays known, for :class:`Failure`.
+                self.events[index] = (code, self._phase_index(renamed[names[value]]), value + 1)
         return Step(tuple(events))
 
     def repeat(self, step: Step) -> None:
@@ -171,7 +172,7 @@ class Failure:
     """Where a run with a limit ran out of memory.
 
     Attributes:
-        phase: The phase that failed.
+        phase: The phase that failed; of a first step by its name in the one that repeats.
         requested: Bytes of the allocation that failed.
     """
 
@@ -209,13 +210,13 @@ def replay(trace: AllocationTrace, *, limit: int | None = None, watch: Watcher |
     kinds: list[int] = []
     live = [0] * len(KINDS)
     phases: dict[str, PhaseBytes] = {}
-    now = PhaseBytes("")
+    now, own_name = PhaseBytes(""), ""
     for code, value, kind in trace.events:
         if code == _ALLOC:
             try:
                 address = allocator.malloc(value)
             except CardFullError as error:
-                return Replay(phases, Failure(now.name, error.requested))
+                return Replay(phases, Failure(own_name, error.requested))
             addresses.append(address)
             kinds.append(kind)
             live[kind] += allocator.block_size(address)
@@ -235,6 +236,7 @@ def replay(trace: AllocationTrace, *, limit: int | None = None, watch: Watcher |
             allocator.empty_cache()
         else:
             name = trace.phases[value]
+            own_name = trace.phases[kind - 1] if kind else name
             now = phases.setdefault(name, PhaseBytes(name, start_allocated=allocator.allocated))
             if allocator.allocated > now.peak_allocated:
                 now.peak_allocated = allocator.allocated

@@ -162,9 +162,8 @@ class Steps:
             self._one(self._batches[number % len(self._batches)], enter)
         enter(phases.OPTIMIZER)
         if self._trainer.clips_gradients:
-            with self._stage.labelled("gradients"):
-                self._stage.unscale(self.optimizer)
-                torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizer), MAX_GRADIENT_NORM)
+            self._stage.unscale(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(parameters_of(self.optimizer), MAX_GRADIENT_NORM)
         with self._stage.labelled("optimizer"):
             self._stage.update(self.optimizer)
         self.optimizer.zero_grad(set_to_none=True)
