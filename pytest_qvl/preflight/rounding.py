@@ -59,17 +59,22 @@ def through_nf4(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return unpacked
 
 
-def half_step(values: torch.Tensor) -> torch.Tensor:
+def half_step(values: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """Half a step of the dtype that each value is stored in (float32): the largest error of rounding to it.
 
     The step belongs to the value's exponent, which is read from its bits.
+
+    Args:
+        values: In bfloat16, float16 or float32.
+        out: Where to write it, of the same shape in float32.
     """
     import torch
 
     info = torch.finfo(values.dtype)
     bits = {2: torch.int16, 4: torch.int32}[values.itemsize]
     exponents = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}[values.dtype]
-    powers = (values.view(bits) & exponents).view(values.dtype).float()
+    masked = (values.view(bits) & exponents).view(values.dtype)
+    powers = masked.float() if out is None else out.copy_(masked)
     return powers.clamp_(min=info.tiny).mul_(info.eps / 2)
 
 

@@ -55,20 +55,41 @@ def read_runs(tensor: Tensor, runs: Sequence[tuple[int, int]]) -> list[torch.Ten
     import torch
 
     dtype = dtype_of(tensor)
-    if sum(stop - start for start, stop in runs) * dtype.itemsize > WHOLE_LIMIT:
-        raise UnsafeFileError(
-            f"{neutral(tensor.name, 160)} in {neutral(repr(tensor.file.name), 160)} has {tensor.nbytes / MiB:,.0f} "
-            f"MiB, which no matrix of an adapter has (at most {WHOLE_LIMIT // MiB}); it is not read"
-        )
+    _refuse_large(tensor, sum(stop - start for start, stop in runs) * dtype.itemsize)
     found = []
-    with tensor.file.open("rb", buffering=0) as stream:
-        for start, stop in runs:
-            buffer = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
-            stream.seek(tensor.begin + start * dtype.itemsize)
-            view: Any = buffer.numpy()
-            _fill(stream, memoryview(view), tensor)
-            found.append(buffer.view(dtype))
+    for start, stop in runs:
+        buffer = torch.empty((stop - start) * dtype.itemsize, dtype=torch.uint8)
+        found.append(read_into(buffer, tensor, start, stop))
     return found
+
+
+def _refuse_large(tensor: Tensor, size: int) -> None:
+    if size > WHOLE_LIMIT:
+        raise UnsafeFileError(
+            f"{neutral(tensor.name, 160)} in {neutral(repr(tensor.file.name), 160)} would need {size / MiB:,.0f} MiB "
+            f"at once, which no matrix of an adapter has and no row of a model (at most {WHOLE_LIMIT // MiB})"
+        )
+
+
+def read_into(buffer: torch.Tensor, tensor: Tensor, start: int, stop: int) -> torch.Tensor:
+    """A flat run of elements, in the dtype it is stored in, as a view of a buffer.
+
+    Args:
+        buffer: Flat, uint8, at least as long as the run.
+        tensor: What to read of.
+        start: First element.
+        stop: The one behind the last.
+
+    Raises:
+        ModelSourceError: The file has become shorter since its header was read.
+    """
+    dtype = dtype_of(tensor)
+    part = buffer[: (stop - start) * dtype.itemsize]
+    view: Any = part.numpy()
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.begin + start * dtype.itemsize)
+        _fill(stream, memoryview(view), tensor)
+    return part.view(dtype)
 
 
 def _fill(stream: Any, target: memoryview, tensor: Tensor) -> None:
@@ -94,16 +115,22 @@ def read_whole(tensor: Tensor) -> torch.Tensor:
 def pieces(tensor: Tensor, bytes_at_once: int = PIECE_BYTES) -> Iterator[tuple[int, torch.Tensor]]:
     """A tensor from front to back in whole rows: the number of the first row, and rows by columns.
 
-    A row longer than may be held at once is still one piece.
+    Every piece is a view of one buffer, which the next one overwrites. A row longer than may be held at once is still
+    one piece.
 
     Raises:
-        ModelSourceError: See :func:`read_runs`.
+        ModelSourceError: See :func:`read_into`.
     """
+    import torch
+
     rows = tensor.shape[0] if tensor.shape else 1
     columns = math.prod(tensor.shape[1:])
     if not rows * columns:
         return
-    step = max(1, bytes_at_once // (columns * dtype_of(tensor).itemsize))
+    width = dtype_of(tensor).itemsize
+    step = min(rows, max(1, bytes_at_once // (columns * width)))
+    _refuse_large(tensor, step * columns * width)
+    buffer = torch.empty(step * columns * width, dtype=torch.uint8)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        yield start, read_runs(tensor, [(start * columns, stop * columns)])[0].view(stop - start, columns)
+        yield start, read_into(buffer, tensor, start * columns, stop * columns).view(stop - start, columns)

@@ -33,16 +33,21 @@ _BETTER = "serve base and adapter unmerged, or merge and save in float32"
 
 
 def answer(subject: Subject) -> Iterator[Finding]:
-    """What a merge will keep."""
+    """What a merge will keep; of a merged checkpoint what it did."""
     if subject.adapter is None:
         raise CannotJudge("no adapter was given")
     if not subject.adapter.tensors:
         raise CannotJudge("the adapter is still to be made, so there is nothing to merge")
-    if not subject.updates.pairs:
+    if not subject.updates.pairs and subject.asked.merged is None:
         raise CannotJudge("no module has A and B that can be merged")
     if not subject.weights:
         raise CannotJudge("base weights are not here: give a folder with them")
-    yield _predicted(subject)
+    if subject.asked.merged is not None:
+        from pytest_qvl.preflight.questions.merge_proof import judge
+
+        yield from judge(subject)
+    else:
+        yield _predicted(subject)
 
 
 def _predicted(subject: Subject) -> Finding:

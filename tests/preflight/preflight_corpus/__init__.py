@@ -6,14 +6,15 @@
   it, and words of its cause.
 - :mod:`.healthy`: set-ups on which every red finding is a false alarm.
 - :mod:`.values`: both kinds, of adapters whose values matter.
+- :mod:`.merging`: both kinds, of merged checkpoints.
 
 To add one: a function that takes a ``Workshop`` and a family and returns the arguments of ``preflight``, decorated with
 ``@broken(...)`` or ``@healthy(...)``.
 """
 
-from . import values as values  # registers its cases
+from . import merging, values  # they register their cases
 from .broken import BROKEN
 from .healthy import HEALTHY
 from .making import Case, Workshop
 
-__all__ = ["BROKEN", "HEALTHY", "Case", "Workshop"]
+__all__ = ["BROKEN", "HEALTHY", "Case", "Workshop", "merging", "values"]

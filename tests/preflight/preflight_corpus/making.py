@@ -82,6 +82,23 @@ class Workshop:
         )
         return self.copy(made)
 
+    def merged(self, base: Path, adapter: Path, *, dtype: str = "bfloat16", times: int = 1, **settings: Any) -> Path:
+        """A folder of the installed PEFT's merge, saved by Transformers; to be changed at will.
+
+        Args:
+            base: The base's folder.
+            adapter: The adapter's.
+            dtype: That the base is loaded and saved in.
+            times: How often the adapter is merged.
+            settings: Further arguments of ``from_pretrained``.
+        """
+        self._copies += 1
+        folder = self.root / f"merged-{self._copies}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _make_merged(base, adapter, folder, dtype, times, settings)
+        return folder
+
     def copy(self, folder: Path) -> Path:
         """A copy of a folder, to be changed at will."""
         self._copies += 1
@@ -142,6 +159,20 @@ def _make_packed(
     for file in source.iterdir():
         if file.suffix != ".safetensors" and not (folder / file.name).exists():
             shutil.copy(file, folder)
+
+
+def _make_merged(base: Path, adapter: Path, folder: Path, dtype: str, times: int, settings: Mapping[str, Any]) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(base, dtype=getattr(torch, dtype), **settings)
+    for _ in range(times):
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    if hasattr(model.config, "quantization_config"):
+        model = model.dequantize()
+        model.to(getattr(torch, dtype))
+    model.save_pretrained(folder)
 
 
 def _make_adapter(source: Path, folder: Path, name: str, lora: Mapping[str, Any]) -> None:

@@ -1,0 +1,322 @@
+"""A merged checkpoint against its base and the adapter: every value of both files, streamed in pieces.
+
+Tensors that the adapter does not touch have to be the base's bytes. Of one that it adapts, with D = M - W (merged minus
+base), every element of ``D - ΔW`` has to be within what rounding may do to it:
+
+- half a step of M, of the coarser dtype of base and merged, for storing the sum;
+- ``(4 u + 2 r / 2**24) |s| norm(B[i]) max(norm(A[:, j]))``, u half a step of 1 in that dtype: A, B, their product and
+  its scaled copy may each have been rounded to it before, and sums of r products in float32 are off by ``r / 2**24``,
+  here and there (Cauchy and Schwarz: no partial sum of ``B A`` is larger than the norms' product);
+- with DoRA ``5 u |M|`` besides: norm, quotient, sum and product are rounded each;
+- half a step of W of a base that is packed in 4 bits, which is unpacked to that dtype first;
+- of what is float32 throughout a second half step of M, for the subtraction here.
+
+Where that fails, D is compared with multiples h of ΔW. With ``norm(D - h ΔW)**2 = dd - 2 h du + h**2 uu`` (sums of
+squares and products over the whole weight) a multiple fits if that is within the sum of the squared limits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from pytest_qvl.preflight.files.values import pieces, read_into
+from pytest_qvl.preflight.rounding import half_step
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.models.anatomy import Group
+    from pytest_qvl.preflight.files.headers import Tensor
+    from pytest_qvl.preflight.updates import Factors, Update
+    from pytest_qvl.preflight.weights import Weights
+
+AT_ONCE = 2**18  # elements: in float32 a piece and what is made of it stay in the cache
+LARGEST = 2**26  # elements of a weight that is packed again to see whether it was before
+_CACHED = 2**21  # bytes of what is compared as it is stored
+
+
+class Place(NamedTuple):
+    """One tensor of a checkpoint."""
+
+    weights: Weights
+    name: str
+
+    @property
+    def tensor(self) -> Tensor:
+        """By its header."""
+        return self.weights[self.name]
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Some of its rows, ``(rows, columns)`` float32."""
+        return self.weights.rows(self.name, [(start, stop)])[0]
+
+
+@dataclass(frozen=True)
+class Same:
+    """How two tensors of one shape compare.
+
+    Attributes:
+        name: Of the tensor.
+        numel: How many values.
+        bytes_equal: Whether they are stored alike, bit for bit.
+        changed: How many values differ.
+        cast: How many of those differ because the second was rounded to its own dtype: the first, rounded so, is the
+            second.
+        bad: How many values of the second are NaN or infinite.
+    """
+
+    name: str
+    numel: int
+    bytes_equal: bool
+    changed: int = 0
+    cast: int = 0
+    bad: int = 0
+
+
+def compare(name: str, one: Tensor, other: Tensor, rows: dict[int, torch.Tensor] | None = None) -> Same:
+    """Compare two tensors value by value.
+
+    Args:
+        name: Of the tensor.
+        one: What it should be.
+        other: What it is, of the same shape.
+        rows: Rows that stand in place of those of the first (trained tokens), by number.
+
+    Raises:
+        ModelSourceError: A file has become shorter.
+    """
+    import torch
+
+    changed = cast = bad = 0
+    same_kind = one.dtype == other.dtype
+    bytes_equal = same_kind
+    for start, piece, second in _side_by_side(one, other):
+        first = _with_rows(piece, start, rows) if rows else piece
+        if same_kind and not rows and torch.equal(_bits(first), _bits(second)):
+            continue
+        bytes_equal = False
+        differ = first.double() != second.double()
+        count = int(differ.sum())
+        changed += count
+        if second.is_floating_point():
+            bad += int((~torch.isfinite(second)).sum())
+            cast += count - int((first.to(second.dtype) != second).sum()) if count else 0
+    return Same(name, one.numel, bytes_equal, changed, cast, bad)
+
+
+def _side_by_side(one: Tensor, other: Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    columns = max(1, math.prod(one.shape[1:]))
+    step = max(1, _CACHED // (columns * max(1, one.nbytes // max(1, one.numel))))
+    widths = [step * columns * tensor.nbytes // max(1, tensor.numel) for tensor in (one, other)]
+    for (start, first), (_, second) in zip(pieces(one, widths[0]), pieces(other, widths[1]), strict=True):
+        yield start, first, second
+
+
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    """Values as whole numbers, as wide as fit."""
+    import torch
+
+    flat = values.flatten().view(torch.uint8)
+    return flat.view(torch.int64) if flat.numel() % 8 == 0 else flat
+
+
+def _with_rows(piece: torch.Tensor, start: int, rows: dict[int, torch.Tensor]) -> torch.Tensor:
+    made = piece.float()
+    for number, values in rows.items():
+        if start <= number < start + len(made):
+            made[number - start] = values
+    return made
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a merged weight holds of its update; sums over all its elements.
+
+    Attributes:
+        module: The module's name.
+        group: The part of the model it belongs to.
+        numel: How many elements.
+        outside: How many are further from ``W + ΔW`` than rounding may take them.
+        dd: Sum of D**2.
+        du: Sum of D * ΔW.
+        uu: Sum of ΔW**2.
+        limits: Sum of the squared limits.
+        bad: How many elements of M are NaN or infinite.
+    """
+
+    module: str
+    group: Group
+    numel: int
+    outside: int
+    dd: float
+    du: float
+    uu: float
+    limits: float
+    bad: int
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether every element has the base's value."""
+        return self.dd == 0
+
+    @property
+    def kept(self) -> float:
+        """The multiple of ΔW that D holds along its direction."""
+        return self.du / self.uu if self.uu else math.nan
+
+    @property
+    def apart(self) -> float:
+        """Sum of ``(D - ΔW)**2``."""
+        return self.apart_from(1.0)
+
+    def apart_from(self, multiple: float) -> float:
+        """Sum of ``(D - multiple * ΔW)**2``."""
+        return max(0.0, self.dd - 2 * multiple * self.du + multiple**2 * self.uu)
+
+    def is_multiple(self, multiple: float) -> bool:
+        """Whether D is that multiple of ΔW, within what rounding may do."""
+        return not self.bad and self.apart_from(multiple) <= self.limits
+
+
+def prove(update: Update, factors: Factors, base: Place, merged: Place) -> Proof:
+    """Compare a merged weight with the base's and the update, element by element.
+
+    Args:
+        update: What the adapter adds.
+        factors: Its matrices.
+        base: The weight in the base, packed in 4 bits or not.
+        merged: The weight in the merged checkpoint, stored as float.
+
+    Raises:
+        ModelSourceError: A file has become shorter.
+    """
+    import torch
+
+    rows, columns = base.weights.shape(base.name)
+    coarse = _coarser(base, merged)
+    added = _added_limits(factors, coarse)
+    step = min(rows, max(1, AT_ONCE // columns))
+    desk = _Desk(step, columns)
+    totals = torch.zeros(5, dtype=torch.float64)
+    outside = 0
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        size = stop - start
+        weight = desk.read(base, start, stop, desk.weight)
+        stored = read_into(desk.raw, merged.tensor, start * columns, stop * columns).view(size, columns)
+        change = torch.sub(desk.values[:size].copy_(stored), weight, out=desk.change[:size])
+        if factors.magnitude is None:
+            rest = desk.rest[:size]
+            torch.addmm(change, factors.left[start:stop], factors.right, alpha=-factors.scaling, out=rest)
+            squared = 0.0  # of the whole, below
+        else:
+            rest = change - (update_rows := factors.rows(weight, start))
+            squared = _squares(update_rows)
+        limit = _limits(stored, coarse, added[start:stop], dora=factors.magnitude is not None, out=desk.limit[:size])
+        if base.weights.is_packed(base.name):
+            limit += half_step(weight.to(coarse))  # unpacked to that dtype before the sum
+        sums = [_squares(change), _squares(rest), squared, _squares(limit)]
+        over = rest.abs_().sub_(limit)
+        bad = 0
+        if not float(over.amax()) <= 0:  # NaN is outside too
+            outside += over.numel() - int((over <= 0).sum())
+            bad = int((~torch.isfinite(stored)).sum())
+        totals += torch.tensor([*sums, bad], dtype=torch.float64)
+    base.weights.close(base.name)
+    dd, ee, uu, limits, bad = totals.tolist()
+    uu = uu if factors.magnitude is not None else factors.squared_norm
+    du = (dd + uu - ee) / 2  # since norm(D - ΔW)**2 = dd - 2 du + uu
+    return Proof(update.module, update.group, rows * columns, outside, dd, du, uu, limits, int(bad))
+
+
+class _Desk:
+    """Memory that all pieces of one weight use in turn: fresh memory for each would take several times as long."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        import torch
+
+        self.raw = torch.empty(rows * columns * 8, dtype=torch.uint8)
+        self.weight, self.values, self.change, self.rest, self.limit = torch.empty(5, rows, columns)
+
+    def read(self, place: Place, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
+        """Rows of a tensor in float32."""
+        if place.weights.is_packed(place.name):
+            return place.rows(start, stop)
+        columns = into.shape[1]
+        stored = read_into(self.raw, place.tensor, start * columns, stop * columns)
+        return into[: stop - start].copy_(stored.view(-1, columns))
+
+
+def _limits(
+    stored: torch.Tensor, coarse: torch.dtype, added: torch.Tensor, *, dora: bool, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How far each element may be from ``W + ΔW``; see the module."""
+    import torch
+
+    limit = half_step(stored.to(coarse), out)
+    if coarse == torch.float32:
+        limit.mul_(2)
+    if dora:
+        limit.add_(stored.float().abs(), alpha=5 * torch.finfo(coarse).eps / 2)
+    return limit.add_(added[:, None])
+
+
+def _squares(values: torch.Tensor) -> float:
+    flat = values.flatten()
+    return float(flat.dot(flat))
+
+
+def _coarser(one: Place, other: Place) -> torch.dtype:
+    """The dtype of two tensors that has the wider steps; of a packed one that of the other."""
+    import torch
+
+    order = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
+    names = [place.tensor.dtype for place in (one, other) if not place.weights.is_packed(place.name)]
+    return next(dtype for name, dtype in order.items() if name in names)
+
+
+def _added_limits(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+    import torch
+
+    unit = 4 * torch.finfo(dtype).eps / 2 + 2 * len(factors.right) * 2.0**-24
+    widest = float(torch.linalg.vector_norm(factors.right, dim=0).max())
+    lengths: torch.Tensor = torch.linalg.vector_norm(factors.left, dim=1)
+    return lengths * (unit * abs(factors.scaling) * widest)
+
+
+def packed_before(factors: Factors, base: Place, merged: Place) -> str:
+    """How the base was packed before ΔW was added: ``"NF4"`` and so on; empty if it was not, or is too large to try.
+
+    The base's weight is really packed and unpacked by bitsandbytes in each way it knows.
+
+    Raises:
+        ModelSourceError: A file has become shorter.
+    """
+    rows, columns = base.weights.shape(base.name)
+    if rows * columns > LARGEST or base.weights.is_packed(base.name) or factors.magnitude is not None:
+        return ""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    dtype = _coarser(base, merged)
+    weight, stored = base.rows(0, rows).to(dtype), merged.rows(0, rows)
+    limits = _squares(_limits(stored.to(dtype), dtype, _added_limits(factors, dtype), dora=False))
+    for kind in ("nf4", "fp4"):
+        for double in (False, True):
+            packed = quantize_4bit(weight, quant_type=kind, blocksize=64, compress_statistics=double)
+            rest = stored - dequantize_4bit(*packed).float()
+            words = f"{kind.upper()}{' with double quantization' if double else ''}"
+            if _squares(rest) <= limits:
+                return f"{words}, without the adapter"
+            if _squares(rest.addmm_(factors.left, factors.right, alpha=-factors.scaling)) <= limits:
+                return words
+    return ""
+
+
+def total(proofs: list[Proof]) -> tuple[float, float]:
+    """What all merged weights keep of ΔW together, and the error relative to it (see ``rounding``)."""
+    uu = math.fsum(proof.uu for proof in proofs)
+    kept = math.fsum(proof.du for proof in proofs) / uu
+    return kept, math.sqrt(math.fsum(proof.apart for proof in proofs) / uu)

@@ -1,0 +1,276 @@
+"""Question 7 with ``--merged``: is all that the adapter does not add to as it was in the base?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from pytest_qvl.models.anatomy import GROUPS
+from pytest_qvl.models.sources.loading import has_tied_head
+from pytest_qvl.preflight import naming
+from pytest_qvl.preflight.base import Base
+from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.files.values import read_whole
+from pytest_qvl.preflight.findings import Finding, some
+from pytest_qvl.preflight.merged import Same, compare
+from pytest_qvl.preflight.survey import weight_name
+from pytest_qvl.preflight.weights import Weights
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.preflight.subject import Subject
+
+NUMBER = 7
+AGAIN = "merge again onto the 16-bit base with PeftModel.merge_and_unload, and save with save_pretrained"
+_ADAPTERS = (".lora_", ".base_layer.", "base_model.model.", ".modules_to_save.", ".token_adapter.")
+_COMPUTED = ("inv_freq", "position_ids")  # buffers that earlier releases saved
+
+
+@dataclass(frozen=True)
+class Case:
+    """A merged checkpoint before the court.
+
+    Attributes:
+        subject: Base and adapter.
+        checkpoint: The merged checkpoint.
+        there: Its tensors.
+    """
+
+    subject: Subject
+    checkpoint: Base
+    there: Weights
+
+    @cached_property
+    def parts(self) -> Parts:
+        """The merged model without data, as its own configuration describes it."""
+        return self.checkpoint.skeleton()
+
+    @property
+    def head(self) -> str:
+        """Name of the head's weight."""
+        return f"{self.subject.parts.roots['lm_head']}.weight"
+
+    @property
+    def embeddings(self) -> str:
+        """Name of the embeddings' weight."""
+        return f"{self.subject.parts.roots['embeddings']}.weight"
+
+    @cached_property
+    def was_tied(self) -> bool:
+        """Whether the base ties its head to its embeddings."""
+        return has_tied_head(self.subject.parts)
+
+    @cached_property
+    def is_tied(self) -> bool:
+        """Whether the merged checkpoint does, by its configuration."""
+        return has_tied_head(self.parts)
+
+    @cached_property
+    def expected(self) -> list[str]:
+        """The base's tensors, computed buffers left out."""
+        return [name for name in self.subject.weights.names() if not name.endswith(_COMPUTED)]
+
+    @cached_property
+    def found(self) -> list[str]:
+        """The merged checkpoint's."""
+        return [name for name in self.there.names() if not name.endswith(_COMPUTED)]
+
+    def group(self, names: Sequence[str]) -> str:
+        """How many of some tensors belong to each part of the model, in words."""
+        counts = Counter(self.subject.parts.group_of(name) for name in names)
+        return ", ".join(f"{group} {counts[group]}" for group in GROUPS if counts[group])
+
+    def red(self, name: str, line: str, *, cause: str, fix: str = AGAIN) -> Finding:
+        """A red finding."""
+        return Finding(NUMBER, name, "red", line, cause, fix, pytest_line(self.subject))
+
+
+# Names
+
+
+def names_of(case: Case) -> Iterator[Finding]:
+    """Tensors that were dropped, renamed or added, by the headers."""
+    missing = [name for name in case.expected if name not in case.there]
+    added = [name for name in case.found if name not in case.subject.weights]
+    if case.was_tied:
+        added = [name for name in added if name != case.head]
+    if beside := [name for name in added if any(mark in f".{name}" for mark in _ADAPTERS)]:
+        yield case.red(
+            "adapter-beside", f"{len(beside)} tensors of the merged checkpoint are an adapter's: {some(beside)}",
+            cause="the adapted model was saved as it stood: ΔW lies beside the weights and is not in them",
+        )  # fmt: skip
+        missing = [name for name in missing if not any(name.rpartition(".")[0] in other for other in beside)]
+        added = [name for name in added if name not in beside]
+    renamed = _renamed(missing, added)
+    if renamed:
+        one, other = next(iter(renamed.items()))
+        yield case.red(
+            "renamed", f"{len(renamed)} tensors have other names than in the base: {one} is called {other}",
+            cause="it was saved by a release or a tool that names modules otherwise; from_pretrained fills what it "
+            "does not find with random values",
+        )  # fmt: skip
+    missing = [name for name in missing if name not in renamed]
+    added = [name for name in added if name not in renamed.values()]
+    if missing:
+        yield case.red(
+            "dropped", f"{len(missing)} of {len(case.expected)} tensors of the base are not in the merged checkpoint "
+            f"({case.group(missing)}): {some(missing)}",
+            cause="only a part of the model was saved, or a shard is missing; from_pretrained fills it at random",
+        )  # fmt: skip
+    if added:
+        yield case.red(
+            "added", f"{len(added)} tensors of the merged checkpoint are not in the base: {some(added)}",
+            cause="it was saved by another model class, or is a merge of another base",
+        )  # fmt: skip
+
+
+def _renamed(missing: Sequence[str], added: Sequence[str]) -> dict[str, str]:
+    """New names of missing tensors, by the end that every layout has."""
+    ends = {naming.Key(name, name, "").tail: name for name in added}
+    tails = {name: naming.Key(name, name, "").tail for name in missing}
+    return {name: ends[tail] for name, tail in tails.items() if tail in ends}
+
+
+def head_of(case: Case) -> Iterator[Finding]:
+    """A head that is tied to the embeddings in one of base and merged checkpoint, and not in the other."""
+    there, head = case.there, case.head
+    has_both = head in there and case.embeddings in there and there[head].shape == there[case.embeddings].shape
+    differs = has_both and compare(head, there[case.embeddings], there[head]).changed > 0
+    trained = case.subject.updates.copies.get(head)
+    if case.is_tied and (differs or _is_lost(case, trained)):
+        yield case.red(
+            "head-tied-over",
+            f"the configuration of the merged checkpoint ties lm_head to the embeddings, and its own values "
+            f"{'are in the file' if differs else 'were trained'}: from_pretrained throws them away",
+            cause="the head was trained or merged apart from the embeddings, and tie_word_embeddings stayed true",
+            fix='set "tie_word_embeddings": false in config.json before saving, with both tensors in the file',
+        )  # fmt: skip
+    elif case.was_tied and not case.is_tied:
+        is_trained = trained is not None or {case.head, case.embeddings} & touched(case.subject).keys()
+        if head not in there or not (is_trained or differs):
+            what = "a copy of them is stored as lm_head" if head in there else "no lm_head.weight is in the file"
+            yield case.red(
+                "head-untied",
+                f"the base ties lm_head to the embeddings, the merged checkpoint does not, and {what}",
+                cause="tie_word_embeddings was lost when the checkpoint was saved",
+                fix='set "tie_word_embeddings": true at the top of config.json, and take lm_head.weight out',
+            )  # fmt: skip
+
+
+def _is_lost(case: Case, trained: object) -> bool:
+    """Whether a trained copy of a tied head is nowhere in the file."""
+    if trained is None or case.head in case.there or case.embeddings not in case.there:
+        return False
+    copy, table = case.subject.updates.copies[case.head], case.there[case.embeddings]
+    return copy.shape == table.shape and compare(case.head, copy, table).changed > 0
+
+
+def touched(subject: Subject) -> Mapping[str, str]:
+    """The base's tensors that the adapter adds to, and the module of each."""
+    return {weight_name(subject, module): module for module in subject.updates.pairs if weight_name(subject, module)}
+
+
+# What the adapter does not add to
+
+
+@dataclass
+class Rest:
+    """Tensors that have to be the base's, or a trained copy's."""
+
+    case: Case
+    same: list[str] = field(default_factory=list)
+    changed: list[Same] = field(default_factory=list)
+    cast: list[Same] = field(default_factory=list)
+    wider: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Compare all of them."""
+        case = self.case
+        adapted = {name for name, module in touched(case.subject).items() if name == f"{module}.weight"}
+        for name in [*case.expected, *([case.head] if case.was_tied and case.head in case.there else [])]:
+            if name in case.there and name not in adapted and not _is_head_update(case, name):
+                self._compare(name)
+
+    def _compare(self, name: str) -> None:
+        subject, there = self.case.subject, self.case.there
+        copy = subject.updates.copies.get(name)
+        source = copy or subject.weights[name if name in subject.weights else self.case.embeddings]
+        if subject.weights.is_packed(name) or there.is_packed(name):
+            if subject.weights.is_packed(name) and there.is_packed(name) and copy is None:
+                self._file(compare(name, source, there[name]))
+            return
+        if source.shape != there[name].shape:
+            self.reshaped.append(name)
+            return
+        found = compare(name, source, there[name], self._token_rows(name))
+        if copy is not None:
+            (self.copies if found.changed == found.cast else self.lost).append(name)
+        else:
+            self._file(found)
+
+    def _file(self, found: Same) -> None:
+        if found.bytes_equal:
+            self.same.append(found.name)
+        elif not found.changed:
+            self.wider.append(found.name)
+        elif found.changed == found.cast:
+            self.cast.append(found)
+        else:
+            self.changed.append(found)
+
+    def _token_rows(self, name: str) -> dict[int, torch.Tensor] | None:
+        """Trained rows of an embedding, by number."""
+        tensor = self.case.subject.updates.token_rows.get(name.removesuffix(".weight"))
+        asked = getattr(self.case.subject.lora, "trainable_token_indices", None)
+        if tensor is None or not asked:
+            return None
+        numbers = asked if isinstance(asked, list) else next(iter(asked.values()))
+        return dict(zip(numbers, read_whole(tensor).float(), strict=False))
+
+    def findings(self) -> Iterator[Finding]:
+        """What is wrong with them."""
+        case = self.case
+        if self.reshaped:
+            yield case.red(
+                "reshaped", f"{len(self.reshaped)} tensors have other shapes than in the base: {some(self.reshaped)}",
+                cause="the vocabulary was resized, or the base is another size",
+                fix="give the base that the adapter was merged into",
+            )  # fmt: skip
+        if self.changed:
+            names = [each.name for each in self.changed]
+            share = sum(each.changed for each in self.changed) / sum(each.numel for each in self.changed)
+            bad = sum(each.bad for each in self.changed)
+            yield case.red(
+                "changed-elsewhere",
+                f"{len(names)} tensors that the adapter does not touch differ from the base's ({case.group(names)}; "
+                f"{share:.0%} of their values{f', {bad:,} are NaN or infinite' if bad else ''}): {some(names)}",
+                cause="it was merged into another base or into one that was quantized, or saved after more training",
+            )  # fmt: skip
+        if self.cast:
+            names = [each.name for each in self.cast]
+            before, after = case.subject.weights[names[0]].dtype, case.there[names[0]].dtype
+            yield case.red(
+                "cast", f"{len(names)} tensors were cast from {before} to {after}, which changed "
+                f"{sum(each.changed for each in self.cast):,} of their values ({case.group(names)})",
+                cause=f"the merge was loaded or saved in {after}",
+                fix=f"load the base with dtype of {before} for the merge, and save it so",
+            )  # fmt: skip
+        if self.lost:
+            yield case.red(
+                "copy-not-merged",
+                f"{len(self.lost)} trained copies (modules_to_save) are not the merged checkpoint's: {some(self.lost)}",
+                cause="the merge took A and B only",
+            )  # fmt: skip
+
+
+def _is_head_update(case: Case, name: str) -> bool:
+    """Whether a tensor is the head, which the adapter adds to, of a base that stores its embeddings only."""
+    return name == case.head and case.subject.parts.roots["lm_head"] in case.subject.updates.pairs
