@@ -24,6 +24,8 @@ CONFTEST = """
     os.environ.setdefault("PARENT", str(os.getpid()))
 """
 BOTH = ("-p", "other", "--qvl-device", "cpu", "--qvl-backend", "transformers", "--qvl-backend", "other")
+# Whether this process had the plugin before its assertions could be rewritten depends on how it is installed.
+QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +45,7 @@ def run_both(pytester, monkeypatch):
     """Run the tests of this folder with two backends; the parent in this process."""
 
     def run(*args):
-        return pytester.runpytest_inprocess(*BOTH, *args)
+        return pytester.runpytest_inprocess(*BOTH, *QUIET, *args)
 
     yield run
     backends.BACKENDS.pop("other", None)

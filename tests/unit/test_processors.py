@@ -69,7 +69,7 @@ def test_a_folder_with_everything_in_processor_config_is_read(processor: Any, tm
     With torchvision it loads the video half too, and refuses a folder without its settings.
     """
     folder = tmp_path / "checkpoint"
-    shutil.copytree(embedded_model_dir(), folder, ignore=shutil.ignore_patterns("*.safetensors", "chat_template*"))
+    shutil.copytree(embedded_model_dir(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     name = settings.pop("processor_class")
     video = {"video_processor_type": "Qwen2VLVideoProcessor", "patch_size": settings["patch_size"]}
