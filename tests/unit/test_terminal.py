@@ -108,7 +108,7 @@ def test_every_check_of_the_suite_belongs_to_a_promise():
 
     assert check_of("test_picture_pairing_in_training") == "picture_pairing"
     assert check_of("test_picture_pairings") == "picture_pairings"
-    for file in FOLDER.glob("test_*.py"):
+    for file in set(FOLDER.glob("test_*.py")) - {FOLDER / "test_preflight.py"}:  # it judges files, before promises
         for name in re.findall(r"^def (test_\w+)", file.read_text(encoding="utf-8"), re.MULTILINE):
             assert promise_number(check_of(name)) is not None, f"{file.name}: {name}"
 
