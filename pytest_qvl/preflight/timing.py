@@ -1,4 +1,4 @@
-"""A limit on how long regular expressions from strangers may work."""
+"""How long regular expressions from strangers may work, and how many threads small tensors are given."""
 
 from __future__ import annotations
 
@@ -40,3 +40,19 @@ def patience(what: str, seconds: float | None = None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread inside the block.
+
+    Pieces that fit the cache are done before further threads have woken up; on busy cores those take ten times as long.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

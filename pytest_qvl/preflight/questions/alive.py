@@ -30,6 +30,7 @@ from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.files.values import pieces
 from pytest_qvl.preflight.findings import Finding, some
+from pytest_qvl.preflight.timing import one_thread
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.files.headers import Tensor
@@ -116,6 +117,12 @@ def answer(subject: Subject) -> Iterator[Finding]:
     updates = subject.updates
     if not (updates.pairs or updates.copies or updates.token_rows):
         raise CannotJudge(f"no tensor of the adapter is one that can be judged: {some(updates.beyond)}")
+    with one_thread():
+        yield from _judged(subject)
+
+
+def _judged(subject: Subject) -> Iterator[Finding]:
+    updates = subject.updates
     looked = {name: vitals(tensor) for name, tensor in _tensors(subject).items()}
     wrong = [*_not_finite(subject, looked), *_dead(subject, looked), *_untouched(subject)]
     yield from wrong

@@ -6,7 +6,9 @@ Names and shapes by the headers, then every value (:mod:`pytest_qvl.preflight.me
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.updates import Update
 
 NUMBER = 7
+MOST_THREADS = 4  # each holds a few MiB
 
 
 def judge(subject: Subject) -> Iterator[Finding]:
@@ -100,24 +103,34 @@ def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
 
 
 def _proofs(case: Case) -> Iterator[_Judged]:
+    """Every adapted weight that both checkpoints have, one to a thread: torch lets go of the interpreter meanwhile."""
+    work = list(_comparable(case))
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        for (update, places), proof in zip(work, threads.map(_prove, work), strict=True):
+            if proof.bad or 0 < proof.uu < math.inf:
+                yield _Judged(update, proof, _verdict(proof, update), places)
+
+
+def _prove(work: tuple[Update, tuple[Place, Place]]) -> Proof:
     import torch
 
+    update, places = work
+    torch.set_num_threads(1)  # of this thread
+    with torch.no_grad():
+        return prove(update, update.factors(), *places)
+
+
+def _comparable(case: Case) -> Iterator[tuple[Update, tuple[Place, Place]]]:
     subject = case.subject
     for module, update in subject.updates.pairs.items():
         name = weight_name(subject, module)
         other = f"{module}.weight" if f"{module}.weight" in case.there else name
-        base, merged = Place(subject.weights, name), Place(case.there, other)
         if not name or other not in case.there or not subject.weights.is_numeric(name):
             continue
         if case.there.is_packed(other) or case.there[other].dtype not in FLOATS:
             continue
-        if not subject.weights.shape(name) == update.shape == case.there.shape(other):
-            continue
-        factors = update.factors()
-        with torch.no_grad():
-            proof = prove(update, factors, base, merged)
-        if proof.bad or 0 < proof.uu < math.inf:
-            yield _Judged(update, proof, _verdict(proof, update), (base, merged))
+        if subject.weights.shape(name) == update.shape == case.there.shape(other):
+            yield update, (Place(subject.weights, name), Place(case.there, other))
 
 
 def _verdict(proof: Proof, update: Update) -> str:

@@ -20,6 +20,7 @@ from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.findings import Finding
 from pytest_qvl.preflight.survey import pooled
+from pytest_qvl.preflight.timing import one_thread
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.rounding import Loss
@@ -45,9 +46,11 @@ def answer(subject: Subject) -> Iterator[Finding]:
     if subject.asked.merged is not None:
         from pytest_qvl.preflight.questions.merge_proof import judge
 
-        yield from judge(subject)
+        with one_thread():
+            yield from judge(subject)
     else:
-        yield _predicted(subject)
+        with one_thread():
+            yield _predicted(subject)
 
 
 def _predicted(subject: Subject) -> Finding:
