@@ -68,13 +68,15 @@ def test_half_a_step_is_what_rounding_may_take(dtype):
 
 
 def test_nf4_is_that_of_bitsandbytes():
-    """But for one place in bfloat16: kernels for AVX512 multiply the level by the scale in another order."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for shape in ((64, 192), (6, 96), (3, 65)):
         values = torch.randn(shape).bfloat16()
-        real = dequantize_4bit(*quantize_4bit(values, quant_type="nf4", blocksize=64)).float()
-        assert torch.allclose(through_nf4(values.float(), torch.bfloat16), real, rtol=2**-7, atol=0)
+        # Padded to whole blocks, which leaves scales alone: the kernels for AVX512 take no other sizes.
+        whole = torch.nn.functional.pad(values.flatten(), (0, -values.numel() % 64)).view(-1, 64)
+        real = dequantize_4bit(*quantize_4bit(whole, quant_type="nf4", blocksize=64)).float()
+        found = through_nf4(values.float(), torch.bfloat16)
+        assert torch.equal(found.flatten(), real.flatten()[: values.numel()])
     assert torch.equal(through_nf4(torch.zeros(2, 64), torch.bfloat16), torch.zeros(2, 64))
 
 

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -283,19 +284,31 @@ def main(arguments: list[str]) -> int:
     wanted = [entry for entry in in_shard(entries, options.shard) if re.search(options.only, entry["name"])]
     record = _begin(options.record, digest(options.predictions), options.device)
     done = {e["name"] for e in record["cases"] if e["status"] != "failed" or not options.again}
+    left = [entry for entry in wanted if entry["name"] not in done]
+    for kind in dict.fromkeys(kind_of(request_of(entry)) for entry in left):
+        # A process for each: libraries keep parts of the last model (its embedding), and memory stays reserved around.
+        of_kind = [entry for entry in left if kind_of(request_of(entry)) == kind]
+        child = get_context("spawn").Process(target=_measure, args=(of_kind, record, options))
+        child.start()
+        child.join()
+        record = read_record(options.record, MEASURED) if options.record.is_file() else record
+        if child.exitcode:
+            print("CUDA is broken or the process died: start the command again to go on", flush=True)
+            return CUDA_BROKEN
+    return int(any(e["status"] == "failed" for e in record["cases"]))
+
+
+def _measure(entries: Sequence[dict[str, Any]], record: dict[str, Any], options: argparse.Namespace) -> None:
+    """Measure cases of one kind and keep each in the record; exits if CUDA broke."""
     bench = Bench(options.device, options.steps)
     with _quiet():
-        for entry in wanted:
-            if entry["name"] in done:
-                continue
+        for entry in entries:
             found = bench.run(entry)
             record["cases"] = [*(e for e in record["cases"] if e["name"] != entry["name"]), found]
             write_record(options.record, record)
             print(_line(entry, found), flush=True)
             if not _works(options.device):
-                print("CUDA is broken in this process: start the command again to go on", flush=True)
-                return CUDA_BROKEN
-    return int(any(e["status"] == "failed" for e in record["cases"]))
+                sys.exit(CUDA_BROKEN)
 
 
 def _begin(path: Path, predictions: str, device: str) -> dict[str, Any]:
