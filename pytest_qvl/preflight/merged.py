@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_qvl.preflight.files.values import pieces, read_into
-from pytest_qvl.preflight.rounding import half_step
+from pytest_qvl.preflight.rounding import BLOCK, half_step
 
 if TYPE_CHECKING:
     import torch
@@ -314,6 +314,39 @@ def packed_before(factors: Factors, base: Place, merged: Place) -> str:
             fitting[_squares(rest)] = words
     # Of ways that are nearly alike (with and without double quantization) the one that leaves least.
     return fitting[min(fitting)] if min(fitting) <= limits else ""
+
+
+def outside_cells(factors: Factors | None, base: Place, merged: Place) -> int:
+    """How many elements of ``M - ΔW`` would be packed into other codes than the 4-bit base has, whatever rounding did.
+
+    None of a merge into the 16-bit weights that the base was packed from.
+
+    Args:
+        factors: The update, without DoRA; ``None`` for a weight that the adapter does not touch.
+        base: The weight in the base, packed.
+        merged: The weight in the merged checkpoint, stored as float.
+
+    Raises:
+        ModelSourceError: A file has become shorter.
+    """
+    import torch
+
+    rows, columns = base.weights.shape(base.name)
+    coarse = _coarser(base, merged)
+    aligned = BLOCK // math.gcd(BLOCK, columns)
+    step = aligned * max(1, AT_ONCE // (aligned * columns))
+    added = torch.zeros(rows) if factors is None else _added_limits(factors, coarse)
+    outside = 0
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        stored = merged.rows(start, stop)
+        limit = _limits(stored.to(coarse), coarse, added[start:stop], dora=False)
+        if factors is not None:
+            stored = stored - (factors.left[start:stop] * factors.scaling) @ factors.right
+        least, most = base.weights.cells(base.name, start, stop)
+        outside += stored.numel() - int(((stored >= least - limit) & (stored <= most + limit)).sum())
+    base.weights.close(base.name)
+    return outside
 
 
 def total(proofs: list[Proof]) -> tuple[float, float]:

@@ -83,6 +83,39 @@ class Weights:
         flat = read_runs(self._found[name], [(start * columns, stop * columns) for start, stop in runs])
         return [part.view(-1, columns).float() for part in flat]
 
+    def cells(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Between which values a weight that is packed in 4 bits was before: the least and the largest of each element.
+
+        NF4 takes the nearest of its numbers, times the largest magnitude of the block. Where that magnitude was
+        quantized too (double quantization), it may be off by half the widest step of its own table.
+
+        Args:
+            name: A packed tensor.
+            start: First row; has to begin a block.
+            stop: The row behind the last.
+
+        Raises:
+            ModelSourceError: See :meth:`rows`.
+        """
+        import torch
+
+        values = self._unpacked(name, start, stop)
+        state, scales = self._statistics(name)
+        columns, size = state["shape"][1], state["blocksize"]
+        blocks = torch.arange(start * columns // size, -(-stop * columns // size))
+        scale = scales[blocks].repeat_interleave(size)[: values.numel()].view_as(values)
+        book = torch.tensor(nf4.CODE_BOOK, dtype=torch.float32)
+        borders = (book[1:] + book[:-1]) / 2
+        codes = torch.bucketize((values / scale.masked_fill(scale == 0, 1.0)).flatten(), borders)
+        bound = torch.cat((book[:1], borders, book[-1:]))
+        least, most = (bound[codes + i].view_as(values) * scale for i in (0, 1))
+        if "nested_blocksize" in state:
+            outer = read_whole(self._part(name, ".nested_absmax")).float()[blocks // state["nested_blocksize"]]
+            table = read_whole(self._part(name, ".nested_quant_map")).float().sort().values
+            slack = (outer * (table.diff().max() / 2)).repeat_interleave(size)[: values.numel()].view_as(values)
+            return least - slack, most + slack
+        return least, most
+
     def close(self, name: str) -> None:
         """Forget what has been kept of a tensor while its rows were read."""
         self._scales.pop(name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pytest_qvl.preflight.base import Base
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.files.values import read_whole
 from pytest_qvl.preflight.findings import Finding, some
-from pytest_qvl.preflight.merged import Same, compare
+from pytest_qvl.preflight.merged import Place, Same, compare, outside_cells
 from pytest_qvl.preflight.survey import weight_name
 from pytest_qvl.preflight.weights import Weights
 
@@ -187,6 +188,7 @@ class Rest:
     changed: list[Same] = field(default_factory=list)
     cast: list[Same] = field(default_factory=list)
     wider: list[str] = field(default_factory=list)
+    unpacked: list[str] = field(default_factory=list)
     copies: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     reshaped: list[str] = field(default_factory=list)
@@ -203,10 +205,11 @@ class Rest:
         subject, there = self.case.subject, self.case.there
         copy = subject.updates.copies.get(name)
         source = copy or subject.weights[name if name in subject.weights else self.case.embeddings]
-        if subject.weights.is_packed(name) or there.is_packed(name):
-            if subject.weights.is_packed(name) and there.is_packed(name) and copy is None:
-                self._file(compare(name, source, there[name]))
+        if copy is None and subject.weights.is_packed(name) and not there.is_packed(name):
+            self._compare_unpacked(name)
             return
+        if there.is_packed(name) and not subject.weights.is_packed(name):
+            return  # said of all such at once
         if source.shape != there[name].shape:
             self.reshaped.append(name)
             return
@@ -215,6 +218,16 @@ class Rest:
             (self.copies if found.changed == found.cast else self.lost).append(name)
         else:
             self._file(found)
+
+    def _compare_unpacked(self, name: str) -> None:
+        """Of a base in 4 bits: is the merged weight what it was packed from, or what it is unpacked to?"""
+        base, merged = Place(self.case.subject.weights, name), Place(self.case.there, name)
+        if base.weights.shape(name) != merged.weights.shape(name):
+            self.reshaped.append(name)
+        elif outside := outside_cells(None, base, merged):
+            self.changed.append(Same(name, math.prod(base.weights.shape(name)), False, outside))
+        else:
+            self.unpacked.append(name)
 
     def _file(self, found: Same) -> None:
         if found.bytes_equal:

@@ -18,7 +18,7 @@ from pytest_qvl.preflight.base import find_base
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, some
-from pytest_qvl.preflight.merged import Place, Proof, packed_before, prove, total
+from pytest_qvl.preflight.merged import Place, Proof, outside_cells, packed_before, prove, total
 from pytest_qvl.preflight.questions.merge_files import AGAIN, Case, Rest, head_of, names_of
 from pytest_qvl.preflight.survey import weight_name
 from pytest_qvl.preflight.weights import Weights
@@ -83,7 +83,7 @@ def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
     for each in judged:
         found.setdefault(each.verdict, []).append(each)
     for verdict, of_verdict in found.items():
-        if verdict not in ("merged", "below"):
+        if verdict not in ("merged", "merged-16", "below"):
             yield _misfit(case, verdict, of_verdict, len(judged))
     if len(found.get("below", ())) == len(judged):
         yield case.red(
@@ -98,6 +98,14 @@ def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
             f"ΔW is below half a step of every weight in {len(below)} of {len(judged)} modules: merged and not "
             f"merged are the same there: {some(below)}",
         )  # fmt: skip
+    if "merged-16" in found:
+        of_verdict = found["merged-16"]
+        yield Finding(
+            NUMBER, "merged-16-bit", "green",
+            f"{len(of_verdict)} weights are ΔW on 16-bit weights of which the base that was given is the 4-bit form: "
+            "less ΔW, every value is packed into the base's code; give the 16-bit base to see more than NF4 shows",
+            keeps_green=pytest_line(case.subject),
+        )  # fmt: skip
     if "merged" in found:
         yield _survived(case, rest, [each.proof for each in found["merged"]], spotless and len(found) == 1)
 
@@ -108,7 +116,7 @@ def _proofs(case: Case) -> Iterator[_Judged]:
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
         for (update, places), proof in zip(work, threads.map(_prove, work), strict=True):
             if proof.bad or 0 < proof.uu < math.inf:
-                yield _Judged(update, proof, _verdict(proof, update), places)
+                yield _Judged(update, proof, _verdict_of(update, proof, places), places)
 
 
 def _prove(work: tuple[Update, tuple[Place, Place]]) -> Proof:
@@ -131,6 +139,16 @@ def _comparable(case: Case) -> Iterator[tuple[Update, tuple[Place, Place]]]:
             continue
         if subject.weights.shape(name) == update.shape == case.there.shape(other):
             yield update, (Place(subject.weights, name), Place(case.there, other))
+
+
+def _verdict_of(update: Update, proof: Proof, places: tuple[Place, Place]) -> str:
+    """As :func:`_verdict`; a packed base is compared with what it was packed from, too."""
+    verdict, base = _verdict(proof, update), places[0]
+    if verdict != "other" or update.magnitude is not None or not base.weights.is_packed(base.name):
+        return verdict
+    if not outside_cells(update.factors(), *places):
+        return "merged-16"
+    return verdict if outside_cells(None, *places) else "unmerged"
 
 
 def _verdict(proof: Proof, update: Update) -> str:
@@ -231,6 +249,7 @@ def _survived(case: Case, rest: Rest, proofs: list[Proof], spotless: bool) -> Fi
         )  # fmt: skip
     others = f"; {len(rest.same)} other tensors are the base's bit for bit ({case.group(rest.same)})"
     others += f", {len(rest.wider)} in a wider dtype" if rest.wider else ""
+    others += f", {len(rest.unpacked)} are packed into its 4-bit codes" if rest.unpacked else ""
     others += f", {len(rest.copies)} are the trained copies" if rest.copies else ""
     return Finding(
         NUMBER, "merged" if spotless else "merged-in-part", "green", said + others,

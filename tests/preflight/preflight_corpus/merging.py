@@ -290,6 +290,27 @@ def merged_into_the_packed_base_that_was_given(shop: Workshop, family: str) -> A
     return {"base": packed, "adapter": adapter, "merged": merged}
 
 
+@healthy(("qwen2_5_vl", "qwen3_vl"))
+def merged_into_what_the_packed_base_was_packed_from(shop: Workshop, family: str) -> Arguments:
+    """As Unsloth does: the adapter names the 4-bit repository, the merge takes the 16-bit one's weights."""
+    found = _merged(shop, family, target_modules=["q_proj", "up_proj"], exclude_modules=r".*visual.*")
+    return {**found, "base": shop.packed(family, bnb_4bit_use_double_quant=family == "qwen3_vl")}
+
+
+@broken("huggingface/peft/issues/2586", "not-merged", "ΔW is not in them", ("qwen2_5_vl",))
+def sixteen_bit_base_saved_in_place_of_the_merge(shop: Workshop, family: str) -> Arguments:
+    found = _merged(shop, family)
+    _from_base(found, lambda name: True)
+    return {**found, "base": shop.packed(family, bnb_4bit_use_double_quant=True)}
+
+
+@broken("huggingface/peft/issues/2321", "changed-elsewhere", "does not touch", ("qwen2_5_vl",))
+def another_weight_changed_below_a_packed_base(shop: Workshop, family: str) -> Arguments:
+    found = _merged(shop, family, target_modules=["q_proj"])
+    retensor(found["merged"] / WEIGHTS, lambda n, t: {n: t * 1.25 if "1.mlp.down_proj" in n else t})
+    return {**found, "base": shop.packed(family, bnb_4bit_use_double_quant=True)}
+
+
 @healthy(("qwen2_5_vl",))
 def merged_and_saved_in_shards(shop: Workshop, family: str) -> Arguments:
     from safetensors.torch import load_file, save_file
