@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.models.sources.loading import in_todays_layout
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.oracles import nf4
+from pytest_qvl.preflight.files.folder import UnsafeFileError
 from pytest_qvl.preflight.files.values import FLOATS, read_runs, read_whole
 from pytest_qvl.preflight.findings import neutral
 
@@ -29,11 +30,22 @@ class Weights:
 
     Args:
         tensors: By the names in its files.
+
+    Raises:
+        UnsafeFileError: Two names mean one tensor (``visual.x`` and ``model.visual.x``); releases take either.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.raw = {in_todays_layout(name): name for name in tensors}
-        self._found = {in_todays_layout(name): tensor for name, tensor in tensors.items()}
+        self._found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            today = in_todays_layout(name)
+            if today in self._found:
+                other = neutral(self._found[today].name, 160)
+                raise UnsafeFileError(
+                    f"{neutral(name, 160)} and {other} in {neutral(repr(tensor.file.parent.name), 160)} are one tensor "
+                    "by their names, and releases differ in which of them they take"
+                )
+            self._found[today] = tensor
         self._states = {name.partition(_STATE)[0]: name for name in self._found if _STATE in name}
         self._scales: dict[str, tuple[dict[str, Any], torch.Tensor]] = {}
 

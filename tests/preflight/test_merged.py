@@ -13,7 +13,7 @@ from preflight_corpus.merging import WEIGHTS
 from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.files.folder import Folder
 from pytest_qvl.preflight.files.headers import read_header
-from pytest_qvl.preflight.merged import Place, compare, packed_before, prove
+from pytest_qvl.preflight.merged import Place, compare, outside_cells, packed_before, prove
 from pytest_qvl.preflight.questions.merge_proof import _verdict
 from pytest_qvl.preflight.updates import Update
 from pytest_qvl.preflight.weights import Weights
@@ -137,6 +137,42 @@ def test_the_way_a_base_was_packed_is_found_by_packing_it(tmp_path):
         assert packed_before(update.factors(), *places).endswith("without the adapter")
     update, places = court.places(plain)
     assert packed_before(update.factors(), *places) == ""
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_what_a_packed_base_was_packed_from_is_told_from_anything_else(tmp_path, double):
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import save_file
+
+    court = Court(tmp_path, size=2e-3)
+    packed, state = quantize_4bit(court.weight, quant_type="nf4", blocksize=64, compress_statistics=double)
+    parts = {name.removeprefix("w."): value for name, value in state.as_dict(packed=True).items()}
+    save_file({"w": packed, **{f"w.{name}": value for name, value in parts.items()}}, tmp_path / "packed.safetensors")
+    base = Place(Weights(read_header(Folder(tmp_path), "packed.safetensors")), "w")
+    merged = (court.weight.float() + court.added()).bfloat16()
+    update, (_, place) = court.places(merged)
+    assert outside_cells(update.factors(), base, place) == 0
+    assert outside_cells(None, base, place) > 0
+    merged[3, 5] += court.weight[3].abs().max()
+    _, (_, place) = court.places(merged)
+    assert outside_cells(update.factors(), base, place) == 1
+    _, (_, place) = court.places(court.weight)
+    assert outside_cells(None, base, place) == 0
+    assert outside_cells(update.factors(), base, place) > 0
+
+
+def test_two_names_of_one_tensor_are_refused(shop):
+    folder = shop.copy(shop.base("qwen2_vl"))
+
+    from safetensors.torch import load_file
+
+    names = load_file(folder / WEIGHTS)
+    today = next(name for name in names if "visual.merger" in name)
+    other = today.removeprefix("model.") if today.startswith("model.") else f"model.{today}"
+    retensor(folder / WEIGHTS, lambda name, tensor: {name: tensor, **({other: tensor * 2} if name == today else {})})
+    found = preflight(folder, shop.adapter("qwen2_vl")).of(4)
+    assert [(each.name, each.state) for each in found] == [("unsafe", "red")]
+    assert "one tensor by their names" in found[0].line
 
 
 def test_values_that_are_not_finite_are_counted(tmp_path):

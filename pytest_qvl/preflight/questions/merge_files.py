@@ -139,6 +139,8 @@ def _renamed(missing: Sequence[str], added: Sequence[str]) -> dict[str, str]:
 
 def head_of(case: Case) -> Iterator[Finding]:
     """A head that is tied to the embeddings in one of base and merged checkpoint, and not in the other."""
+    if not (case.was_tied or case.is_tied):
+        return
     there, head = case.there, case.head
     has_both = head in there and case.embeddings in there and there[head].shape == there[case.embeddings].shape
     differs = has_both and compare(head, there[case.embeddings], there[head]).changed > 0
