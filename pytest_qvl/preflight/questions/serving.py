@@ -23,12 +23,7 @@ _NEW = (
     ("model.visual.", "visual."),
     ("lm_head.", "language_model.lm_head."),
 )
-# What a module's name begins with in Transformers, and in vLLM; the first that fits counts.
-MAPPERS = {
-    "qwen2_vl": (*_NEW, ("model.", "language_model.model.")),
-    "qwen2_5_vl": (*_NEW, ("model.", "language_model.model.")),
-    "qwen3_vl": _NEW,
-}
+_OLD = ("model.", "language_model.model.")  # names of before Transformers 4.52
 _MOST_RANK = 16  # ``max_lora_rank`` by default
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _TOWER = "https://github.com/vllm-project/vllm/issues/23796"
@@ -36,8 +31,8 @@ _NO_MATCH = "https://github.com/vllm-project/vllm/issues/34186"
 
 
 def to_vllm(name: str, family: str) -> str:
-    """What vLLM calls a module whose name stands in an adapter's file."""
-    for theirs, ours in MAPPERS[family]:
+    """What vLLM calls a module whose name stands in an adapter's file: the first beginning that fits counts."""
+    for theirs, ours in _NEW if family == "qwen3_vl" else (*_NEW, _OLD):  # which came after the old names
         if f"{name}.".startswith(theirs):
             return (ours + f"{name}.".removeprefix(theirs)).rstrip(".")
     return name
