@@ -61,7 +61,8 @@ def preflight(
         runtime: What will load the adapter: ``"transformers"``, ``"unsloth"`` or ``"vllm"``.
         skip: ``llm_int8_skip_modules`` that the base will be quantized with; by default what a base saved in 4 bits
             has, else this package's own (``model.visual``, ``lm_head``).
-        lora: Fields of ``peft.LoraConfig``, or a JSON file with them, of an adapter that is still to be made.
+        lora: Fields of ``peft.LoraConfig``, or a JSON file with them, of an adapter that is still to be made; with an
+            adapter, what was asked for when it was made.
         processor: Folder of the processor that will be used, where it is not beside the adapter.
         card: GPU to judge the memory for, such as ``"t4"``.
         policy: Parts of the model that are adapted on purpose; ``None``: by what ``target_modules`` names.

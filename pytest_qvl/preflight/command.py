@@ -26,7 +26,12 @@ def add_preflight(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--merged", type=Path, metavar="FOLDER", help="a checkpoint that is said to hold the adapter")
     parser.add_argument("--for", dest="runtime", choices=RUNTIMES, default="transformers", help="what will load it")
     parser.add_argument("--skip", action="append", metavar="NAME", help="entry of llm_int8_skip_modules (repeatable)")
-    parser.add_argument("--lora", type=Path, metavar="FILE.json", help="fields of peft.LoraConfig, before training")
+    parser.add_argument(
+        "--lora",
+        type=Path,
+        metavar="FILE.json",
+        help="fields of peft.LoraConfig: a plan, or what was asked for",
+    )
     parser.add_argument("--processor", type=Path, metavar="FOLDER", help="processor, if not beside the adapter")
     parser.add_argument(
         "--adapter-policy", metavar="PARTS", help="parts that are adapted on purpose: language,lm_head,vision"

@@ -82,8 +82,6 @@ def _check(asked: Asked) -> None:
     """
     if asked.runtime not in RUNTIMES:
         raise ValueError(f"runtime {asked.runtime!r} is unknown; known: {', '.join(RUNTIMES)}")
-    if asked.adapter is not None and asked.lora is not None:
-        raise ValueError("an adapter and a LoRA configuration were given: give the one that is to be judged")
     if asked.merged is not None and asked.adapter is None:
         raise ValueError("--merged is compared with an adapter: give its folder too")
     if asked.card is not None:
@@ -114,13 +112,12 @@ def _read(asked: Asked) -> tuple[list[Finding], Subject | None]:
         if asked.adapter is not None:
             adapter = find_adapter(asked.adapter)
             findings.append(_readable_adapter(adapter))
-        elif asked.lora is not None:
-            adapter = planned_adapter(asked.lora)
     except ModelSourceError as error:
         if asked.adapter is None or not asked.adapter.expanduser().is_dir():
             raise
         findings.append(_refused("adapter", error))
-    return findings, Subject(asked, base, adapter)
+    plan = None if asked.lora is None else planned_adapter(asked.lora)
+    return findings, Subject(asked, base, plan if asked.adapter is None else adapter, plan)
 
 
 def _readable_base(base: Base) -> Finding:

@@ -34,7 +34,8 @@ class Asked:
         merged: Folder of a checkpoint into which the adapter is said to be merged.
         runtime: What will load the adapter.
         skip: ``llm_int8_skip_modules`` of the quantization; ``None`` for that of the base, or this package's default.
-        lora: Fields of ``peft.LoraConfig``, or a JSON file with them, of an adapter that is still to be made.
+        lora: Fields of ``peft.LoraConfig``, or a JSON file with them, of an adapter that is still to be made; with an
+            adapter, what was asked for when it was made.
         processor: Folder of the processor that will be used, where it is not beside the adapter.
         card: GPU to judge the memory for.
         policy: Parts of the model that are adapted on purpose; ``None``: by what ``target_modules`` names.
@@ -59,11 +60,13 @@ class Subject:
         asked: As the user gave it.
         base: The base model.
         adapter: The adapter, saved or planned; ``None`` for none.
+        plan: What ``--lora`` asks for; ``None`` if it was not given.
     """
 
     asked: Asked
     base: Base
     adapter: Adapter | None = None
+    plan: Adapter | None = None
 
     @cached_property
     def parts(self) -> Parts:

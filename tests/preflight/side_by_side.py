@@ -104,7 +104,7 @@ for job in json.load(sys.stdin):
                 code = end.code
             except Exception:
                 code = "crash"
-        said = [] if code == 0 else [f"error:exit {code}"]
+        said = [] if code in (0, 3) else [f"error:exit {code}"]  # 3: it could not judge
     found[job["id"]] = said
 print("RESULT" + json.dumps(found))
 """

@@ -13,7 +13,7 @@ from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.findings import Finding, neutral
 from pytest_qvl.preflight.loading import Loaded, load
 from pytest_qvl.preflight.questions.misfits import misfits
-from pytest_qvl.preflight.questions.serving import vllm
+from pytest_qvl.preflight.questions.serving import unsloth, vllm
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
@@ -41,6 +41,8 @@ def answer(subject: Subject) -> Iterator[Finding]:
         yield _lands(subject, loaded)
     if subject.asked.runtime == "vllm":
         yield from vllm(subject, loaded)
+    elif subject.asked.runtime == "unsloth":
+        yield unsloth(subject)
 
 
 def _lands(subject: Subject, loaded: Loaded) -> Finding:

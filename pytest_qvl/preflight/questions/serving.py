@@ -1,4 +1,4 @@
-"""Question 3 for vLLM: what its loader makes of the adapter, by its naming rules; vLLM itself is not needed.
+"""Question 3 for vLLM and Unsloth: what their loaders make of the adapter, by their rules; neither is needed.
 
 Sources: ``vllm/lora/utils.py`` (``parse_fine_tuned_lora_name``), ``vllm/lora/peft_helper.py``,
 ``vllm/lora/lora_model.py``, and ``hf_to_vllm_mapper`` of the three families in ``vllm/model_executor/models``.
@@ -6,7 +6,9 @@ Sources: ``vllm/lora/utils.py`` (``parse_fine_tuned_lora_name``), ``vllm/lora/pe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pytest_qvl.preflight.commands import pytest_line
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 3
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEW = (
     ("model.language_model.", "language_model.model."),
     ("model.visual.", "visual."),
@@ -70,6 +73,26 @@ def vllm(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
         )
     if not lost and not tower:
         yield Finding(NUMBER, "vllm-keys", "green", f"all {len(matrices)} keys name a module of vLLM's model")
+
+
+def unsloth(subject: Subject) -> Finding:
+    """Whether Unsloth finds the base: given an adapter's folder, it loads what the adapter names.
+
+    Keys are as PEFT's, which Unsloth calls (``unsloth/models/loader.py``).
+    """
+    assert subject.adapter is not None
+    named = str(subject.adapter.fields.get("base_model_name_or_path") or "")
+    if named and (Path(named).expanduser().is_dir() or _HUB_ID.fullmatch(named)):
+        return Finding(NUMBER, "unsloth-base", "green", f"Unsloth loads the base that the adapter names: {named!r}")
+    return Finding(
+        NUMBER,
+        "unsloth-base",
+        "red",
+        f"the adapter names the base {named!r}, which is no folder here and no hub id",
+        cause="Unsloth loads the base that adapter_config.json names, and fails where there is none of that name",
+        fix="write the base's hub id or folder into base_model_name_or_path of adapter_config.json",
+        keeps_green=pytest_line(subject),
+    )
 
 
 def _is_plain(key: Key) -> bool:

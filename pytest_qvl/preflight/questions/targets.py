@@ -87,6 +87,8 @@ def answer(subject: Subject) -> Iterator[Finding]:
     yield from _leaks(placement, config)
     yield from _idle_entries(placement, config)
     yield from _bare_layers(placement, config)
+    if subject.plan is not None and subject.plan is not subject.adapter:
+        yield from _unlike_the_plan(placement, config, subject.plan.lora_config())
 
 
 def _refused(subject: Subject, config: Any, error: Exception) -> Finding:
@@ -228,6 +230,33 @@ def _bare_layers(placement: Placement, config: Any) -> Iterator[Finding]:
         f"{missing}",
         cause=f"target_modules {_short(config.target_modules)} match some layers only",
         fix="let the expression match every layer, or say which are meant with layers_to_transform",
+        keeps_green=pytest_line(placement.subject),
+    )
+
+
+def _unlike_the_plan(placement: Placement, config: Any, plan: Any) -> Iterator[Finding]:
+    """What of ``--lora`` the adapter does not have: modules that a trainer dropped, another rank or scaling."""
+    with patience("target_modules of --lora"):
+        asked = requested_modules(placement.subject.parts, plan, placement.modules)
+    dropped = [name for name in placement.modules if name in asked - placement.actual]
+    added = [name for name in placement.modules if name in placement.actual - asked]
+    fields = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    pairs = {name: (getattr(plan, name, None), getattr(config, name, None)) for name in fields}
+    said = [f"{len(dropped)} modules asked for are not adapted ({some(dropped)})"] if dropped else []
+    said += [f"{len(added)} modules are adapted that were not asked for ({some(added)})"] if added else []
+    said += [f"{name} is {has} and not {wanted}" for name, (wanted, has) in pairs.items() if wanted != has]
+    if not said:
+        yield Finding(
+            NUMBER, "as-planned", "green", f"the adapter is as --lora asks: {len(asked)} modules, r={config.r}"
+        )
+        return
+    yield Finding(
+        NUMBER,
+        "unlike-the-plan",
+        "red",
+        f"the adapter is not as --lora asks: {'; '.join(said)}",
+        cause="the trainer dropped or replaced what it was asked for, or this is another training's adapter",
+        fix="look for what filters target_modules (Unsloth leaves lm_head and embed_tokens out), or correct the plan",
         keeps_green=pytest_line(placement.subject),
     )
 

@@ -121,6 +121,13 @@ def names_of_another_architecture(shop: Workshop, family: str) -> Arguments:
     return {"base": shop.base(family), "lora": {"r": 8, "target_modules": ["q_proj", "c_attn"]}}
 
 
+@broken("unslothai/unsloth/issues/9326", "unlike-the-plan", "2 modules asked for are not adapted", ("qwen3_vl",))
+def targets_filtered_by_the_trainer(shop: Workshop, family: str) -> Arguments:
+    """The adapter and its own configuration agree; only the wish tells."""
+    asked = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "lm_head", "embed_tokens"]}
+    return {**_adapted(shop, family, target_modules=["q_proj"]), "lora": asked}
+
+
 @broken("hiyouga/LlamaFactory/issues/6754", "idle-target", "modules_to_save names 'multi_modal_projector'")
 def merger_by_another_familys_name(shop: Workshop, family: str) -> Arguments:
     lora = {"r": 8, "target_modules": LANGUAGE_ONLY, "modules_to_save": ["multi_modal_projector"]}
@@ -270,6 +277,13 @@ def old_names_served_by_vllm(shop: Workshop, family: str) -> Arguments:
 @broken("vllm-project/vllm/issues/6983", "vllm-unsupported", "use_dora", ("qwen2_vl",))
 def dora_served_by_vllm(shop: Workshop, family: str) -> Arguments:
     return {**_adapted(shop, family, use_dora=True), "runtime": "vllm"}
+
+
+@broken("", "unsloth-base", "is no folder here", ("qwen2_vl",))
+def folder_of_another_machine(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    edit(found["adapter"] / CONFIG, base_model_name_or_path="/mnt/disks/data/base")
+    return {**found, "runtime": "unsloth"}
 
 
 @broken("vllm-project/vllm/issues/9280", "vllm-unsupported", "modules_to_save", ("qwen2_5_vl",))

@@ -86,7 +86,7 @@ def unsloth_language_only(shop: Workshop, family: str) -> Arguments:
 def unsloth_vision_and_language(shop: Workshop, family: str) -> Arguments:
     found = _adapted(shop, family, target_modules=_UNSLOTH_BOTH, task_type="CAUSAL_LM")
     edit(found["adapter"] / CONFIG, unsloth_fixed=True)
-    return found
+    return {**found, "runtime": "unsloth"}
 
 
 @healthy()
@@ -181,3 +181,9 @@ def fewer_pixels_on_purpose(shop: Workshop, family: str) -> Arguments:
     found = dict(processor_beside_the_adapter(shop, family))
     edit(found["adapter"] / "preprocessor_config.json", min_pixels=200704, max_pixels=1003520)
     return found
+
+
+@healthy(("qwen2_vl", "qwen3_vl"))
+def made_as_planned(shop: Workshop, family: str) -> Arguments:
+    asked = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+    return {**_adapted(shop, family, target_modules=["q_proj", "v_proj"]), "lora": asked}
