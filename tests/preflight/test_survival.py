@@ -219,7 +219,7 @@ def test_a_last_part_that_is_shorter_counts_as_what_it_is(tmp_path):
 
 def test_an_adapter_below_every_step_is_named(shop):
     adapter = shop.adapter(FAMILY)
-    edit(adapter / CONFIG, lora_alpha=1e-6)
+    edit(adapter / CONFIG, lora_alpha=1e-9)  # below half a step of the smallest weight that any draw has
     found = preflight(shop.base(FAMILY), adapter).of(7)
     assert [(each.name, each.state) for each in found] == [("merge-changes-nothing", "red")]
     edit(adapter / CONFIG, lora_alpha=0.4)

@@ -147,6 +147,18 @@ def test_the_table_is_made_from_the_records(tmp_path: Path) -> None:
     assert f"- {name_of(lost)}: RuntimeError: no" in text
 
 
+def test_what_is_reserved_beside_an_earlier_model_is_not_judged(tmp_path: Path) -> None:
+    first, second = _small(), _small(tokens=44)
+    predictions = _predictions(tmp_path, first, second)
+    beside = {**_found(second, 1010, 1800), "baseline": 600 * MIB}
+    text = table.render(
+        table.rows_of(predictions, [_measured(tmp_path, predictions, _found(first, 990, 1190), beside)])
+    )
+    assert f"Peak reserved: off by 0.84% on average, 0.84% at worst ({name_of(first)})" in text
+    assert "Not judged (–) is what 1 of them reserved" in text
+    assert f"| {name_of(second)} | 1,000 | 1,010 | -0.99% | 1,200 | 1,800 | – |" in text
+
+
 def test_the_table_goes_between_the_marks_of_a_page_and_is_checked_there(tmp_path: Path) -> None:
     request = _small()
     predictions = _predictions(tmp_path, request)

@@ -38,6 +38,11 @@ class Row:
         """Whether there are figures."""
         return self.found is not None and "allocated" in self.found
 
+    @property
+    def alone(self) -> bool:
+        """Whether nothing of an earlier model lay on the device: around it memory stays reserved."""
+        return self.found is not None and self.found.get("baseline", 0) <= MIB
+
     def error(self, number: str) -> float:
         """How far off the forecast of ``"allocated"`` or ``"reserved"`` is, as a share of what was measured."""
         assert self.found is not None
@@ -88,12 +93,19 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     if not measured:
         return [f"{len(rows)} cases are predicted and none is measured."]
     said = [f"{len(measured)} of {len(rows)} cases are measured."]
-    for number in ("allocated", "reserved"):
-        errors = [abs(row.error(number)) for row in measured]
-        worst = max(measured, key=lambda row: abs(row.error(number)))
+    for number, judged in (("allocated", measured), ("reserved", [row for row in measured if row.alone])):
+        if not judged:
+            continue
+        errors = [abs(row.error(number)) for row in judged]
+        worst = max(judged, key=lambda row: abs(row.error(number)))
         said.append(
             f"Peak {number}: off by {sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at worst "
             f"({worst.entry['name']})."
+        )
+    if beside := sum(not row.alone for row in measured):
+        said.append(
+            f"Not judged (–) is what {beside} of them reserved: part of an earlier model was still on the device. What "
+            "they allocated is without it."
         )
     verdicts = [verdict for row in measured for verdict in row.verdicts()]
     right = sum(forecast == fits for _, forecast, fits, _ in verdicts)
@@ -109,7 +121,8 @@ def _cells(row: Row, cards: Sequence[str]) -> list[str]:
     cells = [row.entry["name"]]
     assert row.found is not None
     for number in ("allocated", "reserved"):
-        cells += [f"{row.entry[number] / MIB:,.0f}", f"{row.found[number] / MIB:,.0f}", f"{row.error(number):+.2%}"]
+        off = f"{row.error(number):+.2%}" if number == "allocated" or row.alone else "–"
+        cells += [f"{row.entry[number] / MIB:,.0f}", f"{row.found[number] / MIB:,.0f}", off]
     known = {card: (forecast, fits, ran) for card, forecast, fits, ran in row.verdicts()}
     return [*cells, *(_verdict(known.get(card)) for card in cards)]
 
