@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from packaging.specifiers import SpecifierSet
@@ -22,7 +24,21 @@ def judged(case: Case, shop: Workshop):
     return preflight(str(arguments.pop("base")), **arguments)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in BROKEN])
+def parameters(cases: Sequence[Case]) -> list[Any]:
+    """Each kind once and without ``--slow`` on one family, another from kind to kind; the rest with it."""
+    families: dict[str, list[Case]] = {}
+    for case in cases:
+        families.setdefault(case.name, []).append(case)
+    found = []
+    for number, group in enumerate(families.values()):
+        found += [
+            pytest.param(case, id=case.id, marks=() if place == number % len(group) else pytest.mark.slow)
+            for place, case in enumerate(group)
+        ]
+    return found
+
+
+@pytest.mark.parametrize("case", parameters(BROKEN))
 def test_what_is_broken_is_named(case, shop):
     report = judged(case, shop)
     red = {finding.name for finding in report.red}
@@ -35,7 +51,7 @@ def test_what_is_broken_is_named(case, shop):
     assert not [finding for finding in report.not_judged if "error of its own" in finding.line]
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.id) for case in HEALTHY])
+@pytest.mark.parametrize("case", parameters(HEALTHY))
 def test_what_is_healthy_raises_no_alarm(case, shop):
     report = judged(case, shop)
     assert not report.red
