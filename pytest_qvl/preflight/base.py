@@ -162,7 +162,7 @@ def _of_folder(folder: Folder, label: str, name: str) -> Base:
 
 def _refuse_foreign(fields: Mapping[str, Any], label: str) -> None:
     kind = fields.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ModelSourceError(
             f"config.json of {neutral(label)} says model_type {neutral(repr(kind), 80)}; "
             f"this package knows {', '.join(FAMILIES)}"

@@ -93,6 +93,9 @@ def test_another_family_and_absurd_sizes_are_refused(shop):
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava\x1b[31m"}))
     with pytest.raises(ModelSourceError, match=r"model_type 'llava\\\\?x1b"):
         preflight(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": {}}))
+    with pytest.raises(ModelSourceError, match="says model_type"):
+        preflight(folder)
     config["text_config"]["num_hidden_layers"] = 10**9
     (folder / "config.json").write_text(json.dumps(config))
     report = preflight(folder)
