@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Fields by which a configuration has modules imported, or data and models loaded, when PEFT attaches the adapter.
 _NOT_FOR_STRANGERS = ("megatron_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "arrow_config")
+_TABLES = ("rank_pattern", "alpha_pattern")
 _MOST_LAYERS = 4096  # of layer_replication, which copies modules
 
 
@@ -54,6 +55,11 @@ class Adapter:
         fields.pop("megatron_core", None)
         fields.pop("runtime_config", None)
         fields.pop("auto_mapping", None)
+        for name in _TABLES:
+            if not isinstance(fields.get(name) or {}, Mapping):
+                raise ModelSourceError(
+                    f"{name} of {self.label} is {neutral(repr(fields[name]), 80)} and no table from names to numbers"
+                )
         replication = fields.get("layer_replication")
         if replication and _copies(replication) > _MOST_LAYERS:
             raise UnsafeFileError(f"layer_replication of {self.label} asks for more than {_MOST_LAYERS:,} layers")

@@ -102,6 +102,16 @@ def test_another_family_and_absurd_sizes_are_refused(shop):
     assert [finding.name for finding in report.red] == ["base-unsafe"]
 
 
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern"])
+def test_a_list_in_place_of_a_table_is_red(shop, name):
+    adapter = shop.adapter("qwen2_5_vl")
+    fields = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**fields, name: ["q_proj"]}))
+    report = preflight(shop.base("qwen2_5_vl"), adapter)
+    assert any(f"{name} of adapter" in finding.line and "no table" in finding.line for finding in report.red)
+    assert not any("error of its own" in finding.line for finding in report.findings)
+
+
 def test_what_a_configuration_asks_to_run_is_not_run(shop):
     folder = shop.copy(shop.base("qwen2_5_vl"))
     (folder / "evil.py").write_text("raise SystemExit('ran')")
