@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -21,8 +22,9 @@ from pytest_qvl.vram.forecast.engine.allocator import (
     round_size,
     segment_size,
 )
+from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor
 from pytest_qvl.vram.forecast.engine.kernels import Device
-from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor, Recorder
+from pytest_qvl.vram.forecast.engine.recorder import Recorder
 from pytest_qvl.vram.forecast.engine.trace import AllocationTrace, replay
 from pytest_qvl.vram.units import MiB
 
@@ -172,12 +174,42 @@ def test_integers_keep_their_values_and_what_is_computed_without_data_is_zero() 
         logits + 1
 
 
+def test_a_remembered_view_begins_where_its_own_argument_does() -> None:
+    recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=7)
+    with recorder:
+        whole = recorder.dataless((4, 6), torch.bfloat16)
+        rows = [whole[0:2].t(), whole[2:4].t()]
+        assert [row.storage_offset() for row in rows] == [0, 12]
+        assert [row.as_strided((2,), (1,), 3).storage_offset() for row in rows] == [3, 3]
+
+
+def test_remembered_calls_tell_integers_from_floats() -> None:
+    recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=7)
+    with recorder:
+        numbers = recorder.dataless((3,), torch.int64)
+        assert [(numbers * factor).dtype for factor in (1, 1.0, 1)] == [torch.int64, torch.float32, torch.int64]
+
+
+def test_a_deep_copy_is_an_allocation_of_its_own_from_when_it_is_placed() -> None:
+    trace = AllocationTrace()
+    recorder = Recorder(trace, HOPPER, vocabulary=7)
+    with recorder:
+        one = recorder.dataless((4, 4), torch.float32)
+        with recorder.off_device():
+            other = deepcopy(one)
+        assert trace.allocations == 1
+        recorder.place(other)
+        assert trace.allocations == 2
+        del one, other
+    assert sorted(number for code, number, _ in trace.events if code == 1) == [0, 1]
+
+
 def test_assigning_data_reaches_the_tensor_without_data() -> None:
     recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=7)
     with recorder:
         parameter = nn.Parameter(recorder.dataless((4, 4), torch.bfloat16))
         parameter.data = parameter.data.float()
-        assert (parameter.dtype, parameter.elem.dtype) == (torch.float32, torch.float32)  # type: ignore[attr-defined]
+        assert (parameter.dtype, parameter.layout_.dtype) == (torch.float32, torch.float32)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

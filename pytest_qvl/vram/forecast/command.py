@@ -53,6 +53,8 @@ def run_forecast(options: argparse.Namespace) -> int:
     try:
         with without_compiler():
             import bitsandbytes  # noqa: F401
+        import peft  # noqa: F401
+        from transformers import AutoModelForImageTextToText  # noqa: F401
         from transformers.utils import logging as transformers_logging
 
         import pytest_qvl.vram.forecast.output.answer

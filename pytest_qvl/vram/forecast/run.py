@@ -85,10 +85,9 @@ class Forecaster:
         points: list[tuple[str, tuple[int, ...]]] = []
 
         def watch(phase: str, live: tuple[int, ...]) -> None:
-            if phase in phases.TRAINING:
-                points.append((phase, live))
+            points.append((phase, live))
 
-        found = replay(trace, watch=watch).phases
+        found = replay(trace, watch=watch, watched=phases.TRAINING).phases
         ready = found.get(phases.PREPARE) or found[phases.LOAD]
         reserved = max(phase.peak_reserved for phase in found.values())
         return Forecast(

@@ -19,7 +19,8 @@ from torch import nn
 
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import keep_quantized_weights_in_place
-from pytest_qvl.vram.forecast.engine.recorder import DatalessTensor, Recorder
+from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor
+from pytest_qvl.vram.forecast.engine.recorder import Recorder
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.request import Checkpoint, Optimizer, Request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from pytest_qvl.vram.forecast.engine.trainers import adapter_in_bfloat16
 from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from pytest_qvl.models.anatomy import Parts
@@ -79,7 +80,7 @@ class DryRun:
             inference: Whether to make the inference pass before the training step.
         """
         trace = self._begin()
-        with self._recorder:
+        with _model_set_aside(), self._recorder:
             if inference:
                 infer(self._parts, request, self.source, self._stage)
             if request.lora_r:
@@ -102,7 +103,7 @@ class DryRun:
             work_of: Given the model's parts and the batches, pieces of work by name.
         """
         trace = self._begin()
-        with self._recorder:
+        with _model_set_aside(), self._recorder:
             with self._recorder.labelled("inputs"):
                 placed = [{name: self._input(tensor) for name, tensor in batch.items()} for batch in batches]
             for name, work in work_of(self._parts, *placed).items():
@@ -123,6 +124,16 @@ class DryRun:
         if tensor.is_floating_point():
             return self._recorder.dataless(tuple(tensor.shape), tensor.dtype)
         return tensor.to("cpu", copy=True)
+
+
+@contextmanager
+def _model_set_aside() -> Iterator[None]:
+    """Garbage is looked for among what is made inside, not in a million objects of models and modules each time."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class DryRunStage:

@@ -7,7 +7,7 @@ Inside a :class:`Recorder` the real model code runs unchanged, on the CPU build 
 - **Everything else is real**: token ids, grids, masks, positions, window indices keep their values, so code
   that looks at values (``.tolist()``, ``.all()``, splitting by lengths) runs as written. An integer that is
   computed from tensors without data (the argmax of fake logits) becomes zeros.
-- Storages are followed with weak references: an allocation is recorded when an operation returns a new
+- Storages are followed: an allocation is recorded when an operation returns a new
   storage, a free when the last tensor, autograd node or Python frame lets go of it, exactly when CUDA memory
   would be released.
 
@@ -26,7 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_qvl.vram.forecast.engine import kernels
-from pytest_qvl.vram.forecast.engine.shapes import ShapeCache
+from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor, Layout, Storage
+from pytest_qvl.vram.forecast.engine.shapes import Call, Plan, Plans, Returned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,34 +44,6 @@ REAL_FLOAT_ELEMENTS = 4096
 REAL_INTEGER_ELEMENTS = 1 << 20
 _META = torch.device("meta")
 _DISCRETE = (torch.int64, torch.int32, torch.bool)
-
-
-class DatalessTensor(torch.Tensor):
-    """A tensor without data; only valid inside the :class:`Recorder` that made it."""
-
-    elem: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @staticmethod
-    def __new__(cls, elem: torch.Tensor) -> DatalessTensor:
-        """A tensor of the shape, strides and dtype of ``elem``, a tensor on ``meta``."""
-        made: Any = torch.Tensor._make_wrapper_subclass(
-            cls,
-            elem.size(),
-            strides=elem.stride(),
-            storage_offset=elem.storage_offset(),
-            dtype=elem.dtype,
-            device=torch.device("cpu"),
-        )
-        made.elem = elem
-        return made  # type: ignore[no-any-return]
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
-        raise RuntimeError(f"{func} was called on a tensor without data outside the recorder that follows it")
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"DatalessTensor({tuple(self.elem.shape)}, {self.elem.dtype})"
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -92,9 +65,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._numbers: dict[int, int] = {}
         self._watches: dict[int, weakref.ref[Any]] = {}
         self._workspaces: dict[tuple[str, bool], int] = {}
-        self._shapes = ShapeCache()
+        self._plans = Plans()
+        # Runs continue a common beginning one after the other; -1 is no run.
+        self._run = 0
+        self._common = 0
         self._functions = _PythonCalls(self)
         self._autocast_questions: list[Any] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping the compiler out of each call takes two frames more
 
     def __enter__(self) -> Recorder:
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -115,6 +95,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self.trace = trace
         self._workspaces.clear()
+        self._run += 1
+        self._common = common
         # Over a copy, and without insisting: a garbage collection at any time takes numbers away by itself.
         for key, number in self._numbers.copy().items():
             if number >= common:
@@ -149,34 +131,47 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def place(self, tensor: torch.Tensor) -> None:
         """``tensor`` was made off the device and is on it from now on."""
-        self._follow(_storage(tensor), self._kind)
+        if isinstance(tensor, DatalessTensor):
+            self._follow_storage(tensor.storage_, self._kind)
+        else:
+            self._follow(tensor.untyped_storage(), self._kind)
 
     def relabel(self, tensor: torch.Tensor, kind: Kind) -> None:
         """``tensor``'s storage counts as ``kind`` from now on."""
-        number = self._numbers.get(_storage(tensor)._cdata)
+        if isinstance(tensor, DatalessTensor):
+            number = tensor.storage_.number if self._is_followed(tensor.storage_) else None
+        else:
+            number = self._numbers.get(tensor.untyped_storage()._cdata)
         if number is not None:
             self.trace.relabel(number, kind)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        dataless: list[DatalessTensor] = []
-        _collect(args, dataless)
-        if kwargs:
-            _collect(kwargs.values(), dataless)
-        if not dataless:
+        if func is aten.detach.default and type(args[0]) is DatalessTensor:  # a third of all calls
+            source = args[0]
+            self._follow_storage(source.storage_, self._kind_of(source.layout_))
+            return DatalessTensor(source.layout_, source.offset, source.storage_)
+        call = Call(args, kwargs)
+        if not call.dataless:
             return self._run_real(func, args, kwargs)
         if func is aten._local_scalar_dense.default:
             raise RuntimeError("the model asked for the value of a tensor without data: a forecast cannot follow it")
-        scratch = kernels.scratch(func, args)
+        return self._run_dataless(func, call)
+
+    def _run_dataless(self, func: Any, call: Call) -> Any:
+        coordinates: list[int] = []
         if func in _INDEXING:
-            indices, scratch = _without_masks(args[1])
-            args = (args[0], indices, *args[2:])
+            indices, coordinates = _without_masks(call.args[1])
+            call = Call((call.args[0], indices, *call.args[2:]), call.kwargs)
+        if "device" in call.kwargs:
+            call = Call(call.args, {**call.kwargs, "device": "meta"})
+        plan = self._plans.find(func, call)
+        scratch = coordinates or (kernels.scratch(func, call.args) if plan is None else plan.scratch)
         held = [self.trace.alloc(size, "activations") for size in scratch]
         self._count_workspace(func)
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": "meta"}
-        out = self._shapes.run(func, _to_meta(args), {name: _to_meta(value) for name, value in kwargs.items()})
-        out = self._wrap(out, dataless, func)
+        if plan is None:
+            plan = self._plans.make(func, call, () if coordinates else tuple(scratch))
+        out = self._returns(func, plan, call.dataless)
         for number in held:
             self.trace.free(number)
         return out
@@ -204,26 +199,55 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._follow(out.untyped_storage(), "inputs" if self._kind == "activations" else self._kind)
         return out
 
-    def _wrap(self, out: Any, dataless: list[DatalessTensor], func: Any) -> Any:
-        if isinstance(out, torch.Tensor):
-            for tensor in dataless:
-                if tensor.elem is out:
-                    return tensor
-            if out.dtype in _DISCRETE and out.numel() <= REAL_INTEGER_ELEMENTS and not func.is_view:
-                return self._keep_real(torch.zeros(out.shape, dtype=out.dtype))
-            return self._adopt(out)
-        if isinstance(out, (list, tuple)):
-            if func in kernels.LAST_RESULT_FIRST:
-                return type(out)(reversed([self._wrap(item, dataless, func) for item in reversed(out)]))
-            return type(out)(self._wrap(item, dataless, func) for item in out)
-        return out
+    def _returns(self, func: Any, plan: Plan, dataless: list[DatalessTensor]) -> Any:
+        if plan.container is None:
+            return self._return(func, plan.results[0], dataless)
+        if func in kernels.LAST_RESULT_FIRST:
+            made = [self._return(func, item, dataless) for item in reversed(plan.results)]
+            return plan.container(reversed(made))
+        return plan.container([self._return(func, item, dataless) for item in plan.results])
+
+    def _return(self, func: Any, result: Any, dataless: list[DatalessTensor]) -> Any:
+        if type(result) is not Returned:
+            return result
+        if result.argument >= 0:
+            return dataless[result.argument]
+        layout, offset = result.layout, result.offset
+        if layout.dtype in _DISCRETE and layout.size.numel() <= REAL_INTEGER_ELEMENTS and not func.is_view:
+            return self._keep_real(torch.zeros(layout.size, dtype=layout.dtype))
+        if result.viewed >= 0:
+            source = dataless[result.viewed]
+            storage, offset = source.storage_, offset + source.offset
+        else:
+            storage = Storage(result.nbytes)
+        self._follow_storage(storage, self._kind_of(layout))
+        return DatalessTensor(layout, offset, storage)
+
+    def _kind_of(self, layout: Layout) -> Kind:
+        if self._kind == "activations" and len(layout.size) > 1 and layout.size[-1] == self.vocabulary:
+            return "logits"
+        return self._kind
 
     def _adopt(self, elem: torch.Tensor) -> DatalessTensor:
-        kind = self._kind
-        if kind == "activations" and elem.dim() > 1 and elem.shape[-1] == self.vocabulary:
-            kind = "logits"
-        self._follow(elem.untyped_storage(), kind)
-        return DatalessTensor(elem)
+        """A tensor without data like ``elem``, which is on ``meta`` and has a storage of its own."""
+        layout, storage = Layout.of(elem), Storage(elem.untyped_storage().nbytes())
+        self._follow_storage(storage, self._kind_of(layout))
+        return DatalessTensor(layout, int(elem.storage_offset()), storage)
+
+    def _follow_storage(self, storage: Storage, kind: Kind) -> None:
+        if storage.run == self._run or not self._counting or storage.nbytes == 0 or self._is_followed(storage):
+            return
+        storage.number = self.trace.alloc(storage.nbytes, kind)
+        storage.run = self._run
+        storage.released = self._storage_released
+
+    def _is_followed(self, storage: Storage) -> bool:
+        """Whether it is on the trace: followed in this run or in the beginning that all have in common."""
+        return storage.run == self._run or 0 <= storage.number < self._common
+
+    def _storage_released(self, storage: Storage) -> None:
+        if self._is_followed(storage):
+            self.trace.free(storage.number)
 
     def _follow(self, storage: Any, kind: Kind) -> None:
         key = storage._cdata
@@ -275,15 +299,16 @@ class _PythonCalls(TorchFunctionMode):
         self._device = recorder.device
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
-            return kernels.attention(self._device, *args, **(kwargs or {}))
+            return kernels.attention(self._device, *args, **kwargs)
         if func is torch.nn.functional.dropout:
-            return kernels.dropout(*args, **(kwargs or {}))
+            return kernels.dropout(*args, **kwargs)
         if func is torch.nn.functional.layer_norm and torch.is_autocast_enabled("cpu"):
-            args, kwargs = kernels.in_float32(args, kwargs or {})
-        out = func(*args, **(kwargs or {}))
+            args, kwargs = kernels.in_float32(args, kwargs)
+        out = func(*args, **kwargs)
         if func == _SET_DATA and isinstance(args[0], DatalessTensor):
-            args[0].elem = args[1].elem
+            args[0].layout_, args[0].offset, args[0].storage_ = args[1].layout_, args[1].offset, args[1].storage_
         return out
 
 
@@ -303,32 +328,10 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
-def _storage(tensor: torch.Tensor) -> Any:
-    return (tensor.elem if isinstance(tensor, DatalessTensor) else tensor).untyped_storage()
-
-
-def _collect(values: Any, into: list[DatalessTensor]) -> None:
-    for value in values:
-        if isinstance(value, DatalessTensor):
-            into.append(value)
-        elif isinstance(value, (list, tuple)):
-            _collect(value, into)
-
-
 def _has_tensor(values: Any) -> bool:
     return any(
         isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and _has_tensor(value)) for value in values
     )
-
-
-def _to_meta(value: Any) -> Any:
-    if type(value) is DatalessTensor:
-        return value.elem
-    if isinstance(value, (list, tuple)):
-        return [_to_meta(item) for item in value]
-    if isinstance(value, torch.Tensor):
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
-    return value
 
 
 def _without_masks(indices: Any) -> tuple[list[Any], list[int]]:

@@ -7,7 +7,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -38,6 +38,8 @@ KINDS: tuple[Kind, ...] = (
 _INDEX = {kind: index for index, kind in enumerate(KINDS)}
 
 _ALLOC, _FREE, _RELABEL, _PHASE, _EMPTY_CACHE = range(5)
+# What a peak can come with: a phase begins with what the one before left.
+_RAISES = (_ALLOC, _PHASE)
 
 
 class AllocationTrace:
@@ -196,7 +198,13 @@ class Replay:
 Watcher = Callable[[str, tuple[int, ...]], None]
 
 
-def replay(trace: AllocationTrace, *, limit: int | None = None, watch: Watcher | None = None) -> Replay:
+def replay(
+    trace: AllocationTrace,
+    *,
+    limit: int | None = None,
+    watch: Watcher | None = None,
+    watched: Collection[str] | None = None,
+) -> Replay:
     """Run ``trace`` through a caching allocator.
 
     Args:
@@ -204,33 +212,36 @@ def replay(trace: AllocationTrace, *, limit: int | None = None, watch: Watcher |
         limit: Bytes the process may reserve.
         watch: Called after every event that changed the live bytes, with the phase's name and the live bytes
             by kind (in the order of :data:`KINDS`).
+        watched: Phases whose events it is called for; by default every one.
     """
     allocator = CachingAllocator(limit)
     addresses: list[int] = []
+    sizes: list[int] = []
     kinds: list[int] = []
     live = [0] * len(KINDS)
     phases: dict[str, PhaseBytes] = {}
+    # What was live at the highest point of each phase.
+    highest: dict[str, tuple[int, ...]] = {}
     now, own_name = PhaseBytes(""), ""
+    failure: Failure | None = None
     for code, value, kind in trace.events:
         if code == _ALLOC:
             try:
                 address = allocator.malloc(value)
             except CardFullError as error:
-                return Replay(phases, Failure(own_name, error.requested))
+                failure = Failure(own_name, error.requested)
+                break
+            size = allocator.block_size(address)
             addresses.append(address)
+            sizes.append(size)
             kinds.append(kind)
-            live[kind] += allocator.block_size(address)
-            if allocator.allocated > now.peak_allocated:
-                now.peak_allocated = allocator.allocated
-                now.by_kind = dict(zip(KINDS, live, strict=True))
-            now.peak_reserved = max(now.peak_reserved, allocator.reserved)
+            live[kind] += size
         elif code == _FREE:
-            live[kinds[value]] -= allocator.block_size(addresses[value])
+            live[kinds[value]] -= sizes[value]
             allocator.free(addresses[value])
         elif code == _RELABEL:
-            size = allocator.block_size(addresses[value])
-            live[kinds[value]] -= size
-            live[kind] += size
+            live[kinds[value]] -= sizes[value]
+            live[kind] += sizes[value]
             kinds[value] = kind
         elif code == _EMPTY_CACHE:
             allocator.empty_cache()
@@ -238,11 +249,14 @@ def replay(trace: AllocationTrace, *, limit: int | None = None, watch: Watcher |
             name = trace.phases[value]
             own_name = trace.phases[kind - 1] if kind else name
             now = phases.setdefault(name, PhaseBytes(name, start_allocated=allocator.allocated))
+        if code in _RAISES:
             if allocator.allocated > now.peak_allocated:
                 now.peak_allocated = allocator.allocated
-                now.by_kind = dict(zip(KINDS, live, strict=True))
+                highest[now.name] = tuple(live)
             now.peak_reserved = max(now.peak_reserved, allocator.reserved)
         now.end_allocated = allocator.allocated
-        if watch is not None and code != _EMPTY_CACHE:
+        if watch is not None and code != _EMPTY_CACHE and (watched is None or now.name in watched):
             watch(now.name, tuple(live))
-    return Replay(phases)
+    for name, phase in phases.items():
+        phase.by_kind = dict(zip(KINDS, highest[name], strict=True))
+    return Replay(phases, failure)
