@@ -17,7 +17,6 @@ differs on CUDA (attention kernels, scratch memory inside kernels, what autocast
 
 from __future__ import annotations
 
-import weakref
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_qvl.vram.forecast.engine import kernels
 from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor, Layout, Storage
+from pytest_qvl.vram.forecast.engine.following import Following
 from pytest_qvl.vram.forecast.engine.shapes import Call, Plan, Plans, Returned
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from pytest_qvl.vram.forecast.engine.trace import AllocationTrace, Kind
 
@@ -61,14 +61,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.device = device
         self.vocabulary = vocabulary
         self._kind: Kind = "activations"
-        self._counting = True
-        self._numbers: dict[int, int] = {}
-        self._watches: dict[int, weakref.ref[Any]] = {}
+        self._following = Following(trace)
         self._workspaces: dict[tuple[str, bool], int] = {}
         self._plans = Plans()
-        # Runs continue a common beginning one after the other; -1 is no run.
-        self._run = 0
-        self._common = 0
         self._functions = _PythonCalls(self)
         self._autocast_questions: list[Any] = []
 
@@ -95,13 +90,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """
         self.trace = trace
         self._workspaces.clear()
-        self._run += 1
-        self._common = common
-        # Over a copy, and without insisting: a garbage collection at any time takes numbers away by itself.
-        for key, number in self._numbers.copy().items():
-            if number >= common:
-                self._numbers.pop(key, None)
-                self._watches.pop(key, None)
+        self._following.continue_on(trace, common)
 
     @contextmanager
     def labelled(self, kind: Kind) -> Iterator[None]:
@@ -115,11 +104,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @contextmanager
     def off_device(self) -> Iterator[None]:
         """Allocations inside are not device memory of the caching allocator (paged optimizer states)."""
-        before, self._counting = self._counting, False
+        following = self._following
+        before, following.counting = following.counting, False
         try:
             yield
         finally:
-            self._counting = before
+            following.counting = before
 
     def for_recomputation(self) -> tuple[Any, Any]:
         """The ``context_fn`` of a checkpoint: torch switches function modes off during backward."""
@@ -132,16 +122,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def place(self, tensor: torch.Tensor) -> None:
         """``tensor`` was made off the device and is on it from now on."""
         if isinstance(tensor, DatalessTensor):
-            self._follow_storage(tensor.storage_, self._kind)
+            self._following.follow(tensor.storage_, self._kind)
         else:
-            self._follow(tensor.untyped_storage(), self._kind)
+            self._following.follow_real(tensor.untyped_storage(), self._kind)
 
     def relabel(self, tensor: torch.Tensor, kind: Kind) -> None:
         """``tensor``'s storage counts as ``kind`` from now on."""
-        if isinstance(tensor, DatalessTensor):
-            number = tensor.storage_.number if self._is_followed(tensor.storage_) else None
-        else:
-            number = self._numbers.get(tensor.untyped_storage()._cdata)
+        number = self._following.number_of(tensor)
         if number is not None:
             self.trace.relabel(number, kind)
 
@@ -149,7 +136,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if func is aten.detach.default and type(args[0]) is DatalessTensor:  # a third of all calls
             source = args[0]
-            self._follow_storage(source.storage_, self._kind_of(source.layout_))
+            self._following.follow(source.storage_, self._kind_of(source.layout_))
             return DatalessTensor(source.layout_, source.offset, source.storage_)
         call = Call(args, kwargs)
         if not call.dataless:
@@ -196,7 +183,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return out
         if out.is_floating_point() and _large(out):
             return self._adopt(torch.empty_strided(out.size(), out.stride(), dtype=out.dtype, device="meta"))
-        self._follow(out.untyped_storage(), "inputs" if self._kind == "activations" else self._kind)
+        self._following.follow_real(out.untyped_storage(), "inputs" if self._kind == "activations" else self._kind)
         return out
 
     def _returns(self, func: Any, plan: Plan, dataless: list[DatalessTensor]) -> Any:
@@ -220,7 +207,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage, offset = source.storage_, offset + source.offset
         else:
             storage = Storage(result.nbytes)
-        self._follow_storage(storage, self._kind_of(layout))
+        self._following.follow(storage, self._kind_of(layout))
         return DatalessTensor(layout, offset, storage)
 
     def _kind_of(self, layout: Layout) -> Kind:
@@ -231,40 +218,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _adopt(self, elem: torch.Tensor) -> DatalessTensor:
         """A tensor without data like ``elem``, which is on ``meta`` and has a storage of its own."""
         layout, storage = Layout.of(elem), Storage(elem.untyped_storage().nbytes())
-        self._follow_storage(storage, self._kind_of(layout))
+        self._following.follow(storage, self._kind_of(layout))
         return DatalessTensor(layout, int(elem.storage_offset()), storage)
-
-    def _follow_storage(self, storage: Storage, kind: Kind) -> None:
-        if storage.run == self._run or not self._counting or storage.nbytes == 0 or self._is_followed(storage):
-            return
-        storage.number = self.trace.alloc(storage.nbytes, kind)
-        storage.run = self._run
-        storage.released = self._storage_released
-
-    def _is_followed(self, storage: Storage) -> bool:
-        """Whether it is on the trace: followed in this run or in the beginning that all have in common."""
-        return storage.run == self._run or 0 <= storage.number < self._common
-
-    def _storage_released(self, storage: Storage) -> None:
-        if self._is_followed(storage):
-            self.trace.free(storage.number)
-
-    def _follow(self, storage: Any, kind: Kind) -> None:
-        key = storage._cdata
-        if key in self._numbers or not self._counting:
-            return
-        size = storage.nbytes()
-        if size == 0:
-            return
-        self._numbers[key] = self.trace.alloc(size, kind)
-        self._watches[key] = weakref.ref(storage, self._release(key))
-
-    def _release(self, key: int) -> Callable[[Any], None]:
-        def released(_: Any) -> None:
-            del self._watches[key]
-            self.trace.free(self._numbers.pop(key))
-
-        return released
 
     def keep_workspaces(self) -> None:
         """From here on every library workspace is allocated, as after the first step of a training."""
