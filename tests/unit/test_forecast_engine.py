@@ -190,6 +190,14 @@ def test_remembered_calls_tell_integers_from_floats() -> None:
         assert [(numbers * factor).dtype for factor in (1, 1.0, 1)] == [torch.int64, torch.float32, torch.int64]
 
 
+def test_remembered_calls_tell_tensors_with_data_from_those_without() -> None:
+    recorder = Recorder(AllocationTrace(), HOPPER, vocabulary=7)
+    with recorder:
+        one, other = (recorder.dataless((3,), torch.float32) for _ in range(2))
+        assert one.add_(other) is one
+        assert torch.ones(3).add_(other) is not other
+
+
 def test_a_deep_copy_is_an_allocation_of_its_own_from_when_it_is_placed() -> None:
     trace = AllocationTrace()
     recorder = Recorder(trace, HOPPER, vocabulary=7)

@@ -84,7 +84,8 @@ class Call:
                 key.append(len(value))
                 self._read(value)
             elif isinstance(value, torch.Tensor):
-                key.append(Layout.of(value))
+                # One with data is never what a plan returns or views.
+                key += ("data", Layout.of(value))
             elif isinstance(value, (list, tuple)):
                 key.append(len(value))
                 self._read(value)
