@@ -144,6 +144,7 @@ def train(model: Any, processor: Any, samples: list[Sample], steps: int, rate: f
 LESSONS = scenes(seed=5, per_skill=2, skills=SKILLS)
 
 
+@pytest.mark.slow
 def test_an_adapter_trained_on_right_answers(fresh_model: Any, processor: Any, reference: Reference) -> None:
     """Sure of itself over blank pictures too, which is no damage: all answers are right and follow the picture."""
     model = train(fresh_model(lora=True), processor, LESSONS, 12, 2e-3)
@@ -299,6 +300,7 @@ def test_other_samples_are_refused(base: Any, processor: Any, reference: Referen
         alignment(base, processor, scenes(seed=12, per_skill=1), reference)
 
 
+@pytest.mark.slow
 def test_model_is_left_as_it_was(lightly_trained: Any, processor: Any, reference: Reference) -> None:
     lightly_trained.train()
     alignment(lightly_trained, processor, SAMPLES, reference, max_new_tokens=SHORT)

@@ -77,6 +77,7 @@ def test_a_model_that_fits_shows_every_phase_and_the_room() -> None:
     assert any("has no bfloat16, so it computes in float16" in note for note in evidence.notes)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_says_where_by_how_much_and_what_does() -> None:
     t4 = card("t4")
     small = replace(t4, title="Small", usable_bytes=t4.context_bytes + 150 * MiB)
@@ -310,9 +311,9 @@ def test_four_bit_weights_take_what_arithmetic_says(size: str, gib: float, lora:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"trainer": "loop", "kbit_upcast": True},
+        pytest.param({"trainer": "loop", "kbit_upcast": True}, marks=pytest.mark.slow),
         {"trainer": "hf", "accumulation": 2, "samples": (Sample(((56, 56),), 12), Sample(((56, 84), (56, 56)), 20))},
-        {"trainer": "trl"},
+        pytest.param({"trainer": "trl"}, marks=pytest.mark.slow),
     ],
 )
 def test_what_is_measured_goes_through_the_phases_that_are_forecast(tiny_dir: Path, changes: dict[str, Any]) -> None:

@@ -78,6 +78,7 @@ def test_compiling_is_no_part_of_the_seconds_but_of_the_peak(fresh_model: Any, b
     assert not any(compiling)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_what_compiles_at_every_call_is_told(fresh_model: Any, batches: Any, compiler: Any) -> None:
     model = fresh_model(quantized=False, dtype="float32", lora=True)
@@ -94,6 +95,7 @@ def test_what_compiles_at_every_call_is_told(fresh_model: Any, batches: Any, com
     assert len(phases) == 2 + 3 * (1 + MOST_REPEATS)
 
 
+@pytest.mark.slow
 def test_loading_is_that_of_the_model_which_is_there_now() -> None:
     card = ScriptedAllocator()
     meter = Meter(card)

@@ -215,6 +215,7 @@ def test_failures_are_counted_over_processes(pytester, run_both, arguments, fail
     assert result.ret == pytest.ExitCode.TESTS_FAILED
 
 
+@pytest.mark.slow
 def test_last_failed_keywords_and_stepwise(pytester, run_both):
     pytester.makepyfile(FAILS)
     run_both().assert_outcomes(failed=3, passed=3)

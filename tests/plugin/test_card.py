@@ -159,6 +159,7 @@ def test_a_dtype_that_the_card_lacks_is_refused_where_the_card_is_simulated(gpu,
 SUITE = ("--pyargs", "pytest_qvl.suite", "-k", "forecast_fits_card", "-rs")
 
 
+@pytest.mark.slow
 def test_the_suite_forecasts_for_the_card_on_the_cpu(pytester, run_real):
     result = run_real(*SUITE, dtype="auto")
     result.assert_outcomes(skipped=1)

@@ -134,6 +134,7 @@ def test_a_regular_expression_without_end_is_stopped(shop, monkeypatch):
     assert "unsafe" in {finding.name for finding in report.of(2)}
 
 
+@pytest.mark.slow
 def test_a_card_is_judged_by_the_forecast():
     assert [f.name for f in preflight(EMBEDDED, card="t4").of(8)] == ["fits"]
     assert [f.state for f in preflight(EMBEDDED).of(8)] == ["not judged"]

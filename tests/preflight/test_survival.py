@@ -167,7 +167,7 @@ def test_a_merge_into_four_bits_of_the_embedded_model_is_predicted(shop, embedde
         hold(found.losses["nf4-after-bf16"], after - before[name], update)
 
 
-@pytest.mark.parametrize("strength", [4e-4, 3e-3], ids=["faint", "strong"])
+@pytest.mark.parametrize("strength", [4e-4, pytest.param(3e-3, marks=pytest.mark.slow)], ids=["faint", "strong"])
 def test_a_true_size_layer_is_predicted_from_a_sample_of_its_rows(tmp_path, strength):
     """The query projection of 7B, written and read; rows of B differ in size, as in trained ones."""
     from safetensors.torch import save_file

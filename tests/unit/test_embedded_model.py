@@ -141,6 +141,7 @@ def test_it_answers_held_out_scenes(model: Any, processor: Any, probes: list[Sam
     assert min(right.values()) >= PER_SKILL - 1, right
 
 
+@pytest.mark.slow
 def test_without_rows_and_columns_it_no_longer_knows_places(model: Any, processor: Any, probes: list[Sample]) -> None:
     """The model needs M-RoPE: with plain counting it finds no place, yet still answers text.
 

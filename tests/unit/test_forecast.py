@@ -135,6 +135,7 @@ def _small(**changes: Any) -> Forecast:
     return forecast(**{"model": EMBEDDED, "image": (224, 224), "tokens": 40, "lora_r": 8, **changes})
 
 
+@pytest.mark.slow
 def test_what_takes_more_memory_is_forecast_to_take_more() -> None:
     request = Request(model=EMBEDDED, image=(112, 112), tokens=40, lora_r=8, trainer="loop")
     forecaster, request = make_forecaster(request, None, None)
@@ -153,6 +154,7 @@ def test_what_takes_more_memory_is_forecast_to_take_more() -> None:
             assert training(**other) > base
 
 
+@pytest.mark.slow
 def test_optimizers_differ_by_their_states() -> None:
     """r = 1024 makes adapters large enough that bitsandbytes pages all of them (100,000 values and more)."""
     found = {

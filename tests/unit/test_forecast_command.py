@@ -82,6 +82,7 @@ def test_the_largest_that_fits_is_confirmed_and_the_next_refused(dimension: Any)
         assert found.forecast.visual_tokens > request_tokens
 
 
+@pytest.mark.slow
 def test_a_card_that_holds_every_image_is_said_to() -> None:
     """The processor of the released models shrinks images to 16,384 tokens; this folder's to far fewer."""
     forecaster, request = make_forecaster(Request(model=EMBEDDED, image=(112, 112), tokens=40), "h200", None)
@@ -152,6 +153,7 @@ def test_the_command_prints_phases_and_the_verdict(capsys: pytest.CaptureFixture
         assert expected in text
 
 
+@pytest.mark.slow
 def test_the_command_fails_when_it_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["forecast", "--model", "qwen2.5-vl-7b", "--card", "rtx3060-12gb", "--image", "112x112"]
     assert main([*command, "--tokens", "800", "--kbit-upcast", "--largest", "none", "--no-changes"]) == 1

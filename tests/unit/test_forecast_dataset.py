@@ -154,6 +154,7 @@ def test_quantiles_are_values_of_rows_and_small_datasets_make_small_batches() ->
     assert [len(batch.rows) for batch in found.batches(8)] == [4, 4, 4]
 
 
+@pytest.mark.slow
 def test_the_command_forecasts_the_worst_batch_beside_the_usual_ones(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,9 +75,9 @@ def base(request: Request) -> Any:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"accumulation": 2},
+        pytest.param({"accumulation": 2}, marks=pytest.mark.slow),
         {"gradient_checkpointing": True, "samples": (Sample(((112, 112),), 60), Sample(((56, 56), (56, 84)), 30))},
-        {"precision": "bf16-pure"},
+        pytest.param({"precision": "bf16-pure"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -107,6 +107,7 @@ def test_own_storages_are_not_named(card, watch):
     assert "no tensor that Python knows holds it" in left(watch, own=frozenset({mine}))
 
 
+@pytest.mark.slow
 def test_the_session_is_compared_with_what_was_before_the_first_model(card, watch):
     card.take(70 * MiB, "somebody else's")
     watch.begin()
@@ -135,6 +136,7 @@ def test_a_broken_device_is_no_leak(card, watch):
     assert left(watch) == ""
 
 
+@pytest.mark.slow
 def test_survivors_are_named_by_what_keeps_them(monkeypatch):
     torch = pytest.importorskip("torch")
     module = ModuleType("keeps_it")  # made now: the garbage collector does not show what was there when tests began

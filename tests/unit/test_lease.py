@@ -340,6 +340,7 @@ def test_one_of_this_run_that_is_about_to_sign_is_waited_for(folder):
     take(folder, environ=dict(run), patience=0, clock=clock, sleep=clock.sleep).release()
 
 
+@pytest.mark.slow
 def test_what_strangers_write_is_shown_harmlessly(folder):
     with take(folder):
         note = {"pid": 1, "command": "x\x1b[31m\n", "since": 0, "session": "", "token": ""}

@@ -91,6 +91,7 @@ def test_loading_is_charged_to_itself_and_the_session_alone(card, meter):
     assert numbers(meter.session().usage)[0] == 900
 
 
+@pytest.mark.slow
 def test_numbers_do_not_depend_on_what_ran_before(card, meter):
     def small():
         with meter.phase("small") as phase:

@@ -81,6 +81,7 @@ def test_a_prediction_has_the_peak_of_the_steps_and_a_verdict_for_each_card() ->
     assert all(verdict["fits"] for verdict in entry["verdicts"].values())
 
 
+@pytest.mark.slow
 def test_the_real_trainer_runs_cases_one_after_the_other_on_one_model(tmp_path: Path) -> None:
     """The first case fails and is recorded; the third would fail if the second left adapter, hooks or checkpointing."""
     saving = {"modules_to_save": ("lm_head",), "lora_dropout": 0.1, "evaluation": 2}
