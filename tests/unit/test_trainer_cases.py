@@ -178,6 +178,14 @@ def test_the_table_goes_between_the_marks_of_a_page_and_is_checked_there(tmp_pat
     assert "| +1.01% |" in page.read_text()
 
 
+def test_the_committed_page_has_the_table_of_the_committed_records() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    records = sorted((docs / "records").glob("h200-forecast-trainer-measured-*.json"))
+    assert records
+    command = [docs / "records" / "forecast-trainer-predictions.json", *records, "--write", docs / "forecast.md"]
+    assert table.main([*map(str, command), "--check"]) == 0
+
+
 def test_a_case_measured_twice_is_refused(tmp_path: Path) -> None:
     request = _small()
     predictions = _predictions(tmp_path, request)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SEARCH_TARGET = 0.95
 SEARCH_STEPS = 4
 # Visual tokens of a whole batch beyond which the search for the largest batch does not go: a forecast's time grows with
-# them (some 20 s here), and cards that hold more are not the ones people ask about.
+# them, and cards that hold more are not the ones people ask about.
 SEARCH_VISUAL_TOKENS = 16384
 
 

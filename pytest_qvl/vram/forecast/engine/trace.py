@@ -1,8 +1,7 @@
 """What happened to device memory, in order: allocations, frees, phases. And its replay through the allocator.
 
 Recording and replaying are apart on purpose: one recorded run answers "how much at the peak?", "how much is
-reserved?" and "does it fit into so many bytes?" by three replays of some 10 ms, without running the model
-again.
+reserved?" and "does it fit into so many bytes?" by replays, without running the model again.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("file", type=Path, metavar="FILE.json")
     parser.add_argument("--only", default="", metavar="REGEX", help="forecast these cases again, keep the others")
     parser.add_argument("--resume", action="store_true", help="keep what the file has, forecast what it lacks")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes, of some 0.6 GiB each")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
     options = parser.parse_args(arguments)
     requests = {name_of(request): request for request in cases()}
     wanted = [request for name, request in requests.items() if re.search(options.only, name)]
