@@ -10,7 +10,7 @@ from typing import Any
 
 from pytest_qvl.preflight.files.folder import UnsafeFileError
 
-PATIENCE_S = 20.0  # a healthy 7B model and adapter take two or three
+PATIENCE_S = 20.0  # the slowest step that is timed, PEFT on a 7B model, takes about one
 
 
 @contextmanager
