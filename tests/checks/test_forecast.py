@@ -37,15 +37,15 @@ from pytest_qvl.vram.forecast.source import find_source, find_weights_source
 from pytest_qvl.vram.forecast.validation.agreement import Comparison
 from pytest_qvl.vram.forecast.validation.measured import measure
 from pytest_qvl.vram.forecast.validation.predictions import (
+    PACKAGES,
     Case,
-    as_plain,
     differences,
     other_versions,
     predict,
     read_predictions,
-    versions,
 )
 from pytest_qvl.vram.forecast.validation.predictions import main as compare
+from pytest_qvl.vram.forecast.validation.records import as_plain, versions
 from pytest_qvl.vram.meter import Meter
 from pytest_qvl.vram.units import GiB, MiB
 from pytest_qvl.vram.usage import Usage
@@ -258,14 +258,14 @@ def test_a_committed_prediction_is_still_what_is_forecast(monkeypatch: pytest.Mo
 def test_other_versions_are_named(tmp_path: Path) -> None:
     data = {**json.loads(PREDICTIONS.read_text(encoding="utf-8")), "cases": []}
     data["versions"] = {
-        **versions(),
+        **versions(*PACKAGES),
         "pytest-qvl": "9",
         "peft": "0.1",
         "torch": f"{torch.__version__.partition('+')[0]}+x",
     }
     file = tmp_path / "predictions.json"
     file.write_text(json.dumps(data), encoding="utf-8")
-    assert other_versions(file) == [f"peft 0.1, here {versions()['peft']}"]
+    assert other_versions(file) == [f"peft 0.1, here {versions('peft')['peft']}"]
 
 
 def test_where_forecasts_differ_is_said() -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Request, phases
+from pytest_qvl.vram.forecast.validation.records import digest, read_record, request_of, write_record
 from pytest_qvl.vram.forecast.validation.trainers import measure, predict, table
-from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, cases, name_of, refused
-from pytest_qvl.vram.forecast.validation.trainers.records import MEASURED, PREDICTED, digest, read_record, write_record
+from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, MEASURED, PREDICTED, cases, name_of, refused
 
 EMBEDDED = str(embedded_model_dir())
 MIB = 1 << 20
@@ -73,7 +73,7 @@ def test_cases_cover_what_people_vary_and_have_names_of_their_own() -> None:
 def test_a_prediction_has_the_peak_of_the_steps_and_a_verdict_for_each_card() -> None:
     request = _small()
     entry = predict.predict(request)
-    assert measure.request_of(entry) == request
+    assert request_of(entry) == request
     steps = {name: phase for name, phase in entry["phases"].items() if name in predict.STEPS}
     assert entry["allocated"] == steps[entry["peak_phase"]]["allocated"] == max(p["allocated"] for p in steps.values())
     assert entry["reserved"] == max(phase["reserved"] for phase in steps.values())
@@ -117,7 +117,7 @@ def test_shards_share_all_cases_and_keep_those_of_a_model_together() -> None:
     assert sorted(names) == sorted(entry["name"] for entry in entries)
     assert max(map(len, shards)) - min(map(len, shards)) <= len(entries) // 4
     for shard in shards:
-        kinds = [measure.kind_of(measure.request_of(entry)) for entry in shard]
+        kinds = [measure.kind_of(request_of(entry)) for entry in shard]
         assert len(set(kinds)) == 1 + sum(a != b for a, b in pairwise(kinds))
 
 

@@ -8,16 +8,22 @@ with ``--compare`` it says where forecasts have changed since. ``tests/gpu/test_
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.request import Request, Sample
+from pytest_qvl.vram.forecast.request import Request
+from pytest_qvl.vram.forecast.validation.records import (
+    as_plain,
+    peaks,
+    read_record,
+    request_of,
+    versions,
+    write_record,
+)
 from pytest_qvl.vram.units import GiB
 
 if TYPE_CHECKING:
@@ -37,8 +43,6 @@ CAP = "t4"
 # What a phase of the forecast and of a measurement do not share: the first training step, of which the forecast makes
 # the update only.
 NOT_COMPARED = (phases.STATES,)
-# Fields of a request that JSON gives back as lists.
-_TUPLES = {"image", "capability", "lora_targets", "modules_to_save"}
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,8 @@ class Case:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Case:
-        """The case of one entry of the file; what entries of earlier releases do not name was a loop."""
-        fields = {"trainer": "loop", **data["request"]}
-        for name in _TUPLES & fields.keys():
-            fields[name] = as_tuples(fields[name])
-        fields["samples"] = tuple(Sample(as_tuples(s["images"]), s["tokens"]) for s in fields.get("samples", ()))
-        return cls(Request(**fields), data["card"])
+        """The case of one entry of the file."""
+        return cls(request_of(data), data["card"])
 
 
 def cases() -> list[Case]:
@@ -114,9 +114,7 @@ def predict(case: Case, forecaster: Forecaster) -> dict[str, Any]:
         "visual_tokens": found.visual_tokens,
         "sequence": found.sequence,
         "resident": found.resident,
-        "phases": {
-            phase.name: {"allocated": phase.peak_allocated, "reserved": phase.peak_reserved} for phase in found.phases
-        },
+        "phases": peaks(found.phases),
         "verdict": verdict
         and {
             "available": verdict.available,
@@ -145,36 +143,19 @@ def predictions() -> Iterator[dict[str, Any]]:
         yield as_plain(predict(case, built[1]))
 
 
-def as_tuples(value: Any) -> Any:
-    """``value`` with every list in it as a tuple."""
-    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
-
-
-def as_plain(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry as a file gives it back: lists in place of tuples."""
-    plain: dict[str, Any] = json.loads(json.dumps(entry))
-    return plain
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that a forecast depends on, as installed."""
-    return {name: version(name) for name in PACKAGES}
-
-
 def other_versions(path: Path) -> list[str]:
     """The packages that a file was made with in another version than is installed, each as a few words.
 
     Without this package, and without the build of torch (``+cpu``), which decide nothing.
     """
-    made_with, here = read_file(path)["versions"], versions()
+    made_with, here = read_record(path, SCHEMA)["versions"], versions(*PACKAGES)
     pairs = [(name, *(str(v.get(name)).partition("+")[0] for v in (made_with, here))) for name in PACKAGES[1:]]
     return [f"{name} {before}, here {now}" for name, before, now in pairs if before != now]
 
 
 def write_predictions(path: Path) -> None:
     """Predict every case and write the file."""
-    data = {"schema": SCHEMA, "versions": versions(), "cases": list(predictions())}
-    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_record(path, {"schema": SCHEMA, "versions": versions(*PACKAGES), "cases": list(predictions())})
 
 
 def differences(committed: dict[str, Any], found: dict[str, Any]) -> list[str]:
@@ -208,26 +189,14 @@ def compare_predictions(path: Path) -> int:
     return 1 if lines else 0
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    """The file with its versions.
-
-    Raises:
-        ValueError: The file is of another schema.
-    """
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if data.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {data.get('schema')!r}; this reads {SCHEMA}")
-    return data
-
-
 def read_predictions(path: Path) -> list[dict[str, Any]]:
     """The entries of the file, their requests with every field of today's.
 
     Raises:
-        ValueError: The file is of another schema.
+        ValueError: The file is no JSON, or of another schema.
     """
-    entries: list[dict[str, Any]] = read_file(path)["cases"]
-    return [{**entry, "request": as_plain(asdict(Case.from_dict(entry).request))} for entry in entries]
+    entries: list[dict[str, Any]] = read_record(path, SCHEMA)["cases"]
+    return [{**entry, "request": as_plain(asdict(request_of(entry)))} for entry in entries]
 
 
 def main(arguments: list[str]) -> int:

@@ -7,6 +7,9 @@ from typing import Any
 
 from pytest_qvl.vram.forecast.request import Request, Sample
 
+# The schemas of the two files: what was predicted, and what was measured.
+PREDICTED = "pytest-qvl/forecast-trainer-predictions/1"
+MEASURED = "pytest-qvl/forecast-trainer-measured/1"
 # Caps under which "fits" is judged. The allocator of the measuring GPU gets what the card would leave it; kernels stay
 # those of the measuring GPU.
 CARDS = ("t4", "l4", "a100-40gb")

@@ -20,14 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.vram.forecast.validation.trainers.records import (
-    MEASURED,
-    PREDICTED,
-    digest,
-    read_record,
-    versions,
-    write_record,
-)
+from pytest_qvl.vram.forecast.validation.records import digest, read_record, request_of, versions, write_record
+from pytest_qvl.vram.forecast.validation.trainers.cases import MEASURED, PREDICTED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -200,13 +194,6 @@ class Bench:
 def kind_of(request: Request) -> tuple[str, str, bool]:
     """What requests must share for one model to serve them."""
     return request.model, request.compute_dtype, request.kbit_upcast
-
-
-def request_of(entry: dict[str, Any]) -> Request:
-    """The request of one entry of the predictions."""
-    from pytest_qvl.vram.forecast.validation.predictions import Case
-
-    return Case.from_dict({"card": None, **entry}).request
 
 
 def in_shard(entries: Sequence[dict[str, Any]], shard: tuple[int, int]) -> list[dict[str, Any]]:

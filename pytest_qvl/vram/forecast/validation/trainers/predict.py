@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -17,8 +16,8 @@ from typing import Any
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.request import Request
-from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, cases, name_of, refused
-from pytest_qvl.vram.forecast.validation.trainers.records import PREDICTED, read_record, versions, write_record
+from pytest_qvl.vram.forecast.validation.records import as_plain, peaks, read_record, versions, write_record
+from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, PREDICTED, cases, name_of, refused
 
 PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 # What a trainer's run is compared by: everything from its first step on.
@@ -45,9 +44,7 @@ def predict(request: Request) -> dict[str, Any]:
         "allocated": highest.peak_allocated,
         "reserved": max(phase.peak_reserved for phase in steps),
         "peak_phase": highest.name,
-        "phases": {
-            phase.name: {"allocated": phase.peak_allocated, "reserved": phase.peak_reserved} for phase in found.phases
-        },
+        "phases": peaks(found.phases),
         "verdicts": {
             name: {
                 "available": verdict.available,
@@ -58,8 +55,7 @@ def predict(request: Request) -> dict[str, Any]:
             for name, verdict in verdicts.items()
         },
     }
-    plain: dict[str, Any] = json.loads(json.dumps(entry))
-    return plain
+    return as_plain(entry)
 
 
 def main(arguments: list[str]) -> int:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.vram.forecast.validation.trainers.records import MEASURED, PREDICTED, digest, read_record
+from pytest_qvl.vram.forecast.validation.records import digest, read_record
+from pytest_qvl.vram.forecast.validation.trainers.cases import MEASURED, PREDICTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
