@@ -18,20 +18,21 @@ To add a question:
    :mod:`~pytest_qvl.preflight.files.headers`. Texts of a finding are made harmless when it is made; names in the middle
    of long sentences are cut by :func:`~pytest_qvl.preflight.findings.neutral` or listed by ``some``.
 4. ``name`` of a finding is what tests and machines go by: a few words with hyphens that stay from release to release.
-5. Broken and healthy folders for it go to ``tests/preflight/corpus`` (see its docstring).
+5. Broken and healthy folders for it go to ``tests/preflight/preflight_corpus`` (see its docstring).
 
 Importing this package is cheap: torch comes with the first preflight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.preflight.findings import Finding, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Sequence
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.models.policy import AdapterPolicy
@@ -74,18 +75,24 @@ def preflight(
         ValueError: Invalid input: an unknown name, card or runtime, a base of another family, a hub without answer.
     """
     from pytest_qvl.preflight.run import run_preflight
+    from pytest_qvl.preflight.subject import Asked
 
-    return run_preflight(
-        base,
-        adapter,
-        merged=merged,
-        runtime=runtime,
-        skip=skip,
-        lora=lora,
-        processor=processor,
-        card=card,
-        policy=policy,
+    asked = Asked(
+        str(base),
+        _path(adapter),
+        _path(merged),
+        runtime,
+        None if skip is None else tuple(skip),
+        lora if isinstance(lora, Mapping) else _path(lora),
+        _path(processor),
+        card,
+        policy,
     )
+    return run_preflight(asked)
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)
 
 
 def require_green(

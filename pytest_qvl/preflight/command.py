@@ -55,9 +55,9 @@ def run_preflight_command(options: argparse.Namespace) -> int:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     try:
         from pytest_qvl.models.policy import AdapterPolicy
-        from pytest_qvl.preflight.run import run_preflight
+        from pytest_qvl.preflight import preflight
 
-        report = run_preflight(
+        report = preflight(
             options.base,
             options.adapter,
             merged=options.merged,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import Evidence, Judge
-from pytest_qvl.preflight.run import run_preflight
+from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.skip_rules import DEFAULT
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ def judge_by_files(
     """See :func:`pytest_qvl.preflight.require_green`."""
     skip = getattr(quantization_config, "llm_int8_skip_modules", None)
     lora = None if adapter is not None or lora_config is None else lora_config.to_dict()
-    return verdict(
-        run_preflight(model, adapter, lora=lora, skip=list(DEFAULT if skip is None else skip), policy=policy)
-    )
+    return verdict(preflight(model, adapter, lora=lora, skip=list(DEFAULT if skip is None else skip), policy=policy))
 
 
 def verdict(report: Report) -> Evidence:

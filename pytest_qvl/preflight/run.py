@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.model_source import ModelSourceError
@@ -14,11 +12,8 @@ from pytest_qvl.preflight.base import Base, find_base, quiet
 from pytest_qvl.preflight.files.folder import UnsafeFileError
 from pytest_qvl.preflight.findings import Finding, Report, neutral
 from pytest_qvl.preflight.questions import QUESTIONS, Question
-from pytest_qvl.preflight.subject import RUNTIMES, Asked, Runtime, Subject
+from pytest_qvl.preflight.subject import RUNTIMES, Asked, Subject
 from pytest_qvl.releases import STACK, installed
-
-if TYPE_CHECKING:
-    from pytest_qvl.models.policy import AdapterPolicy
 
 _FILES = 0
 _HARM = "what it holds could do harm to whoever loads it"
@@ -29,31 +24,9 @@ _FIX_UNSAFE = (
 _FIX_BROKEN = "download or save it again"
 
 
-def run_preflight(
-    base: str | Path,
-    adapter: str | Path | None = None,
-    *,
-    merged: str | Path | None = None,
-    runtime: Runtime = "transformers",
-    skip: Sequence[str] | None = None,
-    lora: str | Path | Mapping[str, Any] | None = None,
-    processor: str | Path | None = None,
-    card: str | None = None,
-    policy: AdapterPolicy | None = None,
-) -> Report:
+def run_preflight(asked: Asked) -> Report:
     """See :func:`pytest_qvl.preflight.preflight`."""
     begun = time.perf_counter()
-    asked = Asked(
-        str(base),
-        _path(adapter),
-        _path(merged),
-        runtime,
-        None if skip is None else tuple(skip),
-        lora if lora is None or isinstance(lora, Mapping) else Path(lora),
-        _path(processor),
-        card,
-        policy,
-    )
     _check(asked)
     findings, subject = _read(asked)
     if subject is not None:
@@ -68,10 +41,6 @@ def run_preflight(
         {name: version for name in STACK[:4] if (version := installed(name))},
         time.perf_counter() - begun,
     )
-
-
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
 
 
 def _check(asked: Asked) -> None:
@@ -105,7 +74,7 @@ def _read(asked: Asked) -> tuple[list[Finding], Subject | None]:
     try:
         base = find_base(asked.base)
     except UnsafeFileError as error:
-        return [_refused("base", error)], None
+        return [_refused(_FILES, error, "base")], None
     findings = [_readable_base(base)]
     adapter: Adapter | None = None
     try:
@@ -115,7 +84,7 @@ def _read(asked: Asked) -> tuple[list[Finding], Subject | None]:
     except ModelSourceError as error:
         if asked.adapter is None or not asked.adapter.expanduser().is_dir():
             raise
-        findings.append(_refused("adapter", error))
+        findings.append(_refused(_FILES, error, "adapter"))
     plan = None if asked.lora is None else planned_adapter(asked.lora)
     return findings, Subject(asked, base, plan if asked.adapter is None else adapter, plan)
 
@@ -134,13 +103,15 @@ def _readable_adapter(adapter: Adapter) -> Finding:
     return Finding(_FILES, "adapter-files", "green", line)
 
 
-def _refused(what: str, error: ModelSourceError) -> Finding:
+def _refused(question: int, error: ModelSourceError, what: str = "") -> Finding:
+    """A file that was not read; `what` names the artefact where it is not judged at all."""
     unsafe = isinstance(error, UnsafeFileError)
+    kind = "unsafe" if unsafe else "unreadable"
     return Finding(
-        _FILES,
-        f"{what}-{'unsafe' if unsafe else 'unreadable'}",
+        question,
+        f"{what}-{kind}" if what else kind,
         "red",
-        f"the {what} is not read: {error}",
+        f"the {what} is not read: {error}" if what else str(error),
         cause=_HARM if unsafe else _BROKEN,
         fix=_FIX_UNSAFE if unsafe else _FIX_BROKEN,
     )
@@ -152,10 +123,8 @@ def _answers(question: Question, subject: Subject) -> Iterator[Finding]:
         yield from question.answer(subject)
     except CannotJudge as reason:
         yield Finding(question.number, "not-judged", "not judged", str(reason))
-    except UnsafeFileError as error:
-        yield _of(question, error, "unsafe", _HARM, _FIX_UNSAFE)
     except ModelSourceError as error:
-        yield _of(question, error, "unreadable", _BROKEN, _FIX_BROKEN)
+        yield _refused(question.number, error)
     except Exception as error:  # a defect of this package, or of a library that a broken file has led astray
         yield Finding(
             question.number,
@@ -163,7 +132,3 @@ def _answers(question: Question, subject: Subject) -> Iterator[Finding]:
             "not judged",
             f"this question met an error of its own: {type(error).__name__}: {neutral(error, 300)}",
         )
-
-
-def _of(question: Question, error: Exception, name: str, cause: str, fix: str) -> Finding:
-    return Finding(question.number, name, "red", str(error), cause=cause, fix=fix)
