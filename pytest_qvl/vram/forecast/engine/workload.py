@@ -136,7 +136,7 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     parts.wrapped.train()
 
     def draw() -> dict[str, Any]:
-        return _with_labels(model_inputs(parts, request, source, stage), request)
+        return with_labels(model_inputs(parts, request, source, stage), request)
 
     step = Steps(trainer, draw)
     trained = [p for p in parts.wrapped.parameters() if p.requires_grad]
@@ -166,7 +166,7 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
         parts.core.rope_deltas = None
 
 
-def _with_labels(batch: dict[str, Any], request: Request) -> dict[str, Any]:
+def with_labels(batch: dict[str, Any], request: Request) -> dict[str, Any]:
     """A batch whose every token is to be learnt, but padding."""
     batch["labels"] = labels = batch["input_ids"].clone()
     if request.samples:
@@ -176,7 +176,7 @@ def _with_labels(batch: dict[str, Any], request: Request) -> dict[str, Any]:
 
 def _evaluate(trainer: Loop, request: Request, source: Source) -> None:
     """The loss of a batch as ``Trainer.evaluate`` computes it without ``compute_metrics``, which would keep logits."""
-    batch = _with_labels(model_inputs(trainer.parts, request, source, trainer.stage), request)
+    batch = with_labels(model_inputs(trainer.parts, request, source, trainer.stage), request)
     trainer.enter = lambda _: None
     with torch.no_grad():
         trainer.loss(batch)

@@ -92,14 +92,21 @@ def measure(request: Request, meter: Meter, device: str = "cuda", *, inference: 
     return Measurement(tuple(stage.usages))
 
 
+def frozen_base(request: Request, source: Source, device: str) -> Any:
+    """The quantized base model that ``request`` names, with random weights, none of them trainable."""
+    dtype = getattr(torch, request.compute_dtype)
+    model = build_synthetic(source.config, usual_quantization(dtype), device, dtype)
+    keep_quantized_weights_in_place(model)
+    model.requires_grad_(False)
+    return model
+
+
 def _run(request: Request, stage: MeterStage, *, inference: bool) -> None:
     from peft import get_peft_model, prepare_model_for_kbit_training
 
-    source, dtype = find_source(request.model), getattr(torch, request.compute_dtype)
+    source = find_source(request.model)
     stage.begin()
-    model = build_synthetic(source.config, usual_quantization(dtype), stage.device, dtype)
-    keep_quantized_weights_in_place(model)
-    model.requires_grad_(False)
+    model = frozen_base(request, source, stage.device)
     if request.kbit_upcast:
         stage.phase(phases.PREPARE)
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)

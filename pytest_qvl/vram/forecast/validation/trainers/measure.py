@@ -38,9 +38,15 @@ CUDA_BROKEN = 3
 
 @dataclass
 class _Built:
-    """A model that serves several cases."""
+    """A model that serves several cases.
 
-    kind: tuple[str, str, bool]
+    Attributes:
+        base: The model, without an adapter.
+        source: Its configuration.
+        baseline: Bytes allocated before it was built: what a model that was dropped before has left.
+        resident: Bytes allocated once it was built, the baseline included.
+    """
+
     base: Any
     source: Any
     baseline: int
@@ -48,7 +54,7 @@ class _Built:
 
 
 class Bench:
-    """Measures cases one after the other; a model is built once for all cases of its kind that follow each other.
+    """Measures cases of one kind one after the other, on one model as long as none leaves anything behind.
 
     Args:
         device: ``"cuda"``, or ``"cpu"`` to see that the cases run.
@@ -133,28 +139,21 @@ class Bench:
         return {"ran": True, "fits": fits, "reserved": run.get("reserved"), "error": run.get("error")}
 
     def _model(self, request: Request) -> _Built:
-        import torch
-
-        from pytest_qvl.models.quantized import keep_quantized_weights_in_place, usual_quantization
-        from pytest_qvl.models.sources.synthetic import build_synthetic
         from pytest_qvl.vram.forecast.source import find_source
+        from pytest_qvl.vram.forecast.validation.measured import frozen_base
 
-        kind = kind_of(request)
-        if self._built is not None and self._built.kind == kind:
+        if self._built is not None:
             return self._built
-        self._drop()
-        source, dtype = find_source(request.model), getattr(torch, request.compute_dtype)
-        baseline = self._allocated()
-        base = build_synthetic(source.config, usual_quantization(dtype), self._device, dtype)
-        keep_quantized_weights_in_place(base)
-        base.requires_grad_(False)
+        self._settle()  # whoever dropped a model before held it until its training returned
+        source, baseline = find_source(request.model), self._allocated()
+        base = frozen_base(request, source, self._device)
         base.is_loaded_in_4bit = True  # as from_pretrained says; SFTTrainer asks
         if request.kbit_upcast:
             from peft import prepare_model_for_kbit_training
 
             prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
         self._settle()
-        self._built = _Built(kind, base, source, baseline, self._allocated())
+        self._built = _Built(base, source, baseline, self._allocated())
         return self._built
 
     def _after(self, error: BaseException | None) -> dict[str, Any]:
@@ -169,12 +168,8 @@ class Bench:
         left = self._allocated() - self._built.resident
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
         if abs(left) > LEFT or (error is not None and not out_of_memory):
-            self._drop()
+            self._built = None
         return {"left_behind": left} if abs(left) > LEFT else {}
-
-    def _drop(self) -> None:
-        self._built = None
-        self._settle()
 
     def _settle(self) -> None:
         """Without garbage, library workspaces and cached memory."""
@@ -196,16 +191,21 @@ def kind_of(request: Request) -> tuple[str, str, bool]:
     return request.model, request.compute_dtype, request.kbit_upcast
 
 
+def by_kind(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The entries that one model can serve together, kinds in the order of their first entry."""
+    kinds: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for entry in entries:
+        kinds.setdefault(kind_of(request_of(entry)), []).append(entry)
+    return list(kinds.values())
+
+
 def in_shard(entries: Sequence[dict[str, Any]], shard: tuple[int, int]) -> list[dict[str, Any]]:
     """The entries of one shard of several, those of one model together.
 
     Models go to the shard that has least to do, largest first; a model with more than its share is split.
     """
-    kinds: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
-    for entry in entries:
-        kinds.setdefault(kind_of(request_of(entry)), []).append(entry)
     share = max(1, -(-len(entries) // shard[1]))
-    pieces = [group[i : i + share] for group in kinds.values() for i in range(0, len(group), share)]
+    pieces = [group[i : i + share] for group in by_kind(entries) for i in range(0, len(group), share)]
     shards: list[list[dict[str, Any]]] = [[] for _ in range(shard[1])]
     for piece in sorted(pieces, key=len, reverse=True):
         min(shards, key=len).extend(piece)
@@ -272,9 +272,8 @@ def main(arguments: list[str]) -> int:
     record = _begin(options.record, digest(options.predictions), options.device)
     done = {e["name"] for e in record["cases"] if e["status"] != "failed" or not options.again}
     left = [entry for entry in wanted if entry["name"] not in done]
-    for kind in dict.fromkeys(kind_of(request_of(entry)) for entry in left):
+    for of_kind in by_kind(left):
         # A process for each: libraries keep parts of the last model (its embedding), and memory stays reserved around.
-        of_kind = [entry for entry in left if kind_of(request_of(entry)) == kind]
         child = get_context("spawn").Process(target=_measure, args=(of_kind, record, options))
         child.start()
         child.join()

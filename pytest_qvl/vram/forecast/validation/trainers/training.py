@@ -14,7 +14,7 @@ from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.build import asked_lora
-from pytest_qvl.vram.forecast.engine.workload import model_inputs
+from pytest_qvl.vram.forecast.engine.workload import model_inputs, with_labels
 from pytest_qvl.vram.forecast.validation.measured import FIRST_STEPS
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.vram.forecast.request import Request
     from pytest_qvl.vram.forecast.source import Source
-
-IGNORED_LABEL = -100
 
 
 class Peaks:
@@ -213,10 +211,7 @@ def _collator(model: Any, request: Request, source: Source) -> Any:
     parts = anatomy(model)
 
     def collate(rows: Any) -> dict[str, Any]:
-        batch = model_inputs(parts, request.of_batch(len(rows)), source, OnHost())  # type: ignore[arg-type]
-        labels = batch["input_ids"].clone()
-        batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
-        return batch
+        return with_labels(model_inputs(parts, request.of_batch(len(rows)), source, OnHost()), request)  # type: ignore[arg-type]
 
     return collate
 
