@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.vram.cap import compute_dtype as dtype_for
 from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.forecast.options import OPEN, said_by, with_samples
-from pytest_qvl.vram.forecast.request import Request
+from pytest_qvl.vram.forecast.request import DTYPE_OF, Request
 from pytest_qvl.vram.forecast.trainer_settings import from_lora, from_trainer
 
 if TYPE_CHECKING:
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.vram.cards import Card
 
-_PRECISION_OF = {"bfloat16": "bf16", "float16": "fp16"}
-_DTYPE_OF = {precision: dtype for dtype, precision in _PRECISION_OF.items()}
+_PRECISION_OF: dict[str, str] = {dtype: precision for precision, dtype in DTYPE_OF.items()}
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def ask(options: argparse.Namespace) -> Asked:
     if options.dataset is not None and {"image", "images"} & said.keys():
         raise ValueError("--image and --images beside --dataset: its images have sizes of their own")
     fields |= said
-    compute_dtype = options.compute_dtype or _DTYPE_OF.get(fields.get("precision", "").removesuffix("-pure"))
+    compute_dtype = options.compute_dtype or DTYPE_OF.get(fields.get("precision", "").removesuffix("-pure"))
     if fields.get("precision") == "pure":
         dtype = compute_dtype or ("bfloat16" if card is None else dtype_for(card))
         fields["precision"] = f"{_PRECISION_OF[dtype]}-pure"
@@ -88,6 +87,6 @@ def _assumed(request: Request, fields: dict[str, Any], card: Card | None) -> tup
 
 def _precision(request: Request, card: Card | None) -> str:
     """What a trainer or a loop does when nobody says."""
-    if request.trainer == "loop":
-        return "bf16-pure" if card is None or card.bf16 else "fp16"
-    return "bf16" if card is None or card.bf16 else "fp16"
+    if card is not None and not card.bf16:
+        return "fp16"
+    return "bf16-pure" if request.trainer == "loop" else "bf16"

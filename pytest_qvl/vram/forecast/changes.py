@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.units import GiB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -152,7 +153,7 @@ def render_changes(changes: list[Change]) -> str:
     for change in changes:
         verdict = change.forecast.verdict
         assert verdict is not None
-        spare = (verdict.available - verdict.reserved) / 2**30
+        spare = (verdict.available - verdict.reserved) / GiB
         fits = f"{spare:.2f} GiB to spare" if spare >= 0 else "just"
-        lines.append(f"  {change.options}: {change.forecast.peak_reserved / 2**30:.2f} GiB, {fits} ({change.cost})")
+        lines.append(f"  {change.options}: {change.forecast.peak_reserved / GiB:.2f} GiB, {fits} ({change.cost})")
     return "\n".join(lines)

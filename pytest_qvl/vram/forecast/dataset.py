@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.vram.forecast.request import Sample
+from pytest_qvl.vram.forecast.request import Request, Sample
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +138,7 @@ def read_dataset(where: Path, source: Source, model: str, tokens: int | None) ->
     """
     if where.is_dir():
         files = sorted(file for file in where.rglob("*") if file.suffix.lower() in IMAGE_FILES)
-        text = 256 if tokens is None else tokens
+        text = Request.tokens if tokens is None else tokens
         rows = [_row(str(file.relative_to(where)), [file], text, source.sizes) for file in files]
     elif where.is_file():
         count = None if tokens is not None else _Counter(model, where)

@@ -38,7 +38,8 @@ _NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
         "trainer='trl', whose own fused head it follows",
     ),
 )
-_PRECISION_DTYPE: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
+# What autocast of a precision computes in.
+DTYPE_OF: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Request:
     def autocast_dtype(self) -> Dtype | None:
         """The dtype that the training forward is autocast to; ``None`` without autocast."""
         if self.precision is not None:
-            return None if self._is_pure else _PRECISION_DTYPE[self.precision]
+            return None if self._is_pure else DTYPE_OF[self.precision]
         usual = self.trainer != "loop" or self.kbit_upcast or self.compute_dtype == "float16"
         return self.compute_dtype if (usual if self.autocast is None else self.autocast) else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pytest_qvl.vram.forecast.request import Request, Sample
+from pytest_qvl.vram.forecast.request import DTYPE_OF, Request, Sample
 
 # The schemas of the two files: what was predicted, and what was measured.
 PREDICTED = "pytest-qvl/forecast-trainer-predictions/1"
@@ -83,7 +83,6 @@ _OTHERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen2.5-vl-7b", {"trainer": "trl", "evaluation": 2, "batch": 2}),
     ("qwen3-vl-4b", {"lora_targets": "all-linear", "optimizer": "adamw_torch"}),
 )
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def cases() -> list[Request]:
@@ -127,7 +126,7 @@ def _alike(row: Row) -> dict[str, Any]:
         "model": model,
         "trainer": trainer,
         "precision": precision,
-        "compute_dtype": _DTYPES[precision],
+        "compute_dtype": DTYPE_OF[precision],
         "lora_r": rank,
         "optimizer": optimizer,
         "accumulation": accumulation,

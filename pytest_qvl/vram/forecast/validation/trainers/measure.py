@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.vram.forecast.validation.records import digest, read_record, request_of, versions, write_record
 from pytest_qvl.vram.forecast.validation.trainers.cases import MEASURED, PREDICTED
+from pytest_qvl.vram.units import MiB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "acce
 # Nearer than this to the edge of a card, by the forecast, the training is run under the card's cap.
 EDGE = 0.15
 # What may stay allocated after a case: more means that it left something behind, and the model is built anew.
-LEFT = 1 << 20
+LEFT = MiB
 CUDA_BROKEN = 3
 
 
@@ -326,7 +327,7 @@ def _line(entry: dict[str, Any], found: dict[str, Any]) -> str:
         return f"{entry['name']}: {found['status']} ({said}), {found['seconds']} s"
     parts = []
     for key in ("allocated", "reserved"):
-        forecast, measured = entry[key] / 2**20, found[key] / 2**20
+        forecast, measured = entry[key] / MiB, found[key] / MiB
         parts.append(f"{key} {forecast:,.0f} forecast, {measured:,.0f} measured ({forecast / measured - 1:+.2%})")
     caps = ", ".join(
         f"{card} {'fits' if cap['fits'] else 'does not fit' if cap['fits'] is False else 'unknown'}"

@@ -18,6 +18,7 @@ from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.request import Request
 from pytest_qvl.vram.forecast.validation.records import as_plain, peaks, read_record, versions, write_record
 from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, PREDICTED, cases, name_of, refused
+from pytest_qvl.vram.units import MiB
 
 PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
 # What a trainer's run is compared by: everything from its first step on.
@@ -84,7 +85,7 @@ def main(arguments: list[str]) -> int:
             entries[entry["name"]] = entry
             kept = [entries[name] for name in requests if name in entries]
             write_record(options.file, {"schema": PREDICTED, "versions": versions(*PACKAGES), "cases": kept})
-            print(f"{len(kept)}/{len(requests)} {entry['name']}: {entry['allocated'] / 2**20:,.0f} MiB", flush=True)
+            print(f"{len(kept)}/{len(requests)} {entry['name']}: {entry['allocated'] / MiB:,.0f} MiB", flush=True)
     print("\n".join(failed), end="\n" if failed else "")
     return int(bool(failed))
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.vram.forecast.validation.records import digest, read_record
 from pytest_qvl.vram.forecast.validation.trainers.cases import MEASURED, PREDICTED
+from pytest_qvl.vram.units import MiB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MIB = 1 << 20
 BEGIN = "<!-- real trainers: made by pytest_qvl.vram.forecast.validation.trainers.table -->"
 END = "<!-- real trainers: end -->"
 
@@ -42,7 +42,7 @@ class Row:
     @property
     def alone(self) -> bool:
         """Whether nothing of an earlier model lay on the device: around it memory stays reserved."""
-        return self.found is not None and self.found.get("baseline", 0) <= MIB
+        return self.found is not None and self.found.get("baseline", 0) <= MiB
 
     def error(self, number: str) -> float:
         """How far off the forecast of ``"allocated"`` or ``"reserved"`` is, as a share of what was measured."""
@@ -123,7 +123,7 @@ def _cells(row: Row, cards: Sequence[str]) -> list[str]:
     assert row.found is not None
     for number in ("allocated", "reserved"):
         off = f"{row.error(number):+.2%}" if number == "allocated" or row.alone else "–"
-        cells += [f"{row.entry[number] / MIB:,.0f}", f"{row.found[number] / MIB:,.0f}", off]
+        cells += [f"{row.entry[number] / MiB:,.0f}", f"{row.found[number] / MiB:,.0f}", off]
     known = {card: (forecast, fits, ran) for card, forecast, fits, ran in row.verdicts()}
     return [*cells, *(_verdict(known.get(card)) for card in cards)]
 
