@@ -60,15 +60,12 @@ def load(subject: Subject) -> Loaded:
     assert adapter is not None
     model = subject.adapted
     wanted = _wanted(model)
-    keys = {text: naming.parse(text) for text in adapter.tensors}
-    modules = {name for name, _ in subject.parts.base.named_modules() if name}
-    by_tail = naming.tails(modules)
-    found = {text: naming.place(key, modules, by_tail) for text, key in keys.items()}
+    placed = subject.placed
     missing, unexpected, error = _real_load(subject, model, adapter)
     return Loaded(
-        keys,
-        {text: place for text, (place, _) in found.items()},
-        {text: layout for text, (_, layout) in found.items()},
+        {text: each.key for text, each in placed.items()},
+        {text: each.module for text, each in placed.items()},
+        {text: each.layout for text, each in placed.items()},
         {text: tensor.shape for text, tensor in adapter.tensors.items()},
         wanted,
         frozenset(wanted) if error else frozenset(map(_part, missing)),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from pytest_qvl.models.sources.loading import in_todays_layout
 
@@ -107,6 +108,27 @@ def place(key: Key, modules: Collection[str], by_tail: dict[str, str]) -> tuple[
     if vllm in modules:
         return vllm, "vllm"
     return (by_tail[key.tail], "other") if key.tail in by_tail else ("", "")
+
+
+class Placed(NamedTuple):
+    """What a key means in a model.
+
+    Attributes:
+        key: The key.
+        module: The module that it means; ``""`` for none of this model.
+        layout: The layout of its name, of :data:`LAYOUTS`.
+    """
+
+    key: Key
+    module: str
+    layout: str
+
+
+def place_all(texts: Iterable[str], modules: Collection[str]) -> dict[str, Placed]:
+    """Every key by its text, with the module of the model that it means."""
+    by_tail = tails(modules)
+    keys = {text: parse(text) for text in texts}
+    return {text: Placed(key, *place(key, modules, by_tail)) for text, key in keys.items()}
 
 
 def from_vllm(name: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.models.quantized import KEEP_16BIT
+from pytest_qvl.preflight import naming
 from pytest_qvl.preflight.adapter import Adapter, attach
 from pytest_qvl.preflight.base import Base
 from pytest_qvl.preflight.timing import patience
@@ -100,6 +103,13 @@ class Subject:
             return attach(parts, self.lora)
 
     @cached_property
+    def placed(self) -> dict[str, naming.Placed]:
+        """Every key of the adapter's file, with the module that it means."""
+        assert self.adapter is not None
+        modules = {name for name, _ in self.parts.base.named_modules() if name}
+        return naming.place_all(self.adapter.tensors, modules)
+
+    @cached_property
     def updates(self) -> Updates:
         """What the adapter's tensors mean, by their headers.
 
@@ -127,6 +137,11 @@ class Subject:
         from pytest_qvl.preflight.survey import survey
 
         return survey(self)
+
+    def by_group(self, names: Iterable[str]) -> str:
+        """How many of some modules or tensors belong to each part of the model, in words."""
+        counts = Counter(map(self.parts.group_of, names))
+        return ", ".join(f"{group} {counts[group]}" for group in GROUPS if counts[group])
 
     @property
     def skip(self) -> tuple[tuple[str, ...] | None, str]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.lora_request import patterned
 from pytest_qvl.oracles.lora import scaling_of
-from pytest_qvl.preflight import naming
 from pytest_qvl.preflight.files.values import FLOATS, read_whole
 from pytest_qvl.preflight.timing import patience
 
@@ -142,15 +141,12 @@ def find_updates(subject: Subject) -> Updates:
     """
     adapter = subject.adapter
     assert adapter is not None
-    modules = {name for name, _ in subject.parts.base.named_modules() if name}
-    by_tail = naming.tails(modules)
     halves: dict[str, dict[str, Tensor]] = {}
     copies: dict[str, Tensor] = {}
     token_rows: dict[str, Tensor] = {}
     beyond: dict[str, str] = {}
-    for text, tensor in adapter.tensors.items():
-        key = naming.parse(text)
-        module, _ = naming.place(key, modules, by_tail)
+    for text, (key, module, _) in subject.placed.items():
+        tensor = adapter.tensors[text]
         if not module:
             beyond[text] = "it names no module of this model"
         elif tensor.dtype not in FLOATS:

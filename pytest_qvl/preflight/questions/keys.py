@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.models.sources.base_names import other_base
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.findings import Finding, neutral
@@ -47,14 +45,13 @@ def answer(subject: Subject) -> Iterator[Finding]:
 
 def _lands(subject: Subject, loaded: Loaded) -> Finding:
     modules = {name for name, _ in loaded.wanted}
-    counts = Counter(subject.parts.group_of(name) for name in modules)
-    said = ", ".join(f"{group} {counts[group]}" for group in GROUPS if counts[group])
     layouts = {layout for layout in loaded.layouts.values() if layout}
     return Finding(
         NUMBER,
         "keys",
         "green",
-        f"all {len(loaded.keys)} keys of the file land, on {len(modules)} modules ({said}), and none of them lacks one",
+        f"all {len(loaded.keys)} keys of the file land, on {len(modules)} modules ({subject.by_group(modules)}), and "
+        "none of them lacks one",
         keeps_green=pytest_line(subject),
         notes=(f"the file has names of before Transformers 4.52: {_OLD_NAMES}",) if "old" in layouts else (),
     )

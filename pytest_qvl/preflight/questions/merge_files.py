@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight import naming
 from pytest_qvl.preflight.base import Base
@@ -83,8 +81,7 @@ class Case:
 
     def group(self, names: Sequence[str]) -> str:
         """How many of some tensors belong to each part of the model, in words."""
-        counts = Counter(self.subject.parts.group_of(name) for name in names)
-        return ", ".join(f"{group} {counts[group]}" for group in GROUPS if counts[group])
+        return self.subject.by_group(names)
 
     def red(self, name: str, line: str, *, cause: str, fix: str = AGAIN) -> Finding:
         """A red finding."""
@@ -175,7 +172,7 @@ def _is_lost(case: Case, trained: object) -> bool:
 
 def touched(subject: Subject) -> Mapping[str, str]:
     """The base's tensors that the adapter adds to, and the module of each."""
-    return {weight_name(subject, module): module for module in subject.updates.pairs if weight_name(subject, module)}
+    return {name: module for module in subject.updates.pairs if (name := weight_name(subject, module))}
 
 
 # What the adapter does not add to
