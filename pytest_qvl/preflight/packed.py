@@ -15,9 +15,10 @@ from pytest_qvl.preflight.files.folder import UnsafeFileError
 from pytest_qvl.preflight.files.headers import Tensor
 from pytest_qvl.preflight.findings import neutral
 
-_STATE = ".quant_state.bitsandbytes__"
-_STATISTICS = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map)$")
-_STATE_LIMIT = 4096  # bytes; real ones have some 170
+STATE = ".quant_state.bitsandbytes__"
+STATE_LIMIT = 4096  # bytes; real ones have some 170
+STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_STATISTIC = re.compile(rf"\.weight\.({'|'.join(STATISTICS)})$")
 CODES = {"quant_map": 16, "nested_quant_map": 256}
 
 
@@ -95,23 +96,18 @@ def packed_weights(tensors: Mapping[str, Tensor]) -> dict[str, Packed]:
     """
     found = {}
     for name, tensor in tensors.items():
-        weight, mark, kind = name.partition(_STATE)
+        weight, mark, kind = name.partition(STATE)
         if mark:
-            parts = {part: tensors[f"{weight}.{part}"] for part in _parts_of(weight, tensors)}
+            parts = {part: tensors[f"{weight}.{part}"] for part in STATISTICS if f"{weight}.{part}" in tensors}
             module = in_todays_layout(weight).removesuffix(".weight")
             found[module] = Packed(module, kind, tensors.get(weight), parts, _read(tensor))
     return found
 
 
-def _parts_of(weight: str, tensors: Mapping[str, Tensor]) -> list[str]:
-    names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    return [part for part in names if f"{weight}.{part}" in tensors]
-
-
 def without_state(tensors: Mapping[str, Tensor]) -> list[str]:
     """Modules whose weight has statistics of 4 bits beside it, or is packed, and no state."""
-    states = {name.partition(_STATE)[0] for name in tensors if _STATE in name}
-    weights = {f"{name[: found.start()]}.weight" for name in tensors if (found := _STATISTICS.search(name))}
+    states = {name.partition(STATE)[0] for name in tensors if STATE in name}
+    weights = {f"{name[: found.start()]}.weight" for name in tensors if (found := _STATISTIC.search(name))}
     weights |= {
         name for name, t in tensors.items() if name.endswith(".weight") and t.dtype == "U8" and t.shape[1:] == (1,)
     }
@@ -119,7 +115,7 @@ def without_state(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _read(tensor: Tensor) -> dict[str, Any]:
-    if tensor.nbytes > _STATE_LIMIT:
+    if tensor.nbytes > STATE_LIMIT:
         raise UnsafeFileError(f"{neutral(tensor.name, 200)} has {tensor.nbytes:,} bytes; it is not read")
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.begin)

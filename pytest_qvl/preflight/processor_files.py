@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from pytest_qvl.models.sources.processors import IMAGE_SETTINGS_FILES
 from pytest_qvl.preflight.files.folder import Folder
 
-IMAGE_FILES = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
 _SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token")
 
@@ -27,7 +27,7 @@ class ProcessorFiles:
     @cached_property
     def image(self) -> dict[str, Any] | None:
         """Settings of the image processor; ``None`` if the folder has none."""
-        for name in IMAGE_FILES:
+        for name in IMAGE_SETTINGS_FILES:
             found = self.folder.optional_json(name)
             if found is not None:
                 inner = found.get("image_processor")
@@ -39,7 +39,7 @@ class ProcessorFiles:
     @cached_property
     def processor_class(self) -> str:
         """Name of the processor's class; empty if no file says."""
-        for name in IMAGE_FILES:
+        for name in IMAGE_SETTINGS_FILES:
             found = (self.folder.optional_json(name) or {}).get("processor_class")
             if isinstance(found, str):
                 return found

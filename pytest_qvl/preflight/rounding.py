@@ -29,7 +29,7 @@ TAIL = 2.0  # standard errors that are printed: 95 %
 
 
 @cache
-def _table() -> tuple[torch.Tensor, torch.Tensor]:
+def nf4_table() -> tuple[torch.Tensor, torch.Tensor]:
     """NF4's numbers and the borders half way between them, float32."""
     import torch
 
@@ -48,7 +48,7 @@ def through_nf4(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     import torch
 
-    book, borders = _table()
+    book, borders = nf4_table()
     flat = values.flatten()
     spare = -flat.numel() % BLOCK
     blocks = (torch.nn.functional.pad(flat, (0, spare)) if spare else flat).view(-1, BLOCK)

@@ -14,15 +14,13 @@ from pytest_qvl.oracles import nf4
 from pytest_qvl.preflight.files.folder import UnsafeFileError
 from pytest_qvl.preflight.files.values import FLOATS, read_runs, read_whole
 from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.packed import STATE, STATE_LIMIT, STATISTICS
+from pytest_qvl.preflight.rounding import nf4_table
 
 if TYPE_CHECKING:
     import torch
 
     from pytest_qvl.preflight.files.headers import Tensor
-
-_STATE = ".quant_state.bitsandbytes__"
-_PARTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-_STATE_LIMIT = 4096  # bytes; bitsandbytes writes about 200
 
 
 class Weights:
@@ -46,7 +44,7 @@ class Weights:
                     "by their names, and releases differ in which of them they take"
                 )
             self._found[today] = tensor
-        self._states = {name.partition(_STATE)[0]: name for name in self._found if _STATE in name}
+        self._states = {name.partition(STATE)[0]: name for name in self._found if STATE in name}
         self._scales: dict[str, tuple[dict[str, Any], torch.Tensor]] = {}
 
     def __bool__(self) -> bool:
@@ -60,8 +58,8 @@ class Weights:
 
     def names(self) -> list[str]:
         """Every tensor of the model; statistics and tables of packed ones are left out."""
-        parts = {f"{name}{part}" for name in self._states for part in _PARTS}
-        return [name for name in self._found if name not in parts and _STATE not in name]
+        parts = {f"{name}.{part}" for name in self._states for part in STATISTICS}
+        return [name for name in self._found if name not in parts and STATE not in name]
 
     def is_packed(self, name: str) -> bool:
         """Whether it is stored in 4 bits."""
@@ -116,8 +114,7 @@ class Weights:
         columns, size = state["shape"][1], state["blocksize"]
         blocks = torch.arange(start * columns // size, -(-stop * columns // size))
         scale = scales[blocks].repeat_interleave(size)[: values.numel()].view_as(values)
-        book = torch.tensor(nf4.CODE_BOOK, dtype=torch.float32)
-        borders = (book[1:] + book[:-1]) / 2
+        book, borders = nf4_table()
         codes = torch.bucketize((values / scale.masked_fill(scale == 0, 1.0)).flatten(), borders)
         bound = torch.cat((book[:1], borders, book[-1:]))
         least, most = (bound[codes + i].view_as(values) * scale for i in (0, 1))
@@ -173,7 +170,7 @@ class Weights:
     def _state(self, name: str) -> dict[str, Any]:
         tensor = self._found[self._states[name]]
         said = f"the quantization state of {neutral(name, 160)}"
-        if tensor.nbytes > _STATE_LIMIT or tensor.dtype != "U8":
+        if tensor.nbytes > STATE_LIMIT or tensor.dtype != "U8":
             raise ModelSourceError(f"{said} is not what bitsandbytes writes; save the checkpoint again")
         try:
             state = json.loads(bytes(read_whole(tensor).tolist()))

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line
-from pytest_qvl.preflight.files.values import pieces
+from pytest_qvl.preflight.files.values import FLOATS, pieces
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.timing import one_thread
 
@@ -244,7 +244,7 @@ def _is_asked_for(name: str, asked: Sequence[str]) -> bool:
 def _equal(one: Tensor, other: Tensor) -> bool:
     import torch
 
-    if one.shape != other.shape or other.dtype not in ("F64", "F32", "F16", "BF16"):
+    if one.shape != other.shape or other.dtype not in FLOATS:
         return False
     width = max(one.nbytes, other.nbytes) // max(1, one.numel)
     step = max(1, 2**22 // max(1, width)) * width
