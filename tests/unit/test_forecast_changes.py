@@ -127,6 +127,18 @@ def _as_plain(*arguments: Any, **named: Any) -> dict[str, Any]:
     return plain
 
 
+@pytest.mark.parametrize(
+    ("changes", "adapter"),
+    [
+        ({}, "fp32, language linears"),
+        ({"trainer": "trl", "lora_targets": "all-linear"}, "bf16, all-linear"),
+        ({"trainer": "trl", "base_bits": 16, "lora_targets": ("q_proj", "v_proj")}, "fp32, q_proj + v_proj"),
+    ],
+)
+def test_the_text_says_in_which_dtype_and_where_the_adapter_is(changes: dict[str, Any], adapter: str) -> None:
+    assert f"LoRA r=16 ({adapter}), " in Answer(_found(Request(**changes), 900 * MiB)).as_text()
+
+
 def test_all_that_a_forecast_can_say_fits_the_schema() -> None:
     refused = _found(Request(batch=4), 2000 * MiB)
     fits = _found(Request(), 900 * MiB)

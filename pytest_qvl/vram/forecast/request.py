@@ -185,7 +185,7 @@ class Request:
                 raise ValueError(f"{name} is {value!r}: {why}")
         if self.base_bits == 16 and self.checkpoint == "nf4":
             raise ValueError("checkpoint is 'nf4' and base_bits is 16: one saved in NF4 has 4 bits")
-        if self.trainer == "trl" and self.base_bits < 16 and self.autocast_dtype == "float16":
+        if self.adapter_in_bfloat16 and self.autocast_dtype == "float16":
             raise ValueError(
                 "trainer is 'trl' and autocasts to float16: SFTTrainer keeps the adapter of a quantized model in "
                 "bfloat16, whose gradients torch's GradScaler cannot unscale; use precision='bf16'"
@@ -237,6 +237,6 @@ class Request:
         return self.vision_hook
 
     @property
-    def trains_under_autocast(self) -> bool:
-        """Whether the training forward runs under autocast."""
-        return self.autocast_dtype is not None
+    def adapter_in_bfloat16(self) -> bool:
+        """Whether the trainer casts the adapter: ``SFTTrainer`` does that of a quantized model; PEFT's is in fp32."""
+        return self.trainer == "trl" and self.base_bits < 16

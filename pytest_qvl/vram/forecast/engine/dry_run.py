@@ -63,7 +63,7 @@ class DryRun:
         if request.lora_r:
             trace.phase(phases.ATTACH)
             model = attach_lora(model, request, self._recorder, recipe)
-            if request.trainer == "trl" and request.base_bits < 16:
+            if request.adapter_in_bfloat16:
                 with self._recorder, self._recorder.labelled("adapters"):
                     adapter_in_bfloat16(model)
         self._parts = anatomy(model)

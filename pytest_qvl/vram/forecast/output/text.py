@@ -56,12 +56,13 @@ def _asked(forecast: Forecast) -> str:
 
 
 def _training(request: Request) -> str:
-    # TRL casts the adapter of a quantized model to bfloat16; PEFT keeps it in float32.
-    adapter = "bf16" if request.trainer == "trl" else "fp32"
-    targets = "language linears" if request.lora_targets == "language" else f"on {request.lora_targets}"
+    adapter = "bf16" if request.adapter_in_bfloat16 else "fp32"
+    targets = request.lora_targets
+    named = targets if isinstance(targets, str) else " + ".join(targets)
+    where = "language linears" if targets == "language" else named
     autocast = f"{request.autocast_dtype} autocast" if request.autocast_dtype else "without autocast"
     options = [
-        f"LoRA r={request.lora_r} ({adapter}, {targets})",
+        f"LoRA r={request.lora_r} ({adapter}, {where})",
         TRAINERS[request.trainer],
         autocast,
         request.optimizer,

@@ -114,7 +114,7 @@ def _run(request: Request, stage: MeterStage, *, inference: bool) -> None:
     if request.lora_r:
         stage.phase(phases.ATTACH)
         model = get_peft_model(model, asked_lora(anatomy(model), request))
-        if request.trainer == "trl":
+        if request.adapter_in_bfloat16:
             adapter_in_bfloat16(model)
     parts = anatomy(model)
     if request.lora_r:
