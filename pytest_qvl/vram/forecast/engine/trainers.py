@@ -147,10 +147,6 @@ class Steps:
         # the next one's.
         self._batches: list[dict[str, Any]] = [] if trainer.fetches_ahead else [draw()]
 
-    def __call__(self, enter: Callable[[str], None]) -> None:
-        """One step over the batch that is there; ``enter`` is told of the phases after the loss."""
-        self.update(enter)
-
     def fetch(self) -> None:
         """Every batch of the next update; those of the last one go when these are there."""
         self._batches = [self._draw() for _ in range(self._request.accumulation)]

@@ -147,12 +147,12 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
             _two_steps(step, parts, stage)
         else:
             stage.phase(phases.STATES)
-            stage.first_step(lambda: step(lambda _: None), trained, optimizer)
+            stage.first_step(lambda: step.update(lambda _: None), trained, optimizer)
             # As a measurement begins: without garbage, from an empty cache.
             gc.collect()
             stage.empty_cache()
             with _forward_phases(parts, stage):
-                step(stage.phase)
+                step.update(stage.phase)
         parts.wrapped.eval()
         if request.evaluation:
             stage.phase(phases.EVALUATION)
