@@ -12,7 +12,10 @@ import re
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 TO_JSON = "Path('training_args.json').write_text(args.to_json_string())"
 # First bytes of a pickle (protocol 2 and above) and of the zip archive that torch.save writes.
@@ -43,7 +46,7 @@ def from_trainer(where: str) -> dict[str, Any]:
     Raises:
         ValueError: A pickle; neither; no training arguments; something they ask for is not forecast.
     """
-    settings, kind = _settings(where, "training arguments", "per_device_train_batch_size")
+    settings, kind = _settings(where, "training arguments", "per_device_train_batch_size", known=_KINDS)
     if "num_generations" in settings or "ref_model_init_kwargs" in settings:
         raise ValueError(f"{where} is of a trainer with a reference or generations, which the forecast does not follow")
     for name, harmless in _REFUSED.items():
@@ -110,8 +113,15 @@ def _plain(value: Any) -> str:
     return str(getattr(value, "value", value))
 
 
-def _settings(where: str, what: str, needs: str) -> tuple[dict[str, Any], str]:
-    """All settings by name, and the trainer that their class belongs to (empty where none says)."""
+def _settings(where: str, what: str, needs: str, *, known: Collection[str] = ()) -> tuple[dict[str, Any], str]:
+    """All settings by name, and the trainer that their class belongs to (empty where none says).
+
+    Args:
+        where: As for :func:`from_trainer`.
+        what: What is looked for, for messages.
+        needs: A setting without which it is something else.
+        known: The classes that an object may be of; none for any.
+    """
     file, colon, name = where.rpartition(":")
     if Path(where).is_file():
         found: Any = _read(Path(where))
@@ -123,8 +133,8 @@ def _settings(where: str, what: str, needs: str) -> tuple[dict[str, Any], str]:
     if not isinstance(found, dict):
         names = [cls.__name__ for cls in type(found).__mro__]
         kind = next((_KINDS[cls] for cls in names if cls in _KINDS), "")
-        if needs == "per_device_train_batch_size" and names[0] not in _KINDS:
-            raise ValueError(f"{where} is a {names[0]}; the forecast follows {', '.join(_KINDS)}")
+        if known and names[0] not in known:
+            raise ValueError(f"{where} is a {names[0]}; the forecast follows {', '.join(known)}")
         found = vars(found)
     if needs not in found:
         raise ValueError(f"{where} holds no {what}: it has no {needs}")
