@@ -1,9 +1,11 @@
-"""Commands for the reader to run. Standard library only."""
+"""Commands for the reader to run, and red findings, each of which ends with one. Standard library only."""
 
 from __future__ import annotations
 
 import shlex
 from typing import TYPE_CHECKING
+
+from pytest_qvl.preflight.findings import Finding
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
@@ -27,3 +29,10 @@ def pytest_line(subject: Subject, tests: str = "preflight", *more: str) -> str:
     if subject.asked.adapter is not None:
         words += ["--qvl-adapter", shlex.quote(str(subject.asked.adapter))]
     return " ".join([*words, *map(shlex.quote, more), "-k", shlex.quote(tests)])
+
+
+def red(
+    number: int, subject: Subject, name: str, line: str, *, cause: str, fix: str, notes: tuple[str, ...] = ()
+) -> Finding:
+    """A red finding of one question about a subject; fields as of :class:`Finding`."""
+    return Finding(number, name, "red", line, cause, fix, pytest_line(subject), notes)

@@ -23,11 +23,12 @@ import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS, pieces
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.timing import one_thread
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.updates import Update
 
 NUMBER = 4
+_red = partial(red, NUMBER)
 _HALF_MOST = 65504.0
 _DIVERGED = "the training diverged, and what was saved is what it ended with"
 _EARLIER = "take an earlier checkpoint; train with a lower learning rate, or with gradients clipped"
@@ -139,10 +141,6 @@ def _tensors(subject: Subject) -> dict[str, Tensor]:
     updates = subject.updates
     matrices = [t for u in updates.pairs.values() for t in (u.down, u.up, u.magnitude) if t is not None]
     return {t.name: t for t in (*matrices, *updates.copies.values(), *updates.token_rows.values())}
-
-
-def _red(subject: Subject, name: str, line: str, *, cause: str, fix: str) -> Finding:
-    return Finding(NUMBER, name, "red", line, cause, fix, pytest_line(subject))
 
 
 def _not_finite(subject: Subject, looked: Mapping[str, Vitals]) -> Iterator[Finding]:

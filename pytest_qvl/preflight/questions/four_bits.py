@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.models.anatomy import GROUPS, Group
 from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight import skip_rules
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
 from pytest_qvl.preflight.timing import patience
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 1
+_red = partial(red, NUMBER)
 _POLICY = QuantizationPolicy()
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
@@ -59,18 +61,16 @@ def _census(subject: Subject, linears: Mapping[str, Group], entries: Sequence[st
     )
     notes = tuple(filter(None, (_elsewhere(linears, entries, packed, other) for other in skip_rules.others())))
     if none:
-        return Finding(
-            NUMBER, "nothing-in-four-bits", "red", line,
+        return _red(
+            subject, "nothing-in-four-bits", line,
             cause="the skip list keeps every layer of the language backbone out of the quantization",
-            fix="take the entry that covers the language backbone out of llm_int8_skip_modules",
-            keeps_green=pytest_line(subject), notes=notes,
+            fix="take the entry that covers the language backbone out of llm_int8_skip_modules", notes=notes,
         )  # fmt: skip
     if wrong:
-        return Finding(
-            NUMBER, f"{wrong[0].replace('_', '-')}-in-four-bits", "red", line,
+        return _red(
+            subject, f"{wrong[0].replace('_', '-')}-in-four-bits", line,
             cause=_cause(subject.parts, wrong, entries),
-            fix=f"llm_int8_skip_modules={_mended(subject.parts, entries)}",
-            keeps_green=pytest_line(subject), notes=notes,
+            fix=f"llm_int8_skip_modules={_mended(subject.parts, entries)}", notes=notes,
         )  # fmt: skip
     return Finding(NUMBER, "census", "green", line, notes=notes, keeps_green=pytest_line(subject))
 
@@ -116,10 +116,10 @@ def _elsewhere(linears: Mapping[str, Group], entries: Sequence[str], here: Seque
 
 def _entry(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule, whose: str) -> Iterator[Finding]:
     if broken := _no_pattern(entry):
-        yield Finding(
-            NUMBER, "broken-skip-entry", "red", f"skip entry {entry!r} from {whose} is no regular expression: {broken}",
+        yield _red(
+            subject, "broken-skip-entry", f"skip entry {entry!r} from {whose} is no regular expression: {broken}",
             cause="Transformers 5 reads entries as regular expressions and fails while it loads the model",
-            fix="write the module's path", keeps_green=pytest_line(subject),
+            fix="write the module's path",
         )  # fmt: skip
         return
     kept = [name for name in linears if rule.skips(entry, name)]
@@ -155,15 +155,13 @@ def _idle(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule
     )
     if covered or (not better and (saved or entry in skip_rules.GENERIC)):
         return  # what it names is kept by another entry, or no Qwen-VL has it: the list is one for all families
-    yield Finding(
-        NUMBER,
+    yield _red(
+        subject,
         "idle-skip-entry",
-        "red",
         f"skip entry {entry!r} from {whose} matches no linear layer with {rule.title}"
         + (f"; {better!r} would" if better else ""),
         cause=f"{rule.title} takes an entry as {rule.words}",
         fix=f"write {better!r}" if better else "write the path of a module of this model, or take the entry out",
-        keeps_green=pytest_line(subject),
         notes=tuple(
             f"{other.title} matches {count} layers with it"
             for other in skip_rules.others()
@@ -190,15 +188,13 @@ def _entry_that_would(entry: str, parts: Parts, linears: Mapping[str, Group], ru
 def _wide(subject: Subject, entry: str, kept: Sequence[str], wide: Sequence[str], rule: Rule) -> Finding:
     layers = [int(found[1]) for name in wide if (found := _INDEX.search(name))]
     where = f" (layers {numbers(layers)})" if layers and re.search(r"\.\d+$", entry) else ""
-    return Finding(
-        NUMBER,
+    return _red(
+        subject,
         "wide-skip-entry",
-        "red",
         f"skip entry {entry!r} keeps {len(kept)} layers in 16 bits with {rule.title}, {len(wide)} of them outside of "
         f"what it names{where}: {some(wide, 2)}",
         cause=f"{rule.title} takes an entry as {rule.words}",
         fix=_narrower(subject.parts, entry),
-        keeps_green=pytest_line(subject),
         notes=tuple(
             f"{other.title} keeps {sum(_skips(other, entry, name) for name in kept)} of these layers in 16 bits"
             for other in skip_rules.others()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.base_names import other_base
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, neutral
 from pytest_qvl.preflight.loading import Loaded, load
 from pytest_qvl.preflight.questions.misfits import misfits
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 3
+_red = partial(red, NUMBER)
 # Which releases do not load names of before 4.52, by running them; what is installed is asked itself.
 _OLD_NAMES = (
     "Transformers 4.52.4 and 4.53.3 with PEFT 0.15.2, and 5.4.0, 5.10.4, 5.15.1 and 5.23.0 with PEFT 0.18.1 or 0.21.2, "
@@ -62,15 +64,13 @@ def _alpha(subject: Subject) -> Iterator[Finding]:
     patterns = list((config.alpha_pattern or {}).values())
     if config.lora_alpha and all(patterns):
         return
-    yield Finding(
-        NUMBER,
+    yield _red(
+        subject,
         "alpha-zero",
-        "red",
         f"lora_alpha is {config.lora_alpha}{f', alpha_pattern has {patterns}' if patterns else ''}: the adapter is "
         "multiplied by zero",
         cause="adapter_config.json was written or edited with another alpha than the training had",
         fix="put back the lora_alpha of the training",
-        keeps_green=pytest_line(subject),
     )
 
 
@@ -80,14 +80,12 @@ def _base(subject: Subject) -> Iterator[Finding]:
     named = str(adapter.fields.get("base_model_name_or_path") or "")
     other = other_base(adapter.fields, base.name, base.config)
     if other.certain:
-        yield Finding(
-            NUMBER,
+        yield _red(
+            subject,
             "other-base",
-            "red",
             other.sentence,
             cause="an adapter is a difference to the weights that it was trained on, and means nothing on others",
             fix=f"judge it on {neutral(named, 200)!r}, or give the adapter of this base",
-            keeps_green=pytest_line(subject),
         )
     elif other.sentence:
         yield Finding(NUMBER, "base-name", "not judged", other.sentence)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight import naming
 from pytest_qvl.preflight.base import Base
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import red
 from pytest_qvl.preflight.files.values import read_whole
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Same, compare, outside_cells
@@ -85,7 +85,7 @@ class Case:
 
     def red(self, name: str, line: str, *, cause: str, fix: str = AGAIN) -> Finding:
         """A red finding."""
-        return Finding(NUMBER, name, "red", line, cause, fix, pytest_line(self.subject))
+        return red(NUMBER, self.subject, name, line, cause=cause, fix=fix)
 
 
 # Names

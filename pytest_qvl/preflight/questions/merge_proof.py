@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.base import find_base
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Proof, outside_cells, packed_before, prove, total
@@ -243,9 +243,10 @@ def _survived(case: Case, rest: Rest, proofs: list[Proof], spotless: bool) -> Fi
         f"{kept:.1%} of it was kept along its direction, {1 - error**2:.0%} of its energy (error {error:.3g} times ΔW)"
     )
     if error**2 > 0.5:
-        return Finding(
-            NUMBER, "merge-lost-most", "red", said, "most of ΔW is below half a step of the weights it was added to",
-            "serve base and adapter unmerged, or merge and save in float32", pytest_line(case.subject), notes,
+        return red(
+            NUMBER, case.subject, "merge-lost-most", said,
+            cause="most of ΔW is below half a step of the weights it was added to",
+            fix="serve base and adapter unmerged, or merge and save in float32", notes=notes,
         )  # fmt: skip
     others = f"; {len(rest.same)} other tensors are the base's bit for bit ({case.group(rest.same)})"
     others += f", {len(rest.wider)} in a wider dtype" if rest.wider else ""

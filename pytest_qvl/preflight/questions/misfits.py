@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.released import released_config, released_names
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import red
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.naming import LAYOUTS, PREFIX, Key
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 3
+_red = partial(red, NUMBER)
 _PLAIN = "save it with PeftModel.save_pretrained, which writes base_model.model.MODULE.lora_A.weight"
 _SILENT = "PEFT loads what it finds, warns of the rest, and the model answers as the base does"
 
@@ -44,10 +46,6 @@ def misfits(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
         yield _lost(subject, loaded, lost)
     elif loaded.error and not (shapes or strange or stray or bare):
         yield _refused(subject, loaded)
-
-
-def _red(subject: Subject, name: str, line: str, *, cause: str, fix: str) -> Finding:
-    return Finding(NUMBER, name, "red", line, cause, fix, pytest_line(subject))
 
 
 def _lost(subject: Subject, loaded: Loaded, lost: Sequence[str]) -> Finding:

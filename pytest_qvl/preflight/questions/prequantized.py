@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.loading import compared_with
 from pytest_qvl.preflight import skip_rules
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.packed import Packed, packed_weights, without_state
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 5
+_red = partial(red, NUMBER)
 _POLICY = QuantizationPolicy()
 _AGAIN = "quantize its 16-bit base again with the installed bitsandbytes and Transformers, or download it again"
 
@@ -53,10 +55,6 @@ def answer(subject: Subject) -> Iterator[Finding]:
             NUMBER, "states", "green", f"{len(packed)} weights in 4 bits with their states: {said}",
             keeps_green=pytest_line(subject),
         )  # fmt: skip
-
-
-def _red(subject: Subject, name: str, line: str, *, cause: str, fix: str, notes: tuple[str, ...] = ()) -> Finding:
-    return Finding(NUMBER, name, "red", line, cause, fix, pytest_line(subject), notes)
 
 
 def _packed_without_configuration(subject: Subject) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from pytest_qvl.checks.support.generation_settings import at_random, unusual
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.families import FAMILIES, Family
 from pytest_qvl.models.sources.released import image_sizes
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.folder import Folder
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.processor_files import ProcessorFiles, pixel_limits
@@ -59,7 +59,7 @@ class Beside:
 
     def red(self, name: str, line: str, *, cause: str, fix: str) -> Finding:
         """A red finding of this question."""
-        return Finding(NUMBER, name, "red", f"{self.where}: {line}", cause, fix, pytest_line(self.subject))
+        return red(NUMBER, self.subject, name, f"{self.where}: {line}", cause=cause, fix=fix)
 
 
 def answer(subject: Subject) -> Iterator[Finding]:

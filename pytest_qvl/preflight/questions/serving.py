@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import red
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.naming import Key
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 3
+_red = partial(red, NUMBER)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NEW = (
     ("model.language_model.", "language_model.model."),
@@ -50,26 +52,22 @@ def vllm(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
     lost = [key.text for key in matrices if not _is_plain(key) or to_vllm(key.module, family) not in modules]
     tower = [key.text for key in matrices if key.text not in lost and to_vllm(key.module, family).startswith("visual.")]
     if lost:
-        yield Finding(
-            NUMBER,
+        yield _red(
+            subject,
             "vllm-no-module",
-            "red",
             f"{len(lost)} of {len(matrices)} keys name no module of vLLM's model: {some(lost)}",
             cause=f"vLLM looks an adapter up by name and serves the base where it finds none ({_NO_MATCH})",
             fix="save it with the installed PEFT on the whole vision-language model: "
             "base_model.model.model.language_model.layers...lora_A.weight",
-            keeps_green=pytest_line(subject),
         )
     if tower:
-        yield Finding(
-            NUMBER,
+        yield _red(
+            subject,
             "vllm-tower",
-            "red",
             f"{len(tower)} of {len(matrices)} keys are of the vision side, which vLLM leaves out unless told otherwise",
             cause=f"vLLM before 0.14 has no LoRA in the vision tower, later ones only on demand ({_TOWER})",
             fix="serve with --enable-tower-connector-lora on vLLM 0.14 or newer, merge the adapter, or train the "
             "language backbone only",
-            keeps_green=pytest_line(subject),
         )
     if not lost and not tower:
         yield Finding(NUMBER, "vllm-keys", "green", f"all {len(matrices)} keys name a module of vLLM's model")
@@ -84,14 +82,12 @@ def unsloth(subject: Subject) -> Finding:
     named = str(subject.adapter.fields.get("base_model_name_or_path") or "")
     if named and (Path(named).expanduser().is_dir() or _HUB_ID.fullmatch(named)):
         return Finding(NUMBER, "unsloth-base", "green", f"Unsloth loads the base that the adapter names: {named!r}")
-    return Finding(
-        NUMBER,
+    return _red(
+        subject,
         "unsloth-base",
-        "red",
         f"the adapter names the base {named!r}, which is no folder here and no hub id",
         cause="Unsloth loads the base that adapter_config.json names, and fails where there is none of that name",
         fix="write the base's hub id or folder into base_model_name_or_path of adapter_config.json",
-        keeps_green=pytest_line(subject),
     )
 
 
@@ -109,24 +105,20 @@ def _unsupported(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
         "alpha_pattern": config.alpha_pattern,
     }
     if refused := [name for name, value in asked.items() if value]:
-        yield Finding(
-            NUMBER,
+        yield _red(
+            subject,
             "vllm-unsupported",
-            "red",
             f"vLLM does not serve {', '.join(refused)} of this adapter",
             cause="its loader knows plain LoRA and rsLoRA with one rank and one alpha",
             fix="merge the adapter into the base and serve that",
-            keeps_green=pytest_line(subject),
         )
     ranks = [shape[0] for text, shape in loaded.shapes.items() if loaded.keys[text].part == "lora_A"]
     if ranks and max(ranks) > _MOST_RANK:
         enough = next((rank for rank in _RANKS if rank >= max(ranks)), max(ranks))
-        yield Finding(
-            NUMBER,
+        yield _red(
+            subject,
             "vllm-rank",
-            "red",
             f"the adapter has rank {max(ranks)}, and vLLM takes up to {_MOST_RANK} unless told otherwise",
             cause="max_lora_rank is 16 by default",
             fix=f"serve with --max-lora-rank {enough}",
-            keeps_green=pytest_line(subject),
         )

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding
 from pytest_qvl.preflight.survey import pooled
 from pytest_qvl.preflight.timing import one_thread
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.survey import Surveyed
 
 NUMBER = 7
+_red = partial(red, NUMBER)
 _BF16 = "bf16"
 _AFTER, _IN_PLACE = "nf4-after-bf16", "nf4-in-place"
 _BETTER = "serve base and adapter unmerged, or merge and save in float32"
@@ -61,12 +63,12 @@ def _predicted(subject: Subject) -> Finding:
     said = _said(loss)
     if not any(each.losses[_BF16].changed for each in surveyed):
         strength = statistics.median(each.strength.value for each in surveyed)
-        return Finding(
-            NUMBER, "merge-changes-nothing", "red",
+        return _red(
+            subject, "merge-changes-nothing",
             f"a bf16 merge changes no weight in {len(surveyed)} modules: ΔW is below half a step of every weight that "
             f"was looked at (norm(ΔW)/norm(W) is {strength:.1e} in the median)",
             cause="the adapter was hardly trained, or its scaling (lora_alpha / r) is not that of the training",
-            fix=f"see that it does anything at all; {_BETTER}", keeps_green=pytest_line(subject),
+            fix=f"see that it does anything at all; {_BETTER}",
         )  # fmt: skip
     notes = (_by_group(surveyed), *_in_four_bits(surveyed), _least(surveyed))
     if loss.error**2 > 0.5:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.lora_request import adaptable_modules, expected_size, requested_modules
@@ -15,7 +15,7 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
 from pytest_qvl.models.anatomy import GROUPS, Group, anatomy
 from pytest_qvl.models.attaching import why_not_attached
-from pytest_qvl.preflight.commands import pytest_line
+from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.folder import UnsafeFileError
 from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
 from pytest_qvl.preflight.timing import patience
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 2
+_red = partial(red, NUMBER)
 _SEEN: tuple[Group, ...] = ("vision", "merger")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 # Words by which a regular expression says that it means the vision tower.
@@ -98,16 +99,14 @@ def _refused(subject: Subject, config: Any, error: Exception) -> Finding:
     root = subject.parts.roots["language"].rpartition(".")[2]
     targets = config.target_modules
     if nothing:
-        return Finding(
-            NUMBER, "no-target", "red", f"target_modules {_short(targets)} match no module of {subject.base.label}",
+        return _red(
+            subject, "no-target", f"target_modules {_short(targets)} match no module of {subject.base.label}",
             cause=_old_names(targets) or _HOW_PEFT_MATCHES,
             fix=f'name modules of this model, such as target_modules=r"{_LANGUAGE.format(root, "q_proj|v_proj")}"',
-            keeps_green=pytest_line(subject),
         )  # fmt: skip
-    return Finding(
-        NUMBER, "peft-refuses", "red", f"PEFT puts no such adapter on {subject.base.label}: {neutral(words, 400)}",
+    return _red(
+        subject, "peft-refuses", f"PEFT puts no such adapter on {subject.base.label}: {neutral(words, 400)}",
         cause="the LoRA configuration asks for what the installed PEFT cannot do", fix="correct adapter_config.json",
-        keeps_green=pytest_line(subject),
     )  # fmt: skip
 
 
@@ -130,20 +129,19 @@ def _census(placement: Placement, config: Any) -> Finding:
         line += f", and whole copies of {some(sorted(config.modules_to_save))}"
     if placement.actual != placement.expected:
         missing, surplus = placement.expected - placement.actual, placement.actual - placement.expected
-        return Finding(
-            NUMBER, "peft-differs", "red",
+        return _red(
+            subject, "peft-differs",
             f"{line}; the configuration asks for {len(placement.expected)}: "
             f"{len(missing)} have none ({some(sorted(missing))}), {len(surplus)} were not asked for "
             f"({some(sorted(surplus))})",
             cause="the installed PEFT does not do what its documentation says of this configuration",
-            fix="write target_modules as one regular expression of whole names", keeps_green=pytest_line(subject),
+            fix="write target_modules as one regular expression of whole names",
         )  # fmt: skip
     if not any(placement.of(group) for group in ("language", "lm_head", "embeddings")):
-        return Finding(
-            NUMBER, "text-side-bare", "red", line,
+        return _red(
+            subject, "text-side-bare", line,
             cause=f"target_modules {_short(config.target_modules)} match nothing in the language backbone",
             fix="name the language backbone's layers (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)",
-            keeps_green=pytest_line(subject),
         )  # fmt: skip
     return Finding(NUMBER, "census", "green", line, keeps_green=pytest_line(subject))
 
@@ -156,15 +154,13 @@ def _leaks(placement: Placement, config: Any) -> Iterator[Finding]:
     said = ", ".join(f"{group} {count}" for group, count in counts.items())
     root = placement.subject.parts.roots["language"].rpartition(".")[2]
     ends = "|".join(sorted({name.rpartition(".")[2] for name in placement.of("language")})) or "q_proj|v_proj"
-    yield Finding(
-        NUMBER,
+    yield _red(
+        placement.subject,
         "leak",
-        "red",
         f"{len(leaked)} modules of the vision side get an adapter by the way ({said}): {some(leaked)}",
         cause=f"target_modules {_short(config.target_modules)} match by name, and the vision side has such layers too",
         fix=f'target_modules=r"{_LANGUAGE.format(root, ends)}"; if the vision side is adapted on purpose, say so by an '
         "expression that names it, or declare it (--adapter-policy language,vision)",
-        keeps_green=pytest_line(placement.subject),
     )
 
 
@@ -198,14 +194,12 @@ def _idle_entries(placement: Placement, config: Any) -> Iterator[Finding]:
         if any(_ends_with(name, entry) for name in pool):
             continue
         near = get_close_matches(entry, {name.rpartition(".")[2] for name in pool}, 1, 0.6)
-        yield Finding(
-            NUMBER,
+        yield _red(
+            placement.subject,
             "idle-target",
-            "red",
             f"{what} names {entry!r}, which no module of {placement.subject.base.label} is called",
             cause="PEFT passes over entries that match nothing as long as one of the list does",
             fix=f"write {near[0]!r}" if near else "take it out, or give the base that has it",
-            keeps_green=pytest_line(placement.subject),
         )
 
 
@@ -222,15 +216,13 @@ def _bare_layers(placement: Placement, config: Any) -> Iterator[Finding]:
     if not whole or not (bare or uneven) or config.layers_to_transform not in (None, []):
         return
     missing = f"layers {numbers(bare)} get none" if bare else f"layers {numbers(uneven)} get fewer than the others"
-    yield Finding(
-        NUMBER,
+    yield _red(
+        placement.subject,
         "bare-layers",
-        "red",
         f"{len(bare) + len(uneven)} of {count} layers of the language backbone are not adapted as the others are: "
         f"{missing}",
         cause=f"target_modules {_short(config.target_modules)} match some layers only",
         fix="let the expression match every layer, or say which are meant with layers_to_transform",
-        keeps_green=pytest_line(placement.subject),
     )
 
 
@@ -250,14 +242,12 @@ def _unlike_the_plan(placement: Placement, config: Any, plan: Any) -> Iterator[F
             NUMBER, "as-planned", "green", f"the adapter is as --lora asks: {len(asked)} modules, r={config.r}"
         )
         return
-    yield Finding(
-        NUMBER,
+    yield _red(
+        placement.subject,
         "unlike-the-plan",
-        "red",
         f"the adapter is not as --lora asks: {'; '.join(said)}",
         cause="the trainer dropped or replaced what it was asked for, or this is another training's adapter",
         fix="look for what filters target_modules (Unsloth leaves lm_head and embed_tokens out), or correct the plan",
-        keeps_green=pytest_line(placement.subject),
     )
 
 
