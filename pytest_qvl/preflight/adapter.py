@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
 
 # Fields by which a configuration has modules imported, or data and models loaded, when PEFT attaches the adapter.
-_NOT_FOR_STRANGERS = ("megatron_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "arrow_config")
+_NOT_FOR_STRANGERS = (
+    *("megatron_config", "eva_config", "corda_config", "lora_ga_config", "loftq_config", "arrow_config"),
+    *("megatron_core", "runtime_config", "auto_mapping"),
+)
 _TABLES = ("rank_pattern", "alpha_pattern")
 _MOST_LAYERS = 4096  # of layer_replication, which copies modules
 
@@ -52,9 +55,6 @@ class Adapter:
         fields = {key: value for key, value in self.fields.items() if key in known}
         # How A and B start decides nothing of where they are, and some starts need the base's values.
         fields |= {"init_lora_weights": False}
-        fields.pop("megatron_core", None)
-        fields.pop("runtime_config", None)
-        fields.pop("auto_mapping", None)
         for name in _TABLES:
             if not isinstance(fields.get(name) or {}, Mapping):
                 raise ModelSourceError(
@@ -93,7 +93,7 @@ def find_adapter(path: Path) -> Adapter:
     if not folder.has(ADAPTER_CONFIG):
         check_adapter(folder.path)  # says which folder below has one
     fields = folder.json(ADAPTER_CONFIG)
-    label = f"adapter {neutral(str(path))!s}"
+    label = f"adapter {neutral(str(path))}"
     if fields.get("peft_type") != "LORA":
         raise ModelSourceError(
             f"{ADAPTER_CONFIG} of {label} says peft_type {neutral(repr(fields.get('peft_type')), 80)}; "

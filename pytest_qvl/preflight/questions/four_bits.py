@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.models.anatomy import GROUPS, Group
-from pytest_qvl.models.sources.loading import has_tied_head
+from pytest_qvl.models.sources.loading import has_tied_head, in_todays_layout
 from pytest_qvl.preflight import skip_rules
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
@@ -172,8 +172,6 @@ def _idle(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule
 
 def _entry_that_would(entry: str, parts: Parts, linears: Mapping[str, Group], rule: Rule) -> str:
     """The entry that says what an idle one was meant to say; empty if no module of the model resembles it."""
-    from pytest_qvl.models.sources.loading import in_todays_layout
-
     modules = [name for name, _ in parts.base.named_modules() if name]
     today = in_todays_layout(f"{entry.strip('.')}.").rstrip(".")
     plain = entry.strip(".*\\^$").replace("\\.", ".")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 7
+UNMERGED = "serve base and adapter unmerged, or merge and save in float32"
 AGAIN = "merge again onto the 16-bit base with PeftModel.merge_and_unload, and save with save_pretrained"
 _ADAPTERS = (".lora_", ".base_layer.", "base_model.model.", ".modules_to_save.", ".token_adapter.")
 _COMPUTED = ("inv_freq", "position_ids")  # buffers that earlier releases saved

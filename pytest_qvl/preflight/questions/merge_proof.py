@@ -19,7 +19,7 @@ from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Proof, outside_cells, packed_before, prove, total
-from pytest_qvl.preflight.questions.merge_files import AGAIN, Case, Rest, head_of, names_of
+from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, head_of, names_of
 from pytest_qvl.preflight.survey import weight_name
 from pytest_qvl.preflight.weights import Weights
 
@@ -90,7 +90,7 @@ def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
             "merge-changes-nothing",
             f"the merged weights are the base's: ΔW is below half a step of every weight in all {len(judged)} modules",
             cause="the adapter was hardly trained, or its scaling (lora_alpha / r) is not that of the training",
-            fix="serve base and adapter unmerged, or merge and save in float32",
+            fix=UNMERGED,
         )  # fmt: skip
     elif below := [each.proof.module for each in found.get("below", ())]:
         yield Finding(
@@ -246,7 +246,7 @@ def _survived(case: Case, rest: Rest, proofs: list[Proof], spotless: bool) -> Fi
         return red(
             NUMBER, case.subject, "merge-lost-most", said,
             cause="most of ΔW is below half a step of the weights it was added to",
-            fix="serve base and adapter unmerged, or merge and save in float32", notes=notes,
+            fix=UNMERGED, notes=notes,
         )  # fmt: skip
     others = f"; {len(rest.same)} other tensors are the base's bit for bit ({case.group(rest.same)})"
     others += f", {len(rest.wider)} in a wider dtype" if rest.wider else ""

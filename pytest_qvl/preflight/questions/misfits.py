@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.released import released_config, released_names
+from pytest_qvl.preflight import naming
+from pytest_qvl.preflight.base import find_base
 from pytest_qvl.preflight.commands import red
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.naming import LAYOUTS, PREFIX, Key
@@ -160,27 +162,19 @@ def _strange(subject: Subject, loaded: Loaded, strange: Sequence[str]) -> Findin
     )  # fmt: skip
 
 
-def _family_that_has(tails: Iterable[str], own: str) -> str:
+def _family_that_has(wanted: set[str], own: str) -> str:
     """The family whose typical model has all modules of these names, by the end that every layout has."""
-    from pytest_qvl.preflight.base import find_base
-    from pytest_qvl.preflight.naming import tails as by_tail
-
-    wanted = set(tails)
     for kind, family in FAMILIES.items():
         if kind != own:
             model = find_base(family.typical).skeleton().base
-            if wanted <= by_tail([name for name, _ in model.named_modules() if name]).keys():
+            if wanted <= naming.tails([name for name, _ in model.named_modules() if name]).keys():
                 return family.label
     return ""
 
 
 def _uncovered(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Part]) -> Iterator[Finding]:
     """Modules with tensors that the configuration does not ask for, and modules that it asks for without."""
-    parts = {part for _, part in bare}
-    if (bare and {part for _, part in stray} == {"lora_magnitude_vector"}) or parts == {"lora_magnitude_vector"}:
-        yield _dora(subject, loaded, stray, bare)
-        return
-    if not bare and stray and {part for _, part in stray} == {"lora_magnitude_vector"}:
+    if {"lora_magnitude_vector"} in ({part for _, part in stray}, {part for _, part in bare}):
         yield _dora(subject, loaded, stray, bare)
         return
     if half := _halves(loaded):

@@ -115,7 +115,7 @@ def _states(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]
         )  # fmt: skip
     shapes = {
         name: (module.out_features, module.in_features)
-        for name, module in ((n, m) for n, m in subject.parts.named_linears())
+        for name, module in subject.parts.named_linears()
         if isinstance(module.out_features, int) and isinstance(module.in_features, int)
     }
     broken: dict[str, list[str]] = {}
@@ -139,7 +139,7 @@ def _states(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]
 
 def _places(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]:
     """Which modules are stored in 4 bits against those that the skip list leaves to be."""
-    given, _ = subject.base.quantization and subject.base.quantization.get("llm_int8_skip_modules"), None
+    given = (subject.base.quantization or {}).get("llm_int8_skip_modules")
     entries = skip_rules.DEFAULT if given is None else tuple(map(str, given))
     linears = {name: subject.parts.group_of(name) for name, _ in subject.parts.named_linears()}
     rule = skip_rules.installed_rule()

@@ -32,6 +32,8 @@ _PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")
 # Steps that every Qwen-VL was trained with; switched off, pixel values are of another size or scale.
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 _SCALE = 1 / 255
+_COPY_TEMPLATE = "copy chat_template.jinja (or .json) of the base into the folder"
+_COPY_IMAGE_SETTINGS = "copy preprocessor_config.json of the base"
 # JSON keeps 17 digits of a float64; two files of one value differ by roundings of its last at most.
 _SAME = 1e-12
 
@@ -113,8 +115,7 @@ def _notes(beside: Beside) -> Iterator[str]:
             yield f"{name} is {neutral(values[0], 40)}, the base's {neutral(theirs[0], 40)}: train and serve alike"
     if beside.files.template and beside.base.template and beside.files.template != beside.base.template:
         yield "the chat template is not the base's: train and serve with the same"
-    settings = SimpleNamespace(**{str(k): v for k, v in (beside.files.generation or {}).items()})
-    if found := unusual(settings):
+    if found := unusual(SimpleNamespace(**(beside.files.generation or {}))):
         yield f"generation settings that change greedy replies: {some(found)}"
 
 
@@ -134,7 +135,7 @@ def _complete(beside: Beside) -> Iterator[Finding]:
     if files.has_tokenizer and files.template is None:
         yield beside.red(
             "no-template", "no chat template", cause="it was not saved with the tokenizer, so no prompt can be written",
-            fix="copy chat_template.jinja (or .json) of the base into the folder",
+            fix=_COPY_TEMPLATE,
         )  # fmt: skip
 
 
@@ -152,7 +153,7 @@ def _image(beside: Beside) -> Iterator[Finding]:
         said = ", ".join(f"{name} {neutral(value, 40)} instead of {wanted[name]}" for name, value in off.items())
         yield beside.red(
             "other-patches", said, cause="these are the settings of another model's processor",
-            fix="copy preprocessor_config.json of the base",
+            fix=_COPY_IMAGE_SETTINGS,
         )  # fmt: skip
     scales = {"image_mean": beside.family.image_mean, "image_std": beside.family.image_std}
     shifted = [name for name, value in scales.items() if name in image and not _same(image[name], value)]
@@ -164,7 +165,7 @@ def _image(beside: Beside) -> Iterator[Finding]:
         yield beside.red(
             "other-scale", f"{said}, which {beside.family.label} was not trained with",
             cause="pixel values reach the tower shifted or on another scale",
-            fix="copy preprocessor_config.json of the base",
+            fix=_COPY_IMAGE_SETTINGS,
         )  # fmt: skip
     yield from _limits(beside, image)
     name = beside.files.processor_class
@@ -269,13 +270,13 @@ def _template(beside: Beside) -> Iterator[Finding]:
         yield beside.red(
             "blind-template", f"the chat template does not write {' and '.join(blind)}",
             cause="it is a text model's template: images get no place in the prompt",
-            fix="copy chat_template.jinja (or .json) of the base into the folder",
+            fix=_COPY_TEMPLATE,
         )  # fmt: skip
     elif _END not in template:
         yield beside.red(
             "endless-template", f"the chat template does not write {_END}",
             cause="replies are learned without their end, and do not stop",
-            fix="copy chat_template.jinja (or .json) of the base into the folder",
+            fix=_COPY_TEMPLATE,
         )  # fmt: skip
 
 
@@ -293,9 +294,8 @@ def _generation(beside: Beside) -> Iterator[Finding]:
             cause="a reply ends with that token, and generate() does not stop at it",
             fix=f"put {end} into eos_token_id",
         )  # fmt: skip
-    plain = SimpleNamespace(**{str(key): value for key, value in settings.items()})
     try:
-        drawn = at_random(plain, beside.subject.base.family)
+        drawn = at_random(SimpleNamespace(**settings), beside.subject.base.family)
     except TypeError:
         drawn = f"its values are no numbers: {neutral(settings, 200)}"
     if drawn:

@@ -20,6 +20,7 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding
+from pytest_qvl.preflight.questions.merge_files import UNMERGED
 from pytest_qvl.preflight.survey import pooled
 from pytest_qvl.preflight.timing import one_thread
 
@@ -32,7 +33,6 @@ NUMBER = 7
 _red = partial(red, NUMBER)
 _BF16 = "bf16"
 _AFTER, _IN_PLACE = "nf4-after-bf16", "nf4-in-place"
-_BETTER = "serve base and adapter unmerged, or merge and save in float32"
 
 
 def answer(subject: Subject) -> Iterator[Finding]:
@@ -68,14 +68,14 @@ def _predicted(subject: Subject) -> Finding:
             f"a bf16 merge changes no weight in {len(surveyed)} modules: ΔW is below half a step of every weight that "
             f"was looked at (norm(ΔW)/norm(W) is {strength:.1e} in the median)",
             cause="the adapter was hardly trained, or its scaling (lora_alpha / r) is not that of the training",
-            fix=f"see that it does anything at all; {_BETTER}",
+            fix=f"see that it does anything at all; {UNMERGED}",
         )  # fmt: skip
     notes = (_by_group(surveyed), *_in_four_bits(surveyed), _least(surveyed))
     if loss.error**2 > 0.5:
         return Finding(
             NUMBER, "merge-would-lose", "not judged",
             f"no merge was given to judge, but a bf16 merge would lose more of ΔW than it keeps: {said}",
-            cause="most of ΔW is below half a step of the weights it is added to", fix=_BETTER,
+            cause="most of ΔW is below half a step of the weights it is added to", fix=UNMERGED,
             keeps_green=pytest_line(subject), notes=notes,
         )  # fmt: skip
     return Finding(NUMBER, "survives", "green", f"a bf16 merge keeps ΔW: {said}",

@@ -29,10 +29,10 @@ NUMBER = 2
 _red = partial(red, NUMBER)
 _SEEN: tuple[Group, ...] = ("vision", "merger")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-# Words by which a regular expression says that it means the vision tower.
 _EXCLUDED = re.compile(r"\(\?<?![^)]*\)")  # negative look-around: what the expression does not mean
 _HOW_PEFT_MATCHES = "PEFT matches a list by the end of a module's name, and a text as an expression of the whole name"
 _LANGUAGE = r".*{}.*\.({})"
+# Words by which a regular expression says that it means the vision tower.
 _MEANS_VISION = re.compile(r"vis(ion|ual)|image|patch|merger|blocks|qkv|fc[12]", re.IGNORECASE)
 
 
