@@ -192,6 +192,15 @@ class Settings:
         """Who chose a setting, ``seed``: a flag, an environment variable, an ini file, ``-o`` or ``default``."""
         return self.sources[f"qvl_{name}"]
 
+    def listed(self) -> list[dict[str, Any]]:
+        """Name, value as text (``None`` for not set; several as a list) and source of every setting."""
+        found = []
+        for setting in SETTINGS:
+            value = getattr(self, setting.name.removeprefix("qvl_"))
+            shown = list(map(str, value)) if setting.many else None if value is None else str(value)
+            found.append({"name": setting.name, "value": shown, "source": self.sources[setting.name]})
+        return found
+
     def described(self) -> list[str]:
         """``model embedded (default)``, and every setting that somebody chose."""
         shown = []

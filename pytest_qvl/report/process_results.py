@@ -49,6 +49,45 @@ class LeasedGpu:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What the tests of one target were run on; ``None`` where no test asked for it, or nothing is known.
+
+    Attributes:
+        target: As findings name it.
+        device: ``cpu`` or ``cuda``.
+        backend: How the model was loaded.
+        model: ``embedded``, the folder's name, a hub id's last part or a released configuration.
+        digest: Of the files of an embedded model or of a folder.
+        revision: Commit of a hub id.
+        family: Of the loaded model.
+        adapter: Digest of the saved adapter's files; ``None`` for a fresh one.
+        quantization: ``type``, ``double`` and ``compute_dtype``.
+        lora: The fields of ``peft.LoraConfig`` that change results.
+        processor: Digest of the image processor's settings, the chat template and what the tokenizer makes of a text.
+        samples: ``count`` and ``digest``, of questions, answers and pixels.
+        torch: ``cpu_capability`` (the instruction set that torch chose), ``threads``, and the version of ``cuda``.
+    """
+
+    target: str
+    device: str
+    backend: str
+    model: str | None = None
+    digest: str | None = None
+    revision: str | None = None
+    family: str | None = None
+    adapter: str | None = None
+    quantization: dict[str, Any] | None = None
+    lora: dict[str, Any] | None = None
+    processor: str | None = None
+    samples: dict[str, Any] | None = None
+    torch: dict[str, Any] | None = None
+
+    def with_facts(self, facts: dict[str, Any]) -> Subject:
+        """The same with more known; what is ``None`` is not."""
+        return replace(self, **{name: value for name, value in facts.items() if value is not None})
+
+
+@dataclass(frozen=True)
 class ProcessResults:
     """What one process found out about its session, beyond its tests.
 
@@ -59,6 +98,7 @@ class ProcessResults:
         verdicts: On its session.
         limits: What became of limits on the session's VRAM.
         process: The backend's process or the xdist worker; empty for the one that was started.
+        subjects: What the tests of each target were run on; none where no record is written.
     """
 
     session: Usage
@@ -67,6 +107,7 @@ class ProcessResults:
     verdicts: tuple[Verdict, ...] = ()
     limits: tuple[LimitOutcome, ...] = ()
     process: str = ""
+    subjects: tuple[Subject, ...] = ()
 
     def started_by(self, process: str) -> ProcessResults:
         """The same, as seen by the one that started ``process``, in which or below which it was found."""
@@ -75,7 +116,9 @@ class ProcessResults:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as JSON and execnet take it."""
-        parts = {name: [asdict(one) for one in getattr(self, name)] for name in ("phases", "verdicts", "limits")}
+        parts = {
+            name: [asdict(one) for one in getattr(self, name)] for name in ("phases", "verdicts", "limits", "subjects")
+        }
         lease = None if self.lease is None else asdict(self.lease)
         return {"session": asdict(self.session), **parts, "lease": lease, "process": self.process}
 
@@ -89,4 +132,5 @@ class ProcessResults:
             tuple(Verdict(**one) for one in data["verdicts"]),
             tuple(LimitOutcome(**one) for one in data["limits"]),
             data["process"],
+            tuple(Subject(**one) for one in data["subjects"]),
         )

@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import secrets
-import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_qvl.report.comparison import comparison
+from pytest_qvl.report.environment import environment, machine
+from pytest_qvl.suite import SUITE_VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
@@ -36,30 +35,6 @@ if TYPE_CHECKING:
     from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder, RunResults
 
 SCHEMA = "pytest-qvl/record/2"
-PACKAGES = (
-    "pytest-qvl",
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "unsloth",
-    "unsloth_zoo",
-    "triton",
-    "tokenizers",
-    "pillow",
-    "numpy",
-    "pytest",
-)
-# What changes how torch, CUDA's libraries and Unsloth compute or allocate, where it is set.
-VARIABLES = (
-    "CI",
-    "CUBLAS_WORKSPACE_CONFIG",
-    "NVIDIA_TF32_OVERRIDE",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "UNSLOTH_COMPILE_DISABLE",
-)
 
 
 class Record:
@@ -69,11 +44,14 @@ class Record:
         path: The file.
         settings: As the header shows them.
         builder: Has the results of the run.
+        configuration: Name, value and source of every setting.
     """
 
-    def __init__(self, path: Path, settings: list[str], builder: ResultsBuilder) -> None:
+    def __init__(
+        self, path: Path, settings: list[str], builder: ResultsBuilder, configuration: Sequence[dict[str, Any]] = ()
+    ) -> None:
         self._path = path
-        self._settings = settings
+        self._settings, self._configuration = settings, configuration
         self._builder = builder
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -103,12 +81,15 @@ class Record:
             self._path,
             {
                 "schema": SCHEMA,
+                "suite": SUITE_VERSION,
                 "started": results.started.isoformat(timespec="seconds"),
                 "seconds": round(results.seconds, 1),
                 "exit_status": results.exit_status,
                 "command": ["pytest", *map(str, session.config.invocation_params.args)],
                 "settings": self._settings,
+                "configuration": list(self._configuration),
                 "environment": environment(session.config.rootpath),
+                "machine": machine(),
                 **plain(results),
             },
         )
@@ -117,6 +98,7 @@ class Record:
 def plain(results: RunResults) -> dict[str, Any]:
     """What a run found out as plain data, under the keys of the record."""
     return {
+        "subjects": [asdict(subject) for subject in results.subjects],
         "tests": dict(results.tests),
         "skipped": dict(results.skipped),
         "checks": [entry for phase, finding in results.findings for entry in _checks(phase, finding)],
@@ -196,51 +178,6 @@ def _vram(processes: Sequence[ProcessResults]) -> dict[str, Any]:
     return {"processes": started} if started else next(iter(found), {})
 
 
-def environment(folder: Path) -> dict[str, Any]:
-    """Versions, machine, GPUs and the commit of ``folder``; nothing that names a host or a user."""
-    from pytest_qvl.gpu.nvml import driver
-
-    inventory = driver().inventory()
-    return {
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
-        "driver": inventory.driver or None,
-        "gpus": [
-            {"name": gpu.name, "total": gpu.total, "compute_capability": list(gpu.compute_capability)}
-            for gpu in inventory.gpus
-        ],
-        "commit": _commit(folder),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit(folder: Path) -> str | None:
-    """The commit that a CI service names (a checkout may have no history there), else what git says of the folder."""
-    named = next((os.environ[name] for name in ("GITHUB_SHA", "CI_COMMIT_SHA") if os.environ.get(name)), None)
-    if named:
-        return named
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except OSError:
-        return None
-    return done.stdout.strip() or None
-
-
 def write_json(path: Path, data: Any) -> str:
     """Write JSON so that a reader sees the old file or the new one, never half of one.
 
@@ -257,9 +194,12 @@ def write_json(path: Path, data: Any) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("x", encoding="utf-8") as stream:
             stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a machine that loses power keeps the new name and none of its content
         beside.replace(path)
     except OSError as error:
+        return f"{path} could not be written: {error.strerror or error}"
+    finally:  # also where a second Ctrl-C ends the writing
         with suppress(OSError):
             beside.unlink()
-        return f"{path} could not be written: {error.strerror or error}"
     return ""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.report.injected_fault import FaultVerdict, InjectedFault
-    from pytest_qvl.report.process_results import ProcessResults, Verdict
+    from pytest_qvl.report.process_results import ProcessResults, Subject, Verdict
     from pytest_qvl.report.report_data import CheckReason, Finding, GpuFailure, LimitOutcome
     from pytest_qvl.report.states import PromiseState
 
@@ -202,6 +202,14 @@ class RunResults:
     def verdicts(self) -> tuple[Verdict, ...]:
         """All processes' verdicts on their sessions."""
         return tuple(verdict for process in self.processes for verdict in process.verdicts)
+
+    @property
+    def subjects(self) -> tuple[Subject, ...]:
+        """What each target's tests were run on, put together from all processes."""
+        found: dict[str, Subject] = {}
+        for one in (subject for process in self.processes for subject in process.subjects):
+            found[one.target] = found.get(one.target, one).with_facts(vars(one))
+        return tuple(found.values())
 
     @property
     def fault_verdict(self) -> FaultVerdict | None:

@@ -60,7 +60,13 @@ def make_objects(config: pytest.Config, settings: Settings) -> None:
     leaks = stash[LEAKS_KEY] = LeakVerdicts(meter, access, model, errors)
     limits = stash[LIMITS_KEY] = SessionLimits(meter)
     results = stash[RESULTS_KEY] = ResultsBuilder()
-    stash[SESSION_VERDICTS_KEY] = SessionVerdicts(results, limits, leaks, access)
+    subjects = None
+    if settings.record is not None:
+        from pytest_qvl.session.subjects import Subjects
+
+        subjects = Subjects()
+        config.pluginmanager.register(subjects, "qvl-subjects")
+    stash[SESSION_VERDICTS_KEY] = SessionVerdicts(results, limits, leaks, access, subjects)
 
 
 def register_plugins(config: pytest.Config, settings: Settings, *, writes_record: bool) -> None:
@@ -88,7 +94,7 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
         from pytest_qvl.report.record import Record
 
         chosen = [*settings.described(), *simulated_card(settings)]
-        register(Record(settings.record, chosen, results), "qvl-record")
+        register(Record(settings.record, chosen, results, settings.listed()), "qvl-record")
     if settings.require_gpu:
         from pytest_qvl.session.require_gpu import GpuRequired
 

@@ -107,7 +107,7 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
     reason = skip_reason(report) if report.skipped and not found.not_judged else ""
     variant = _variant(item) if shipped else ""
     finding = Finding(
-        target=_named(None if target is None else str(target), variant),
+        target=target_name(item),
         subject=_named(None if target is None else target.subject, variant),
         backend=None if target is None else target.backend,
         check=check_name(item) if shipped else None,
@@ -117,6 +117,12 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
         skipped=reason if shipped or reason.startswith(NEEDS_CUDA) else None,
     )
     add_to_report(report, finding=finding)
+
+
+def target_name(item: pytest.Item) -> str | None:
+    """The target of a test as findings name it, with the parameters of a user's fixtures that the suite runs with."""
+    target = target_of(item)
+    return _named(None if target is None else str(target), _variant(item) if is_shipped(item) else "")
 
 
 def _variant(item: pytest.Item) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_qvl.session.gpu_access import GpuAccess
     from pytest_qvl.session.leaks import LeakVerdicts
     from pytest_qvl.session.session_limits import SessionLimits
+    from pytest_qvl.session.subjects import Subjects
 
 _OUTPUT = "qvl_session"
 
@@ -36,10 +37,18 @@ class SessionVerdicts:
         limits: On the session's VRAM.
         leaks: Whether the session left memory allocated.
         access: The way to the GPU.
+        subjects: What was judged; ``None`` where no record is written.
     """
 
-    def __init__(self, builder: ResultsBuilder, limits: SessionLimits, leaks: LeakVerdicts, access: GpuAccess) -> None:
-        self._builder = builder
+    def __init__(
+        self,
+        builder: ResultsBuilder,
+        limits: SessionLimits,
+        leaks: LeakVerdicts,
+        access: GpuAccess,
+        subjects: Subjects | None = None,
+    ) -> None:
+        self._builder, self._subjects = builder, subjects
         self._limits, self._leaks, self._access = limits, leaks, access
 
     @pytest.hookimpl(tryfirst=True)
@@ -82,7 +91,9 @@ class SessionVerdicts:
         """Of the process that ran the tests, after its fixtures are torn down; an interrupted one does that later."""
         verdicts = (*self._limits.judge_session(), *self._leaks.judge_session(session))
         whole, phases = self._access.vram()
-        return ProcessResults(whole, phases, self._access.gpu.leased(), verdicts, self._limits.outcomes)
+        subjects = () if self._subjects is None else self._subjects.found
+        lease, limits = self._access.gpu.leased(), self._limits.outcomes
+        return ProcessResults(whole, phases, lease, verdicts, limits, subjects=subjects)
 
     def _report(self, config: pytest.Config, verdicts: Sequence[Verdict]) -> None:
         for name in dict.fromkeys(verdict.name for verdict in verdicts):

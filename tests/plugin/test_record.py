@@ -7,9 +7,12 @@ import os
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
+from pytest_qvl.report.record import write_json
 
 PLAIN = "def test_plain(): pass"
 
@@ -152,3 +155,22 @@ def test_a_pipe_is_not_replaced(pytester, run_light):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*is a device or a pipe, not a regular file, and is not replaced by one"])
     assert stat.S_ISFIFO(Path("pipe").stat().st_mode)
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 2), ("SIGTERM", 2), ("SIGKILL", -9)])
+def test_a_signal_leaves_a_whole_record(pytester, run_apart, number, status):
+    """Of a run that is stopped, a record with its exit status; of one that is killed, the old one."""
+    pytester.makepyfile(f"import os, signal\ndef test_it(qvl_backend): os.kill(os.getpid(), signal.{number})")
+    (pytester.path / "record.json").write_text(OLD)
+    assert run_apart("--qvl-record", "record.json", "--qvl-device", "cpu").ret == status
+    found = record(pytester)
+    assert found == json.loads(OLD) if status < 0 else found["exit_status"] == status
+    assert [path.name for path in pytester.path.iterdir() if "record.json" in path.name] == ["record.json"]
+
+
+def test_runs_that_write_one_record_at_a_time_leave_one_of_theirs(tmp_path):
+    data = [{"run": number, "more": list(range(2000))} for number in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda one: write_json(tmp_path / "r.json", one), data)) == {""}
+    assert json.loads((tmp_path / "r.json").read_text()) in data
+    assert [path.name for path in tmp_path.iterdir()] == ["r.json"]

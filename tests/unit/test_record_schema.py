@@ -15,7 +15,7 @@ import pytest
 
 from pytest_qvl.evidence import Evidence, Figure, Relation, Table
 from pytest_qvl.report.injected_fault import InjectedFault
-from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Verdict
+from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Subject, Verdict
 from pytest_qvl.report.record import SCHEMA, Record
 from pytest_qvl.report.report_data import Finding, GpuFailure, Kind, LimitOutcome, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
@@ -74,13 +74,22 @@ def everything(tmp_path_factory):
         verdicts = (Verdict("leak", "BROKEN", "1 GiB stayed"),)
         unknown = Usage("load", reason="the driver does not tell", error="OSError")
         whole = Usage("session", 2.5, "", 7, 8, 9, "device", 1)
-        builder.add_process(ProcessResults(whole, (unknown,), gpu, verdicts).started_by(backend))
+        subject = Subject(
+            *(f"7b on cuda by {backend}", "cuda", backend, "7b", "0" * 16, "c0ffee", "Qwen2.5-VL", "1" * 16),
+            {"type": "nf4", "double": True, "compute_dtype": "float16"},
+            {"target_modules": "q_proj"},
+            "2" * 16,
+            {"count": 6, "digest": "0" * 16},
+            {"cpu_capability": "AVX2", "threads": 1, "cuda": None},
+        )
+        found = ProcessResults(whole, (unknown,), gpu, verdicts, subjects=(subject,))
+        builder.add_process(ProcessResults.from_dict(found.as_dict()).started_by(backend))
     builder.set_fault(InjectedFault("vision-thaws", "The tower trains.", "frozen_vision", "recorded after the damage"))
     builder.add_problem("no GPU test was executed")
     config = SimpleNamespace(rootpath=file.parent, invocation_params=SimpleNamespace(args=["-q"]))
-    list(
-        Record(file, ["model 7b (default)"], builder).pytest_sessionfinish(SimpleNamespace(config=config, exitstatus=1))
-    )
+    setting = {"name": "qvl_seed", "value": "0", "source": "default"}
+    record = Record(file, ["model 7b (default)"], builder, [setting])
+    list(record.pytest_sessionfinish(SimpleNamespace(config=config, exitstatus=1)))
     return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -108,6 +117,7 @@ def places(value, path=()):
 def test_a_key_too_many_or_too_few_is_no_record(schema, valid, everything):
     later = set(schema["properties"]) - set(schema["required"])  # older records of the version are without these
     free = {("skipped",), ("environment", "packages"), ("environment", "variables")}  # keys are names of things
+    free |= {("subjects", number, "lora") for number in range(2)}
     some = {("tests",), ("seconds_by_test",)}  # not every outcome or phase is there
     for path in places(everything):
         if path in free:
@@ -172,6 +182,7 @@ def test_words_and_keys_are_those_of_the_code(schema):
         (Figure, properties("figure")),
         (Verdict, entries("session")),
         (LimitOutcome, entries("limits")),
+        (Subject, entries("subjects")),
     ):
         assert list(of) == [field.name for field in dataclasses.fields(kind)]
 

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from pytest_qvl.report.environment import VARIABLES, environment
 from pytest_qvl.report.process_results import ProcessResults
-from pytest_qvl.report.record import VARIABLES, Record, environment
+from pytest_qvl.report.record import Record
 from pytest_qvl.report.report_data import Finding, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.vram.usage import Usage
