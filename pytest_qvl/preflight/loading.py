@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_qvl.models.attaching import why_not_attached
 from pytest_qvl.preflight import naming
@@ -17,7 +17,19 @@ from pytest_qvl.preflight.timing import patience
 if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
-Part = tuple[str, str]  # a module's name and a matrix of it, such as ``"lora_A"``; ``""`` for a copy of the module
+
+class Part(NamedTuple):
+    """What one tensor of an adapter is for.
+
+    Attributes:
+        module: The module's name.
+        matrix: Which matrix of its adapter, such as ``"lora_A"``; ``""`` for a trained copy of the module.
+        is_bias: Whether it is the bias of that and not the weight.
+    """
+
+    module: str
+    matrix: str
+    is_bias: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,10 @@ class Loaded:
 
     @cached_property
     def held(self) -> dict[Part, str]:
-        """Every part of the file by module and matrix: its key."""
-        return {(self.places[text], key.part): text for text, key in self.keys.items() if self.places[text]}
+        """Every part of the file: its key."""
+        return {
+            Part(self.places[text], key.part, key.is_bias): text for text, key in self.keys.items() if self.places[text]
+        }
 
 
 def load(subject: Subject) -> Loaded:
@@ -76,7 +90,7 @@ def load(subject: Subject) -> Loaded:
 
 def _part(text: str) -> Part:
     key = naming.parse(text)
-    return key.module, key.part
+    return Part(key.module, key.part, key.is_bias)
 
 
 def _wanted(model: Any) -> dict[Part, tuple[int, ...]]:

@@ -49,6 +49,11 @@ class Key:
     wrapped: str = ""
     kohya: bool = False
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is a bias, of the module itself or of its B."""
+        return self.text.endswith(".bias")
+
     @cached_property
     def tail(self) -> str:
         """The end of the module's name that every layout has."""

@@ -116,18 +116,38 @@ class Update:
         return (columns, rows) if self.embedding else (rows, columns)
 
 
+class BiasUpdate(Update):
+    """What the bias of B (``lora_bias``) adds to a layer's bias, ``scaling * b``: a weight of one column.
+
+    ``module`` is the name of the layer's bias; ``down`` and ``up`` are b.
+    """
+
+    def factors(self) -> Factors:
+        """B's bias as a column, times one."""
+        import torch
+
+        return Factors(read_whole(self.up).float().view(-1, 1), torch.ones(1, 1), self.scaling)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of the layer, and one column."""
+        return self.up.numel, 1
+
+
 @dataclass(frozen=True)
 class Updates:
     """Everything that the adapter's file holds, by what it means.
 
     Attributes:
         pairs: What A and B add, by the module's name.
+        biases: What biases of B add, by the name of the layer's bias.
         copies: Tensors that stand in place of the base's (``modules_to_save``, trained biases), by the tensor's name.
         token_rows: Rows that stand in place of the embedding's (``trainable_token_indices``), by the module's name.
         beyond: Keys that are not judged here, with the reason.
     """
 
     pairs: Mapping[str, Update]
+    biases: Mapping[str, BiasUpdate]
     copies: Mapping[str, Tensor]
     token_rows: Mapping[str, Tensor]
     beyond: Mapping[str, str]
@@ -145,6 +165,7 @@ def find_updates(subject: Subject) -> Updates:
     copies: dict[str, Tensor] = {}
     token_rows: dict[str, Tensor] = {}
     beyond: dict[str, str] = {}
+    of_b: dict[str, Tensor] = {}
     for text, (key, module, _) in subject.placed.items():
         tensor = adapter.tensors[text]
         if not module:
@@ -153,12 +174,12 @@ def find_updates(subject: Subject) -> Updates:
             beyond[text] = f"it is stored as {tensor.dtype}"
         elif key.part == "rows":
             token_rows[module] = tensor
-        elif key.part and text.endswith(".bias"):
-            beyond[text] = "a bias of B is not judged"
+        elif key.part and key.is_bias:
+            of_b[module] = tensor
         elif key.part:
             halves.setdefault(module, {})[key.part] = tensor
         else:
-            copies[f"{module}.{'bias' if text.endswith('.bias') else 'weight'}"] = tensor
+            copies[f"{module}.{'bias' if key.is_bias else 'weight'}"] = tensor
     pairs: dict[str, Update] = {}
     with patience("rank_pattern and alpha_pattern of the adapter"):
         for module, parts in halves.items():
@@ -167,7 +188,19 @@ def find_updates(subject: Subject) -> Updates:
                 beyond |= {tensor.name: update for tensor in parts.values()}
             else:
                 pairs[module] = update
-    return Updates(pairs, copies, token_rows, beyond)
+    fitting = {module: tensor for module, tensor in of_b.items() if _fits(tensor, pairs.get(module))}
+    biases = {f"{module}.bias": _bias(pairs[module], tensor) for module, tensor in fitting.items()}
+    lonely = of_b.keys() - fitting.keys()
+    beyond |= {of_b[module].name: "no B is there of the size of its bias" for module in lonely}
+    return Updates(pairs, biases, copies, token_rows, beyond)
+
+
+def _fits(bias: Tensor, pair: Update | None) -> bool:
+    return pair is not None and not pair.embedding and bias.numel == pair.shape[0]
+
+
+def _bias(pair: Update, tensor: Tensor) -> BiasUpdate:
+    return BiasUpdate(f"{pair.module}.bias", pair.group, tensor, tensor, pair.scaling, pair.rank)
 
 
 def _pair(subject: Subject, module: str, parts: Mapping[str, Tensor]) -> Update | str:

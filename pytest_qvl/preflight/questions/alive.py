@@ -140,7 +140,8 @@ def _judged(subject: Subject) -> Iterator[Finding]:
 def _tensors(subject: Subject) -> dict[str, Tensor]:
     updates = subject.updates
     matrices = [t for u in updates.pairs.values() for t in (u.down, u.up, u.magnitude) if t is not None]
-    return {t.name: t for t in (*matrices, *updates.copies.values(), *updates.token_rows.values())}
+    biases = [update.up for update in updates.biases.values()]
+    return {t.name: t for t in (*matrices, *biases, *updates.copies.values(), *updates.token_rows.values())}
 
 
 def _not_finite(subject: Subject, looked: Mapping[str, Vitals]) -> Iterator[Finding]:

@@ -46,7 +46,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
 
 
 def _lands(subject: Subject, loaded: Loaded) -> Finding:
-    modules = {name for name, _ in loaded.wanted}
+    modules = {part.module for part in loaded.wanted}
     layouts = {layout for layout in loaded.layouts.values() if layout}
     return Finding(
         NUMBER,

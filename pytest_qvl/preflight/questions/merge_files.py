@@ -173,7 +173,8 @@ def _is_lost(case: Case, trained: object) -> bool:
 
 def touched(subject: Subject) -> Mapping[str, str]:
     """The base's tensors that the adapter adds to, and the module of each."""
-    return {name: module for module in subject.updates.pairs if (name := weight_name(subject, module))}
+    weights = {name: module for module in subject.updates.pairs if (name := weight_name(subject, module))}
+    return weights | {name: name for name in subject.updates.biases}
 
 
 # What the adapter does not add to
@@ -196,7 +197,7 @@ class Rest:
     def __post_init__(self) -> None:
         """Compare all of them."""
         case = self.case
-        adapted = {name for name, module in touched(case.subject).items() if name == f"{module}.weight"}
+        adapted = {name for name, module in touched(case.subject).items() if name in (module, f"{module}.weight")}
         for name in [*case.expected, *([case.head] if case.was_tied and case.head in case.there else [])]:
             if name in case.there and name not in adapted and not _is_head_update(case, name):
                 self._compare(name)

@@ -21,6 +21,7 @@ from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Proof, outside_cells, packed_before, prove, total
 from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, head_of, names_of
 from pytest_qvl.preflight.survey import weight_name
+from pytest_qvl.preflight.updates import BiasUpdate
 from pytest_qvl.preflight.weights import Weights
 
 if TYPE_CHECKING:
@@ -130,8 +131,8 @@ def _prove(work: tuple[Update, tuple[Place, Place]]) -> Proof:
 
 def _comparable(case: Case) -> Iterator[tuple[Update, tuple[Place, Place]]]:
     subject = case.subject
-    for module, update in subject.updates.pairs.items():
-        name = weight_name(subject, module)
+    for module, update in {**subject.updates.pairs, **subject.updates.biases}.items():
+        name = module if module in subject.updates.biases else weight_name(subject, module)
         other = f"{module}.weight" if f"{module}.weight" in case.there else name
         if not name or other not in case.there or not subject.weights.is_numeric(name):
             continue
@@ -205,7 +206,8 @@ def _misfit(case: Case, verdict: str, judged: Sequence[_Judged], whole: int) -> 
             cause="the adapter has diverged, or a sum left the range of the dtype that it was merged in",
         )  # fmt: skip
     if verdict == "other":
-        smallest = min(judged, key=lambda each: each.proof.numel)
+        weights = [each for each in judged if not isinstance(each.update, BiasUpdate)]
+        smallest = min(weights or judged, key=lambda each: each.proof.numel)
         packed = packed_before(smallest.update.factors(), *smallest.places)
         if packed:
             return case.red(

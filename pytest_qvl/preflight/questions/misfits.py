@@ -37,7 +37,7 @@ def misfits(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
         yield _other_shapes(subject, loaded, shapes)
     if strange:
         yield _strange(subject, loaded, strange)
-    stray = {part for part in loaded.held if part not in loaded.wanted and part[1]}
+    stray = {part for part in loaded.held if part not in loaded.wanted and part.matrix}
     bare = {part for part in loaded.wanted if part not in loaded.held}
     if not shapes and not strange:
         yield from _uncovered(subject, loaded, stray, bare)
@@ -53,7 +53,7 @@ def misfits(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
 def _lost(subject: Subject, loaded: Loaded, lost: Sequence[str]) -> Finding:
     name, why = _name_at_fault([loaded.keys[text] for text in lost], [loaded.layouts[text] for text in lost])
     groups = Counter(subject.parts.group_of(loaded.places[text]) for text in lost)
-    whole = Counter(subject.parts.group_of(module) for module, _ in loaded.wanted)
+    whole = Counter(subject.parts.group_of(part.module) for part in loaded.wanted)
     said = ", ".join(f"{group} {count} of {whole[group]}" for group, count in groups.items())
     return _red(
         subject,
@@ -174,8 +174,11 @@ def _family_that_has(wanted: set[str], own: str) -> str:
 
 def _uncovered(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Part]) -> Iterator[Finding]:
     """Modules with tensors that the configuration does not ask for, and modules that it asks for without."""
-    if {"lora_magnitude_vector"} in ({part for _, part in stray}, {part for _, part in bare}):
+    if {"lora_magnitude_vector"} in ({part.matrix for part in stray}, {part.matrix for part in bare}):
         yield _dora(subject, loaded, stray, bare)
+        return
+    if (stray or bare) and all(part.is_bias and part.matrix for part in stray | bare):
+        yield _biases(subject, loaded, stray, bare)
         return
     if half := _halves(loaded):
         yield _red(
@@ -184,20 +187,21 @@ def _uncovered(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Par
         )  # fmt: skip
         return
     if bare:
-        names = list(dict.fromkeys(module for module, _ in bare))
+        names = list(dict.fromkeys(part.module for part in bare))
         ends = Counter(name.rpartition(".")[2] for name in names)
-        whole = Counter(module.rpartition(".")[2] for module in {module for module, _ in loaded.wanted})
+        wanted = {part.module for part in loaded.wanted}
+        whole = Counter(name.rpartition(".")[2] for name in wanted)
         dropped = [end for end, count in ends.items() if count >= whole[end]]
         said = f", and no {' and no '.join(sorted(dropped))} at all" if dropped else ""
         yield _red(
             subject, "keys-missing",
-            f"{len(names)} of {len({m for m, _ in loaded.wanted})} modules that adapter_config.json asks for have no "
-            f"tensors in the file{said}: {some(sorted(names))}",
+            f"{len(names)} of {len(wanted)} modules that adapter_config.json asks for have no tensors in the "
+            f"file{said}: {some(sorted(names))}",
             cause=f"they were dropped or frozen when the adapter was made or saved; {_SILENT}",
             fix="train and save it with all of its targets, or take those that it lacks out of adapter_config.json",
         )  # fmt: skip
     if stray:
-        names = sorted({module for module, _ in stray})
+        names = sorted({part.module for part in stray})
         yield _red(
             subject, "keys-beyond-targets",
             f"{len(names)} modules have tensors in the file that adapter_config.json does not ask for: {some(names)}",
@@ -208,19 +212,31 @@ def _uncovered(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Par
 
 def _halves(loaded: Loaded) -> list[str]:
     sides: dict[str, set[str]] = {}
-    for module, part in loaded.held:
-        if part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"):
-            sides.setdefault(module, set()).add(part)
+    for module, matrix, is_bias in loaded.held:
+        if matrix in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B") and not is_bias:
+            sides.setdefault(module, set()).add(matrix)
     return sorted(module for module, parts in sides.items() if len(parts) == 1)
 
 
 def _dora(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Part]) -> Finding:
     asked = bool(getattr(subject.lora, "use_dora", False))
-    held = sum(part == "lora_magnitude_vector" for _, part in loaded.held)
+    held = sum(part.matrix == "lora_magnitude_vector" for part in loaded.held)
     return _red(
         subject, "dora-differs",
         f"adapter_config.json says use_dora={asked}, and the file has {held} magnitude vectors "
         f"({len(bare)} missing, {len(stray)} too many)",
         cause="configuration and file are of two trainings, or one was edited",
         fix=f"put back use_dora={bool(held)}",
+    )  # fmt: skip
+
+
+def _biases(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Part]) -> Finding:
+    asked = bool(getattr(subject.lora, "lora_bias", False))
+    held = sum(part.is_bias and bool(part.matrix) for part in loaded.held)
+    return _red(
+        subject, "lora-bias-differs",
+        f"adapter_config.json says lora_bias={asked}, and the file has {held} biases of B "
+        f"({len(bare)} missing, {len(stray)} too many)",
+        cause="configuration and file are of two trainings, or one was edited",
+        fix=f"put back lora_bias={bool(held)}",
     )  # fmt: skip

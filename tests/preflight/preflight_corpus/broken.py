@@ -261,6 +261,13 @@ def dora_switched_on_afterwards(shop: Workshop, family: str) -> Arguments:
     return found
 
 
+@broken("", "lora-bias-differs", "put back lora_bias=True", ("qwen2_vl",))
+def biases_switched_off_afterwards(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family, lora_bias=True)
+    edit(found["adapter"] / CONFIG, lora_bias=False)
+    return found
+
+
 @broken("vllm-project/vllm/issues/23796", "vllm-tower", "leaves out")
 def tower_served_by_vllm(shop: Workshop, family: str) -> Arguments:
     targets = r".*(visual|language_model).*\.(q_proj|v_proj|qkv)"

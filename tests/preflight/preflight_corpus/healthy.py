@@ -71,6 +71,22 @@ def head_and_embeddings_trained_whole(shop: Workshop, family: str) -> Arguments:
 
 
 @healthy()
+def merger_trained_whole(shop: Workshop, family: str) -> Arguments:
+    """Weights and biases: two tensors of one module."""
+    return _adapted(shop, family, modules_to_save=["merger"])
+
+
+@healthy(("qwen2_vl", "qwen2_5_vl"))
+def key_projections_trained_whole(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, target_modules=r".*language_model.*\.[qv]_proj", modules_to_save=["k_proj"])
+
+
+@healthy()
+def matrices_with_a_bias(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, lora_bias=True)
+
+
+@healthy()
 def some_layers_on_purpose(shop: Workshop, family: str) -> Arguments:
     return _adapted(shop, family, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])
 

@@ -190,7 +190,7 @@ def _make_adapter(source: Path, folder: Path, name: str, lora: Mapping[str, Any]
             if "lora_B" in key or "lora_embedding_A" in key:
                 parameter.normal_(std=0.004)
             elif "modules_to_save" in key:
-                parameter.mul_(1.01)  # as trained: a copy with the base's values is one that was not
+                parameter.mul_(1.01).add_(1e-4)  # as trained: a copy with the base's values is one that was not
     adapted.save_pretrained(folder, save_embedding_layers=save_embedding_layers)
     if name != "default":
         for file in (folder / name).iterdir():

@@ -248,6 +248,26 @@ def merged_with_trained_head_and_embeddings(shop: Workshop, family: str) -> Argu
 
 
 @healthy(("qwen2_vl",))
+def merged_with_a_trained_merger(shop: Workshop, family: str) -> Arguments:
+    return _merged(shop, family, modules_to_save=["merger"])
+
+
+_WITH_BIAS = r".*language_model.*\.[qkv]_proj"
+
+
+@healthy(("qwen2_5_vl", "qwen2_vl"))
+def merged_biases_of_b(shop: Workshop, family: str) -> Arguments:
+    return _merged(shop, family, target_modules=_WITH_BIAS, lora_bias=True)
+
+
+@broken("", "not-merged", "self_attn.q_proj.bias", ("qwen2_5_vl",))
+def biases_of_b_left_out(shop: Workshop, family: str) -> Arguments:
+    found = _merged(shop, family, target_modules=_WITH_BIAS, lora_bias=True)
+    _from_base(found, lambda name: name.endswith(".bias"))
+    return found
+
+
+@healthy(("qwen2_vl",))
 def merged_onto_a_tied_base(shop: Workshop, family: str) -> Arguments:
     return _merged(shop, family, base={"tied": True})
 
