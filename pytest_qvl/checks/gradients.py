@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.cross_entropy import IGNORED, telling_labels
-from pytest_qvl.checks.support.directional import Derivative, Noise, along_gradient, derivative, step_size
+from pytest_qvl.checks.support.directional import (
+    Derivative,
+    Direction,
+    Noise,
+    along_gradient,
+    along_stream,
+    derivative,
+    into_branches,
+    step_size,
+)
 from pytest_qvl.checks.support.head_replay import HeadReplay, core_recorded
 from pytest_qvl.checks.support.lora import layer_of, zero_initialised_matrices
 from pytest_qvl.checks.support.rounding import rounded_sums
@@ -32,7 +41,7 @@ from pytest_qvl.models.training import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from torch import nn
@@ -42,6 +51,8 @@ if TYPE_CHECKING:
 RESOLVED = 0.25
 SHARE = 0.2
 _SEED = 20_311
+AHEAD = 4  # halvings: three have to settle, and one is for layers that are not quite alike
+ADAPTER, STREAM, BRANCHES = "adapter", "what goes in", "what goes in by attention and MLP"
 _NAMED = 2
 
 
@@ -51,8 +62,9 @@ def gradient_arithmetic(model: Any, batch: Batch, *, gradient_checkpointing: boo
 
     One forward and backward pass in train mode, with random labels and B (or what starts at zero) set to random signs.
     Then each decoder layer, and norm, head and loss together, is run by itself from the hidden states that went in,
-    with the same dropout, moved a little along a direction of its own in hidden states and adapter at once. What comes
-    out, weighted with the gradient that came back from behind, has to move by what the layer's gradients promise.
+    with the same dropout, moved a little along directions of its own: in its adapter, in the hidden states along their
+    gradient, and in these along what attention and MLP give back. What comes out, weighted with the gradient that came
+    back from behind, has to move by what the layer's gradients promise.
     Errors do not add up from layer to layer, so that many layers are judged as sharply as few; and by the chain rule
     right layers make a right whole.
 
@@ -63,7 +75,7 @@ def gradient_arithmetic(model: Any, batch: Batch, *, gradient_checkpointing: boo
     gradient of each row with labels          not exactly zero
     ========================================= ===================================================
 
-    A layer in which rounding hides a quarter of the derivative is not judged, and counted.
+    A layer in which rounding hides a quarter of a derivative that looks right is not judged, and counted in a note.
 
     Args:
         model: The model wrapped by PEFT, its adapter trainable.
@@ -163,41 +175,51 @@ def _note_left_out(judge: Judge, segments: list[Segment], trained: Mapping[str, 
 
 def _judge_segments(judge: Judge, parts: Parts, segments: list[Segment]) -> None:
     found: list[_Found] = []
-    hidden: list[str] = []
+    hidden: dict[str, list[str]] = {}
     probe = _Probe(parts)
     for segment in segments:
-        seen = probe(segment, list(segment.parameters), hidden=True)
-        if seen is None or (not seen.is_off and seen.limit > RESOLVED):
-            hidden.append(segment.name)
-        else:
-            found.append(_Found(segment, seen))
+        for what, direction in probe.directions(segment):
+            seen = probe(segment, what, direction)
+            if seen is None or (not seen.is_off and seen.limit > RESOLVED):
+                hidden.setdefault(segment.name, []).append(what)
+            else:
+                found.append(_Found(segment, what, seen))
     if not found:
         raise CannotJudge(f"rounding hides the derivative of the loss in all of {len(hidden)} layers")
     if hidden:
-        judge.note(f"rounding hides the derivative of the loss in {some(hidden)}: not judged there")
+        told = [f"{name} ({', '.join(each)})" for name, each in hidden.items()]
+        judge.note(f"NOT JUDGED in {len(hidden)} of {len(segments)} layers, where rounding hides it: {some(told)}")
     worst = max(found, key=lambda one: one.seen.off / one.seen.limit if one.seen.limit else math.inf).seen
-    judge.report("layers judged", len(found))
-    judge.report("coarsest limit of a layer", max(one.seen.limit for one in found))
-    off = [one for one in found if one.seen.is_off]
-    told = "; ".join(f"in {one.segment.name} {probe.explained(one)}" for one in off[:_NAMED])
+    judged = {one.segment.name for one in found}
+    judge.report("layers judged", len(judged - hidden.keys()))
+    for name, into in (("of a layer", False), ("of what goes into attention and MLP", True)):
+        limits = [one.seen.limit for one in found if (one.what == BRANCHES) is into]
+        if limits:
+            judge.report(f"coarsest limit {name}", max(limits))
+    off = {one.segment.name: one for one in reversed(found) if one.seen.is_off}
+    told = [f"in {name} {probe.explained(one)}" for name, one in list(off.items())[::-1][:_NAMED]]
     judge.at_most(
         "derivative of the worst layer over its promise, off 1 by",
         worst.off,
         worst.limit,
-        else_say=f"the gradient is not the loss's in {len(off)} of {len(found)} layers: {told}",
+        else_say=f"the gradient is not the loss's in {len(off)} of {len(judged)} layers: {'; '.join(told)}",
     )
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A layer and the derivative of the loss along its direction."""
+    """A layer and the derivative of the loss along one of its directions."""
 
     segment: Segment
+    what: str
     seen: Derivative
 
 
 class _Probe:
-    """Takes derivatives in layers: along hidden states and adapter at once, or along some of them."""
+    """Takes derivatives in layers: along the adapter's gradients, along hidden states', and into what branches off.
+
+    One direction each: a factor of one of these gradients is all of the ratio then, however small its share is.
+    """
 
     def __init__(self, parts: Parts) -> None:
         import torch
@@ -206,31 +228,58 @@ class _Probe:
         terms = max(parts.text_config.intermediate_size, parts.text_config.hidden_size)
         self._eps, self._sums = torch.finfo(dtype).eps, rounded_sums(dtype, terms)
         self._noise: dict[str, Noise] = {}
+        self._steps: dict[str, float] = {}
 
-    def __call__(self, segment: Segment, names: Sequence[str], *, hidden: bool) -> Derivative | None:
+    def directions(self, segment: Segment) -> Iterator[tuple[str, Direction]]:
+        """What is judged of a layer, in the words of messages, and along what."""
+        if segment.parameters:
+            yield ADAPTER, self._of(segment, list(segment.parameters))
+        if segment.gradient is not None:
+            yield STREAM, along_stream(segment)
+            inside = into_branches(segment)
+            if inside is not None:
+                yield BRANCHES, inside
+
+    def _of(self, segment: Segment, names: Sequence[str]) -> Direction:
         """Each tensor is moved by a random multiple of its size, once to twice, so that no two count alike."""
+        chance = random.Random(f"{_SEED} {segment.name}")
+        return along_gradient(segment, {name: chance.uniform(1.0, 2.0) for name in names})
+
+    def __call__(self, segment: Segment, what: str, direction: Direction) -> Derivative | None:
+        """Begins a few steps above where the layer before was resolved: layers are alike, and most of it is waiting."""
         import torch
 
         eps = max(self._eps, torch.finfo(segment.x.dtype).eps)
         if segment.name not in self._noise:
             self._noise[segment.name] = Noise.of(segment, eps, self._sums)
-        chance = random.Random(f"{_SEED} {segment.name}")
-        direction = along_gradient(segment, {name: chance.uniform(1.0, 2.0) for name in names}, hidden=hidden)
-        return derivative(segment, direction, step_size(eps), self._noise[segment.name])
+        noise, largest = self._noise[segment.name], step_size(eps)
+        begin = min(largest, self._steps.get(what, largest))
+        seen = derivative(segment, direction, begin, noise)
+        if begin < largest and (seen is None or seen.is_off or seen.limit > RESOLVED):
+            seen = derivative(segment, direction, largest, noise)
+        if seen is not None:
+            self._steps[what] = seen.step * 2.0**AHEAD
+        return seen
 
     def explained(self, found: _Found) -> str:
         """Which gradients of a layer are wrong by themselves, by what factor; else that they are together."""
         segment = found.segment
         wrong = {}
         for name in segment.parameters:
-            seen = self(segment, [name], hidden=False)
+            seen = self(segment, name, self._of(segment, [name]))
             if seen is not None and seen.is_off:
                 wrong[name.removeprefix(f"{segment.name}.")] = seen
         told = [f"{name} has {_times(seen)} its gradient" for name, seen in wrong.items()]
-        passed = self(segment, [], hidden=True) if segment.gradient is not None else None
-        if passed is not None and passed.is_off:
-            told.insert(0, f"what goes in gets {_times(passed)} its gradient")
+        for what, direction in reversed(list(self.directions(segment))):
+            passed = self(segment, what, direction) if what != ADAPTER else None
+            if passed is not None and passed.is_off:
+                told.insert(0, _passed(what, passed))
         return some(told) or f"all of it together has {_times(found.seen)} its gradient"
+
+
+def _passed(what: str, seen: Derivative) -> str:
+    behind = what.removeprefix(STREAM)
+    return f"{STREAM} gets {_times(seen)} its gradient{behind}"
 
 
 def _times(seen: Derivative) -> str:

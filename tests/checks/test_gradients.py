@@ -235,9 +235,31 @@ class Quartic:
 @pytest.mark.parametrize("factor", [1.0, 1.05, -1.0, 1e-3])
 def test_a_derivative_over_its_promise_is_the_inverse_of_the_factor(factor: float) -> None:
     segment: Any = Quartic(factor)
-    seen = derivative(segment, along_gradient(segment, {"matrix": 1.0}, hidden=False), 2.0**-5, Noise(0.0, 0.0))
+    seen = derivative(segment, along_gradient(segment, {"matrix": 1.0}), 2.0**-5, Noise(0.0, 0.0))
     assert seen is not None
     assert seen.ratio == pytest.approx(1 / factor, rel=1e-5)
+    assert seen.is_off == (factor != 1.0)
+
+
+class Wide(Quartic):
+    """Bends within a move of a thousandth, as a layer does whose A reads thousands of numbers."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(factor)
+        self.start = self.matrix.detach().clone().double()
+        self.matrix.grad = factor * torch.ones(6)
+
+    def value(self, _x: torch.Tensor) -> float:
+        return float((1000 * (self.matrix.detach().double() - self.start)).tanh().sum() / 1000)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.25, -1.0, 1e-3])
+def test_steps_are_halved_until_rounding_ends_it(factor: float) -> None:
+    """Of a gradient that is nearly lost the ratio is a thousand, and settles within its own size."""
+    segment: Any = Wide(factor)
+    seen = derivative(segment, along_gradient(segment, {"matrix": 1.0}), 1.0, Noise(1e-7, 0.0))
+    assert seen is not None
+    assert seen.ratio == pytest.approx(1 / factor, rel=0.02)
     assert seen.is_off == (factor != 1.0)
 
 
@@ -257,7 +279,7 @@ class Saturating(Quartic):
 def test_a_ratio_that_is_off_at_large_steps_only_is_no_wrong_gradient() -> None:
     for segment, step, is_wrong in ((Saturating(), 0.5, False), (Quartic(1.9), 2**-6, True)):
         given: Any = segment
-        direction = along_gradient(given, {"matrix": 1.0}, hidden=False)
+        direction = along_gradient(given, {"matrix": 1.0})
         off = abs(_differences(given, direction, step).ratio - 1)
         assert off > 0.4
         assert _vanishes(given, direction, step, Noise(1e-6, 0.0), off) is not is_wrong

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.student import deviations
 
@@ -20,7 +20,7 @@ DEVIATIONS = 5.0
 PLACES = 66
 FIRST = 4
 FREEDOM = 16
-HALVINGS = 8
+HALVINGS = 32  # none gets there: rounding ends it long before
 SETTLED = 3  # the first change has nothing to be compared with, and counts
 LITTLE = 1 / 32
 HIDDEN = 0.5
@@ -41,10 +41,12 @@ class Derivative:
     Attributes:
         ratio: Seen over promised.
         limit: How far a right gradient's ratio may be from 1.
+        step: The smaller of the two steps that it was seen at.
     """
 
     ratio: float
     limit: float
+    step: float
 
     @property
     def is_off(self) -> bool:
@@ -66,16 +68,12 @@ def step_size(eps: float) -> float:
     return math.ldexp(4.0, round(math.log2(eps) / 3))
 
 
-def along_gradient(segment: Segment, names: Mapping[str, float], *, hidden: bool) -> Direction:
-    """A direction along the gradient, of the size of what is moved, so that the loss moves as far as it can.
-
-    Of the hidden states each token by itself, by its own norm, along its gradient here and at what comes out, which is
-    nearly the same by the residual connection: a token whose gradient was lost on its way through is moved too.
+def along_gradient(segment: Segment, names: Mapping[str, float]) -> Direction:
+    """Parameters along their gradients, each by its own size, so that the loss moves as far as it can.
 
     Args:
         segment: What is moved.
         names: Parameters to move, each with a factor.
-        hidden: Move the hidden states as well, where they have a gradient.
     """
     moves: dict[str, torch.Tensor] = {}
     for name, factor in names.items():
@@ -85,16 +83,40 @@ def along_gradient(segment: Segment, names: Mapping[str, float], *, hidden: bool
         norm = float(slope.norm())
         if size and norm:
             moves[name] = slope * (factor * size / norm)
-    gradient = segment.gradient if hidden else None
-    if gradient is None:
-        return Direction(None, moves)
+    return Direction(None, moves)
+
+
+def along_stream(segment: Segment) -> Direction:
+    """Hidden states along their gradient, each token by itself and by its own norm.
+
+    Along its gradient here and at what comes out, which is nearly the same by the residual connection: a token whose
+    gradient was lost on its way through is moved too.
+    """
+    gradient = segment.gradient
+    assert gradient is not None
     along = _unit(gradient)
     if segment.outgoing is not None:
         along = _unit(along + _unit(segment.outgoing.to(along.device)))
-    return Direction(along * (HIDDEN * segment.x.float().norm(dim=-1, keepdim=True)), moves)
+    return _of_hidden_states(segment, along)
 
 
-def _unit(vectors: torch.Tensor) -> torch.Tensor:
+def into_branches(segment: Segment) -> Direction | None:
+    """Hidden states along the gradients at what the norms before attention and MLP put out; ``None`` without any.
+
+    In a wide layer what these two give back is nearly orthogonal to the gradient that the residual connection carries:
+    a derivative along that is the same with them and without.
+    """
+    gradients = segment.branch_gradients()
+    if not gradients:
+        return None
+    return _of_hidden_states(segment, _unit(sum(_unit(each.float()) for each in gradients)))
+
+
+def _of_hidden_states(segment: Segment, along: torch.Tensor) -> Direction:
+    return Direction(along * (HIDDEN * segment.x.float().norm(dim=-1, keepdim=True)), {})
+
+
+def _unit(vectors: Any) -> torch.Tensor:
     import torch
 
     tiny = torch.finfo(torch.float32).tiny
@@ -155,7 +177,7 @@ def derivative(segment: Segment, direction: Direction, step: float, noise: Noise
 
     The step is halved until the ratio of seen and promised settles: it changes by little, and twice in a row by half as
     much as before at most (that of a central difference does by a quarter), or within the noise:
-    docs/limits.md#directional-derivatives.
+    docs/limits.md#directional-derivatives. It ends where rounding hides all of the ratio.
 
     Args:
         segment: Where.
@@ -169,7 +191,7 @@ def derivative(segment: Segment, direction: Direction, step: float, noise: Noise
     """
     large = _differences(segment, direction, step)
     if not large.promised:
-        return Derivative(math.inf, 0.0) if abs(large.seen) > DEVIATIONS * noise.value else None
+        return Derivative(math.inf, 0.0, step) if abs(large.seen) > DEVIATIONS * noise.value else None
     best: Derivative | None = None
     change, settled = math.inf, 0
     for halving in range(1, HALVINGS + 1):
@@ -177,14 +199,17 @@ def derivative(segment: Segment, direction: Direction, step: float, noise: Noise
         if not small.promised:
             break
         rounding, previous = DEVIATIONS * _rounding(large, small, noise), change
+        size = max(1.0, abs(small.ratio))  # of a gradient that is nearly lost the ratio is a thousand
         change = abs(small.ratio - large.ratio)
         settled = settled + 1 if change <= max(previous / 2, rounding) else 0
-        if settled >= SETTLED and change <= max(LITTLE, rounding):
+        if settled >= SETTLED and change <= max(LITTLE * size, rounding):
             left_out = max(change, previous / 2)
             if best is None or rounding + left_out < best.limit:
-                best = Derivative((4 * small.ratio - large.ratio) / 3, rounding + left_out)
+                best = Derivative((4 * small.ratio - large.ratio) / 3, rounding + left_out, step / 2**halving)
             if left_out <= rounding:
                 break
+        if rounding > size:
+            break
         large = small
     if best is None or not best.is_off or not _vanishes(segment, direction, step, noise, best.off):
         return best

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     RandomStates = tuple[torch.Tensor, dict[torch.device, torch.Tensor]]
 
 
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
 class Segment(Protocol):
     """A part of the model between two hidden states, or between the last of them and the loss.
 
@@ -47,6 +50,12 @@ class Segment(Protocol):
     @property
     def outgoing(self) -> torch.Tensor | None:
         """The same at what comes out; ``None`` of the segment that ends with the loss."""
+
+    def branch_gradients(self) -> list[torch.Tensor]:
+        """Of the loss at what each norm inside puts out, of the shape of ``x``; a backward pass of this part alone.
+
+        They are to be moved along, not judged: what comes before these norms has no part in them.
+        """
 
     def value(self, x: torch.Tensor) -> float:
         """The loss, to first order in what comes out, for other hidden states, with the same dropout; in float64."""
@@ -224,9 +233,35 @@ class Layer:
         import torch
 
         with torch.no_grad():
-            made = self.module(x, **self.call.kwargs)
+            return self._called(x)
+
+    def _called(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.module(x, **self.call.kwargs)
         out: torch.Tensor = made[0] if isinstance(made, tuple) else made
         return out
+
+    def branch_gradients(self) -> list[torch.Tensor]:
+        """See :class:`Segment`."""
+        import torch
+
+        begun: list[torch.Tensor] = []
+
+        def begin(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+            begun.append(output.detach().requires_grad_())
+            return begun[-1]
+
+        norms = [norm for name in NORMS if (norm := getattr(self.module, name, None)) is not None]
+        handles = [norm.register_forward_hook(begin) for norm in norms]
+        try:
+            _put_random_states(self.call.random)
+            with torch.enable_grad():
+                out = self._called(self.x)
+                # Scaled, as it came back: the direction is the same, and float16 would lose the rest.
+                found = torch.autograd.grad(out, begun, self.following.scaled_gradient, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [each for each in found if each is not None]
 
     def value(self, x: torch.Tensor) -> float:
         """See :class:`Segment`."""
@@ -272,6 +307,10 @@ class End:
     def gradient(self) -> torch.Tensor | None:
         """See :class:`Segment`."""
         return self.call.gradient
+
+    def branch_gradients(self) -> list[torch.Tensor]:
+        """See :class:`Segment`; there are no branches."""
+        return []
 
     def _output(self, x: torch.Tensor) -> Any:
         import torch
