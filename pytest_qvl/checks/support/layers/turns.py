@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 ROTARY = "rotary embedding"
 # A base that is off by more is told in words; 16 bits leave a share of it open.
 BASE = 0.05
-# Roundings to the dtype within which a cosine is that of an angle; in words only.
+# Roundings to the dtype within which an estimated base turns; in words only.
 STEPS = 4
+# Angles, in radians, and positions that a base is read from; in words only.
+SMALLEST, LARGEST = 1e-3, 6
 
 
 class Turns:
@@ -73,64 +75,113 @@ class Turns:
         for got, claim in zip(call.output, claims, strict=True):
             self._tally.hold(ROTARY, name, got, claim, words)
 
-    def _angles(self, positions: torch.Tensor, *, apart: bool) -> torch.Tensor:
+    def _angles(self, positions: torch.Tensor, *, apart: bool, theta: float | None = None) -> torch.Tensor:
         """Angles of every token, and of every axis where a release hands the axes on apart."""
         import torch
 
         assert self._axes is not None
+        theta, count = self._rope.theta if theta is None else theta, len(self._axes)
         if not apart:
-            return rotary.text_angles(positions, self._rope.theta, self._axes)
-        count = len(self._axes)
-        return torch.stack([rotary.text_angles(positions, self._rope.theta, [axis] * count) for axis in range(3)])
-
-    def _base(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> float:
-        """The base by which the second frequency turns the token nearest to the start; the right one if none tells."""
-        import torch
-
-        assert self._axes is not None
-        count = len(self._axes)
-        at = positions[self._axes[1] if cosines.ndim == 3 else 0].flatten() if count > 1 else positions.flatten()[:0]
-        if not bool((at > 0).any()):
-            return self._rope.theta
-        token = int(at.where(at > 0, at.max() + 1).argmin())
-        cosine, sine = (each.reshape(-1, each.shape[-1])[token, 1].double() for each in (cosines, sines))
-        turned = float(torch.atan2(sine, cosine)) % (2 * math.pi) / float(at[token])
-        return float(turned ** -float(count)) if turned else self._rope.theta
+            return rotary.text_angles(positions, theta, self._axes)
+        return torch.stack([rotary.text_angles(positions, theta, [axis] * count) for axis in range(3)])
 
     def _words(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> str:
-
         assert self._axes is not None
         return (
-            (self._sections_words(positions, cosines) if cosines.ndim == 3 else "")
+            (self._sections_words(positions, cosines, sines) if cosines.ndim == 3 else "")
             or self._base_words(positions, cosines, sines)
+            or self._frequency_words(positions, cosines, sines)
             or "turns by other angles than position times theta^(-2i/d) along mrope_section"
         )
 
-    def _sections_words(self, positions: torch.Tensor, cosines: torch.Tensor) -> str:
+    def _misfit(
+        self, angles: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor, theta: float, slack: float = 0.0
+    ) -> torch.Tensor:
+        """The largest error over its limit of each frequency, over cosines and sines of all tokens; at most 1 fits.
+
+        Args:
+            angles: ``(..., head_dim / 2)`` float64.
+            cosines: As they were made, ``(..., head_dim)``.
+            sines: Ditto.
+            theta: Base of the frequencies.
+            slack: Share by which the angles may be off, where they are an estimate.
+        """
+        import torch
+
+        count = angles.shape[-1]
+        ratios = []
+        for got, claim in zip((cosines, sines), rotary.turned(angles, theta, cosines.dtype), strict=True):
+            limit = claim.limit[..., :count] + slack * angles.abs().float()
+            ratios.append(((got.float() - claim.value)[..., :count].abs() / limit).flatten(0, -2).amax(dim=0))
+        return torch.maximum(*ratios)
+
+    def _sections_words(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> str:
         """That frequencies turn along other axes, if each turns by the right base along one of the three."""
         import torch
 
         assert self._axes is not None
-        count = len(self._axes)
-        each = [rotary.text_angles(positions, self._rope.theta, [axis] * count).cos() for axis in range(3)]
-        apart = torch.stack([(cosines[..., :count].double() - one).abs().amax(dim=(0, 1)) for one in each])
-        limit = STEPS * unit(cosines.dtype)
+        count, theta = len(self._axes), self._rope.theta
+        each = [rotary.text_angles(positions, theta, [axis] * count) for axis in range(3)]
+        apart = torch.stack([self._misfit(one, cosines, sines, theta) for one in each])
         # A frequency that no position tells apart counts for the axis that it has to turn along.
         nearest = [
-            axis if float(apart[axis, number]) <= limit else int(apart[:, number].argmin())
+            axis if float(apart[axis, number]) <= 1 else int(apart[:, number].argmin())
             for number, axis in enumerate(self._axes)
         ]
         found, asked = ([axes.count(axis) for axis in range(3)] for axes in (nearest, self._axes))
-        if found == asked or float(apart.amin(dim=0).max()) > limit:
+        if found == asked or float(apart.amin(dim=0).max()) > 1:
             return ""
         return (
             f"turns {', '.join(map(str, found))} frequencies by time, height and width, where mrope_section is "
             f"{', '.join(map(str, asked))}"
         )
 
+    def _turned(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> dict[int, float]:
+        """The angle per position of each frequency, from the token nearest to the start; unknown ones left out.
+
+        Angles are told to within a turn, and small sines of float16 have no digits left.
+        """
+        import torch
+
+        assert self._axes is not None
+        found = {}
+        for number, axis in enumerate(self._axes):
+            at = positions[axis if cosines.ndim == 3 else 0].flatten()
+            if not bool((at > 0).any()):
+                continue
+            token = int(at.where(at > 0, at.max() + 1).argmin())
+            flat = (each.reshape(-1, each.shape[-1])[token, number].double() for each in (cosines, sines))
+            cosine, sine = flat
+            angle = float(torch.atan2(sine, cosine)) % (2 * math.pi)
+            if angle >= SMALLEST and float(at[token]) <= LARGEST:
+                found[number] = angle / float(at[token])
+        return found
+
     def _base_words(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> str:
-        """That frequencies turn by another base, if the second one does."""
-        base = self._base(positions, cosines, sines)
-        if abs(base / self._rope.theta - 1) <= BASE:
+        """That frequencies turn by another base, if all of them do; of one of them alone that says nothing."""
+        turned = self._turned(positions, cosines, sines)
+        last = max(turned, default=0)
+        if not last:
             return ""
-        return f"turns as with base {base:.6g}, not {self._rope.theta:g} (rope_theta)"
+        base = float(turned[last] ** -(len(self._axes or ()) / last))
+        if abs(base / self._rope.theta - 1) <= BASE or base <= 1:
+            return ""
+        angles = self._angles(positions, apart=cosines.ndim == 4, theta=base)
+        if float(self._misfit(angles, cosines, sines, base, STEPS * unit(cosines.dtype)).max()) > 1:
+            return ""
+        return f"turns as with base {float(f'{base:.4g}'):g}, not {self._rope.theta:g} (rope_theta)"
+
+    def _frequency_words(self, positions: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> str:
+        """Which frequencies are off, and the first one's factor, if others are not."""
+        angles = self._angles(positions, apart=cosines.ndim == 4)
+        off = (self._misfit(angles, cosines, sines, self._rope.theta) > 1).nonzero().flatten().tolist()
+        count = angles.shape[-1]
+        if not off or len(off) == count:
+            return ""
+        turned = self._turned(positions, cosines, sines).get(off[0])
+        right = float(rotary.frequencies(self._rope.theta, count)[off[0]])
+        times = f" by {turned / right:.3g} times its angle" if turned else ""
+        return (
+            f"turns frequency {off[0]}{times}; {len(off)} of {count} frequencies do not turn by position times "
+            "theta^(-2i/d)"
+        )
