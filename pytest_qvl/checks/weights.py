@@ -29,7 +29,7 @@ from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name, linear_states
 from pytest_qvl.models.sources.digests import altered_files
-from pytest_qvl.models.sources.loading import compared_with, has_tied_head
+from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.models.training import asked_biases, trained_on_purpose
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def weights_as_stored(
     judge = Judge("weights_as_stored", "every number is the checkpoint's")
     altered = () if stored.folder is None else altered_files(stored.folder)
     judge.equal("files that were altered", len(altered), 0, else_say="; ".join(altered))
-    misfits = () if stored.folder is None else compared_with(parts.base, stored.folder, stored.what).problems
+    misfits = stored.misfits(parts)
     judge.equal("kinds of tensors that do not fit", len(misfits), 0, else_say="; ".join(misfits))
     comparison = _Comparison(parts, stored, policy or AdapterPolicy())
     comparison.run()

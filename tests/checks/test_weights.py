@@ -255,6 +255,16 @@ def test_synthetic_weights_are_drawn_again_also_under_an_adapter(lora_config: An
     assert "each of its rows holds the one before it" in refused(model)
 
 
+def test_a_synthetic_tensor_that_the_model_lost_is_missed() -> None:
+    model = build_synthetic(random_config("qwen2_5_vl"), None, "cpu", torch.float32)
+    assert weights_as_stored(model).ok
+    projection: Any = anatomy(model).blocks[1].attn.proj  # type: ignore[union-attr]
+    projection.bias = None
+    message = refused(model)
+    assert "what was drawn from seed 0 holds 1 tensor (model.visual.blocks.1.attn.proj.bias)" in message
+    assert "that the model has no place for" in message
+
+
 def test_the_head_that_a_checkpoint_lacks_is_named(fresh_model: Any, tiny_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_dir, tmp_path / "broken")
     tensors = load_file(folder / "model.safetensors")

@@ -21,7 +21,7 @@ from pytest_qvl.models.sources.hub import model_folder
 from pytest_qvl.models.sources.model_source import ModelSource, StoredTensor, stored_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 Shape = tuple[int, ...]
 
@@ -161,16 +161,40 @@ def compared_with(model: Any, folder: Path, checkpoint: str = "") -> LoadingRepo
         ModelSourceError: A file of the checkpoint is not readable.
     """
     parts = anatomy(model)
-    wanted = _wanted(parts)
     stored = {in_todays_layout(name): tensor for name, tensor in stored_tensors(folder).items()}
-    both = [name for name in wanted if name in stored]
+    wanted = wanted_tensors(parts)
+    mismatched = sorted(
+        (name, stored[name].shape, wanted[name])
+        for name in wanted
+        if name in stored and not _fits(stored[name], wanted[name])
+    )
+    return _report(checkpoint or f"checkpoint {str(folder)!r}", parts, stored, mismatched, folder)
+
+
+def compared_with_drawn(parts: Parts, drawn: Mapping[str, Shape], what: str) -> LoadingReport:
+    """Compare a model's tensors with those that were drawn when it was built.
+
+    Args:
+        parts: The model.
+        drawn: What :func:`wanted_tensors` gave then.
+        what: What to call them.
+    """
+    wanted = wanted_tensors(parts)
+    mismatched = sorted(
+        (name, drawn[name], wanted[name]) for name in wanted if name in drawn and drawn[name] != wanted[name]
+    )
+    return _report(what, parts, drawn, mismatched, None)
+
+
+def _report(
+    what: str, parts: Parts, stored: Iterable[str], mismatched: list[tuple[str, Shape, Shape]], folder: Path | None
+) -> LoadingReport:
+    wanted, names = set(wanted_tensors(parts)), set(stored)
     return LoadingReport(
-        checkpoint or f"checkpoint {str(folder)!r}",
-        tuple(sorted(set(wanted) - set(stored) - _tied(parts, set(stored)))),
-        tuple(sorted(name for name in set(stored) - set(wanted) if not _harmless(name))),
-        tuple(
-            sorted((name, stored[name].shape, wanted[name]) for name in both if not _fits(stored[name], wanted[name]))
-        ),
+        what,
+        tuple(sorted(wanted - names - _tied(parts, names))),
+        tuple(sorted(name for name in names - wanted if not _harmless(name))),
+        tuple(mismatched),
         folder,
     )
 
@@ -192,7 +216,7 @@ def in_todays_layout(name: str) -> str:
     return name
 
 
-def _wanted(parts: Parts) -> dict[str, Shape]:
+def wanted_tensors(parts: Parts) -> dict[str, Shape]:
     """The shape of every tensor that a checkpoint of the base model holds, by name; adapters are left out."""
     # As declared, which packed or wrongly loaded data does not show.
     wide: dict[str, Shape] = {f"{s.name}.weight": (s.out_features, s.in_features) for s in linear_states(parts)}

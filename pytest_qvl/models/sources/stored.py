@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.sources.base_names import name_of_base
 from pytest_qvl.models.sources.hub import model_folder
-from pytest_qvl.models.sources.loading import in_todays_layout, kept_report
+from pytest_qvl.models.sources.loading import compared_with, compared_with_drawn, in_todays_layout, kept_report
 from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model, stored_tensors, weight_files
 from pytest_qvl.models.sources.synthetic import Drawn, draw_again, drawn_shape
 
@@ -83,6 +83,9 @@ class Stored(Protocol):
     def pieces(self, name: str, multiple: int = 1) -> Iterator[Piece]:
         """A tensor from front to back, each piece but the last a multiple of so many elements."""
 
+    def misfits(self, parts: Parts) -> tuple[str, ...]:
+        """One sentence for each kind of tensors that the model lacks, has in another shape, or has beside them."""
+
     def packed(self, name: str) -> dict[str, Any] | None:
         """The parts of a weight that is stored in 4 bits, ``None`` for any other.
 
@@ -146,6 +149,11 @@ class StoredFolder:
         for row in range(0, place.shape[0], step):
             yield Piece(row * per_row, view[row : row + step].reshape(-1))
 
+    def misfits(self, parts: Parts) -> tuple[str, ...]:
+        """See :class:`Stored`."""
+        assert self.folder is not None
+        return compared_with(parts.base, self.folder, self.what).problems
+
     def packed(self, name: str) -> dict[str, Any] | None:
         """See :class:`Stored`."""
         if name not in self._four_bit:
@@ -195,6 +203,10 @@ class StoredSynthetic:
         step = max(1, PIECE // multiple) * multiple
         for start in range(0, values.numel(), step):
             yield Piece(start, values[start : start + step])
+
+    def misfits(self, parts: Parts) -> tuple[str, ...]:
+        """See :class:`Stored`."""
+        return compared_with_drawn(parts, self._drawn.tensors, f"what was drawn from seed {self._drawn.seed}").problems
 
     def packed(self, name: str) -> None:
         """None: synthetic weights are packed while they are built."""

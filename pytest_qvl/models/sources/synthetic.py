@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import Parts, anatomy
-from pytest_qvl.models.sources.loading import LoadingReport, keep_report
+from pytest_qvl.models.sources.loading import LoadingReport, keep_report, wanted_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -36,12 +36,14 @@ class Drawn:
         dtype: Of the values before any quantization.
         seed: Of the whole model.
         config: What the model was built for, as ``config.json`` would hold it.
+        tensors: The shape of each of them by name, as the model was built.
     """
 
     device: torch.device
     dtype: torch.dtype
     seed: int
     config: dict[str, Any] = field(default_factory=dict, repr=False)
+    tensors: dict[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
 
 def keep_drawn(model: Any, config: Any, device: str, dtype: torch.dtype, seed: int = 0) -> None:
@@ -56,8 +58,8 @@ def keep_drawn(model: Any, config: Any, device: str, dtype: torch.dtype, seed: i
     """
     import torch
 
-    said = json.loads(config.to_json_string(use_diff=False))
-    setattr(anatomy(model).base, _KEPT_AS, Drawn(torch.device(device), dtype, seed, said))
+    said, parts = json.loads(config.to_json_string(use_diff=False)), anatomy(model)
+    setattr(parts.base, _KEPT_AS, Drawn(torch.device(device), dtype, seed, said, wanted_tensors(parts)))
 
 
 def kept_drawn(parts: Parts) -> Drawn | None:
@@ -101,9 +103,7 @@ def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: t
         quantizer.postprocess_model(model)
     model.generation_config = generation_config(config)
     keep_report(model, LoadingReport("synthetic weights, drawn and not loaded"))
-    setattr(
-        model, _KEPT_AS, Drawn(torch.device(device), dtype, seed, json.loads(config.to_json_string(use_diff=False)))
-    )
+    keep_drawn(model, config, device, dtype, seed)
     return model.eval()
 
 
