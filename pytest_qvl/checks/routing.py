@@ -7,6 +7,7 @@ Routing moves numbers without computing with them, so every comparison is bitwis
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -72,8 +73,9 @@ def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
 def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Each visual token lands bitwise at its own placeholder, and the text's own embeddings everywhere else.
 
-    One forward pass: what the vision tower put out (cast to the dtype of the embeddings, as the model does)
-    against what the language backbone received. All visual tokens of the batch must differ from one another,
+    One forward pass: what the vision tower received against the ``pixel_values`` of the batch (cast to the tower's
+    dtype, as the model does), and what it put out (cast to the dtype of the embeddings, as the model does) against
+    what the language backbone received. All visual tokens of the batch must differ from one another,
     or a wrong order would look right: a plain image makes one visual token many times over.
 
     Args:
@@ -81,7 +83,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
         batch: What the processor returned, any padding side, rows without an image allowed.
 
     Raises:
-        CheckFailed: Names row and token, and what stands there instead.
+        CheckFailed: Names row and token, and what stands there instead, or the first patch whose pixels are others.
         CannotJudge: No image in the batch, or visual tokens that equal each other (``sample.noise(seed)``
             makes images whose visual tokens all differ).
         ValueError: The batch is malformed.
@@ -96,6 +98,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
         with tapped(parts) as tap:
             parts.wrapped(**inputs, logits_to_keep=1)
         text = parts.embeddings(ids)
+    _judge_pixels(judge, parts, found, inputs["pixel_values"], [call.pixel_values for call in tap.vision])
     seen = tap.language[0].inputs_embeds
     text = text.to(seen.dtype)
     places = ids == parts.image_token_id
@@ -124,6 +127,32 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
             else_say=_scatter_sentence(found, bad, seen, text, features) if bad else "",
         )
     return judge.verdict()
+
+
+def _judge_pixels(
+    judge: Judge, parts: Parts, found: Sequence[Span], given: torch.Tensor, calls: Sequence[torch.Tensor]
+) -> None:
+    """Hold the patches that the tower received, in all its calls, to those that the model was given."""
+    import torch
+
+    received = torch.cat(list(calls)) if calls else given[:0]
+    if received.shape != given.shape:
+        judge.problem(
+            f"the vision tower receives other pixels than the model was given: {tuple(received.shape)} values instead "
+            f"of {tuple(given.shape)}"
+        )
+        return
+    expected = given.to(received)
+    wrong = differs(received, expected).nonzero().flatten().tolist()
+    sentence = ""
+    if wrong:
+        where = describe_visual(found, wrong[0] // parts.merge_size**2)
+        apart = float((received.double() - given.to(received.device).double()).abs().nan_to_num(math.inf).max())
+        sentence = (
+            "the vision tower receives other pixels than the model was given: those of "
+            f"{where} first; {len(wrong)} of {len(given)} patches differ, by {apart:.3g} at most"
+        )
+    judge.equal("patches that reach the tower with other pixels", len(wrong), 0, else_say=sentence)
 
 
 def _scatter_sentence(

@@ -28,6 +28,9 @@ from pytest_qvl.checks import (
 from pytest_qvl.checks.positions import decode_positions, mrope_positions
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.faults.case import Case, apply
+from pytest_qvl.faults.catalogue import find
+from pytest_qvl.faults.tools import before
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import embeddings_changed, features_replaced
 from pytest_qvl.samples import Sample, make_batch, scenes
@@ -195,6 +198,27 @@ def test_visual_tokens_reordered_inside_a_picture_after_the_tower(model: Any, ba
             r"image 0; 2 tokens in 1 rows are wrong",
         ),
     ):
+        feature_scatter(model, batch)
+
+
+def test_pixels_damaged_inside_of_the_model(model: Any, processor: Any, batch: Batch) -> None:
+    """Alike for one row and for many, so that nothing compares a batch with its rows and finds it."""
+    nothing: Any = None
+    case = Case(model, processor, nothing, nothing, [], [], nothing, nothing)
+    with apply("pixels-kept-in-8-bits", case) as damaged, pytest.raises(CheckFailed) as failure:
+        feature_scatter(damaged.model, batch)
+    said = str(failure.value)
+    assert all(words in said for words in find("pixels-kept-in-8-bits").words()), said
+    assert "visual token 0 of row 0, image 0 first; 244 of 244 patches differ, by 0." in said
+
+
+def test_one_bit_of_one_pixel_is_seen(model: Any, batch: Batch) -> None:
+    def nudged(_module: Any, args: Any, kwargs: Any) -> Any:
+        pixels = args[0].clone()
+        pixels.view(torch.int32)[50, 7] ^= 1
+        return (pixels, *args[1:]), kwargs
+
+    with before([anatomy(model).vision_tower], nudged), pytest.raises(CheckFailed, match="1 of 244 patches differ"):
         feature_scatter(model, batch)
 
 

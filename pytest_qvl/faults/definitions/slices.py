@@ -93,3 +93,22 @@ def _whole(case: Case) -> Iterator[None]:
 
     with _pixels_changed(anatomy(case.model), shrink):
         yield
+
+
+@fault(
+    "pixels-kept-in-8-bits",
+    "To save memory, the model keeps pixel_values in 8 bits with one scale per patch, of one row as of many.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("the vision tower receives other pixels than the model was given", "patches differ"),
+    source="QwenLM/Qwen3-VL#1956",
+)
+def _kept_pixels(case: Case) -> Iterator[None]:
+    import torch
+
+    def shrink(pixels: torch.Tensor, _rows: int) -> torch.Tensor:
+        scale = pixels.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-6) / 127
+        return ((pixels.float() / scale).round().to(torch.int8) * scale).to(pixels.dtype)
+
+    with _pixels_changed(anatomy(case.model), shrink):
+        yield
