@@ -129,6 +129,10 @@ def _make_base(folder: Path, family: str, *, vocabulary: int = 0, **changes: Any
     if vocabulary:
         config.get_text_config().vocab_size = vocabulary
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            # Some CPUs draw exact zeros, which take any ΔW, however small.
+            module.weight.data.masked_fill_(module.weight.data == 0, 2.0**-20)
     model.save_pretrained(folder)
     embedded = embedded_model_dir()
     for name in (*_TOKENIZER, "generation_config.json"):
