@@ -76,14 +76,22 @@ class Same:
     bad: int = 0
 
 
-def compare(name: str, one: Tensor, other: Tensor, rows: dict[int, torch.Tensor] | None = None) -> Same:
+def compare(
+    name: str,
+    one: Tensor,
+    other: Tensor,
+    rows: dict[int, torch.Tensor] | None = None,
+    through: torch.dtype | None = None,
+) -> Same:
     """Compare two tensors value by value.
 
     Args:
         name: Of the tensor.
         one: What it should be.
         other: What it is, of the same shape.
-        rows: Rows that stand in place of those of the first (trained tokens), by number.
+        rows: Rows that stand in place of those of the first (trained tokens), by number. They were trained in another
+            dtype than that of the table that took them up, so rounded to it they are the same rows.
+        through: A dtype that the first may have been rounded to on its way, as a trained copy is to its base's.
 
     Raises:
         ModelSourceError: A file has become shorter.
@@ -94,7 +102,7 @@ def compare(name: str, one: Tensor, other: Tensor, rows: dict[int, torch.Tensor]
     same_kind = one.dtype == other.dtype
     bytes_equal = same_kind
     for start, piece, second in _side_by_side(one, other):
-        first = _with_rows(piece, start, rows) if rows else piece
+        first = _with_rows(piece, second, start, rows) if rows else piece
         if same_kind and not rows and torch.equal(_bits(first), _bits(second)):
             continue
         bytes_equal = False
@@ -103,7 +111,7 @@ def compare(name: str, one: Tensor, other: Tensor, rows: dict[int, torch.Tensor]
         changed += count
         if second.is_floating_point():
             bad += int((~torch.isfinite(second)).sum())
-            cast += count - int((first.to(second.dtype) != second).sum()) if count else 0
+            cast += count - int(_is_foreign(first, second, through).sum()) if count else 0
     return Same(name, one.numel, bytes_equal, changed, cast, bad)
 
 
@@ -123,11 +131,20 @@ def _bits(values: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.int64) if flat.numel() % 8 == 0 else flat
 
 
-def _with_rows(piece: torch.Tensor, start: int, rows: dict[int, torch.Tensor]) -> torch.Tensor:
-    made = piece.float()
+def _is_foreign(first: torch.Tensor, second: torch.Tensor, through: torch.dtype | None) -> torch.Tensor:
+    """Which values of the second the first does not have when it is rounded to the second's dtype."""
+    foreign: torch.Tensor = first.to(second.dtype) != second
+    return foreign if through is None else foreign & (first.to(through).to(second.dtype) != second)
+
+
+def _with_rows(piece: torch.Tensor, second: torch.Tensor, start: int, rows: dict[int, torch.Tensor]) -> torch.Tensor:
+    """A piece of a table with trained rows in it: as the second has them, where rounding made those of them."""
+    made = piece.double()
     for number, values in rows.items():
         if start <= number < start + len(made):
-            made[number - start] = values
+            found, dtypes = second[number - start].double(), {piece.dtype, second.dtype}
+            fits = any(values.to(dtype).double().equal(found) for dtype in dtypes)
+            made[number - start] = found if fits else values.double()
     return made
 
 

@@ -203,6 +203,39 @@ def test_tensors_are_compared_by_bytes_and_by_value(tmp_path):
     assert compare("rows", found["one"], found["a"], {7: value[7]}).changed == 0
 
 
+@pytest.mark.parametrize("base", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_rows_trained_in_float32_are_the_same_rows_in_a_table_of_another_dtype(tmp_path, base, stored):
+    from safetensors.torch import save_file
+
+    table, rows = torch.randn(40, 6).to(base), {n: torch.randn(6) for n in (3, 7)}
+    merged = table.clone()
+    for number, values in rows.items():
+        merged[number] = values.to(base)
+    save_file({"table": table, "merged": merged.to(stored), "copy": torch.randn(40, 6)}, tmp_path / "t.safetensors")
+    found = read_header(Folder(tmp_path), "t.safetensors")
+    lossless = {base, stored} != {torch.float16, torch.bfloat16} and not (base == torch.float32 != stored)
+    if lossless:
+        assert compare("rows", found["table"], found["merged"], rows).changed == 0
+    other = {**rows, 7: rows[7] + 0.1}
+    result = compare("rows", found["table"], found["merged"], other)
+    assert result.changed - result.cast > 0
+
+
+def test_a_trained_copy_may_have_been_rounded_to_the_dtype_of_its_base(tmp_path):
+    from safetensors.torch import save_file
+
+    copy = torch.randn(40, 6)
+    tensors = {"copy": copy, "loaded": copy.bfloat16().float(), "other": copy.bfloat16().float() * 1.01}
+    save_file(tensors, tmp_path / "t.safetensors")
+    found = read_header(Folder(tmp_path), "t.safetensors")
+    same = compare("loaded", found["copy"], found["loaded"], through=torch.bfloat16)
+    assert same.changed == same.cast > 0
+    assert compare("loaded", found["copy"], found["loaded"]).cast == 0
+    other = compare("other", found["copy"], found["other"], through=torch.bfloat16)
+    assert other.changed > other.cast
+
+
 def test_nothing_is_said_of_a_merge_that_cannot_be_compared(shop):
     adapter = shop.adapter(FAMILY)
     packed = shop.packed(FAMILY)

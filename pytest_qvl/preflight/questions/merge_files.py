@@ -12,7 +12,7 @@ from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight import naming
 from pytest_qvl.preflight.base import Base
 from pytest_qvl.preflight.commands import red
-from pytest_qvl.preflight.files.values import read_whole
+from pytest_qvl.preflight.files.values import dtype_of, read_whole
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Same, compare, outside_cells
 from pytest_qvl.preflight.survey import weight_name
@@ -214,7 +214,8 @@ class Rest:
         if source.shape != there[name].shape:
             self.reshaped.append(name)
             return
-        found = compare(name, source, there[name], self._token_rows(name))
+        through = dtype_of(subject.weights[name]) if copy is not None and name in subject.weights else None
+        found = compare(name, source, there[name], self._token_rows(name), through)
         if copy is not None:
             (self.copies if found.changed == found.cast else self.lost).append(name)
         else:
@@ -242,11 +243,13 @@ class Rest:
 
     def _token_rows(self, name: str) -> dict[int, torch.Tensor] | None:
         """Trained rows of an embedding, by number."""
-        tensor = self.case.subject.updates.token_rows.get(name.removesuffix(".weight"))
+        module = name.removesuffix(".weight")
+        tensor = self.case.subject.updates.token_rows.get(module)
         asked = getattr(self.case.subject.lora, "trainable_token_indices", None)
         if tensor is None or not asked:
             return None
-        numbers = asked if isinstance(asked, list) else next(iter(asked.values()))
+        by_module = dict.fromkeys([module], asked) if isinstance(asked, list) else asked
+        numbers = next((found for end, found in by_module.items() if f".{module}".endswith(f".{end}")), [])
         return dict(zip(numbers, read_whole(tensor).float(), strict=False))
 
     def findings(self) -> Iterator[Finding]:

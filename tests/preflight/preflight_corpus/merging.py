@@ -277,6 +277,18 @@ def merged_embeddings_and_tokens(shop: Workshop, family: str) -> Arguments:
     return _merged(shop, family, target_modules=["q_proj"], trainable_token_indices=[5, 7])
 
 
+@healthy(("qwen3_vl", "qwen2_vl"))
+def merged_tokens_trained_in_float32(shop: Workshop, family: str) -> Arguments:
+    """Three rows of their own values, rounded to bfloat16 by the merge."""
+    found = _merged(shop, family, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 7, 11]})
+
+    def trained(name: str, tensor: Any) -> dict[str, Any]:
+        return {name: tensor * 1.001 + 1e-4 if "token_adapter" in name else tensor}
+
+    retensor(found["adapter"] / ADAPTER, trained)
+    return {**found, "merged": shop.merged(found["base"], found["adapter"])}
+
+
 @healthy(("qwen3_vl",))
 def merged_adapted_embeddings_and_head(shop: Workshop, family: str) -> Arguments:
     return _merged(shop, family, target_modules=["q_proj", "embed_tokens", "lm_head"])
