@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import ADAPTER_FILE
 from pytest_qvl.models.attaching import check_lora_config
 from pytest_qvl.models.sources.model_source import ADAPTER_CONFIG, ModelSourceError, check_adapter
-from pytest_qvl.preflight.files.folder import Folder, UnsafeFileError
+from pytest_qvl.preflight.files.folder import Folder
 from pytest_qvl.preflight.files.headers import Tensor, read_header
 from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.refusals import BrokenFileError, SettingError, UnsafeFileError
 
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
@@ -24,6 +27,9 @@ _NOT_FOR_STRANGERS = (
     *("megatron_core", "runtime_config", "auto_mapping"),
 )
 _TABLES = ("rank_pattern", "alpha_pattern")
+_EDITED = "the configuration was edited by hand, or written by a tool that writes it otherwise than PEFT"
+# Files of weights that PEFT, or who saves a state_dict of its model, writes.
+_ADAPTER_WEIGHTS = re.compile(r"adapter_model.*\.(safetensors|bin|pt)(\.index\.json)?")
 _MOST_LAYERS = 4096  # of layer_replication, which copies modules
 
 
@@ -47,7 +53,7 @@ class Adapter:
         """The ``peft.LoraConfig`` that PEFT makes of it, without what would import modules or load other data.
 
         Raises:
-            ModelSourceError: PEFT cannot make one of it, or a field has a value that means nothing.
+            SettingError: PEFT cannot make one of it, or a field has a value that means nothing.
         """
         from peft import LoraConfig
 
@@ -57,8 +63,10 @@ class Adapter:
         fields |= {"init_lora_weights": False}
         for name in _TABLES:
             if not isinstance(fields.get(name) or {}, Mapping):
-                raise ModelSourceError(
-                    f"{name} of {self.label} is {neutral(repr(fields[name]), 80)} and no table from names to numbers"
+                raise SettingError(
+                    f"{name} of {self.label} is {neutral(repr(fields[name]), 80)} and no table from names to numbers",
+                    cause=_EDITED,
+                    fix=f"put back the {name} of the training",
                 )
         replication = fields.get("layer_replication")
         if replication and _copies(replication) > _MOST_LAYERS:
@@ -69,7 +77,11 @@ class Adapter:
                 config = LoraConfig(**fields)
             check_lora_config(config)
         except Exception as error:
-            raise ModelSourceError(f"{self.label} has no LoRA configuration: {neutral(error, 300)}") from None
+            raise SettingError(
+                f"PEFT makes no LoRA of {self.label}: {neutral(error, 300)}",
+                cause=_EDITED,
+                fix="put back what the training had, or save the adapter again with PeftModel.save_pretrained",
+            ) from None
         return config
 
 
@@ -84,31 +96,50 @@ def find_adapter(path: Path) -> Adapter:
     """The adapter in a folder.
 
     Raises:
-        ModelSourceError: It is no LoRA adapter saved by PEFT as safetensors.
-        UnsafeFileError: A file of it is not read, because reading it could do harm.
+        ModelSourceError: There is no such folder, or no adapter in it.
+        RefusedError: There is one, and a file of it is missing, broken, or could do harm.
+        CannotJudge: It was made by another method than LoRA.
     """
     if not path.expanduser().is_dir():
+        if path.expanduser().is_file():
+            raise ModelSourceError(f"the adapter {neutral(repr(str(path)))} is a file; give the folder that it is in")
         check_adapter(path.expanduser())  # one clear error: there is no such folder
     folder = Folder(path)
+    label = f"adapter {neutral(str(path))}"
     if not folder.has(ADAPTER_CONFIG):
+        if any(_ADAPTER_WEIGHTS.fullmatch(entry.name) for entry in folder.path.iterdir()):
+            raise BrokenFileError(
+                f"{neutral(str(path))} holds an adapter's weights without {ADAPTER_CONFIG}",
+                cause="it was not saved or not copied, and without it nobody knows alpha, rank and targets",
+                fix=f"copy {ADAPTER_CONFIG} from the training's output beside them",
+            )
         check_adapter(folder.path)  # says which folder below has one
     fields = folder.json(ADAPTER_CONFIG)
-    label = f"adapter {neutral(str(path))}"
-    if fields.get("peft_type") != "LORA":
-        raise ModelSourceError(
-            f"{ADAPTER_CONFIG} of {label} says peft_type {neutral(repr(fields.get('peft_type')), 80)}; "
-            "this package tests 'LORA'"
-        )
+    _check_method(fields.get("peft_type"), label)
     if not folder.has(ADAPTER_FILE):
         if pickled := folder.pickles():
             raise UnsafeFileError(
                 f"{neutral(pickled[0], 160)} in {neutral(str(path))} is a pickle, which can run code when it is read; "
                 "it is not opened"
             )
-        raise ModelSourceError(
-            f"{neutral(str(path))} has no {ADAPTER_FILE}: give the folder that PeftModel.save_pretrained wrote"
+        raise BrokenFileError(
+            f"{neutral(str(path))} has no {ADAPTER_FILE}",
+            cause="its weights were not saved, or not copied or downloaded with its configuration",
+            fix="save the adapter again with PeftModel.save_pretrained, or copy the file beside its configuration",
         )
     return Adapter(label, fields, folder, read_header(folder, ADAPTER_FILE))
+
+
+def _check_method(kind: Any, label: str) -> None:
+    if kind is None:
+        raise SettingError(
+            f"{ADAPTER_CONFIG} of {label} names no peft_type", cause=_EDITED, fix='"peft_type": "LORA", if it is a LoRA'
+        )
+    if kind != "LORA":
+        raise CannotJudge(
+            f"the adapter is not judged: its {ADAPTER_CONFIG} says peft_type {neutral(repr(kind), 80)}, and this "
+            "package tests LoRA"
+        )
 
 
 def planned_adapter(source: Path | Mapping[str, Any]) -> Adapter:

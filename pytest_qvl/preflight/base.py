@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import (
+    ADAPTER_CONFIG,
     ModelSource,
     ModelSourceError,
     check_stored_quantization,
@@ -20,9 +21,10 @@ from pytest_qvl.models.sources.model_source import (
     stored_quantization,
 )
 from pytest_qvl.models.sources.released import hub_id, released_names
-from pytest_qvl.preflight.files.folder import Folder, UnsafeFileError
-from pytest_qvl.preflight.files.headers import Tensor, read_headers
+from pytest_qvl.preflight.files.folder import Folder
+from pytest_qvl.preflight.files.headers import INDEX, Tensor, read_headers
 from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.refusals import BrokenFileError, RefusedError, SettingError, UnsafeFileError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,6 +48,8 @@ _WIDEST = 2**20
 # Keys by which a configuration asks for code of its own, or for kernels from the hub.
 _CODE = frozenset({"auto_map", "custom_pipelines"})
 _CODE_ENDS = ("_implementation", "_implementation_internal")
+_EDITED = "config.json was edited, or belongs to another model"
+_PUT_BACK = "put back the config.json that the weights were saved with"
 _DROPPED = frozenset({"quantization_config", "torch_dtype", "dtype"})
 
 
@@ -61,6 +65,7 @@ class Base:
         tensors: Its tensors by the headers of its files; empty where there are none to read.
         note: What a reader should know about where this came from; empty for nothing.
         released: Its name in ``released.json``, where that is what was given.
+        unread: Why its weight files were not read although they are there; ``None`` if they were.
     """
 
     label: str
@@ -70,6 +75,7 @@ class Base:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     note: str = ""
     released: str = ""
+    unread: ModelSourceError | None = None
 
     @property
     def family(self) -> str:
@@ -86,7 +92,7 @@ class Base:
         """The configuration, as the installed Transformers reads it; without its quantization.
 
         Raises:
-            ModelSourceError: Transformers refuses it.
+            SettingError: Transformers refuses it.
         """
         import transformers
 
@@ -94,16 +100,18 @@ class Base:
         try:
             return kind.from_dict(_without_code(self.fields))
         except Exception as error:
-            raise ModelSourceError(
+            raise SettingError(
                 f"config.json of {self.label} is none that Transformers {transformers.__version__} takes: "
-                f"{neutral(error, 200)}"
+                f"{neutral(_one_line(error), 200)}",
+                cause=_EDITED,
+                fix=_PUT_BACK,
             ) from None
 
     def skeleton(self) -> Parts:
         """The real model class of the installed Transformers on the meta device; a new one with each call.
 
         Raises:
-            ModelSourceError: The class cannot be built from this configuration.
+            SettingError: The class cannot be built from this configuration.
         """
         import torch
         from transformers import AutoModelForImageTextToText
@@ -116,21 +124,29 @@ class Base:
                     self.config, dtype=torch.bfloat16, attn_implementation="eager"
                 )
             model.tie_weights()
-        except ModelSourceError:
+        except SettingError:
             raise
         except Exception as error:
-            raise ModelSourceError(
-                f"no model can be built from config.json of {self.label}: {neutral(error, 200)}"
+            raise SettingError(
+                f"no model can be built from config.json of {self.label}: {neutral(_one_line(error), 200)}",
+                cause=_EDITED,
+                fix=_PUT_BACK,
             ) from None
         return anatomy(model)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def find_base(text: str) -> Base:
     """The base that a user named: a released name, a folder, a hub id.
 
+    Weight files that are broken are kept as :attr:`Base.unread`: what its configuration says can be judged without.
+
     Raises:
         ModelSourceError: There is none, it is of another family, or the hub does not answer.
-        UnsafeFileError: A file of it is not read, because reading it could do harm.
+        RefusedError: There is one, and its config.json is broken or could do harm.
     """
     text = text.strip()
     if text in released_names():
@@ -155,9 +171,26 @@ def _built_in(name: str, note: str = "") -> Base:
 
 
 def _of_folder(folder: Folder, label: str, name: str) -> Base:
+    if not folder.has("config.json"):
+        raise _without_config(folder, label)
     fields = folder.json("config.json")
     _refuse_foreign(fields, label)
-    return Base(label, name, fields, folder, read_headers(folder))
+    try:
+        tensors = read_headers(folder)
+    except RefusedError as error:
+        return Base(label, name, fields, folder, note="its weight files are not read (question 0)", unread=error)
+    return Base(label, name, fields, folder, tensors)
+
+
+def _without_config(folder: Folder, label: str) -> ModelSourceError:
+    if folder.has("model.safetensors") or folder.has(INDEX):
+        return BrokenFileError(
+            f"{neutral(label)} holds a model's weights without config.json",
+            cause="it was not saved, or not copied or downloaded with them",
+            fix="copy the config.json that they were saved with beside them",
+        )
+    kind = "an adapter" if folder.has(ADAPTER_CONFIG) else "no model"
+    return ModelSourceError(f"the folder {neutral(repr(label))} holds {kind}: give one with a config.json and weights")
 
 
 def _refuse_foreign(fields: Mapping[str, Any], label: str) -> None:

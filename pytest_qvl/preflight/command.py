@@ -19,7 +19,8 @@ def add_preflight(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "preflight",
         help="judge a base model and an adapter from their files: no GPU, no weights in memory",
         description="Judge a base model and an adapter from their files, in seconds. Exit code 0: nothing is red; 1: "
-        "something is; 2: invalid input.",
+        "something is, such as a file that is broken or missing there; 2: it cannot be judged, because what "
+        "was given is not there or is something else (no such folder, another family, another method than LoRA).",
     )
     parser.add_argument("base", metavar="BASE", help="released name (qwen2.5-vl-7b), folder, or hub id")
     parser.add_argument("adapter", metavar="ADAPTER", nargs="?", type=Path, help="folder of a saved adapter")
@@ -44,7 +45,7 @@ def add_preflight(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 
 
 def run_preflight_command(options: argparse.Namespace) -> int:
-    """Judge and print; returns 1 if anything is red, else 0.
+    """Judge and print; returns 1 if anything is red, 2 if what was given is of a kind that is not tested, else 0.
 
     Raises:
         ValueError: Invalid input; the message names it.
@@ -71,4 +72,4 @@ def run_preflight_command(options: argparse.Namespace) -> int:
     finally:
         gc.enable()
     print(FORMATS[options.format](report))
-    return 1 if report.red else 0
+    return {"green": 0, "red": 1, "not judged": 2}[report.state]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.evidence import Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.skip_rules import DEFAULT
 
@@ -32,7 +32,10 @@ def verdict(report: Report) -> Evidence:
 
     Raises:
         CheckFailed: There is a red finding.
+        CannotJudge: What was given is of a kind that this package does not test.
     """
+    if report.state == "not judged":
+        raise CannotJudge(next(finding.line for finding in report.not_judged))
     judge = Judge("preflight", "by their files, base, adapter and processor belong together")
     for state, count in report.counts().items():
         judge.report(f"{state} findings", count)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 State = Literal["green", "red", "not judged"]
 STATES: tuple[State, ...] = ("red", "not judged", "green")
 VERSION = 1
+NOT_TESTED = "other-method"  # name of the finding that the artefact as a whole was not judged
 _LONGEST = 1200  # characters of one sentence; names that strangers chose may be as long as they like
 
 
@@ -121,11 +122,12 @@ class Report:
 
     @property
     def state(self) -> State:
-        """The worst there is: one red finding makes it red; green only if something was judged."""
+        """The worst there is: one red finding makes it red; green only if what was given was judged."""
         states = {finding.state for finding in self.findings}
         if "red" in states:
             return "red"
-        return "green" if "green" in states else "not judged"
+        judged = "green" in states and not any(finding.name == NOT_TESTED for finding in self.findings)
+        return "green" if judged else "not judged"
 
     def counts(self) -> dict[State, int]:
         """How many findings there are of each state."""

@@ -11,9 +11,9 @@ from typing import Any
 
 from pytest_qvl.models.sources.loading import in_todays_layout
 from pytest_qvl.models.sources.model_source import ModelSourceError
-from pytest_qvl.preflight.files.folder import UnsafeFileError
 from pytest_qvl.preflight.files.headers import Tensor
 from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.refusals import UnsafeFileError
 
 STATE = ".quant_state.bitsandbytes__"
 STATE_LIMIT = 4096  # bytes; real ones have some 170

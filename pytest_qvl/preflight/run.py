@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.preflight.adapter import Adapter, find_adapter, planned_adapter
 from pytest_qvl.preflight.base import Base, find_base, quiet
-from pytest_qvl.preflight.files.folder import UnsafeFileError
-from pytest_qvl.preflight.findings import Finding, Report, neutral
+from pytest_qvl.preflight.findings import NOT_TESTED, Finding, Report, neutral
 from pytest_qvl.preflight.questions import QUESTIONS, Question
+from pytest_qvl.preflight.refusals import RefusedError, refused
 from pytest_qvl.preflight.subject import RUNTIMES, Asked, Subject
 from pytest_qvl.releases import STACK, installed
 
 _FILES = 0
-_HARM = "what it holds could do harm to whoever loads it"
-_BROKEN = "a file is missing, broken or of another kind"
-_FIX_UNSAFE = (
-    "ask whoever made it for a plain one (safetensors, saved by save_pretrained), and load nothing of it until then"
-)
-_FIX_BROKEN = "download or save it again"
 
 
 def run_preflight(asked: Asked) -> Report:
@@ -31,9 +25,8 @@ def run_preflight(asked: Asked) -> Report:
     findings, subject = _read(asked)
     if subject is not None:
         with quiet():
-            findings += [
-                finding for question in QUESTIONS if question.module for finding in _answers(question, subject)
-            ]
+            for question in QUESTIONS:
+                findings += _once(_answers(question, subject), findings) if question.module else ()
     return Report(
         asked.base if subject is None else subject.base.label,
         _name_of_adapter(asked),
@@ -41,6 +34,17 @@ def run_preflight(asked: Asked) -> Report:
         {name: version for name in STACK[:4] if (version := installed(name))},
         time.perf_counter() - begun,
     )
+
+
+def _once(found: Iterable[Finding], said: Sequence[Finding]) -> list[Finding]:
+    """What a question found, where a red finding that an earlier one has made in the same words is only pointed to."""
+    before = {finding.line: finding.question for finding in said if finding.state == "red"}
+    return [
+        Finding(each.question, "not-judged", "not judged", f"it needs what question {number} says is wrong")
+        if (number := before.get(each.line, each.question)) != each.question
+        else each
+        for each in found
+    ]
 
 
 def _check(asked: Asked) -> None:
@@ -53,6 +57,9 @@ def _check(asked: Asked) -> None:
         raise ValueError(f"runtime {asked.runtime!r} is unknown; known: {', '.join(RUNTIMES)}")
     if asked.merged is not None and asked.adapter is None:
         raise ValueError("--merged is compared with an adapter: give its folder too")
+    for option, folder in (("--merged", asked.merged), ("--processor", asked.processor)):
+        if folder is not None and not folder.expanduser().is_dir():
+            raise ValueError(f"{option}: the folder {neutral(repr(str(folder)))} does not exist")
     if asked.card is not None:
         from pytest_qvl.vram.cards import card
 
@@ -69,27 +76,39 @@ def _read(asked: Asked) -> tuple[list[Finding], Subject | None]:
     """Read the files; the subject is ``None`` where the base cannot be judged at all.
 
     Raises:
-        ModelSourceError: The base is none that can be judged.
+        ModelSourceError: The call is wrong (:mod:`pytest_qvl.preflight.refusals`): something that was named is not
+            there, or is something else.
     """
     try:
         base = find_base(asked.base)
-    except UnsafeFileError as error:
-        return [_refused(_FILES, error, "base")], None
+    except RefusedError as error:
+        return [refused(_FILES, error, "base")], None
     findings = [_readable_base(base)]
     adapter: Adapter | None = None
-    try:
-        if asked.adapter is not None:
+    if asked.adapter is not None:
+        try:
             adapter = find_adapter(asked.adapter)
             findings.append(_readable_adapter(adapter))
-    except ModelSourceError as error:
-        if asked.adapter is None or not asked.adapter.expanduser().is_dir():
-            raise
-        findings.append(_refused(_FILES, error, "adapter"))
+        except RefusedError as error:
+            findings.append(refused(_FILES, error, "adapter"))
+        except CannotJudge as reason:
+            findings.append(Finding(_FILES, NOT_TESTED, "not judged", str(reason)))
+    merged: Base | None = None
+    if asked.merged is not None:
+        try:
+            merged = find_base(f"local:{asked.merged}")
+            if merged.unread is not None:
+                raise merged.unread
+        except RefusedError as error:
+            merged = None
+            findings.append(refused(_FILES, error, "merged checkpoint"))
     plan = None if asked.lora is None else planned_adapter(asked.lora)
-    return findings, Subject(asked, base, plan if asked.adapter is None else adapter, plan)
+    return findings, Subject(asked, base, plan if asked.adapter is None else adapter, plan, merged)
 
 
 def _readable_base(base: Base) -> Finding:
+    if base.unread is not None:
+        return refused(_FILES, base.unread, "base")
     files = {tensor.file for tensor in base.tensors.values()}
     line = f"{base.label}: {len(base.tensors)} tensors by the headers of {len(files)} files"
     if not base.tensors:
@@ -103,20 +122,6 @@ def _readable_adapter(adapter: Adapter) -> Finding:
     return Finding(_FILES, "adapter-files", "green", line)
 
 
-def _refused(question: int, error: ModelSourceError, what: str = "") -> Finding:
-    """A file that was not read; `what` names the artefact where it is not judged at all."""
-    unsafe = isinstance(error, UnsafeFileError)
-    kind = "unsafe" if unsafe else "unreadable"
-    return Finding(
-        question,
-        f"{what}-{kind}" if what else kind,
-        "red",
-        f"the {what} is not read: {error}" if what else str(error),
-        cause=_HARM if unsafe else _BROKEN,
-        fix=_FIX_UNSAFE if unsafe else _FIX_BROKEN,
-    )
-
-
 def _answers(question: Question, subject: Subject) -> Iterator[Finding]:
     """What one question says; whatever it cannot do becomes a finding too."""
     try:
@@ -124,7 +129,7 @@ def _answers(question: Question, subject: Subject) -> Iterator[Finding]:
     except CannotJudge as reason:
         yield Finding(question.number, "not-judged", "not judged", str(reason))
     except ModelSourceError as error:
-        yield _refused(question.number, error)
+        yield refused(question.number, error)
     except Exception as error:  # a defect of this package, or of a library that a broken file has led astray
         yield Finding(
             question.number,

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.models.quantized import KEEP_16BIT
 from pytest_qvl.preflight import naming
@@ -64,12 +65,31 @@ class Subject:
         base: The base model.
         adapter: The adapter, saved or planned; ``None`` for none.
         plan: What ``--lora`` asks for; ``None`` if it was not given.
+        merged: The merged checkpoint; ``None`` if none was given, or it was not read.
     """
 
     asked: Asked
     base: Base
     adapter: Adapter | None = None
     plan: Adapter | None = None
+    merged: Base | None = None
+
+    def saved_adapter(self) -> Adapter:
+        """The adapter, which has been saved.
+
+        Raises:
+            CannotJudge: None was given, or it was not read, or it is still to be made.
+        """
+        if self.adapter is None:
+            raise CannotJudge(self.no_adapter)
+        if not self.adapter.tensors:
+            raise CannotJudge("the adapter is still to be made")
+        return self.adapter
+
+    @property
+    def no_adapter(self) -> str:
+        """Why there is no adapter, in words."""
+        return "no adapter was given" if self.asked.adapter is None else "the adapter is not judged (question 0)"
 
     @cached_property
     def parts(self) -> Parts:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pytest_qvl.preflight.files.folder import UnsafeFileError
+from pytest_qvl.preflight.refusals import UnsafeFileError
 
 PATIENCE_S = 20.0  # the slowest step that is timed, PEFT on a 7B model, takes about one
 

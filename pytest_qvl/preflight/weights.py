@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.loading import in_todays_layout
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.oracles import nf4
-from pytest_qvl.preflight.files.folder import UnsafeFileError
 from pytest_qvl.preflight.files.values import FLOATS, read_runs, read_whole
 from pytest_qvl.preflight.findings import neutral
 from pytest_qvl.preflight.packed import STATE, STATE_LIMIT, STATISTICS
+from pytest_qvl.preflight.refusals import UnsafeFileError
 from pytest_qvl.preflight.rounding import nf4_table
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Weights:
 
         Raises:
             ModelSourceError: Its quantization state is not readable.
+            CannotJudge: It is packed in FP4.
         """
         if self.is_packed(name):
             rows, columns = self._state(name)["shape"]
@@ -181,8 +183,11 @@ class Weights:
             raise ModelSourceError(f"{said} is not readable; save the checkpoint again") from None
         blocks = -(-math.prod(shape) // state["blocksize"]) if _are_sizes(sizes) and len(shape) == 2 else 0
         whole = blocks and state["blocksize"] % 2 == 0 and 2 * self._found[name].nbytes == math.prod(shape)
-        if state.get("quant_type") != "nf4":
-            raise ModelSourceError(f"{said} says {neutral(repr(state.get('quant_type')), 40)}; NF4 is read here")
+        kind = state.get("quant_type")
+        if kind == "fp4":
+            raise CannotJudge(f"{said} says 'fp4'; only NF4 is unpacked here")
+        if kind != "nf4":
+            raise ModelSourceError(f"{said} says {neutral(repr(kind), 40)}, which bitsandbytes does not write")
         if not whole or self._part(name, ".absmax").numel != blocks or not math.isfinite(offset):
             raise ModelSourceError(f"{said} does not fit its data; save the checkpoint again")
         return {**state, "shape": shape}

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 from preflight_corpus import Workshop
+from preflight_corpus.making import CONFIG, edit
 
 from pytest_qvl.cli import main
 from pytest_qvl.evidence import CheckFailed
@@ -62,6 +63,10 @@ def test_markdown_is_one_table(shop, capsys):
         (["qwen9-vl-1b"], "is unknown"),
         (["./nowhere"], "does not exist"),
         ([EMBEDDED, "./nowhere"], "does not exist"),
+        ([EMBEDDED, EMBEDDED, "--merged", "./nowhere"], "--merged: the folder 'nowhere' does not exist"),
+        ([EMBEDDED, "--processor", "./nowhere"], "--processor: the folder 'nowhere' does not exist"),
+        ([EMBEDDED, EMBEDDED], "no adapter_config.json"),
+        ([EMBEDDED, f"{EMBEDDED}/config.json"], "is a file; give the folder"),
         ([EMBEDDED, "--merged", "out"], "give its folder too"),
         ([EMBEDDED, "--card", "t5"], "card 't5' is unknown"),
         ([EMBEDDED, "--lora", "nowhere.json"], "there is no file"),
@@ -72,6 +77,50 @@ def test_invalid_input_is_one_line_and_exit_code_2(arguments, words, capsys):
     err = capsys.readouterr().err
     assert words in err
     assert err.count("\n") == 1
+
+
+def test_a_folder_of_another_kind_is_invalid_input(shop, capsys):
+    base, adapter = str(shop.base("qwen2_5_vl")), shop.adapter("qwen2_5_vl")
+    (output := shop.root / "output").mkdir()
+    shop.copy(adapter).rename(output / "checkpoint-4")
+    for arguments, words in (
+        ([adapter], "holds an adapter"),
+        ([base, adapter, "--merged", adapter], "holds an adapter"),
+        ([base, output], "checkpoint-4', one level down"),
+        ([base, output / "checkpoint-4"], ""),
+    ):
+        assert main(["preflight", *map(str, arguments)]) == (2 if words else 0)
+        assert words in capsys.readouterr().err
+
+
+def test_another_method_is_not_judged_and_exits_with_2(shop, capsys):
+    adapter = shop.adapter("qwen2_5_vl")
+    edit(adapter / CONFIG, peft_type="IA3")
+    assert main(["preflight", str(shop.base("qwen2_5_vl")), str(adapter)]) == 2
+    out = capsys.readouterr().out
+    assert "says peft_type 'IA3', and this package tests LoRA" in out
+    assert "NOT JUDGED: 0 red" in out
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        ({"adapter": {"lora_alpha": "16"}}, "bad-setting"),
+        ({"base": {"quant_type": "fp4"}}, "not-nf4"),
+        ({"config": {"hidden_act": "no such"}}, "bad-setting"),
+    ],
+)
+def test_one_condition_is_one_red_line(shop, broken, said):
+    base, adapter = shop.base("qwen2_vl"), shop.adapter("qwen2_vl")
+    if "base" in broken:
+        base = shop.packed("qwen2_vl", bnb_4bit_quant_type="fp4")
+    if "config" in broken:
+        base = shop.copy(base)
+        edit(base / "config.json", lambda content: content["text_config"].update(broken["config"]))
+    edit(adapter / CONFIG, **broken.get("adapter", {}))
+    report = preflight(base, adapter)
+    assert [finding.name for finding in report.red] == [said]
+    assert not [f for f in report.red if "download" in f.fix]
 
 
 def test_a_hub_that_does_not_answer_is_one_clear_error(monkeypatch):

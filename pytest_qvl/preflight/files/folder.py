@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.refusals import BrokenFileError, UnsafeFileError
 
 MiB = 2**20
 # Released files are far below: config.json has a few KB, the index of the largest model 0.2 MiB, Qwen's tokenizer 11.
@@ -17,10 +18,6 @@ JSON_LIMIT = 4 * MiB
 TEXT_LIMIT = 2 * MiB
 PICKLED = re.compile(r"(adapter_model|pytorch_model|consolidated|model)[\w.-]*\.(bin|pt|pth|pkl|ckpt)")
 _SNAPSHOT = "snapshots"
-
-
-class UnsafeFileError(ModelSourceError):
-    """A file that is not read, because reading it could do harm; the message names it and says why."""
 
 
 class Folder:
@@ -56,7 +53,7 @@ class Folder:
 
         Raises:
             UnsafeFileError: The name or a link leads out of the folder, or to something that is no regular file.
-            ModelSourceError: There is no such file.
+            BrokenFileError: There is no such file.
         """
         said = f"{neutral(repr(name), 200)} in {neutral(str(self.path))}"
         if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
@@ -67,7 +64,7 @@ class Folder:
         except (OSError, RuntimeError):
             if file.is_symlink():
                 raise UnsafeFileError(f"{said} is a link that leads nowhere; it is not opened") from None
-            raise ModelSourceError(f"there is no {said}") from None
+            raise BrokenFileError(f"there is no {said}") from None
         if not any(real.is_relative_to(root) for root in self._inside):
             raise UnsafeFileError(f"{said} is a link to a file outside the folder; it is not opened")
         if not real.is_file():
@@ -79,7 +76,7 @@ class Folder:
 
         Raises:
             UnsafeFileError: See :meth:`file`; or the file is larger than any real one, or nested without end.
-            ModelSourceError: There is no such file, or it is no JSON object.
+            BrokenFileError: There is no such file, or it is no JSON object.
         """
         return _as_object(self._bytes(name, JSON_LIMITS.get(name, JSON_LIMIT)), name, self.path)
 
@@ -88,7 +85,7 @@ class Folder:
 
         Raises:
             UnsafeFileError: See :meth:`json`.
-            ModelSourceError: There is no such file.
+            BrokenFileError: There is no such file.
         """
         return self._bytes(name, TEXT_LIMIT).decode("utf-8", errors="backslashreplace")
 
@@ -118,9 +115,9 @@ def _as_object(content: bytes, name: str, folder: Path) -> dict[str, Any]:
     except RecursionError:
         raise UnsafeFileError(f"{said} is nested without end; it is not read") from None
     except ValueError as error:
-        raise ModelSourceError(f"{said} is not readable JSON ({neutral(error, 120)})") from None
+        raise BrokenFileError(f"{said} is not readable JSON ({neutral(error, 120)})") from None
     if not isinstance(found, dict):
-        raise ModelSourceError(f"{said} is not a JSON object")
+        raise BrokenFileError(f"{said} is not a JSON object")
     return found
 
 

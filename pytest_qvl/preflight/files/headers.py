@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from pytest_qvl.models.sources.model_source import ModelSourceError, check_safetensors
-from pytest_qvl.preflight.files.folder import Folder, MiB, UnsafeFileError
+from pytest_qvl.preflight.files.folder import Folder, MiB
 from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.refusals import BrokenFileError, UnsafeFileError, broken
 
 # A shard of the largest released model has a header of 0.3 MiB; the format itself allows 100 MB.
 HEADER_LIMIT = 16 * MiB
@@ -71,7 +72,7 @@ def read_header(folder: Folder, name: str) -> dict[str, Tensor]:
     Raises:
         UnsafeFileError: The file leads out of the folder, or its header is larger than any real one or says what cannot
             be (shapes that are not those of its data, overlaps, unknown dtypes, a name twice).
-        ModelSourceError: The file is truncated, a Git LFS pointer or no safetensors file.
+        BrokenFileError: The file is truncated, a Git LFS pointer or no safetensors file.
     """
     file = folder.file(name)
     said = f"{neutral(repr(name))} in {neutral(str(folder))}"
@@ -84,12 +85,15 @@ def read_header(folder: Folder, name: str) -> dict[str, Tensor]:
             )
         content = stream.read(length) if size >= 8 and length <= size - 8 else b""
     if not content:
-        check_safetensors(file)  # says what it is instead: truncated, a pointer of Git LFS
-        raise ModelSourceError(f"{said} is empty")
+        try:
+            check_safetensors(file)  # says what it is instead: truncated, a pointer of Git LFS
+        except ModelSourceError as error:
+            raise broken(error) from None
+        raise BrokenFileError(f"{said} is empty")
     found = _tensors(_entries(content, said), file, 8 + length, said)
     end = max((tensor.end for tensor in found.values()), default=8 + length)
     if end != size:
-        raise ModelSourceError(f"{said} is corrupt: {size:,} bytes on disk, {end:,} by its header; download it again")
+        raise BrokenFileError(f"{said} is corrupt: {size:,} bytes on disk, {end:,} by its header")
     return found
 
 
@@ -101,9 +105,9 @@ def _entries(content: bytes, said: str) -> dict[str, Any]:
     except _TwiceError as error:
         raise UnsafeFileError(f"{said} names {neutral(repr(str(error)), 200)} twice in its header") from None
     except ValueError:
-        raise ModelSourceError(f"{said} is corrupt: its header is not readable; download it again") from None
+        raise BrokenFileError(f"{said} is corrupt: its header is not readable") from None
     if not isinstance(found, dict):
-        raise ModelSourceError(f"{said} is corrupt: its header is no JSON object; download it again")
+        raise BrokenFileError(f"{said} is corrupt: its header is no JSON object")
     found.pop("__metadata__", None)
     if len(found) > MOST_TENSORS:
         raise UnsafeFileError(f"{said} names {len(found):,} tensors, which no real file does; it is not read")
@@ -139,7 +143,7 @@ def _tensor(name: str, entry: Any, file: Path, start: int, said: str) -> Tensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
-        raise ModelSourceError(f"{tensor} lacks dtype, shape or data_offsets; download the file again") from None
+        raise BrokenFileError(f"{tensor} lacks dtype, shape or data_offsets") from None
     if dtype not in DTYPES:
         raise UnsafeFileError(f"{tensor} has the dtype {neutral(repr(dtype), 40)}, which safetensors does not know")
     if not isinstance(shape, list) or len(shape) > MOST_AXES or not all(map(_is_size, [*shape, begin, end])):
@@ -160,13 +164,13 @@ def weight_file_names(folder: Folder) -> list[str]:
 
     Raises:
         UnsafeFileError: The index names a file outside the folder, or more files than any real one.
-        ModelSourceError: The index is not readable, or names files that are not there.
+        BrokenFileError: The index is not readable, or names files that are not there.
     """
     if not folder.has(INDEX):
         return ["model.safetensors"] if folder.has("model.safetensors") else []
     weight_map = folder.json(INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise ModelSourceError(f"{INDEX} in {neutral(str(folder))} has no weight_map; download it again")
+        raise BrokenFileError(f"{INDEX} in {neutral(str(folder))} has no weight_map")
     shards = sorted(set(weight_map.values()))
     if len(shards) > MOST_SHARDS:
         raise UnsafeFileError(f"{INDEX} in {neutral(str(folder))} names {len(shards):,} files; it is not followed")
@@ -180,7 +184,7 @@ def read_headers(folder: Folder) -> dict[str, Tensor]:
 
     Raises:
         UnsafeFileError: See :func:`read_header` and :func:`weight_file_names`; or two files hold one tensor.
-        ModelSourceError: See there.
+        BrokenFileError: See there.
     """
     found: dict[str, Tensor] = {}
     for name in weight_file_names(folder):

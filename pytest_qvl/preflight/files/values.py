@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.sources.model_source import ModelSourceError
-from pytest_qvl.preflight.files.folder import MiB, UnsafeFileError
+from pytest_qvl.preflight.files.folder import MiB
 from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.refusals import UnsafeFileError
 
 if TYPE_CHECKING:
     import torch

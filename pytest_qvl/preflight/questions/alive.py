@@ -112,10 +112,7 @@ def vitals(tensor: Tensor) -> Vitals:
 
 def answer(subject: Subject) -> Iterator[Finding]:
     """What is dead or broken in the adapter's own values, then how large it is beside the base's."""
-    if subject.adapter is None:
-        raise CannotJudge("no adapter was given")
-    if not subject.adapter.tensors:
-        raise CannotJudge("the adapter is still to be made, so it has no values")
+    subject.saved_adapter()
     updates = subject.updates
     if not (updates.pairs or updates.copies or updates.token_rows):
         raise CannotJudge(f"no tensor of the adapter is one that can be judged: {some(updates.beyond)}")

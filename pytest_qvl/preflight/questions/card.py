@@ -20,6 +20,8 @@ def answer(subject: Subject) -> Iterator[Finding]:
     """One line: does a training step of one 1024 x 1024 image fit, or where does it run out of memory?"""
     if subject.asked.card is None:
         raise CannotJudge("no --card was given")
+    if subject.asked.adapter is not None and subject.adapter is None:
+        raise CannotJudge(subject.no_adapter)
     from pytest_qvl.vram.forecast import forecast
 
     base = subject.base

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.base_names import other_base
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, neutral
@@ -28,10 +27,7 @@ _OLD_NAMES = (
 
 def answer(subject: Subject) -> Iterator[Finding]:
     """Every key on its module and every module with its keys; rank, alpha, base and family."""
-    if subject.adapter is None:
-        raise CannotJudge("no adapter was given")
-    if not subject.adapter.tensors:
-        raise CannotJudge("the adapter is still to be made, so it has no keys")
+    subject.saved_adapter()
     yield from _alpha(subject)
     yield from _base(subject)
     loaded = load(subject)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
-from pytest_qvl.preflight.base import find_base
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, some
@@ -36,10 +35,11 @@ def judge(subject: Subject) -> Iterator[Finding]:
     """Everything that is to be said of the merged checkpoint.
 
     Raises:
-        ModelSourceError: It cannot be read.
+        ModelSourceError: A file has become shorter.
         CannotJudge: It holds no weights, or such as are packed in 4 bits.
     """
-    checkpoint = find_base(f"local:{subject.asked.merged}")
+    checkpoint = subject.merged
+    assert checkpoint is not None
     case = Case(subject, checkpoint, Weights(checkpoint.tensors))
     if not case.there:
         raise CannotJudge(f"{checkpoint.label} has no weight files")

@@ -37,10 +37,9 @@ _AFTER, _IN_PLACE = "nf4-after-bf16", "nf4-in-place"
 
 def answer(subject: Subject) -> Iterator[Finding]:
     """What a merge will keep; of a merged checkpoint what it did."""
-    if subject.adapter is None:
-        raise CannotJudge("no adapter was given")
-    if not subject.adapter.tensors:
-        raise CannotJudge("the adapter is still to be made, so there is nothing to merge")
+    subject.saved_adapter()
+    if subject.asked.merged is not None and subject.merged is None:
+        raise CannotJudge("the merged checkpoint is not read (question 0)")
     if not subject.updates.pairs and subject.asked.merged is None:
         raise CannotJudge("no module has A and B that can be merged")
     if not subject.weights:

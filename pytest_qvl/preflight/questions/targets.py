@@ -16,8 +16,8 @@ from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
 from pytest_qvl.models.anatomy import GROUPS, Group, anatomy
 from pytest_qvl.models.attaching import why_not_attached
 from pytest_qvl.preflight.commands import pytest_line, red
-from pytest_qvl.preflight.files.folder import UnsafeFileError
 from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
+from pytest_qvl.preflight.refusals import UnsafeFileError
 from pytest_qvl.preflight.timing import patience
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Placement:
 def answer(subject: Subject) -> Iterator[Finding]:
     """The exact count by part of the model, leaks, layers without an adapter, entries that match nothing."""
     if subject.adapter is None:
-        raise CannotJudge("no adapter and no --lora was given")
+        raise CannotJudge("no adapter and no --lora was given" if subject.asked.adapter is None else subject.no_adapter)
     config = subject.lora
     if not config.target_modules:
         what = "target_parameters" if getattr(config, "target_parameters", None) else "no target_modules"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -528,6 +529,56 @@ def download_cut_off(shop: Workshop, family: str) -> Arguments:
     found = _adapted(shop, family)
     file = found["adapter"] / ADAPTER
     file.write_bytes(file.read_bytes()[:-1000])
+    return found
+
+
+@broken("", "adapter-unreadable", "without adapter_config.json", ("qwen2_vl",))
+def copied_without_its_configuration(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    (found["adapter"] / CONFIG).unlink()
+    return found
+
+
+@broken("", "base-unreadable", "is corrupt", ("qwen2_vl",))
+def base_cut_off(shop: Workshop, family: str) -> Arguments:
+    folder = shop.copy(shop.base(family))
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1000])
+    return {"base": folder}
+
+
+@broken("", "base-unreadable", "model-00002-of-00002.safetensors", ("qwen2_5_vl",))
+def base_without_a_shard(shop: Workshop, family: str) -> Arguments:
+    return {"base": _without_a_shard(shop.copy(shop.base(family)))}
+
+
+@broken("", "merged-unreadable", "model-00002-of-00002.safetensors", ("qwen3_vl",))
+def merged_checkpoint_without_a_shard(shop: Workshop, family: str) -> Arguments:
+    return {**_adapted(shop, family), "merged": _without_a_shard(shop.copy(shop.base(family)))}
+
+
+def _without_a_shard(folder: Path) -> Path:
+    from safetensors.torch import load_file
+
+    names = sorted(load_file(folder / WEIGHTS))
+    shards = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(names)}
+    drop(folder / WEIGHTS, lambda name: shards[name] != shards[names[0]])
+    (folder / WEIGHTS).rename(folder / shards[names[0]])
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
+    return folder
+
+
+@broken("", "bad-setting", "expected a number")
+def alpha_written_as_text(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    edit(found["adapter"] / CONFIG, lora_alpha="16")
+    return found
+
+
+@broken("", "bad-setting", "no regular expression", ("qwen3_vl",))
+def targets_that_are_no_expression(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    edit(found["adapter"] / CONFIG, target_modules="([")
     return found
 
 
