@@ -15,13 +15,20 @@ from pytest_qvl import __version__
 from pytest_qvl.faults.command import add_faults
 from pytest_qvl.models.sources.command import add_synthesize
 from pytest_qvl.preflight.command import add_preflight
+from pytest_qvl.records.commands import add_compare
 from pytest_qvl.vram.forecast.command import add_forecast
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (add_preflight, add_forecast, add_faults, add_synthesize)
+SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (
+    add_preflight,
+    add_forecast,
+    add_compare,
+    add_faults,
+    add_synthesize,
+)
 
 
 def parser() -> argparse.ArgumentParser:

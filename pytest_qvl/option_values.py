@@ -125,3 +125,15 @@ def parse_record(text: str, folder: Path) -> Path:
     if path.is_file() and (there := path.read_bytes()[:RECORD_START]).strip() and b'"pytest-qvl/record/' not in there:
         raise SettingError(f"{str(path)!r} is there and is no record of a run: name another file, or delete it first")
     return path.resolve()
+
+
+def parse_base(text: str, folder: Path) -> str:
+    """A record to compare with, or ``shipped``."""
+    from pytest_qvl.records.base import SHIPPED
+    from pytest_qvl.records.stored import read_record
+
+    if text == SHIPPED:
+        return text
+    path = folder / Path(text).expanduser()
+    read_record(path)  # before the run, not after it
+    return str(path.resolve())

@@ -28,6 +28,7 @@ from pytest_qvl.option_values import (
     one_of,
     parse_adapter,
     parse_backend,
+    parse_base,
     parse_card,
     parse_fault,
     parse_folder,
@@ -179,6 +180,9 @@ class Settings:
         whole_number(0), f"{PATIENCE_S:.0f}", "seconds to wait for a GPU that other runs hold", "SECONDS", "int"
     )
     record: Path | None = _one(parse_record, None, "write what was measured, and on what, to this JSON file", "FILE")
+    compare: str | None = _one(
+        parse_base, None, "say what changed since this record, or since the 'shipped' reference", "FILE"
+    )
     require_gpu: bool = _switch(
         "false", "make every GPU test that is skipped, and a run without any GPU test, an error"
     )

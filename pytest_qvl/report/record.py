@@ -77,22 +77,33 @@ class Record:
 
     def _write(self, session: pytest.Session) -> str:
         results = self._builder.results(int(session.exitstatus))
-        return write_json(
-            self._path,
-            {
-                "schema": SCHEMA,
-                "suite": SUITE_VERSION,
-                "started": results.started.isoformat(timespec="seconds"),
-                "seconds": round(results.seconds, 1),
-                "exit_status": results.exit_status,
-                "command": ["pytest", *map(str, session.config.invocation_params.args)],
-                "settings": self._settings,
-                "configuration": list(self._configuration),
-                "environment": environment(session.config.rootpath),
-                "machine": machine(),
-                **plain(results),
-            },
-        )
+        return write_json(self._path, record_data(session.config, results, self._settings, self._configuration))
+
+
+def record_data(
+    config: pytest.Config, results: RunResults, settings: Sequence[str], configuration: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """A whole record as plain data; what is written, and what reports are made from.
+
+    Args:
+        config: pytest's.
+        results: Of the run, with its exit status.
+        settings: As the header shows them.
+        configuration: Name, value and source of every setting.
+    """
+    return {
+        "schema": SCHEMA,
+        "suite": SUITE_VERSION,
+        "started": results.started.isoformat(timespec="seconds"),
+        "seconds": round(results.seconds, 1),
+        "exit_status": results.exit_status,
+        "command": ["pytest", *map(str, config.invocation_params.args)],
+        "settings": list(settings),
+        "configuration": list(configuration),
+        "environment": environment(config.rootpath),
+        "machine": machine(),
+        **plain(results),
+    }
 
 
 def plain(results: RunResults) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def make_objects(config: pytest.Config, settings: Settings) -> None:
     limits = stash[LIMITS_KEY] = SessionLimits(meter)
     results = stash[RESULTS_KEY] = ResultsBuilder()
     subjects = None
-    if settings.record is not None:
+    if settings.record is not None or settings.compare is not None:
         from pytest_qvl.session.subjects import Subjects
 
         subjects = Subjects()
@@ -90,11 +90,8 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
     register(GpuFailures(stash[ACCESS_KEY], stash[METER_KEY]), "qvl-gpu-failures")
     register(stash[SESSION_VERDICTS_KEY], "qvl-session-results")
     register(Interrupts(stash[CONSOLE_KEY].announce), "qvl-interrupts")
-    if settings.record is not None and writes_record:
-        from pytest_qvl.report.record import Record
-
-        chosen = [*settings.described(), *simulated_card(settings)]
-        register(Record(settings.record, chosen, results, settings.listed()), "qvl-record")
+    if writes_record:
+        _register_reports(config, settings)
     if settings.require_gpu:
         from pytest_qvl.session.require_gpu import GpuRequired
 
@@ -106,3 +103,17 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
         shared = stash[LEAKS_KEY].watch.making
         fault = Faulted(settings.fault, settings, stash[DEVICE_KEY].default_dtype, shared, results)
         register(fault, "qvl-fault")
+
+
+def _register_reports(config: pytest.Config, settings: Settings) -> None:
+    """What reads the results at the end of the run, in the process that was started."""
+    results = config.stash[RESULTS_KEY]
+    parts = [*settings.described(), *simulated_card(settings)], settings.listed()
+    if settings.record is not None:
+        from pytest_qvl.report.record import Record
+
+        config.pluginmanager.register(Record(settings.record, parts[0], results, parts[1]), "qvl-record")
+    if settings.compare is not None:
+        from pytest_qvl.report.base_comparison import BaseComparison
+
+        config.pluginmanager.register(BaseComparison(settings.compare, results, *parts), "qvl-compare")

@@ -1,0 +1,47 @@
+"""The subcommands that read records: options, and what is printed. Standard library only until a file is read."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_compare(commands: Commands) -> None:
+    """Register ``pytest-qvl compare``."""
+    parser = commands.add_parser(
+        "compare",
+        help="compare two records of --qvl-record: what broke, was fixed, got worse or better",
+        description="Compare two records. Exit code 0: nothing that --fail-on names; 1: something is; 2: they "
+        "cannot be compared, or a file is no record.",
+    )
+    parser.add_argument("old", metavar="OLD.json", help="a record, or 'shipped': this package's own, embedded model")
+    parser.add_argument("new", metavar="NEW.json", type=Path, help="the record to judge")
+    parser.add_argument(
+        "--fail-on",
+        choices=("regression", "any"),
+        default="regression",
+        help="exit code 1 for new failures, lost verdicts and worse figures (default), or for any change",
+    )
+    parser.add_argument("--format", choices=("text", "md", "json"), default="text", help="text (default), md or json")
+    parser.set_defaults(run=run_compare)
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """Compare and print; 1 if ``--fail-on`` names something that changed, else 0.
+
+    Raises:
+        RecordError: A file is no record, or the two cannot be compared.
+    """
+    from pytest_qvl.records.base import base_record
+    from pytest_qvl.records.compare import compare
+    from pytest_qvl.records.compare_output import FORMATS
+    from pytest_qvl.records.stored import read_record
+
+    new = read_record(options.new)
+    found = compare(base_record(options.old, new), new)
+    print(FORMATS[options.format](found))
+    return int(bool(found.regressions if options.fail_on == "regression" else found.changes))

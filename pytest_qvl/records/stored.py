@@ -1,0 +1,139 @@
+"""Records of any version as one shape: that of the newest, with what an older one lacks left empty."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.evidence import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+KIND, NEWEST = "pytest-qvl/record", 2
+# What records have been given since version 1, and how a record without it is read.
+LATER: dict[str, Any] = {
+    "suite": None,
+    "configuration": [],
+    "machine": None,
+    "subjects": [],
+    "errors": [],
+    "promises": [],
+    "limits": [],
+    "problems": [],
+    "fault": None,
+}
+Key = tuple[str, str, str, int]  # target, check, test, and how many verdicts of that name came before
+
+
+class RecordError(ValueError):
+    """A file that is no record, or none that can be read; the message names it and the fix."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One verdict of a check, or why it gave none.
+
+    Attributes:
+        target: Model, device and backend.
+        check: Name of the check function.
+        test: The test with its parameters.
+        state: ``kept``, ``BROKEN``, ``error`` or ``not judged``.
+        says: First problem, error or reason; empty for a promise that is kept.
+        figures: What was measured.
+    """
+
+    target: str
+    check: str
+    test: str
+    state: str
+    says: str
+    figures: tuple[Figure, ...] = ()
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A record, with every key of the newest version.
+
+    Raises:
+        RecordError: No such file, no JSON, no record, one of a later version, or one that is short of a key.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: {error.strerror or error}: name a file that --qvl-record wrote") from None
+    except ValueError:
+        raise RecordError(f"{path} is no JSON: name a file that --qvl-record wrote") from None
+    return as_newest(data, str(path))
+
+
+def as_newest(data: Any, name: str) -> dict[str, Any]:
+    """A record's data with every key of the newest version; what an older one lacks is empty.
+
+    Raises:
+        RecordError: As :func:`read_record`.
+    """
+    kind, _, version = str(data.get("schema", "")).rpartition("/") if isinstance(data, dict) else ("", "", "")
+    if kind != KIND or not version.isdecimal():
+        raise RecordError(f"{name} is no record of a run: name a file that --qvl-record wrote")
+    if int(version) > NEWEST:
+        raise RecordError(
+            f"{name} is of version {version}, and this release reads records up to {NEWEST}: upgrade pytest-qvl"
+        )
+    schema = json.loads(files("pytest_qvl").joinpath("report", "record.schema.json").read_text(encoding="utf-8"))
+    found = {key: data.get(key, LATER.get(key)) for key in schema["properties"]}
+    missing = [key for key in schema["required"] if key not in data and key not in LATER]
+    if missing:
+        raise RecordError(f"{name} is a record without {missing[0]!r}: it was cut short or edited; run again")
+    return found
+
+
+def verdicts(record: dict[str, Any]) -> dict[Key, Verdict]:
+    """Every verdict of every check, every check that gave none, and every verdict on the session."""
+    found: dict[Key, Verdict] = {}
+    count: Counter[tuple[str, str, str]] = Counter()
+    for verdict in (*_of_checks(record), *_of_errors(record), *_of_session(record)):
+        key = (verdict.target, verdict.check, verdict.test)
+        found[*key, count[key]] = verdict
+        count[key] += 1
+    return found
+
+
+def _of_checks(record: dict[str, Any]) -> Iterator[Verdict]:
+    for entry in record["checks"]:
+        where = (entry["target"] or "", entry["check"], entry["test"])
+        if "not_judged" in entry:
+            yield Verdict(*where, "not judged", entry["not_judged"])
+        elif not entry["problems"]:
+            yield Verdict(*where, "kept", "", _figures(entry))
+        elif entry["outcome"] == "failed":  # else a test of the user's own expected it
+            yield Verdict(*where, "BROKEN", entry["problems"][0], _figures(entry))
+
+
+def _figures(entry: dict[str, Any]) -> tuple[Figure, ...]:
+    return tuple(Figure(**figure) for figure in entry["figures"])
+
+
+def _of_errors(record: dict[str, Any]) -> Iterator[Verdict]:
+    for entry in record["errors"]:
+        yield Verdict(entry["target"] or "", entry["check"] or "", entry["test"], "error", entry["text"])
+
+
+def _of_session(record: dict[str, Any]) -> Iterator[Verdict]:
+    for entry in record["session"]:
+        state, says = entry["state"], entry["text"].partition("\n")[0]
+        yield Verdict("", entry["name"], entry["process"] or "session", state, "" if state == "kept" else says)
+
+
+def targets(record: dict[str, Any]) -> list[str]:
+    """Every target of which there is a verdict of a check or an error, in order."""
+    named = (entry["target"] for entry in (*record["checks"], *record["errors"]))
+    return list(dict.fromkeys(name for name in named if name))
+
+
+def subject(record: dict[str, Any], target: str) -> dict[str, Any]:
+    """What a target's tests were run on; empty where the record does not say."""
+    return next((one for one in record["subjects"] if one["target"] == target), {})

@@ -1,0 +1,67 @@
+"""The run compared with an earlier record (``--qvl-compare``): what changed, and an exit status that says so."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_qvl.records.base import base_record
+from pytest_qvl.records.compare import Comparison, compare
+from pytest_qvl.records.compare_output import as_text
+from pytest_qvl.records.stored import RecordError, as_newest
+from pytest_qvl.report.record import record_data
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pytest_qvl.report.run_results import ResultsBuilder
+
+
+class BaseComparison:
+    """Compares when the session has been judged; register it as a plugin, in the process that was started.
+
+    Args:
+        base: A record's file, or ``shipped``.
+        builder: Has the results of the run.
+        settings: As the header shows them.
+        configuration: Name, value and source of every setting.
+    """
+
+    def __init__(
+        self, base: str, builder: ResultsBuilder, settings: Sequence[str], configuration: Sequence[dict[str, Any]]
+    ) -> None:
+        self._base, self._builder = base, builder
+        self._settings, self._configuration = settings, configuration
+        self._found: Comparison | None = None
+        self._refused = ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Compare, before the summary is written; a regression is no green run, nor is one that cannot be compared.
+
+        The base is read here, not when the run began: the run may write its record over it, after this.
+        """
+        results = self._builder.results(int(session.exitstatus))
+        try:
+            new = as_newest(record_data(session.config, results, self._settings, self._configuration), "this run")
+            self._found = compare(base_record(self._base, new), new)
+        except RecordError as error:
+            self._refused = str(error)
+        red = self._refused or (self._found is not None and self._found.regressions)
+        if red and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Say what changed, below the promises; on ``-qq`` the verdict alone."""
+        if self._refused:
+            terminalreporter.line(f"qvl: qvl_compare: cannot compare: {self._refused}", red=True, bold=True)
+        elif self._found is not None:
+            lines = as_text(self._found).splitlines()
+            if terminalreporter.config.get_verbosity() >= -1:
+                terminalreporter.section(f"compared with {self._base}", sep="=", bold=True)
+                for line in lines[:-1]:
+                    terminalreporter.line(line)
+            colour = {"red": True} if self._found.regressions else {"green": True}
+            terminalreporter.line(f"qvl: {lines[-1]}", bold=True, **colour)

@@ -1,0 +1,252 @@
+"""Comparing records: each change is named, noise is none, and what cannot be compared is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+
+from pytest_qvl.cli import main
+from pytest_qvl.evidence import Figure
+from pytest_qvl.records.compare import FLIPS, KINDS, REGRESSIONS, Change, Comparison, compare, figure_change
+from pytest_qvl.records.compare_output import as_markdown, escaped
+from pytest_qvl.records.stored import NEWEST, RecordError, read_record, targets, verdicts
+from pytest_qvl.report.record import SCHEMA
+
+RECORDS = Path(__file__).parents[2] / "docs" / "records"
+EMBEDDED = RECORDS / "h200-embedded.json"
+OLDEST = RECORDS / "h100-embedded.json"  # version 1
+JUDGED = [c["check"] for c in json.loads(EMBEDDED.read_text(encoding="utf-8"))["checks"] if "figures" in c]
+
+
+@pytest.fixture
+def record():
+    return read_record(EMBEDDED)
+
+
+def entry(record, check):
+    return next(one for one in record["checks"] if one["check"] == check)
+
+
+def kinds(old, new):
+    return [(change.kind, change.check, change.what) for change in compare(old, new).changes]
+
+
+def broken(record, check):
+    changed = deepcopy(record)
+    entry(changed, check).update(problems=["it broke"], outcome="failed")
+    return changed
+
+
+def test_a_run_against_itself_has_not_changed(record):
+    found = compare(record, deepcopy(record))
+    assert (found.changes, found.versions) == ((), ())
+    assert found.compared == len(verdicts(record)) > 40
+    assert found.verdict.startswith("nothing changed: ")
+
+
+@pytest.mark.parametrize("check", sorted(set(JUDGED)))
+def test_the_check_that_broke_is_named_and_no_other(record, check):
+    assert kinds(record, broken(record, check)) == [("new failure", check, "")]
+    assert kinds(broken(record, check), record) == [("fixed", check, "")]
+    assert kinds(broken(record, check), broken(record, check)) == []
+
+
+def test_a_verdict_that_got_lost_is_a_regression(record):
+    lost, gone, error = (deepcopy(record) for _ in range(3))
+    one = entry(lost, "causality")
+    for key in ("promise", "figures", "problems", "notes", "table"):
+        del one[key]
+    one["not_judged"] = "no image"
+    gone["checks"].remove(entry(gone, "causality"))
+    error["checks"].remove(entry(error, "causality"))
+    target, test = entry(record, "causality")["target"], entry(record, "causality")["test"]
+    error["errors"].append({"target": target, "test": test, "when": "call", "check": "causality", "text": "OSError"})
+    for changed, kind in ((lost, "lost"), (gone, "gone"), (error, "lost")):
+        found = compare(record, changed)
+        assert [(one.kind, one.check) for one in found.regressions] == [(kind, "causality")]
+    gone["command"] += ["-k", "not causality"]
+    assert kinds(record, gone) == []
+
+
+def test_a_session_that_leaks_is_a_failure(record):
+    changed = deepcopy(record)
+    changed["session"][0].update(state="BROKEN", text="1 GiB stayed\nmore")
+    ((kind, name, _),) = kinds(record, changed)
+    assert (kind, name) == ("new failure", "leak")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        (Figure("drift", 0.004, 0.02, "<="), Figure("drift", 0.0085, 0.02, "<="), None),
+        (Figure("drift", 0.004, 0.02, "<="), Figure("drift", 0.015, 0.02, "<="), "worse"),
+        (Figure("drift", 0.015, 0.02, "<="), Figure("drift", 0.004, 0.02, "<="), "better"),
+        (Figure("drift", 0.004, 0.02, "<="), Figure("drift", 0.0005, 0.0025, "<="), None),  # of another dtype
+        (
+            Figure("norm: largest error / limit", 0.1, 1.0, "<="),
+            Figure("norm: largest error / limit", 1, 1, "<="),
+            None,
+        ),
+        (Figure("margin / reference", 1.01, 0.9, ">="), Figure("margin / reference", 0.99, 0.9, ">="), None),
+        (Figure("margin / reference", 1.01, 0.9, ">="), Figure("margin / reference", 0.91, 0.9, ">="), "worse"),
+        (Figure("margin / reference", 0.91, 0.9, ">="), Figure("margin / reference", 1.01, 0.9, ">="), "better"),
+        (Figure("answers lost", 0, 8, "<="), Figure("answers lost", FLIPS - 1, 8, "<="), None),
+        (Figure("answers lost", 0, 8, "<="), Figure("answers lost", FLIPS, 8, "<="), "worse"),
+        (Figure("in NF4", 28, 28, "=="), Figure("in NF4", 36, 36, "=="), "changed"),
+        (Figure("dtype", "float32"), Figure("dtype", "bfloat16"), "changed"),
+        (Figure("tokens", "1 " * 40), Figure("tokens", "2 " * 40), None),
+        (Figure("peak", 7.0, unit="GiB"), Figure("peak", 7.1, unit="GiB"), None),
+        (Figure("peak", 7.0, unit="GiB"), Figure("peak", 7.2, unit="GiB"), "worse"),
+        (Figure("peak", 0.04, unit="GiB"), Figure("peak", 0.1, unit="GiB"), None),  # less than 64 MiB
+        (Figure("time", 1.0, 9.0, "<=", "s"), Figure("time", 8.0, 9.0, "<=", "s"), None),
+        (
+            Figure("smallest loss within 40 steps", 1.0, 5.0, "<="),
+            Figure("smallest loss within 40 steps", 4.9, 5.0, "<="),
+            None,
+        ),
+        (Figure("steps", 24), Figure("steps", 3), None),
+        (Figure("off by", 0.0, 0.0, "<="), Figure("off by", 0.0, 0.1, "<="), None),
+        (Figure("off by", float("inf"), 1.0, "<="), Figure("off by", 0.0, 1.0, "<="), None),
+    ],
+    ids=str,
+)
+def test_a_figure_moves_by_more_than_noise_or_not(old, new, expected):
+    assert figure_change(old, new) == expected
+
+
+def test_a_figure_is_named_with_both_values(record):
+    changed = deepcopy(record)
+    figure = next(f for f in entry(changed, "peak_vram")["figures"] if f["name"] == "prefill: peak allocated")
+    figure["value"] += 1
+    (change,) = compare(record, changed).changes
+    assert (change.kind, change.check, change.what) == ("worse", "peak_vram", "prefill: peak allocated")
+    assert change.new.startswith("1.0") and change.old.endswith(" GiB")
+
+
+def test_a_checkpoint_of_another_name_is_the_same_subject(record):
+    def named(name):
+        return json.loads(
+            json.dumps(record)
+            .replace("embedded on cuda", f"local:/x/{name} on cuda")
+            .replace("[embedded-", f"[{name}-")
+        )
+
+    found = compare(named("first"), named("second"))
+    assert found.changes == ()
+    assert found.versions == ("model local:/x/first on cuda → local:/x/second on cuda",)
+
+
+def test_what_else_differs_is_said(record):
+    changed = deepcopy(record)
+    changed["environment"]["packages"]["transformers"] = "5.18.0"
+    del changed["environment"]["packages"]["triton"]
+    assert compare(record, changed).versions == ("transformers 5.17.0 → 5.18.0", "triton 3.6.0 → none")
+
+
+def with_subject(record, **facts):
+    changed = deepcopy(record)
+    changed["subjects"] = [{"target": "embedded on cuda", **facts}]
+    return changed
+
+
+def test_what_cannot_be_compared_is_refused(record):
+    def refused(old, new, says):
+        with pytest.raises(RecordError) as error:
+            compare(old, new)
+        assert says in str(error.value) and "\n" not in str(error.value)
+
+    refused(record, {**record, "exit_status": 2}, "interrupted")
+    refused({**record, "suite": 1}, {**record, "suite": 2}, "judges differently")
+    seven, three = (read_record(RECORDS / f"h200-qwen2.5-vl-{size}b.json") for size in (7, 3))
+    refused(three, seven, "no model in common")
+    refused(with_subject(record, family="Qwen2.5-VL"), with_subject(record, family="Qwen3-VL"), "Qwen3-VL")
+    refused(record, {**record, "checks": [], "errors": []}, "no model in common")
+    empty = {**record, "checks": [], "errors": [], "session": []}
+    refused(empty, deepcopy(empty), "no check in common")
+
+
+def test_samples_and_lora_that_differ_are_named(record):
+    old = with_subject(record, samples={"count": 6, "digest": "a"}, lora={"r": 16}, adapter=None)
+    new = with_subject(record, samples={"count": 6, "digest": "b"}, lora={"r": 8}, adapter="c")
+    found = compare(old, new)
+    assert sorted(found.versions) == [
+        "lora of embedded on cuda r 16 → r 8",
+        "samples of embedded on cuda count 6, digest a → count 6, digest b",
+    ]
+
+
+def test_counts_of_other_samples_are_no_change(record):
+    changed = deepcopy(record)
+    figure = next(f for f in entry(changed, "feature_scatter")["figures"] if f["name"] == "visual tokens")
+    figure.update(value=170, limit=170)
+    assert kinds(record, changed) == [("changed", "feature_scatter", "visual tokens")]
+    samples = [with_subject(each, samples={"count": 6, "digest": d}) for each, d in ((record, "a"), (changed, "b"))]
+    assert kinds(*samples) == []
+
+
+def test_records_of_the_first_version_are_converted():
+    for file in RECORDS.glob("h*.json"):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and str(data.get("schema")).startswith("pytest-qvl/record/"):
+            found = read_record(file)
+            assert found["suite"] is None
+            assert list(found["environment"]["packages"])[0] == "pytest-qvl"
+            assert compare(found, found).verdict.startswith("nothing changed")
+    assert targets(read_record(OLDEST)) == ["embedded on cuda"]
+
+
+def test_the_newest_version_is_the_one_that_is_written():
+    assert SCHEMA.endswith(f"/{NEWEST}")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "No such file"),
+        ("{", "is no JSON"),
+        ("[]", "is no record of a run"),
+        ('{"schema": "pytest-qvl/faults/1"}', "is no record of a run"),
+        ('{"schema": "pytest-qvl/record/99"}', "upgrade pytest-qvl"),
+        ('{"schema": "pytest-qvl/record/2", "started": "x"}', "is a record without 'seconds'"),
+    ],
+)
+def test_a_file_that_is_no_record_is_refused(tmp_path, capsys, text, says):
+    file = tmp_path / "r.json"
+    if text is not None:
+        file.write_text(text)
+    assert main(["compare", str(EMBEDDED), str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line and str(file) in line
+
+
+def test_exit_codes_say_what_changed(tmp_path, capsys, record):
+    def code(new, *arguments):
+        file = tmp_path / "new.json"
+        file.write_text(json.dumps(new))
+        return main(["compare", str(EMBEDDED), str(file), *arguments])
+
+    assert code(record) == code(record, "--fail-on", "any") == 0
+    assert code(broken(record, "causality")) == 1
+    more = deepcopy(record)
+    more["checks"].append({**entry(record, "causality"), "test": "another"})
+    assert (code(more), code(more, "--fail-on", "any")) == (0, 1)
+    capsys.readouterr()
+    code(broken(record, "causality"), "--format", "json")
+    told = json.loads(capsys.readouterr().out)
+    assert [(c["kind"], c["check"], c["regression"]) for c in told["changes"]] == [("new failure", "causality", True)]
+
+
+def test_markdown_shows_strangers_words_as_text(record):
+    change = Change("new failure", "t", "c", "x[<b>|`a`\n\x1b[31m]", "", "kept", "BROKEN: ![i](http://e)")
+    found = as_markdown(Comparison((change,), ("model [a](b) → c",), 1))
+    assert "<b>" not in found and "\x1b" not in found and "](" not in found.replace("\\](", "")
+    row = next(line for line in found.splitlines() if line.startswith("| **new failure**"))
+    assert row.replace("\\|", "").count("|") == 6
+    assert escaped("a|b") == "a\\|b"
+
+
+def test_every_kind_is_a_regression_or_not_one():
+    assert set(REGRESSIONS) < set(KINDS)
