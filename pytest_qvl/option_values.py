@@ -15,6 +15,7 @@ from pytest_qvl.outputs import no_regular_file
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.records.known_failures import KnownFailures
     from pytest_qvl.vram.cards import Card
 
 Value = TypeVar("Value")
@@ -137,3 +138,10 @@ def parse_base(text: str, folder: Path) -> str:
     path = folder / Path(text).expanduser()
     read_record(path)  # before the run, not after it
     return str(path.resolve())
+
+
+def parse_known_failures(text: str, folder: Path) -> KnownFailures:
+    """A file of known failures, or one inside of an installed package."""
+    from pytest_qvl.records.known_failures import read_known_failures
+
+    return read_known_failures(text, folder)

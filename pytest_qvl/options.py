@@ -32,6 +32,7 @@ from pytest_qvl.option_values import (
     parse_card,
     parse_fault,
     parse_folder,
+    parse_known_failures,
     parse_policy,
     parse_record,
     parse_size,
@@ -41,6 +42,7 @@ from pytest_qvl.option_values import (
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.records.known_failures import KnownFailures
     from pytest_qvl.vram.cards import Card
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -103,7 +105,7 @@ def _one(
     return cast("Value | None", _field(parse, default, help, metavar, ini_type=ini_type))
 
 
-def _many(parse: Parse[Value], default: str, help: str, metavar: str) -> tuple[Value, ...]:
+def _many(parse: Parse[Value], default: str | None, help: str, metavar: str) -> tuple[Value, ...]:
     """A field with several values."""
     return cast("tuple[Value, ...]", _field(parse, default, help, metavar, many=True, ini_type="linelist"))
 
@@ -182,6 +184,9 @@ class Settings:
     record: Path | None = _one(parse_record, None, "write what was measured, and on what, to this JSON file", "FILE")
     compare: str | None = _one(
         parse_base, None, "say what changed since this record, or since the 'shipped' reference", "FILE"
+    )
+    known_failures: tuple[KnownFailures, ...] = _many(
+        parse_known_failures, None, "expect the failures in this TOML file (repeatable)", "FILE"
     )
     require_gpu: bool = _switch(
         "false", "make every GPU test that is skipped, and a run without any GPU test, an error"
@@ -345,7 +350,7 @@ def _choose(config: pytest.Config, setting: Setting) -> tuple[Any, str]:
     elif setting.default is not None:
         raw, source = [setting.default] if setting.many else setting.default, "default"
     else:
-        return None, "default"
+        return () if setting.many else None, "default"
     try:
         if setting.many:
             return tuple(dict.fromkeys(setting.parse(text.strip(), folder) for text in raw)), source

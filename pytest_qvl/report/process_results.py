@@ -8,6 +8,8 @@ from typing import Any, Literal
 from pytest_qvl.report.report_data import LimitOutcome
 from pytest_qvl.vram.usage import Usage
 
+KnownFailureState = Literal["as expected", "stale", "not run", "does not apply", "unmatched", "expired"]
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -99,6 +101,7 @@ class ProcessResults:
         limits: What became of limits on the session's VRAM.
         process: The backend's process or the xdist worker; empty for the one that was started.
         subjects: What the tests of each target were run on; none where no record is written.
+        known: Known failures by the reason that is expected, and what collection made of each.
     """
 
     session: Usage
@@ -108,6 +111,7 @@ class ProcessResults:
     limits: tuple[LimitOutcome, ...] = ()
     process: str = ""
     subjects: tuple[Subject, ...] = ()
+    known: tuple[tuple[str, KnownFailureState], ...] = ()
 
     def started_by(self, process: str) -> ProcessResults:
         """The same, as seen by the one that started ``process``, in which or below which it was found."""
@@ -120,7 +124,8 @@ class ProcessResults:
             name: [asdict(one) for one in getattr(self, name)] for name in ("phases", "verdicts", "limits", "subjects")
         }
         lease = None if self.lease is None else asdict(self.lease)
-        return {"session": asdict(self.session), **parts, "lease": lease, "process": self.process}
+        known = [list(pair) for pair in self.known]
+        return {"session": asdict(self.session), **parts, "lease": lease, "process": self.process, "known": known}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ProcessResults:
@@ -133,4 +138,5 @@ class ProcessResults:
             tuple(LimitOutcome(**one) for one in data["limits"]),
             data["process"],
             tuple(Subject(**one) for one in data["subjects"]),
+            tuple((expected, state) for expected, state in data["known"]),
         )

@@ -135,6 +135,7 @@ def plain(results: RunResults) -> dict[str, Any]:
         ],
         "vram": _vram(results.processes),
         "fault": _fault(results.fault_verdict),
+        "known_failures": [{"reason": reason, "state": state} for reason, state in results.known_failures.items()],
     }
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ATTRIBUTE = "qvl"
 Kind = Literal["out of memory", "broken", "not run"]
+EXPECTED_TO_FAIL = "expected to fail: "
 CheckReason = tuple[str, str]  # check, and why it gave no verdict
 
 
@@ -150,7 +151,7 @@ def why_skipped(report: pytest.TestReport) -> str:
     """Why a skipped test was skipped, as pytest says it ("Skipped: …"), or expected to fail."""
     if hasattr(report, "wasxfail"):  # its longrepr is the traceback
         reason = report.wasxfail.removeprefix("reason: ")
-        return f"expected to fail: {reason}" if reason else "expected to fail"
+        return f"{EXPECTED_TO_FAIL}{reason}" if reason else EXPECTED_TO_FAIL.removesuffix(": ")
     return str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from pytest_qvl.report.report_data import ReportData, report_data, why_skipped
+from pytest_qvl.report.report_data import EXPECTED_TO_FAIL, ReportData, report_data, why_skipped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.report.injected_fault import FaultVerdict, InjectedFault
-    from pytest_qvl.report.process_results import ProcessResults, Subject, Verdict
+    from pytest_qvl.report.process_results import KnownFailureState, ProcessResults, Subject, Verdict
     from pytest_qvl.report.report_data import CheckReason, Finding, GpuFailure, LimitOutcome
     from pytest_qvl.report.states import PromiseState
 
 OWN_MODELS = "models of the tests' own"
+XPASS = "[XPASS(strict)]"  # how pytest begins the report of a test that was to fail and passed
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,20 @@ class RunResults:
         return tuple(found.values())
 
     @property
+    def known_failures(self) -> Mapping[str, KnownFailureState]:
+        """What became of every known failure, by the reason that is expected."""
+        found: dict[str, KnownFailureState] = {}
+        for expected, state in (pair for process in self.processes for pair in process.known):
+            if found.get(expected, "unmatched") == "unmatched":  # one process may have other tests than another
+                found[expected] = state
+        for expected in found:
+            if any(phase.error == f"{XPASS} {expected}" for phase in self.phases):
+                found[expected] = "stale"
+            elif any(phase.skipped == f"{EXPECTED_TO_FAIL}{expected}" for phase in self.phases):
+                found[expected] = "as expected"
+        return found
+
+    @property
     def fault_verdict(self) -> FaultVerdict | None:
         """Which checks noticed the fault that was made; ``None`` where none was."""
         if self.fault is None:
@@ -233,7 +248,11 @@ class RunResults:
 
 
 class ResultsBuilder:
-    """Listens to reports; complete in the process that was started. Register it as a plugin."""
+    """Listens to reports; complete in the process that was started. Register it as a plugin.
+
+    Attributes:
+        known: What this process made of each known failure when it collected, by the reason that is expected.
+    """
 
     def __init__(self) -> None:
         self._started = datetime.now(UTC)
@@ -241,6 +260,7 @@ class ResultsBuilder:
         self._processes: list[ProcessResults] = []
         self._problems: list[str] = []
         self._fault: InjectedFault | None = None
+        self.known: dict[str, KnownFailureState] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take in one phase of a test; a verdict on the session is no test's, and comes with its process."""

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl.evidence import printable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     from pytest_qvl.report.run_results import ResultsBuilder, RunResults
 
 NODE = "qvl session"
+LOOK_AT = {
+    "stale": "the check holds; remove the entry",
+    "unmatched": "it means no test of the suite; correct its conditions, or remove it",
+    "expired": "it does nothing any more; remove the entry, or set another date",
+}
 _COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "not judged": {"yellow": True}}
 
 
@@ -90,6 +97,18 @@ def limit_lines(limits: Sequence[LimitOutcome]) -> list[str]:
     return [line, *(f"  not measured: {reason} ({count} ×)" for reason, count in reasons.most_common())]
 
 
+def write_known_failures(terminal: Any, results: RunResults) -> None:
+    """A line for every known failure that somebody has to look at, and one that counts the others."""
+    states = results.known_failures
+    for expected, state in states.items():
+        if state in LOOK_AT:
+            terminal.line(printable(f"qvl: known failure {state}: {expected}: {LOOK_AT[state]}"), yellow=True)
+    counts = Counter(state for state in states.values() if state not in LOOK_AT)
+    if counts:
+        said = ", ".join(f"{count} {state}" for state, count in counts.items())
+        terminal.line(f"qvl: known failures: {said}")
+
+
 def lease_lines(processes: Sequence[ProcessResults]) -> Iterator[str]:
     """The GPUs that processes leased, and what was found on them."""
     for process in processes:
@@ -135,4 +154,4 @@ def write_findings(terminal: Any, results: RunResults) -> None:
 Writers = tuple["Callable[[Any, RunResults], None]", ...]
 LINES_FIRST: Writers = (write_verdicts, write_gpu_failures)
 SECTIONS: Writers = (write_findings,)
-LINES_LAST: Writers = (write_problems, write_limits_and_leases)
+LINES_LAST: Writers = (write_problems, write_known_failures, write_limits_and_leases)

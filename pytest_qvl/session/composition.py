@@ -74,6 +74,10 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
     register, stash = config.pluginmanager.register, config.stash
     register(ShippedSuite(), "qvl-suite")
     register(Installed(), "qvl-installed")
+    if settings.known_failures:
+        from pytest_qvl.session.known_failures import KnownFailureMarks
+
+        register(KnownFailureMarks(settings, stash[RESULTS_KEY]), "qvl-known-failures")
     register(FixtureScopes(config), "qvl-fixture-scopes")
     results = stash[RESULTS_KEY]
     register(WorkerCrashes(settings, config.rootpath, results), "qvl-worker-crashes")

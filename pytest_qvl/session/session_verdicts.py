@@ -93,7 +93,8 @@ class SessionVerdicts:
         whole, phases = self._access.vram()
         subjects = () if self._subjects is None else self._subjects.found
         lease, limits = self._access.gpu.leased(), self._limits.outcomes
-        return ProcessResults(whole, phases, lease, verdicts, limits, subjects=subjects)
+        known = tuple(self._builder.known.items())
+        return ProcessResults(whole, phases, lease, verdicts, limits, subjects=subjects, known=known)
 
     def _report(self, config: pytest.Config, verdicts: Sequence[Verdict]) -> None:
         for name in dict.fromkeys(verdict.name for verdict in verdicts):

@@ -28,6 +28,7 @@ VALID = {
     "qvl_gpu_patience": ("60", "60"),
     "qvl_record": ("{folder}/record.json", "{folder}/record.json"),
     "qvl_compare": ("shipped", "shipped"),
+    "qvl_known_failures": ("{known}", "{known}"),
     "qvl_vram_limit": ("15 GiB", str(15 * 2**30)),
     "qvl_require_gpu": ("true", "True"),
 }
@@ -55,7 +56,9 @@ def places(pytester):
     adapter = pytester.mkdir("adapter")
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (adapter / "adapter_model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")
-    return {"adapter": str(adapter), "folder": str(pytester.mkdir("folder"))}
+    known = pytester.path / "known.toml"
+    known.write_text("")
+    return {"known": str(known), "adapter": str(adapter), "folder": str(pytester.mkdir("folder"))}
 
 
 def test_every_setting_has_an_example_here():

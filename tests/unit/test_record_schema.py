@@ -15,7 +15,7 @@ import pytest
 
 from pytest_qvl.evidence import Evidence, Figure, Relation, Table
 from pytest_qvl.report.injected_fault import InjectedFault
-from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Subject, Verdict
+from pytest_qvl.report.process_results import KnownFailureState, LeasedGpu, ProcessResults, Subject, Verdict
 from pytest_qvl.report.record import SCHEMA, Record
 from pytest_qvl.report.report_data import Finding, GpuFailure, Kind, LimitOutcome, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
@@ -82,7 +82,8 @@ def everything(tmp_path_factory):
             {"count": 6, "digest": "0" * 16},
             {"cpu_capability": "AVX2", "threads": 1, "cuda": None},
         )
-        found = ProcessResults(whole, (unknown,), gpu, verdicts, subjects=(subject,))
+        known = (("a reason [k.toml#1]", "not run"),)
+        found = ProcessResults(whole, (unknown,), gpu, verdicts, subjects=(subject,), known=known)
         builder.add_process(ProcessResults.from_dict(found.as_dict()).started_by(backend))
     builder.set_fault(InjectedFault("vision-thaws", "The tower trains.", "frozen_vision", "recorded after the damage"))
     builder.add_problem("no GPU test was executed")
@@ -177,6 +178,7 @@ def test_words_and_keys_are_those_of_the_code(schema):
     assert tuple(entries("promises")["state"]["enum"]) == STATES
     assert tuple(entries("gpu_failures")["kind"]["enum"]) == get_args(Kind)
     assert tuple(properties("figure")["relation"]["enum"]) == get_args(Relation)
+    assert tuple(entries("known_failures")["state"]["enum"]) == get_args(KnownFailureState)
     for kind, of in (
         (Usage, properties("usage")),
         (Figure, properties("figure")),
