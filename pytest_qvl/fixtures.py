@@ -16,7 +16,7 @@ from pytest_qvl.session.keys import DEVICE_KEY, METER_KEY, MODEL_KEY
 from pytest_qvl.session.reference_first import record_reference_first
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     import torch
@@ -266,6 +266,24 @@ def qvl_training_batch(qvl_batch: Callable[..., Any]) -> Callable[[list[Sample]]
     from functools import partial
 
     return partial(qvl_batch, padding_side="right", answers=True)
+
+
+@pytest.fixture(scope="session")
+def qvl_dataset(qvl_image_samples: list[Sample], qvl_probe_sizes: ProbeSizes) -> Sequence[Any]:
+    """Rows of the data that you train on, for ``checks.batch`` to judge: samples of the suite unless overridden.
+
+    A sequence with ``len`` and indices: a ``datasets.Dataset``, a list. Rows with ``messages`` and ``images``, as TRL
+    and Unsloth take them, are compared with what the collator makes of them; others are collated and not compared.
+    """
+    from pytest_qvl.samples import training_rows
+
+    return training_rows(qvl_image_samples, qvl_probe_sizes)
+
+
+@pytest.fixture(scope="session")
+def qvl_collator(qvl_training_batch: Callable[[list[Sample]], Any]) -> Callable[[list[Any]], Any]:
+    """The collator that you train with: rows of ``qvl_dataset`` in, a batch out; the suite's own by default."""
+    return qvl_training_batch
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.backpropagation import vision_not_backpropagated as vision_not_backpropagated
     from pytest_qvl.checks.checkpoint import checkpoint_complete as checkpoint_complete
     from pytest_qvl.checks.collation import training_collation as training_collation
+    from pytest_qvl.checks.data import batch as batch
     from pytest_qvl.checks.forecast import forecast_agrees as forecast_agrees
     from pytest_qvl.checks.forecast import forecast_fits_card as forecast_fits_card
     from pytest_qvl.checks.frozen import frozen_vision as frozen_vision

@@ -37,6 +37,7 @@ ORDER = (
     "backpropagation",
     "labels",
     "collation",
+    "data",
     "loss",
     "gradients",
     "frozen",

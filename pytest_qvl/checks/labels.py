@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.checks.support.teaching import IGNORED, NO_LABELS
+from pytest_qvl.checks.support.turns import ANSWERS, BEGIN_OF_TURN, TurnReader
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
-from pytest_qvl.samples.batch import END_OF_TURN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pytest_qvl.checks.support.teaching import Batch
 
-ANSWER_HEADER = "<|im_start|>assistant\n"
+ANSWER_HEADER = f"{BEGIN_OF_TURN}{ANSWERS}\n"
 
 
 @check(promise=10)
@@ -73,9 +73,8 @@ class _LabelReader:
     def __init__(self, parts: Parts, tokenizer: Any) -> None:
         self._vision = set(parts.vision_token_ids)
         self._tokenizer = tokenizer
-        self._header: list[int] = tokenizer(ANSWER_HEADER, add_special_tokens=False)["input_ids"]
-        self._end: int = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        self._break = set(tokenizer("\n", add_special_tokens=False)["input_ids"])
+        self._reader = TurnReader(tokenizer)
+        self._end, self._break = self._reader.end, self._reader.breaks
         self._found: dict[str, list[str]] = {kind: [] for kind in self._KINDS}
         self._supervised = 0
 
@@ -122,18 +121,7 @@ class _LabelReader:
 
     def _answers(self, row: int, ids: list[int], mask: list[bool]) -> list[list[int]]:
         """Places of each answer with its closing token; an answer that is cut off ends with its row."""
-        length = len(self._header)
-        starts = [at + length for at in range(len(ids) - length + 1) if ids[at : at + length] == self._header]
-        if not starts:
+        found = [list(turn.places) for turn in self._reader.turns(ids, mask) if turn.role == ANSWERS]
+        if not found:
             raise CannotJudge(f"row {row} has no {ANSWER_HEADER!r} in it, so where its answer begins is unknown")
-        answers = []
-        for start in starts:
-            places: list[int] = []
-            for place in range(start, len(ids)):
-                if not mask[place]:
-                    break
-                places.append(place)
-                if ids[place] == self._end:
-                    break
-            answers.append(places)
-        return answers
+        return found

@@ -180,10 +180,10 @@ def _prepared(check_name: str, arguments: inspect.BoundArguments, notes: list[st
         if name == "batches" and isinstance(value, list | tuple):
             named = [(f"{name}[{number}]", each) for number, each in enumerate(value)]
             for where, each in named:
-                _refuse_no_batch(check_name, where, each)
+                refuse_no_batch(check_name, where, each)
             given[name] = [_batch(given.get("model"), each, notes) for each in value]
         else:
-            _refuse_no_batch(check_name, name, value)
+            refuse_no_batch(check_name, name, value)
             given[name] = _batch(given.get("model"), value, notes)
     if "model" in given and given.get("processor") is not None:
         from pytest_qvl.checks.support.vocabulary import refuse_ids_beyond
@@ -193,8 +193,14 @@ def _prepared(check_name: str, arguments: inspect.BoundArguments, notes: list[st
     return arguments
 
 
-def _refuse_no_batch(check_name: str, argument: str, batch: Any) -> None:
+def refuse_no_batch(check_name: str, argument: str, batch: Any, *, grids: bool = True) -> None:
     """Refuse what no processor returns, before a check stumbles over it.
+
+    Args:
+        check_name: Of the check that was given it.
+        argument: By which argument.
+        batch: What was given.
+        grids: Whether grids of a floating dtype are refused as well.
 
     Raises:
         InputError: Names the check, its argument, what it was given and what it takes.
@@ -216,10 +222,10 @@ def _refuse_no_batch(check_name: str, argument: str, batch: Any) -> None:
                 f"{check_name}: {argument}[{name!r}] is of type {kind(value)} where the model takes a torch.Tensor: "
                 f'ask the processor for return_tensors="pt"; {BATCH_HELP}'
             )
-    grids = values.get("image_grid_thw")
-    if grids is not None and grids.is_floating_point():
+    made = values.get("image_grid_thw")
+    if grids and made is not None and made.is_floating_point():
         raise InputError(
-            f"{check_name}: {argument}['image_grid_thw'] is {str(grids.dtype).removeprefix('torch.')}, and counts "
+            f"{check_name}: {argument}['image_grid_thw'] is {str(made.dtype).removeprefix('torch.')}, and counts "
             "frames, rows and columns of patches: cast pixel_values alone, or hand it on as the processor returns it "
             f"(int64); {BATCH_HELP}"
         )

@@ -40,6 +40,7 @@ FAMILIES = {
     "training": "training",
     "taught": "training",
     "collators": "training collator",
+    "data": "data that a collator spoils",
     "gradients": "loss and gradients",
     "disk": "adapters on disk",
     "layers": "arithmetic of layers",

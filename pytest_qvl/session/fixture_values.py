@@ -94,6 +94,13 @@ def _samples(value: Any) -> str:
     return ""
 
 
+def _rows(value: Any) -> str:
+    """What a data loader can take rows of by number."""
+    if isinstance(value, str | bytes) or not (hasattr(value, "__getitem__") and hasattr(value, "__len__")):
+        return _kind(value)
+    return "" if len(value) else f"an empty {type(value).__name__}"
+
+
 # Not here: `qvl_model`, `qvl_backend`, `qvl_quantization_config`, `qvl_lora_config`, `qvl_adapter` and the two models,
 # of which whoever loads, attaches or looks at them says more than a type could.
 EXPECTED = {
@@ -109,6 +116,13 @@ EXPECTED = {
     ),
     "qvl_training_batch": Expected(
         "a function: qvl_training_batch(samples) returns a mapping from names to tensors, labels among them", _callable
+    ),
+    "qvl_dataset": Expected(
+        "rows of your data with len() and indices, such as a datasets.Dataset or a list, at least one", _rows
+    ),
+    "qvl_collator": Expected(
+        "a function from a list of rows of qvl_dataset to a mapping from names to tensors, such as a data collator",
+        _callable,
     ),
     "qvl_probe_sizes": Expected(
         "a pytest_qvl.samples.ProbeSizes, as pytest_qvl.samples.probe_sizes does", _instance("ProbeSizes")

@@ -38,6 +38,8 @@ WRONG = [
     ("qvl_image_samples", "return [{'question': 'what?'}]", "a list with a value of type dict at index 0; "),
     ("qvl_batch", "return None", "None; it has to give a function: qvl_batch(samples"),
     ("qvl_batch", "return {'input_ids': 1}", "a value of type dict; "),
+    ("qvl_dataset", "return []", "an empty list; it has to give rows of your data with len() and indices"),
+    ("qvl_collator", "return {}", "a value of type dict; it has to give a function from a list of rows of qvl_dataset"),
     ("qvl_training_batch", "return []", "a value of type list; it has to give a function: qvl_training_batch(samples)"),
     ("qvl_probe_sizes", "return None", "None; it has to give a pytest_qvl.samples.ProbeSizes"),
     ("qvl_probe_sizes", "return 448", "a value of type int; "),

@@ -165,7 +165,7 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
         for name in ALIGNED
         if batch.get(name) is not None and batch[name].shape != ids.shape
     ]
-    runs = _runs(ids, parts.image_token_id)
+    runs = placeholder_runs(ids, parts.image_token_id)
     pixels, grids = batch.get("pixel_values"), _grids(batch)
     if runs and pixels is None:
         row, start, length = runs[0]
@@ -195,7 +195,7 @@ def _grids(batch: Mapping[str, Any]) -> list[Grid]:
     return [] if grids is None else [(t, h, w) for t, h, w in grids.tolist()]
 
 
-def _runs(ids: torch.Tensor, placeholder: int) -> list[tuple[int, int, int]]:
+def placeholder_runs(ids: torch.Tensor, placeholder: int) -> list[tuple[int, int, int]]:
     """Unbroken runs of placeholders: (row, first token, length), in reading order."""
     runs: list[tuple[int, int, int]] = []
     for row, token in (ids == placeholder).nonzero().tolist():
@@ -338,16 +338,16 @@ def _assign(
         if image == len(sizes):
             problems.append(f"{tokens}: {length} placeholders but no image is left for them; {totals}")
             continue
-        fitting = _fitting(sizes[image:], length)
-        if not fitting:
+        filled = fitting(sizes[image:], length)
+        if not filled:
             problems.append(
                 f"{tokens}: {length} placeholders, but grid {show_grid(grids[image])} of image {image} of "
-                f"the batch makes {sizes[image]} visual tokens; {totals}{_why_other(length, grids[image], merge_size)}"
+                f"the batch makes {sizes[image]} visual tokens; {totals}{why_other(length, grids[image], merge_size)}"
             )
-        for size in sizes[image : image + fitting]:
+        for size in sizes[image : image + filled]:
             found.append(Span(image, row, in_row, start, size, visual))
             image, in_row, start, visual = image + 1, in_row + 1, start + size, visual + size
-        if not fitting:
+        if not filled:
             image, in_row, visual = image + 1, in_row + 1, visual + sizes[image]
     if image < len(sizes):
         left = f"image {image}" if image == len(sizes) - 1 else f"images {image} to {len(sizes) - 1}"
@@ -355,7 +355,7 @@ def _assign(
     return found, problems
 
 
-def _why_other(length: int, grid: Grid, merge_size: int) -> str:
+def why_other(length: int, grid: Grid, merge_size: int) -> str:
     """What would explain this number of placeholders for an image, as the end of a sentence."""
     times, rest = divmod(length, visual_tokens(grid, merge_size))
     again = f"{times} times as many: were they expanded more than once" if times > 1 and not rest else ""
@@ -365,7 +365,7 @@ def _why_other(length: int, grid: Grid, merge_size: int) -> str:
     return f"; {asked}?" if asked else ""
 
 
-def _fitting(sizes: Sequence[int], length: int) -> int:
+def fitting(sizes: Sequence[int], length: int) -> int:
     """How many of the next images fill a run exactly; 0 if none do."""
     for count in range(1, len(sizes) + 1):
         if sum(sizes[:count]) >= length:

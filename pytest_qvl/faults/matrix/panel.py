@@ -112,6 +112,11 @@ def _vision_not_backpropagated(case: Case) -> None:
         checks.vision_not_backpropagated(case.model, _training(case), gradient_checkpointing=checkpointing)
 
 
+def _batch(case: Case) -> None:
+    for batch in (case.batch(), _training(case)):
+        checks.batch(batch, case.processor, case.model, case.rows)
+
+
 def _peak_vram(case: Case) -> None:
     from pytest_qvl.vram.meter import Meter
 
@@ -141,6 +146,7 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
     "label_mask": lambda c: checks.label_mask(c.model, _training(c), c.processor),
     "layer_arithmetic": lambda c: checks.layer_arithmetic(c.model, c.batch(), c.lora_config),
     "training_collation": lambda c: checks.training_collation(c.processor, c.rows, _training(c)),
+    "batch": _batch,
     "gradient_arithmetic": _gradient_arithmetic,
     "loss_arithmetic": lambda c: checks.loss_arithmetic(c.model, _training(c), trainer=c.trainer),
     "frozen_vision": lambda c: checks.frozen_vision(c.model, _training(c), make_optimizer=c.make_optimizer),

@@ -1,0 +1,206 @@
+"""What stands in ``pixel_values``: dtype, size of the patches, range and normalisation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pytest_qvl.checks.support.placeholders import value_problems
+from pytest_qvl.models.families import FAMILIES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+    from pytest_qvl.checks.batches.facts import View
+    from pytest_qvl.checks.batches.findings import Findings
+    from pytest_qvl.checks.batches.layout import Layout
+
+Constants = tuple[tuple[float, ...], tuple[float, ...]]
+RAW: Constants = ((0.0,) * 3, (1.0,) * 3)
+HALF: Constants = ((0.5,) * 3, (0.5,) * 3)
+# Of each image so many patches are looked at closely, spread over it.
+PATCHES = 32
+# Eight roundings of float32 of a value below 4 (docs/limits.md#batches).
+ARITHMETIC = 8 * 2.0**-24 * 4
+
+
+def judge_pixels(view: View, findings: Findings, layout: Layout) -> None:
+    """Hold the pixels of images or of videos to what the model's own processor makes."""
+    pixels = view.batch.get(layout.kind.pixels)
+    if pixels is None or pixels.ndim != 2 or not pixels.numel():
+        return
+    name = layout.kind.pixels
+    vision = view.known.config.vision_config
+    channels, frames, side = int(vision.in_channels), int(vision.temporal_patch_size), int(vision.patch_size)
+    if pixels.shape[1] != channels * frames * side**2:
+        findings.add(
+            "patch-size",
+            None,
+            None,
+            found=f"{pixels.shape[1]} values per patch in {name}",
+            expected=f"{channels * frames * side**2} ({channels} channels, {frames} frames, {side} x {side} pixels)",
+            cause="patch_size or temporal_patch_size of the processor is another model's: load it from the model's "
+            "own folder",
+        )
+        return
+    if problems := value_problems(pixels):
+        _report_values(findings, name, pixels, problems[0])
+        return
+    if not layout.grids or sum(t * h * w for t, h, w in layout.grids) != len(pixels):
+        return
+    _judge_constants(view, findings, layout, pixels)
+
+
+def _report_values(findings: Findings, name: str, pixels: torch.Tensor, problem: str) -> None:
+    kind, expected = "pixels-not-rescaled", "values within about -2.2 to 2.2"
+    if not pixels.is_floating_point() or pixels.element_size() == 1:
+        kind, expected = "pixels-dtype", "float32, or its cast to bfloat16 or float16"
+    elif not bool(pixels.isfinite().all()):
+        kind, expected = "pixels-not-finite", "finite values"
+    found, _, cause = problem.partition(": ")
+    findings.add(kind, None, None, found=found.replace("pixel_values", name), expected=expected, cause=cause)
+
+
+def _judge_constants(view: View, findings: Findings, layout: Layout, pixels: torch.Tensor) -> None:
+    """Values, taken back to 8 bits by the family's mean and deviation, are whole steps of 0 to 255.
+
+    The processor resizes to 8 bits and normalises then, so each value is one of 256 per channel. Where all are whole
+    steps by other constants and not by these, those are what they were normalised with. Values that are no whole steps
+    by any constants were resized or augmented in floating point, and only their range is judged.
+    """
+    chosen, owners = _chosen(layout, pixels)
+    own = (view.known.family.image_mean, view.known.family.image_std)
+    _judge_blank(findings, layout, chosen, owners, own)
+    if findings.has("pixels-blank") or _fits(chosen, own, pixels.dtype):
+        return
+    told = [words for words, each in _others(view) if each != own and _fits(chosen, each, pixels.dtype)]
+    if not told and not _outside(chosen, own, pixels.dtype):
+        findings.notes.append(
+            f"{layout.kind.pixels} are no whole steps of 8 bits in {_name(pixels)}: only their range was judged"
+        )
+        return
+    largest, smallest = float(pixels.max()), float(pixels.min())
+    findings.add(
+        "pixels-not-normalised",
+        None,
+        None,
+        found=f"{layout.kind.pixels} from {smallest:.3g} to {largest:.3g}"
+        + (f", as if {told[0]}" if told else ", outside of what any image makes"),
+        expected=f"8-bit values times 1/255, normalised with mean {_list(own[0])} and deviation {_list(own[1])}",
+        cause="the image processor is another model's, do_normalize or do_rescale is off, or the collator made "
+        "pixel_values itself: load the processor from the model's own folder",
+    )
+
+
+def _name(pixels: torch.Tensor) -> str:
+    return str(pixels.dtype).removeprefix("torch.")
+
+
+def _list(values: Sequence[float]) -> str:
+    return "[" + ", ".join(f"{value:.3g}" for value in values) + "]"
+
+
+def _others(view: View) -> Iterator[tuple[str, Constants]]:
+    yield "they were rescaled to 0 to 1 and not normalised", RAW
+    yield "they were normalised with mean and deviation 0.5", HALF
+    for family in FAMILIES.values():
+        yield f"they were normalised with the constants of {family.label}", (family.image_mean, family.image_std)
+    own = view.known.family
+    yield (
+        "red and blue were exchanged after they were normalised",
+        (own.image_mean[::-1], own.image_std[::-1]),
+    )
+
+
+def _chosen(layout: Layout, pixels: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Some patches of each image ``(patches, 3, values)`` in float64 on the CPU, and the image of each."""
+    import torch
+
+    places, owners, start = [], [], 0
+    for number, (t, h, w) in enumerate(layout.grids):
+        count = min(PATCHES, t * h * w)
+        places += [start + at * (t * h * w) // count for at in range(count)]
+        owners += [number] * count
+        start += t * h * w
+    rows = pixels[torch.tensor(places, device=pixels.device)].detach().cpu().double()
+    return rows.reshape(len(rows), 3, -1), owners
+
+
+def _steps(values: torch.Tensor, constants: Constants) -> torch.Tensor:
+    """The 8-bit values ``(patches, 3, values)`` that would have been normalised to these."""
+    mean, deviation = _by_channel(constants)
+    return (values * deviation + mean) * 255
+
+
+def _by_channel(constants: Constants) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    mean, deviation = (torch.tensor(each, dtype=torch.float64)[None, :, None] for each in constants)
+    return mean, deviation
+
+
+def _fits(values: torch.Tensor, constants: Constants, dtype: torch.dtype) -> bool:
+    """Whether every value is one of the 256 that images have by these constants, as its dtype holds it."""
+    import torch
+
+    mean, deviation = _by_channel(constants)
+    near = _steps(values, constants).round()
+    found = torch.zeros_like(values, dtype=torch.bool)
+    for step in (near - 1, near, near + 1):
+        right = (step / 255 - mean) / deviation
+        low, high = ((right + slack).to(dtype).double() for slack in (-ARITHMETIC, ARITHMETIC))
+        found |= (low <= values) & (values <= high) & (step >= 0) & (step <= 255)
+    return bool(found.all())
+
+
+def _outside(values: torch.Tensor, constants: Constants, dtype: torch.dtype) -> bool:
+    """Whether some value is beyond black or white by these constants, by a step and its last place."""
+    import torch
+
+    steps = _steps(values, constants)
+    slack = 1 + 255 * max(constants[1]) * values.abs() * torch.finfo(dtype).eps
+    return bool(((steps < -slack) | (steps > 255 + slack)).any())
+
+
+def _judge_blank(
+    findings: Findings,
+    layout: Layout,
+    values: torch.Tensor,
+    owners: Sequence[int],
+    own: Constants,
+) -> None:
+    """Images of one colour: impossible ones are filled buffers; all of a batch are never what was meant."""
+    import torch
+
+    numbers = torch.tensor(owners)
+    flat = values.permute(1, 0, 2)
+    blank = []
+    for number in range(len(layout.grids)):
+        inside = flat[:, numbers == number].flatten(1)
+        if bool((inside == inside[:, :1]).all()):
+            blank.append((number, inside[:, 0]))
+    impossible = [(n, colour) for n, colour in blank if not _fits(colour[None, :, None], own, torch.float32)]
+    if impossible and bool((impossible[0][1] == impossible[0][1][0]).all()):
+        number, colour = impossible[0]
+        row = layout.rows[number] if layout.rows else None
+        findings.add(
+            "pixels-blank",
+            row,
+            None,
+            found=f"every value of {layout.kind.noun} {number} is {float(colour[0]):.3g}",
+            expected="an image: not even one of a single colour is normalised to that",
+            cause="the collator made a buffer for the pixels and did not fill it",
+        )
+    elif blank and len(blank) == len(layout.grids) > 1:
+        findings.add(
+            "pixels-blank",
+            None,
+            None,
+            found=f"all {len(blank)} {layout.kind.noun}s are of one colour each",
+            expected="images with something in them",
+            cause="images were not read (a loader that returns an empty image for an error), or were replaced by "
+            "dummies",
+        )
+    elif blank:
+        findings.notes.append(f"{layout.kind.noun} {blank[0][0]} is of one colour")

@@ -1,0 +1,177 @@
+"""``position_ids`` of the batch's own, packed rows, and the time of videos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
+from pytest_qvl.checks.support.packing import TEXT_FIRST
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from pytest_qvl.checks.batches.facts import View
+    from pytest_qvl.checks.batches.findings import Findings
+    from pytest_qvl.checks.batches.layout import Grid, Layout
+
+AXES = ("t", "h", "w")
+
+
+def judge_time(view: View, findings: Findings, videos: Layout) -> list[float] | None:
+    """Seconds between temporal patches of each video, where positions are made of them; None without."""
+    if not videos.grids or view.known.tokens_per_second is None:
+        return None
+    given = view.batch.get("second_per_grid_ts")
+    seconds = None if given is None else [float(each) for each in given]
+    if seconds is not None and len(seconds) == len(videos.grids) and all(each > 0 for each in seconds):
+        return seconds
+    found = "no second_per_grid_ts" if seconds is None else f"second_per_grid_ts of {seconds}"
+    findings.add(
+        "video-time",
+        None,
+        None,
+        found=f"{found} for {len(videos.grids)} videos",
+        expected="seconds between two temporal patches of each video: temporal_patch_size / fps",
+        cause="the collator dropped or cut it: Qwen2.5-VL then counts one second for each patch, whatever the fps",
+    )
+    return None
+
+
+def judge_positions(
+    view: View, findings: Findings, images: Layout, videos: Layout, seconds: Sequence[float] | None
+) -> None:
+    """Positions that the batch brings equal the papers' definition, each sample's by itself, up to a constant."""
+    given = view.batch.get("position_ids")
+    if given is None:
+        return
+    if not (images.sound and videos.sound):
+        findings.unjudged["position_ids"] = "placeholders and grids do not fit each other"
+        return
+    if given.ndim == 2 and findings.has("packed-not-separated"):
+        return
+    axes = _axes(view, findings, given)
+    if axes is None:
+        return
+    expected, own = _expected(view, images, videos, seconds)
+    findings.judged["position ids"] += 3 * int(sum(int(mask.sum()) for _, mask in own))
+    for piece, (row, mask) in enumerate(own):
+        sample = _Sample(row, mask.nonzero().flatten(), axes[:, row, mask].long(), expected[:, piece, mask])
+        difference = sample.axes - sample.expected
+        wrong = (difference != difference[0, 0]).any(dim=0)
+        if bool(wrong.any()):
+            _say(view, findings, sample, wrong)
+
+
+def _axes(view: View, findings: Findings, given: torch.Tensor) -> torch.Tensor | None:
+    """The three axes ``(3, rows, length)`` of what the batch brings."""
+    axes = given.cpu()
+    shape = tuple(view.ids.shape)
+    axes = axes[None] if axes.ndim == 2 else axes
+    if axes.ndim != 3 or axes.shape[0] not in (1, 3, TEXT_FIRST) or tuple(axes.shape[1:]) != shape:
+        findings.add(
+            "positions-apart",
+            None,
+            None,
+            found=f"position_ids of shape {tuple(given.shape)}",
+            expected=f"(3, {shape[0]}, {shape[1]}), or 4 with the text positions first",
+            cause="they were padded, cut or stacked along another axis than the ids",
+        )
+        return None
+    return axes[1:] if axes.shape[0] == TEXT_FIRST else axes.expand(3, *shape)
+
+
+def _expected(
+    view: View, images: Layout, videos: Layout, seconds: Sequence[float] | None
+) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
+    """The oracle's ids ``(3, samples, length)``, and of each sample its row and its tokens ``(length,)`` bool."""
+    import torch
+
+    numbers = view.segments
+    own = [
+        (row, view.mask[row] & view.text[row] & (numbers[row] == number))
+        for row in range(view.rows)
+        for number in range(int(numbers[row].max()) + 1)
+    ]
+    own = [(row, mask) for row, mask in own if bool(mask.any())]
+    video_grids: list[Grid] = list(videos.grids)
+    if view.known.frames_apart:
+        video_grids = [(1, h, w) for t, h, w in videos.grids for _ in range(t)]
+    made = mrope_oracle(
+        view.ids[[row for row, _ in own]],
+        torch.stack([mask for _, mask in own]),
+        list(images.grids),
+        VisionIds(view.known.image, view.known.video),
+        view.known.merge,
+        video_grids=video_grids,
+        seconds_per_grid=seconds,
+        tokens_per_second=view.known.tokens_per_second,
+    )
+    return made, own
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """The positions of one sample: where its tokens are, those of the batch, and the right ones up to a constant."""
+
+    row: int
+    places: torch.Tensor
+    axes: torch.Tensor
+    expected: torch.Tensor
+
+
+def _say(view: View, findings: Findings, sample: _Sample, wrong: torch.Tensor) -> None:
+    axes, expected = sample.axes, sample.expected
+    at = int(wrong.nonzero()[0])
+    plain = bool((axes == axes[:1]).all())
+    cause = "they were made for another batch, order of images or padding: leave them out, the model makes them itself"
+    if plain and not view.is_packed:
+        cause = "plain 1-D positions: get_rope_index was not called (it needs grids and mm_token_type_ids)"
+    elif view.is_packed:
+        cause = "positions of a packed row were made for the row as a whole: make them sample by sample, then join them"
+    shift = axes[0, 0] - expected[0, 0]
+    shown = ", ".join(f"{axis} {int(a)}" for axis, a in zip(AXES, axes[:, at] - shift, strict=True))
+    right = ", ".join(f"{axis} {int(a)}" for axis, a in zip(AXES, expected[:, at], strict=True))
+    findings.add(
+        "packed-apart" if view.is_packed else "positions-apart",
+        sample.row,
+        int(sample.places[at]),
+        found=f"position {shown}, {int(wrong.sum())} of {len(wrong)} tokens wrong",
+        expected=f"{right} (up to a constant for the sample)",
+        cause=cause,
+    )
+
+
+def judge_packing(view: View, findings: Findings) -> None:
+    """Samples that are packed into a row are parted for attention: by text positions, a mask or lengths."""
+    if not view.is_packed:
+        return
+    findings.judged["packed samples"] += int((view.segments.amax(dim=1) + 1).sum())
+    if view.parted_by == "positions" and not _text_first(view):
+        row, token = next((row, min(starts)) for row, starts in enumerate(view.starts) if starts)
+        findings.add(
+            "packed-not-separated",
+            row,
+            token,
+            found=f"a second sample in the row, and nothing that parts attention ({_brings(view)})",
+            expected="position_ids (4, rows, length) with the text positions first and no attention_mask, cu_seq_lens, "
+            "or a block-diagonal mask",
+            cause="position_ids (rows, length) and (3, rows, length) part nothing in a model with M-RoPE: each sample "
+            "attends to those before it in its row",
+        )
+
+
+def _text_first(view: View) -> bool:
+    """Whether Transformers parts the row by its own positions: text positions first, and no mask beside them."""
+    given = view.batch["position_ids"]
+    mask: Any = view.batch.get("attention_mask")
+    return given.ndim == 3 and given.shape[0] == TEXT_FIRST and mask is None
+
+
+def _brings(view: View) -> str:
+    given = [
+        f"{name} {tuple(view.batch[name].shape)}" for name in ("position_ids", "attention_mask") if name in view.batch
+    ]
+    return ", ".join(given)

@@ -1,0 +1,223 @@
+"""batch: what any collator made is judged by row and token; healthy batches of every kind pass."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from pytest_qvl import checks
+from pytest_qvl.checks.batches.findings import KINDS, findings_of
+from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
+from pytest_qvl.samples import Sample, make_batch, scenes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+Batch = dict[str, torch.Tensor]
+SKILLS = ("colour", "nth_colour", "text", "side")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_dir: Path) -> Any:
+    return AutoConfig.from_pretrained(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    """One image, three images, none, one of another size."""
+    made = {sample.skill: sample for sample in scenes(0, 1, cell=14)}
+    return [made[skill] for skill in SKILLS]
+
+
+@pytest.fixture
+def batch(processor: Any, samples: list[Sample]) -> Batch:
+    return make_batch(processor, samples, padding_side="right", answers=True)
+
+
+def kinds(batch: Any, processor: Any, config: Any, samples: Any = None, **options: Any) -> list[str]:
+    """Kinds of the findings, the most telling first."""
+    try:
+        evidence = checks.batch(batch, processor, config, samples, **options)
+    except CheckFailed as failure:
+        evidence = failure.evidence
+    return list(dict.fromkeys(finding.kind for finding in findings_of(evidence)))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("answers", [False, True], ids=["prompts", "answers"])
+def test_what_the_processor_makes_passes(
+    processor: Any, config: Any, samples: list[Sample], side: Any, answers: bool
+) -> None:
+    made = make_batch(processor, samples, padding_side=side, answers=answers)
+    evidence = checks.batch(made, processor, config, samples)
+    figures = {figure.name: figure.value for figure in evidence.figures}
+    assert (figures["rows"], figures["images"], figures["not judged"]) == (4, 5, 0)
+    assert figures["images compared with samples"] == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_a_cast_of_the_pixels_passes(processor: Any, config: Any, samples: Any, batch: Batch, dtype: Any) -> None:
+    assert kinds({**batch, "pixel_values": batch["pixel_values"].to(dtype)}, processor, config, samples) == []
+
+
+def test_text_alone_passes(processor: Any, config: Any, samples: list[Sample]) -> None:
+    text = [samples[2], samples[2]]
+    made = make_batch(processor, text, padding_side="right", answers=True)
+    made.pop("mm_token_type_ids", None)
+    assert kinds(made, processor, config, text) == []
+
+
+def test_the_line_break_behind_an_answer_may_be_learned_or_not(processor: Any, config: Any, samples: Any) -> None:
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": "Say blue."}, {"role": "assistant", "content": "blue"}], tokenize=False
+    )
+    made = dict(processor(text=[text], return_tensors="pt"))
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = (made["input_ids"][0] == end).nonzero().flatten().tolist()
+    for last in (ends[-1] + 1, made["input_ids"].shape[1]):
+        labels = torch.full_like(made["input_ids"], -100)
+        labels[0, ends[-1] - 1 : last] = made["input_ids"][0, ends[-1] - 1 : last]
+        assert kinds({**made, "labels": labels}, processor, config) == []
+
+
+def _without(*names: str) -> Callable[[Batch], Batch]:
+    return lambda batch: {name: value for name, value in batch.items() if name not in names}
+
+
+def _with(name: str, change: Callable[[Batch], torch.Tensor]) -> Callable[[Batch], Batch]:
+    return lambda batch: {**batch, name: change(batch)}
+
+
+def _raw(batch: Batch) -> torch.Tensor:
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[None, :, None]
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])[None, :, None]
+    pixels = batch["pixel_values"]
+    return (pixels.reshape(len(pixels), 3, -1) * deviation + mean).flatten(1)
+
+
+def _cut(tokens: int) -> Callable[[Batch], Batch]:
+    def cut(batch: Batch) -> Batch:
+        shape = batch["input_ids"].shape
+        return {name: value[:, :tokens] if value.shape == shape else value for name, value in batch.items()}
+
+    return cut
+
+
+DAMAGES: dict[str, tuple[Callable[[Batch], Batch], list[str]]] = {
+    "ids in float": (_with("input_ids", lambda b: b["input_ids"].float()), ["ids-dtype"]),
+    "an id of another vocabulary": (
+        _with("input_ids", lambda b: b["input_ids"].masked_fill(b["input_ids"] == int(b["input_ids"][0, 1]), 10**6)),
+        ["ids-without-embedding"],
+    ),
+    "types dropped": (_without("mm_token_type_ids"), ["types-missing"]),
+    "types of zeros": (_with("mm_token_type_ids", lambda b: b["mm_token_type_ids"] * 0), ["types-apart"]),
+    "types padded on the left": (_with("mm_token_type_ids", lambda b: b["mm_token_type_ids"].flip(1)), ["types-apart"]),
+    "a mask of ones": (_with("attention_mask", lambda b: torch.ones_like(b["input_ids"])), ["padding-attended"]),
+    "no mask": (_without("attention_mask"), ["padding-attended"]),
+    "a mask on the other side": (
+        _with("attention_mask", lambda b: b["attention_mask"].flip(1)),
+        ["padding-attended", "text-not-attended", "padding-learned"],
+    ),
+    "pixels as bytes": (
+        _with("pixel_values", lambda b: (255 * _raw(b)).round().to(torch.uint8)),
+        ["pixels-dtype"],
+    ),
+    "pixels up to 255": (_with("pixel_values", lambda b: 255 * _raw(b)), ["pixels-not-rescaled"]),
+    "pixels not normalised": (_with("pixel_values", _raw), ["pixels-not-normalised"]),
+    "pixels not normalised in bfloat16": (
+        _with("pixel_values", lambda b: _raw(b).bfloat16()),
+        ["pixels-not-normalised"],
+    ),
+    "pixels with the constants of Qwen3-VL": (
+        _with("pixel_values", lambda b: 2 * _raw(b) - 1),
+        ["pixels-not-normalised"],
+    ),
+    "pixels of zeros": (_with("pixel_values", lambda b: b["pixel_values"] * 0), ["pixels-blank"]),
+    "pixels that are NaN": (_with("pixel_values", lambda b: b["pixel_values"] / 0), ["pixels-not-finite"]),
+    "a patch lost": (_with("pixel_values", lambda b: b["pixel_values"][:-1]), ["grids-apart"]),
+    "grids in float": (_with("image_grid_thw", lambda b: b["image_grid_thw"].float()), ["grid-dtype"]),
+    "a grid dropped": (_without("image_grid_thw"), ["pixels-missing"]),
+    "pixels dropped": (_without("pixel_values", "image_grid_thw"), ["images-without-pixels"]),
+    "cut inside of an answer": (_cut(-1), ["answer-truncated"]),
+    "labels shifted": (_with("labels", lambda b: b["labels"].roll(-1, 1)), ["labels-shifted"]),
+    "labels copied": (_with("labels", lambda b: b["input_ids"].clone()), ["whole-row-learned"]),
+    "nothing learned": (_with("labels", lambda b: torch.full_like(b["labels"], -100)), ["nothing-learned"]),
+    "1-D positions": (
+        _with("position_ids", lambda b: (b["attention_mask"].cumsum(1) - 1).clamp(min=0).expand(3, -1, -1)),
+        ["positions-apart"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_is_one_kind_of_finding(
+    processor: Any, config: Any, samples: list[Sample], batch: Batch, name: str
+) -> None:
+    if name.startswith("types") and "mm_token_type_ids" not in batch:
+        pytest.skip("the processors of this release of Transformers make no mm_token_type_ids")
+    damage, expected = DAMAGES[name]
+    assert kinds(damage(batch), processor, config, samples) == expected
+
+
+def test_a_finding_says_where_what_and_why(processor: Any, config: Any, batch: Batch) -> None:
+    batch["labels"][0, 0] = batch["input_ids"][0, 0]
+    with pytest.raises(CheckFailed, match=r"^prompt-learned: row 0, token 0: 1 learned tokens of the") as failure:
+        checks.batch(batch, processor, config)
+    [finding] = findings_of(failure.value.evidence)
+    assert (finding.kind, finding.row, finding.token, finding.expected) == (
+        "prompt-learned",
+        0,
+        0,
+        "-100 in labels there",
+    )
+    assert json.loads(str(failure.value.evidence.data["findings"][0]))["cause"] == finding.cause
+
+
+def test_images_of_two_rows_are_told_apart(processor: Any, config: Any, samples: list[Sample]) -> None:
+    given = [samples[0], samples[3], samples[0]]
+    made = make_batch(processor, given, padding_side="right", answers=True)
+    assert kinds(made, processor, config, given) == []
+    wrong = [samples[3], samples[0], samples[0]]
+    assert kinds(made, processor, config, wrong)[0] == "row-of-another-sample"
+
+
+def test_chat_messages_are_samples_too(processor: Any, config: Any, samples: list[Sample], batch: Batch) -> None:
+    def row(sample: Sample) -> dict[str, Any]:
+        content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.question}]
+        answer = [{"type": "text", "text": sample.answer}]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        return {"messages": messages, "images": list(sample.images)}
+
+    rows = [row(sample) for sample in samples]
+    assert kinds(batch, processor, config, rows) == []
+    rows[0]["messages"][1]["content"] = "another"
+    assert kinds(batch, processor, config, rows) == ["another-answer"]
+
+
+def test_the_folder_and_the_model_say_the_same(processor: Any, tiny_dir: Path, batch: Batch, lora_model: Any) -> None:
+    for given in (tiny_dir, lora_model, torch.nn.DataParallel(lora_model)):
+        assert kinds(batch, processor, given) == []
+
+
+def test_wrong_arguments_are_one_sentence(processor: Any, config: Any, batch: Batch, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="model_or_config is a Qwen-VL model"):
+        checks.batch(batch, processor, 3)
+    with pytest.raises(InputError, match="no configuration can be read from"):
+        checks.batch(batch, processor, tmp_path)
+    with pytest.raises(InputError, match="a batch is a mapping from names to tensors, got list"):
+        checks.batch([batch], processor, config)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"samples\[0\] is of type int"):
+        checks.batch(batch, processor, config, [1, 2, 3, 4])
+    with pytest.raises(InputError, match="got None"):
+        checks.batch(batch, None, config)
+    with pytest.raises(CannotJudge, match="model_type of the configuration is 'bert'"):
+        checks.batch(batch, processor, AutoConfig.for_model("bert"))
+
+
+def test_every_kind_is_in_the_list_once() -> None:
+    assert len(set(KINDS)) == len(KINDS)
