@@ -1,9 +1,12 @@
-"""Where the command line is told to write: looked at before the work, not after it."""
+"""Files that this package writes: whether they can be, looked at before the work; and JSON, whole or not at all."""
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TYPE_CHECKING
+import secrets
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,3 +48,30 @@ def check_folder(option: str, folder: Path) -> None:
         raise ValueError(f"{option}: {str(there)!r} is not a folder")
     if not os.access(there, os.W_OK):
         raise ValueError(f"{option}: {str(there)!r} cannot be written to: it is read-only for this user")
+
+
+def write_json(path: Path, data: Any) -> str:
+    """Write JSON so that a reader sees the old file or the new one, never half of one.
+
+    Args:
+        path: The file; made with the permissions that the process's umask leaves.
+        data: What to write.
+
+    Returns:
+        Why it could not be written, in one sentence; nothing is left beside the old file then. Empty if it was.
+    """
+    text = json.dumps(data, indent=1, sort_keys=False, default=str, allow_nan=True) + "\n"
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())  # else a machine that loses power keeps the new name and none of its content
+        beside.replace(path)
+    except OSError as error:
+        return f"{path} could not be written: {error.strerror or error}"
+    finally:  # also where a second Ctrl-C ends the writing
+        with suppress(OSError):
+            beside.unlink()
+    return ""

@@ -11,17 +11,14 @@ session: the exit status is the process's.
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl.outputs import write_json
 from pytest_qvl.report.comparison import comparison
 from pytest_qvl.report.environment import environment, machine
 from pytest_qvl.suite import SUITE_VERSION
@@ -188,30 +185,3 @@ def _vram(processes: Sequence[ProcessResults]) -> dict[str, Any]:
     ]
     started = [one for one in found if "process" in one]
     return {"processes": started} if started else next(iter(found), {})
-
-
-def write_json(path: Path, data: Any) -> str:
-    """Write JSON so that a reader sees the old file or the new one, never half of one.
-
-    Args:
-        path: The file; made with the permissions that the process's umask leaves.
-        data: What to write.
-
-    Returns:
-        Why it could not be written, in one sentence; nothing is left beside the old file then. Empty if it was.
-    """
-    text = json.dumps(data, indent=1, sort_keys=False, default=str, allow_nan=True) + "\n"
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())  # else a machine that loses power keeps the new name and none of its content
-        beside.replace(path)
-    except OSError as error:
-        return f"{path} could not be written: {error.strerror or error}"
-    finally:  # also where a second Ctrl-C ends the writing
-        with suppress(OSError):
-            beside.unlink()
-    return ""

@@ -15,6 +15,7 @@ PATHS = {
     "pytest_qvl.vram.scripted": (),
     "pytest_qvl.vram.forecast": ("forecast",),
     "pytest_qvl.samples": ("make_batch", "scenes"),
+    "pytest_qvl.training": ("Guard", "GuardError", "GuardWarning"),
     "pytest_qvl.preflight": ("Finding", "Report", "preflight", "require_green"),
 }
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pytest_qvl.report.record import write_json
+from pytest_qvl.outputs import write_json
 
 PLAIN = "def test_plain(): pass"
 

@@ -1,0 +1,245 @@
+"""One guarded run: which judgement is made when."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pytest_qvl import checks
+from pytest_qvl.evidence import CannotJudge, Evidence
+from pytest_qvl.models.adapters import adapter_parameters
+from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+from pytest_qvl.training import beginning, saved, steps
+from pytest_qvl.training.movement import Movement
+from pytest_qvl.training.watch import Watch
+from pytest_qvl.training.weights import BaseWatch
+
+if TYPE_CHECKING:
+    from pytest_qvl.training.findings import Weight
+    from pytest_qvl.training.settings import Settings
+    from pytest_qvl.training.subject import Subject
+    from pytest_qvl.training.verdicts import Verdicts
+
+Moment = Literal["begin", "before_step", "after_step", "end_step", "save", "end"]
+# Batches come in the same shapes again and again: of later ones a sample, once in as many looks at the weights.
+_LOOKS_PER_BATCH = 10
+# Steps before the time of one is taken: the first ones make kernels and caches.
+_WARM_UP = 3
+# A record is flushed to the disk, which may be far away.
+_SECONDS_BETWEEN_RECORDS = 30.0
+VISION = ("vision", "merger")
+NO_PROCESSOR = (
+    "the trainer was given no processor (processing_class), so its batches are not judged: "
+    "Guard(processor=AutoProcessor.from_pretrained(...))"
+)
+
+
+class Run:
+    """A training from its first step to its last.
+
+    Args:
+        settings: The guard's.
+        subject: What is trained.
+        verdicts: Takes what is judged.
+        step: Optimizer steps that were complete when it began; above 0 for a resumed run.
+    """
+
+    def __init__(self, settings: Settings, subject: Subject, verdicts: Verdicts, step: int) -> None:
+        self._settings, self._subject, self._verdicts = settings, subject, verdicts
+        self._step = step
+        self._taken = self._skipped = 0
+        self._batches = self._in_step = 0
+        self._step_began = self._guard_before = 0.0
+        self._watch = Watch(subject.parts, self._look_at_batch, self._no_path)
+        self._movement = Movement(subject)
+        self._base: BaseWatch | None = None
+
+    def judged(self, moment: Moment) -> None:
+        """One moment of the trainer; its time counts as the guard's."""
+        with self._verdicts.clock():
+            getattr(self, moment)()
+
+    # ---- moments of the trainer -------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Before the first batch: the censuses, what will be trained and at which rate, and the base's digests."""
+        subject, settings = self._subject, self._settings
+        parts, moment = subject.parts, "before the first step"
+        self._judge("adapter_switched_on", partial(beginning.adapter_switched_on, subject), moment)
+        self._judge("quantization_census", self._quantization, moment)
+        if adapter_parameters(parts):
+            asked = beginning.lora_config_of(subject, settings.lora_config)
+            census = partial(checks.adapter_census, parts.wrapped, asked, subject.optimizer, policy=settings.policy)
+            self._judge("adapter_census", census, moment)
+        self._judge("learning_rate", partial(beginning.learning_rate_ahead, subject), moment)
+        if folder := beginning.resumed_folder(subject, self._step):
+            self._judge_saved(folder, "before the first step of the resumed run")
+        if settings.vision_gradients == "spare" and settings.policy.text_only:
+            remove_vision_grad_hooks(parts.patch_embed)
+        if not self._verdicts.found:
+            self._judge("base_unchanged", self._begin_base, moment)
+        self._verdicts.settle(self._step)
+        self._verdicts.write(self._step)
+
+    def before_step(self) -> None:
+        """Gradients are there, clipped and unscaled where that is done, and the optimizer has not moved yet."""
+        step, judge = self._step + 1, self._judge
+        moment = f"before step {step} is taken"
+        due = self._due(step)
+        losses: list[Any] = []
+        if due or self._subject.args.logging_nan_inf_filter:  # the trainer has waited for the loss itself
+            losses = self._watch.take_losses()
+            judge("loss", partial(steps.losses_finite, losses), moment)
+        if due:
+            loss = max((float(loss.abs()) for loss in losses), default=1.0)
+            gradients = partial(
+                self._movement.gradients, step, images=self._watch.images, scaled=self._scaler is not None, loss=loss
+            )
+            judge("gradients", gradients, moment)
+            judge("optimizer", partial(steps.optimizer_holds, self._subject), moment)
+            rates = partial(steps.learning_rates, self._subject, step, first=not self._taken)
+            judge("learning_rate", rates, moment)
+            if self._subject.policy.text_only:
+                self._judge_vision(moment)
+            if self._base is not None and not self._taken:
+                base = partial(self._base.judge, "by a forward and backward pass alone", whole=True)
+                judge("base_unchanged", base, moment)
+            self._movement.remember()
+        self._verdicts.settle(self._step, together=due)
+
+    def after_step(self) -> None:
+        """The optimizer has moved, or a loss scaler has kept it from moving; gradients are still there."""
+        step = self._step + 1
+        if self._scaler is not None and self._subject.optimizer.step_was_skipped:
+            self._skipped += 1
+            scaler = partial(steps.scaler_steps, self._subject.optimizer, self._skipped)
+            self._judge("loss_scaler", scaler, f"at step {step}")
+            return
+        if self._due(step):
+            self._judge("adapter_moved", partial(self._movement.moved, step), f"at step {step}")
+        self._skipped = 0
+        self._taken += 1
+
+    def end_step(self) -> None:
+        """A step is complete."""
+        due = self._due(self._step + 1) or self._taken in (1, 2)
+        self._step += 1
+        if due:
+            self._judge_base(f"after step {self._step}", whole=self._taken <= 1)
+            if self._settings.vram_limit is not None:
+                peak = partial(steps.peak_memory, self._settings.vram_limit, self._subject.parts.device)
+                self._judge("peak_vram", peak, f"after step {self._step}")
+            self._verdicts.write(self._step, at_most_every=_SECONDS_BETWEEN_RECORDS)
+        self._verdicts.settle(self._step, together=due)
+        self._watch.images, self._in_step = False, 0
+        self._time_step()
+
+    def save(self) -> None:
+        """A checkpoint was written."""
+        moment = f"at the checkpoint of step {self._step}"
+        self._judge_base(moment, whole=True)
+        if self._subject.args.should_save:
+            self._judge_saved(Path(self._subject.args.output_dir) / f"checkpoint-{self._step}", moment)
+        self._verdicts.settle(self._step)
+
+    def end(self) -> None:
+        """The training is over."""
+        self._judge_base("at the end of the training", whole=True)
+        self.close()
+        self._verdicts.settle(self._step)
+        self._verdicts.record.state = "finished"
+        self._verdicts.write(self._step)
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        self._watch.remove()
+
+    # ---- judgements -------------------------------------------------------------------------------------
+
+    def _judge(self, check: str, judgement: Any, moment: str) -> bool:
+        return self._verdicts.judge(judgement, check=check, step=self._step, moment=moment)
+
+    def _quantization(self) -> Evidence:
+        parts = self._subject.parts
+        policy = beginning.quantization_policy(parts, self._settings.quantization)
+        return checks.quantization_census(parts.wrapped, policy)
+
+    def _begin_base(self) -> Evidence:
+        self._base = BaseWatch(self._subject)
+        return self._base.judge("by being read", whole=True)
+
+    def _judge_base(self, moment: str, *, whole: bool) -> None:
+        if self._base is not None:
+            self._judge("base_unchanged", partial(self._base.judge, moment, whole=whole), moment)
+
+    def _judge_vision(self, moment: str) -> None:
+        watch, settings = self._watch, self._settings
+        if any(self._subject.parts.group_of(name) in VISION for name in self._subject.trained_of_base()):
+            return  # what trains there is told of elsewhere
+        spared = partial(
+            steps.vision_spared, watch.calls, watch.followed, watch.vision_hooks(), watch.pixels_require_grad
+        )
+        if not self._taken or watch.followed:
+            weight: Weight = "warn" if settings.vision_gradients == "warn" else "stop"
+            self._verdicts.judge(
+                spared, check="vision_not_backpropagated", step=self._step, moment=moment, weight=weight
+            )
+
+    def _judge_saved(self, folder: Path, moment: str) -> None:
+        parts = self._subject.parts
+
+        def held() -> Evidence:
+            return checks.adapter_roundtrip(parts.wrapped, saved.adapter_folder(parts, folder))
+
+        def described() -> Evidence:
+            return saved.config_as_saved(parts, saved.adapter_folder(parts, folder))
+
+        if self._judge("adapter_roundtrip", held, moment):
+            self._judge("saved_config", described, moment)
+
+    def _look_at_batch(self, batch: dict[str, Any]) -> None:
+        self._in_step += 1
+        sampled = self._in_step == 1 and (self._step + 1) % (self._settings.every * _LOOKS_PER_BATCH) == 0
+        if self._batches >= self._settings.batches and not sampled:
+            return
+        self._batches += 1
+        with self._verdicts.clock():
+            moment = f"batch {self._in_step} of step {self._step + 1}"
+            self._judge("batch", partial(self._batch, batch), moment)
+            self._verdicts.settle(self._step, together=False)
+
+    def _no_path(self) -> None:
+        with self._verdicts.clock():
+            loss = partial(steps.loss_has_path, self._subject)
+            self._judge("loss_path", loss, f"in the forward of step {self._step + 1}")
+            self._verdicts.settle(self._step, together=False)
+
+    def _batch(self, batch: dict[str, Any]) -> Evidence:
+        processor = self._subject.processor
+        if not hasattr(processor, "image_processor"):
+            raise CannotJudge(NO_PROCESSOR)
+        if "batch" not in checks.__all__:
+            return checks.label_mask(self._subject.parts.wrapped, batch, processor)
+        evidence: Evidence = checks.batch(batch, processor, self._subject.parts.wrapped, training="labels" in batch)
+        return evidence
+
+    # ---- when ------------------------------------------------------------------------------------------
+
+    @property
+    def _scaler(self) -> Any:
+        return getattr(self._subject.optimizer, "scaler", None)
+
+    def _due(self, step: int) -> bool:
+        """Whether a step is judged: the first two that are taken, and every so many."""
+        return self._taken < 2 or step % self._settings.every == 0
+
+    def _time_step(self) -> None:
+        """Choose how much of the base is read at a time, once the time of a step is known."""
+        now = time.perf_counter()
+        if self._base is not None and self._taken == _WARM_UP + 1 and self._step_began:
+            own = self._verdicts.record.seconds - self._guard_before
+            step = max(now - self._step_began - own, 0.0)
+            self._base.plan(self._settings.overhead / 2 * self._settings.every * step)
+        self._step_began, self._guard_before = now, self._verdicts.record.seconds

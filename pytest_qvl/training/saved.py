@@ -1,0 +1,88 @@
+"""What a trainer has saved, held against the adapter in memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.lora import foreign_types
+from pytest_qvl.checks.support.wording import some
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import ADAPTER_FILE, adapter_configs, chosen_adapter
+
+if TYPE_CHECKING:
+    from pytest_qvl.models.anatomy import Parts
+
+CONFIG_FILE = "adapter_config.json"
+# What decides how the matrices of a file are applied, and to what.
+_FIELDS = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "lora_bias",
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "modules_to_save",
+    "fan_in_fan_out",
+)
+
+
+def adapter_folder(parts: Parts, folder: Path) -> Path:
+    """Where in a checkpoint the adapter's files are: PEFT puts one that is not called ``default`` into its own folder.
+
+    Raises:
+        CannotJudge: The checkpoint is no longer there, or holds a whole model and no adapter.
+        CheckFailed: It holds neither.
+    """
+    if not folder.is_dir():
+        raise CannotJudge(f"{folder} is not there (any more)")
+    adapter = chosen_adapter(parts)
+    for place in (folder, folder / adapter):
+        if (place / CONFIG_FILE).is_file() and (place / ADAPTER_FILE).is_file():
+            return place
+    there = sorted(path.name for path in folder.iterdir())
+    if any(name.startswith("model") for name in there):
+        raise CannotJudge(f"{folder} holds a whole model and no adapter")
+    judge = Judge("saved_adapter", "a checkpoint holds the adapter")
+    missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not (folder / name).is_file()]
+    judge.problem(
+        f"the checkpoint {folder} does not hold the adapter {adapter!r}: {' and '.join(missing)} missing, there are "
+        f"{some(there) or 'no files'}; save with trainer.save_model or model.save_pretrained, in safetensors"
+    )
+    judge.verdict()
+    raise AssertionError("unreachable")
+
+
+def config_as_saved(parts: Parts, folder: Path) -> Evidence:
+    """Hold the saved configuration to say what the adapter in memory is, field by field.
+
+    Raises:
+        CheckFailed: Names the fields.
+        CannotJudge: The adapter is no LoRA.
+    """
+    if foreign := foreign_types(parts):
+        raise CannotJudge(f"the adapter is {', '.join(foreign)}; the fields of LoRA's configuration are known only")
+    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = adapter_configs(parts)[chosen_adapter(parts)]
+    judge = Judge("saved_config", "the saved configuration is that of the adapter in memory")
+    off = [
+        f"{field} {_plain(saved[field])!r} instead of {_plain(getattr(config, field))!r}"
+        for field in _FIELDS
+        if field in saved and hasattr(config, field) and _plain(saved[field]) != _plain(getattr(config, field))
+    ]
+    judge.equal(
+        "fields that differ",
+        len(off),
+        0,
+        else_say=f"{folder / CONFIG_FILE} is not the configuration of the adapter in memory: {some(off)}; whoever "
+        "loads it applies the same matrices in another way",
+    )
+    return judge.verdict()
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list | tuple | set) else value or None

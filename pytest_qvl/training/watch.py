@@ -1,0 +1,102 @@
+"""What passes the model in the training's own forwards: batches on their way in, losses on their way out.
+
+The guard draws nothing from the data loader, which would change the order of the data and the state of the generators
+that shuffle it; it looks at what the trainer hands to the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.taps import vision_features
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.models.anatomy import Parts
+
+# What a trainer adds to a batch for the loss and the output alone.
+_NO_INPUTS = ("num_items_in_batch", "return_dict", "return_outputs", "use_cache")
+
+
+class Watch:
+    """Hooks on the model that a trainer trains.
+
+    Args:
+        parts: Of the model.
+        look_at_batch: Is given each batch of a training forward before the model is.
+        no_path: Is called where the loss of a training forward has no path to any parameter.
+
+    Attributes:
+        losses: Of every training forward since they were taken; tensors without a graph, on their device.
+        images: Whether a batch of the present step had images.
+        calls: Calls of the vision tower in training forwards.
+        followed: Those whose output requires grad.
+        pixels_require_grad: Whether ``pixel_values`` did.
+    """
+
+    def __init__(
+        self, parts: Parts, look_at_batch: Callable[[dict[str, Any]], None], no_path: Callable[[], None]
+    ) -> None:
+        self._parts, self._look_at_batch, self._no_path = parts, look_at_batch, no_path
+        self.losses: list[torch.Tensor] = []
+        self.images = False
+        self.calls = self.followed = 0
+        self.pixels_require_grad = False
+        self._handles = [
+            parts.wrapped.register_forward_pre_hook(self._before, with_kwargs=True),
+            parts.wrapped.register_forward_hook(self._after),
+            parts.vision_tower.register_forward_hook(self._after_vision),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def take_losses(self) -> list[torch.Tensor]:
+        """The losses so far; the list begins anew."""
+        taken, self.losses = self.losses, []
+        return taken
+
+    def vision_hooks(self) -> list[str]:
+        """Names of the forward hooks on tower and patch embedding that are not the guard's."""
+        found = {**self._parts.vision_tower._forward_hooks, **self._parts.patch_embed._forward_hooks}
+        return [
+            getattr(h, "__name__", type(h).__name__) for h in found.values() if getattr(h, "__self__", None) is not self
+        ]
+
+    def _before(self, module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        import torch
+
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        batch = {
+            name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in _NO_INPUTS
+        }
+        pixels = batch.get("pixel_values", batch.get("pixel_values_videos"))
+        if pixels is not None:
+            self.images = True
+            self.pixels_require_grad |= pixels.requires_grad
+        self._look_at_batch(batch)
+
+    def _after(self, module: Any, _args: tuple[Any, ...], output: Any) -> None:
+        import torch
+
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            self.losses.append(loss.detach())
+            if not loss.requires_grad:
+                self._no_path()
+
+    def _after_vision(self, _module: Any, _args: tuple[Any, ...], output: Any) -> None:
+        import torch
+
+        # Reentrant checkpointing of a whole model would call this without gradients.
+        if self._parts.wrapped.training and torch.is_grad_enabled():
+            self.calls += 1
+            self.followed += vision_features(output).requires_grad

@@ -1,0 +1,41 @@
+"""What a planted mistake is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+MISTAKES: dict[str, Mistake] = {}
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake.
+
+    Attributes:
+        name: Short, for a test id.
+        source: The thread where it cost somebody a training, or the page that warns of it.
+        check: The check that names it.
+        words: What its sentence says of the cause.
+        plant: Makes the broken training from the bench and a folder: a context that yields a trainer.
+        guard: Arguments of the guard beside the default ones.
+    """
+
+    name: str
+    source: str
+    check: str
+    words: tuple[str, ...]
+    plant: Callable[[Any, Any], Any]
+    guard: dict[str, Any]
+
+
+def mistake(name: str, *, source: str, check: str, words: tuple[str, ...], **guard: Any) -> Callable[[Any], Any]:
+    """Register a function of bench, folder and guard that yields a broken trainer."""
+
+    def register(plant: Any) -> Any:
+        assert name not in MISTAKES, name
+        MISTAKES[name] = Mistake(name, source, check, words, plant, guard)
+        return plant
+
+    return register

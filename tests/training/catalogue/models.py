@@ -1,0 +1,331 @@
+"""Mistakes in how the model is loaded, quantized and adapted."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+from .mistake import mistake
+
+SEVEN_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def loaded(bench, dtype="float32", *, load=None, **quantization):
+    """A base of its own, quantized in another way."""
+    import torch
+    from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
+
+    from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
+
+    settings = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": getattr(torch, dtype),
+        "llm_int8_skip_modules": ["model.visual", "lm_head"],
+        **quantization,
+    }
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        embedded_model_dir(),
+        quantization_config=BitsAndBytesConfig(**{k: v for k, v in settings.items() if v is not None}),
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa",
+    )
+    keep_quantized_weights_in_place(model)
+    return model.requires_grad_(False)
+
+
+@mistake(
+    "fp4-by-default",
+    source="bitsandbytes-foundation/bitsandbytes#1177",
+    check="quantization_census",
+    words=("fp4", "bnb_4bit_quant_type='nf4'"),
+)
+@contextmanager
+def fp4(bench, folder, guard):
+    with bench.model(base=loaded(bench, bnb_4bit_quant_type=None)) as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "skip-list-without-effect",
+    source="1038lab/ComfyUI-JoyCaption#53, unslothai/unsloth#4208",
+    check="quantization_census",
+    words=("vision", "visual"),
+)
+@contextmanager
+def skip_list(bench, folder, guard):
+    with bench.model(base=loaded(bench, llm_int8_skip_modules=["visual", "lm_head"])) as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "head-quantized-by-a-skip-list",
+    source="huggingface/transformers#45674",
+    check="quantization_census",
+    words=("lm_head",),
+)
+@contextmanager
+def head_quantized(bench, folder, guard):
+    with bench.model(base=loaded(bench, llm_int8_skip_modules=["model.visual"])) as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "float32-compute-by-default",
+    source="bitsandbytes-foundation/bitsandbytes#2077",
+    check="quantization_census",
+    words=("compute", "float32"),
+)
+@contextmanager
+def float32_compute(bench, folder, guard):
+    with bench.model(base=loaded(bench, "bfloat16", bnb_4bit_compute_dtype=None)) as model:
+        yield bench.trainer(model, folder, guard, bf16=True)
+
+
+@mistake(
+    "seven-names-hit-the-vision-tower",
+    source="yiqiao-yin/deepspeed-course#31",
+    check="adapter_census",
+    words=("leaked into vision", "language"),
+)
+@contextmanager
+def seven_names(bench, folder, guard):
+    with bench.model(target_modules=SEVEN_NAMES) as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "all-linear-hits-the-merger",
+    source="huggingface/peft#2267, 2U1/Qwen-VL-Series-Finetune#61",
+    check="adapter_census",
+    words=("merger",),
+)
+@contextmanager
+def all_linear(bench, folder, guard):
+    with bench.model(target_modules="all-linear") as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "never-wrapped-by-peft",
+    source="modelscope/ms-swift#6079",
+    check="adapter_switched_on",
+    words=("carries no adapter", "require grad"),
+)
+@contextmanager
+def no_adapter(bench, folder, guard):
+    base = bench.base(quantized=False)
+    base.requires_grad_(True)
+    try:
+        yield bench.trainer(base, folder, guard)
+    finally:
+        base.requires_grad_(False)
+
+
+@mistake(
+    "adapter-loaded-for-inference",
+    source="huggingface/peft#282, huggingface/trl#6700",
+    check="adapter_switched_on",
+    words=("none of the", "is_trainable=True"),
+)
+@contextmanager
+def inference(bench, folder, guard):
+    with bench.model() as model:
+        model.requires_grad_(False)
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "adapter-switched-off",
+    source="huggingface/trl#6591, unslothai/unsloth#2736",
+    check="adapter_switched_on",
+    words=("switched off", "enable_adapter_layers"),
+)
+@contextmanager
+def switched_off(bench, folder, guard):
+    with bench.model() as model:
+        model.base_model.disable_adapter_layers()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name)
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "adapter-merged-before-training",
+    source="huggingface/peft#2321",
+    check="adapter_switched_on",
+    words=("merged into the base", "unmerge_adapter"),
+)
+@contextmanager
+def merged(bench, folder, guard):
+    with bench.model() as model:
+        model.merge_adapter()
+        try:
+            yield bench.trainer(model, folder, guard)
+        finally:
+            model.unmerge_adapter()
+
+
+@mistake(
+    "adapter-in-float16",
+    source="2U1/Qwen-VL-Series-Finetune#184, huggingface/transformers#30559",
+    check="adapter_switched_on",
+    words=("float16", "GradScaler"),
+)
+@contextmanager
+def half(bench, folder, guard):
+    import torch
+
+    with bench.model() as model:
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.float16)
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "alpha-of-zero",
+    source="vllm-project/vllm#39278",
+    check="adapter_census",
+    words=("lora_alpha is 0",),
+)
+@contextmanager
+def no_alpha(bench, folder, guard):
+    with bench.model(lora_alpha=0) as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "embeddings-unfrozen",
+    source="modelscope/ms-swift#7318",
+    check="adapter_census",
+    words=("require grad", "embed_tokens"),
+)
+@contextmanager
+def embeddings(bench, folder, guard):
+    with bench.model() as model:
+        model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "all-biases-trained",
+    source="modelscope/ms-swift#7318",
+    check="adapter_census",
+    words=("bias='all'", "vision"),
+)
+@contextmanager
+def biases(bench, folder, guard):
+    with bench.model(bias="all") as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "merger-copied-for-training",
+    source="hiyouga/LlamaFactory#6754",
+    check="adapter_census",
+    words=("trained copies", "merger"),
+)
+@contextmanager
+def merger_copied(bench, folder, guard):
+    with bench.model(modules_to_save=["merger"], quantized=False) as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "two-adapters-at-once",
+    source="huggingface/trl#3196",
+    check="adapter_census",
+    words=("2 adapters",),
+)
+@contextmanager
+def two_adapters(bench, folder, guard):
+    from peft import LoraConfig
+
+    with bench.model() as model:
+        model.add_adapter("second", LoraConfig(r=4, target_modules=r".*language_model.*\.q_proj"))
+        model.base_model.set_adapter(["default", "second"])
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "asked-rank-is-not-the-models",
+    source="unslothai/unsloth#9326",
+    check="adapter_census",
+    words=("r=16",),
+    lora_config={"r": 16, "lora_alpha": 8},
+)
+@contextmanager
+def other_rank(bench, folder, guard):
+    with bench.model() as model:
+        yield bench.trainer(model, folder, guard)
+
+
+@mistake(
+    "resumed-adapter-thrown-away",
+    source="huggingface/lerobot#3459, illuin-tech/colpali#424",
+    check="adapter_roundtrip",
+    words=("not bitwise those of",),
+)
+@contextmanager
+def resumed(bench, folder, guard):
+    import torch
+    from transformers import TrainerCallback
+
+    class Loses(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "lora_B" in name:
+                        parameter.zero_()
+
+    with bench.model() as model:
+        bench.trainer(model, folder, max_steps=2, save_strategy="steps", save_steps=1).train()
+        trainer = bench.trainer(model, folder, Loses(), guard, max_steps=3, save_strategy="no")
+        train = trainer.train
+        trainer.train = lambda: train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        yield trainer
+
+
+@mistake(
+    "base-written-to-in-a-forward",
+    source="pytest-dev/pytest-qvl: docs/limits.md#frozen-vision",
+    check="base_unchanged",
+    words=("base tensors are not bitwise", "forward and backward pass alone", "merger"),
+)
+@contextmanager
+def written(bench, folder, guard):
+    import torch
+
+    from pytest_qvl.models.anatomy import anatomy
+
+    with bench.model() as model:
+        merger = anatomy(model).merger
+
+        def drift(module, args):
+            with torch.no_grad():
+                next(module.parameters()).mul_(1.001)
+
+        hook = merger.register_forward_pre_hook(drift)
+        try:
+            yield bench.trainer(model, folder, guard)
+        finally:
+            hook.remove()
+
+
+@mistake(
+    "a-copy-of-the-model-is-optimized",
+    source="adapter-hub/adapters#260",
+    check="adapter_census",
+    words=("optimizer misses",),
+)
+@contextmanager
+def copied(bench, folder, guard):
+    import torch
+
+    with bench.model(quantized=False) as model:
+        other = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-3)
+        yield bench.trainer(model, folder, guard, optimizers=(optimizer, None))

@@ -1,0 +1,34 @@
+"""Every planted mistake stops a real training at or before step 1, by the check and in the words of its cause."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pytest_qvl.training import Guard, GuardError
+
+from .catalogue import MISTAKES
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=list(MISTAKES))
+def test_stops_by_step_1(mistake, bench, tmp_path):
+    settings = dict(mistake.guard)
+    if "lora_config" in settings:
+        settings["lora_config"] = bench.lora(**settings["lora_config"])
+    with mistake.plant(bench, tmp_path, Guard(**settings)) as trainer:
+        with pytest.raises(GuardError) as stopped:
+            trainer.train()
+        assert trainer.state.global_step <= 2 if "resumed" in mistake.name else trainer.state.global_step <= 1
+    error = stopped.value
+    print(error)
+    assert error.check == mistake.check
+    assert not [word for word in mistake.words if word not in str(error).partition("\nrecord:")[0]]
+    record = json.loads((tmp_path / "qvl_guard.json").read_text())
+    assert record["state"] == "stopped"
+    assert record["findings"][0]["check"] == mistake.check
+
+
+def test_there_are_enough_of_them_each_with_a_source():
+    assert len(MISTAKES) >= 30
+    assert all("#" in mistake.source or mistake.source.startswith("https://") for mistake in MISTAKES.values())

@@ -1,0 +1,197 @@
+"""The guard on the real ``transformers.Trainer``: healthy trainings finish, and are bitwise what they were."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from pytest_qvl.evidence import InputError
+from pytest_qvl.training import Guard, GuardError, GuardWarning
+
+
+def record_of(folder):
+    return json.loads((folder / "qvl_guard.json").read_text())
+
+
+def course(bench, folder, *callbacks, dtype="float32", lora=None, **changes):
+    """Losses, final adapter and generators of a training, as bits."""
+    from transformers import TrainerCallback
+
+    losses = []
+
+    class Losses(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            losses.append({key: logs[key] for key in ("loss", "grad_norm", "learning_rate") if key in logs})
+
+    with bench.model(dtype, **(lora or {})) as model:
+        arguments = {
+            "logging_strategy": "steps",
+            "logging_steps": 1,
+            "max_steps": 3,
+            "per_device_train_batch_size": 1,
+            **changes,
+        }
+        bench.trainer(model, folder, Losses(), *callbacks, **arguments).train()
+        adapter = hashlib.sha256()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                adapter.update(parameter.detach().to(torch.float32).numpy().tobytes())
+    generators = torch.get_rng_state().numpy().tobytes(), random.getstate(), np.random.get_state()[1].tobytes()
+    return losses, adapter.hexdigest(), hashlib.sha256(repr(generators).encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lora", "changes"),
+    [
+        ("float32", {"lora_dropout": 0.1}, {}),
+        ("float32", {"lora_dropout": 0.1}, {"gradient_accumulation_steps": 2, "max_steps": 2}),
+        (
+            "float32",
+            {"lora_dropout": 0.1},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "max_steps": 2},
+        ),
+        ("bfloat16", {}, {"bf16": True, "optim": "adafactor", "lr_scheduler_type": "cosine", "max_steps": 2}),
+        ("float32", {}, {"save_strategy": "steps", "save_steps": 2, "warmup_steps": 2, "optim": "sgd"}),
+    ],
+    ids=["dropout", "accumulation", "checkpointing", "bfloat16", "saves"],
+)
+def test_a_healthy_training_is_bitwise_the_same(bench, tmp_path, dtype, lora, changes):
+    without = course(bench, tmp_path / "without", dtype=dtype, lora=lora, **changes)
+    guard = Guard(every=2, vision_gradients="spare")
+    guarded = course(bench, tmp_path / "with", guard, dtype=dtype, lora=lora, **changes)
+    assert guarded == without
+    record = record_of(tmp_path / "with")
+    assert record["state"] == "finished"
+    assert record["steps"] == changes.get("max_steps", 3)
+    assert not record["findings"]
+    judged = set(record["judged"])
+    assert judged >= {
+        "adapter_switched_on",
+        "quantization_census",
+        "adapter_census",
+        "learning_rate",
+        "base_unchanged",
+        "loss",
+        "gradients",
+        "optimizer",
+        "adapter_moved",
+        "vision_not_backpropagated",
+    }
+    assert ("adapter_roundtrip" in judged) is ("save_strategy" in changes)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    program = "import sys, pytest_qvl.training as t; print([m for m in ('torch', 'transformers', 'pytest') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_warns_once_of_each_kind_and_goes_on(bench, tmp_path):
+    with (
+        bench.model(target_modules=["gate_proj", "up_proj", "down_proj"]) as model,
+        pytest.warns(GuardWarning) as caught,
+    ):
+        bench.trainer(model, tmp_path, Guard(on_finding="warn", every=1), max_steps=3).train()
+    assert sum("leaked into vision" in str(warning.message) for warning in caught) == 1
+    record = record_of(tmp_path)
+    assert record["state"] == "finished"
+    assert record["findings"][0]["check"] == "adapter_census"
+
+
+def test_back_propagation_through_the_tower_is_warned_of_and_can_be_spared(bench, tmp_path):
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    with bench.model() as model, pytest.warns(GuardWarning, match="back-propagated through"):
+        bench.trainer(model, tmp_path, Guard(), max_steps=1, **settings).train()
+    with bench.model() as model:
+        bench.trainer(model, tmp_path, Guard(vision_gradients="spare"), max_steps=1, **settings).train()
+    assert "vision_not_backpropagated" in record_of(tmp_path)["judged"]
+
+
+def test_what_cannot_be_judged_is_counted_with_its_reason(bench, tmp_path):
+    with bench.model(quantized=False) as model:
+        bench.trainer(model, tmp_path, Guard(), max_steps=1, processing_class=None).train()
+    not_judged = record_of(tmp_path)["not_judged"]
+    assert "no linear layer is in 4 bits" in next(iter(not_judged["quantization_census"]))
+    assert "no processor" in next(iter(not_judged["batch"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"every": 0}, "every is a whole number"),
+        ({"on_finding": "raise"}, "on_finding is one of 'stop', 'warn'"),
+        ({"policy": "visual"}, "part 'visual' is unknown"),
+        ({"vram_limit": "15"}, "is not a size"),
+        ({"overhead": 0}, "overhead is a share"),
+    ],
+)
+def test_settings_that_guard_nothing_are_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        Guard(**settings)
+
+
+def test_a_declared_policy_is_kept(bench, tmp_path):
+    everywhere = r".*(language_model|visual).*(gate|up|down)_proj"
+    with bench.model(target_modules=everywhere) as model:
+        bench.trainer(model, tmp_path, Guard(policy="language, vision"), max_steps=2).train()
+    assert record_of(tmp_path)["run"]["trained"] == "vision (24), language (24)"
+
+
+def test_saved_files_are_held_against_the_model(bench, tmp_path):
+    from safetensors.torch import load_file, save_file
+    from transformers import TrainerCallback
+
+    class Damages(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            path = tmp_path / f"checkpoint-{state.global_step}" / "adapter_model.safetensors"
+            tensors = load_file(path)
+            tensors[next(iter(tensors))] += 1
+            save_file(tensors, path)
+
+    with bench.model() as model:
+        trainer = bench.trainer(model, tmp_path, Damages(), Guard(), save_strategy="steps", save_steps=1)
+        with pytest.raises(GuardError, match="not bitwise those of") as stopped:
+            trainer.train()
+    assert (stopped.value.check, stopped.value.step) == ("adapter_roundtrip", 1)
+
+
+def test_saved_configuration_is_held_against_the_adapter(bench, tmp_path):
+    from transformers import TrainerCallback
+
+    class Damages(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            path = tmp_path / f"checkpoint-{state.global_step}" / "adapter_config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"lora_alpha": 64}))
+
+    with bench.model() as model:
+        trainer = bench.trainer(model, tmp_path, Damages(), Guard(), save_strategy="steps", save_steps=1)
+        with pytest.raises(GuardError, match="lora_alpha 64 instead of 8"):
+            trainer.train()
+
+
+def test_resumes_from_a_checkpoint(bench, tmp_path):
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    with bench.model(adapter_name="vlm") as model:
+        bench.trainer(model, tmp_path, Guard(), max_steps=2, **saves).train()
+    with bench.model(adapter_name="vlm") as model:
+        trainer = bench.trainer(model, tmp_path, Guard(), max_steps=4, **saves)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    record = record_of(tmp_path)
+    assert record["steps"] == 4
+    assert record["judged"]["adapter_roundtrip"]["times"] == 2  # on resuming, and at the next checkpoint
+
+
+def test_a_base_is_read_in_turns_after_the_first_steps(bench, tmp_path):
+    with bench.model() as model:
+        guard = Guard(every=1, overhead=1e-6)
+        bench.trainer(model, tmp_path, guard, max_steps=5, per_device_train_batch_size=1).train()
+    base = record_of(tmp_path)["judged"]["base_unchanged"]["last"]["figures"]
+    turns = next(figure["value"] for figure in base if figure["name"] == "turns for the whole base")
+    assert turns == 64
