@@ -106,6 +106,8 @@ def test_another_method_is_not_judged_and_exits_with_2(shop, capsys):
     ("broken", "said"),
     [
         ({"adapter": {"lora_alpha": "16"}}, "bad-setting"),
+        ({"adapter": {"modules_to_save": ["lm_head"]}}, "keys-missing"),
+        ({"adapter": {"target_modules": []}}, "no-target"),
         ({"base": {"quant_type": "fp4"}}, "not-nf4"),
         ({"config": {"hidden_act": "no such"}}, "bad-setting"),
     ],

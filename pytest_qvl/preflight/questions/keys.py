@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.base_names import other_base
+from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, neutral
 from pytest_qvl.preflight.loading import Loaded, load
+from pytest_qvl.preflight.questions.adapter_settings import settings
 from pytest_qvl.preflight.questions.misfits import misfits
 from pytest_qvl.preflight.questions.serving import unsloth, vllm
 
@@ -28,9 +31,14 @@ _OLD_NAMES = (
 def answer(subject: Subject) -> Iterator[Finding]:
     """Every key on its module and every module with its keys; rank, alpha, base and family."""
     subject.saved_adapter()
-    yield from _alpha(subject)
+    yield from settings(subject)
     yield from _base(subject)
-    loaded = load(subject)
+    try:
+        loaded = load(subject)
+    except ModelSourceError:
+        raise
+    except (ValueError, KeyError, TypeError):
+        raise CannotJudge("PEFT puts no such adapter on the model, as question 2 says, so it loads no key") from None
     wrong = list(misfits(subject, loaded))
     yield from wrong
     if not wrong:
@@ -52,21 +60,6 @@ def _lands(subject: Subject, loaded: Loaded) -> Finding:
         "none of them lacks one",
         keeps_green=pytest_line(subject),
         notes=(f"the file has names of before Transformers 4.52: {_OLD_NAMES}",) if "old" in layouts else (),
-    )
-
-
-def _alpha(subject: Subject) -> Iterator[Finding]:
-    config = subject.lora
-    patterns = list((config.alpha_pattern or {}).values())
-    if config.lora_alpha and all(patterns):
-        return
-    yield _red(
-        subject,
-        "alpha-zero",
-        f"lora_alpha is {config.lora_alpha}{f', alpha_pattern has {patterns}' if patterns else ''}: the adapter is "
-        "multiplied by zero",
-        cause="adapter_config.json was written or edited with another alpha than the training had",
-        fix="put back the lora_alpha of the training",
     )
 
 

@@ -8,12 +8,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.models.families import FAMILIES
-from pytest_qvl.models.sources.released import released_config, released_names
 from pytest_qvl.preflight import naming
 from pytest_qvl.preflight.base import find_base
 from pytest_qvl.preflight.commands import red
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.naming import LAYOUTS, PREFIX, Key
+from pytest_qvl.preflight.questions.misshapen import misshapen
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.loading import Loaded, Part
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 NUMBER = 3
 _red = partial(red, NUMBER)
 _PLAIN = "save it with PeftModel.save_pretrained, which writes base_model.model.MODULE.lora_A.weight"
+_TIMES = {2: "twice", 3: "three times"}
 _SILENT = "PEFT loads what it finds, warns of the rest, and the model answers as the base does"
 
 
@@ -34,7 +35,7 @@ def misfits(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
         if part in loaded.wanted and loaded.shapes[text] != loaded.wanted[part]
     }
     if shapes:
-        yield _other_shapes(subject, loaded, shapes)
+        yield from misshapen(subject, loaded, shapes)
     if strange:
         yield _strange(subject, loaded, strange)
     stray = {part for part in loaded.held if part not in loaded.wanted and part.matrix}
@@ -44,7 +45,7 @@ def misfits(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
     # What is in the file and was expected, but did not arrive: its name is the cause.
     lost = [loaded.held[part] for part in loaded.missing if part in loaded.held and part in loaded.wanted]
     lost = [text for text in lost if text not in shapes]
-    if lost:
+    if lost and not (loaded.error and bare):  # else PEFT stops at what is missing, which has been said
         yield _lost(subject, loaded, lost)
     elif loaded.error and not (shapes or strange or stray or bare):
         yield _refused(subject, loaded)
@@ -77,14 +78,15 @@ def _name_at_fault(keys: Sequence[Key], layouts: Sequence[str]) -> tuple[str, st
     wrapped = next((key.wrapped for key in keys if key.wrapped), "")
     adapter = neutral(next((key.adapter for key in keys if key.adapter), ""), 80)
     layout = next((layout for layout in layouts if layout), "")
+    times = max((key.prefixes for key in keys), default=1)
     unusual = {
         "down-and-up-names": any(key.kohya for key in keys)
         and "the matrices are called lora_down and lora_up, as trainers of image models do",
         "wrapper-in-keys": wrapped and f"the keys hold {wrapped!r}, of a wrapper that was not taken off before saving",
         "adapter-name-in-keys": adapter and f"the keys hold the adapter's name {adapter!r}",
         "prefix-missing": any(key.prefixes == 0 for key in keys) and f"the keys lack the prefix {PREFIX}",
-        "prefix-doubled": any(key.prefixes > 1 for key in keys)
-        and f"the keys have the prefix {PREFIX} twice: the base was wrapped already when it was wrapped",
+        "prefix-doubled": times > 1
+        and f"the keys have the prefix {PREFIX} {_TIMES.get(times, f'{times} times')}: the model was wrapped already",
         f"{layout}-layout": layout and f"the keys name modules {LAYOUTS[layout]}",
     }
     found = ((name, str(why)) for name, why in unusual.items() if why)
@@ -96,47 +98,6 @@ def _refused(subject: Subject, loaded: Loaded) -> Finding:
         subject, "not-loaded", f"the installed PEFT does not load the file: {loaded.error}",
         cause="the file and its adapter_config.json do not belong together", fix=_PLAIN,
     )  # fmt: skip
-
-
-def _other_shapes(subject: Subject, loaded: Loaded, shapes: dict[str, tuple[int, ...]]) -> Finding:
-    text, wanted = next(iter(shapes.items()))
-    held = loaded.shapes[text]
-    part = loaded.keys[text].part
-    line = (
-        f"{len(shapes)} tensors of the file have other shapes than this model needs: {neutral(text, 160)} is "
-        f"{list(held)} and not {list(wanted)}"
-    )
-    axis = 1 if part in ("lora_B", "lora_embedding_B") else 0
-    rank_only = len(held) == len(wanted) == 2 and held[1 - axis] == wanted[1 - axis]
-    if part.startswith("lora_") and rank_only:
-        return _red(
-            subject, "other-rank", line,
-            cause=f"the file has rank {held[axis]}, adapter_config.json says {wanted[axis]}",
-            fix="put back the r (and rank_pattern) of the training into adapter_config.json",
-        )  # fmt: skip
-    if not part:
-        return _red(
-            subject, "other-rows", line,
-            cause="the vocabulary was resized for the training, and this base has another",
-            fix="give the base as it was trained, with its tokens added, or take the copies out of the adapter",
-        )  # fmt: skip
-    fitting = _released_that_fit(loaded, [text])
-    return _red(
-        subject, "other-size", line,
-        cause="the adapter belongs to a model of another size" + (f": {some(fitting)}" if fitting else ""),
-        fix="give the base that it was trained on",
-    )  # fmt: skip
-
-
-def _released_that_fit(loaded: Loaded, texts: Sequence[str]) -> list[str]:
-    """Names of releases whose language backbone is as wide as the A matrices of these keys."""
-    found = []
-    for text in texts:
-        if loaded.keys[text].part == "lora_A" and loaded.keys[text].tail.endswith(("q_proj", "k_proj", "gate_proj")):
-            width = loaded.shapes[text][-1]
-            configs = ((name, released_config(name)) for name in released_names())
-            found += [name for name, config in configs if config.get_text_config().hidden_size == width]
-    return found
 
 
 def _strange(subject: Subject, loaded: Loaded, strange: Sequence[str]) -> Finding:
@@ -177,6 +138,9 @@ def _uncovered(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Par
     if {"lora_magnitude_vector"} in ({part.matrix for part in stray}, {part.matrix for part in bare}):
         yield _dora(subject, loaded, stray, bare)
         return
+    if bare and not stray and all(part.is_bias and not part.matrix for part in bare):
+        yield _trained_biases(subject, bare)
+        return
     if (stray or bare) and all(part.is_bias and part.matrix for part in stray | bare):
         yield _biases(subject, loaded, stray, bare)
         return
@@ -188,16 +152,17 @@ def _uncovered(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Par
         return
     if bare:
         names = list(dict.fromkeys(part.module for part in bare))
-        ends = Counter(name.rpartition(".")[2] for name in names)
+        ends = Counter(map(_end, names))
         wanted = {part.module for part in loaded.wanted}
-        whole = Counter(name.rpartition(".")[2] for name in wanted)
+        whole = Counter(map(_end, wanted))
         dropped = [end for end, count in ends.items() if count >= whole[end]]
-        said = f", and no {' and no '.join(sorted(dropped))} at all" if dropped else ""
+        said = f" (every {', every '.join(sorted(dropped))})" if dropped else ""
         yield _red(
             subject, "keys-missing",
-            f"{len(names)} of {len(wanted)} modules that adapter_config.json asks for have no tensors in the "
-            f"file{said}: {some(sorted(names))}",
-            cause=f"they were dropped or frozen when the adapter was made or saved; {_SILENT}",
+            f"the file has no tensors for {len(names)} of the {len(wanted)} modules that adapter_config.json asks "
+            f"for{said}: {some(sorted(names))}",
+            cause="they were dropped or frozen when the adapter was made or saved; "
+            + ("PEFT does not load such a file" if loaded.error else _SILENT),
             fix="train and save it with all of its targets, or take those that it lacks out of adapter_config.json",
         )  # fmt: skip
     if stray:
@@ -208,6 +173,12 @@ def _uncovered(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Par
             cause=f"adapter_config.json names other targets than the training had; {_SILENT}",
             fix="put back the target_modules of the training",
         )  # fmt: skip
+
+
+def _end(name: str) -> str:
+    """The last part of a module's name that says anything: ``q_proj``, ``mlp.0``."""
+    parts = name.split(".")
+    return parts[-1] if not parts[-1].isdigit() else ".".join(parts[-2:])
 
 
 def _halves(loaded: Loaded) -> list[str]:
@@ -239,4 +210,14 @@ def _biases(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Part])
         f"({len(bare)} missing, {len(stray)} too many)",
         cause="configuration and file are of two trainings, or one was edited",
         fix=f"put back lora_bias={bool(held)}",
+    )  # fmt: skip
+
+
+def _trained_biases(subject: Subject, bare: set[Part]) -> Finding:
+    return _red(
+        subject, "bias-differs",
+        f"adapter_config.json says bias={subject.lora.bias!r}, and the file lacks {len(bare)} trained biases: "
+        f"{some(sorted(part.module for part in bare))}",
+        cause="the training had another bias, or they were not saved",
+        fix='put back the bias of the training ("none", if the file has no bias)',
     )  # fmt: skip

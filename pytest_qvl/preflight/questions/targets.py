@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,8 +69,10 @@ def answer(subject: Subject) -> Iterator[Finding]:
         raise CannotJudge("no adapter and no --lora was given" if subject.asked.adapter is None else subject.no_adapter)
     config = subject.lora
     if not config.target_modules:
-        what = "target_parameters" if getattr(config, "target_parameters", None) else "no target_modules"
-        raise CannotJudge(f"the LoRA configuration names {what}; only target_modules are judged")
+        if getattr(config, "target_parameters", None):
+            raise CannotJudge("the LoRA configuration names target_parameters; only target_modules are judged")
+        yield _no_targets(subject)
+        return
     try:
         adapted = anatomy(subject.adapted)
     except UnsafeFileError:
@@ -90,6 +93,22 @@ def answer(subject: Subject) -> Iterator[Finding]:
     yield from _bare_layers(placement, config)
     if subject.plan is not None and subject.plan is not subject.adapter:
         yield from _unlike_the_plan(placement, config, subject.plan.lora_config())
+
+
+def _no_targets(subject: Subject) -> Finding:
+    assert subject.adapter is not None
+    given = subject.adapter.fields.get("target_modules")
+    adapted = {each.module.rpartition(".")[2] for each in subject.placed.values() if each.key.part.startswith("lora_")}
+    ends = sorted(adapted - {""})
+    example = (
+        f"the file has tensors for {some(ends, 8)}" if ends else _LANGUAGE.format("language_model", "q_proj|v_proj")
+    )
+    return _red(
+        subject, "no-target",
+        f"target_modules is {json.dumps(given)}: the configuration names no module to adapt",
+        cause="it was emptied or left out when the configuration was written, and PEFT has no default for this family",
+        fix=f"write the target_modules of the training ({example})",
+    )  # fmt: skip
 
 
 def _refused(subject: Subject, config: Any, error: Exception) -> Finding:

@@ -5,6 +5,7 @@
 - :mod:`.broken`: one :class:`~.making.Case` for each way to be broken, with its public thread, the finding that must name
   it, and words of its cause.
 - :mod:`.healthy`: set-ups on which every red finding is a false alarm.
+- :mod:`.settings`: both kinds, of settings that a file can say and no model can mean.
 - :mod:`.values`: both kinds, of adapters whose values matter.
 - :mod:`.merging`: both kinds, of merged checkpoints.
 
@@ -12,9 +13,9 @@ To add one: a function that takes a ``Workshop`` and a family and returns the ar
 ``@broken(...)`` or ``@healthy(...)``.
 """
 
-from . import merging, values  # they register their cases
+from . import merging, settings, values  # they register their cases
 from .broken import BROKEN
 from .healthy import HEALTHY
 from .making import Case, Workshop
 
-__all__ = ["BROKEN", "HEALTHY", "Case", "Workshop", "merging", "values"]
+__all__ = ["BROKEN", "HEALTHY", "Case", "Workshop", "merging", "settings", "values"]

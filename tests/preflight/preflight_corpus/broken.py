@@ -193,7 +193,7 @@ def renamed_for_a_server(shop: Workshop, family: str) -> Arguments:
     return found
 
 
-@broken("unslothai/unsloth/issues/9326", "keys-missing", "no embed_tokens and no lm_head at all")
+@broken("unslothai/unsloth/issues/9326", "keys-missing", "every embed_tokens, every lm_head")
 def head_and_embeddings_dropped(shop: Workshop, family: str) -> Arguments:
     found = _adapted(shop, family, target_modules=["q_proj", "lm_head", "embed_tokens"])
     drop(found["adapter"] / ADAPTER, lambda name: "lm_head" in name or "embed_tokens" in name)

@@ -1,0 +1,123 @@
+"""Artefacts whose tensors are as they were saved, and whose settings say something else; and unusual ones that are right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .broken import broken
+from .healthy import healthy
+from .making import ADAPTER, CONFIG, Arguments, Workshop, edit, rename, retensor
+
+
+def _adapted(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
+    return {"base": shop.base(family), "adapter": shop.adapter(family, **lora)}
+
+
+def _edited(shop: Workshop, family: str, lora: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """An adapter of which some fields were edited after it was saved."""
+    found = _adapted(shop, family, **(lora or {}))
+    edit(found["adapter"] / CONFIG, lambda content: content.update(changes))
+    return found
+
+
+# Trained rows of embeddings
+
+
+@broken("", "token-ids", "names -1, and ids start at 0", ("qwen2_vl",))
+def token_ids_below_zero(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[-1, 7])
+
+
+@broken("", "token-ids", "names 5 twice")
+def token_ids_twice(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices={"embed_tokens": [5, 5]})
+
+
+@broken("", "token-ids", "the embedding has", ("qwen3_vl",))
+def token_ids_beyond_the_embedding(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[5, 100_000])
+
+
+@broken("", "other-token-count", "the file has 2 trained rows, and trainable_token_indices names 3 tokens")
+def one_token_more(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[5, 7, 9])
+
+
+@healthy(("qwen3_vl",))
+def first_and_last_token_trained(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, trainable_token_indices={"embed_tokens": [447, 0]})
+
+
+# What is adapted, and by how much
+
+
+@broken("", "no-target", "target_modules is null", ("qwen2_vl",))
+def targets_lost(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, target_modules=None)
+
+
+@broken("", "no-target", "the file has tensors for down_proj", ("qwen3_vl",))
+def targets_emptied(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, target_modules=[])
+
+
+@broken("", "alpha-negative", "subtracted from the base")
+def alpha_below_zero(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, lora_alpha=-16)
+
+
+@broken("", "alpha-negative", "alpha_pattern['q_proj'] is -4", ("qwen3_vl",))
+def alpha_of_some_modules_below_zero(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, alpha_pattern={"q_proj": -4})
+
+
+@broken("", "start-not-repeatable", "randomized SVD", ("qwen2_vl",))
+def start_by_a_randomized_decomposition(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, init_lora_weights="pissa_niter_4")
+
+
+# Tensors of other shapes
+
+
+@broken("", "swapped-pair", "A and B of a module are swapped")
+def matrices_swapped(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    swapped = {"lora_A": "lora_B", "lora_B": "lora_A"}
+
+    def swap(name: str) -> str:
+        here = next((part for part in swapped if part in name and "layers.0.self_attn.o_proj" in name), "")
+        return name.replace(here, swapped[here]) if here else name
+
+    rename(found["adapter"] / ADAPTER, swap)
+    return found
+
+
+@broken("", "swapped-pair", "transposed", ("qwen2_vl",))
+def matrices_transposed(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    retensor(found["adapter"] / ADAPTER, lambda name, tensor: {name: tensor.T.contiguous()})
+    return found
+
+
+@broken("", "other-rows", "the vocabulary was resized for the training", ("qwen2_5_vl", "qwen3_vl"))
+def vocabulary_resized_for_the_training(shop: Workshop, family: str) -> Arguments:
+    lora = {"modules_to_save": ["lm_head"]} if family == "qwen3_vl" else {"target_modules": ["q_proj", "embed_tokens"]}
+    trained_on = shop.base(family, vocabulary=464)
+    return {"base": shop.base(family), "adapter": shop.adapter(family, base=trained_on, **lora)}
+
+
+@broken("", "bias-differs", "bias='all'", ("qwen2_vl",))
+def biases_asked_for_afterwards(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, bias="all")
+
+
+@broken("", "prefix-doubled", "three times", ("qwen2_5_vl",))
+def wrapped_three_times(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family)
+    rename(found["adapter"] / ADAPTER, lambda name: "base_model.model." * 2 + name)
+    return found
+
+
+@broken("", "keys-missing", "1 of the 22 modules that adapter_config.json asks for (every lm_head)")
+def head_asked_for_afterwards(shop: Workshop, family: str) -> Arguments:
+    return _edited(shop, family, modules_to_save=["lm_head"])
