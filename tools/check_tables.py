@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pytest_qvl import checks
 from pytest_qvl.checks.declared import declared
-from pytest_qvl.report.promises import PROMISES
+from pytest_qvl.promises import PROMISES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "checks.md"
 HEAD = "| check | what it proves |\n| --- | --- |\n"

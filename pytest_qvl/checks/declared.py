@@ -60,7 +60,7 @@ class Declared(NamedTuple):
     Attributes:
         name: The function.
         module: Its module in :mod:`pytest_qvl.checks`.
-        promise: Number of the promise that it proves, as :data:`pytest_qvl.report.promises.PROMISES` counts from 1.
+        promise: Number of the promise that it proves, as :data:`pytest_qvl.promises.PROMISES` counts from 1.
         needs: Keys of :data:`NEEDS`.
     """
 

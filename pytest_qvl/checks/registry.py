@@ -78,7 +78,7 @@ def check(
     importing the check: they are literals).
 
     Args:
-        promise: Number of the promise, as :data:`pytest_qvl.report.promises.PROMISES` counts from 1.
+        promise: Number of the promise, as :data:`pytest_qvl.promises.PROMISES` counts from 1.
         needs: Keys of :data:`pytest_qvl.checks.declared.NEEDS`.
         guarded: Whether its arguments and the model's exceptions are looked after (:func:`_guarded`); a check that is
             given no model looks after itself.

@@ -45,3 +45,26 @@ def run_compare(options: argparse.Namespace) -> int:
     found = compare(base_record(options.old, new), new)
     print(FORMATS[options.format](found))
     return int(bool(found.regressions if options.fail_on == "regression" else found.changes))
+
+
+def add_explain(commands: Commands) -> None:
+    """Register ``pytest-qvl explain``."""
+    parser = commands.add_parser(
+        "explain",
+        help="explain a check: its promise, method and limits, what usually breaks it, and what to do",
+        description="Explain a check of the suite: promise, method, limits, usual causes, known threads, faults.",
+    )
+    parser.add_argument("check", metavar="CHECK", help="name of a check, such as feature_scatter")
+    parser.set_defaults(run=run_explain)
+
+
+def run_explain(options: argparse.Namespace) -> int:
+    """Print the explanation.
+
+    Raises:
+        ValueError: No such check.
+    """
+    from pytest_qvl.records.explain import explain
+
+    print(explain(options.check))
+    return 0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_qvl.evidence import printable
-from pytest_qvl.report.promises import PROMISES, promise_number
+from pytest_qvl.promises import PROMISES, promise_number
 from pytest_qvl.report.states import STATES, PromiseState
 
 if TYPE_CHECKING:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qvl.report.promises import PROMISES, promise_number
+from pytest_qvl.promises import PROMISES, promise_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pytest_qvl.evidence import Evidence
-    from pytest_qvl.report.promises import Promise
+    from pytest_qvl.promises import Promise
     from pytest_qvl.report.report_data import CheckReason
 
 STATES = ("kept", "partly judged", "BROKEN", "error", "not judged", "skipped", "not run")

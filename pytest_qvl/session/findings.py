@@ -51,13 +51,11 @@ def judging(item: pytest.Item) -> Iterator[None]:
 
 def _check_in(reason: CannotJudge, item: pytest.Item) -> str:
     """The check that could not judge: the outermost one that the exception went through."""
-    from pytest_qvl.report.promises import promise_number
-
     trace = reason.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         module = trace.tb_frame.f_globals.get("__name__", "")
-        if module.startswith(CHECKS) and promise_number(code.co_name) is not None:
+        if module.startswith(CHECKS) and _is_check(code.co_name):
             return code.co_name
         trace = trace.tb_next
     return check_name(item)
@@ -117,6 +115,22 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
         skipped=reason if shipped or reason.startswith(NEEDS_CUDA) else None,
     )
     add_to_report(report, finding=finding)
+    if report.failed:
+        _point_to_explanations(report, found)
+
+
+def _point_to_explanations(report: pytest.TestReport, found: Outcome) -> None:
+    """Name the command that explains each broken check, below the failure."""
+    broken = [evidence.check for evidence in found.evidence if not evidence.ok]
+    known = [f"pytest-qvl explain {check}" for check in dict.fromkeys(broken) if _is_check(check)]
+    if known:
+        report.sections.append(("usual causes and fixes", "\n".join(known)))
+
+
+def _is_check(name: str) -> bool:
+    from pytest_qvl.promises import promise_number
+
+    return promise_number(name) is not None
 
 
 def target_name(item: pytest.Item) -> str | None:

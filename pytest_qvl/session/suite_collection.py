@@ -32,7 +32,7 @@ def check_name(item: pytest.Item) -> str:
 
 def check_of(test: str) -> str:
     """``test_feature_scatter`` and ``test_feature_scatter_in_training`` call ``feature_scatter``."""
-    from pytest_qvl.report.promises import PROMISES
+    from pytest_qvl.promises import PROMISES
 
     name = test.removeprefix("test_")
     checks = (check for promise in PROMISES for check in promise.checks)

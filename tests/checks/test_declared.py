@@ -15,7 +15,7 @@ import pytest
 from pytest_qvl import checks
 from pytest_qvl.checks.declared import NEEDS, Declared, declared, needing, read
 from pytest_qvl.checks.registry import check
-from pytest_qvl.report.promises import PROMISES
+from pytest_qvl.promises import PROMISES
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = Path(checks.__file__).parent

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from pytest_qvl.report.promises import PROMISES
+from pytest_qvl.promises import PROMISES
 
 SUITE = ("--pyargs", "pytest_qvl.suite")
 PAGE = """

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pytest_qvl.report.promises import PROMISES
+from pytest_qvl.promises import PROMISES
 from pytest_qvl.session.device import Device
 from pytest_qvl.session.errors import UserError
 from pytest_qvl.session.gpu_access import GpuAccess

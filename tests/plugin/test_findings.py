@@ -191,3 +191,20 @@ def test_a_batch_fixture_that_is_no_factory_is_named_for_every_test(pytester, ru
     result.assert_outcomes(errors=2)
     assert result.stdout.str().count("the fixture qvl_batch (conftest.py:2) gives ") >= 1
     result.stdout.no_fnmatch_line("*not callable*")
+
+
+def test_a_failure_names_the_command_that_explains_its_check(pytester, run_light):
+    pytester.makepyfile(
+        """
+    from pytest_qvl.evidence import CheckFailed, Evidence, Judge
+    def judge(check):
+        one = Judge(check, "p")
+        one.problem("broken")
+        return one
+    def test_known(): judge("causality").verdict()
+    def test_own(): judge("of_my_own").verdict()
+    """
+    )
+    lines = run_light().outlines
+    assert [line for line in lines if line.startswith("pytest-qvl")] == ["pytest-qvl explain causality"]
+    assert sum("usual causes and fixes" in line for line in lines) == 1

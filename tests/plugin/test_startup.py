@@ -77,7 +77,7 @@ def test_a_run_without_a_model_imports_of_the_standard_library_what_pytest_does(
 
 
 # Of this package: what a session needs once a test uses a GPU, a model or a check.
-LATER = ("gpu.lease", "gpu.nvml", "gpu.visible", "checks", "report.promises", "report.states", "models.adapters")
+LATER = ("gpu.lease", "gpu.nvml", "gpu.visible", "checks", "promises", "report.states", "models.adapters")
 
 
 def test_a_run_without_a_model_imports_of_this_package_what_every_run_needs(pytester, monkeypatch):

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Table
+from pytest_qvl.promises import PROMISES, promise_number
 from pytest_qvl.report.injected_fault import InjectedFault
 from pytest_qvl.report.promise_table import TITLE, write_promises
-from pytest_qvl.report.promises import PROMISES, promise_number
 from pytest_qvl.report.report_data import Finding, ReportData, add_to_report
 from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder, RunResults
 from pytest_qvl.report.terminal import Summary
