@@ -145,6 +145,11 @@ REMEDIES = {
         "Rows are cut off, padded inside, or carry another sample's answer.",
         "Pad on the right, and do not truncate rows with images.",
     ),
+    "batch": Remedy(
+        "A collator hands over what the model does not take: placeholders without pixels, padding that is attended to, "
+        "labels on prompts or on nothing.",
+        "Each finding names kind, row, token and usual cause; compare with what the processor makes of that sample.",
+    ),
     "loss_arithmetic": Remedy(
         "The mean is taken over the wrong number of tokens, above all under gradient accumulation.",
         "Let the trainer hand over num_items_in_batch, or divide by all supervised tokens of one optimizer step.",
