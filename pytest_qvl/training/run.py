@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl import checks
-from pytest_qvl.evidence import CannotJudge, Evidence
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.training import beginning, saved, steps
+from pytest_qvl.training.batches import judge_batch
 from pytest_qvl.training.movement import Movement
 from pytest_qvl.training.watch import Watch
 from pytest_qvl.training.weights import BaseWatch
 
 if TYPE_CHECKING:
+    from pytest_qvl.evidence import Evidence
     from pytest_qvl.training.findings import Weight
     from pytest_qvl.training.settings import Settings
     from pytest_qvl.training.subject import Subject
@@ -30,10 +31,6 @@ _WARM_UP = 3
 # A record is flushed to the disk, which may be far away.
 _SECONDS_BETWEEN_RECORDS = 30.0
 VISION = ("vision", "merger")
-NO_PROCESSOR = (
-    "the trainer was given no processor (processing_class), so its batches are not judged: "
-    "Guard(processor=AutoProcessor.from_pretrained(...))"
-)
 
 
 class Run:
@@ -207,7 +204,8 @@ class Run:
         self._batches += 1
         with self._verdicts.clock():
             moment = f"batch {self._in_step} of step {self._step + 1}"
-            self._judge("batch", partial(self._batch, batch), moment)
+            judgement = partial(judge_batch, self._subject, batch, self._settings.learned)
+            self._judge("batch", judgement, moment)
             self._verdicts.settle(self._step, together=False)
 
     def _no_path(self) -> None:
@@ -215,15 +213,6 @@ class Run:
             loss = partial(steps.loss_has_path, self._subject)
             self._judge("loss_path", loss, f"in the forward of step {self._step + 1}")
             self._verdicts.settle(self._step, together=False)
-
-    def _batch(self, batch: dict[str, Any]) -> Evidence:
-        processor = self._subject.processor
-        if not hasattr(processor, "image_processor"):
-            raise CannotJudge(NO_PROCESSOR)
-        if "batch" not in checks.__all__:
-            return checks.label_mask(self._subject.parts.wrapped, batch, processor)
-        evidence: Evidence = checks.batch(batch, processor, self._subject.parts.wrapped, training="labels" in batch)
-        return evidence
 
     # ---- when ------------------------------------------------------------------------------------------
 

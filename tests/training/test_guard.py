@@ -144,6 +144,25 @@ def test_a_declared_policy_is_kept(bench, tmp_path):
     assert record_of(tmp_path)["run"]["trained"] == "vision (24), language (24)"
 
 
+def test_prompts_may_be_learned_on_purpose_and_placeholders_never(bench, tmp_path):
+    image = bench.processor.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    vision = bench.processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"])
+
+    def everything(samples, *left_out):
+        batch = bench.collate(samples)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return batch | {"labels": labels.masked_fill(torch.isin(labels, torch.tensor(left_out)), -100)}
+
+    with bench.model() as model:
+        guard = Guard(learned="everything")
+        bench.trainer(model, tmp_path, guard, collate=lambda rows: everything(rows, *vision), max_steps=1).train()
+        assert "batch" in record_of(tmp_path)["judged"]
+        trainer = bench.trainer(model, tmp_path, guard, collate=lambda rows: everything(rows, *vision[:2]), max_steps=1)
+        with pytest.raises(GuardError, match="image placeholders included"):
+            trainer.train()
+    assert image in vision
+
+
 def test_saved_files_are_held_against_the_model(bench, tmp_path):
     from safetensors.torch import load_file, save_file
     from transformers import TrainerCallback
