@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.layers import layer_arithmetic as layer_arithmetic
     from pytest_qvl.checks.loss import loss_arithmetic as loss_arithmetic
     from pytest_qvl.checks.neutrality import adapter_neutrality as adapter_neutrality
+    from pytest_qvl.checks.packing import packing_isolation as packing_isolation
     from pytest_qvl.checks.pairing import picture_pairing as picture_pairing
     from pytest_qvl.checks.positions import decode_positions as decode_positions
     from pytest_qvl.checks.positions import mrope_positions as mrope_positions

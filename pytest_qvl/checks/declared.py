@@ -24,6 +24,7 @@ ORDER = (
     "roundtrip",
     "routing",
     "isolation",
+    "packing",
     "pairing",
     "preprocessing",
     "positions",

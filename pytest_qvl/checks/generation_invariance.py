@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.greedy import STEPS, Reply, greedy, stop_ids
-from pytest_qvl.checks.support.noise_floor import LOGITS, NoiseFloor
-from pytest_qvl.checks.support.reference import Reference
+from pytest_qvl.checks.support.noise_floor import NoiseFloor
+from pytest_qvl.checks.support.reference import Reference, floor_of
 from pytest_qvl.checks.support.reply_logits import (
     LogitsApart,
     by_row,
@@ -16,10 +16,9 @@ from pytest_qvl.checks.support.reply_logits import (
     judge_finite_logits,
     require_left_padding,
 )
-from pytest_qvl.checks.support.scoring import coarsest_dtype, without_labels
-from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
+from pytest_qvl.checks.support.scoring import without_labels
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
-from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.state import preserved
 from pytest_qvl.samples import Sample, make_batch
 
@@ -62,8 +61,8 @@ def generation_batch_invariance(
         CannotJudge: All rows have the same length, so that none is padded.
         ValueError: The floor was measured in another dtype.
     """
-    parts, floor = anatomy(model), _floor(reference)
-    _check_dtype(parts, floor)
+    parts = anatomy(model)
+    floor = floor_of(parts, reference)
     batch = make_batch(processor, samples, device=parts.device)
     if bool(batch["attention_mask"].all()):
         raise CannotJudge(f"{len(samples)} samples of the same length: no row of the batch is padded")
@@ -120,9 +119,9 @@ def generation_cache_invariance(
         CannotJudge: Every reply ends with its first token, so that nothing was decoded from the cache.
         ValueError: The batch is padded on the right, or the floor was measured in another dtype.
     """
-    parts, floor = anatomy(model), _floor(reference)
+    parts = anatomy(model)
     require_left_padding(batch)
-    _check_dtype(parts, floor)
+    floor = floor_of(parts, reference)
     inputs = without_labels(batch)
     judge = Judge("generation_cache_invariance", "with and without cache generation follows a plain forward")
     # A placeholder without an image would make the plain forward refuse the reply.
@@ -183,16 +182,3 @@ def _teacher_forced(parts: Parts, inputs: dict[str, torch.Tensor], replies: list
         broken = (~own.isfinite().all(dim=-1)).nonzero().flatten().tolist()
         made.append(Reply(reply.ids, reply.stopped, next(iter(broken), None), own))
     return made
-
-
-def _floor(reference: Reference | NoiseFloor) -> NoiseFloor:
-    return reference.floor if isinstance(reference, Reference) else reference
-
-
-def _check_dtype(parts: Parts, floor: NoiseFloor) -> None:
-    dtype = dtype_name(coarsest_dtype(parts, LOGITS))
-    if dtype != floor.dtype:
-        raise InputError(
-            f"the noise floor was measured in {floor.dtype}, the model computes in {dtype}: record the "
-            "reference, or measure noise_floor() on the base model, in the same dtype"
-        )

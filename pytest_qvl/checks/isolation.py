@@ -69,12 +69,12 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
     mask = attended(inputs)
     places = (inputs["input_ids"] == parts.image_token_id).nonzero().tolist()
     chosen = sorted({round(n * (len(places) - 1) / max(1, probes - 1)) for n in range(probes)})
-    embedding, outputs = _Tally(), _Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
+    embedding, outputs = _Tally(), Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
     with preserved(model, training=False), torch.no_grad():
-        before = _repeatable(parts, inputs)
+        before = repeatable(parts, inputs)
         for visual in chosen:
             row, token = places[visual]
-            after = _observe(parts, inputs, _negated(visual))
+            after = observe(parts, inputs, _negated(visual))
             what = f"changing {describe_visual(found, visual)}"
             own = torch.zeros_like(mask)
             own[row, token] = True
@@ -121,13 +121,13 @@ def image_isolation(
     inputs = batch_of(samples)
     found, mask = spans(parts, inputs), attended(inputs)
     pixels, embeddings = _Tally(), _Tally()
-    outputs = _Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
+    outputs = Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
     with preserved(model, training=False), torch.no_grad():
-        before = _repeatable(parts, inputs)
+        before = repeatable(parts, inputs)
         for span in found:
             changed = batch_of(_with_negative(samples, span.row, span.in_row))
             what = f"changing {span} (sample {samples[span.row].id!r})"
-            after = _observe(parts, changed)
+            after = observe(parts, changed)
             others = torch.ones_like(mask)
             others[span.row, span.start : span.stop] = False
             patches = differs(inputs["pixel_values"], changed["pixel_values"])
@@ -153,9 +153,10 @@ class _Seen:
     hidden: torch.Tensor
 
 
-def _observe(
+def observe(
     parts: Parts, inputs: Mapping[str, Any], change: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> _Seen:
+    """What the language backbone receives and puts out in one forward pass, with changed visual tokens or as it is."""
     outputs: list[torch.Tensor] = []
 
     def after_language(_module: Any, _args: tuple[Any, ...], output: Any) -> None:
@@ -171,13 +172,20 @@ def _observe(
     return _Seen(tap.language[0].inputs_embeds, outputs[0])
 
 
-def _repeatable(parts: Parts, inputs: Mapping[str, Any]) -> _Seen:
+def repeatable(parts: Parts, inputs: Mapping[str, Any]) -> _Seen:
     """What two equal forward passes see; the comparison with a third means something only if they agree."""
-    first, second = _observe(parts, inputs), _observe(parts, inputs)
-    require_finite(parts, first.hidden[attended(inputs)], "the model's outputs", lambda: _observe(parts, inputs))
+    first, second = observe(parts, inputs), observe(parts, inputs)
+    require_finite(parts, first.hidden[attended(inputs)], "the model's outputs", lambda: observe(parts, inputs))
     if bool((differs(first.hidden, second.hidden) & attended(inputs)).any()):
         raise CannotJudge("the same forward pass twice differs bitwise: what moved cannot be told from noise")
     return second
+
+
+def outputs_moved(parts: Parts, inputs: Mapping[str, Any]) -> Outputs:
+    """Collects what changes of a batch move that they must not, text alone in it or images too."""
+    found = spans(parts, inputs) if inputs.get("pixel_values") is not None else []
+    mask = attended(inputs)
+    return Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
 
 
 def _negated(visual: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -208,7 +216,7 @@ class _Tally:
         judge.equal(name, self.count, 0, else_say=f"{self.first}: {promise}")
 
 
-class _Outputs:
+class Outputs:
     """What the outputs ``(rows, length, hidden)`` of the language backbone may do when an input changes."""
 
     def __init__(self, found: Sequence[Span], mask: torch.Tensor, packed: torch.Tensor) -> None:

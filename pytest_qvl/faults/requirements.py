@@ -25,6 +25,7 @@ Requirement = Literal[
     "golden record",
     "biases of q, k and v",
     "CLIP's normalisation",
+    "time of videos",
     "CPU",
     "CUDA",
 ]
@@ -79,6 +80,10 @@ def _clip(case: Case) -> bool:
     return FAMILIES[anatomy(case.model).config.model_type].image_mean != (0.5, 0.5, 0.5)
 
 
+def _time(case: Case) -> bool:
+    return hasattr(anatomy(case.model).config.vision_config, "tokens_per_second")
+
+
 def _on(device: str) -> Callable[[Case], bool]:
     return lambda case: case.subject.device == device
 
@@ -96,6 +101,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
+    "time of videos": (_time, "needs videos laid out by seconds: only Qwen2.5-VL lays them out so"),
     "golden record": (_golden_record, "needs a golden record beside the checkpoint: the embedded model has one"),
     "CPU": (_on("cpu"), "CPU only"),
     "CUDA": (_on("cuda"), "CUDA only"),

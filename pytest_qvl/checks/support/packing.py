@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.evidence import CannotJudge, InputError
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+
+    from pytest_qvl.models.anatomy import Parts
 
 TEXT_FIRST = 4
 
@@ -64,3 +67,31 @@ def refuse_packed(inputs: Mapping[str, Any], why: str) -> None:
             f"several samples are packed into a row, so {why}: hand over the batch before it is packed; packed, it is "
             "judged by mrope_positions and causality"
         )
+
+
+def pack(parts: Parts, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """All rows of a padded batch behind each other in one, as Transformers takes packed samples.
+
+    ``position_ids`` ``(4, 1, length)``: text positions first, which say where samples begin, then the M-RoPE ids that
+    each sample has alone; no ``attention_mask``, no ``mm_token_type_ids``, which positions were made of.
+
+    Args:
+        parts: The model that it is for.
+        batch: What the processor or a collator made, padded on either side, with labels or without.
+    """
+    import torch
+
+    if bool((batch["input_ids"] == parts.video_token_id).any()):
+        raise CannotJudge("videos are not packed here: their time is known to the collator that made them")
+    mask = attended(batch).cpu()
+    vision = VisionIds(parts.image_token_id, parts.video_token_id)
+    ids = batch["input_ids"]
+    right = mrope_oracle(ids, mask, batch.get("image_grid_thw"), vision, parts.merge_size)
+    text = (mask.cumsum(dim=1) - 1)[None]
+    dropped = ("attention_mask", "mm_token_type_ids")
+    made = {name: value for name, value in batch.items() if name not in dropped}
+    for name, value in made.items():
+        if value.shape == ids.shape:
+            made[name] = value[mask.to(value.device)][None]
+    positions = torch.cat([text, right])[:, mask][:, None]
+    return {**made, "position_ids": positions.to(ids.device)}

@@ -199,3 +199,19 @@ def _probes(scored: Scored, images: list[TowerOutput]) -> dict[str, Probe]:
         own = rows == row
         found[sample.id] = Probe(digest(sample), scored.totals[row], ids[own].cpu(), logprobs[own].cpu(), tower, SILENT)
     return found
+
+
+def floor_of(parts: Parts, reference: Reference | NoiseFloor) -> NoiseFloor:
+    """The noise floor that judges a model.
+
+    Raises:
+        ValueError: It was measured in another dtype than the model computes in.
+    """
+    floor = reference.floor if isinstance(reference, Reference) else reference
+    dtype = dtype_name(coarsest_dtype(parts, LOGITS))
+    if dtype != floor.dtype:
+        raise InputError(
+            f"the noise floor was measured in {floor.dtype}, the model computes in {dtype}: record the "
+            "reference, or measure noise_floor() on the base model, in the same dtype"
+        )
+    return floor

@@ -432,3 +432,54 @@ def _packed(batch: Batch) -> Batch:
     rows = {name: value[mask][None] for name, value in batch.items() if value.shape == mask.shape}
     del rows["attention_mask"]
     return {**{name: value for name, value in batch.items() if value.shape != mask.shape}, **rows}
+
+
+def _no_packing() -> str | None:
+    from transformers import masking_utils
+
+    known = hasattr(masking_utils, "find_packed_sequence_indices")
+    return None if known else "this release of Transformers looks for packed rows in another place"
+
+
+@fault(
+    "packing-ignored-by-attention",
+    "Attention takes no notice of where packed samples begin, as in releases and patches without packing.",
+    target="model",
+    check="packing_isolation",
+    expected_words=("it must move no output of another sample that is packed into its row",),
+    source="axolotl-ai-cloud/axolotl#3817, unslothai/unsloth#126",
+    needs=_no_packing,
+)
+def _packing_ignored(_case: Case) -> Iterator[None]:
+    from transformers import masking_utils
+
+    from pytest_qvl.faults.tools import attribute
+
+    with attribute(masking_utils, "find_packed_sequence_indices", lambda *_args, **_kwargs: None):
+        yield
+
+
+@fault(
+    "data-video-without-time",
+    "The collator of videos drops second_per_grid_ts: every video is laid out as one patch per second.",
+    target="batch",
+    check="batch",
+    expected_words=("video-time: batch: no second_per_grid_ts", "counts one second for each patch"),
+    source="huggingface/transformers#48669, huggingface/transformers#41153, EvolvingLMMs-Lab/lmms-eval#1393",
+    requires=("time of videos",),
+)
+def _video_without_time(case: Case) -> Iterator[None]:
+    """Show every image of the training rows as a video of one temporal patch."""
+    parts = anatomy(case.model)
+    names = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
+
+    def as_video(batch: Batch) -> Batch:
+        ids = batch["input_ids"]
+        made = {names.get(name, name): value for name, value in batch.items()}
+        made["input_ids"] = ids.masked_fill(ids == parts.image_token_id, parts.video_token_id)
+        if "mm_token_type_ids" in batch:
+            made["mm_token_type_ids"] = batch["mm_token_type_ids"] * 2
+        return made
+
+    _in_training(case, as_video)
+    yield

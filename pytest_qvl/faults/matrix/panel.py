@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pytest_qvl import checks
 from pytest_qvl.checks.declared import declared, needing
 from pytest_qvl.checks.support.code_places import is_own
+from pytest_qvl.checks.support.packing import is_packed, pack
 from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
+from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -117,6 +119,12 @@ def _batch(case: Case) -> None:
         checks.batch(batch, case.processor, case.model, case.rows)
 
 
+def _packing_isolation(case: Case) -> None:
+    batch = _training(case)
+    packed = batch if is_packed(batch) else pack(anatomy(case.model), batch)
+    checks.packing_isolation(case.model, packed, case.reference)
+
+
 def _peak_vram(case: Case) -> None:
     from pytest_qvl.vram.meter import Meter
 
@@ -147,6 +155,7 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
     "layer_arithmetic": lambda c: checks.layer_arithmetic(c.model, c.batch(), c.lora_config),
     "training_collation": lambda c: checks.training_collation(c.processor, c.rows, _training(c)),
     "batch": _batch,
+    "packing_isolation": _packing_isolation,
     "gradient_arithmetic": _gradient_arithmetic,
     "loss_arithmetic": lambda c: checks.loss_arithmetic(c.model, _training(c), trainer=c.trainer),
     "frozen_vision": lambda c: checks.frozen_vision(c.model, _training(c), make_optimizer=c.make_optimizer),

@@ -1,0 +1,197 @@
+"""Several samples packed into a row: each computes what it computes alone, and none sees another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.isolation import observe, outputs_moved, repeatable
+from pytest_qvl.checks.registry import check
+from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
+from pytest_qvl.checks.support.not_finite import require_finite
+from pytest_qvl.checks.support.packing import is_packed, samples_in_rows
+from pytest_qvl.checks.support.placeholders import attended, model_inputs, spans
+from pytest_qvl.checks.support.reference import Reference, floor_of
+from pytest_qvl.checks.support.teaching import IGNORED
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.state import preserved
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from pytest_qvl.checks.support.noise_floor import NoiseFloor
+    from pytest_qvl.models.anatomy import Parts
+
+
+@check(promise=10)
+def packing_isolation(model: Any, batch: Mapping[str, Any], reference: Reference | NoiseFloor) -> Evidence:
+    """Each sample of a packed row has the logits that it has alone, and changing one sample moves no other.
+
+    Logits are compared where they predict a label (of a batch without labels, at the last token of each sample), and
+    may differ by the limit of the noise floor (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`):
+    packed and alone, the kernels see other shapes. Alone, a sample has its own tokens and images, and the positions of
+    the papers' definition. Then one token of text is changed in each sample in turn, and the outputs of all other
+    samples must stay as they are, bitwise, since the shapes do. Two forward passes per sample, and three.
+
+    Args:
+        model: Qwen-VL model, wrapped or not.
+        batch: A packed batch: ``position_ids`` start again at 0 where a sample begins (``(4, rows, length)``, the text
+            positions first, and no ``attention_mask``): a collator's, or what
+            :func:`pytest_qvl.checks.support.packing.pack` makes.
+        reference: Whose noise floor judges; measured on a reference or base model in the dtype of ``model``.
+
+    Raises:
+        CheckFailed: Names the sample whose logits differ and by how much, or what a change moved.
+        CannotJudge: No row holds several samples, or the model does not repeat itself bitwise.
+        ValueError: The batch is malformed, or the floor was measured in another dtype.
+    """
+    import torch
+
+    judge = Judge("packing_isolation", "packed samples compute what they compute alone")
+    parts, inputs = anatomy(model), model_inputs(batch)
+    floor = floor_of(parts, reference)
+    if not is_packed(inputs):
+        raise CannotJudge(
+            "no row holds several samples, which position_ids that start again at 0 would say: hand over a packed batch"
+        )
+    pieces = _pieces(parts, inputs, batch.get("labels"))
+    apart = _Apart()
+    with preserved(model, training=False), torch.no_grad():
+        before = repeatable(parts, inputs)
+        logits = parts.wrapped(**inputs, use_cache=False).logits
+        require_finite(parts, logits[attended(inputs)], "the model's logits", lambda: parts.wrapped(**inputs))
+        for piece in pieces:
+            alone = parts.wrapped(**piece.inputs, use_cache=False).logits[0]
+            apart.take(piece, logits[piece.row, piece.first + piece.columns], alone[piece.columns])
+        outputs = outputs_moved(parts, inputs)
+        for piece in pieces:
+            if piece.text is not None:
+                outputs.add(f"changing {piece}", piece.row, piece.text, before, _changed(parts, inputs, piece))
+    apart.hold(judge, floor)
+    outputs.hold(judge)
+    judge.report("samples", len(pieces))
+    return judge.verdict()
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One sample of a packed row.
+
+    Attributes:
+        row: Its row.
+        number: Its number in the row.
+        first: Its first token.
+        inputs: What the model is given of it alone.
+        columns: Places in the sample whose logits are compared, ``(columns,)`` int64.
+        text: A token of the row that is text and can be changed, its first; None where there is none.
+    """
+
+    row: int
+    number: int
+    first: int
+    inputs: dict[str, torch.Tensor]
+    columns: torch.Tensor
+    text: int | None
+
+    def __str__(self) -> str:
+        return f"sample {self.number} of row {self.row}"
+
+
+def _pieces(parts: Parts, inputs: Mapping[str, Any], labels: torch.Tensor | None) -> list[_Piece]:
+    """Every sample of the batch by itself."""
+    import torch
+
+    ids, numbers = inputs["input_ids"], samples_in_rows(inputs)
+    mask, vision_ids = attended(inputs).cpu(), VisionIds(parts.image_token_id, parts.video_token_id)
+    found = spans(parts, inputs) if inputs.get("pixel_values") is not None else []
+    made = []
+    for row in range(len(ids)):
+        for number in range(int(numbers[row].max()) + 1):
+            places = ((numbers[row] == number) & mask[row]).nonzero().flatten()
+            first, stop = int(places[0]), int(places[-1]) + 1
+            own = ids[row : row + 1, first:stop]
+            alone = {"input_ids": own, "attention_mask": torch.ones_like(own)}
+            images = [span for span in found if span.row == row and first <= span.start < stop]
+            if images:
+                alone |= _images(inputs, images[0].image, images[-1].image + 1)
+            right = mrope_oracle(own, None, alone.get("image_grid_thw"), vision_ids, parts.merge_size)
+            alone["position_ids"] = right.to(ids.device)
+            vision = torch.isin(own[0], own.new_tensor(parts.vision_token_ids))
+            plain = (~vision).nonzero().flatten().tolist()
+            made.append(
+                _Piece(
+                    row,
+                    number,
+                    first,
+                    alone,
+                    _columns(labels, row, first, stop).to(ids.device),
+                    first + plain[0] if plain else None,
+                )
+            )
+    return made
+
+
+def _images(inputs: Mapping[str, Any], first: int, stop: int) -> dict[str, torch.Tensor]:
+    """Grids and pixels of some of a batch's images, one behind the other."""
+    grids = inputs["image_grid_thw"]
+    sizes = grids.prod(dim=1).cumsum(dim=0).tolist()
+    begin = sizes[first - 1] if first else 0
+    return {"image_grid_thw": grids[first:stop], "pixel_values": inputs["pixel_values"][begin : sizes[stop - 1]]}
+
+
+def _columns(labels: torch.Tensor | None, row: int, first: int, stop: int) -> torch.Tensor:
+    """Places within a sample that predict one of its labels; its last token where there are none."""
+    import torch
+
+    if labels is not None:
+        predicted = (labels[row, first + 1 : stop] != IGNORED).nonzero().flatten()
+        if len(predicted):
+            return predicted
+    return torch.tensor([stop - first - 1])
+
+
+def _changed(parts: Parts, inputs: Mapping[str, Any], piece: _Piece) -> Any:
+    """What the language backbone sees and puts out after one token of a sample became another one of its row."""
+    ids = inputs["input_ids"].clone()
+    assert piece.text is not None
+    vision = {*parts.vision_token_ids}
+    others = [
+        token for token in ids[piece.row].tolist() if token not in vision and token != int(ids[piece.row, piece.text])
+    ]
+    ids[piece.row, piece.text] = others[0]
+    return observe(parts, {**inputs, "input_ids": ids})
+
+
+@dataclass
+class _Apart:
+    """The largest difference of logits between a sample in its row and alone."""
+
+    largest: float = 0.0
+    logit: float = 0.0
+    where: str = "nowhere"
+    compared: int = 0
+
+    def take(self, piece: _Piece, packed: torch.Tensor, alone: torch.Tensor) -> None:
+        """Compare the logits ``(columns, vocabulary)`` of one sample."""
+        ours, theirs = packed.float(), alone.float()
+        difference = float((ours - theirs).abs().max())
+        self.logit = max(self.logit, float(ours.abs().max()), float(theirs.abs().max()))
+        self.compared += len(ours)
+        if not difference <= self.largest:
+            self.largest, self.where = difference, str(piece)
+
+    def hold(self, judge: Judge, floor: NoiseFloor) -> None:
+        """Hold it to the limit of the noise floor."""
+        judge.at_most(
+            "packed against alone",
+            self.largest,
+            floor.limit_for(self.logit),
+            unit="logit",
+            else_say=f"{self.where} has other logits than alone, by up to {self.largest:.4g}: samples of a packed row "
+            "see each other, or have another sample's positions; is the row parted where attention looks for it "
+            "(text positions first, block-diagonal mask, cu_seq_lens)?",
+        )
+        judge.report("logits compared at places", self.compared)

@@ -1,0 +1,76 @@
+"""packing_isolation: packed samples compute what they compute alone, and see no other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import masking_utils
+
+from pytest_qvl.checks import packing_isolation
+from pytest_qvl.checks.support.noise_floor import NoiseFloor, noise_floor
+from pytest_qvl.checks.support.packing import pack
+from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.samples import make_batch, scenes
+
+if TYPE_CHECKING:
+    from pytest_qvl.checks.support.teaching import Batch
+
+
+@pytest.fixture(scope="module")
+def samples() -> Any:
+    return scenes(0, 1, ["colour", "nth_shape", "text"], cell=14)
+
+
+@pytest.fixture(scope="module")
+def batch(processor: Any, samples: Any) -> Batch:
+    return make_batch(processor, samples, padding_side="right", answers=True)
+
+
+@pytest.fixture(scope="module")
+def packed(lora_model: Any, batch: Batch) -> Batch:
+    return pack(anatomy(lora_model), batch)
+
+
+@pytest.fixture(scope="module")
+def floor(lora_model: Any, processor: Any, samples: Any) -> NoiseFloor:
+    return noise_floor(lora_model, processor, samples, adapter_disabled=True)
+
+
+def test_a_packed_row_computes_what_its_samples_compute_alone(
+    lora_model: Any, packed: Batch, floor: NoiseFloor
+) -> None:
+    figures = {figure.name: figure.value for figure in packing_isolation(lora_model, packed, floor).figures}
+    assert figures["samples"] == 3
+    assert figures["logits compared at places"] == int((packed["labels"] != -100).sum())
+    without = {name: value for name, value in packed.items() if name != "labels"}
+    assert packing_isolation(lora_model, without, floor).ok
+
+
+def test_samples_that_see_each_other_are_found(
+    lora_model: Any, packed: Batch, floor: NoiseFloor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not hasattr(masking_utils, "find_packed_sequence_indices"):
+        pytest.skip("this release of Transformers looks for packed rows in another place")
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_args, **_kwargs: None)
+    with pytest.raises(CheckFailed, match=r"has other logits than alone, by up to(.|\n)*moved row 0, token \d+ \("):
+        packing_isolation(lora_model, packed, floor)
+
+
+def test_positions_of_another_sample_are_found(lora_model: Any, packed: Batch, floor: NoiseFloor) -> None:
+    wrong = packed["position_ids"].clone()
+    wrong[1:] = wrong[0]
+    with pytest.raises(CheckFailed, match=r"^sample \d of row 0 has other logits than alone"):
+        packing_isolation(lora_model, {**packed, "position_ids": wrong}, floor)
+
+
+def test_what_cannot_be_judged(lora_model: Any, batch: Batch, packed: Batch, floor: NoiseFloor) -> None:
+    with pytest.raises(CannotJudge, match="no row holds several samples"):
+        packing_isolation(lora_model, batch, floor)
+    with pytest.raises(InputError, match="the noise floor was measured in float16"):
+        packing_isolation(lora_model, packed, NoiseFloor(1.0, {}, "float16", 1.0, 1.0))
+    video = batch["input_ids"].masked_fill(torch.ones_like(batch["input_ids"]).bool(), 403)
+    with pytest.raises(CannotJudge, match="videos are not packed here"):
+        pack(anatomy(lora_model), {**batch, "input_ids": video})
