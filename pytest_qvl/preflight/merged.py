@@ -9,6 +9,8 @@ base), every element of ``D - ΔW`` has to be within what rounding may do to it:
   here and there (Cauchy and Schwarz: no partial sum of ``B A`` is larger than the norms' product);
 - with DoRA ``5 u |M|`` besides: norm, quotient, sum and product are rounded each;
 - half a step of W of a base that is packed in 4 bits, which is unpacked to that dtype first;
+- of an adapter whose start took P out of the base (:mod:`~pytest_qvl.preflight.starts`), half a step of ``W - P``, to
+  which it was rounded before, what P may be off, and what float32 leaves of a product of its size, here and there;
 - of what is float32 throughout a second half step of M, for the subtraction here.
 
 Where that fails, D is compared with multiples h of ΔW. With ``norm(D - h ΔW)**2 = dd - 2 h du + h**2 uu`` (sums of
@@ -110,7 +112,7 @@ def compare(
         count = int(differ.sum())
         changed += count
         if second.is_floating_point():
-            bad += int((~torch.isfinite(second)).sum())
+            bad += int((~torch.isfinite(second.float())).sum())
             cast += count - int(_is_foreign(first, second, through).sum()) if count else 0
     return Same(name, one.numel, bytes_equal, changed, cast, bad)
 
@@ -235,6 +237,8 @@ def prove(update: Update, factors: Factors, base: Place, merged: Place) -> Proof
         limit = _limits(stored, coarse, added[start:stop], dora=factors.magnitude is not None, out=desk.limit[:size])
         if base.weights.is_packed(base.name):
             limit += half_step(weight.to(coarse))  # unpacked to that dtype before the sum
+        if factors.taken:
+            limit += _taken_limits(factors, weight, start, coarse)
         sums = [_squares(change), _squares(rest), squared, _squares(limit)]
         over = rest.abs_().sub_(limit)
         worst, bad = float(over.amax()), 0
@@ -298,10 +302,26 @@ def _coarser(one: Place, other: Place) -> torch.dtype:
 def _added_limits(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
     import torch
 
-    unit = 4 * torch.finfo(dtype).eps / 2 + 2 * len(factors.right) * 2.0**-24
-    widest = float(torch.linalg.vector_norm(factors.right, dim=0).max())
-    lengths: torch.Tensor = torch.linalg.vector_norm(factors.left, dim=1)
-    return lengths * (unit * abs(factors.scaling) * widest)
+    left, right = factors.own
+    unit = 4 * torch.finfo(dtype).eps / 2 + 2 * len(right) * 2.0**-24
+    return _lengths(left, right) * (unit * abs(factors.scaling))
+
+
+def _lengths(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """What no element of a row of ``left @ right`` is above, nor any partial sum of it."""
+    import torch
+
+    widest = float(torch.linalg.vector_norm(right, dim=0).max())
+    lengths: torch.Tensor = torch.linalg.vector_norm(left, dim=1)
+    return lengths * widest
+
+
+def _taken_limits(factors: Factors, weight: torch.Tensor, start: int, coarse: torch.dtype) -> torch.Tensor:
+    """What the start adds to the limits: ``W - P`` is rounded, and P is worked out in float32."""
+    rows = slice(start, start + len(weight))
+    left, right = factors.left[rows, -factors.taken :] * factors.scaling, factors.right[-factors.taken :]
+    limit = half_step((weight + left @ right).to(coarse))
+    return limit.add_((_lengths(left, right) * (2 * 2 * factors.taken * 2.0**-24) + factors.taken_error)[:, None])
 
 
 def packed_before(factors: Factors, base: Place, merged: Place) -> str:
@@ -313,7 +333,9 @@ def packed_before(factors: Factors, base: Place, merged: Place) -> str:
         ModelSourceError: A file has become shorter.
     """
     rows, columns = base.weights.shape(base.name)
-    if rows * columns > LARGEST or base.weights.is_packed(base.name) or factors.magnitude is not None:
+    if rows * columns > LARGEST or base.weights.is_packed(base.name):
+        return ""
+    if factors.magnitude is not None or factors.taken:
         return ""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 

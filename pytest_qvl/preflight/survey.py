@@ -63,7 +63,8 @@ def survey(subject: Subject) -> dict[str, Surveyed]:
         for module, update in subject.updates.pairs.items():
             name = weight_name(subject, module)
             weights = subject.weights
-            if name and weights.is_numeric(name) and weights.shape(name) == update.shape:
+            here = name and weights.is_numeric(name) and weights.shape(name) == update.shape
+            if here and not update.not_at_hand:
                 found[module] = _of_weight(weights, name, update, update.factors())
                 weights.close(name)
     return found

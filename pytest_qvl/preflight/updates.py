@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.lora_request import patterned
 from pytest_qvl.oracles.lora import scaling_of
-from pytest_qvl.preflight.files.values import FLOATS, read_whole
+from pytest_qvl.preflight.files.values import FLOATS, NARROW_FLOATS, read_whole
+from pytest_qvl.preflight.starts import LARGE_START, Start, start_of, taking
 from pytest_qvl.preflight.timing import patience
 
 if TYPE_CHECKING:
@@ -32,12 +33,22 @@ class Factors:
         right: ``(rank, columns)`` float32.
         scaling: By which the product is multiplied.
         magnitude: DoRA's row norms, ``(rows,)`` float32, or None.
+        taken: How many of the last columns of `left` and rows of `right` are what the start took out of the base.
+        taken_error: How far an element of that may be off.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     scaling: float
     magnitude: torch.Tensor | None = None
+    taken: int = 0
+    taken_error: float = 0.0
+
+    @property
+    def own(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """B and A alone, without what the start took out."""
+        rank = len(self.right) - self.taken
+        return self.left[:, :rank], self.right[:rank]
 
     def rows(self, weight: torch.Tensor, start: int) -> torch.Tensor:
         """What is added to rows of the weight from `start` on.
@@ -86,6 +97,8 @@ class Update:
         rank: ``r`` of this module, by the configuration.
         magnitude: DoRA's magnitudes, by their header, or None.
         embedding: Whether rows of the weight are tokens, so that the product is transposed.
+        start: What its start took out of the base's weight, or None.
+        unknown: Why what it adds cannot be told from the files; empty if it can.
     """
 
     module: str
@@ -96,6 +109,14 @@ class Update:
     rank: int
     magnitude: Tensor | None = None
     embedding: bool = False
+    start: Start | None = None
+    unknown: str = ""
+
+    @property
+    def not_at_hand(self) -> str:
+        """Why what it adds is not told without reading the base's weight whole; empty if it is."""
+        large = self.start is not None and not self.start.is_small
+        return self.unknown or (LARGE_START if large else "")
 
     def factors(self) -> Factors:
         """Its matrices, read from the file.
@@ -107,7 +128,13 @@ class Update:
         down, up = read_whole(self.down).float().flatten(1), read_whole(self.up).float().flatten(1)
         left, right = (down.T.contiguous(), up.T.contiguous()) if self.embedding else (up, down)
         magnitude = None if self.magnitude is None else read_whole(self.magnitude).float().flatten()
-        return Factors(left, right, self.scaling, magnitude)
+        if self.start is None:
+            return Factors(left, right, self.scaling, magnitude)
+        import torch
+
+        taken = self.start.taken
+        both = torch.cat((left, taken.left / -self.scaling), 1), torch.cat((right, taken.right))
+        return Factors(*both, self.scaling, magnitude, len(taken.right), taken.error)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -152,6 +179,15 @@ class Updates:
     token_rows: Mapping[str, Tensor]
     beyond: Mapping[str, str]
 
+    @cached_property
+    def not_at_hand(self) -> dict[str, list[str]]:
+        """Modules of which it is not told here what is added, by the reason."""
+        found: dict[str, list[str]] = {}
+        for module, update in self.pairs.items():
+            if update.not_at_hand:
+                found.setdefault(update.not_at_hand, []).append(module)
+        return found
+
 
 def find_updates(subject: Subject) -> Updates:
     """What the tensors of the adapter's file mean, by their headers.
@@ -170,7 +206,7 @@ def find_updates(subject: Subject) -> Updates:
         tensor = adapter.tensors[text]
         if not module:
             beyond[text] = "it names no module of this model"
-        elif tensor.dtype not in FLOATS:
+        elif tensor.dtype not in (*FLOATS, *NARROW_FLOATS):
             beyond[text] = f"it is stored as {tensor.dtype}"
         elif key.part == "rows":
             token_rows[module] = tensor
@@ -223,4 +259,16 @@ def _pair(subject: Subject, module: str, parts: Mapping[str, Tensor]) -> Update 
         return "its matrices are not of this module's size"
     if magnitude is not None and (embedding or len(weight.shape) > 2 or magnitude.numel != weight.shape[0]):
         return "DoRA is judged on linear layers"
-    return update
+    return _started(subject, update, found)
+
+
+def _started(subject: Subject, update: Update, module: Any) -> Update:
+    """With what its start took out of the base."""
+    assert subject.adapter is not None
+    init = subject.adapter.fields.get("init_lora_weights")
+    if taking(init) is None:
+        return update
+    name = f"{update.module}.weight"
+    place = subject.weights, name if name in subject.weights else ""
+    start = start_of(str(init), place, module, update.down.shape[0], update.scaling)
+    return replace(update, unknown=start) if isinstance(start, str) else replace(update, start=start)

@@ -51,6 +51,13 @@ def test_what_is_broken_is_named(case, shop):
     assert not [finding for finding in report.not_judged if "error of its own" in finding.line]
 
 
+def test_a_merge_is_not_judged_where_every_load_has_another_start(shop):
+    (case,) = (case for case in BROKEN if case.name == "merged-from-random-pissa")
+    found = judged(case, shop).of(7)
+    assert {finding.state for finding in found} == {"not judged"}
+    assert "not-compared" in {finding.name for finding in found}
+
+
 @pytest.mark.parametrize("case", parameters(HEALTHY))
 def test_what_is_healthy_raises_no_alarm(case, shop):
     report = judged(case, shop)

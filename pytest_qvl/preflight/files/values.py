@@ -28,6 +28,7 @@ _NAMES = {
     **{f"{kind}{bits}": f"{word}{bits}" for kind, word in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
+NARROW_FLOATS = ("F8_E4M3", "F8_E5M2")  # of which every value is one of float32
 
 
 def dtype_of(tensor: Tensor) -> torch.dtype:

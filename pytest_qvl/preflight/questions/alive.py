@@ -31,6 +31,7 @@ from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS, pieces
 from pytest_qvl.preflight.findings import Finding, some
+from pytest_qvl.preflight.starts import CONVERT
 from pytest_qvl.preflight.timing import one_thread
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ def vitals(tensor: Tensor) -> Vitals:
         tiny = torch.finfo(values.dtype).tiny
         low, high = (float(value) for value in torch.aminmax(values.float()))
         if not math.isfinite(low + high):
-            bad += int((~torch.isfinite(values)).sum())
+            bad += int((~torch.isfinite(values.float())).sum())
         else:
             least, most = min(least, low), max(most, high)
     empty = least > most
@@ -114,10 +115,25 @@ def answer(subject: Subject) -> Iterator[Finding]:
     """What is dead or broken in the adapter's own values, then how large it is beside the base's."""
     subject.saved_adapter()
     updates = subject.updates
+    yield from _integers(subject)
     if not (updates.pairs or updates.copies or updates.token_rows):
         raise CannotJudge(f"no tensor of the adapter is one that can be judged: {some(updates.beyond)}")
     with one_thread():
         yield from _judged(subject)
+
+
+def _integers(subject: Subject) -> Iterator[Finding]:
+    """Tensors of whole numbers, of which nobody knows the scale."""
+    assert subject.adapter is not None
+    whole = [t for t in subject.adapter.tensors.values() if t.dtype[0] in "IUB" and t.dtype != "BF16"]
+    if whole:
+        yield _red(
+            subject, "integers",
+            f"{len(whole)} of {len(subject.adapter.tensors)} tensors of the adapter are stored as "
+            f"{', '.join(sorted({t.dtype for t in whole}))}: {some(t.name for t in whole)}",
+            cause="the file was quantized, and PEFT, which knows no scale for it, takes the integers for the values",
+            fix="save the adapter again in float32 or bfloat16",
+        )  # fmt: skip
 
 
 def _judged(subject: Subject) -> Iterator[Finding]:
@@ -131,7 +147,12 @@ def _judged(subject: Subject) -> Iterator[Finding]:
         reasons = sorted(set(updates.beyond.values()))
         yield Finding(NUMBER, "not-looked-at", "not judged",
             f"{len(updates.beyond)} tensors are not judged ({'; '.join(reasons)}): {some(updates.beyond)}")  # fmt: skip
-    yield from _size(subject, sound, green=not wrong)
+    for reason, modules in updates.not_at_hand.items():
+        yield Finding(
+            NUMBER, "start-unknown", "not judged",
+            f"what {len(modules)} modules add to the base is not told: {reason}: {some(modules)}", fix=CONVERT,
+        )  # fmt: skip
+    yield from _size(subject, [u for u in sound if not u.not_at_hand], green=not wrong)
 
 
 def _tensors(subject: Subject) -> dict[str, Tensor]:
@@ -201,7 +222,7 @@ def _overflowing(subject: Subject, looked: Mapping[str, Vitals]) -> Iterator[Fin
     for module, update in subject.updates.pairs.items():
         sides = [looked[tensor.name] for tensor in (update.down, update.up)]
         bound = abs(update.scaling) * math.prod(side.largest * math.sqrt(side.tensor.numel) for side in sides)
-        if not any(side.bad for side in sides) and bound > _HALF_MOST:
+        if not update.not_at_hand and not any(side.bad for side in sides) and bound > _HALF_MOST:
             largest = float(update.factors().singular_values()[0])
             if largest > _HALF_MOST:
                 found[module] = largest
@@ -309,7 +330,8 @@ def _effective(update: Update) -> float:
 
 
 def _ranks(updates: Sequence[Update]) -> str:
-    return "/".join(str(rank) for rank in sorted({update.down.shape[0] for update in updates}))
+    # What a start took out of the base is as wide as the adapter.
+    return "/".join(str(rank) for rank in sorted({u.down.shape[0] * (2 if u.start else 1) for u in updates}))
 
 
 def _counted(subject: Subject, modules: Sequence[str]) -> str:

@@ -6,13 +6,13 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight import naming
 from pytest_qvl.preflight.base import Base
 from pytest_qvl.preflight.commands import red
-from pytest_qvl.preflight.files.values import dtype_of, read_whole
+from pytest_qvl.preflight.files.values import FLOATS, dtype_of, read_whole
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Same, compare, outside_cells
 from pytest_qvl.preflight.survey import weight_name
@@ -70,6 +70,11 @@ class Case:
         """Whether the merged checkpoint does, by its configuration."""
         return has_tied_head(self.parts)
 
+    @property
+    def init(self) -> Any:
+        """``init_lora_weights`` of the adapter."""
+        return self.subject.adapter and self.subject.adapter.fields.get("init_lora_weights")
+
     @cached_property
     def expected(self) -> list[str]:
         """The base's tensors, computed buffers left out."""
@@ -79,6 +84,19 @@ class Case:
     def found(self) -> list[str]:
         """The merged checkpoint's."""
         return [name for name in self.there.names() if not name.endswith(_COMPUTED)]
+
+    @cached_property
+    def unread(self) -> dict[str, str]:
+        """Modules of which some tensors of the adapter are not read, with the reason; they cannot be judged at all."""
+        placed = self.subject.placed
+        found = {placed[text].module: reason for text, reason in self.subject.updates.beyond.items()}
+        return {module: reason for module, reason in found.items() if module}
+
+    @cached_property
+    def odd(self) -> list[str]:
+        """Tensors that are floating point in the base and here integers, or floating point of 8 bits."""
+        shared = [name for name in self.found if name in self.subject.weights and not self.there.is_packed(name)]
+        return [n for n in shared if self.subject.weights[n].dtype in FLOATS and self.there[n].dtype not in FLOATS]
 
     def group(self, names: Sequence[str]) -> str:
         """How many of some tensors belong to each part of the model, in words."""
@@ -198,6 +216,7 @@ class Rest:
         """Compare all of them."""
         case = self.case
         adapted = {name for name, module in touched(case.subject).items() if name in (module, f"{module}.weight")}
+        adapted |= {*case.odd, *(f"{module}.{end}" for module in case.unread for end in ("weight", "bias"))}
         for name in [*case.expected, *([case.head] if case.was_tied and case.head in case.there else [])]:
             if name in case.there and name not in adapted and not _is_head_update(case, name):
                 self._compare(name)

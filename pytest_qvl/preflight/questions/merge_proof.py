@@ -9,8 +9,8 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
@@ -19,6 +19,7 @@ from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Proof, outside_cells, packed_before, prove, total
 from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, head_of, names_of
+from pytest_qvl.preflight.starts import CONVERT
 from pytest_qvl.preflight.survey import weight_name
 from pytest_qvl.preflight.updates import BiasUpdate
 from pytest_qvl.preflight.weights import Weights
@@ -57,10 +58,19 @@ def judge(subject: Subject) -> Iterator[Finding]:
             f"{len(packed)} weights of the merged checkpoint are packed in 4 bits ({case.group(packed)}), which hides "
             "ΔW below their steps: give the 16-bit checkpoint that was packed",
         )  # fmt: skip
+    if odd := case.odd:
+        kinds = sorted({case.there[name].dtype for name in odd})
+        yield case.red(
+            "odd-dtype",
+            f"{len(odd)} tensors of the merged checkpoint are stored as {', '.join(kinds)}, the base's in "
+            f"{', '.join(sorted({case.subject.weights[name].dtype for name in odd}))} ({case.group(odd)}): {some(odd)}",
+            cause="they were quantized or cast, and config.json has no quantization that would undo it: "
+            "from_pretrained takes the stored numbers for the weights",
+        )  # fmt: skip
     rest = Rest(case)
     changed = list(rest.findings())
     yield from changed
-    yield from _adapted(case, rest, spotless=not wrong and not changed)
+    yield from _adapted(case, rest, spotless=not (wrong or changed or packed or odd))
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,14 @@ class _Judged:
 
 
 def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
-    judged = list(_proofs(case))
+    work = _work(case)
+    for reason, names in work.left_out.items():
+        yield Finding(
+            NUMBER, "not-compared", "not judged",
+            f"{len(names)} of {len(names) + len(work.compared)} adapted weights are not compared: {reason}: "
+            f"{some(names)}",
+        )  # fmt: skip
+    judged = list(_proofs(work))
     if not judged:
         yield Finding(
             NUMBER, "nothing-merged", "not judged", "no adapted weight of the merged checkpoint can be compared"
@@ -84,7 +101,7 @@ def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
     for each in judged:
         found.setdefault(each.verdict, []).append(each)
     for verdict, of_verdict in found.items():
-        if verdict not in ("merged", "merged-16", "below"):
+        if verdict not in ("merged", "merged-16", "below", "unsure"):
             yield _misfit(case, verdict, of_verdict, len(judged))
     if len(found.get("below", ())) == len(judged):
         yield case.red(
@@ -99,6 +116,13 @@ def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
             f"ΔW is below half a step of every weight in {len(below)} of {len(judged)} modules: merged and not "
             f"merged are the same there: {some(below)}",
         )  # fmt: skip
+    if "unsure" in found:
+        names = [each.proof.module for each in found["unsure"]]
+        yield Finding(
+            NUMBER, "start-unsure", "not judged",
+            f"what the start took out of {len(names)} weights is not determined well enough (the singular values on "
+            f"both sides of rank r are alike in float32): {some(names)}", fix=CONVERT,
+        )  # fmt: skip
     if "merged-16" in found:
         of_verdict = found["merged-16"]
         yield Finding(
@@ -108,16 +132,15 @@ def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
             keeps_green=pytest_line(case.subject),
         )  # fmt: skip
     if "merged" in found:
-        yield _survived(case, rest, [each.proof for each in found["merged"]], spotless and len(found) == 1)
+        whole = spotless and len(found) == 1 and not work.left_out
+        yield _survived(case, rest, [each.proof for each in found["merged"]], whole)
 
 
-def _proofs(case: Case) -> Iterator[_Judged]:
+def _proofs(work: _Work) -> Iterator[_Judged]:
     """Every adapted weight that both checkpoints have, one to a thread: torch lets go of the interpreter meanwhile."""
-    work = list(_comparable(case))
     with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        for (update, places), proof in zip(work, threads.map(_prove, work), strict=True):
-            if proof.bad or 0 < proof.uu < math.inf:
-                yield _Judged(update, proof, _verdict_of(update, proof, places), places)
+        for (update, places), proof in zip(work.compared, threads.map(_prove, work.compared), strict=True):
+            yield _Judged(update, proof, _verdict_of(update, proof, places), places)
 
 
 def _prove(work: tuple[Update, tuple[Place, Place]]) -> Proof:
@@ -129,22 +152,56 @@ def _prove(work: tuple[Update, tuple[Place, Place]]) -> Proof:
         return prove(update, update.factors(), *places)
 
 
-def _comparable(case: Case) -> Iterator[tuple[Update, tuple[Place, Place]]]:
+class _Work(NamedTuple):
+    """What is compared, and what is not.
+
+    Attributes:
+        compared: Every update whose weight both checkpoints have, with both places.
+        left_out: Adapted weights that cannot be compared, by the reason.
+    """
+
+    compared: list[tuple[Update, tuple[Place, Place]]]
+    left_out: dict[str, list[str]]
+
+
+def _work(case: Case) -> _Work:
     subject = case.subject
+    work = _Work([], {})
+    for module, reason in case.unread.items():
+        work.left_out.setdefault(f"the adapter's tensors are not read there: {reason}", []).append(module)
     for module, update in {**subject.updates.pairs, **subject.updates.biases}.items():
         name = module if module in subject.updates.biases else weight_name(subject, module)
         other = f"{module}.weight" if f"{module}.weight" in case.there else name
-        if not name or other not in case.there or not subject.weights.is_numeric(name):
-            continue
-        if case.there.is_packed(other) or case.there[other].dtype not in FLOATS:
-            continue
-        if subject.weights.shape(name) == update.shape == case.there.shape(other):
-            yield update, (Place(subject.weights, name), Place(case.there, other))
+        if name and (other not in case.there or case.there.is_packed(other)):
+            continue  # said already: dropped, or in 4 bits
+        reason = update.unknown or _why_not_compared(case, update, name, other)
+        if reason:
+            work.left_out.setdefault(reason, []).append(module)
+        else:
+            work.compared.append((update, (Place(subject.weights, name), Place(case.there, other))))
+    return work
+
+
+def _why_not_compared(case: Case, update: Update, name: str, other: str) -> str:
+    """Why the weight of an update cannot be compared; empty if it can."""
+    before, there = case.subject.weights, case.there
+    if not name:
+        return "the base has no such tensor"
+    if not before.is_numeric(name):
+        return f"the base stores it as {before[name].dtype}"
+    if there[other].dtype not in FLOATS:
+        return f"the merged checkpoint stores it as {there[other].dtype}"
+    shapes = before.shape(name), update.shape, there.shape(other)
+    return "" if len(set(shapes)) == 1 else f"its shape is {list(shapes[2])}, the base's {list(shapes[0])}"
 
 
 def _verdict_of(update: Update, proof: Proof, places: tuple[Place, Place]) -> str:
     """As :func:`_verdict`; a packed base is compared with what it was packed from, too."""
     verdict, base = _verdict(proof, update), places[0]
+    if update.start is not None and not proof.numel * update.start.taken.error**2 < proof.uu:
+        return "unsure"
+    if verdict == "other" and update.start is not None:
+        return "start-left-in" if not _prove((replace(update, start=None), places)).outside else verdict
     if verdict != "other" or update.magnitude is not None or not base.weights.is_packed(base.name):
         return verdict
     if not outside_cells(update.factors(), *places):
@@ -205,6 +262,14 @@ def _misfit(case: Case, verdict: str, judged: Sequence[_Judged], whole: int) -> 
             "merge-not-finite", f"{line} hold NaN or infinite values: {some(names)}",
             cause="the adapter has diverged, or a sum left the range of the dtype that it was merged in",
         )  # fmt: skip
+    if verdict == "start-left-in":
+        return case.red(
+            "start-left-in",
+            f"{line} hold W + s B A and not W - P + s B A: what the adapter's start took out of the base is still in "
+            f"them: {some(names)}",
+            cause=f"init_lora_weights is {case.init!r}, and what merged it took A and B for plain LoRA",
+            fix=f"merge with PEFT, which takes that part out when it loads the adapter, or {CONVERT}",
+        )  # fmt: skip
     if verdict == "other":
         weights = [each for each in judged if not isinstance(each.update, BiasUpdate)]
         smallest = min(weights or judged, key=lambda each: each.proof.numel)
@@ -220,8 +285,8 @@ def _misfit(case: Case, verdict: str, judged: Sequence[_Judged], whole: int) -> 
         share = sum(each.proof.outside for each in judged) / sum(each.proof.numel for each in judged)
         return case.red(
             "merge-differs",
-            f"{line} are not base plus adapter: {share:.2%} of their values are further off than rounding takes them, "
-            f"and {first.kept:.3g} times ΔW is in {first.module}: {some(names)}",
+            f"{line} are not base plus adapter: {share:.2%} of their values are further off than rounding takes them"
+            f"{f', and {first.kept:.3g} times ΔW is in {first.module}' if first.uu else ''}: {some(names)}",
             cause="it was merged into another base, from another checkpoint of the adapter, or changed afterwards",
         )  # fmt: skip
     said = f"{first.kept:.3g} times ΔW" if verdict == "scaled" else f"{verdict} ({first.kept:.3g} times ΔW)"

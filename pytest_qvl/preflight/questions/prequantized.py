@@ -12,10 +12,12 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.loading import compared_with
 from pytest_qvl.preflight import skip_rules
 from pytest_qvl.preflight.commands import pytest_line, red
+from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.packed import Packed, packed_weights, without_state
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
 from pytest_qvl.preflight.timing import patience
+from pytest_qvl.preflight.weights import Weights
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
@@ -41,6 +43,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
         yield Finding(NUMBER, "complete", "green", f"all {len(base.tensors)} tensors of {base.label} have their place")
     if base.quantization is None:
         yield from _packed_without_configuration(subject)
+        yield from _integers_without_configuration(subject)
         return
     packed = packed_weights(base.tensors)
     wrong = [*_settings(subject, base.quantization, packed), *_states(subject, packed), *_places(subject, packed)]
@@ -65,6 +68,21 @@ def _packed_without_configuration(subject: Subject) -> Iterator[Finding]:
             f"{len(packed)} weights are packed in 4 bits, and config.json has no quantization_config: {some(packed)}",
             cause="it was lost when the folder was copied or edited, and Transformers takes packed bytes for weights",
             fix="put quantization_config back into config.json, or download the base again",
+        )  # fmt: skip
+
+
+def _integers_without_configuration(subject: Subject) -> Iterator[Finding]:
+    """Parameters that are stored as whole numbers, or as floating point of 8 bits, and nothing says by which scale."""
+    weights = Weights(subject.base.tensors)
+    names = [name for name, _ in subject.parts.base.named_parameters() if name in weights]
+    odd = [name for name in names if weights[name].dtype not in FLOATS and not weights.is_packed(name)]
+    if odd and not without_state(subject.base.tensors):
+        yield _red(
+            subject, "odd-dtype",
+            f"{len(odd)} tensors of the base are stored as {', '.join(sorted({weights[n].dtype for n in odd}))} "
+            f"({subject.by_group(odd)}), and config.json has no quantization_config: {some(odd)}",
+            cause="they were quantized or cast, and from_pretrained takes the stored numbers for the weights",
+            fix="download the base again, or put back the quantization_config that it was saved with",
         )  # fmt: skip
 
 

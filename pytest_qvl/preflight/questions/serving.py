@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.preflight.commands import red
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.naming import Key
+from pytest_qvl.preflight.starts import taking
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.loading import Loaded
@@ -96,13 +97,15 @@ def _is_plain(key: Key) -> bool:
 
 
 def _unsupported(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
-    config = subject.lora
+    assert subject.adapter is not None
+    config, init = subject.lora, subject.adapter.fields.get("init_lora_weights")
     asked = {
         "use_dora": config.use_dora,
         "modules_to_save": config.modules_to_save,
         f"bias={config.bias!r}": config.bias != "none",
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
+        f"init_lora_weights={init!r} (which takes a part out of the base)": taking(init) is not None,
     }
     if refused := [name for name, value in asked.items() if value]:
         yield _red(

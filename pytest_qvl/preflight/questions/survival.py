@@ -57,7 +57,8 @@ def answer(subject: Subject) -> Iterator[Finding]:
 def _predicted(subject: Subject) -> Finding:
     surveyed = [each for each in subject.survey.values() if _BF16 in each.losses]
     if not surveyed:
-        raise CannotJudge("no adapted weight has an update that is finite and not zero")
+        reasons = "; ".join(subject.updates.not_at_hand)
+        raise CannotJudge(reasons or "no adapted weight has an update that is finite and not zero")
     loss = pooled(surveyed, _BF16)
     said = _said(loss)
     if not any(each.losses[_BF16].changed for each in surveyed):

@@ -191,7 +191,9 @@ def _make_adapter(source: Path, folder: Path, name: str, lora: Mapping[str, Any]
     adapted = get_peft_model(model, LoraConfig(**fields), adapter_name=name)
     with torch.no_grad():
         for key, parameter in adapted.named_parameters():
-            if "lora_B" in key or "lora_embedding_A" in key:
+            if "lora_B" in key and "init_lora_weights" in fields:
+                parameter.add_(torch.randn_like(parameter) * 0.004)  # as trained from a start of its own
+            elif "lora_B" in key or "lora_embedding_A" in key:
                 parameter.normal_(std=0.004)
             elif "modules_to_save" in key:
                 parameter.mul_(1.01).add_(1e-4)  # as trained: a copy with the base's values is one that was not
