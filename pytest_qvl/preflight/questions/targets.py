@@ -68,9 +68,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
     if subject.adapter is None:
         raise CannotJudge("no adapter and no --lora was given" if subject.asked.adapter is None else subject.no_adapter)
     config = subject.lora
-    if not config.target_modules:
-        if getattr(config, "target_parameters", None):
-            raise CannotJudge("the LoRA configuration names target_parameters; only target_modules are judged")
+    if not config.target_modules and not _parameters(config):
         yield _no_targets(subject)
         return
     try:
@@ -82,7 +80,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
         return
     with patience("target_modules of the adapter"):
         modules = adaptable_modules(subject.parts)
-        expected = frozenset(requested_modules(subject.parts, config, modules))
+        expected = frozenset(_asked_for(subject, config, modules))
     # What holds trained rows of embeddings is a tuner layer inside of one that stands for them (not a target).
     inside = tuple(f"{name}." for name in auxiliary_layers(adapted))
     actual = frozenset(name for name in adapted_layers(adapted) if not name.startswith(inside))
@@ -93,6 +91,24 @@ def answer(subject: Subject) -> Iterator[Finding]:
     yield from _bare_layers(placement, config)
     if subject.plan is not None and subject.plan is not subject.adapter:
         yield from _unlike_the_plan(placement, config, subject.plan.lora_config())
+
+
+def _parameters(config: Any) -> list[str]:
+    """``target_parameters``, which PEFT has since 0.17."""
+    return sorted(getattr(config, "target_parameters", None) or ())
+
+
+def _asked_for(subject: Subject, config: Any, modules: Mapping[str, nn.Module]) -> set[str]:
+    """The modules that the configuration asks for, by ``target_modules`` and by a parameter of theirs."""
+    asked = requested_modules(subject.parts, config, modules) if config.target_modules else set()
+    by_parameter = {name for name, module in modules.items() if _entries_of(_parameters(config), name, module)}
+    return asked | by_parameter
+
+
+def _entries_of(entries: Sequence[str], name: str, module: nn.Module) -> list[str]:
+    """Entries of ``target_parameters`` that mean a parameter of a module: by the end of its name, or all of it."""
+    own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters(recurse=False)]
+    return [entry for entry in entries if any(_ends_with(parameter, entry) for parameter in own)]
 
 
 def _no_targets(subject: Subject) -> Finding:
@@ -173,11 +189,13 @@ def _leaks(placement: Placement, config: Any) -> Iterator[Finding]:
     said = ", ".join(f"{group} {count}" for group, count in counts.items())
     root = placement.subject.parts.roots["language"].rpartition(".")[2]
     ends = "|".join(sorted({name.rpartition(".")[2] for name in placement.of("language")})) or "q_proj|v_proj"
+    by_parameter = any(_entries_of(_parameters(config), name, placement.modules[name]) for name in leaked)
+    field = "target_parameters" if by_parameter else "target_modules"
     yield _red(
         placement.subject,
         "leak",
         f"{len(leaked)} modules of the vision side get an adapter by the way ({said}): {some(leaked)}",
-        cause=f"target_modules {_short(config.target_modules)} match by name, and the vision side has such layers too",
+        cause=f"{field} {_short(getattr(config, field))} match by name, and the vision side has such layers too",
         fix=f'target_modules=r"{_LANGUAGE.format(root, ends)}"; if the vision side is adapted on purpose, say so by an '
         "expression that names it, or declare it (--adapter-policy language,vision)",
     )
@@ -189,13 +207,16 @@ def _on_purpose(placement: Placement, config: Any, name: str) -> bool:
     A declared policy says so; a list does by an entry that matches the vision side only, a regular expression by a
     word for it.
     """
-    policy, targets = placement.subject.asked.policy, config.target_modules
+    policy, targets = placement.subject.asked.policy, config.target_modules or ()
     if policy is not None and placement.groups[name] in policy.adapted:
         return True
+    modules, language = placement.modules, placement.of("language")
+    for entry in _entries_of(_parameters(config), name, modules[name]):
+        return not any(_entries_of([entry], other, modules[other]) for other in language)
     if isinstance(targets, str):
         return targets.lower() != "all-linear" and _MEANS_VISION.search(_EXCLUDED.sub("", targets)) is not None
     entries = [entry for entry in targets if _ends_with(name, entry)]
-    return any(not any(_ends_with(other, entry) for other in placement.of("language")) for entry in entries)
+    return any(not any(_ends_with(other, entry) for other in language) for entry in entries)
 
 
 def _ends_with(name: str, entry: str) -> bool:
@@ -204,12 +225,17 @@ def _ends_with(name: str, entry: str) -> bool:
 
 def _idle_entries(placement: Placement, config: Any) -> Iterator[Finding]:
     """Entries of the list that no module has, and modules_to_save that the model lacks."""
-    targets = config.target_modules
-    names = [name for name, _ in placement.subject.parts.base.named_modules() if name]
+    targets, base = config.target_modules or (), placement.subject.parts.base
+    pools: dict[str, Sequence[str]] = {
+        "target_modules": list(placement.modules),
+        "target_parameters": [name for name, _ in base.named_parameters()],
+        "modules_to_save": [name for name, _ in base.named_modules() if name],
+    }
     asked = [("target_modules", entry) for entry in (() if isinstance(targets, str) else sorted(targets))]
+    asked += [("target_parameters", entry) for entry in _parameters(config)]
     asked += [("modules_to_save", entry) for entry in config.modules_to_save or ()]
     for what, entry in asked:
-        pool = placement.modules if what == "target_modules" else names
+        pool = pools[what]
         if any(_ends_with(name, entry) for name in pool):
             continue
         near = get_close_matches(entry, {name.rpartition(".")[2] for name in pool}, 1, 0.6)
@@ -248,7 +274,7 @@ def _bare_layers(placement: Placement, config: Any) -> Iterator[Finding]:
 def _unlike_the_plan(placement: Placement, config: Any, plan: Any) -> Iterator[Finding]:
     """What of ``--lora`` the adapter does not have: modules that a trainer dropped, another rank or scaling."""
     with patience("target_modules of --lora"):
-        asked = requested_modules(placement.subject.parts, plan, placement.modules)
+        asked = _asked_for(placement.subject, plan, placement.modules)
     dropped = [name for name in placement.modules if name in asked - placement.actual]
     added = [name for name in placement.modules if name in placement.actual - asked]
     fields = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
@@ -271,5 +297,5 @@ def _unlike_the_plan(placement: Placement, config: Any, plan: Any) -> Iterator[F
 
 
 def _short(targets: Any) -> str:
-    shown: Sequence[str] | str = targets if isinstance(targets, str) else sorted(map(str, targets))
+    shown: Sequence[str] | str = targets if isinstance(targets, str) else sorted(map(str, targets or ()))
     return neutral(repr(shown), 200)

@@ -135,6 +135,11 @@ def merger_by_another_familys_name(shop: Workshop, family: str) -> Arguments:
     return {"base": shop.base(family), "lora": lora}
 
 
+@broken("", "leak", "target_parameters ['mlp.gate_proj.weight']", ("qwen2_5_vl",))
+def parameter_of_the_tower_too(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, target_modules=["q_proj"], target_parameters=["mlp.gate_proj.weight"])
+
+
 # 3: what becomes of each key
 
 

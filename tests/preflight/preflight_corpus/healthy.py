@@ -21,6 +21,8 @@ _UNSLOTH_BOTH = (
     r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj|qkv|proj|linear_fc1|linear_fc2).*?)"
 )
 
+_PARAMETERS = ["self_attn.q_proj.weight"]
+
 
 def healthy(
     families: tuple[str, ...] = FAMILIES,
@@ -84,6 +86,17 @@ def key_projections_trained_whole(shop: Workshop, family: str) -> Arguments:
 @healthy()
 def matrices_with_a_bias(shop: Workshop, family: str) -> Arguments:
     return _adapted(shop, family, lora_bias=True)
+
+
+@healthy(("qwen3_vl", "qwen2_5_vl"))
+def by_parameters(shop: Workshop, family: str) -> Arguments:
+    return _adapted(shop, family, target_modules=r".*language_model.*\.[kv]_proj", target_parameters=_PARAMETERS)
+
+
+@healthy(("qwen2_vl",))
+def by_parameters_alone(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family, target_modules=[], target_parameters=_PARAMETERS)
+    return {**found, "merged": shop.merged(found["base"], found["adapter"])}
 
 
 @healthy()
