@@ -16,10 +16,13 @@ import pytest
 from pytest_qvl.cli import main
 from pytest_qvl.figures import digest_of, drawn_digest
 from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.released import released_config, released_names
 from pytest_qvl.vram.cards import card
 from pytest_qvl.vram.forecast import Forecast, Request, forecast, phases
 from pytest_qvl.vram.forecast.output.timeline import drawn
 from pytest_qvl.vram.forecast.run import largest, make_forecaster
+from pytest_qvl.vram.forecast.runnable import why_not_runnable
+from pytest_qvl.vram.forecast.source import find_source
 from pytest_qvl.vram.units import MiB
 
 MERGED_PIXELS = 28
@@ -140,6 +143,39 @@ def test_a_folder_without_a_vision_model_is_refused(tmp_path: Path, text: str, c
     (tmp_path / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=complaint):
         forecast(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("half", "change", "complaint"),
+    [
+        (
+            "text_config",
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers 1000000000, which no model of this family has",
+        ),
+        ("text_config", {"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ("text_config", {"hidden_size": "128"}, "is no configuration that Transformers takes"),
+        ("vision_config", {"window_size": 0}, "cannot run: window_size of the vision tower is 0"),
+        ("vision_config", {"num_heads": 7}, "cannot run: its forward pass fails with"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_refused(
+    tmp_path: Path, half: str, change: dict[str, Any], complaint: str
+) -> None:
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(EMBEDDED).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content[half].update(change)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(ValueError, match=complaint):
+        find_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", released_names())
+def test_every_release_can_run(name: str) -> None:
+    assert why_not_runnable(released_config(name)) == ""
 
 
 def _command(*options: str) -> list[str]:

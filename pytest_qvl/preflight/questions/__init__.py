@@ -39,7 +39,7 @@ QUESTIONS = (
     Question(2, "targets", "Which modules get an adapter?"),
     Question(3, "keys", "Does every key of the adapter land on a module, and is it for this model?"),
     Question(4, "alive", "Is the adapter alive?"),
-    Question(5, "prequantized", "Are the base's files complete, and consistent where they were saved in 4 bits?"),
+    Question(5, "prequantized", "Can the base run, and are its files complete and consistent?"),
     Question(6, "processor", "Do processor, tokenizer and template belong to the base?"),
     Question(7, "survival", "What survives a merge?"),
     Question(8, "card", "Does it fit the card?"),

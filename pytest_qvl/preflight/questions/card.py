@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.findings import Finding
 from pytest_qvl.vram.units import GiB
@@ -27,12 +28,17 @@ def answer(subject: Subject) -> Iterator[Finding]:
     base = subject.base
     if not base.released and base.folder is None:
         raise CannotJudge(f"{base.label} has no configuration at hand that a forecast could be made of")
-    found = forecast(
-        base.released or str(base.folder),
-        lora_r=_rank(subject),
-        checkpoint="16bit" if base.quantization is None else "nf4",
-        card=subject.asked.card,
-    )
+    try:
+        found = forecast(
+            base.released or str(base.folder),
+            lora_r=_rank(subject),
+            checkpoint="16bit" if base.quantization is None else "nf4",
+            card=subject.asked.card,
+        )
+    except ModelSourceError:
+        raise
+    except ValueError as error:
+        raise CannotJudge(f"there is no forecast: {error}") from None
     assert found.verdict is not None
     card = found.verdict.card
     figures = f"{found.verdict.reserved / GiB:.2f} GiB of {found.verdict.available / GiB:.2f} GiB on {card.title}"

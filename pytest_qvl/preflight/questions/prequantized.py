@@ -18,6 +18,7 @@ from pytest_qvl.preflight.packed import Packed, packed_weights, without_state
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
 from pytest_qvl.preflight.timing import patience
 from pytest_qvl.preflight.weights import Weights
+from pytest_qvl.vram.forecast.runnable import why_not_runnable
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
@@ -31,6 +32,7 @@ _AGAIN = "quantize its 16-bit base again with the installed bitsandbytes and Tra
 def answer(subject: Subject) -> Iterator[Finding]:
     """Completeness of the base's files; states, statistics and skip list of one that was saved in 4 bits."""
     base = subject.base
+    yield from _runs(subject)
     if not base.tensors or base.folder is None:
         raise CannotJudge(f"{base.label} has no weight files at hand: {base.note or 'configuration only'}")
     report = compared_with(subject.parts.base, base.folder.path, "the base")
@@ -57,6 +59,19 @@ def answer(subject: Subject) -> Iterator[Finding]:
         yield Finding(
             NUMBER, "states", "green", f"{len(packed)} weights in 4 bits with their states: {said}",
             keeps_green=pytest_line(subject),
+        )  # fmt: skip
+
+
+def _runs(subject: Subject) -> Iterator[Finding]:
+    """Whether a model of this configuration can run; of a release that is known."""
+    if subject.base.released:
+        return
+    subject.parts  # a configuration that no model can be built from is refused here  # noqa: B018
+    if said := why_not_runnable(subject.base.config):
+        yield _red(
+            subject, "cannot-run", f"no model runs with config.json of {subject.base.label}: {neutral(said, 300)}",
+            cause="config.json was edited, or belongs to another model",
+            fix="put back the config.json that the weights were saved with",
         )  # fmt: skip
 
 

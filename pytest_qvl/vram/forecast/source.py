@@ -11,6 +11,7 @@ from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource
 from pytest_qvl.models.sources.released import ImageSizes, hub_id, image_sizes, released_config, released_names
+from pytest_qvl.vram.forecast.runnable import absurd_size, why_not_runnable
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def find_source(model: str) -> Source:
     """The configuration of a released name or of a local folder; nothing is downloaded.
 
     Raises:
-        ValueError: Neither; or the folder's configuration is no Qwen-VL with a vision tower.
+        ValueError: Neither; or the folder's configuration is no Qwen-VL with a vision tower, or of a model that cannot
+            run.
     """
     if model in released_names():
         return Source(model, released_config(model), image_sizes(model))
@@ -54,10 +56,22 @@ def find_source(model: str) -> Source:
             f"{fields.get('model_type')!r}, vision_config {'present' if has_vision else 'missing'}); known: "
             f"{', '.join(FAMILIES)}"
         )
+    if said := absurd_size(fields):
+        raise ValueError(f"{file} says {said}")
+    config = _config(file)
+    if said := why_not_runnable(config):
+        raise ValueError(f"{file} describes a model that cannot run: {said}")
+    return Source(file.parent.resolve().name, config, _folder_sizes(file.parent, config))
+
+
+def _config(file: Path) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
-    return Source(file.parent.resolve().name, config, _folder_sizes(file.parent, config))
+    try:
+        return AutoConfig.from_pretrained(str(file.parent), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever the class makes of values that it does not expect
+        said = " ".join(str(error).split())
+        raise ValueError(f"{file} is no configuration that Transformers takes: {said[:200]}") from None
 
 
 def find_weights_source(weights: ModelSource) -> Source:

@@ -76,6 +76,54 @@ def start_by_a_randomized_decomposition(shop: Workshop, family: str) -> Argument
     return _adapted(shop, family, init_lora_weights="pissa_niter_4")
 
 
+# A base that cannot run
+
+
+def _base_with(shop: Workshop, family: str, half: str, **changes: Any) -> Arguments:
+    """A base of which some fields of one half's configuration were edited after it was saved."""
+    folder = shop.copy(shop.base(family))
+    edit(folder / "config.json", lambda content: content[half].update(changes))
+    return {"base": folder}
+
+
+@broken("", "cannot-run", "mrope_section [8, 12, 12] adds up to 32, and has to be 16", ("qwen2_vl", "qwen2_5_vl"))
+def sections_of_another_head_size(shop: Workshop, family: str) -> Arguments:
+    rope = {"mrope_section": [8, 12, 12], "rope_type": "default", "rope_theta": 1e6}
+    return _base_with(shop, family, "text_config", rope_parameters=rope, rope_scaling=rope)
+
+
+@broken("", "cannot-run", "num_attention_heads 4 is no multiple of num_key_value_heads 3", ("qwen3_vl",))
+def heads_that_do_not_divide(shop: Workshop, family: str) -> Arguments:
+    return _base_with(shop, family, "text_config", num_key_value_heads=3)
+
+
+@broken("", "cannot-run", "window_size of the vision tower is 0")
+def windows_without_pixels(shop: Workshop, family: str) -> Arguments:
+    return _base_with(shop, family, "vision_config", window_size=0)
+
+
+@broken("", "cannot-run", "rope_theta is 0", ("qwen3_vl",))
+def frequencies_of_nothing(shop: Workshop, family: str) -> Arguments:
+    folder = shop.copy(shop.base(family))
+
+    def zero(content: dict[str, Any]) -> None:
+        text = content["text_config"]
+        text["rope_theta"] = 0
+        for name in ("rope_parameters", "rope_scaling"):
+            if isinstance(text.get(name), dict):
+                text[name]["rope_theta"] = 0
+
+    edit(folder / "config.json", zero)
+    return {"base": folder}
+
+
+@broken("", "cannot-run", "image_token_id is 151655, and the vocabulary has", ("qwen2_vl",))
+def image_token_of_another_vocabulary(shop: Workshop, family: str) -> Arguments:
+    folder = shop.copy(shop.base(family))
+    edit(folder / "config.json", image_token_id=151655)
+    return {"base": folder}
+
+
 # Tensors of other shapes
 
 
