@@ -150,6 +150,11 @@ REMEDIES = {
         "labels on prompts or on nothing.",
         "Each finding names kind, row, token and usual cause; compare with what the processor makes of that sample.",
     ),
+    "packing_isolation": Remedy(
+        "Attention or positions do not notice where packed samples begin: position_ids without text positions, a mask "
+        "beside them, a kernel or a patch that does not look.",
+        "Give position_ids as (4, rows, length), text positions first, without an attention_mask; or train unpacked.",
+    ),
     "loss_arithmetic": Remedy(
         "The mean is taken over the wrong number of tokens, above all under gradient accumulation.",
         "Let the trainer hand over num_items_in_batch, or divide by all supervised tokens of one optimizer step.",

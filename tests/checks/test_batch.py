@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,7 +12,11 @@ from transformers import AutoConfig
 
 from pytest_qvl import checks
 from pytest_qvl.checks.batches.findings import KINDS, findings_of
+from pytest_qvl.checks.support.packing import pack
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
+from pytest_qvl.models.sources.model_source import parse_model
+from pytest_qvl.models.sources.released import released_config
+from pytest_qvl.models.sources.synthetic_processor import processor_for
 from pytest_qvl.samples import Sample, make_batch, scenes
 
 if TYPE_CHECKING:
@@ -221,3 +226,96 @@ def test_wrong_arguments_are_one_sentence(processor: Any, config: Any, batch: Ba
 
 def test_every_kind_is_in_the_list_once() -> None:
     assert len(set(KINDS)) == len(KINDS)
+
+
+# Every family, videos, packed rows
+
+
+@pytest.fixture(scope="module", params=["qwen2-vl-2b", "qwen2.5-vl-7b", "qwen3-vl-8b"])
+def released(request: pytest.FixtureRequest) -> tuple[Any, Any, list[Sample], Batch]:
+    """Processor and configuration as released, and a padded batch of them."""
+    processor = processor_for(parse_model(f"synthetic:{request.param}"))
+    made = {sample.skill: sample for sample in scenes(0, 1, cell=32)}
+    rows = [made[skill] for skill in SKILLS]
+    batch = make_batch(processor, rows, padding_side="right", answers=True)
+    return processor, released_config(request.param), rows, batch
+
+
+def _parts(config: Any) -> Any:
+    return SimpleNamespace(
+        image_token_id=config.image_token_id,
+        video_token_id=config.video_token_id,
+        merge_size=config.vision_config.spatial_merge_size,
+    )
+
+
+def test_every_family_passes(released: Any) -> None:
+    processor, config, rows, batch = released
+    assert kinds(batch, processor, config, rows) == []
+    assert kinds({**batch, "pixel_values": batch["pixel_values"].bfloat16()}, processor, config, rows) == []
+
+
+def test_packed_rows_pass_and_wrong_ones_do_not(released: Any) -> None:
+    processor, config, _, batch = released
+    made = pack(_parts(config), batch)
+    places = made["position_ids"]
+    assert kinds(made, processor, config) == []
+    assert kinds({**made, "position_ids": places[1:], "text_position_ids": places[0]}, processor, config) == []
+    lengths = torch.tensor([0, *batch["attention_mask"].sum(dim=1).cumsum(0).tolist()], dtype=torch.int32)
+    assert kinds({**made, "position_ids": places[1:], "cu_seq_lens_q": lengths}, processor, config) == []
+    numbers = (places[0] == 0).long().cumsum(dim=1)
+    blocks = (numbers[:, :, None] == numbers[:, None, :]).tril()[:, None]
+    for mask in (blocks, torch.where(blocks, 0.0, float("-inf")), numbers):
+        assert kinds({**made, "position_ids": places[1:], "attention_mask": mask}, processor, config) == []
+    assert kinds({**made, "position_ids": places[1:]}, processor, config) == ["packed-not-separated"]
+    ones = torch.ones_like(made["input_ids"])
+    assert kinds({**made, "attention_mask": ones}, processor, config) == ["packed-not-separated"]
+    plain = places[:1].expand(4, -1, -1)
+    assert kinds({**made, "position_ids": plain}, processor, config) == ["packed-apart"]
+
+
+def _as_videos(config: Any, batch: Batch) -> Batch:
+    """The same rows with every image shown as a video of one temporal patch."""
+    names = {"pixel_values": "pixel_values_videos", "image_grid_thw": "video_grid_thw"}
+    made = {names.get(name, name): value for name, value in batch.items()}
+    made["input_ids"] = made["input_ids"].masked_fill(made["input_ids"] == config.image_token_id, config.video_token_id)
+    if "mm_token_type_ids" in made:
+        made["mm_token_type_ids"] = 2 * made["mm_token_type_ids"]
+    return made
+
+
+def test_videos(released: Any) -> None:
+    processor, config, _, batch = released
+    made = _as_videos(config, batch)
+    seconds = torch.full((len(made["video_grid_thw"]),), 0.5)
+    assert kinds({**made, "second_per_grid_ts": seconds}, processor, config) == []
+    timed = config.model_type == "qwen2_5_vl"
+    assert kinds(made, processor, config) == (["video-time"] if timed else [])
+    assert kinds({**made, "second_per_grid_ts": seconds[1:]}, processor, config) == (["video-time"] if timed else [])
+    if "mm_token_type_ids" in made:
+        taken = {**made, "second_per_grid_ts": seconds, "mm_token_type_ids": made["mm_token_type_ids"] // 2}
+        assert kinds(taken, processor, config) == ["types-apart"]
+    dropped = {name: value for name, value in made.items() if name != "pixel_values_videos"}
+    assert "images-without-pixels" in kinds({**dropped, "second_per_grid_ts": seconds}, processor, config)
+
+
+def test_the_frames_of_a_video_stand_apart_in_qwen3_vl_only(released: Any) -> None:
+    """Two temporal patches: one run of placeholders in Qwen2-VL and Qwen2.5-VL, two with a time between in Qwen3-VL."""
+    processor, config, _, _ = released
+    each = 4
+    width = config.vision_config.patch_size**2 * 3 * config.vision_config.temporal_patch_size
+    pad, text = [config.video_token_id] * each, processor.tokenizer("1 s", add_special_tokens=False)["input_ids"]
+    header = processor.tokenizer("<|im_start|>user\n", add_special_tokens=False)["input_ids"]
+    for between, apart in (([], False), (text, True)):
+        ids = torch.tensor([[*header, *pad, *between, *pad, *processor.tokenizer("<|im_end|>\n")["input_ids"]]])
+        made = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": 2 * (ids == config.video_token_id).long(),
+            "video_grid_thw": torch.tensor([[2, 4, 4]]),
+            "pixel_values_videos": torch.full((32, width), -1.0),
+            "second_per_grid_ts": torch.tensor([1.0]),
+        }
+        fits = apart == (config.model_type == "qwen3_vl")
+        found = kinds(made, processor, config)
+        assert ([each for each in found if each != "pixels-blank"] == []) == fits, (found, apart)

@@ -212,7 +212,9 @@ class View:
         return "positions", samples_in_rows({"input_ids": self.ids, "attention_mask": own, **self._positions()})
 
     def _positions(self) -> dict[str, Any]:
-        return {"position_ids": self.batch["position_ids"].cpu()}
+        """``position_ids``; of a batch that brings text positions apart from them (ms-swift), those."""
+        given = self.batch.get("text_position_ids", self.batch["position_ids"]).cpu()
+        return {"position_ids": given}
 
     def _has_positions_of_its_shape(self) -> bool:
         given = self.batch.get("position_ids")

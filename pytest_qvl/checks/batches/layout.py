@@ -78,7 +78,7 @@ def lay_out(view: View, findings: Findings, kind: Kind) -> Layout:
     sound = _judge_pixels(view, findings, kind, grids, found)
     pieces = list(_pieces(view.known, kind, grids))
     if sound and (found or pieces):
-        dealt = _deal(found, [piece.size for piece in pieces])
+        dealt = _deal(found, [piece.size for piece in pieces], apart=kind.noun == "video" and view.known.frames_apart)
         if dealt is not None:
             rows = dict(zip((piece.item for piece in pieces), dealt, strict=True))
             return Layout(kind, tuple(grids), tuple(rows.values()), sound=True)
@@ -181,12 +181,12 @@ def _pieces(known: Facts, kind: Kind, grids: Sequence[Grid]) -> Iterator[Piece]:
             yield Piece(item, grid, visual_tokens(grid, known.merge))
 
 
-def _deal(found: Sequence[Run], sizes: Sequence[int]) -> list[int] | None:
-    """The row of each size, where sizes fill the runs exactly in order; None where they do not."""
+def _deal(found: Sequence[Run], sizes: Sequence[int], *, apart: bool) -> list[int] | None:
+    """The row of each size, where sizes fill the runs exactly in order, with `apart` one each; None where not."""
     rows: list[int] = []
     for row, _, length in found:
         count = fitting(sizes[len(rows) :], length)
-        if not count:
+        if not count or (apart and count > 1):
             return None
         rows += [row] * count
     return rows if len(rows) == len(sizes) else None
@@ -312,6 +312,12 @@ class _Mismatch:
             return (
                 "images-expanded-twice",
                 "a text whose placeholders were expanded already went through the processor once more",
+            )
+        if self.view.known.frames_apart and self.kind.noun == "video":
+            return (
+                "placeholders-apart",
+                "Qwen3-VL writes the frames of a video apart, each behind its time: was the text expanded by the "
+                "processor of another family?",
             )
         merged = why_other(length, piece.grid, self.view.known.merge)
         return (

@@ -167,6 +167,8 @@ def _text_first(view: View) -> bool:
     """Whether Transformers parts the row by its own positions: text positions first, and no mask beside them."""
     given = view.batch["position_ids"]
     mask: Any = view.batch.get("attention_mask")
+    if "text_position_ids" in view.batch:
+        return mask is None
     return given.ndim == 3 and given.shape[0] == TEXT_FIRST and mask is None
 
 
