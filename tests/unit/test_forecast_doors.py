@@ -182,10 +182,12 @@ def test_a_lora_configuration_is_read_from_what_peft_saved(tmp_path: Path) -> No
         "lora_targets": ("q_proj", "v_proj"),
     }
     LoraConfig(r=4, target_modules=r".*layers.*_proj").save_pretrained(str(tmp_path))
-    with pytest.raises(
-        ValueError, match="has the pattern '.*layers.*_proj' as target_modules: give the forecast --lora"
-    ):
-        from_lora(str(tmp_path))
+    assert from_lora(str(tmp_path))["lora_targets"] == ".*layers.*_proj"
+    LoraConfig(r=4, target_modules=None).save_pretrained(str(tmp_path))
+    with pytest.raises(ValueError, match="lora_targets is empty, and PEFT has no default for these models"):
+        _ask("--from-lora", str(tmp_path))
+    assert _ask("--from-lora", str(tmp_path), "--lora-targets", "q_proj").request.lora_targets == ("q_proj",)
+    assert _ask("--lora-targets", r".*\.q_proj").request.lora_targets == r".*\.q_proj"
 
 
 def test_several_sizes_beside_a_number_of_images_are_refused() -> None:

@@ -52,6 +52,8 @@ def test_samples_take_the_place_of_one_size_for_all() -> None:
         ({"precision": "bf16", "autocast": False}, "contradict each other"),
         ({"precision": "bf16-pure", "autocast": True}, "contradict each other"),
         ({"lora_targets": "vision"}, "lora_targets is 'vision': known are language, all-linear and a tuple"),
+        ({"lora_targets": "(["}, "is no regular expression"),
+        ({"lora_targets": ()}, "lora_targets is empty"),
         ({"lora_dropout": 1.0}, "lora_dropout is 1.0"),
         ({"base_bits": 3}, "base_bits is 3: known are 4, 8, 16"),
         ({"base_bits": 8}, "base_bits is 8: the forecast does not follow the products of LLM.int8"),

@@ -108,6 +108,7 @@ def test_optimizers_keep_the_states_they_are_known_for(optimizer: Any, bytes_per
     [
         ({"lora_targets": "all-linear"}, True),
         ({"lora_targets": ("q_proj", "v_proj")}, False),
+        ({"lora_targets": r".*language_model.*\.(q|v)_proj"}, False),
         ({"modules_to_save": ("lm_head",)}, True),
         ({"trainable_tokens": 64}, True),
     ],

@@ -17,6 +17,7 @@ from pytest_qvl.vram.forecast.request import (
     PRECISIONS,
     TRAINERS,
     Sample,
+    is_pattern,
 )
 
 # Fields of a request that decide memory and that people may not know they left open, in the order they are shown.
@@ -106,7 +107,7 @@ def _add_how(group: _Group) -> None:
         nargs="+",
         default=unsaid,
         metavar="NAME",
-        help=f"{' or '.join(LORA_TARGETS)}, or names of modules (default: language)",
+        help=f"{' or '.join(LORA_TARGETS)}, names of modules, or one regular expression (default: language)",
     )
     group.add_argument("--lora-dropout", type=float, default=unsaid, metavar="P", help="default: 0")
     group.add_argument("--use-dora", action=switch, default=unsaid, help="DoRA instead of LoRA")
@@ -155,7 +156,8 @@ def said_by(options: argparse.Namespace) -> dict[str, Any]:
     said = {name: getattr(options, name) for name in _FIELDS if hasattr(options, name)}
     if "lora_targets" in said:
         names = said["lora_targets"]
-        said["lora_targets"] = names[0] if len(names) == 1 and names[0] in LORA_TARGETS else tuple(names)
+        whole = len(names) == 1 and (names[0] in LORA_TARGETS or is_pattern(names[0]))
+        said["lora_targets"] = names[0] if whole else tuple(names)
     if "modules_to_save" in said:
         said["modules_to_save"] = tuple(said["modules_to_save"])
     sizes = getattr(options, "image", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -27,6 +28,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BASE_BITS = (4, 8, 16)
 # What ``lora_targets`` may be beside names of modules.
 LORA_TARGETS = ("language", "all-linear")
+_PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")  # what a regular expression has, and no module's name
 # What is known and not followed: field, value, why.
 _NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
     ("use_dora", True, "DoRA unpacks each 4-bit weight for its norm, which the forecast does not follow; use False"),
@@ -53,6 +55,11 @@ class Sample:
 
     images: tuple[tuple[int, int], ...]
     tokens: int
+
+
+def is_pattern(targets: str) -> bool:
+    """Whether a text is a regular expression of modules' names, and not a name."""
+    return _PATTERN.search(targets) is not None
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,8 @@ class Request:
         generate_in_training: New tokens to generate between two steps, for as many samples as an evaluation has, or
             for one; 0 for none.
         lora_targets: ``"language"`` for every language linear, ``"all-linear"`` for PEFT's target of that name (the
-            vision tower's too), or names as for ``LoraConfig(target_modules=[...])``.
+            vision tower's too), names as for ``LoraConfig(target_modules=[...])``, or a regular expression of whole
+            names, as for ``LoraConfig(target_modules="...")``.
         lora_dropout: Dropout of the adapter's inputs.
         use_dora: Whether the adapter is DoRA.
         modules_to_save: Names of modules trained whole beside the adapter, as in ``LoraConfig``.
@@ -158,15 +166,27 @@ class Request:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: known are {', '.join(map(str, known))}")
-        if isinstance(self.lora_targets, str) and self.lora_targets not in LORA_TARGETS:
-            raise ValueError(
-                f"lora_targets is {self.lora_targets!r}: known are {', '.join(LORA_TARGETS)} and a tuple of names"
-            )
+        self._check_targets()
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: it must be at least 0 and less than 1")
         if self.autocast is not None and self.precision is not None and self.autocast == self._is_pure:
             raise ValueError(f"precision {self.precision!r} and autocast={self.autocast} contradict each other")
         self._check_followed()
+
+    def _check_targets(self) -> None:
+        targets = self.lora_targets
+        if self.lora_r and not targets:
+            raise ValueError(
+                "lora_targets is empty, and PEFT has no default for these models: name the modules that get an adapter"
+            )
+        if not isinstance(targets, str) or targets in LORA_TARGETS:
+            return
+        if not is_pattern(targets):
+            raise ValueError(f"lora_targets is {targets!r}: known are {', '.join(LORA_TARGETS)} and a tuple of names")
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(f"lora_targets is {targets!r}, which is no regular expression: {error}") from None
 
     def _check_samples(self) -> None:
         for sample in self.batch_of_samples:

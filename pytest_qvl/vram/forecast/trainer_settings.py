@@ -79,7 +79,7 @@ def from_lora(where: str) -> dict[str, Any]:
         where: As for :func:`from_trainer`; also the folder of an ``adapter_config.json``.
 
     Raises:
-        ValueError: As there; or a pattern as its ``target_modules``.
+        ValueError: As there.
     """
     if Path(where).is_dir():
         where = str(Path(where) / "adapter_config.json")
@@ -92,13 +92,7 @@ def from_lora(where: str) -> dict[str, Any]:
         "modules_to_save": tuple(settings.get("modules_to_save") or ()),
         "trainable_tokens": _count(settings.get("trainable_token_indices")),
     }
-    if isinstance(targets, str) and targets != "all-linear":
-        raise ValueError(
-            f"{where} has the pattern {targets!r} as target_modules: give the forecast --lora-targets with "
-            "language, all-linear or names of modules"
-        )
-    if targets:
-        found["lora_targets"] = targets if isinstance(targets, str) else tuple(sorted(targets))
+    found["lora_targets"] = targets if isinstance(targets, str) else tuple(sorted(targets or ()))
     return found
 
 
