@@ -80,6 +80,12 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
             record if isinstance(record, bool) else Path(record),
         )
         self._run: Run | None = None
+        self._seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """What the guard itself has taken of the present training, or of the last one."""
+        return self._seconds if self._run is None else self._run.seconds
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
         """Judge what there is before the first batch, and hook what will pass."""
@@ -137,6 +143,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
 
     def _close(self) -> None:
         if self._run is not None:
+            self._seconds = self._run.seconds
             self._run.close()
             self._run = None
 

@@ -6,7 +6,7 @@ import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.lora import layer_of, matrix_of, zero_initialised_matrices
+from pytest_qvl.checks.support.lora import SINGULAR_VALUES, layer_of, matrix_of, zero_initialised_matrices
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import Evidence, Judge
 from pytest_qvl.models.fingerprint.digests import Fingerprint
@@ -105,11 +105,11 @@ class Movement:
     def _awake(self, names: list[str]) -> list[str]:
         """Those LoRA matrices whose gradient is not multiplied by a zero matrix on its way."""
         adapters = self._subject.allowed
-        lora = {name: adapters[name] for name in names if matrix_of(name) in _REACHED}
-        if any("lora_E" in name for name in adapters):
+        if any(matrix_of(name) == SINGULAR_VALUES for name in adapters):
             return []  # AdaLoRA takes ranks away, and their gradients with them
-        gates = zero_initialised_matrices({n: p for n, p in adapters.items() if matrix_of(n)})
-        shut = {layer_of(name) for name, empty in _all_zero({n: gates[n] for n in gates if n in lora}).items() if empty}
+        lora = [name for name in names if matrix_of(name) in _REACHED]
+        gates = zero_initialised_matrices({name: adapters[name] for name in adapters if matrix_of(name)})
+        shut = {layer_of(name) for name, peak in _largest(gates).items() if not peak}
         return [name for name in lora if name in gates or layer_of(name) not in shut]
 
     def remember(self) -> None:
@@ -158,17 +158,14 @@ def _peaks(parameters: Mapping[str, nn.Parameter]) -> dict[str, float | None]:
     return {**dict.fromkeys(parameters), **_largest(grads)}
 
 
-def _all_zero(parameters: Mapping[str, nn.Parameter]) -> dict[str, bool]:
-    return {n: not peak for n, peak in _largest({n: p.detach() for n, p in parameters.items()}).items()}
-
-
 def _largest(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """The largest magnitude in each tensor, brought to the host at once."""
     import torch
 
     if not tensors:
         return {}
-    norms = [norm.float() for norm in torch._foreach_norm(list(tensors.values()), math.inf)]
+    with torch.no_grad():
+        norms = [norm.float() for norm in torch._foreach_norm(list(tensors.values()), math.inf)]
     if len({norm.device for norm in norms}) > 1:
         norms = [norm.cpu() for norm in norms]
     return dict(zip(tensors, torch.stack(norms).tolist(), strict=True))

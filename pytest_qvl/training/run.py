@@ -58,6 +58,11 @@ class Run:
         with self._verdicts.clock():
             getattr(self, moment)()
 
+    @property
+    def seconds(self) -> float:
+        """What the guard itself has taken."""
+        return self._verdicts.record.seconds
+
     # ---- moments of the trainer -------------------------------------------------------------------------
 
     def begin(self) -> None:

@@ -87,8 +87,8 @@ class Watch:
 
         if not (module.training and torch.is_grad_enabled()):
             return
-        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        loss = _loss_of(output)
+        if loss is not None:
             self.losses.append(loss.detach())
             if not loss.requires_grad:
                 self._no_path()
@@ -100,3 +100,16 @@ class Watch:
         if self._parts.wrapped.training and torch.is_grad_enabled():
             self.calls += 1
             self.followed += vision_features(output).requires_grad
+
+
+def _loss_of(output: Any) -> torch.Tensor | None:
+    """The loss in a model's output; of TRL's fused head (1.15), which leaves it to the trainer, the sum over tokens."""
+    import torch
+
+    def named(name: str) -> Any:
+        return output.get(name) if isinstance(output, dict) else getattr(output, name, None)
+
+    loss = named("loss")
+    if loss is None and isinstance(likelihoods := named("log_probs"), torch.Tensor):
+        loss = -likelihoods.sum()
+    return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None

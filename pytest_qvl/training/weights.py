@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.fingerprint.digests import Fingerprint, digests
-from pytest_qvl.models.quantized import base_tensors, linear_states
+from pytest_qvl.models.quantized import linear_states, quant_state_tensors
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import torch
 
     from pytest_qvl.training.subject import Subject
@@ -51,6 +54,7 @@ class BaseWatch:
             if repacked
             else ""
         )
+        self._find()
         self._before = {} if repacked else self._read(whole=True)
         self._casts = {name: _casts(tensor) for name, tensor in self._biases()}
 
@@ -107,14 +111,32 @@ class BaseWatch:
         quantized = {f"{s.name}{_BIAS}" for s in linear_states(self._subject.parts) if s.is_4bit}
         return [(name, tensor) for name, tensor in self._tensors() if name in quantized]
 
-    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+    def _find(self) -> None:
+        """Note where each tensor of the base is kept: walking all modules takes longer than reading on a GPU."""
+        self._places = [
+            (f"{name}.{key}" if name else key, table, key)
+            for name, module in base_modules(self._subject.parts).items()
+            for table in (module._parameters, module._buffers)
+            for key in table
+        ]
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What is at each place now, and the tensors of its quantization."""
         own = {id(parameter) for parameter in self._subject.allowed.values()}
-        return [(name, tensor) for name, tensor in base_tensors(self._subject.parts) if id(tensor) not in own]
+        for name, table, key in self._places:
+            tensor = table.get(key)
+            if tensor is None or id(tensor) in own:
+                continue
+            yield name, tensor
+            if (quant := getattr(tensor, "quant_state", None)) is not None:
+                yield from quant_state_tensors(name, quant)
 
     def _read(self, *, whole: bool) -> dict[str, int]:
         import torch
 
-        tensors = self._tensors()
+        if whole:
+            self._find()
+        tensors = list(self._tensors())
         if not whole:
             tensors = tensors[self._turn :: self.parts]
         on_cuda = any(tensor.is_cuda for _, tensor in tensors[:1])
