@@ -15,7 +15,7 @@ from pytest_qvl import __version__
 from pytest_qvl.faults.command import add_faults
 from pytest_qvl.models.sources.command import add_synthesize
 from pytest_qvl.preflight.command import add_preflight
-from pytest_qvl.records.commands import add_compare, add_explain
+from pytest_qvl.records.commands import add_compare, add_explain, add_report
 from pytest_qvl.vram.forecast.command import add_forecast
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_preflight,
     add_forecast,
     add_compare,
+    add_report,
     add_explain,
     add_faults,
     add_synthesize,

@@ -128,6 +128,15 @@ def parse_record(text: str, folder: Path) -> Path:
     return path.resolve()
 
 
+def parse_page(text: str, folder: Path) -> Path:
+    """A file that is a page of a run, or none yet."""
+    from pytest_qvl.records.page import check_page
+
+    path = folder / Path(text).expanduser()
+    check_page(path)
+    return path.resolve()
+
+
 def parse_base(text: str, folder: Path) -> str:
     """A record to compare with, or ``shipped``."""
     from pytest_qvl.records.base import SHIPPED

@@ -33,6 +33,7 @@ from pytest_qvl.option_values import (
     parse_fault,
     parse_folder,
     parse_known_failures,
+    parse_page,
     parse_policy,
     parse_record,
     parse_size,
@@ -182,6 +183,7 @@ class Settings:
         whole_number(0), f"{PATIENCE_S:.0f}", "seconds to wait for a GPU that other runs hold", "SECONDS", "int"
     )
     record: Path | None = _one(parse_record, None, "write what was measured, and on what, to this JSON file", "FILE")
+    html: Path | None = _one(parse_page, None, "write a report to read in a browser to this HTML file", "FILE")
     compare: str | None = _one(
         parse_base, None, "say what changed since this record, or since the 'shipped' reference", "FILE"
     )

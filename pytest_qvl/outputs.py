@@ -60,7 +60,19 @@ def write_json(path: Path, data: Any) -> str:
     Returns:
         Why it could not be written, in one sentence; nothing is left beside the old file then. Empty if it was.
     """
-    text = json.dumps(data, indent=1, sort_keys=False, default=str, allow_nan=True) + "\n"
+    return replace_file(path, json.dumps(data, indent=1, default=str) + "\n")
+
+
+def replace_file(path: Path, text: str) -> str:
+    """Write a text so that a reader sees the old file or the new one, never half of one.
+
+    Args:
+        path: The file; made with the permissions that the process's umask leaves, its folder too.
+        text: What to write, as UTF-8.
+
+    Returns:
+        Why it could not be written, in one sentence; nothing is left beside the old file then. Empty if it was.
+    """
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

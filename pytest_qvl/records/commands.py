@@ -68,3 +68,39 @@ def run_explain(options: argparse.Namespace) -> int:
 
     print(explain(options.check))
     return 0
+
+
+def add_report(commands: Commands) -> None:
+    """Register ``pytest-qvl report``."""
+    parser = commands.add_parser(
+        "report",
+        help="make the HTML report of a record",
+        description="Make the report of a record: one HTML file without script, to read in any browser.",
+    )
+    parser.add_argument("record", metavar="RECORD.json", type=Path, help="a record that --qvl-record wrote")
+    parser.add_argument("--html", metavar="FILE.html", type=Path, required=True, help="where to write")
+    parser.add_argument("--base", metavar="OLD.json", help="compare with this record, or with the 'shipped' reference")
+    parser.set_defaults(run=run_report)
+
+
+def run_report(options: argparse.Namespace) -> int:
+    """Write the report.
+
+    Raises:
+        ValueError: A file is no record, or the page would replace something else.
+        OSError: It cannot be written.
+    """
+    from pytest_qvl.outputs import check_file, replace_file
+    from pytest_qvl.records.base import base_record
+    from pytest_qvl.records.compare import compare
+    from pytest_qvl.records.page import as_page, check_page
+    from pytest_qvl.records.stored import read_record
+
+    check_file("--html", options.html)
+    check_page(options.html)
+    record = read_record(options.record)
+    comparison = None if options.base is None else compare(base_record(options.base, record), record)
+    if problem := replace_file(options.html, as_page(record, comparison)):
+        raise OSError(problem)
+    print(options.html)
+    return 0

@@ -26,6 +26,10 @@ class BaseComparison:
         builder: Has the results of the run.
         settings: As the header shows them.
         configuration: Name, value and source of every setting.
+
+    Attributes:
+        found: What changed; ``None`` before the end of the run, and where it cannot be compared.
+        refused: Why it cannot; empty where it can.
     """
 
     def __init__(
@@ -33,8 +37,8 @@ class BaseComparison:
     ) -> None:
         self._base, self._builder = base, builder
         self._settings, self._configuration = settings, configuration
-        self._found: Comparison | None = None
-        self._refused = ""
+        self.found: Comparison | None = None
+        self.refused = ""
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
@@ -45,23 +49,22 @@ class BaseComparison:
         results = self._builder.results(int(session.exitstatus))
         try:
             new = as_newest(record_data(session.config, results, self._settings, self._configuration), "this run")
-            self._found = compare(base_record(self._base, new), new)
+            self.found = compare(base_record(self._base, new), new)
         except RecordError as error:
-            self._refused = str(error)
-        red = self._refused or (self._found is not None and self._found.regressions)
+            self.refused = str(error)
+        red = self.refused or (self.found is not None and self.found.regressions)
         if red and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    @pytest.hookimpl(trylast=True)
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say what changed, below the promises; on ``-qq`` the verdict alone."""
-        if self._refused:
-            terminalreporter.line(f"qvl: qvl_compare: cannot compare: {self._refused}", red=True, bold=True)
-        elif self._found is not None:
-            lines = as_text(self._found).splitlines()
+        if self.refused:
+            terminalreporter.line(f"qvl: qvl_compare: cannot compare: {self.refused}", red=True, bold=True)
+        elif self.found is not None:
+            lines = as_text(self.found).splitlines()
             if terminalreporter.config.get_verbosity() >= -1:
                 terminalreporter.section(f"compared with {self._base}", sep="=", bold=True)
                 for line in lines[:-1]:
                     terminalreporter.line(line)
-            colour = {"red": True} if self._found.regressions else {"green": True}
+            colour = {"red": True} if self.found.regressions else {"green": True}
             terminalreporter.line(f"qvl: {lines[-1]}", bold=True, **colour)

@@ -42,12 +42,18 @@ class Record:
         settings: As the header shows them.
         builder: Has the results of the run.
         configuration: Name, value and source of every setting.
+
+    Attributes:
+        setting: Which asked for the file.
+        path: The file.
     """
+
+    setting = "qvl_record"
 
     def __init__(
         self, path: Path, settings: list[str], builder: ResultsBuilder, configuration: Sequence[dict[str, Any]] = ()
     ) -> None:
-        self._path = path
+        self.path = path
         self._settings, self._configuration = settings, configuration
         self._builder = builder
 
@@ -61,7 +67,7 @@ class Record:
             if problem:
                 if session.exitstatus == pytest.ExitCode.OK:
                     session.exitstatus = pytest.ExitCode.TESTS_FAILED
-                self._say(session.config, f"qvl_record: {problem}")
+                self._say(session.config, f"{self.setting}: {problem}")
 
     @staticmethod
     def _say(config: pytest.Config, line: str) -> None:
@@ -74,7 +80,11 @@ class Record:
 
     def _write(self, session: pytest.Session) -> str:
         results = self._builder.results(int(session.exitstatus))
-        return write_json(self._path, record_data(session.config, results, self._settings, self._configuration))
+        return self.write(record_data(session.config, results, self._settings, self._configuration))
+
+    def write(self, data: dict[str, Any]) -> str:
+        """Write the file from a record's data; returns why it could not be written, empty if it was."""
+        return write_json(self.path, data)
 
 
 def record_data(

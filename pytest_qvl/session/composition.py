@@ -7,7 +7,7 @@ in :func:`register_plugins` the lower is called first, after hooks marked ``tryf
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.report.terminal import Summary
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
     from pytest_qvl.options import Settings
 
+COMPARE = "qvl-compare"  # the name of that plugin
+
 
 def make_objects(config: pytest.Config, settings: Settings) -> None:
     """Make the objects of a session, from those that need none to those that need many."""
@@ -61,7 +63,7 @@ def make_objects(config: pytest.Config, settings: Settings) -> None:
     limits = stash[LIMITS_KEY] = SessionLimits(meter)
     results = stash[RESULTS_KEY] = ResultsBuilder()
     subjects = None
-    if settings.record is not None or settings.compare is not None:
+    if any(chosen is not None for chosen in (settings.record, settings.compare, settings.html)):
         from pytest_qvl.session.subjects import Subjects
 
         subjects = Subjects()
@@ -86,6 +88,10 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
 
         register(ImageFolder(settings.images, settings.source("images")), "qvl-image-folder")
     register(results, "qvl-results")
+    if settings.compare is not None and writes_record:
+        from pytest_qvl.report.base_comparison import BaseComparison
+
+        register(BaseComparison(settings.compare, results, *_described(settings)), COMPARE)
     register(Summary(results), "qvl-summary")
     limits = VramLimits(config, stash[METER_KEY], default=settings.vram_limit, required=settings.require_gpu)
     register(limits, "qvl-vram-limits")
@@ -109,15 +115,22 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
         register(fault, "qvl-fault")
 
 
+def _described(settings: Settings) -> tuple[list[str], list[dict[str, Any]]]:
+    """The settings as the header shows them, and all of them."""
+    return [*settings.described(), *simulated_card(settings)], settings.listed()
+
+
 def _register_reports(config: pytest.Config, settings: Settings) -> None:
-    """What reads the results at the end of the run, in the process that was started."""
-    results = config.stash[RESULTS_KEY]
-    parts = [*settings.described(), *simulated_card(settings)], settings.listed()
+    """What is written at the end of the run, by the process that was started."""
+    register, results = config.pluginmanager.register, config.stash[RESULTS_KEY]
+    chosen, configuration = _described(settings)
     if settings.record is not None:
         from pytest_qvl.report.record import Record
 
-        config.pluginmanager.register(Record(settings.record, parts[0], results, parts[1]), "qvl-record")
-    if settings.compare is not None:
-        from pytest_qvl.report.base_comparison import BaseComparison
+        register(Record(settings.record, chosen, results, configuration), "qvl-record")
+    if settings.html is not None:
+        from pytest_qvl.report.page import Page
 
-        config.pluginmanager.register(BaseComparison(settings.compare, results, *parts), "qvl-compare")
+        page = Page(settings.html, chosen, results, configuration)
+        page.comparison = config.pluginmanager.get_plugin(COMPARE)
+        register(page, "qvl-html")

@@ -11,9 +11,10 @@ backend's process by ``processes.child``, which sends it on. ``pytest_sessionfin
 4. ``_pytest.junitxml``: writes JUnit's file
 5. ``_pytest.runner``: tears down the fixtures of a run that was interrupted
 6. ``pytest_qvl.session.phases``: frees the model's memory and the GPU
-7. ``_pytest.terminal``: the summary, in the order of ``report.terminal``
-8. ``pytest_qvl.session.interrupts``: says if a signal came meanwhile
-9. ``pytest_qvl.report.record``: writes the record, with the exit status of the process
+7. ``pytest_qvl.report.base_comparison``: compares with an earlier record; a regression turns a green run red
+8. ``_pytest.terminal``: the summary, in the order of ``report.terminal``
+9. ``pytest_qvl.session.interrupts``: says if a signal came meanwhile
+10. ``pytest_qvl.report.record``: writes the record, with the exit status of the process; and the page, which is one too
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ VALID = {
     "qvl_card": ("t4", "t4"),
     "qvl_gpu_patience": ("60", "60"),
     "qvl_record": ("{folder}/record.json", "{folder}/record.json"),
+    "qvl_html": ("{folder}/page.html", "{folder}/page.html"),
     "qvl_compare": ("shipped", "shipped"),
     "qvl_known_failures": ("{known}", "{known}"),
     "qvl_vram_limit": ("15 GiB", str(15 * 2**30)),
