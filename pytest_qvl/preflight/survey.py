@@ -88,8 +88,15 @@ def _of_weight(weights: Weights, name: str, update: Update, factors: Factors) ->
     for first in range(0, len(sample.starts), step):
         starts = sample.starts[first : first + step]
         runs = [(start, min(shape[0], start + sample.rows)) for start in starts]
-        parts = weights.rows(name, runs)
-        added = [factors.rows(part, start) for part, start in zip(parts, starts, strict=True)]
+        if sample.whole:  # neighbours, read and multiplied at once
+            runs = [(runs[0][0], runs[-1][1])]
+        read = weights.rows(name, runs)
+        parts = [part for run in read for part in run.split(sample.rows)]
+        added = [
+            part
+            for run, (start, _) in zip(read, runs, strict=True)
+            for part in factors.rows(run, start).split(sample.rows)
+        ]
         whole_rows = [len(part) for part in parts]
         for size in sorted(set(whole_rows), reverse=True):  # the last part of a weight may be shorter
             chosen = [i for i, rows in enumerate(whole_rows) if rows == size]
