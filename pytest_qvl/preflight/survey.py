@@ -91,12 +91,8 @@ def _of_weight(weights: Weights, name: str, update: Update, factors: Factors) ->
         if sample.whole:  # neighbours, read and multiplied at once
             runs = [(runs[0][0], runs[-1][1])]
         read = weights.rows(name, runs)
-        parts = [part for run in read for part in run.split(sample.rows)]
-        added = [
-            part
-            for run, (start, _) in zip(read, runs, strict=True)
-            for part in factors.rows(run, start).split(sample.rows)
-        ]
+        updates = [factors.rows(run, start) for run, (start, _) in zip(read, runs, strict=True)]
+        parts, added = ([part for run in each for part in torch.split(run, sample.rows)] for each in (read, updates))
         whole_rows = [len(part) for part in parts]
         for size in sorted(set(whole_rows), reverse=True):  # the last part of a weight may be shorter
             chosen = [i for i, rows in enumerate(whole_rows) if rows == size]

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Judge, Table, collecting, show
@@ -134,6 +134,7 @@ FIGURES = st.builds(
 )
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.builds(
         Evidence,

@@ -49,15 +49,23 @@ def test_every_release_has_a_family_and_every_family_is_drawn() -> None:
     assert transformers.AutoConfig.from_pretrained(embedded_model_dir()).model_type == DEFAULT.model_type
 
 
-@pytest.mark.parametrize("field", ["model_type", "config_class", "processor_class"])
-def test_no_module_keeps_a_table_of_its_own(field: str) -> None:
-    assert field in {known.name for known in fields(Family)}
+@pytest.fixture(scope="module")
+def literals() -> dict[str, set[object]]:
+    """The constants of every module of the package."""
     root = Path(pytest_qvl.__file__).parent
+    return {
+        file.relative_to(root).as_posix(): {
+            node.value
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant)
+        }
+        for file in root.rglob("*.py")
+    }
+
+
+@pytest.mark.parametrize("field", ["model_type", "config_class", "processor_class"])
+def test_no_module_keeps_a_table_of_its_own(field: str, literals: dict[str, set[object]]) -> None:
+    assert field in {known.name for known in fields(Family)}
     spelled = {getattr(family, field) for family in FAMILIES.values()}
-    tables = []
-    for file in root.rglob("*.py"):
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        found = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value in spelled}
-        if len(found) > 1:  # one name alone asks about one family; two are rows
-            tables.append(file.relative_to(root).as_posix())
-    assert tables == ["models/families.py"]
+    # One name alone asks about one family; two are rows.
+    assert [file for file, found in literals.items() if len(found & spelled) > 1] == ["models/families.py"]

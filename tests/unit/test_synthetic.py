@@ -45,7 +45,7 @@ def nf4(skip: list[str]) -> BitsAndBytesConfig:
     )
 
 
-@pytest.fixture(scope="module", params=["qwen2.5-vl-3b", "qwen2.5-vl-7b"])
+@pytest.fixture(scope="module", params=["qwen2.5-vl-3b", pytest.param("qwen2.5-vl-7b", marks=pytest.mark.slow)])
 def built(request: pytest.FixtureRequest) -> tuple[str, Any]:
     quantization = nf4(["model.visual", "lm_head"])
     model = build_synthetic(small(request.param), quantization, "cpu", torch.bfloat16)
