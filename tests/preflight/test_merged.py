@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from preflight_corpus import Workshop
-from preflight_corpus.making import retensor
+from preflight_corpus.making import edit, retensor
 from preflight_corpus.merging import WEIGHTS
 
 from pytest_qvl.preflight import preflight
@@ -246,6 +246,28 @@ def test_nothing_is_said_of_a_merge_that_cannot_be_compared(shop):
     assert other == {"other-model"}
     with_hub = preflight("qwen2.5-vl-7b", adapter, merged=shop.base(FAMILY)).of(7)
     assert [each.state for each in with_hub] == ["not judged"]
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "vllm"])
+def test_a_head_of_its_own_under_a_configuration_that_ties_is_what_the_loader_makes_of_it(shop, runtime):
+    """The same of base and merged checkpoint, and as the installed Transformers loads it."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
+
+    def tie(fields):
+        fields["tie_word_embeddings"] = True
+        fields.get("text_config", {})["tie_word_embeddings"] = True
+
+    base, adapter = shop.base(FAMILY), shop.adapter(FAMILY)
+    merged, tied = shop.merged(base, adapter), shop.copy(base)
+    for folder in (merged, tied):
+        edit(folder / "config.json", tie)
+    loaded = AutoModelForImageTextToText.from_pretrained(tied).lm_head.weight
+    kept = torch.equal(loaded, load_file(tied / WEIGHTS)["lm_head.weight"])
+    expected = "not judged" if kept and runtime == "transformers" else "red"
+    of_merge = [f for f in preflight(base, adapter, merged=merged, runtime=runtime).of(7) if f.name == "head-tied-over"]
+    of_base = [f for f in preflight(tied, runtime=runtime).of(5) if f.name == "head-tied-over"]
+    assert [f.state for f in (*of_merge, *of_base)] == [expected] * 2
 
 
 def test_a_merged_folder_from_a_stranger_is_read_within_limits(shop):

@@ -14,7 +14,7 @@ from typing import Any
 
 from pytest_qvl.models.sources.model_source import ModelSourceError, check_safetensors
 from pytest_qvl.preflight.files.folder import Folder, MiB
-from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.findings import neutral, some
 from pytest_qvl.preflight.refusals import BrokenFileError, UnsafeFileError, broken
 
 # A shard of the largest released model has a header of 0.3 MiB; the format itself allows 100 MB.
@@ -24,6 +24,7 @@ MOST_AXES = 8
 LONGEST_NAME = 512
 MOST_SHARDS = 2_000
 INDEX = "model.safetensors.index.json"
+_OTHERS = frozenset({"adapter_model.safetensors", "consolidated.safetensors"})  # no weights of from_pretrained's
 # Bits of one element.
 DTYPES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -164,10 +165,17 @@ def weight_file_names(folder: Folder) -> list[str]:
 
     Raises:
         UnsafeFileError: The index names a file outside the folder, or more files than any real one.
-        BrokenFileError: The index is not readable, or names files that are not there.
+        BrokenFileError: The index is not readable, names files that are not there, or is missing beside shards.
     """
     if not folder.has(INDEX):
-        return ["model.safetensors"] if folder.has("model.safetensors") else []
+        shards = sorted(entry.name for entry in folder.path.glob("*.safetensors") if entry.name not in _OTHERS)
+        if folder.has("model.safetensors") or not shards:
+            return ["model.safetensors"] if shards else []
+        raise BrokenFileError(
+            f"{neutral(str(folder))} has {len(shards)} safetensors files ({some(shards)}) and neither {INDEX} nor "
+            "model.safetensors, so from_pretrained finds no weights",
+            cause="the index was not copied or uploaded with the shards", fix=f"put {INDEX} back, or save it again",
+        )  # fmt: skip
     weight_map = folder.json(INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise BrokenFileError(f"{INDEX} in {neutral(str(folder))} has no weight_map")

@@ -98,6 +98,13 @@ class Case:
         shared = [name for name in self.found if name in self.subject.weights and not self.there.is_packed(name)]
         return [n for n in shared if self.subject.weights[n].dtype in FLOATS and self.there[n].dtype not in FLOATS]
 
+    @cached_property
+    def touched(self) -> Mapping[str, str]:
+        """The base's tensors that the adapter adds to, and the module of each."""
+        subject = self.subject
+        weights = {name: module for module in subject.updates.pairs if (name := weight_name(subject, module))}
+        return weights | {name: name for name in subject.updates.biases}
+
     def group(self, names: Sequence[str]) -> str:
         """How many of some tensors belong to each part of the model, in words."""
         return self.subject.by_group(names)
@@ -153,48 +160,6 @@ def _renamed(missing: Sequence[str], added: Sequence[str]) -> dict[str, str]:
     return {name: ends[tail] for name, tail in tails.items() if tail in ends}
 
 
-def head_of(case: Case) -> Iterator[Finding]:
-    """A head that is tied to the embeddings in one of base and merged checkpoint, and not in the other."""
-    if not (case.was_tied or case.is_tied):
-        return
-    there, head = case.there, case.head
-    has_both = head in there and case.embeddings in there and there[head].shape == there[case.embeddings].shape
-    differs = has_both and compare(head, there[case.embeddings], there[head]).changed > 0
-    trained = case.subject.updates.copies.get(head)
-    if case.is_tied and (differs or _is_lost(case, trained)):
-        yield case.red(
-            "head-tied-over",
-            f"the configuration of the merged checkpoint ties lm_head to the embeddings, and its own values "
-            f"{'are in the file' if differs else 'were trained'}: from_pretrained throws them away",
-            cause="the head was trained or merged apart from the embeddings, and tie_word_embeddings stayed true",
-            fix='set "tie_word_embeddings": false in config.json before saving, with both tensors in the file',
-        )  # fmt: skip
-    elif case.was_tied and not case.is_tied:
-        is_trained = trained is not None or {case.head, case.embeddings} & touched(case.subject).keys()
-        if head not in there or not (is_trained or differs):
-            what = "a copy of them is stored as lm_head" if head in there else "no lm_head.weight is in the file"
-            yield case.red(
-                "head-untied",
-                f"the base ties lm_head to the embeddings, the merged checkpoint does not, and {what}",
-                cause="tie_word_embeddings was lost when the checkpoint was saved",
-                fix='set "tie_word_embeddings": true at the top of config.json, and take lm_head.weight out',
-            )  # fmt: skip
-
-
-def _is_lost(case: Case, trained: object) -> bool:
-    """Whether a trained copy of a tied head is nowhere in the file."""
-    if trained is None or case.head in case.there or case.embeddings not in case.there:
-        return False
-    copy, table = case.subject.updates.copies[case.head], case.there[case.embeddings]
-    return copy.shape == table.shape and compare(case.head, copy, table).changed > 0
-
-
-def touched(subject: Subject) -> Mapping[str, str]:
-    """The base's tensors that the adapter adds to, and the module of each."""
-    weights = {name: module for module in subject.updates.pairs if (name := weight_name(subject, module))}
-    return weights | {name: name for name in subject.updates.biases}
-
-
 # What the adapter does not add to
 
 
@@ -215,7 +180,7 @@ class Rest:
     def __post_init__(self) -> None:
         """Compare all of them."""
         case = self.case
-        adapted = {name for name, module in touched(case.subject).items() if name in (module, f"{module}.weight")}
+        adapted = {name for name, module in case.touched.items() if name in (module, f"{module}.weight")}
         adapted |= {*case.odd, *(f"{module}.{end}" for module in case.unread for end in ("weight", "bias"))}
         for name in [*case.expected, *([case.head] if case.was_tied and case.head in case.there else [])]:
             if name in case.there and name not in adapted and not _is_head_update(case, name):

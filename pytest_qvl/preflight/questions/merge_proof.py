@@ -18,7 +18,8 @@ from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Proof, outside_cells, packed_before, prove, total
-from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, head_of, names_of
+from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, names_of
+from pytest_qvl.preflight.questions.merge_settings import head_of, settings_of
 from pytest_qvl.preflight.starts import CONVERT
 from pytest_qvl.preflight.survey import weight_name
 from pytest_qvl.preflight.updates import BiasUpdate
@@ -50,7 +51,7 @@ def judge(subject: Subject) -> Iterator[Finding]:
             cause="these are two models", fix="give the base that the adapter was merged into",
         )  # fmt: skip
         return
-    wrong = [*names_of(case), *head_of(case)]
+    wrong = [*names_of(case), *settings_of(case), *head_of(case)]
     yield from wrong
     if packed := [name for name in case.found if case.there.is_packed(name)]:
         yield Finding(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.models.sources.loading import compared_with
+from pytest_qvl.models.sources.loading import compared_with, has_tied_head
 from pytest_qvl.preflight import skip_rules
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, neutral, some
+from pytest_qvl.preflight.heads import has_own_head, tied_over
 from pytest_qvl.preflight.packed import Packed, packed_weights, without_state
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
 from pytest_qvl.preflight.timing import patience
@@ -43,6 +44,9 @@ def answer(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
     if not report.problems:
         yield Finding(NUMBER, "complete", "green", f"all {len(base.tensors)} tensors of {base.label} have their place")
+    head, table = (f"{subject.parts.roots[name]}.weight" for name in ("lm_head", "embeddings"))
+    if has_tied_head(subject.parts) and has_own_head(subject.weights, head, table):
+        yield tied_over(NUMBER, subject, "the base")
     if base.quantization is None:
         yield from _packed_without_configuration(subject)
         yield from _integers_without_configuration(subject)

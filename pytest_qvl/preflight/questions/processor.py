@@ -66,7 +66,20 @@ class Beside:
 
 def answer(subject: Subject) -> Iterator[Finding]:
     """Every setting that decides pixels, tokens and the end of replies, against the base's."""
-    beside = _beside(subject)
+    yield from _judged(_beside(subject))
+    if subject.merged is not None and subject.merged.folder is not None:
+        files = ProcessorFiles(subject.merged.folder)
+        own = None if subject.base.folder is None else ProcessorFiles(subject.base.folder)
+        if files.image is None and not files.has_tokenizer and files.template is None:
+            yield Finding(
+                NUMBER, "no-merged-processor", "not judged",
+                "the merged checkpoint has no processor and no tokenizer of its own: serve it with the base's",
+            )  # fmt: skip
+        else:
+            yield from _judged(Beside(subject, files, own, "the processor of the merged checkpoint"))
+
+
+def _judged(beside: Beside) -> Iterator[Finding]:
     wrong = [
         finding
         for judge in (_complete, _image, _tokens, _untrained, _template, _generation)
@@ -76,7 +89,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
     if not wrong:
         yield Finding(
             NUMBER, "processor", "green", f"{beside.where}: {_said(beside)}",
-            keeps_green=pytest_line(subject), notes=tuple(_notes(beside)),
+            keeps_green=pytest_line(beside.subject), notes=tuple(_notes(beside)),
         )  # fmt: skip
 
 

@@ -1,0 +1,126 @@
+"""What lies beside the weights of a merged checkpoint: configuration, index, processor (questions 0, 6 and 7)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .broken import broken
+from .healthy import healthy
+from .making import PROCESSOR, WEIGHTS, Arguments, Workshop, edit
+
+INDEX = "model.safetensors.index.json"
+
+
+def _merged(shop: Workshop, family: str) -> dict[str, Any]:
+    source, adapter = shop.base(family), shop.adapter(family)
+    return {"base": source, "adapter": adapter, "merged": shop.merged(source, adapter)}
+
+
+def _with(shop: Workshop, family: str, name: str, factor: float) -> Arguments:
+    """A merge with one number of its configuration multiplied, wherever it stands."""
+
+    def change(fields: dict[str, Any]) -> None:
+        for key, value in fields.items():
+            if isinstance(value, dict):
+                change(value)
+            elif key == name:
+                fields[key] = type(value)(value * factor)
+
+    found = _merged(shop, family)
+    edit(found["merged"] / "config.json", change)
+    return found
+
+
+@broken("", "configuration-differs", "rope_theta is ", ("qwen2_5_vl", "qwen3_vl"))
+def rotary_base_of_another_model(shop: Workshop, family: str) -> Arguments:
+    return _with(shop, family, "rope_theta", 0.1)
+
+
+@broken("", "configuration-differs", "text_config.rms_norm_eps is ", ("qwen2_vl",))
+def epsilon_of_another_model(shop: Workshop, family: str) -> Arguments:
+    return _with(shop, family, "rms_norm_eps", 1e4)
+
+
+@broken("", "configuration-differs", "image_token_id is ")
+def image_token_of_another_model(shop: Workshop, family: str) -> Arguments:
+    return _with(shop, family, "image_token_id", 0.5)
+
+
+@broken("", "configuration-differs", "vision_config.num_heads is 1 and not 2", ("qwen3_vl",))
+def heads_of_another_tower(shop: Workshop, family: str) -> Arguments:
+    return _with(shop, family, "num_heads", 0.5)
+
+
+@broken("", "configuration-quantized", "taken over from a 4-bit base", ("qwen2_5_vl",))
+def quantization_of_the_base_left_in(shop: Workshop, family: str) -> Arguments:
+    found = _merged(shop, family)
+    saved = json.loads((shop.packed(family) / "config.json").read_text(encoding="utf-8"))
+    edit(found["merged"] / "config.json", quantization_config=saved["quantization_config"])
+    return found
+
+
+def _with_processor(shop: Workshop, family: str) -> dict[str, Any]:
+    found = _merged(shop, family)
+    for name in PROCESSOR:
+        shutil.copy(found["base"] / name, found["merged"])
+    return found
+
+
+@healthy(("qwen2_vl", "qwen3_vl"))
+def merged_with_its_processor(shop: Workshop, family: str) -> Arguments:
+    found = _with_processor(shop, family)
+    edit(found["merged"] / "config.json", use_cache=False, transformers_version="9.9.9", dtype="float32")
+    return found
+
+
+@broken("", "limits-impossible", "the processor of the merged checkpoint", ("qwen2_5_vl",))
+def limits_swapped_in_the_merge(shop: Workshop, family: str) -> Arguments:
+    found = _with_processor(shop, family)
+    edit(found["merged"] / "preprocessor_config.json", min_pixels=12845056, max_pixels=3136)
+    return found
+
+
+@broken("", "no-image-processor", "the processor of the merged checkpoint", ("qwen2_vl",))
+def only_the_tokenizer_beside_the_merge(shop: Workshop, family: str) -> Arguments:
+    found = _with_processor(shop, family)
+    (found["merged"] / "preprocessor_config.json").unlink()
+    return found
+
+
+def in_shards(folder: Path, *, index: bool) -> None:
+    """Cut a checkpoint's one file in two."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, of_shard in shards.items():
+        save_file({name: tensors[name] for name in of_shard}, folder / shard, metadata={"format": "pt"})
+    (folder / WEIGHTS).unlink()
+    weight_map = {name: shard for shard, of_shard in shards.items() for name in of_shard}
+    if index:
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+
+@healthy(("qwen2_5_vl",))
+def merged_and_saved_in_shards(shop: Workshop, family: str) -> Arguments:
+    found = _merged(shop, family)
+    in_shards(found["merged"], index=True)
+    return found
+
+
+@broken("", "merged-unreadable", "2 safetensors files", ("qwen3_vl",))
+def index_of_the_merge_lost(shop: Workshop, family: str) -> Arguments:
+    found = _merged(shop, family)
+    in_shards(found["merged"], index=False)
+    return found
+
+
+@broken("", "base-unreadable", "the index was not copied", ("qwen2_vl",))
+def index_of_the_base_lost(shop: Workshop, family: str) -> Arguments:
+    base = shop.copy(shop.base(family))
+    in_shards(base, index=False)
+    return {"base": base, "adapter": shop.adapter(family)}
