@@ -33,6 +33,9 @@ class Family:
             that all families share: every feature of the family is there, in few pixels. ``patch_size`` is one.
         image_mean: Of each channel, in the ``preprocessor_config.json`` of every released checkpoint.
         image_std: Standard deviation of each channel, ditto.
+        video_time: What its positions count along a video: ``"patches"`` of frames, ``"seconds"`` times the
+            configuration's ``tokens_per_second``, or nothing, since each frame stands alone behind its time in words
+            (``"words"``).
     """
 
     model_type: str
@@ -43,6 +46,7 @@ class Family:
     small_vision: Mapping[str, Any]
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
+    video_time: str
 
 
 def _small(**fields: Any) -> Mapping[str, Any]:
@@ -63,6 +67,7 @@ _ROWS = (
         _small(patch_size=14, embed_dim=64, hidden_size=SMALL_WIDTH, mlp_ratio=2),
         _CLIP_MEAN,
         _CLIP_STD,
+        "patches",
     ),
     Family(
         "qwen2_5_vl",
@@ -80,6 +85,7 @@ _ROWS = (
         ),
         _CLIP_MEAN,
         _CLIP_STD,
+        "seconds",
     ),
     Family(
         "qwen3_vl",
@@ -97,6 +103,7 @@ _ROWS = (
         ),
         _HALF,
         _HALF,
+        "words",
     ),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in _ROWS})

@@ -51,14 +51,14 @@ class Facts:
     @property
     def tokens_per_second(self) -> float | None:
         """Temporal ids per second of video; None where time is counted in temporal patches."""
-        if self.family.model_type != "qwen2_5_vl":
+        if self.family.video_time != "seconds":
             return None
         return float(getattr(self.config.vision_config, "tokens_per_second", 1.0))
 
     @property
     def frames_apart(self) -> bool:
         """Whether the frames of a video are written apart, each behind its time as text (Qwen3-VL)."""
-        return self.family.model_type == "qwen3_vl"
+        return self.family.video_time == "words"
 
 
 def facts(model_or_config: Any) -> Facts:
