@@ -74,11 +74,14 @@ def add_report(commands: Commands) -> None:
     """Register ``pytest-qvl report``."""
     parser = commands.add_parser(
         "report",
-        help="make the HTML report of a record",
-        description="Make the report of a record: one HTML file without script, to read in any browser.",
+        help="make the report of a record: HTML, or Markdown for CI",
+        description="Make the report of a record: one HTML file without script, to read in any browser, or a summary "
+        "in Markdown for a CI job.",
     )
     parser.add_argument("record", metavar="RECORD.json", type=Path, help="a record that --qvl-record wrote")
-    parser.add_argument("--html", metavar="FILE.html", type=Path, required=True, help="where to write")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--html", metavar="FILE.html", type=Path, help="write the page")
+    kind.add_argument("--md", metavar="FILE.md", type=Path, help="write the summary")
     parser.add_argument("--base", metavar="OLD.json", help="compare with this record, or with the 'shipped' reference")
     parser.set_defaults(run=run_report)
 
@@ -93,14 +96,19 @@ def run_report(options: argparse.Namespace) -> int:
     from pytest_qvl.outputs import check_file, replace_file
     from pytest_qvl.records.base import base_record
     from pytest_qvl.records.compare import compare
+    from pytest_qvl.records.markdown import run_markdown
     from pytest_qvl.records.page import as_page, check_page
     from pytest_qvl.records.stored import read_record
 
-    check_file("--html", options.html)
-    check_page(options.html)
+    if options.html is not None:
+        check_file("--html", options.html)
+        check_page(options.html)
+    else:
+        check_file("--md", options.md)
     record = read_record(options.record)
     comparison = None if options.base is None else compare(base_record(options.base, record), record)
-    if problem := replace_file(options.html, as_page(record, comparison)):
+    file, text = (options.html, as_page) if options.html is not None else (options.md, run_markdown)
+    if problem := replace_file(file, text(record, comparison)):
         raise OSError(problem)
-    print(options.html)
+    print(file)
     return 0

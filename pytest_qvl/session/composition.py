@@ -7,6 +7,7 @@ in :func:`register_plugins` the lower is called first, after hooks marked ``tryf
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.report.run_results import ResultsBuilder
@@ -134,3 +135,10 @@ def _register_reports(config: pytest.Config, settings: Settings) -> None:
         page = Page(settings.html, chosen, results, configuration)
         page.comparison = config.pluginmanager.get_plugin(COMPARE)
         register(page, "qvl-html")
+    if "GITHUB_STEP_SUMMARY" in os.environ:
+        from pytest_qvl.report.github import StepSummary
+
+        summary = StepSummary.of_environment(chosen, results, configuration)
+        if summary is not None:
+            summary.comparison = config.pluginmanager.get_plugin(COMPARE)
+            register(summary, "qvl-step-summary")

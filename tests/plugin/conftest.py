@@ -36,7 +36,7 @@ def _nobody_has_spoken(monkeypatch):
     for name in list(os.environ):
         if name in {TOKEN_VARIABLE, SESSION_VARIABLE, DIRECTORY_VARIABLE}:
             continue
-        if name.startswith(("QVL_", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE")):
+        if name.startswith(("QVL_", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE", "GITHUB_STEP_SUMMARY")):
             monkeypatch.delenv(name)
 
 

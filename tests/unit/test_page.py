@@ -219,6 +219,8 @@ def test_every_committed_record_has_a_page(tmp_path, capsys):
     assert main(["report", str(SEVEN), "--html", str(out), "--base", str(RECORDS / "h100-qwen2.5-vl-7b.json")]) == 0
     assert "Compared with the base record" in Parsed(out.read_text(encoding="utf-8")).words()
     assert main(["report", str(EMBEDDED), "--html", str(out)]) == 0  # over its own kind
+    assert main(["report", str(EMBEDDED), "--md", str(tmp_path / "summary.md")]) == 0
+    assert (tmp_path / "summary.md").read_text(encoding="utf-8").startswith("## ✅ pytest-qvl: Kept")
     capsys.readouterr()
 
 
