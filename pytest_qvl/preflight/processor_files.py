@@ -81,6 +81,11 @@ class ProcessorFiles:
                 found[name] = value
         return found
 
+    @property
+    def has_no_pad(self) -> bool:
+        """Whether padding is switched off: named without a token. Where it is not named, the class has its default."""
+        return "pad_token" in self.settings and self.settings["pad_token"] is None and "pad_token" not in self.special
+
     @cached_property
     def template(self) -> str | None:
         """The chat template; ``None`` if the folder has none."""

@@ -15,6 +15,7 @@ from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.folder import Folder
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.processor_files import ProcessorFiles, pixel_limits
+from pytest_qvl.preflight.templates import END, fault_of
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
@@ -27,13 +28,10 @@ _TOKENS = {
     "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }
-_END = "<|im_end|>"
 _PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>")
 # Steps that every Qwen-VL was trained with; switched off, pixel values are of another size or scale.
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 _SCALE = 1 / 255
-_COPY_TEMPLATE = "copy chat_template.jinja (or .json) of the base into the folder"
-_COPY_IMAGE_SETTINGS = "copy preprocessor_config.json of the base"
 # JSON keeps 17 digits of a float64; two files of one value differ by roundings of its last at most.
 _SAME = 1e-12
 
@@ -47,17 +45,30 @@ class Beside:
         files: The processor that will be used.
         base: The base's own; ``None`` where the base has no files at hand.
         where: Where :attr:`files` are, in words.
+        loaded_apart: Whether these are files of a training beside its adapter without image settings, so that the
+            processor is loaded from the base.
     """
 
     subject: Subject
     files: ProcessorFiles
     base: ProcessorFiles | None
     where: str
+    loaded_apart: bool = False
+
+    @property
+    def image(self) -> dict[str, Any] | None:
+        """Settings of the image processor that will be used."""
+        borrowed = self.base.image if self.loaded_apart and self.base is not None else None
+        return self.files.image if self.files.image is not None else borrowed
 
     @property
     def family(self) -> Family:
         """The base's family."""
         return FAMILIES[self.subject.base.family]
+
+    def copy(self, file: str) -> str:
+        """The fix of a file that is wrong: the base's, or the release's where it is the base's own."""
+        return f"copy {file} of the {'release' if self.base is self.files else 'base'} into that folder"
 
     def red(self, name: str, line: str, *, cause: str, fix: str) -> Finding:
         """A red finding of this question."""
@@ -101,7 +112,7 @@ def _beside(subject: Subject) -> Beside:
     if subject.adapter is not None and subject.adapter.folder is not None:
         files = ProcessorFiles(subject.adapter.folder)
         if files.image is not None or files.has_tokenizer or files.template is not None:
-            return Beside(subject, files, own, "the processor beside the adapter")
+            return Beside(subject, files, own, "the processor beside the adapter", loaded_apart=files.image is None)
     if own is None:
         raise CannotJudge("neither the base nor the adapter has processor files at hand (--processor)")
     return Beside(subject, own, own, "the processor of the base")
@@ -111,7 +122,7 @@ def _said(beside: Beside) -> str:
     known = [
         name
         for name, there in (
-            ("image settings", beside.files.image), ("tokenizer", beside.files.has_tokenizer),
+            ("image settings", beside.image), ("tokenizer", beside.files.has_tokenizer),
             ("chat template", beside.files.template), ("generation settings", beside.files.generation),
         )
         if there
@@ -120,6 +131,11 @@ def _said(beside: Beside) -> str:
 
 
 def _notes(beside: Beside) -> Iterator[str]:
+    if beside.loaded_apart and beside.files.has_tokenizer:
+        yield (
+            "beside the adapter is a tokenizer only, so AutoProcessor of that folder gives no image processor: load "
+            "the processor from the base"
+        )
     if beside.base is None or beside.base is beside.files:
         return
     for name, values in pixel_limits(beside.files.image or {}).items():
@@ -134,11 +150,11 @@ def _notes(beside: Beside) -> Iterator[str]:
 
 def _complete(beside: Beside) -> Iterator[Finding]:
     files = beside.files
-    if files.has_tokenizer and files.image is None:
+    if files.has_tokenizer and files.image is None and not beside.loaded_apart:
         yield beside.red(
             "no-image-processor", "a tokenizer without preprocessor_config.json",
-            cause="only the tokenizer was saved: AutoProcessor then gives a bare tokenizer, or the base's settings",
-            fix="processor.save_pretrained(FOLDER), or take the tokenizer away and use the base's processor",
+            cause="only the tokenizer was saved: AutoProcessor gives a bare tokenizer then, which takes no images",
+            fix="processor.save_pretrained(FOLDER)",
         )  # fmt: skip
     if files.image is not None and not files.has_tokenizer:
         yield beside.red(
@@ -148,12 +164,12 @@ def _complete(beside: Beside) -> Iterator[Finding]:
     if files.has_tokenizer and files.template is None:
         yield beside.red(
             "no-template", "no chat template", cause="it was not saved with the tokenizer, so no prompt can be written",
-            fix=_COPY_TEMPLATE,
+            fix=beside.copy("chat_template.jinja (or .json)"),
         )  # fmt: skip
 
 
 def _image(beside: Beside) -> Iterator[Finding]:
-    image, vision = beside.files.image, beside.subject.base.config.vision_config
+    image, vision = beside.image, beside.subject.base.config.vision_config
     if image is None:
         return
     wanted = {
@@ -166,7 +182,7 @@ def _image(beside: Beside) -> Iterator[Finding]:
         said = ", ".join(f"{name} {neutral(value, 40)} instead of {wanted[name]}" for name, value in off.items())
         yield beside.red(
             "other-patches", said, cause="these are the settings of another model's processor",
-            fix=_COPY_IMAGE_SETTINGS,
+            fix=beside.copy("preprocessor_config.json"),
         )  # fmt: skip
     scales = {"image_mean": beside.family.image_mean, "image_std": beside.family.image_std}
     shifted = [name for name, value in scales.items() if name in image and not _same(image[name], value)]
@@ -178,7 +194,7 @@ def _image(beside: Beside) -> Iterator[Finding]:
         yield beside.red(
             "other-scale", f"{said}, which {beside.family.label} was not trained with",
             cause="pixel values reach the tower shifted or on another scale",
-            fix=_COPY_IMAGE_SETTINGS,
+            fix=beside.copy("preprocessor_config.json"),
         )  # fmt: skip
     yield from _limits(beside, image)
     name = beside.files.processor_class
@@ -215,7 +231,7 @@ def _limits(beside: Beside, image: Mapping[str, Any]) -> Iterator[Finding]:
         yield beside.red(
             "limits-impossible", f"min_pixels {neutral(least, 40)}, max_pixels {neutral(most, 40)}",
             cause=f"an image has at least one visual token of {cell} pixels, and least must not be above most",
-            fix="copy the limits of the base",
+            fix=beside.copy("preprocessor_config.json"),
         )  # fmt: skip
 
 
@@ -241,6 +257,12 @@ def _tokens(beside: Beside) -> Iterator[Finding]:
             cause=f"the embeddings of {beside.subject.base.label} have {rows} rows: tokens were added, they were not "
             "resized, or the base is not the one that was trained",
             fix="model.resize_token_embeddings(len(tokenizer)) before training; save them with the adapter",
+        )  # fmt: skip
+    if files.has_no_pad:
+        yield beside.red(
+            "no-pad", "pad_token is null",
+            cause="a batch of prompts of different lengths cannot be padded: the tokenizer raises ValueError",
+            fix='pad_token "<|endoftext|>"',
         )  # fmt: skip
     if special.get("pad_token") in _PLACEHOLDERS:
         yield beside.red(
@@ -276,21 +298,14 @@ def _untrained(beside: Beside) -> Iterator[Finding]:
 
 def _template(beside: Beside) -> Iterator[Finding]:
     template = beside.files.template
-    if template is None:
-        return
-    blind = [text for text in ("<|vision_start|>", "<|image_pad|>") if text not in template]
-    if blind:
+    fault = None if template is None else fault_of(template)
+    if fault is not None:
         yield beside.red(
-            "blind-template", f"the chat template does not write {' and '.join(blind)}",
-            cause="it is a text model's template: images get no place in the prompt",
-            fix=_COPY_TEMPLATE,
-        )  # fmt: skip
-    elif _END not in template:
-        yield beside.red(
-            "endless-template", f"the chat template does not write {_END}",
-            cause="replies are learned without their end, and do not stop",
-            fix=_COPY_TEMPLATE,
-        )  # fmt: skip
+            fault.name,
+            f"the chat template {fault.words}",
+            cause=fault.cause,
+            fix=beside.copy("chat_template.jinja (or .json)"),
+        )
 
 
 def _generation(beside: Beside) -> Iterator[Finding]:
@@ -300,10 +315,10 @@ def _generation(beside: Beside) -> Iterator[Finding]:
         return
     eos = settings.get("eos_token_id")
     ends = set(eos) if isinstance(eos, list) and all(isinstance(i, int) for i in eos) else {eos}
-    end = beside.files.added.get(_END, beside.base.added.get(_END) if beside.base else None)
+    end = beside.files.added.get(END, beside.base.added.get(END) if beside.base else None)
     if end is not None and end not in ends:
         yield beside.red(
-            "never-ends", f"eos_token_id of generation_config.json is {neutral(eos, 60)}, and {_END} is {end}",
+            "never-ends", f"eos_token_id of generation_config.json is {neutral(eos, 60)}, and {END} is {end}",
             cause="a reply ends with that token, and generate() does not stop at it",
             fix=f"put {end} into eos_token_id",
         )  # fmt: skip

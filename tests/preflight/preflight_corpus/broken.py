@@ -413,9 +413,9 @@ def _beside(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
 
 @broken("unslothai/unsloth/issues/4671", "no-image-processor", "only the tokenizer was saved", FAMILIES)
 def only_the_tokenizer_saved(shop: Workshop, family: str) -> Arguments:
-    found = _beside(shop, family)
-    (found["adapter"] / "preprocessor_config.json").unlink()
-    return found
+    processor = shop.copy(shop.base(family))
+    (processor / "preprocessor_config.json").unlink()
+    return {**_adapted(shop, family), "processor": processor}
 
 
 @broken("QwenLM/Qwen3-VL/issues/1715", "no-template", "was not saved")

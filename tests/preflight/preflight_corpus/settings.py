@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from typing import Any
 
 from .broken import broken
@@ -122,6 +124,72 @@ def image_token_of_another_vocabulary(shop: Workshop, family: str) -> Arguments:
     folder = shop.copy(shop.base(family))
     edit(folder / "config.json", image_token_id=151655)
     return {"base": folder}
+
+
+# Templates and tokenizers
+
+
+def _template_with(shop: Workshop, family: str, old: str, new: str) -> Arguments:
+    """A base of whose chat template one part was replaced."""
+    folder = shop.copy(shop.base(family))
+
+    def change(content: dict[str, Any]) -> None:
+        assert old in content["chat_template"]
+        content["chat_template"] = content["chat_template"].replace(old, new)
+
+    edit(folder / "chat_template.json", change)
+    return {"base": folder}
+
+
+@broken("", "template-syntax", "has a syntax error in line", ("qwen2_vl",))
+def template_with_a_block_left_open(shop: Workshop, family: str) -> Arguments:
+    return _template_with(
+        shop, family, "{% if add_generation_prompt %}", "{% if add_generation_prompt %}{% for a in b %}"
+    )
+
+
+@broken("", "template-order", "writes <|vision_end|> before <|image_pad|>", ("qwen2_5_vl",))
+def template_with_markers_exchanged(shop: Workshop, family: str) -> Arguments:
+    whole, turned = "{0}<|image_pad|>{1}", ("<|vision_end|>", "<|vision_start|>")
+    return _template_with(shop, family, whole.format(*turned[::-1]), whole.format(*turned))
+
+
+@broken("", "template-order", "writes <|im_end|> before <|im_start|>", ("qwen3_vl",))
+def template_with_turns_exchanged(shop: Workshop, family: str) -> Arguments:
+    return _template_with(shop, family, "{% for message in messages %}", "{% for message in messages %}<|im_end|>")
+
+
+@broken("", "no-generation-prompt", "which the model then has to write", ("qwen2_vl",))
+def template_without_a_generation_prompt(shop: Workshop, family: str) -> Arguments:
+    return _template_with(shop, family, "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
+
+
+@broken("", "no-pad", "pad_token is null")
+def padding_switched_off(shop: Workshop, family: str) -> Arguments:
+    folder = shop.copy(shop.base(family))
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**content, "pad_token": None}), encoding="utf-8")
+    return {"base": folder}
+
+
+@healthy(("qwen2_5_vl", "qwen3_vl"))
+def checkpoint_of_a_trainer_with_the_tokenizer_only(shop: Workshop, family: str) -> Arguments:
+    """What ``Trainer(processing_class=tokenizer)`` leaves in checkpoint-N; the processor is the base's."""
+    found = _adapted(shop, family)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(found["base"] / name, found["adapter"])
+    template = json.loads((found["base"] / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]
+    (found["adapter"] / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (found["adapter"] / "trainer_state.json").write_text("{}", encoding="utf-8")
+    return found
+
+
+@healthy(("qwen2_vl",))
+def template_that_marks_what_is_trained(shop: Workshop, family: str) -> Arguments:
+    """``{% generation %}`` is Transformers' own block."""
+    text = "{% if part['type'] == 'text' %}{% generation %}{{ part['text'] }}{% endgeneration %}{% endif %}"
+    return _template_with(shop, family, "{% if part['type']", f"{text}{{% if part['type']")
 
 
 # Tensors of other shapes
