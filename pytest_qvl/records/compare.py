@@ -102,7 +102,9 @@ class Comparison:
         if not self.changes:
             return f"nothing changed: {self.compared} verdicts compared"
         counts = Counter(change.kind for change in self.changes)
-        return ", ".join(f"{counts[kind]} {kind}" for kind in KINDS if counts[kind])
+        plural = {"new failure": "new failures"}
+        said = ((counts[kind], plural.get(kind, kind) if counts[kind] > 1 else kind) for kind in KINDS if counts[kind])
+        return ", ".join(f"{count} {kind}" for count, kind in said)
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.evidence import Figure
+from pytest_qvl.evidence import Figure, Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,6 +46,7 @@ class Verdict:
         state: ``kept``, ``BROKEN``, ``error`` or ``not judged``.
         says: First problem, error or reason; empty for a promise that is kept.
         figures: What was measured.
+        table: Details.
     """
 
     target: str
@@ -54,6 +55,7 @@ class Verdict:
     state: str
     says: str
     figures: tuple[Figure, ...] = ()
+    table: Table | None = None
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -109,13 +111,15 @@ def _of_checks(record: dict[str, Any]) -> Iterator[Verdict]:
         if "not_judged" in entry:
             yield Verdict(*where, "not judged", entry["not_judged"])
         elif not entry["problems"]:
-            yield Verdict(*where, "kept", "", _figures(entry))
+            yield Verdict(*where, "kept", "", *_measured(entry))
         elif entry["outcome"] != "passed":  # a test of the user's own may expect it; a known failure is one
-            yield Verdict(*where, "BROKEN", entry["problems"][0], _figures(entry))
+            yield Verdict(*where, "BROKEN", entry["problems"][0], *_measured(entry))
 
 
-def _figures(entry: dict[str, Any]) -> tuple[Figure, ...]:
-    return tuple(Figure(**figure) for figure in entry["figures"])
+def _measured(entry: dict[str, Any]) -> tuple[tuple[Figure, ...], Table | None]:
+    table = entry["table"]
+    rows = None if table is None else Table(tuple(table["columns"]), tuple(map(tuple, table["rows"])))
+    return tuple(Figure(**figure) for figure in entry["figures"]), rows
 
 
 def _of_errors(record: dict[str, Any]) -> Iterator[Verdict]:

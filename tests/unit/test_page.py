@@ -81,6 +81,8 @@ def test_a_green_run_says_so_first(record):
     ten = target.rows[9]
     assert (ten.state, ten.weakest.name) == ("kept", "smallest loss within 40 steps")
     assert 0 < ten.weakest.share <= 100
+    (table,) = [one.table for one in page.checks if one.check == "alignment"]
+    assert " ".join(table.columns) in words
 
 
 def test_a_failure_has_cause_fix_and_command(record):
