@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.batches.answers import judge_labels
+from pytest_qvl.checks.batches.conversations import conversations
 from pytest_qvl.checks.batches.facts import View, facts
 from pytest_qvl.checks.batches.findings import Findings
 from pytest_qvl.checks.batches.ids import judge_ids
 from pytest_qvl.checks.batches.layout import kinds, lay_out
 from pytest_qvl.checks.batches.masks import judge_mask, judge_types
-from pytest_qvl.checks.batches.paired import conversations, judge_answers, judge_rows
+from pytest_qvl.checks.batches.paired import judge_answers, pair
 from pytest_qvl.checks.batches.pictures import judge_images
 from pytest_qvl.checks.batches.pixels import judge_pixels
 from pytest_qvl.checks.batches.places import judge_packing, judge_positions, judge_time
@@ -69,16 +70,19 @@ def batch(
     view = View(batch, processor, known, training=learning)
     given = None if samples is None else conversations(samples)
     findings.judged["rows"] = view.rows
-    images = _judge(view, findings)
-    if given is not None and judge_rows(view, findings, given):
-        judge_images(view, findings, images, given)
-        judge_answers(view, findings, given)
+    images, videos = _judge(view, findings)
+    if given is not None and (pairs := pair(view, findings, given)) is not None:
+        if videos.grids:
+            findings.unjudged["images against samples"] = "the batch holds videos, which samples are not compared with"
+        else:
+            judge_images(view, findings, images, pairs)
+        judge_answers(view, findings, pairs)
     findings.hand_over(judge)
     return judge.verdict()
 
 
-def _judge(view: View, findings: Findings) -> Layout:
-    """Judge all that needs no samples; returns where images are."""
+def _judge(view: View, findings: Findings) -> tuple[Layout, Layout]:
+    """Judge all that needs no samples; returns where images and videos are."""
     judge_ids(view, findings)
     images, videos = (lay_out(view, findings, kind) for kind in kinds(view.known))
     for layout in (images, videos):
@@ -89,4 +93,4 @@ def _judge(view: View, findings: Findings) -> Layout:
     judge_packing(view, findings)
     judge_positions(view, findings, images, videos, seconds)
     judge_labels(view, findings)
-    return images
+    return images, videos

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 from transformers import AutoConfig
 
 from pytest_qvl import checks
@@ -183,12 +185,54 @@ def test_a_finding_says_where_what_and_why(processor: Any, config: Any, batch: B
     assert json.loads(str(failure.value.evidence.data["findings"][0]))["cause"] == finding.cause
 
 
-def test_images_of_two_rows_are_told_apart(processor: Any, config: Any, samples: list[Sample]) -> None:
-    given = [samples[0], samples[3], samples[0]]
+def test_rows_may_stand_in_another_order_and_none_may_be_lost(
+    processor: Any, config: Any, samples: list[Sample], batch: Batch
+) -> None:
+    evidence = checks.batch(batch, processor, config, samples[::-1])
+    assert "rows stand in another order than the samples; each was compared with its own" in evidence.notes
+    twice = make_batch(processor, [samples[0], samples[0], *samples[2:]], padding_side="right", answers=True)
+    assert kinds(twice, processor, config, samples) == ["row-of-another-sample"]
+
+
+def test_images_and_answers_of_two_rows_are_told_apart(
+    processor: Any, config: Any, samples: list[Sample], batch: Batch
+) -> None:
+    """Also in packed rows, whose samples stand behind each other."""
+    one, other = replace(samples[0], images=samples[3].images), replace(samples[3], images=samples[0].images)
+    wrong = make_batch(processor, [one, samples[1], samples[2], other], padding_side="right", answers=True)
+    assert kinds(wrong, processor, config, samples) == ["images-exchanged"]
+    assert kinds(pack(_parts(config), wrong), processor, config, samples) == ["images-exchanged"]
+    assert kinds(pack(_parts(config), batch), processor, config, samples[::-1]) == []
+    answers = [replace(samples[0], answer=samples[3].answer), *samples[1:3], replace(samples[3], answer="orange")]
+    wrong = make_batch(processor, answers, padding_side="right", answers=True)
+    assert kinds(wrong, processor, config, samples) == ["another-answer"]
+    assert kinds(pack(_parts(config), wrong), processor, config, samples) == ["another-answer"]
+    assert kinds(pack(_parts(config), batch), processor, config, samples[1:]) == []  # noted: not compared
+
+
+def test_an_image_that_is_not_as_it_was(processor: Any, config: Any, samples: list[Sample]) -> None:
+    high = replace(samples[0], images=(samples[0].images[0].resize((56, 112)),))
+    made = make_batch(processor, [high], padding_side="right", answers=True)
+    turned = {**made, "image_grid_thw": made["image_grid_thw"][:, [0, 2, 1]]}
+    assert kinds(turned, processor, config, [high]) == ["image-turned"]
+    for change, kind in ((ImageOps.flip, "patches-misplaced"), (_blue_first, "colours-exchanged")):
+        given = [replace(sample, images=tuple(map(change, sample.images))) for sample in samples]
+        made = make_batch(processor, given, padding_side="right", answers=True)
+        assert kinds(made, processor, config, samples) == [kind]
+
+
+def _blue_first(image: Image.Image) -> Image.Image:
+    return Image.merge("RGB", image.split()[::-1])
+
+
+@pytest.mark.parametrize("scale", [0.7, 1.6])
+def test_a_collator_may_resize_as_it_likes(processor: Any, config: Any, samples: list[Sample], scale: float) -> None:
+    def resized(image: Image.Image) -> Image.Image:
+        return image.resize((round(image.width * scale), round(image.height * scale)))
+
+    given = [replace(sample, images=tuple(map(resized, sample.images))) for sample in samples]
     made = make_batch(processor, given, padding_side="right", answers=True)
-    assert kinds(made, processor, config, given) == []
-    wrong = [samples[3], samples[0], samples[0]]
-    assert kinds(made, processor, config, wrong)[0] == "row-of-another-sample"
+    assert kinds(made, processor, config, samples) == []
 
 
 def test_chat_messages_are_samples_too(processor: Any, config: Any, samples: list[Sample], batch: Batch) -> None:

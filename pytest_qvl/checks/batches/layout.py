@@ -51,12 +51,14 @@ class Layout:
         kind: Which of both.
         grids: All of them.
         rows: Row of each image (video); empty where that cannot be told.
+        tokens: Place in its row at which its run of placeholders begins; empty like :attr:`rows`.
         sound: Whether every run of placeholders fits its grid.
     """
 
     kind: Kind
     grids: tuple[Grid, ...]
     rows: tuple[int, ...]
+    tokens: tuple[int, ...]
     sound: bool
 
 
@@ -72,7 +74,7 @@ def lay_out(view: View, findings: Findings, kind: Kind) -> Layout:
     """Judge the placeholders of one kind against its grids, and its grids against its pixels."""
     grids = _grids(view, findings, kind)
     if grids is None:
-        return Layout(kind, (), (), sound=False)
+        return Layout(kind, (), (), (), sound=False)
     findings.judged[f"{kind.noun}s"] += len(grids)
     found = placeholder_runs(view.ids, kind.placeholder)
     sound = _judge_pixels(view, findings, kind, grids, found)
@@ -80,11 +82,12 @@ def lay_out(view: View, findings: Findings, kind: Kind) -> Layout:
     if sound and (found or pieces):
         dealt = _deal(found, [piece.size for piece in pieces], apart=kind.noun == "video" and view.known.frames_apart)
         if dealt is not None:
-            rows = dict(zip((piece.item for piece in pieces), dealt, strict=True))
-            return Layout(kind, tuple(grids), tuple(rows.values()), sound=True)
+            places = dict(zip((piece.item for piece in pieces), dealt, strict=True)).values()
+            rows, tokens = (tuple(each[axis] for each in places) for axis in (0, 1))
+            return Layout(kind, tuple(grids), rows, tokens, sound=True)
         _Mismatch(view, findings, kind, pieces, found).report()
         sound = False
-    return Layout(kind, tuple(grids), (), sound)
+    return Layout(kind, tuple(grids), (), (), sound)
 
 
 def _grids(view: View, findings: Findings, kind: Kind) -> list[Grid] | None:
@@ -181,15 +184,15 @@ def _pieces(known: Facts, kind: Kind, grids: Sequence[Grid]) -> Iterator[Piece]:
             yield Piece(item, grid, visual_tokens(grid, known.merge))
 
 
-def _deal(found: Sequence[Run], sizes: Sequence[int], *, apart: bool) -> list[int] | None:
-    """The row of each size, where sizes fill the runs exactly in order, with `apart` one each; None where not."""
-    rows: list[int] = []
-    for row, _, length in found:
-        count = fitting(sizes[len(rows) :], length)
+def _deal(found: Sequence[Run], sizes: Sequence[int], *, apart: bool) -> list[tuple[int, int]] | None:
+    """Row and first token of the run of each size; None where sizes do not fill the runs in order (`apart`: singly)."""
+    places: list[tuple[int, int]] = []
+    for row, token, length in found:
+        count = fitting(sizes[len(places) :], length)
         if not count or (apart and count > 1):
             return None
-        rows += [row] * count
-    return rows if len(rows) == len(sizes) else None
+        places += [(row, token)] * count
+    return places if len(places) == len(sizes) else None
 
 
 @dataclass(frozen=True)

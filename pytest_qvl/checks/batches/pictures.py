@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.families import FAMILIES
@@ -17,93 +18,157 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.batches.facts import View
     from pytest_qvl.checks.batches.findings import Findings
     from pytest_qvl.checks.batches.layout import Layout
-    from pytest_qvl.checks.batches.paired import Conversation
+    from pytest_qvl.checks.batches.paired import Pair
 
     Array = np.ndarray[Any, Any]
 
 
-def judge_images(view: View, findings: Findings, layout: Layout, given: Sequence[Conversation]) -> None:
+def judge_images(view: View, findings: Findings, layout: Layout, pairs: Sequence[Pair]) -> None:
     """Every row has the images of its own sample, in their order.
 
     Images are compared as thumbnails of one pixel per patch, so that a collator may resize as it likes. Where two
     images are the same, either may stand there.
     """
-    wanted = [len(each.images) for each in given]
-    if not _counted(findings, layout, wanted):
-        return
-    names = [(row, number) for row, count in enumerate(wanted) for number in range(count)]
-    originals = [each.images[number] for row, each in enumerate(given) for number in range(wanted[row])]
-    if any(image is None for image in originals):
-        findings.notes.append("images that samples give as addresses were counted and not compared")
-    pixels = view.batch.get(layout.kind.pixels)
-    if (
-        pixels is None
-        or not layout.sound
-        or any(each.kind.startswith(("pixels-", "patch-")) for each in findings.found)
-    ):
-        return
-    shown = list(_thumbnails(view, layout, pixels))
-    findings.judged["images compared with samples"] += sum(image is not None for image in originals)
-    for place, found in enumerate(shown):
-        candidates = {
-            name: _thumbnail(image, found) for name, image in zip(names, originals, strict=True) if image is not None
-        }
-        own = candidates.pop(names[place], None)
-        if own is not None:
-            _say(findings, names[place], found, own, candidates)
-
-
-def _counted(findings: Findings, layout: Layout, wanted: Sequence[int]) -> bool:
-    """Whether every row has as many images as its sample."""
     if not layout.sound:
         findings.unjudged["images against samples"] = "placeholders and grids do not fit each other"
-        return False
-    counts = Counter(layout.rows)
-    wrong = [row for row, count in enumerate(wanted) if counts[row] != count]
-    for row in wrong:
-        fewer = counts[row] < wanted[row]
-        findings.add(
-            "images-missing" if fewer else "images-repeated",
-            row,
-            None,
-            found=f"{counts[row]} images",
-            expected=f"{wanted[row]}, as its sample has",
-            cause="the collator takes one image of each sample, or lost one that it could not read"
-            if fewer
-            else "the collator added images of another row, or one of them twice",
+        return
+    owners = _owners(layout, pairs)
+    if not _counted(findings, owners, pairs) or findings.has("row-of-another-sample"):
+        return
+    originals = {(each.number, number): image for each in pairs for number, image in enumerate(each.sample.images)}
+    if None in originals.values():
+        findings.notes.append("images that samples give as addresses were counted and not compared")
+    pixels = view.batch.get(layout.kind.pixels)
+    if pixels is None or any(each.kind.startswith(("pixels-", "patch-")) for each in findings.found):
+        return
+    seen: Counter[int] = Counter()
+    for found, owner in zip(_thumbnails(view, layout, pixels), owners, strict=True):
+        name = (pairs[owner].number, seen[owner])
+        seen[owner] += 1
+        candidates = {key: _thumbnail(image, found) for key, image in originals.items() if image is not None}
+        own = candidates.pop(name, None)
+        if own is not None:
+            findings.judged["images compared with samples"] += 1
+            original = originals[name]
+            assert original is not None
+            place = _Place(pairs[owner].unit.row, *name, original.size, view.known.merge)
+            _say(findings, place, found, own, candidates)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The place of an image.
+
+    Attributes:
+        row: Of the batch.
+        sample: Of which sample.
+        number: Its number in the sample.
+        size: Width and height of the sample's image in pixels.
+        merge: Patches per visual token along each side.
+    """
+
+    row: int
+    sample: int
+    number: int
+    size: tuple[int, int]
+    merge: int
+
+    def is_turned(self, found: Array) -> bool:
+        """Whether an image that is higher than wide has a grid that is wider than high, or the other way round."""
+        return bool((self.size[1] - self.size[0]) * (found.shape[0] - found.shape[1]) < 0)
+
+
+def _owners(layout: Layout, pairs: Sequence[Pair]) -> list[int]:
+    """The pair that each image stands in; -1 for none."""
+    return [
+        next(
+            (n for n, each in enumerate(pairs) if each.unit.row == row and each.unit.first <= token < each.unit.stop),
+            -1,
         )
-    return not wrong
+        for row, token in zip(layout.rows, layout.tokens, strict=True)
+    ]
 
 
-def _say(
-    findings: Findings, name: tuple[int, int], found: Array, own: Array, others: dict[tuple[int, int], Array]
-) -> None:
+def _counted(findings: Findings, owners: Sequence[int], pairs: Sequence[Pair]) -> bool:
+    """Whether every unit has as many images as its sample, and each image a unit."""
+    counts, wanted = Counter(owners), [len(each.sample.images) for each in pairs]
+    wrong = [number for number, count in enumerate(wanted) if counts[number] != count]
+    moved = sum(wanted) == len(owners)
+    for number in wrong:
+        fewer = counts[number] < wanted[number]
+        kind, cause = "images-repeated", "the collator added images of another row, or one of them twice"
+        if moved:
+            kind, cause = "images-exchanged", "texts and images were collected in different orders"
+        elif fewer:
+            kind = "images-missing"
+            cause = "the collator takes one image of each sample, or lost one that it could not read"
+        findings.add(
+            kind,
+            pairs[number].unit.row,
+            None,
+            found=f"{counts[number]} images",
+            expected=f"{wanted[number]}, as its sample has",
+            cause=cause,
+        )
+    return not wrong and -1 not in owners
+
+
+def _say(findings: Findings, place: _Place, found: Array, own: Array, others: dict[tuple[int, int], Array]) -> None:
     """Enter what stands in the place of an image, where that is another one, or its colours exchanged.
 
     By the triangle inequality an image that is nearer to another one than half of what lies between both is further
     from its own than that, whatever a collator did to it (resizing, compression).
     """
-    row, number = name
+    said = _what(place, found, own, others)
+    if said is not None:
+        findings.add(said[0], place.row, None, found=f"image {place.number} {said[1]}", expected=said[2], cause=said[3])
+
+
+def _what(
+    place: _Place, found: Array, own: Array, others: dict[tuple[int, int], Array]
+) -> tuple[str, str, str, str] | None:
+    """Kind, what is there, what should be and the cause; None where the image is its own."""
     if _is(found, own[..., ::-1], own):
-        findings.add(
+        return (
             "colours-exchanged",
-            row,
-            None,
-            found=f"image {number} with red and blue exchanged",
-            expected="channels in the order red, green, blue",
-            cause="the loader reads BGR (OpenCV's imread): convert to RGB before the processor gets it",
+            "with red and blue exchanged",
+            "channels in the order red, green, blue",
+            "the loader reads BGR (OpenCV's imread): convert to RGB before the processor gets it",
         )
-        return
     other = next((each for each, thumbnail in others.items() if _is(found, thumbnail, own)), None)
     if other is not None:
-        findings.add(
+        return (
             "images-exchanged",
-            row,
-            None,
-            found=f"image {number} shows image {other[1]} of sample {other[0]}",
-            expected=f"image {number} of sample {row}",
-            cause="images were collected in another order than the texts, or the batch was reordered without them",
+            f"shows image {other[1]} of sample {other[0]}",
+            f"image {place.number} of sample {place.sample}",
+            "images were collected in another order than the texts, or the batch was reordered without them",
         )
+    if place.is_turned(found):
+        return (
+            "image-turned",
+            f"has {found.shape[0]} rows and {found.shape[1]} columns of patches",
+            f"the orientation of its image, {place.size[0]} px wide and {place.size[1]} px high",
+            "height and width of the grid are exchanged, or the EXIF orientation was ignored or applied twice",
+        )
+    words = next((words for words, turned in _turned(found, place.merge) if _is(turned, own, found)), None)
+    if words is not None:
+        return (
+            "patches-misplaced",
+            words,
+            f"patches in blocks of {place.merge} by {place.merge}, as the processor orders them, of the image as it is",
+            "pixel_values were made or reordered by hand, or the image was turned: hand on what the processor makes",
+        )
+    return None
+
+
+def _turned(found: Array, merge: int) -> Iterator[tuple[str, Array]]:
+    """What an image shows if its patches stand in another order than the model's."""
+    rows, columns = found.shape[:2]
+    yield "lies upside down", found[::-1]
+    yield "is mirrored", found[:, ::-1]
+    yield "is turned by half", found[::-1, ::-1]
+    blocks = found.reshape(rows // merge, merge, columns // merge, merge, 3).transpose(0, 2, 1, 3, 4)
+    yield "has its patches row by row", blocks.reshape(found.shape)
 
 
 def _is(found: Array, other: Array, own: Array) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.batches.paired import is_comparable
+from pytest_qvl.checks.batches.conversations import is_comparable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

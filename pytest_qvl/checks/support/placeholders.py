@@ -223,7 +223,7 @@ def value_problems(pixels: torch.Tensor) -> list[str]:
             "leaves next to nothing; cast to float16, bfloat16 or float32 only"
         ]
     # One pass over millions of values: a NaN is the least and the largest of them.
-    largest = max(abs(float(each)) for each in pixels.aminmax()) if pixels.numel() else 0.0
+    largest = max(abs(float(each)) for each in pixels.detach().aminmax()) if pixels.numel() else 0.0
     if not math.isfinite(largest):
         wild = (~pixels.isfinite()).nonzero()
         return [
