@@ -17,6 +17,8 @@ from pytest_qvl.releases import known_defects
 
 Relation = Literal["<=", ">=", "==", ""]
 Value = float | int | str | bool
+NOT_JUDGED = " not judged"
+"""How the name of a figure ends that counts what a verdict leaves out ("layers not judged"): the summary shows it."""
 
 
 @dataclass(frozen=True)

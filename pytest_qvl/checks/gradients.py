@@ -27,7 +27,7 @@ from pytest_qvl.checks.support.segments import Layers, Segment, layers_recorded,
 from pytest_qvl.checks.support.teaching import NO_LABELS, forward, text_tokens, trainable_parameters
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.wording import some
-from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
+from pytest_qvl.evidence import NOT_JUDGED, CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import orthogonality_penalty_off
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.state import preserved
@@ -75,7 +75,7 @@ def gradient_arithmetic(model: Any, batch: Batch, *, gradient_checkpointing: boo
     gradient of each row with labels          not exactly zero
     ========================================= ===================================================
 
-    A layer in which rounding hides a quarter of a derivative that looks right is not judged, and counted in a note.
+    A layer in a part of which rounding hides a quarter of the derivative is not judged, and counted.
 
     Args:
         model: The model wrapped by PEFT, its adapter trainable.
@@ -84,7 +84,7 @@ def gradient_arithmetic(model: Any, batch: Batch, *, gradient_checkpointing: boo
 
     Raises:
         CheckFailed: Names the layers, and of the first ones the tensors whose gradient is not the loss's, and a factor.
-        CannotJudge: Nothing can be resolved, layers that are not called one by one, or weights repacked for the CPU.
+        CannotJudge: No layer can be judged, layers that are not called one by one, or weights repacked for the CPU.
         ValueError: No adapter, nothing trainable, or no labels.
     """
     parts = anatomy(model)
@@ -180,18 +180,13 @@ def _judge_segments(judge: Judge, parts: Parts, segments: list[Segment]) -> None
     for segment in segments:
         for what, direction in probe.directions(segment):
             seen = probe(segment, what, direction)
-            if seen is None or (not seen.is_off and seen.limit > RESOLVED):
+            if seen is None or seen.blur > RESOLVED:
                 hidden.setdefault(segment.name, []).append(what)
             else:
                 found.append(_Found(segment, what, seen))
-    if not found:
-        raise CannotJudge(f"rounding hides the derivative of the loss in all of {len(hidden)} layers")
-    if hidden:
-        told = [f"{name} ({', '.join(each)})" for name, each in hidden.items()]
-        judge.note(f"NOT JUDGED in {len(hidden)} of {len(segments)} layers, where rounding hides it: {some(told)}")
+    _count(judge, len(segments), found, hidden)
     worst = max(found, key=lambda one: one.seen.off / one.seen.limit if one.seen.limit else math.inf).seen
     judged = {one.segment.name for one in found}
-    judge.report("layers judged", len(judged - hidden.keys()))
     for name, into in (("of a layer", False), ("of what goes into attention and MLP", True)):
         limits = [one.seen.limit for one in found if (one.what == BRANCHES) is into]
         if limits:
@@ -204,6 +199,20 @@ def _judge_segments(judge: Judge, parts: Parts, segments: list[Segment]) -> None
         worst.limit,
         else_say=f"the gradient is not the loss's in {len(off)} of {len(judged)} layers: {'; '.join(told)}",
     )
+
+
+def _count(judge: Judge, layers: int, found: Sequence[_Found], hidden: Mapping[str, Sequence[str]]) -> None:
+    """Say which layers were not judged, or not all of them; where that is every one, nothing is proved."""
+    told = some([f"{name} ({', '.join(each)})" for name, each in hidden.items()])
+    if not found or (len(hidden) == layers and not any(one.seen.is_off for one in found)):
+        raise CannotJudge(
+            f"rounding hides a quarter of the loss's derivative in each of {layers} layers, or in a part of it: "
+            f"{told}; longer answers, more rows or float32 show more"
+        )
+    judge.report("layers judged", layers - len(hidden))
+    if hidden:
+        judge.report(f"layers{NOT_JUDGED}", len(hidden))
+        judge.note(f"NOT JUDGED in {len(hidden)} of {layers} layers, where rounding hides it: {told}")
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,7 @@ class _Probe:
         noise, largest = self._noise[segment.name], step_size(eps)
         begin = min(largest, self._steps.get(what, largest))
         seen = derivative(segment, direction, begin, noise)
-        if begin < largest and (seen is None or seen.is_off or seen.limit > RESOLVED):
+        if begin < largest and (seen is None or seen.is_off or seen.blur > RESOLVED):
             seen = derivative(segment, direction, largest, noise)
         if seen is not None:
             self._steps[what] = seen.step * 2.0**AHEAD

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pytest_qvl.evidence import NOT_JUDGED
 from pytest_qvl.promises import PROMISES, promise_number
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ class PromiseState:
         number: Place among the promises, from 1.
         title: What is promised.
         state: One of :data:`STATES`. *Kept* only if every check of the promise gave a verdict.
-        detail: The figure nearest to its limit (of a broken promise: beyond it), or why there is none.
+        detail: The figure nearest to its limit (of a broken promise: beyond it) and how much was left out, or
+            why there is none.
         judged: Checks that gave a verdict.
         missing: Checks that gave none, although the run would have to have one.
     """
@@ -96,8 +98,11 @@ def _state_of(
 
 
 def _worst(found: Sequence[Evidence]) -> str:
+    """The figure nearest to its limit, and how much a check left out."""
     figures = [f for e in found for f in e.figures if f.relation]
-    return str(max(figures, key=lambda f: f.utilisation)) if figures else ""
+    worst = str(max(figures, key=lambda f: f.utilisation)) if figures else ""
+    left_out = dict.fromkeys(f"{e.check}: {f}" for e in found for f in e.figures if f.name.endswith(NOT_JUDGED))
+    return "; ".join(filter(None, [worst, *left_out]))
 
 
 def _broken(bad: Sequence[Evidence]) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from pytest_qvl.checks.gradients import gradient_arithmetic
+from pytest_qvl.checks.gradients import _judge_segments, gradient_arithmetic
 from pytest_qvl.checks.support.directional import Noise, _differences, _vanishes, along_gradient, derivative, step_size
 from pytest_qvl.checks.support.student import deviations
-from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
+from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError, Judge
 from pytest_qvl.faults import apply, find
 from pytest_qvl.faults.case import Case
 from pytest_qvl.faults.definitions.gradients import gradient_times
@@ -217,7 +217,8 @@ class Quartic:
     """A segment of one matrix and no hidden states: the sum of fourth powers, whose gradient is known."""
 
     name = "quartic"
-    gradient = outgoing = None
+    gradient: Any = None
+    outgoing = None
 
     def __init__(self, factor: float) -> None:
         self.x = torch.zeros(1, 1, 1)
@@ -306,6 +307,69 @@ def test_the_noise_of_few_tokens_is_no_underestimate() -> None:
         found.append(Noise.of(segment, torch.finfo(torch.float32).eps, 1.0).value * math.sqrt(3) / 1e-3)
     assert min(found) > 0.7
     assert sum(found) / len(found) == pytest.approx(8.0 / 5, rel=0.05)
+
+
+class Noisy(Quartic):
+    """Its values are said to be off by about so much."""
+
+    name = "noisy"
+
+    def __init__(self, factor: float, noise: float) -> None:
+        super().__init__(factor)
+        self.deviation = noise
+
+    def noise(self, times: int) -> torch.Tensor:
+        signs = torch.arange(times, dtype=torch.float64)[:, None] % 2 * 2 - 1
+        return self.deviation * signs.expand(times, 50)
+
+
+def test_layers_that_are_not_judged_are_counted(model: Any) -> None:
+    judge = Judge("gradient_arithmetic", "")
+    segments: list[Any] = [Quartic(1.0), Noisy(1.0, 1e3)]
+    _judge_segments(judge, anatomy(model), segments)
+    found = {figure.name: figure.value for figure in judge.figures}
+    assert (found["layers judged"], found["layers not judged"]) == (1, 1)
+    assert judge.notes == ["NOT JUDGED in 1 of 2 layers, where rounding hides it: noisy (adapter)"]
+
+
+def test_where_no_layer_is_judged_the_check_cannot_judge(model: Any) -> None:
+    segments: list[Any] = [Noisy(1.0, 1e3)]
+    with pytest.raises(
+        CannotJudge, match=r"in each of 1 layers, or in a part of it: noisy \(adapter\); longer answers"
+    ):
+        _judge_segments(Judge("gradient_arithmetic", ""), anatomy(model), segments)
+
+
+class Half(Noisy):
+    """What is lost in noise is the adapter alone."""
+
+    gradient: Any = torch.ones(1, 1, 1)
+
+    def __init__(self) -> None:
+        super().__init__(1e-6, 1e-6)
+        self.x = torch.ones(1, 1, 1)
+
+    def value(self, x: torch.Tensor) -> float:
+        return 1e-6 * super().value(x) + float(x.double().sum())
+
+    def branch_gradients(self) -> list[torch.Tensor]:
+        return []
+
+
+def test_a_layer_of_which_a_part_is_hidden_is_not_judged(model: Any) -> None:
+    segments: list[Any] = [Half()]
+    with pytest.raises(CannotJudge, match=r"noisy \(adapter\);"):
+        _judge_segments(Judge("gradient_arithmetic", ""), anatomy(model), segments)
+
+
+def test_beyond_a_quarter_neither_right_nor_wrong_is_judged(model: Any) -> None:
+    """A ratio of 3 that is sure to 1.2 only: what is off by less would have passed as well."""
+    for noise, is_judged in ((1e-4, True), (0.12, False)):
+        segments: list[Any] = [Quartic(1.0), Noisy(1 / 3, noise)]
+        judge = Judge("gradient_arithmetic", "")
+        _judge_segments(judge, anatomy(model), segments)
+        assert bool(judge.problems) is is_judged
+        assert ("layers not judged" in {figure.name for figure in judge.figures}) is not is_judged
 
 
 def test_estimated_deviations_are_those_of_students_t() -> None:

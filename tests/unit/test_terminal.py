@@ -191,6 +191,14 @@ def test_a_promise_is_kept_only_if_all_its_checks_gave_a_verdict():
     assert (state.judged, state.missing) == ((first,), tuple(others))
 
 
+def test_a_row_says_how_much_a_check_left_out():
+    figures = (Figure("ratio", 0.5, 1.0, "<="), Figure("layers judged", 3), Figure("layers not judged", 2))
+    found = [Evidence("gradient_arithmetic", "p", figures), kept("gradient_arithmetic", 0.4)]
+    terminal = written(report("gradient_arithmetic", evidence=found), width=200)
+    number = promise_number("gradient_arithmetic")
+    assert row(terminal, number).endswith(" ratio 0.5 (<= 1); gradient_arithmetic: layers not judged 2")
+
+
 def test_measuring_vram_without_a_limit_or_a_card_keeps_nothing():
     resident = Figure("resident beside the model", 0.01, 0.1, "<=", "GiB")
     measured = Evidence("peak_vram", "p", (resident, Figure("prefill: peak allocated", 6.5)))

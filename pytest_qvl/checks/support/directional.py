@@ -49,6 +49,11 @@ class Derivative:
     step: float
 
     @property
+    def blur(self) -> float:
+        """The limit as a share of the larger of seen and promised: where a gradient is nearly lost both are large."""
+        return self.limit / max(1.0, abs(self.ratio)) if math.isfinite(self.ratio) else 0.0
+
+    @property
     def is_off(self) -> bool:
         """Whether the gradient is not the loss's."""
         return not self.off <= self.limit
