@@ -89,3 +89,19 @@ def watched(parts: Parts, modules: Iterable[nn.Module]) -> Iterator[Peaks]:
 def first_not_finite(peaks: Peaks) -> Peak | None:
     """The first module in call order whose output was not finite: where an overflow began."""
     return next((peak for peak in peaks.listed() if not peak.finite), None)
+
+
+@contextmanager
+def outputs(modules: Iterable[nn.Module | None]) -> Iterator[list[torch.Tensor]]:
+    """What modules put out inside the block, one after the other; of several tensors the first."""
+    found: list[torch.Tensor] = []
+
+    def note(_module: Any, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [module.register_forward_hook(note) for module in modules if module is not None]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

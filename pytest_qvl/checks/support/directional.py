@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.rounding import a_last_place_off
 from pytest_qvl.checks.support.student import deviations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     import torch
     from torch import nn
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.support.segments import Segment
 
 DEVIATIONS = 5.0
-PLACES = 66
+PLACES = 66 + 12  # forward and backward, and inputs that are a whole step off: eps**2 is twelve times eps**2 / 12
+COMMON = 1 / 20  # of the roundings: attention's sum with the stream, which inputs a last place apart round alike
 FIRST = 4
 FREEDOM = 16
 HALVINGS = 32  # none gets there: rounding ends it long before
+MOST = 8  # differences in a mean: they are all of the time that the check takes
 SETTLED = 3  # the first change has nothing to be compared with, and counts
 LITTLE = 1 / 32
 HIDDEN = 0.5
@@ -142,6 +145,10 @@ class Noise:
     value: float
     gradient: float
 
+    def of_mean(self, times: int) -> Noise:
+        """Of a mean of several differences: what the gradient lacks stays, and what all of them round alike."""
+        return replace(self, value=self.value * math.sqrt((1 - COMMON) / times + COMMON))
+
     @classmethod
     def of(cls, segment: Segment, eps: float, sums: float) -> Noise:
         """Measured for the value, counted for the gradient: docs/limits.md#directional-derivatives.
@@ -177,7 +184,9 @@ def _freedom(moved: torch.Tensor) -> float:
     return len(moved) * float(variances.sum()) ** 2 / squares if squares else float(len(moved))
 
 
-def derivative(segment: Segment, direction: Direction, step: float, noise: Noise) -> Derivative | None:
+def derivative(
+    segment: Segment, direction: Direction, step: float, noise: Noise, *, times: int = 1, settled: int = 0
+) -> Derivative | None:
     """The derivative of the loss along a direction, extrapolated over step sizes (Richardson 1911).
 
     The step is halved until the ratio of seen and promised settles: it changes by little, and twice in a row by half as
@@ -189,18 +198,21 @@ def derivative(segment: Segment, direction: Direction, step: float, noise: Noise
         direction: Along what.
         step: The largest step.
         noise: Of this segment.
+        times: Mean of so many differences, each from other inputs a last place away, that round independently.
+        settled: How many changes are known to have settled at larger steps.
 
     Returns:
         The extrapolation with the smallest limit; ``None`` where the ratio settles nowhere, or nothing is promised and
         nothing seen.
     """
-    large = _differences(segment, direction, step)
+    noise = noise.of_mean(times)
+    large = _differences(segment, direction, step, times)
     if not large.promised:
         return Derivative(math.inf, 0.0, step) if abs(large.seen) > DEVIATIONS * noise.value else None
     best: Derivative | None = None
-    change, settled = math.inf, 0
+    change = math.inf
     for halving in range(1, HALVINGS + 1):
-        small = _differences(segment, direction, step / 2**halving)
+        small = _differences(segment, direction, step / 2**halving, times)
         if not small.promised:
             break
         rounding, previous = DEVIATIONS * _rounding(large, small, noise), change
@@ -216,21 +228,28 @@ def derivative(segment: Segment, direction: Direction, step: float, noise: Noise
         if rounding > size:
             break
         large = small
-    if best is None or not best.is_off or not _vanishes(segment, direction, step, noise, best.off):
+    if best is None or not best.is_off or not _vanishes(segment, direction, step, noise, best.off, times=times):
         return best
     return None
 
 
-def _vanishes(segment: Segment, direction: Direction, step: float, noise: Noise, off: float) -> bool:
+def times_for(seen: Derivative, fine: float) -> int:
+    """Of how many differences the mean has a limit as fine as this; at most :data:`MOST`."""
+    return min(MOST, math.ceil((seen.blur / fine) ** 2))
+
+
+def _vanishes(segment: Segment, direction: Direction, step: float, noise: Noise, off: float, *, times: int = 1) -> bool:
     """Whether the ratio is 1 after all at the smallest step at which rounding leaves half of `off` to be seen.
 
     What bends strongly (attention that large steps saturate) can have a ratio that settles twice, at another value
     first. A wrong gradient has a wrong one at every step.
     """
     half = min(off, 1.0) / 2
-    visible = half * abs(_differences(segment, direction, step).promised) / (DEVIATIONS * noise.value or math.inf)
+    visible = (
+        half * abs(_differences(segment, direction, step, times).promised) / (DEVIATIONS * noise.value or math.inf)
+    )
     halvings = math.floor(math.log2(visible)) if visible > 1 else 0
-    small = _differences(segment, direction, step / 2**halvings)
+    small = _differences(segment, direction, step / 2**halvings, times)
     return bool(small.promised) and abs(small.ratio - 1) <= half
 
 
@@ -260,39 +279,66 @@ class _Differences:
         return self.seen / self.promised
 
 
-def _differences(segment: Segment, direction: Direction, step: float) -> _Differences:
-    ahead, behind = (_moved(segment, direction, length) for length in (step, -step))
+def _differences(segment: Segment, direction: Direction, step: float, times: int = 1) -> _Differences:
+    ahead, behind = (_moved(segment, direction, length, times) for length in (step, -step))
     return _Differences(
         ahead.seen - behind.seen, ahead.promised - behind.promised, math.sqrt(ahead.spread) + math.sqrt(behind.spread)
     )
 
 
-def _moved(segment: Segment, direction: Direction, length: float) -> _Differences:
+def _moved(segment: Segment, direction: Direction, length: float, times: int) -> _Differences:
     """The value where everything is moved, its promised change as rounded there, and its terms' sum of squares."""
     import torch
 
     kept: list[tuple[nn.Parameter, torch.Tensor]] = []
-    terms: list[tuple[float, float]] = []
-    x = segment.x
+    of_parameters: list[torch.Tensor] = []
+    of_inputs: list[torch.Tensor] = []
+    value = 0.0
     with torch.no_grad():
         try:
             for name, move in direction.parameters.items():
                 parameter = segment.parameters[name]
                 kept.append((parameter, parameter.detach().clone()))
-                parameter.copy_(kept[-1][1].float() + length * move)
-                terms.append(_terms(parameter.grad, parameter.detach(), kept[-1][1]))
-            if direction.x is not None:
-                x = (segment.x.float() + length * direction.x).to(segment.x.dtype)
-                terms.append(_terms(segment.gradient, x, segment.x))
-            value = segment.value(x)
+                parameter.copy_(torch.add(kept[-1][1].float(), move, alpha=length))
+                of_parameters.append(_terms(parameter.grad, parameter.detach(), kept[-1][1]))
+            for begin in _inputs(segment, times):
+                x = begin
+                if direction.x is not None:
+                    x = torch.add(begin.float(), direction.x, alpha=length).to(begin.dtype)
+                    of_inputs.append(_terms(segment.gradient, x, begin))
+                value += segment.value(x) / times
         finally:
             for parameter, before in kept:
                 parameter.copy_(before)
-    promised, squares = (float(sum(each)) for each in zip(*terms, strict=True)) if terms else (0.0, 0.0)
+    promised, squares = (a + b / times for a, b in zip(_sum(of_parameters), _sum(of_inputs), strict=True))
     return _Differences(value, promised, squares)
 
 
-def _terms(gradient: torch.Tensor | None, now: torch.Tensor, before: torch.Tensor) -> tuple[float, float]:
+def _inputs(segment: Segment, times: int) -> Iterator[torch.Tensor]:
+    """The hidden states that went in, or several, each a last place off in every element, the same every time."""
+    import torch
+
+    if times == 1:
+        yield segment.x
+        return
+    for number in range(times):
+        torch.manual_seed(number)
+        yield a_last_place_off(segment.x)
+
+
+def _terms(gradient: torch.Tensor | None, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """What a move promises, and the sum of the squares of its terms; left where they are, as a GPU is asked once."""
+    import torch
+
     assert gradient is not None
     terms = gradient.double() * (now.double() - before.double())
-    return float(terms.sum()), float(terms.square().sum())
+    return torch.stack([terms.sum(), terms.square().sum()])
+
+
+def _sum(terms: list[torch.Tensor]) -> tuple[float, float]:
+    import torch
+
+    if not terms:
+        return 0.0, 0.0
+    first, second = torch.stack([each.to(terms[0].device) for each in terms]).sum(dim=0).tolist()
+    return first, second

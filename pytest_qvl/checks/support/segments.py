@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pytest_qvl.checks.support.activations import leaves
+from pytest_qvl.checks.support.activations import leaves, outputs
 from pytest_qvl.checks.support.cross_entropy import token_losses
 from pytest_qvl.checks.support.rounding import a_last_place_off, last_place_noise
 from pytest_qvl.evidence import CannotJudge
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
+BRANCHES = ("self_attn", "mlp")
 
 
 class Segment(Protocol):
@@ -34,10 +35,13 @@ class Segment(Protocol):
     Attributes:
         name: Dotted name of the layer in the base model, or ``"norm, head and loss"``.
         parameters: What is trained in it, by name in the base model, with gradients as autograd left them.
+        adds_up: Whether no sum with the residual stream is rounded in the value, so that inputs a last place apart
+            round independently.
     """
 
     name: str
     parameters: dict[str, nn.Parameter]
+    adds_up: bool | None
 
     @property
     def x(self) -> torch.Tensor:
@@ -204,13 +208,23 @@ def _once(function: Any) -> Any:
 
 @dataclass
 class Layer:
-    """A decoder layer; see :class:`Segment`."""
+    """A decoder layer; see :class:`Segment`.
+
+    Attributes:
+        module: The layer.
+        call: What it was called with.
+        following: What the next one was.
+        adds_up: Whether what it puts out is what goes in and what attention and MLP add, but for two roundings. These
+            sums are taken in float64 then: in a layer that adds little to the stream, rounding them hides more of the
+            loss's derivative than all that it computes. ``None`` before it was called.
+    """
 
     name: str
     parameters: dict[str, nn.Parameter]
     module: Any
     call: _Call
     following: _Call
+    adds_up: bool | None = None
 
     @property
     def x(self) -> torch.Tensor:
@@ -230,10 +244,20 @@ class Layer:
         return found
 
     def _out(self, x: torch.Tensor) -> torch.Tensor:
+        """What comes out, in float64; where the layer is a sum, without the rounding of that."""
         import torch
 
-        with torch.no_grad():
-            return self._called(x)
+        with torch.no_grad(), outputs([getattr(self.module, name, None) for name in BRANCHES]) as added:
+            out = self._called(x).double()
+        if self.adds_up is False or len(added) != len(BRANCHES):
+            return out
+        attended = x.to(out.device).double() + added[0].double()
+        exact = attended + added[1].double()
+        if self.adds_up is None:
+            limits = torch.finfo(self.x.dtype)
+            step = limits.eps * (attended.abs() + out.abs()).clamp_min(limits.tiny)
+            self.adds_up = bool(((out - exact).abs() <= step).all())
+        return exact if self.adds_up else out
 
     def _called(self, x: torch.Tensor) -> torch.Tensor:
         made = self.module(x, **self.call.kwargs)
@@ -266,22 +290,23 @@ class Layer:
     def value(self, x: torch.Tensor) -> float:
         """See :class:`Segment`."""
         _put_random_states(self.call.random)
-        return float((self._out(x).double() * self.outgoing.double()).sum())
+        return float((self._out(x) * self.outgoing.double()).sum())
 
     def noise(self, times: int) -> torch.Tensor:
         """See :class:`Segment`; the elements of one token are not independent of each other.
 
-        What the layer puts out is a last place off too: its sums with the residual stream are rounded as well, and in
-        a layer that adds little to the stream by far more than all of what it adds.
+        What the layer puts out is a last place off too where its sums with the residual stream are rounded: in a layer
+        that adds little to the stream by far more than all of what it adds.
         """
         import torch
 
         outgoing, moved = self.outgoing.double(), []
         with without_dropout(self.module):
-            still = self._out(self.x).double()
+            still = self._out(self.x)
             with last_place_noise(leaves(self.module)):
                 for _ in range(times):
-                    off = a_last_place_off(self._out(self.x)).double() - still
+                    out = self._out(self.x)
+                    off = (out if self.adds_up else a_last_place_off(out.to(self.x.dtype)).double()) - still
                     moved.append((off * outgoing).sum(dim=-1).flatten())
         return torch.stack(moved)
 
@@ -297,6 +322,7 @@ class End:
     replay: HeadReplay
     labels: torch.Tensor
     outgoing: None = None
+    adds_up: bool | None = True
 
     @property
     def x(self) -> torch.Tensor:
