@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.weights import Weights
 
 AT_ONCE = 2**18  # elements: in float32 a piece and what is made of it stay in the cache
-LARGEST = 2**26  # elements of a weight that is packed again to see whether it was before
 _CACHED = 2**21  # bytes of what is compared as it is stored
 
 
@@ -215,8 +214,8 @@ def prove(update: Update, factors: Factors, base: Place, merged: Place) -> Proof
     import torch
 
     rows, columns = base.weights.shape(base.name)
-    coarse = _coarser(base, merged)
-    added = _added_limits(factors, coarse)
+    coarse = coarser(base, merged)
+    added = added_limits(factors, coarse)
     step = min(rows, max(1, AT_ONCE // columns))
     desk = _Desk(step, columns)
     totals = torch.zeros(5, dtype=torch.float64)
@@ -233,13 +232,13 @@ def prove(update: Update, factors: Factors, base: Place, merged: Place) -> Proof
             squared = 0.0  # of the whole, below
         else:
             rest = change - (update_rows := factors.rows(weight, start))
-            squared = _squares(update_rows)
-        limit = _limits(stored, coarse, added[start:stop], dora=factors.magnitude is not None, out=desk.limit[:size])
+            squared = squares(update_rows)
+        limit = limits_of(stored, coarse, added[start:stop], dora=factors.magnitude is not None, out=desk.limit[:size])
         if base.weights.is_packed(base.name):
             limit += half_step(weight.to(coarse))  # unpacked to that dtype before the sum
         if factors.taken:
             limit += _taken_limits(factors, weight, start, coarse)
-        sums = [_squares(change), _squares(rest), squared, _squares(limit)]
+        sums = [squares(change), squares(rest), squared, squares(limit)]
         over = rest.abs_().sub_(limit)
         worst, bad = float(over.amax()), 0
         if not worst <= 0:  # NaN is outside too
@@ -271,7 +270,7 @@ class _Desk:
         return into[: stop - start].copy_(stored.view(-1, columns))
 
 
-def _limits(
+def limits_of(
     stored: torch.Tensor, coarse: torch.dtype, added: torch.Tensor, *, dora: bool, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """How far each element may be from ``W + ΔW``; see the module."""
@@ -285,12 +284,13 @@ def _limits(
     return limit.add_(added[:, None])
 
 
-def _squares(values: torch.Tensor) -> float:
+def squares(values: torch.Tensor) -> float:
+    """Sum of squares."""
     flat = values.flatten()
     return float(flat.dot(flat))
 
 
-def _coarser(one: Place, other: Place) -> torch.dtype:
+def coarser(one: Place, other: Place) -> torch.dtype:
     """The dtype of two tensors that has the wider steps; of a packed one that of the other."""
     import torch
 
@@ -299,7 +299,8 @@ def _coarser(one: Place, other: Place) -> torch.dtype:
     return next(dtype for name, dtype in order.items() if name in names)
 
 
-def _added_limits(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+def added_limits(factors: Factors, dtype: torch.dtype) -> torch.Tensor:
+    """What rounding A, B and their product to a dtype may add to each row's limits, ``(rows,)``; see the module."""
     import torch
 
     left, right = factors.own
@@ -324,37 +325,6 @@ def _taken_limits(factors: Factors, weight: torch.Tensor, start: int, coarse: to
     return limit.add_((_lengths(left, right) * (2 * 2 * factors.taken * 2.0**-24) + factors.taken_error)[:, None])
 
 
-def packed_before(factors: Factors, base: Place, merged: Place) -> str:
-    """How the base was packed before ΔW was added: ``"NF4"`` and so on; empty if it was not, or is too large to try.
-
-    The base's weight is really packed and unpacked by bitsandbytes in each way it knows.
-
-    Raises:
-        ModelSourceError: A file has become shorter.
-    """
-    rows, columns = base.weights.shape(base.name)
-    if rows * columns > LARGEST or base.weights.is_packed(base.name):
-        return ""
-    if factors.magnitude is not None or factors.taken:
-        return ""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
-    dtype = _coarser(base, merged)
-    weight, stored = base.rows(0, rows).to(dtype), merged.rows(0, rows)
-    limits = _squares(_limits(stored.to(dtype), dtype, _added_limits(factors, dtype), dora=False))
-    fitting: dict[float, str] = {}
-    for kind in ("nf4", "fp4"):
-        for double in (False, True):
-            packed = quantize_4bit(weight, quant_type=kind, blocksize=64, compress_statistics=double)
-            rest = stored - dequantize_4bit(*packed).float()
-            words = f"{kind.upper()}{' with double quantization' if double else ''}"
-            fitting[_squares(rest)] = f"{words}, without the adapter"
-            rest.addmm_(factors.left, factors.right, alpha=-factors.scaling)
-            fitting[_squares(rest)] = words
-    # Of ways that are nearly alike (with and without double quantization) the one that leaves least.
-    return fitting[min(fitting)] if min(fitting) <= limits else ""
-
-
 def outside_cells(factors: Factors | None, base: Place, merged: Place) -> int:
     """How many elements of ``M - ΔW`` would be packed into other codes than the 4-bit base has, whatever rounding did.
 
@@ -371,15 +341,15 @@ def outside_cells(factors: Factors | None, base: Place, merged: Place) -> int:
     import torch
 
     rows, columns = base.weights.shape(base.name)
-    coarse = _coarser(base, merged)
+    coarse = coarser(base, merged)
     aligned = BLOCK // math.gcd(BLOCK, columns)
     step = aligned * max(1, AT_ONCE // (aligned * columns))
-    added = torch.zeros(rows) if factors is None else _added_limits(factors, coarse)
+    added = torch.zeros(rows) if factors is None else added_limits(factors, coarse)
     outside = 0
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         stored = merged.rows(start, stop)
-        limit = _limits(stored.to(coarse), coarse, added[start:stop], dora=False)
+        limit = limits_of(stored.to(coarse), coarse, added[start:stop], dora=False)
         if factors is not None:
             stored = stored - (factors.left[start:stop] * factors.scaling) @ factors.right
         least, most = base.weights.cells(base.name, start, stop)

@@ -13,7 +13,8 @@ from preflight_corpus.merging import WEIGHTS
 from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.files.folder import Folder
 from pytest_qvl.preflight.files.headers import read_header
-from pytest_qvl.preflight.merged import Place, compare, outside_cells, packed_before, prove
+from pytest_qvl.preflight.merged import Place, compare, outside_cells, prove
+from pytest_qvl.preflight.packed_merge import packed_before
 from pytest_qvl.preflight.questions.merge_proof import _verdict
 from pytest_qvl.preflight.updates import Update
 from pytest_qvl.preflight.weights import Weights
@@ -238,10 +239,6 @@ def test_a_trained_copy_may_have_been_rounded_to_the_dtype_of_its_base(tmp_path)
 
 def test_nothing_is_said_of_a_merge_that_cannot_be_compared(shop):
     adapter = shop.adapter(FAMILY)
-    packed = shop.packed(FAMILY)
-    found = {each.name: each for each in preflight(shop.base(FAMILY), adapter, merged=packed).of(7)}
-    assert found["packed-merge"].state == found["nothing-merged"].state == "not judged"
-    assert "merged" not in found
     other = {each.name for each in preflight(shop.base(FAMILY), adapter, merged=shop.base("qwen3_vl")).of(7)}
     assert other == {"other-model"}
     with_hub = preflight("qwen2.5-vl-7b", adapter, merged=shop.base(FAMILY)).of(7)

@@ -193,8 +193,9 @@ class Rest:
         if copy is None and subject.weights.is_packed(name) and not there.is_packed(name):
             self._compare_unpacked(name)
             return
-        if there.is_packed(name) and not subject.weights.is_packed(name):
-            return  # said of all such at once
+        if copy is None and there.is_packed(name) and not subject.weights.is_packed(name):
+            self._compare_unpacked(name)
+            return
         if source.shape != there[name].shape:
             self.reshaped.append(name)
             return
@@ -206,12 +207,13 @@ class Rest:
             self._file(found)
 
     def _compare_unpacked(self, name: str) -> None:
-        """Of a base in 4 bits: is the merged weight what it was packed from, or what it is unpacked to?"""
-        base, merged = Place(self.case.subject.weights, name), Place(self.case.there, name)
-        if base.weights.shape(name) != merged.weights.shape(name):
+        """Of two, one of them in 4 bits: is the other what it was packed from, or what it is unpacked to?"""
+        places = Place(self.case.subject.weights, name), Place(self.case.there, name)
+        packed, other = places if places[0].weights.is_packed(name) else places[::-1]
+        if packed.weights.shape(name) != other.weights.shape(name):
             self.reshaped.append(name)
-        elif outside := outside_cells(None, base, merged):
-            self.changed.append(Same(name, math.prod(base.weights.shape(name)), False, outside))
+        elif outside := outside_cells(None, packed, other):
+            self.changed.append(Same(name, math.prod(packed.weights.shape(name)), False, outside))
         else:
             self.unpacked.append(name)
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line, red
-from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, some
-from pytest_qvl.preflight.merged import Place, Proof, outside_cells, packed_before, prove, total
+from pytest_qvl.preflight.merged import Place, Proof, outside_cells, prove, total
+from pytest_qvl.preflight.packed_merge import packed_before
 from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, names_of
 from pytest_qvl.preflight.questions.merge_settings import head_of, settings_of
+from pytest_qvl.preflight.questions.packed_proof import in_four_bits
 from pytest_qvl.preflight.starts import CONVERT
 from pytest_qvl.preflight.survey import weight_name
 from pytest_qvl.preflight.updates import BiasUpdate
@@ -53,12 +54,6 @@ def judge(subject: Subject) -> Iterator[Finding]:
         return
     wrong = [*names_of(case), *settings_of(case), *head_of(case)]
     yield from wrong
-    if packed := [name for name in case.found if case.there.is_packed(name)]:
-        yield Finding(
-            NUMBER, "packed-merge", "not judged",
-            f"{len(packed)} weights of the merged checkpoint are packed in 4 bits ({case.group(packed)}), which hides "
-            "ΔW below their steps: give the 16-bit checkpoint that was packed",
-        )  # fmt: skip
     if odd := case.odd:
         kinds = sorted({case.there[name].dtype for name in odd})
         yield case.red(
@@ -71,7 +66,22 @@ def judge(subject: Subject) -> Iterator[Finding]:
     rest = Rest(case)
     changed = list(rest.findings())
     yield from changed
-    yield from _adapted(case, rest, spotless=not (wrong or changed or packed or odd))
+    work = _work(case)
+    for reason, names in work.left_out.items():
+        yield Finding(
+            NUMBER, "not-compared", "not judged",
+            f"{len(names)} of {len(names) + len(work.compared)} adapted weights are not compared: {reason}: "
+            f"{some(names)}",
+        )  # fmt: skip
+    if work.packed:
+        yield from in_four_bits(case, work.packed)
+    if work.compared:
+        whole = not (wrong or changed or odd or work.left_out or work.packed)
+        yield from _adapted(case, rest, work, spotless=whole)
+    elif not work.packed:
+        yield Finding(
+            NUMBER, "nothing-merged", "not judged", "no adapted weight of the merged checkpoint can be compared"
+        )
 
 
 @dataclass(frozen=True)
@@ -84,20 +94,8 @@ class _Judged:
     places: tuple[Place, Place]
 
 
-def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
-    work = _work(case)
-    for reason, names in work.left_out.items():
-        yield Finding(
-            NUMBER, "not-compared", "not judged",
-            f"{len(names)} of {len(names) + len(work.compared)} adapted weights are not compared: {reason}: "
-            f"{some(names)}",
-        )  # fmt: skip
+def _adapted(case: Case, rest: Rest, work: _Work, *, spotless: bool) -> Iterator[Finding]:
     judged = list(_proofs(work))
-    if not judged:
-        yield Finding(
-            NUMBER, "nothing-merged", "not judged", "no adapted weight of the merged checkpoint can be compared"
-        )
-        return
     found: dict[str, list[_Judged]] = {}
     for each in judged:
         found.setdefault(each.verdict, []).append(each)
@@ -133,8 +131,7 @@ def _adapted(case: Case, rest: Rest, *, spotless: bool) -> Iterator[Finding]:
             keeps_green=pytest_line(case.subject),
         )  # fmt: skip
     if "merged" in found:
-        whole = spotless and len(found) == 1 and not work.left_out
-        yield _survived(case, rest, [each.proof for each in found["merged"]], whole)
+        yield _survived(case, rest, [each.proof for each in found["merged"]], spotless and len(found) == 1)
 
 
 def _proofs(work: _Work) -> Iterator[_Judged]:
@@ -157,29 +154,33 @@ class _Work(NamedTuple):
     """What is compared, and what is not.
 
     Attributes:
-        compared: Every update whose weight both checkpoints have, with both places.
+        compared: Every update whose weight both checkpoints have as floating point, or the base in 4 bits, with both
+            places.
+        packed: Those whose weight the merged checkpoint has in 4 bits.
         left_out: Adapted weights that cannot be compared, by the reason.
     """
 
     compared: list[tuple[Update, tuple[Place, Place]]]
+    packed: list[tuple[Update, tuple[Place, Place]]]
     left_out: dict[str, list[str]]
 
 
 def _work(case: Case) -> _Work:
     subject = case.subject
-    work = _Work([], {})
+    work = _Work([], [], {})
     for module, reason in case.unread.items():
         work.left_out.setdefault(f"the adapter's tensors are not read there: {reason}", []).append(module)
     for module, update in {**subject.updates.pairs, **subject.updates.biases}.items():
         name = module if module in subject.updates.biases else weight_name(subject, module)
         other = f"{module}.weight" if f"{module}.weight" in case.there else name
-        if name and (other not in case.there or case.there.is_packed(other)):
-            continue  # said already: dropped, or in 4 bits
+        if name and other not in case.there:
+            continue  # said by its name: dropped
         reason = update.unknown or _why_not_compared(case, update, name, other)
         if reason:
             work.left_out.setdefault(reason, []).append(module)
         else:
-            work.compared.append((update, (Place(subject.weights, name), Place(case.there, other))))
+            kind = work.packed if case.there.is_packed(other) else work.compared
+            kind.append((update, (Place(subject.weights, name), Place(case.there, other))))
     return work
 
 
@@ -190,7 +191,7 @@ def _why_not_compared(case: Case, update: Update, name: str, other: str) -> str:
         return "the base has no such tensor"
     if not before.is_numeric(name):
         return f"the base stores it as {before[name].dtype}"
-    if there[other].dtype not in FLOATS:
+    if not there.is_numeric(other):
         return f"the merged checkpoint stores it as {there[other].dtype}"
     shapes = before.shape(name), update.shape, there.shape(other)
     return "" if len(set(shapes)) == 1 else f"its shape is {list(shapes[2])}, the base's {list(shapes[0])}"

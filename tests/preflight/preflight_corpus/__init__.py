@@ -8,6 +8,7 @@
 - :mod:`.settings`: both kinds, of settings that a file can say and no model can mean.
 - :mod:`.values`: both kinds, of adapters whose values matter.
 - :mod:`.merging`: both kinds, of merged checkpoints.
+- :mod:`.four_bit_merges`: both kinds, of merged checkpoints in 4 bits.
 - :mod:`.merged_folders`: both kinds, of what lies beside the weights of a merged checkpoint.
 - :mod:`.starts`: both kinds, of adapters whose start took a part out of the base.
 - :mod:`.dtypes`: both kinds, of tensors in dtypes that nobody expects.
@@ -16,7 +17,7 @@ To add one: a function that takes a ``Workshop`` and a family and returns the ar
 ``@broken(...)`` or ``@healthy(...)``.
 """
 
-from . import dtypes, merged_folders, merging, settings, starts, values  # they register their cases
+from . import dtypes, four_bit_merges, merged_folders, merging, settings, starts, values  # they register their cases
 from .broken import BROKEN
 from .healthy import HEALTHY
 from .making import Case, Workshop
@@ -27,6 +28,7 @@ __all__ = [
     "Case",
     "Workshop",
     "dtypes",
+    "four_bit_merges",
     "merged_folders",
     "merging",
     "settings",

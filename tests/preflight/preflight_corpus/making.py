@@ -99,6 +99,20 @@ class Workshop:
             _make_merged(base, adapter, folder, dtype, times, settings)
         return folder
 
+    def merged_in_four_bits(self, base: Path, adapter: Path | None, *, first_packed: bool = True) -> Path:
+        """A folder in 4 bits: packed, then merged by PEFT (or not at all); or merged in bfloat16, then packed."""
+        self._copies += 1
+        folder = self.root / f"merged-{self._copies}"
+        folder.mkdir()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if first_packed:
+                _make_packed(base, folder, adapter=adapter)
+            else:
+                assert adapter is not None
+                _make_packed(self.merged(base, adapter), folder)
+        return folder
+
     def copy(self, folder: Path) -> Path:
         """A copy of a folder, to be changed at will."""
         self._copies += 1
@@ -149,7 +163,12 @@ def _make_base(folder: Path, family: str, *, vocabulary: int = 0, **changes: Any
 
 
 def _make_packed(
-    source: Path, folder: Path, *, skip: tuple[str, ...] | None = ("model.visual", "lm_head"), **bnb: Any
+    source: Path,
+    folder: Path,
+    *,
+    skip: tuple[str, ...] | None = ("model.visual", "lm_head"),
+    adapter: Path | None = None,
+    **bnb: Any,
 ) -> None:
     import torch
     from transformers import AutoModelForImageTextToText
@@ -159,6 +178,11 @@ def _make_packed(
     asked = usual_quantization(torch.bfloat16, llm_int8_skip_modules=None if skip is None else list(skip), **bnb)
     model = AutoModelForImageTextToText.from_pretrained(source, quantization_config=asked, dtype=torch.bfloat16)
     keep_quantized_weights_in_place(model)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        keep_quantized_weights_in_place(model)
     model.save_pretrained(folder)
     for file in source.iterdir():
         if file.suffix != ".safetensors" and not (folder / file.name).exists():
