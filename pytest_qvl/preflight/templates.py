@@ -55,7 +55,8 @@ def fault_of(template: str) -> Fault | None:
     if END not in template:
         cause = "replies are learned without their end, and do not stop"
         return Fault("endless-template", f"does not write {END}", cause)
-    return _wrong_order([*_marks(tree)]) or _without_prompt(tree)
+    marks = list(_marks(tree))
+    return _wrong_order(marks) or _without_prompt(tree, marks)
 
 
 def _environment() -> jinja2.Environment:
@@ -107,12 +108,22 @@ def _wrong_order(marks: list[str]) -> Fault | None:
     return None
 
 
-def _without_prompt(tree: Any) -> Fault | None:
+def _without_prompt(tree: Any, marks: list[str]) -> Fault | None:
+    """Prompts that end without the beginning of the assistant's turn: it is not asked for, or nothing is written then.
+
+    A template that always ends with it needs no flag.
+    """
     from jinja2 import nodes
 
-    if any(node.name == _FLAG for node in tree.find_all(nodes.Name)):
+    asked = any(node.name == _FLAG for node in tree.find_all(nodes.Name))
+    branches = [
+        node for node in tree.find_all(nodes.If) if isinstance(node.test, nodes.Name) and node.test.name == _FLAG
+    ]
+    silent = bool(branches) and not any(branch.find(nodes.Output) for branch in branches)
+    always = next((mark for mark in reversed(marks) if mark in (_START, END)), "") == _START
+    if always or (asked and not silent):
         return None
     return Fault(
-        "no-generation-prompt", f"does not ask for {_FLAG}",
+        "no-generation-prompt", f"writes nothing for {_FLAG}" if silent else f"does not ask for {_FLAG}",
         "prompts end behind the question, without the mark of the assistant's turn, which the model then has to write",
     )  # fmt: skip

@@ -16,6 +16,7 @@ from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.heads import has_own_head, tied_over
 from pytest_qvl.preflight.packed import Packed, packed_weights, without_state
+from pytest_qvl.preflight.questions.base_values import values
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
 from pytest_qvl.preflight.timing import patience
 from pytest_qvl.preflight.weights import Weights
@@ -44,6 +45,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
         )  # fmt: skip
     if not report.problems:
         yield Finding(NUMBER, "complete", "green", f"all {len(base.tensors)} tensors of {base.label} have their place")
+    yield from values(subject)
     head, table = (f"{subject.parts.roots[name]}.weight" for name in ("lm_head", "embeddings"))
     if has_tied_head(subject.parts) and has_own_head(subject.weights, head, table):
         yield tied_over(NUMBER, subject, "the base")

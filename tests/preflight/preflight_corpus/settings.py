@@ -8,7 +8,7 @@ from typing import Any
 
 from .broken import broken
 from .healthy import healthy
-from .making import ADAPTER, CONFIG, Arguments, Workshop, edit, rename, retensor
+from .making import ADAPTER, CONFIG, WEIGHTS, Arguments, Workshop, edit, rename, retensor
 
 
 def _adapted(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
@@ -123,6 +123,26 @@ def frequencies_of_nothing(shop: Workshop, family: str) -> Arguments:
 def image_token_of_another_vocabulary(shop: Workshop, family: str) -> Arguments:
     folder = shop.copy(shop.base(family))
     edit(folder / "config.json", image_token_id=151655)
+    return {"base": folder}
+
+
+# A base whose values are none
+
+
+@broken("", "base-not-finite", "hold NaN or infinity (language 7)", ("qwen2_5_vl",))
+def norms_of_a_training_that_diverged(shop: Workshop, family: str) -> Arguments:
+    folder = shop.copy(shop.base(family))
+    factor = float("nan")
+    retensor(
+        folder / WEIGHTS, lambda n, t: {n: t * factor if "layernorm" in n or n.endswith("model.norm.weight") else t}
+    )
+    return {"base": folder}
+
+
+@broken("", "base-zero", "are 0 wherever they were looked at (vision", ("qwen2_vl", "qwen3_vl"))
+def tower_saved_without_its_values(shop: Workshop, family: str) -> Arguments:
+    folder = shop.copy(shop.base(family))
+    retensor(folder / WEIGHTS, lambda name, tensor: {name: tensor * 0 if "visual" in name else tensor})
     return {"base": folder}
 
 
