@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.packing import TEXT_FIRST
+from pytest_qvl.checks.support.placeholders import visual_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.checks.batches.facts import View
     from pytest_qvl.checks.batches.findings import Findings
-    from pytest_qvl.checks.batches.layout import Grid, Layout
+    from pytest_qvl.checks.batches.layout import Layout
 
 AXES = ("t", "h", "w")
 
@@ -96,13 +97,16 @@ def _expected(
         for number in range(int(numbers[row].max()) + 1)
     ]
     own = [(row, mask) for row, mask in own if bool(mask.any())]
-    video_grids: list[Grid] = list(videos.grids)
+    both = (images, videos)
+    image_grids, video_grids = ([layout.grids[number] for number in _seen(view, layout, own)] for layout in both)
+    if seconds is not None:
+        seconds = [seconds[number] for number in _seen(view, videos, own)]
     if view.known.frames_apart:
-        video_grids = [(1, h, w) for t, h, w in videos.grids for _ in range(t)]
+        video_grids = [(1, h, w) for t, h, w in video_grids for _ in range(t)]
     made = mrope_oracle(
         view.ids[[row for row, _ in own]],
         torch.stack([mask for _, mask in own]),
-        list(images.grids),
+        image_grids,
         VisionIds(view.known.image, view.known.video),
         view.known.merge,
         video_grids=video_grids,
@@ -110,6 +114,22 @@ def _expected(
         tokens_per_second=view.known.tokens_per_second,
     )
     return made, own
+
+
+def _seen(view: View, layout: Layout, own: Sequence[tuple[int, torch.Tensor]]) -> list[int]:
+    """Numbers of the images (videos) that stand in a sample.
+
+    The others are dummies that no row attends to (LLaMA-Factory appends one to a batch of text): they have no position.
+    """
+    import torch
+
+    shown = torch.zeros(view.ids.shape, dtype=torch.bool)
+    for row, mask in own:
+        shown[row] |= mask
+    places = (view.ids == layout.kind.placeholder).nonzero()
+    sizes = [visual_tokens(grid, view.known.merge) for grid in layout.grids]
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]  # sound: as many placeholders as the sizes add up to
+    return [number for number, start in enumerate(starts) if bool(shown[tuple(places[start])])]
 
 
 @dataclass(frozen=True)
