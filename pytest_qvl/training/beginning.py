@@ -111,15 +111,21 @@ def lora_config_of(subject: Subject, given: Any) -> Any:
     return given if given is not None else adapter_configs(subject.parts)[chosen_adapter(subject.parts)]
 
 
-def learning_rate_ahead(subject: Subject) -> Evidence:
+def learning_rate_ahead(subject: Subject, left: int) -> Evidence:
     """The schedule gives every parameter group a learning rate above 0 within the first steps.
 
     A warm-up begins at 0, which trains nothing in its first step and something in the second.
+
+    Args:
+        subject: What is trained.
+        left: Steps that the run has still to take.
 
     Raises:
         CheckFailed: A rate stays at 0, or is not a number above it.
         CannotJudge: The schedule cannot be asked without stepping it.
     """
+    if left <= 0:
+        raise CannotJudge("the run has no steps left to take")
     judge = Judge("learning_rate", "a step is taken with a learning rate above 0")
     groups = [group for group in subject.groups if group.get("lr") is not None]
     scheduler = getattr(subject.scheduler, "scheduler", subject.scheduler)

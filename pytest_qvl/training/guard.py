@@ -108,7 +108,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
         verdicts = Verdicts(
             Record(self._path(args), self.settings.as_dict(), told(subject)), self.settings.on_finding, args
         )
-        self._run = Run(self.settings, subject, verdicts, int(state.global_step))
+        self._run = Run(self.settings, subject, verdicts, step=int(state.global_step), last=int(state.max_steps))
         self._guarded("begin")
 
     def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **_kwargs: Any) -> None:

@@ -41,15 +41,18 @@ class Run:
         subject: What is trained.
         verdicts: Takes what is judged.
         step: Optimizer steps that were complete when it began; above 0 for a resumed run.
+        last: Its last step.
     """
 
-    def __init__(self, settings: Settings, subject: Subject, verdicts: Verdicts, step: int) -> None:
+    def __init__(self, settings: Settings, subject: Subject, verdicts: Verdicts, *, step: int, last: int) -> None:
         self._settings, self._subject, self._verdicts = settings, subject, verdicts
-        self._step = step
+        self._step, self._last = step, last
         self._taken = self._skipped = 0
         self._batches = self._in_step = 0
         self._step_began = self._guard_before = 0.0
-        self._watch = Watch(subject.parts, self._look_at_batch, self._no_path)
+        self._watch = Watch(
+            subject.parts, self._look_at_batch, self._no_path, compiled=bool(subject.args.torch_compile)
+        )
         self._movement = Movement(subject)
         self._base: BaseWatch | None = None
 
@@ -75,7 +78,7 @@ class Run:
             asked = beginning.lora_config_of(subject, settings.lora_config)
             census = partial(checks.adapter_census, parts.wrapped, asked, subject.optimizer, policy=settings.policy)
             self._judge("adapter_census", census, moment)
-        self._judge("learning_rate", partial(beginning.learning_rate_ahead, subject), moment)
+        self._judge("learning_rate", partial(beginning.learning_rate_ahead, subject, self._last - self._step), moment)
         if folder := beginning.resumed_folder(subject, self._step):
             self._judge_saved(folder, "before the first step of the resumed run")
         if settings.vision_gradients == "spare" and settings.policy.text_only:

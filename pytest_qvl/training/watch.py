@@ -27,6 +27,7 @@ class Watch:
         parts: Of the model.
         look_at_batch: Is given each batch of a training forward before the model is.
         no_path: Is called where the loss of a training forward has no path to any parameter.
+        compiled: Whether ``torch.compile`` compiles the model; it leaves the hooks out of its graphs then.
 
     Attributes:
         losses: Of every training forward since they were taken; tensors without a graph, on their device.
@@ -37,17 +38,25 @@ class Watch:
     """
 
     def __init__(
-        self, parts: Parts, look_at_batch: Callable[[dict[str, Any]], None], no_path: Callable[[], None]
+        self,
+        parts: Parts,
+        look_at_batch: Callable[[dict[str, Any]], None],
+        no_path: Callable[[], None],
+        *,
+        compiled: bool = False,
     ) -> None:
         self._parts, self._look_at_batch, self._no_path = parts, look_at_batch, no_path
         self.losses: list[torch.Tensor] = []
         self.images = False
         self.calls = self.followed = 0
         self.pixels_require_grad = False
+        wrap = _not_compiled if compiled else _as_it_is
+        before, after, after_vision = map(wrap, (self._before, self._after, self._after_vision))
+        self._after_vision_hook = after_vision
         self._handles = [
-            parts.wrapped.register_forward_pre_hook(self._before, with_kwargs=True),
-            parts.wrapped.register_forward_hook(self._after),
-            parts.vision_tower.register_forward_hook(self._after_vision),
+            parts.wrapped.register_forward_pre_hook(before, with_kwargs=True),
+            parts.wrapped.register_forward_hook(after),
+            parts.vision_tower.register_forward_hook(after_vision),
         ]
 
     def remove(self) -> None:
@@ -64,9 +73,8 @@ class Watch:
     def vision_hooks(self) -> list[str]:
         """Names of the forward hooks on tower and patch embedding that are not the guard's."""
         found = {**self._parts.vision_tower._forward_hooks, **self._parts.patch_embed._forward_hooks}
-        return [
-            getattr(h, "__name__", type(h).__name__) for h in found.values() if getattr(h, "__self__", None) is not self
-        ]
+        others = [hook for hook in found.values() if hook is not self._after_vision_hook]
+        return [getattr(hook, "__name__", type(hook).__name__) for hook in others]
 
     def _before(self, module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         import torch
@@ -113,3 +121,14 @@ def _loss_of(output: Any) -> torch.Tensor | None:
     if loss is None and isinstance(likelihoods := named("log_probs"), torch.Tensor):
         loss = -likelihoods.sum()
     return loss if isinstance(loss, torch.Tensor) and loss.numel() == 1 else None
+
+
+def _as_it_is(hook: Callable[..., None]) -> Callable[..., None]:
+    return hook
+
+
+def _not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    import torch
+
+    excluded: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return excluded

@@ -13,7 +13,7 @@ from pytest_qvl.models.fingerprint.digests import Fingerprint, digests
 from pytest_qvl.models.quantized import linear_states, quant_state_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import torch
 
@@ -56,7 +56,7 @@ class BaseWatch:
         )
         self._find()
         self._before = {} if repacked else self._read(whole=True)
-        self._casts = {name: _casts(tensor) for name, tensor in self._biases()}
+        self._casts = _casts(self._biases())
 
     def plan(self, budget: float) -> None:
         """Choose the number of parts such that one takes `budget` seconds at most."""
@@ -154,11 +154,17 @@ class BaseWatch:
         return found
 
 
-def _casts(bias: torch.Tensor) -> set[int]:
-    """Digests of a bias under every chain of two casts."""
+def _casts(biases: Iterable[tuple[str, torch.Tensor]]) -> dict[str, set[int]]:
+    """Digests of each bias under every chain of two casts, by its name."""
     import torch
 
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    once = {dtype: bias.detach().to(dtype) for dtype in dtypes}
-    twice = {f"{a}{b}": value.to(b) for a, value in once.items() for b in dtypes}
-    return set(digests([*((str(d), v) for d, v in once.items()), *twice.items()]).values())
+    made: dict[str, torch.Tensor] = {}
+    for name, bias in biases:
+        for first in dtypes:
+            once = bias.detach().to(first)
+            made |= {f"{name} {first} {second}": once.to(second) for second in dtypes}
+    found: dict[str, set[int]] = {}
+    for key, digest in digests(made.items()).items():
+        found.setdefault(key.partition(" ")[0], set()).add(digest)
+    return found

@@ -10,8 +10,36 @@ from pytest_qvl.training import Guard, GuardError
 
 from .catalogue import MISTAKES
 
+# One of each check and of each moment; the others, which find the same way, run with --slow.
+QUICK = {
+    "fp4-by-default",
+    "seven-names-hit-the-vision-tower",
+    "never-wrapped-by-peft",
+    "adapter-merged-before-training",
+    "resumed-adapter-thrown-away",
+    "base-written-to-in-a-forward",
+    "optimizer-before-the-adapter",
+    "schedule-made-for-no-steps",
+    "reentrant-checkpointing-without-input-gradients",
+    "a-layer-cut-off",
+    "gradients-zeroed-by-a-hook",
+    "gradients-not-finite",
+    "loss-not-finite",
+    "unfrozen-by-a-callback",
+    "vision-back-propagated",
+    "weights-put-back-after-the-step",
+    "base-moved-by-a-callback",
+    "prompt-in-the-loss",
+    "token-types-dropped",
+    "image-truncated",
+    "packed-rows-see-each-other",
+}
 
-@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=list(MISTAKES))
+
+@pytest.mark.parametrize(
+    "mistake",
+    [pytest.param(each, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, each in MISTAKES.items()],
+)
 def test_stops_by_step_1(mistake, bench, tmp_path):
     settings = dict(mistake.guard)
     if "lora_config" in settings:
@@ -31,4 +59,5 @@ def test_stops_by_step_1(mistake, bench, tmp_path):
 
 def test_there_are_enough_of_them_each_with_a_source():
     assert len(MISTAKES) >= 30
+    assert MISTAKES.keys() > QUICK
     assert all("#" in mistake.source or mistake.source.startswith("https://") for mistake in MISTAKES.values())

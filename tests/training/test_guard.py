@@ -214,3 +214,43 @@ def test_a_base_is_read_in_turns_after_the_first_steps(bench, tmp_path):
     base = record_of(tmp_path)["judged"]["base_unchanged"]["last"]["figures"]
     turns = next(figure["value"] for figure in base if figure["name"] == "turns for the whole base")
     assert turns == 64
+
+
+@pytest.mark.parametrize(("scale", "holds"), [(65536.0, True), (1.0, True), (0.5, False)])
+def test_a_scaler_may_look_for_its_scale_and_not_for_ever(scale, holds):
+    from types import SimpleNamespace
+
+    from pytest_qvl.evidence import CheckFailed
+    from pytest_qvl.training.steps import scaler_steps
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(torch.ones(1))  # which makes the scale a tensor
+    optimizer = SimpleNamespace(scaler=scaler)
+    if holds:
+        assert scaler_steps(optimizer, 17).ok
+    else:
+        with pytest.raises(CheckFailed, match="has skipped 17 steps"):
+            scaler_steps(optimizer, 17)
+
+
+@pytest.mark.slow
+def test_a_batch_that_breaks_later_is_in_the_sample(bench, tmp_path):
+    made = []
+
+    def collate(samples):
+        made.append(bench.collate(samples))
+        return made[-1] | ({"labels": made[-1]["input_ids"].clone()} if len(made) == 10 else {})
+
+    with bench.model() as model:
+        rows = {"per_device_train_batch_size": 1, "max_steps": 12}
+        trainer = bench.trainer(model, tmp_path, Guard(every=1, batches=1), collate=collate, **rows)
+        with pytest.raises(GuardError, match="batch 1 of step 10: whole-row-learned"):
+            trainer.train()
+
+
+def test_a_run_that_is_over_has_no_rate_to_judge(bench, tmp_path):
+    with bench.model() as model:
+        saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+        bench.trainer(model, tmp_path, Guard(), **saves).train()
+        bench.trainer(model, tmp_path, Guard(), **saves).train(resume_from_checkpoint=True)
+    assert "no steps left" in next(iter(record_of(tmp_path)["not_judged"]["learning_rate"]))
