@@ -12,7 +12,7 @@ import pytest
 
 from pytest_qvl.options import SETTINGS_KEY
 from pytest_qvl.session.errors import UserError, as_usage_error
-from pytest_qvl.session.keys import DEVICE_KEY, METER_KEY, MODEL_KEY
+from pytest_qvl.session.keys import DEVICE_KEY, METER_KEY, MODEL_KEY, PROBES_KEY
 from pytest_qvl.session.reference_first import record_reference_first
 
 if TYPE_CHECKING:
@@ -312,6 +312,8 @@ def qvl_reference(
         base = reference_request(_qvl_load_request, request.config.stash[SETTINGS_KEY].reference_model)
         with state.owner.full_precision(base.request, qvl_backend) as model:
             reference = record_reference(model, qvl_processor, qvl_image_samples)
+            if (probes := request.config.stash.get(PROBES_KEY, None)) is not None:
+                probes.ask_full(model, qvl_processor, qvl_image_samples)
         source = f"{base.name}, {reference.vision_dtype}" if base.name else reference.source
         return replace(reference, source=source, caveat=base.caveat)
 

@@ -21,6 +21,7 @@ LATER: dict[str, Any] = {
     "configuration": [],
     "machine": None,
     "subjects": [],
+    "probes": [],
     "errors": [],
     "promises": [],
     "limits": [],

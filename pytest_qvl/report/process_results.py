@@ -8,6 +8,28 @@ from typing import Any, Literal
 from pytest_qvl.report.report_data import LimitOutcome
 from pytest_qvl.vram.usage import Usage
 
+
+@dataclass(frozen=True)
+class SeenProbe:
+    """What the model saw and said to one question.
+
+    Attributes:
+        target: As findings name it.
+        skill: What it takes to answer.
+        question: About the images.
+        answer: The right one.
+        images: As data URIs, with a line between visual tokens.
+        replies: By precision.
+    """
+
+    target: str
+    skill: str
+    question: str
+    answer: str
+    images: tuple[str, ...]
+    replies: dict[str, str]
+
+
 KnownFailureState = Literal["as expected", "stale", "not run", "does not apply", "unmatched", "expired"]
 
 
@@ -102,6 +124,7 @@ class ProcessResults:
         process: The backend's process or the xdist worker; empty for the one that was started.
         subjects: What the tests of each target were run on; none where no record is written.
         known: Known failures by the reason that is expected, and what collection made of each.
+        probes: What the model saw and said; none where no report is asked for.
     """
 
     session: Usage
@@ -112,6 +135,7 @@ class ProcessResults:
     process: str = ""
     subjects: tuple[Subject, ...] = ()
     known: tuple[tuple[str, KnownFailureState], ...] = ()
+    probes: tuple[SeenProbe, ...] = ()
 
     def started_by(self, process: str) -> ProcessResults:
         """The same, as seen by the one that started ``process``, in which or below which it was found."""
@@ -120,9 +144,8 @@ class ProcessResults:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as JSON and execnet take it."""
-        parts = {
-            name: [asdict(one) for one in getattr(self, name)] for name in ("phases", "verdicts", "limits", "subjects")
-        }
+        names = ("phases", "verdicts", "limits", "subjects", "probes")
+        parts = {name: [asdict(one) for one in getattr(self, name)] for name in names}
         lease = None if self.lease is None else asdict(self.lease)
         known = [list(pair) for pair in self.known]
         return {"session": asdict(self.session), **parts, "lease": lease, "process": self.process, "known": known}
@@ -139,4 +162,5 @@ class ProcessResults:
             data["process"],
             tuple(Subject(**one) for one in data["subjects"]),
             tuple((expected, state) for expected, state in data["known"]),
+            tuple(SeenProbe(**{**one, "images": tuple(one["images"])}) for one in data["probes"]),
         )

@@ -119,6 +119,7 @@ def plain(results: RunResults) -> dict[str, Any]:
     """What a run found out as plain data, under the keys of the record."""
     return {
         "subjects": [asdict(subject) for subject in results.subjects],
+        "probes": [{**asdict(probe), "images": list(probe.images)} for probe in results.probes],
         "tests": dict(results.tests),
         "skipped": dict(results.skipped),
         "checks": [entry for phase, finding in results.findings for entry in _checks(phase, finding)],

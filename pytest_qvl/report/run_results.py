@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.report.injected_fault import FaultVerdict, InjectedFault
-    from pytest_qvl.report.process_results import KnownFailureState, ProcessResults, Subject, Verdict
+    from pytest_qvl.report.process_results import KnownFailureState, ProcessResults, SeenProbe, Subject, Verdict
     from pytest_qvl.report.report_data import CheckReason, Finding, GpuFailure, LimitOutcome
     from pytest_qvl.report.states import PromiseState
 
@@ -203,6 +203,11 @@ class RunResults:
     def verdicts(self) -> tuple[Verdict, ...]:
         """All processes' verdicts on their sessions."""
         return tuple(verdict for process in self.processes for verdict in process.verdicts)
+
+    @property
+    def probes(self) -> tuple[SeenProbe, ...]:
+        """What models saw and said, where a report is asked for."""
+        return tuple(probe for process in self.processes for probe in process.probes)
 
     @property
     def subjects(self) -> tuple[Subject, ...]:

@@ -30,6 +30,7 @@ from pytest_qvl.session.keys import (
     LIMITS_KEY,
     METER_KEY,
     MODEL_KEY,
+    PROBES_KEY,
     RESULTS_KEY,
     SESSION_VERDICTS_KEY,
 )
@@ -69,7 +70,13 @@ def make_objects(config: pytest.Config, settings: Settings) -> None:
 
         subjects = Subjects()
         config.pluginmanager.register(subjects, "qvl-subjects")
-    stash[SESSION_VERDICTS_KEY] = SessionVerdicts(results, limits, leaks, access, subjects)
+    probes = None
+    if settings.html is not None:
+        from pytest_qvl.session.probe_replies import ProbeReplies
+
+        probes = stash[PROBES_KEY] = ProbeReplies()
+        config.pluginmanager.register(probes, "qvl-probe-replies")
+    stash[SESSION_VERDICTS_KEY] = SessionVerdicts(results, limits, leaks, access, subjects=subjects, probes=probes)
 
 
 def register_plugins(config: pytest.Config, settings: Settings, *, writes_record: bool) -> None:

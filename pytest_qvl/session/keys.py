@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_qvl.session.gpu_access import GpuAccess
     from pytest_qvl.session.leaks import LeakVerdicts
     from pytest_qvl.session.model_state import ModelState
+    from pytest_qvl.session.probe_replies import ProbeReplies
     from pytest_qvl.session.session_limits import SessionLimits
     from pytest_qvl.session.session_verdicts import SessionVerdicts
     from pytest_qvl.vram.meter import Meter, Phase
@@ -34,6 +35,8 @@ LEAKS_KEY: pytest.StashKey[LeakVerdicts] = pytest.StashKey()
 LIMITS_KEY: pytest.StashKey[SessionLimits] = pytest.StashKey()
 RESULTS_KEY: pytest.StashKey[ResultsBuilder] = pytest.StashKey()
 SESSION_VERDICTS_KEY: pytest.StashKey[SessionVerdicts] = pytest.StashKey()
+# Only where a report is asked for.
+PROBES_KEY: pytest.StashKey[ProbeReplies] = pytest.StashKey()
 # Arguments of the run that starts over, where the rootdir was misled.
 AGAIN_KEY: pytest.StashKey[list[str]] = pytest.StashKey()
 

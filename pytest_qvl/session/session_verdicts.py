@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pytest_qvl.report.run_results import ResultsBuilder, RunResults
     from pytest_qvl.session.gpu_access import GpuAccess
     from pytest_qvl.session.leaks import LeakVerdicts
+    from pytest_qvl.session.probe_replies import ProbeReplies
     from pytest_qvl.session.session_limits import SessionLimits
     from pytest_qvl.session.subjects import Subjects
 
@@ -38,6 +39,7 @@ class SessionVerdicts:
         leaks: Whether the session left memory allocated.
         access: The way to the GPU.
         subjects: What was judged; ``None`` where no record is written.
+        probes: What the model saw and said; ``None`` where no report is asked for.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class SessionVerdicts:
         limits: SessionLimits,
         leaks: LeakVerdicts,
         access: GpuAccess,
+        *,
         subjects: Subjects | None = None,
+        probes: ProbeReplies | None = None,
     ) -> None:
-        self._builder, self._subjects = builder, subjects
+        self._builder, self._subjects, self._probes = builder, subjects, probes
         self._limits, self._leaks, self._access = limits, leaks, access
 
     @pytest.hookimpl(tryfirst=True)
@@ -94,7 +98,8 @@ class SessionVerdicts:
         subjects = () if self._subjects is None else self._subjects.found
         lease, limits = self._access.gpu.leased(), self._limits.outcomes
         known = tuple(self._builder.known.items())
-        return ProcessResults(whole, phases, lease, verdicts, limits, subjects=subjects, known=known)
+        probes = () if self._probes is None else self._probes.found
+        return ProcessResults(whole, phases, lease, verdicts, limits, subjects=subjects, known=known, probes=probes)
 
     def _report(self, config: pytest.Config, verdicts: Sequence[Verdict]) -> None:
         for name in dict.fromkeys(verdict.name for verdict in verdicts):

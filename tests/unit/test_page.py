@@ -21,8 +21,8 @@ RECORDS = Path(__file__).parents[2] / "docs" / "records"
 EMBEDDED, SEVEN = RECORDS / "h200-embedded.json", RECORDS / "h200-qwen2.5-vl-7b.json"
 CSS = Path(__file__).parents[2] / "pytest_qvl" / "records" / "templates" / "page.css"
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>{{ 7*7 }}\x1b[31m\u202e"
-VOID = {"meta", "br"}
-LOADS = {"script", "img", "iframe", "object", "embed", "link", "base", "form", "svg", "audio", "video"}
+VOID = {"meta", "br", "img"}
+LOADS = {"script", "iframe", "object", "embed", "link", "base", "form", "svg", "audio", "video"}
 
 
 class Parsed(HTMLParser):
@@ -140,6 +140,9 @@ def evil(value):
 def test_what_strangers_say_stays_text(record):
     base = deepcopy(record)
     changed = evil(broken(record))
+    images = ["data:image/png;base64,AAAA", "https://example.org/x.png", f"javascript:{EVIL}"]
+    probe = {"target": "t", "skill": "s", "question": "q", "answer": "a", "replies": {"NF4": ""}}
+    changed["probes"] = [{**evil(probe), "images": images}]
     changed["known_failures"] = [{"reason": EVIL, "state": "stale"}]
     page = as_page(changed, compare({**base, "checks": evil(base["checks"])}, changed))
     parsed = Parsed(page)
@@ -161,8 +164,9 @@ def test_what_strangers_say_stays_text(record):
                 "style",
                 "open",
             ),
-            *("role", "tabindex", "colspan", "title", "aria-label", "aria-labelledby", "aria-hidden"),
+            *("src", "alt", "role", "tabindex", "colspan", "title", "aria-label", "aria-labelledby", "aria-hidden"),
         }
+        assert attributes.get("src", images[0]) == images[0]
         if "href" in attributes:
             assert re.fullmatch(r"#[a-z]+|https://github\.com/[\w./-]+", attributes["href"])
         if "style" in attributes:
@@ -170,6 +174,13 @@ def test_what_strangers_say_stays_text(record):
     assert "<script>alert(1)</script>" in parsed.words()
     assert "\x1b" not in page and "\u202e" not in page and "\\x1b[31m" in page
     assert "{{ 7*7 }}" in parsed.words()
+
+
+def test_what_the_model_said_stands_beside_what_is_right(record):
+    said = {"full precision": "orange", "NF4": "It is orange.", "NF4 + LoRA": "blue"}
+    probe = {"target": "embedded on cuda", "skill": "colour", "question": "What colour?", "answer": "orange"}
+    words = Parsed(as_page({**record, "probes": [{**probe, "images": [], "replies": said}]})).words()
+    assert "right answer orange full precision orange ✓ NF4 It is orange. ✓ NF4 + LoRA blue ✗ differs" in words
 
 
 def test_the_page_needs_nothing_beside_it(record):

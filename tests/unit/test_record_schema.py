@@ -15,7 +15,7 @@ import pytest
 
 from pytest_qvl.evidence import Evidence, Figure, Relation, Table
 from pytest_qvl.report.injected_fault import InjectedFault
-from pytest_qvl.report.process_results import KnownFailureState, LeasedGpu, ProcessResults, Subject, Verdict
+from pytest_qvl.report.process_results import KnownFailureState, LeasedGpu, ProcessResults, SeenProbe, Subject, Verdict
 from pytest_qvl.report.record import SCHEMA, Record
 from pytest_qvl.report.report_data import Finding, GpuFailure, Kind, LimitOutcome, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
@@ -83,7 +83,8 @@ def everything(tmp_path_factory):
             {"cpu_capability": "AVX2", "threads": 1, "cuda": None},
         )
         known = (("a reason [k.toml#1]", "not run"),)
-        found = ProcessResults(whole, (unknown,), gpu, verdicts, subjects=(subject,), known=known)
+        probe = SeenProbe("7b on cuda", "colour", "q", "a", ("data:image/png;base64,AA",), {"NF4": "b"})
+        found = ProcessResults(whole, (unknown,), gpu, verdicts, subjects=(subject,), known=known, probes=(probe,))
         builder.add_process(ProcessResults.from_dict(found.as_dict()).started_by(backend))
     builder.set_fault(InjectedFault("vision-thaws", "The tower trains.", "frozen_vision", "recorded after the damage"))
     builder.add_problem("no GPU test was executed")
@@ -118,10 +119,12 @@ def places(value, path=()):
 def test_a_key_too_many_or_too_few_is_no_record(schema, valid, everything):
     later = set(schema["properties"]) - set(schema["required"])  # older records of the version are without these
     free = {("skipped",), ("environment", "packages"), ("environment", "variables")}  # keys are names of things
+    free |= {("probes", number, "replies") for number in range(2)}
     free |= {("subjects", number, "lora") for number in range(2)}
+    alike = {(name,) for name in ("subjects", "probes", "session", "limits", "leases", "gpu_failures", "promises")}
     some = {("tests",), ("seconds_by_test",)}  # not every outcome or phase is there
     for path in places(everything):
-        if path in free:
+        if path in free or (path[:1] in alike and path[1:2] not in ((), (0,))):
             continue
         changed = deepcopy(everything)
         at = changed
@@ -185,6 +188,7 @@ def test_words_and_keys_are_those_of_the_code(schema):
         (Verdict, entries("session")),
         (LimitOutcome, entries("limits")),
         (Subject, entries("subjects")),
+        (SeenProbe, entries("probes")),
     ):
         assert list(of) == [field.name for field in dataclasses.fields(kind)]
 
