@@ -209,7 +209,7 @@ def test_a_deep_copy_is_an_allocation_of_its_own_from_when_it_is_placed() -> Non
         recorder.place(other)
         assert trace.allocations == 2
         del one, other
-    assert sorted(number for code, number, _ in trace.events if code == 1) == [0, 1]
+    assert sorted(number for code, number, *_ in trace.events if code == 1) == [0, 1]
 
 
 def test_assigning_data_reaches_the_tensor_without_data() -> None:

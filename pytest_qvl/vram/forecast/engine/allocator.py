@@ -49,14 +49,16 @@ def segment_size(rounded: int) -> int:
     return (rounded + SEGMENT_ROUNDING - 1) // SEGMENT_ROUNDING * SEGMENT_ROUNDING
 
 
-class _Block:
+class Block:
+    """A piece of a segment, handed out or free."""
+
     __slots__ = ("address", "free", "next", "prev", "size", "small")
 
     def __init__(self, address: int, size: int, small: bool) -> None:
         self.address, self.size, self.small = address, size, small
         self.free = False
-        self.prev: _Block | None = None
-        self.next: _Block | None = None
+        self.prev: Block | None = None
+        self.next: Block | None = None
 
 
 class CachingAllocator:
@@ -76,11 +78,10 @@ class CachingAllocator:
         self.allocated = 0
         self.reserved = 0
         self._next_address = 0
-        self._blocks: dict[int, _Block] = {}
-        # (size, address) sorted: the allocator takes the smallest block that fits, the lowest address among
+        self._blocks: dict[int, Block] = {}
+        # (size, address, block) sorted: the allocator takes the smallest block that fits, the lowest address among
         # equals.
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-        self._free_blocks: dict[int, _Block] = {}
+        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
 
     def malloc(self, size: int) -> int:
         """Allocate ``size`` bytes; returns the address, a key for :meth:`free` and :meth:`block_size`.
@@ -88,19 +89,8 @@ class CachingAllocator:
         Raises:
             CardFullError: Above :attr:`limit`, even after giving cached segments back.
         """
-        rounded = round_size(size)
-        small = rounded <= SMALL_SIZE
-        block = self._take_cached(rounded, small) or self._new_segment(rounded, small)
-        remaining = block.size - rounded
-        if remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE:
-            rest = _Block(block.address + rounded, remaining, small)
-            rest.prev, rest.next = block, block.next
-            if block.next is not None:
-                block.next.prev = rest
-            block.next, block.size = rest, rounded
-            self._insert_free(rest)
+        block = self.take(size)
         self._blocks[block.address] = block
-        self.allocated += block.size
         return block.address
 
     def block_size(self, address: int) -> int:
@@ -109,7 +99,36 @@ class CachingAllocator:
 
     def free(self, address: int) -> None:
         """Return the block at ``address`` to the cache, merged with its free neighbours."""
-        block = self._blocks.pop(address)
+        self.give(self._blocks.pop(address))
+
+    def take(self, size: int) -> Block:
+        """As :meth:`malloc`, for whoever keeps the block.
+
+        Raises:
+            CardFullError: Above :attr:`limit`, even after giving cached segments back.
+        """
+        rounded = round_size(size)
+        small = rounded <= SMALL_SIZE
+        pool = self._free[small]
+        index = bisect_left(pool, (rounded, -1))
+        if index < len(pool):
+            block = pool.pop(index)[2]
+            block.free = False
+        else:
+            block = self._new_segment(rounded, small)
+        remaining = block.size - rounded
+        if remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE:
+            rest = Block(block.address + rounded, remaining, small)
+            rest.prev, rest.next = block, block.next
+            if block.next is not None:
+                block.next.prev = rest
+            block.next, block.size = rest, rounded
+            self._insert_free(rest)
+        self.allocated += block.size
+        return block
+
+    def give(self, block: Block) -> None:
+        """As :meth:`free`, for a block that :meth:`take` returned."""
         self.allocated -= block.size
         before, after = block.prev, block.next
         if before is not None and before.free:
@@ -129,39 +148,33 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Give every wholly free segment back to the driver (``torch.cuda.empty_cache``)."""
-        for block in list(self._free_blocks.values()):
-            if block.prev is None and block.next is None:
-                self._remove_free(block)
-                self.reserved -= block.size
+        for pool in self._free.values():
+            kept = []
+            for item in pool:
+                block = item[2]
+                if block.prev is None and block.next is None:
+                    self.reserved -= block.size
+                else:
+                    kept.append(item)
+            pool[:] = kept
 
-    def _take_cached(self, rounded: int, small: bool) -> _Block | None:
-        pool = self._free[small]
-        index = bisect_left(pool, (rounded, -1))
-        if index == len(pool):
-            return None
-        block = self._free_blocks[pool[index][1]]
-        self._remove_free(block)
-        return block
-
-    def _new_segment(self, rounded: int, small: bool) -> _Block:
+    def _new_segment(self, rounded: int, small: bool) -> Block:
         size = segment_size(rounded)
         if self.limit is not None and self.reserved + size > self.limit:
             self.empty_cache()
             if self.reserved + size > self.limit:
                 raise CardFullError(rounded)
-        block = _Block(self._next_address, size, small)
+        block = Block(self._next_address, size, small)
         # Segments never touch: blocks of different segments must not look adjacent.
         self._next_address += size + MIN_BLOCK
         self.reserved += size
         return block
 
-    def _insert_free(self, block: _Block) -> None:
+    def _insert_free(self, block: Block) -> None:
         block.free = True
-        insort(self._free[block.small], (block.size, block.address))
-        self._free_blocks[block.address] = block
+        insort(self._free[block.small], (block.size, block.address, block))
 
-    def _remove_free(self, block: _Block) -> None:
+    def _remove_free(self, block: Block) -> None:
         block.free = False
         pool = self._free[block.small]
         del pool[bisect_left(pool, (block.size, block.address))]
-        del self._free_blocks[block.address]

@@ -14,6 +14,8 @@ from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.build import Recipe, attach_lora, build_base, follow_gradients, make_optimizer
 from pytest_qvl.vram.forecast.engine.kernels import Device
 from pytest_qvl.vram.forecast.engine.recorder import Recorder
+from pytest_qvl.vram.forecast.engine.repeats import NotRepeatingError, Repeats
+from pytest_qvl.vram.forecast.engine.towers import towers
 from pytest_qvl.vram.forecast.engine.trace import AllocationTrace
 from pytest_qvl.vram.forecast.engine.trainers import adapter_in_bfloat16
 from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.vram.forecast.engine.towers import Tower
     from pytest_qvl.vram.forecast.engine.trace import Kind, Step
     from pytest_qvl.vram.forecast.request import Optimizer, Request
     from pytest_qvl.vram.forecast.source import Source
@@ -71,6 +74,7 @@ class DryRun:
             prepare_training(self._parts, request, self._stage)
             follow_gradients(self._parts, self._recorder)
         self._beginning = trace
+        self._shortens = True
 
     def run(self, request: Request, *, inference: bool = True) -> AllocationTrace:
         """Run the real model code without data and return what it did to device memory, loading included.
@@ -79,12 +83,24 @@ class DryRun:
             request: What to run.
             inference: Whether to make the inference pass before the training step.
         """
+        if self._shortens:
+            try:
+                return self._run(request, towers(self._parts), inference=inference)
+            except NotRepeatingError:
+                self._shortens = False
+                self._parts.wrapped.zero_grad()
+        return self._run(request, [], inference=inference)
+
+    def _run(self, request: Request, shortened: list[Tower], *, inference: bool) -> AllocationTrace:
         trace = self._begin()
+        self._stage.repeats = repeats = Repeats(shortened, self._recorder)
         with _model_set_aside(), self._recorder:
             if inference:
-                infer(self._parts, request, self.source, self._stage)
+                with repeats.shortened():
+                    infer(self._parts, request, self.source, self._stage)
             if request.lora_r:
-                train(self._parts, request, self.source, self._stage)
+                with repeats.shortened():
+                    train(self._parts, request, self.source, self._stage)
         trace.close()
         return trace
 
@@ -142,14 +158,19 @@ class DryRunStage:
     Args:
         recorder: Follows what happens.
         scaled: Whether the loss is scaled, as for float16.
+
+    Attributes:
+        repeats: Layers that do not run.
     """
 
+    repeats: Repeats
     autocast_device = "cpu"  # tensors without data say that they are there
 
     def __init__(self, recorder: Recorder, *, scaled: bool) -> None:
         self._recorder = recorder
         self._scaled = scaled
         self._step: Step
+        self.repeats = Repeats([], recorder)
 
     def labelled(self, kind: Kind) -> AbstractContextManager[None]:
         """Allocations inside count as ``kind``."""
@@ -157,6 +178,8 @@ class DryRunStage:
 
     def phase(self, name: str) -> None:
         """Everything from here on belongs to phase ``name``."""
+        if name == phases.OPTIMIZER:
+            self.repeats.fill_gradients()
         self._recorder.trace.phase(name)
 
     def empty_cache(self) -> None:
@@ -209,6 +232,7 @@ class DryRunStage:
         start = len(trace.events)
         step()
         gc.collect()
+        self.repeats.complete()
         self._step = trace.take_step(start, phases.OF_THE_FIRST)
 
     def second_of_two(self, step: Callable[[], None]) -> None:  # noqa: ARG002

@@ -50,7 +50,16 @@ class Following:
         """Note the allocation of a storage without data, unless that was done."""
         if storage.run == self._run or not self.counting or storage.nbytes == 0 or self._is_followed(storage):
             return
-        storage.number = self.trace.alloc(storage.nbytes, kind)
+        self._number(storage, self.trace.alloc(storage.nbytes, kind))
+
+    def follow_reserved(self, storage: Storage) -> int:
+        """The same for one whose allocation is recorded later; returns its number."""
+        number = self.trace.reserve()
+        self._number(storage, number)
+        return number
+
+    def _number(self, storage: Storage, number: int) -> None:
+        storage.number = number
         storage.run = self._run
         storage.released = self._storage_released
 

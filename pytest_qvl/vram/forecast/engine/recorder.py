@@ -126,6 +126,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self._following.follow_real(tensor.untyped_storage(), self._kind)
 
+    def follow_reserved(self, storage: Storage) -> int:
+        """Follow a storage whose allocation is recorded later; returns its number."""
+        return self._following.follow_reserved(storage)
+
     def relabel(self, tensor: torch.Tensor, kind: Kind) -> None:
         """``tensor``'s storage counts as ``kind`` from now on."""
         number = self._following.number_of(tensor)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from pytest_qvl.vram.forecast.engine.allocator import CachingAllocator, CardFullError
 
@@ -35,32 +35,43 @@ KINDS: tuple[Kind, ...] = (
     "workspace",
 )
 _INDEX = {kind: index for index, kind in enumerate(KINDS)}
+# Of what libraries keep for themselves, as it stands in an event.
+OF_LIBRARIES = _INDEX["workspace"]
 
-_ALLOC, _FREE, _RELABEL, _PHASE, _EMPTY_CACHE = range(5)
+ALLOC, FREE, RELABEL, _PHASE, _EMPTY_CACHE = range(5)
+_CACHE_EMPTIED = (_EMPTY_CACHE, -1, 0, 0)
 # What a peak can come with: a phase begins with what the one before left.
-_RAISES = (_ALLOC, _PHASE)
+_RAISES = (ALLOC, _PHASE)
+
+
+# What happened; the number of the allocation or the index of the phase; the bytes of an allocation; its kind.
+Event = tuple[int, int, int, int]
 
 
 class AllocationTrace:
     """Events of one run; every allocation gets the next number, starting at 0."""
 
     def __init__(self) -> None:
-        self.events: list[tuple[int, int, int]] = []
+        self.events: list[Event] = []
         self.phases: list[str] = []
         self._allocations = 0
         self._closed = False
 
     def alloc(self, size: int, kind: Kind) -> int:
         """Record an allocation of ``size`` bytes; returns its number."""
-        number = self._allocations
-        self._allocations += 1
-        self.events.append((_ALLOC, size, _INDEX[kind]))
+        number = self.reserve()
+        self.events.append((ALLOC, number, size, _INDEX[kind]))
         return number
+
+    def reserve(self) -> int:
+        """The number of an allocation that is recorded later."""
+        self._allocations += 1
+        return self._allocations - 1
 
     def free(self, number: int) -> None:
         """Record that allocation ``number`` was freed."""
         if not self._closed:
-            self.events.append((_FREE, number, 0))
+            self.events.append((FREE, number, 0, 0))
 
     @property
     def allocations(self) -> int:
@@ -81,15 +92,15 @@ class AllocationTrace:
 
     def relabel(self, number: int, kind: Kind) -> None:
         """From here on, allocation ``number`` counts as ``kind`` (a gradient kept, a KV cache)."""
-        self.events.append((_RELABEL, number, _INDEX[kind]))
+        self.events.append((RELABEL, number, 0, _INDEX[kind]))
 
     def phase(self, name: str) -> None:
         """Everything from here on belongs to phase ``name``; a name may come back later."""
-        self.events.append((_PHASE, self._phase_index(name), 0))
+        self.events.append((_PHASE, self._phase_index(name), 0, 0))
 
     def empty_cache(self) -> None:
         """Record a ``torch.cuda.empty_cache()``."""
-        self.events.append((_EMPTY_CACHE, 0, 0))
+        self.events.append(_CACHE_EMPTIED)
 
     def empty_cache_before(self, phase: str) -> None:
         """The same, where a phase first begins: what a measurement does that builds one model for several runs.
@@ -97,8 +108,8 @@ class AllocationTrace:
         Raises:
             ValueError: There is no such phase.
         """
-        begins = self.events.index((_PHASE, self.phases.index(phase), 0))
-        self.events.insert(begins, (_EMPTY_CACHE, 0, 0))
+        begins = self.events.index((_PHASE, self.phases.index(phase), 0, 0))
+        self.events.insert(begins, _CACHE_EMPTIED)
 
     def take_step(self, start: int, renamed: Mapping[str, str]) -> Step:
         """What happened since ``start`` as a step that :meth:`repeat` can make again, without what stays of it.
@@ -107,32 +118,24 @@ class AllocationTrace:
             start: How many events there were when it began.
             renamed: Other names for the phases of this first one.
         """
-        first = sum(event[0] == _ALLOC for event in self.events[:start])
-        freed = {value for code, value, _ in self.events[start:] if code == _FREE}
-        number, events = first, []
-        for code, value, kind in self.events[start:]:
-            if code == _ALLOC:
-                if number in freed:
-                    events.append((code, value, kind, number))
-                number += 1
-            elif code == _PHASE or (value in freed and value >= first):
-                events.append((code, value, kind, -1))
+        begun = {number for code, number, _, _ in self.events[start:] if code == ALLOC}
+        gone = {number for code, number, _, _ in self.events[start:] if code == FREE and number in begun}
+        events = tuple(event for event in self.events[start:] if event[0] == _PHASE or event[1] in gone)
         names = dict(enumerate(self.phases))
         for index in range(start, len(self.events)):
-            code, value, kind = self.events[index]
-            if code == _PHASE and names[value] in renamed:
+            code, number, size, _ = self.events[index]
+            if code == _PHASE and names[number] in renamed:
                 # What it is called in the step that repeats stays known, for :class:`Failure`.
-                self.events[index] = (code, self._phase_index(renamed[names[value]]), value + 1)
-        return Step(tuple(events))
+                self.events[index] = (code, self._phase_index(renamed[names[number]]), size, number + 1)
+        return Step(events)
 
     def repeat(self, step: Step) -> None:
         """The events of a step once more, with allocations of their own."""
         numbers: dict[int, int] = {}
-        for code, value, kind, number in step.events:
-            if code == _ALLOC:
-                numbers[number] = self._allocations
-                self._allocations += 1
-            self.events.append((code, value if code in (_ALLOC, _PHASE) else numbers[value], kind))
+        for code, number, size, kind in step.events:
+            if code == ALLOC:
+                numbers[number] = self.reserve()
+            self.events.append((code, number if code == _PHASE else numbers[number], size, kind))
 
     def _phase_index(self, name: str) -> int:
         if name not in self.phases:
@@ -142,9 +145,9 @@ class AllocationTrace:
 
 @dataclass(frozen=True)
 class Step:
-    """A step to be repeated: code, value, kind, and the number that an allocation had."""
+    """A step to be repeated, with the numbers that its allocations had."""
 
-    events: tuple[tuple[int, int, int, int], ...]
+    events: tuple[Event, ...]
 
 
 @dataclass
@@ -214,38 +217,35 @@ def replay(
         watched: Phases whose events it is called for; by default every one.
     """
     allocator = CachingAllocator(limit)
-    addresses: list[int] = []
-    sizes: list[int] = []
-    kinds: list[int] = []
+    blocks: list[Any] = [None] * trace.allocations
+    sizes = [0] * trace.allocations
+    kinds = [0] * trace.allocations
     live = [0] * len(KINDS)
     phases: dict[str, PhaseBytes] = {}
     # What was live at the highest point of each phase.
     highest: dict[str, tuple[int, ...]] = {}
     now, own_name = PhaseBytes(""), ""
     failure: Failure | None = None
-    for code, value, kind in trace.events:
-        if code == _ALLOC:
+    for code, number, asked, kind in trace.events:
+        if code == ALLOC:
             try:
-                address = allocator.malloc(value)
+                block = allocator.take(asked)
             except CardFullError as error:
                 failure = Failure(own_name, error.requested)
                 break
-            size = allocator.block_size(address)
-            addresses.append(address)
-            sizes.append(size)
-            kinds.append(kind)
-            live[kind] += size
-        elif code == _FREE:
-            live[kinds[value]] -= sizes[value]
-            allocator.free(addresses[value])
-        elif code == _RELABEL:
-            live[kinds[value]] -= sizes[value]
-            live[kind] += sizes[value]
-            kinds[value] = kind
+            blocks[number], sizes[number], kinds[number] = block, block.size, kind
+            live[kind] += block.size
+        elif code == FREE:
+            live[kinds[number]] -= sizes[number]
+            allocator.give(blocks[number])
+        elif code == RELABEL:
+            live[kinds[number]] -= sizes[number]
+            live[kind] += sizes[number]
+            kinds[number] = kind
         elif code == _EMPTY_CACHE:
             allocator.empty_cache()
         else:
-            name = trace.phases[value]
+            name = trace.phases[number]
             own_name = trace.phases[kind - 1] if kind else name
             now = phases.setdefault(name, PhaseBytes(name, start_allocated=allocator.allocated))
         if code in _RAISES:

@@ -1,0 +1,361 @@
+"""Layers that do not run, and what they would have done to memory, written down after one that did.
+
+In a window of a run (an inference pass, a training step) each tower calls only some of its layers (:mod:`.towers`), and
+the others hand on what they are given. Marks on the trace tell which layer's forward or backward begins. When the
+window ends, the events of the layer that stands for a missing one are written down once more in the missing one's
+place: its own allocations get numbers of their own, and what belongs to a neighbour is taken from the missing layer's
+neighbour. Nothing is estimated: the trace is the one that all layers would have made. Where that cannot be shown (a
+layer frees what is neither its own nor a neighbour's), :class:`NotRepeatingError` says so and all layers run.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor, Storage
+from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, OF_LIBRARIES, RELABEL
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from pytest_qvl.vram.forecast.engine.recorder import Recorder
+    from pytest_qvl.vram.forecast.engine.towers import Tower
+    from pytest_qvl.vram.forecast.engine.trace import Event
+
+
+class NotRepeatingError(Exception):
+    """What a layer does to memory cannot be written down for another one."""
+
+
+class Segment(NamedTuple):
+    """What happened from where a layer begins to where the next one does.
+
+    Attributes:
+        tower: Which tower.
+        backward: Whether it is the layer's backward.
+        run: Which call of the tower.
+        layer: The layer's index.
+    """
+
+    tower: int
+    backward: bool
+    run: int
+    layer: int
+
+
+class _HandsOn(nn.Module):
+    """In the place of a layer that does not run."""
+
+    def __init__(self, layer: nn.Module, tower: _ShortTower) -> None:
+        super().__init__()
+        # Not as modules of this one.
+        self.__dict__.update(layer=layer, tower=tower)
+
+    def __getattr__(self, name: str) -> Any:
+        """What a tower asks its layers for (Transformers 4: ``attention_type``) is the layer's."""
+        return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden: Any, *_: Any, **__: Any) -> Any:
+        """What it was given, as the others return it."""
+        return (hidden,) if self.__dict__["tower"].in_tuples else hidden
+
+
+class _ShortTower:
+    """One tower that calls only some of its layers, and marks where they begin.
+
+    Attributes:
+        in_tuples: Whether this release's layers return their result in a tuple.
+    """
+
+    def __init__(self, index: int, tower: Tower, repeats: Repeats) -> None:
+        self.in_tuples = False
+        self._index, self._tower, self._repeats = index, tower, repeats
+        self._run = -1
+        self._missing = {str(layer): tower.layers[layer] for found in tower.stands_for.values() for layer in found}
+
+    def hooks(self) -> Iterator[Any]:
+        """Put on the tower what leaves layers out and what marks the others; yields handles."""
+        owner, layers = self._tower.owner, self._tower.layers
+        hand_on = {name: _HandsOn(layer, self) for name, layer in self._missing.items()}
+
+        def leave_out(*_: Any) -> None:
+            self._run += 1
+            self._repeats.mark(None)
+            layers._modules.update(hand_on)
+
+        def put_back(*_: Any) -> None:
+            layers._modules.update(self._missing)
+            self._repeats.mark(None)
+
+        def returned(_: Any, __: Any, out: Any) -> None:
+            self.in_tuples = isinstance(out, tuple)
+
+        yield owner.register_forward_pre_hook(leave_out)
+        yield owner.register_forward_hook(put_back, always_call=True)
+        yield layers[0].register_forward_hook(returned)
+        before = None
+        for index in self._tower.runs:
+            yield layers[index].register_forward_pre_hook(self._begins(index, before))
+            before = index
+
+    def _begins(self, layer: int, before: int | None) -> Any:
+        """A hook that marks the layer's forward, and the backward of the one before it."""
+
+        def begins(_: Any, args: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return  # recomputed within its backward
+            run, hidden = self._run, args[0]
+            self._repeats.mark(Segment(self._index, False, run, layer))
+            if before is not None and hidden.requires_grad:
+                hidden.register_hook(lambda _: self._repeats.mark(Segment(self._index, True, run, before)))
+
+        return begins
+
+
+class Repeats:
+    """Towers that are shortened while a window of a run is recorded.
+
+    Args:
+        towers: Which layers of which towers run.
+        recorder: Follows the run.
+    """
+
+    def __init__(self, towers: list[Tower], recorder: Recorder) -> None:
+        self._towers, self._recorder = towers, recorder
+        self._start = 0
+        self._marks: list[tuple[int, Segment | None]] = []
+        self._gradients: dict[tuple[int, int, int], int] = {}
+        self._active = False
+
+    @contextmanager
+    def shortened(self) -> Iterator[None]:
+        """Run inside with fewer layers, and have the trace as of all of them at the end.
+
+        Raises:
+            NotRepeatingError: What a layer did cannot be written down for the others.
+        """
+        self._active = bool(self._towers)
+        self._begin()
+        handles = [hook for index, tower in enumerate(self._towers) for hook in _ShortTower(index, tower, self).hooks()]
+        try:
+            yield
+        finally:
+            self._active = False
+            for handle in handles:
+                handle.remove()
+        self.complete()
+
+    def mark(self, segment: Segment | None) -> None:
+        """From here on it is ``segment``; ``None`` for what is no layer's."""
+        self._marks.append((len(self._recorder.trace.events), segment))
+
+    def fill_gradients(self) -> None:
+        """Parameters of layers that did not run get the gradients that they would have."""
+        for index, tower in enumerate(self._towers if self._active else ()):
+            for stand_in, missing in tower.stands_for.items():
+                own = [(name, p.grad) for name, p in tower.layers[stand_in].named_parameters() if p.grad is not None]
+                for layer in missing:
+                    parameters = dict(tower.layers[layer].named_parameters())
+                    for name, grad in own:
+                        parameters[name].grad = self._gradient(index, layer, grad)
+
+    def _gradient(self, tower: int, layer: int, like: Any) -> DatalessTensor:
+        key = (tower, layer, like.storage_.number)
+        if key in self._gradients:
+            raise NotRepeatingError("two gradients have one storage")
+        storage = Storage(like.storage_.nbytes)
+        self._gradients[key] = self._recorder.follow_reserved(storage)
+        return DatalessTensor(like.layout_, like.offset, storage)
+
+    def complete(self) -> None:
+        """Write down what the layers that did not run would have done since the window began; begin another one.
+
+        Raises:
+            NotRepeatingError: It cannot be.
+        """
+        if self._marks:
+            writing = _Writing(self._towers, self._recorder, self._gradients)
+            writing.write(list(_segments(self._recorder.trace.events, self._start, self._marks)))
+            self._recorder.trace.events[self._start :] = writing.events
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start = len(self._recorder.trace.events)
+        self._marks, self._gradients = [], {}
+
+
+def _segments(
+    events: list[Event], start: int, marks: list[tuple[int, Segment | None]]
+) -> Iterator[tuple[Segment | None, list[Event]]]:
+    """The events since ``start``, cut at the marks."""
+    yield None, events[start : marks[0][0]]
+    for (begin, segment), (end, _) in zip(marks, [*marks[1:], (len(events), None)], strict=True):
+        yield segment, events[begin:end]
+
+
+# What an allocation is: of which segment, and the how-manieth of its allocations.
+Made = tuple[Segment, int]
+
+
+class _Writing:
+    """The events of a window with all layers, from those with some.
+
+    Args:
+        towers: Which layers ran.
+        recorder: Numbers new allocations.
+        gradients: Numbers that gradients of missing layers have: by tower, layer, and the number of the gradient that
+            they are like.
+    """
+
+    def __init__(self, towers: list[Tower], recorder: Recorder, gradients: dict[tuple[int, int, int], int]) -> None:
+        self.events: list[Event] = []
+        self._towers, self._recorder, self._gradients = towers, recorder, gradients
+        self._ranks = [{layer: rank for rank, layer in enumerate(tower.runs)} for tower in towers]
+        self._stand_ins = [{m: t for t, missing in tower.stands_for.items() for m in missing} for tower in towers]
+        self._made: dict[int, Made] = {}
+        # Of every layer's segments the numbers of their allocations.
+        self._numbers: dict[Segment, list[int]] = {}
+        self._patterns: dict[Segment, _Pattern] = {}
+        self._freed: set[int] = set()
+
+    def write(self, segments: list[tuple[Segment | None, list[Event]]]) -> None:
+        """Write down all layers.
+
+        Raises:
+            NotRepeatingError: A layer cannot be.
+        """
+        for segment, events in segments:
+            if segment is not None:
+                self._numbers[segment] = numbers = [event[1] for event in events if _is_own(event)]
+                self._made.update((number, (segment, nth)) for nth, number in enumerate(numbers))
+        for segment, events in segments:
+            if segment is not None and segment.layer in self._towers[segment.tower].stands_for:
+                self._patterns[segment] = self._pattern(segment, events)
+        for segment, events in segments:
+            self._write_run(segment, events)
+            if segment is not None:
+                for layer in self._missing_after(segment):
+                    self._write_missing(segment._replace(layer=layer))
+        self._check()
+
+    def _missing_after(self, segment: Segment) -> Iterable[int]:
+        """The layers that did not run between this one and the next that did."""
+        runs, rank = self._towers[segment.tower].runs, self._ranks[segment.tower][segment.layer]
+        if segment.backward:
+            return range(segment.layer - 1, runs[rank - 1], -1) if rank else ()
+        return range(segment.layer + 1, runs[rank + 1]) if rank + 1 < len(runs) else ()
+
+    def _write_run(self, segment: Segment | None, events: list[Event]) -> None:
+        for event in events:
+            code, number, size, kind = event
+            made = self._made.get(number) if code in (FREE, RELABEL) else None
+            if made is None:
+                self.events.append(event)
+                continue
+            made_in, nth = made
+            distance = self._distance(segment, made_in)
+            if segment is not None and distance is not None:
+                number = self._numbers[made_in._replace(layer=segment.layer + distance)][nth]
+                self._append((code, number, size, kind))
+                continue
+            # Later than the layers: what is freed of one is freed of those that it stands for.
+            self._append(event)
+            for layer in self._towers[made_in.tower].stands_for.get(made_in.layer, ()):
+                if (made_in.tower, layer, number) not in self._gradients:
+                    self._append((code, self._numbers[made_in._replace(layer=layer)][nth], size, kind))
+
+    def _pattern(self, segment: Segment, events: list[Event]) -> _Pattern:
+        """What a layer did that stands for others, in terms of its own and its neighbours' allocations."""
+        pattern = _Pattern()
+        for event in events:
+            code, number, size, kind = event
+            made = self._made.get(number)
+            if code == ALLOC:
+                if _is_own(event):
+                    pattern.steps.append((code, 0, number, size, kind))
+            elif code not in (FREE, RELABEL):
+                raise NotRepeatingError("a phase begins within a layer")
+            elif made is not None:
+                distance = self._distance(segment, made[0])
+                if distance is None:
+                    raise NotRepeatingError("a layer changes what belongs to one that is not beside it")
+                whose = pattern.index((made[0].backward, made[0].run, distance))
+                pattern.steps.append((code, whose, made[1], size, kind))
+            elif code != FREE or not segment.backward:
+                # What all layers were given goes with the last that needs it. In backward that is the lowest of those
+                # that are alike, which ran, so that it is left out here.
+                raise NotRepeatingError("a layer changes what is not a layer's")
+        return pattern
+
+    def _write_missing(self, segment: Segment) -> None:
+        stand_in = segment._replace(layer=self._stand_ins[segment.tower][segment.layer])
+        pattern = self._patterns[stand_in]
+        own = self._numbers[segment] = []
+        # Forward goes up and backward comes down: what a neighbour made is there when it is needed.
+        of = [
+            self._numbers.get(Segment(segment.tower, backward, run, segment.layer + distance), [])
+            for backward, run, distance in pattern.whose
+        ]
+        reserve, add = self._recorder.trace.reserve, self.events.append
+        for code, whose, nth, size, kind in pattern.steps:
+            if code == ALLOC:
+                gradient = self._gradients.get((segment.tower, segment.layer, nth))
+                number = reserve() if gradient is None else gradient
+                own.append(number)
+            elif nth < len(of[whose]):
+                number = of[whose][nth]
+                if code == FREE:
+                    self._freed.add(number)
+            else:
+                raise NotRepeatingError("a layer changes what its neighbour has not")
+            add((code, number, size, kind))
+
+    def _append(self, event: Event) -> None:
+        if event[0] == FREE:
+            self._freed.add(event[1])
+        self.events.append(event)
+
+    def _distance(self, segment: Segment | None, other: Segment) -> int | None:
+        """Layers that ran between two segments' of one tower, in order; ``None`` unless they are the same or next."""
+        if segment is None or segment.tower != other.tower:
+            return None
+        ranks = self._ranks[segment.tower]
+        distance = ranks[other.layer] - ranks[segment.layer]
+        return distance if -1 <= distance <= 1 else None
+
+    def _check(self) -> None:
+        """Nothing of a missing layer is left that nobody will free: all is freed, or a parameter's gradient."""
+        missing = {n for s, numbers in self._numbers.items() if s.layer in self._stand_ins[s.tower] for n in numbers}
+        kept = set(self._gradients.values())
+        if not kept <= missing:
+            raise NotRepeatingError("a gradient was not made by its layer's backward")
+        if not missing - self._freed <= kept:
+            raise NotRepeatingError("a layer leaves something behind")
+
+
+class _Pattern:
+    """What a layer does to memory, apart from which one it is.
+
+    Attributes:
+        whose: Whose allocations it changes: of backward or forward, in which run, how many layers away.
+        steps: Code; index in ``whose``; which of its allocations (of an allocation: its number); bytes; kind.
+    """
+
+    def __init__(self) -> None:
+        self.whose: list[tuple[bool, int, int]] = []
+        self.steps: list[tuple[int, int, int, int, int]] = []
+
+    def index(self, whose: tuple[bool, int, int]) -> int:
+        """Where ``whose`` stands, put there if it was not."""
+        if whose not in self.whose:
+            self.whose.append(whose)
+        return self.whose.index(whose)
+
+
+def _is_own(event: Event) -> bool:
+    """Whether it is an allocation of a layer rather than of a library, which makes one for all."""
+    return event[0] == ALLOC and event[3] != OF_LIBRARIES
