@@ -102,9 +102,9 @@ def test_all_that_a_run_can_find_out_fits(valid, everything):
     }
     assert everything["tests"] == {"failed": 2, "skipped": 2, "error": 2}
     assert valid(everything)
-    everything["vram"] = everything["vram"]["processes"][0]
-    del everything["vram"]["process"]
-    assert valid(everything)
+    one = deepcopy(everything["vram"]["processes"][0])
+    del one["process"]
+    assert valid({**everything, "vram": one})
 
 
 def places(value, path=()):
@@ -116,15 +116,23 @@ def places(value, path=()):
         yield from places(child, (*path, key))
 
 
+def one_of_each(record):
+    """The same with one entry where a list has several of a kind: validating takes its time."""
+    slim = {key: value[:1] if isinstance(value, list) else value for key, value in record.items()}
+    slim["checks"] = [next(one for one in record["checks"] if key in one) for key in ("figures", "not_judged")]
+    slim["vram"] = {key: value for key, value in record["vram"]["processes"][0].items() if key != "process"}
+    return slim
+
+
 def test_a_key_too_many_or_too_few_is_no_record(schema, valid, everything):
+    everything = one_of_each(everything)
+    assert valid(everything)
     later = set(schema["properties"]) - set(schema["required"])  # older records of the version are without these
     free = {("skipped",), ("environment", "packages"), ("environment", "variables")}  # keys are names of things
-    free |= {("probes", number, "replies") for number in range(2)}
-    free |= {("subjects", number, "lora") for number in range(2)}
-    alike = {(name,) for name in ("subjects", "probes", "session", "limits", "leases", "gpu_failures", "promises")}
+    free |= {("probes", 0, "replies"), ("subjects", 0, "lora")}
     some = {("tests",), ("seconds_by_test",)}  # not every outcome or phase is there
     for path in places(everything):
-        if path in free or (path[:1] in alike and path[1:2] not in ((), (0,))):
+        if path in free:
             continue
         changed = deepcopy(everything)
         at = changed
