@@ -65,6 +65,8 @@ def batch(
     if hasattr(batch, "keys") and "input_ids" not in batch and "inputs_embeds" in batch:
         raise CannotJudge("the batch has inputs_embeds in place of input_ids: which token is what cannot be told")
     refuse_no_batch("batch", "batch", batch, grids=False)
+    if not batch["input_ids"].numel():
+        raise InputError(f"batch: input_ids of shape {tuple(batch['input_ids'].shape)} hold no token")
     judge, findings = Judge("batch", "a collated batch is what the model takes"), Findings()
     learning = batch.get("labels") is not None if training is None else training
     view = View(batch, processor, known, training=learning)

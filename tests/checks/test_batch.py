@@ -262,6 +262,10 @@ def test_wrong_arguments_are_one_sentence(processor: Any, config: Any, batch: Ba
         checks.batch([batch], processor, config)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"samples\[0\] is of type int"):
         checks.batch(batch, processor, config, [1, 2, 3, 4])
+    with pytest.raises(InputError, match=r"input_ids of shape \(4, 0\) hold no token"):
+        checks.batch({"input_ids": batch["input_ids"][:, :0]}, processor, config)
+    negative = {**batch, "input_ids": -batch["input_ids"], "labels": -batch["input_ids"]}
+    assert kinds(negative, processor, config, [Sample((), "a", "b", "s", str(n)) for n in range(4)])
     with pytest.raises(InputError, match="got None"):
         checks.batch(batch, None, config)
     with pytest.raises(CannotJudge, match="model_type of the configuration is 'bert'"):

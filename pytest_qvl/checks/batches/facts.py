@@ -181,10 +181,15 @@ class View:
         ends: torch.Tensor = leading | trailing
         return ends
 
+    def decoded(self, ids: list[int], *, special: bool = True) -> str:
+        """Ids as text, without those that are no token, and with `special` tokens or not."""
+        known = [each for each in ids if 0 <= each < len(self.tokenizer)]
+        text: str = self.tokenizer.decode(known, skip_special_tokens=not special)
+        return text
+
     def shown(self, ids: list[int] | torch.Tensor) -> str:
         """Ids as text, cut to what a sentence can hold."""
-        given = [each for each in (ids if isinstance(ids, list) else ids.tolist()) if 0 <= each < len(self.tokenizer)]
-        text: str = self.tokenizer.decode(given[:40], skip_special_tokens=False)
+        text = self.decoded((ids if isinstance(ids, list) else ids.tolist())[:40])
         return repr(text if len(text) <= 60 else text[:57] + "...")
 
     def token(self, row: int, place: int) -> str:

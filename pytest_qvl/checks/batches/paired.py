@@ -131,7 +131,7 @@ def _units(view: View) -> Iterator[Unit]:
             for turn in turns:
                 if first <= turn.header < stop and turn.role in words:
                     words[turn.role] += [ids[place] for place in turn.places if ids[place] not in vision]
-            asked, said = (plain(view.tokenizer.decode(each, skip_special_tokens=False)) for each in words.values())
+            asked, said = (plain(view.decoded(each)) for each in words.values())
             yield Unit(row, first, stop, asked, said)
 
 
@@ -169,6 +169,5 @@ def _learned(view: View, unit: Unit) -> Iterator[tuple[int, str]]:
         if label != -100:
             run.append(label)
         elif run:
-            text = view.tokenizer.decode(run, skip_special_tokens=True)
-            yield unit.first + place - len(run), plain(text)
+            yield unit.first + place - len(run), plain(view.decoded(run, special=False))
             run = []
