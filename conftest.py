@@ -41,6 +41,11 @@ def transformers_takes_peft():
         pytest.skip(f"this Transformers' add_adapter wants PEFT {MIN_PEFT_VERSION} or newer")
 
 
+def pytest_sessionstart():
+    """This run has been told where its summary goes; those that tests start write none there."""
+    os.environ.pop("GITHUB_STEP_SUMMARY", None)
+
+
 def pytest_collection_finish():
     """Each run that a test starts ends with five garbage collections, which would look at all of torch each time."""
     gc.collect()

@@ -85,11 +85,13 @@ class Comparison:
         changes: What differs, the worst first.
         versions: What else is different about the two runs: versions, cards, samples.
         compared: Number of verdicts that both have.
+        left_out: Targets that only one of them has, and which.
     """
 
     changes: tuple[Change, ...]
     versions: tuple[str, ...]
     compared: int
+    left_out: tuple[str, ...] = ()
 
     @property
     def regressions(self) -> tuple[Change, ...]:
@@ -99,8 +101,10 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """One line."""
-        if not self.changes:
-            return f"nothing changed: {self.compared} verdicts compared"
+        left_out = "".join(f"; not compared: {target}" for target in self.left_out)
+        return (self._counted() or f"nothing changed: {self.compared} verdicts compared") + left_out
+
+    def _counted(self) -> str:
         counts = Counter(change.kind for change in self.changes)
         plural = {"new failure": "new failures"}
         said = ((counts[kind], plural.get(kind, kind) if counts[kind] > 1 else kind) for kind in KINDS if counts[kind])
@@ -141,7 +145,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     both = len(before.keys() & after.keys())
     if not both:
         raise RecordError("the two records have no check in common: compare runs of the same selection of tests")
-    return Comparison(tuple(changes), tuple(differences(old, new, renamed)), both)
+    return Comparison(tuple(changes), tuple(differences(old, new, renamed)), both, tuple(_left_out(old, new, renamed)))
 
 
 def matching_targets(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -172,6 +176,12 @@ def matching_targets(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]
             "new one; compare runs on the same device by the same backend"
         )
     return {"": "", **found}
+
+
+def _left_out(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str]) -> Iterator[str]:
+    """Targets without a counterpart: a run without its GPU must not look like one on which nothing changed."""
+    yield from (f"{name} (not in the new record)" for name in targets(old) if name not in renamed)
+    yield from (f"{name} (not in the old record)" for name in targets(new) if name not in renamed.values())
 
 
 def _where(target: str) -> str:

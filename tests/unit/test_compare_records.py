@@ -139,6 +139,14 @@ def test_a_checkpoint_of_another_name_is_the_same_subject(record):
     assert found.versions == ("model local:/x/first on cuda → local:/x/second on cuda",)
 
 
+def test_a_target_that_only_one_record_has_is_not_silently_passed_over(record):
+    both = deepcopy(record)
+    other = json.loads(json.dumps(record["checks"]).replace("embedded on cuda", "embedded on cpu"))
+    both["checks"] += other
+    assert compare(both, record).verdict.endswith("compared; not compared: embedded on cpu (not in the new record)")
+    assert compare(record, both).verdict.endswith("compared; not compared: embedded on cpu (not in the old record)")
+
+
 def test_what_else_differs_is_said(record):
     changed = deepcopy(record)
     changed["environment"]["packages"]["transformers"] = "5.18.0"
