@@ -9,7 +9,7 @@ from .mistake import mistake
 IGNORED = -100
 
 
-def collated(name, *, source, words, check="batch"):
+def collated(name, *, source, words, check="batch", since_5=False):
     """Register a mistake that is a function from a sound batch to a broken one."""
 
     def register(change):
@@ -21,7 +21,7 @@ def collated(name, *, source, words, check="batch"):
             with bench.model() as model:
                 yield bench.trainer(model, folder, guard, collate=collate)
 
-        mistake(name, source=source, check=check, words=words)(plant)
+        mistake(name, source=source, check=check, words=words, since_5=since_5)(plant)
         return change
 
     return register
@@ -128,13 +128,21 @@ def shifted(bench, batch):
 
 
 @collated(
-    "token-types-dropped", source="ModelTC/LightX2V#1416, NVIDIA-NeMo/Megatron-Bridge#3040", words=("types-missing",)
+    "token-types-dropped",
+    source="ModelTC/LightX2V#1416, NVIDIA-NeMo/Megatron-Bridge#3040",
+    since_5=True,
+    words=("types-missing",),
 )
 def no_types(bench, batch):
     return without("mm_token_type_ids")(bench, batch)
 
 
-@collated("token-types-padded-on-the-other-side", source="huggingface/trl#5785", words=("types-apart", "another side"))
+@collated(
+    "token-types-padded-on-the-other-side",
+    source="huggingface/trl#5785",
+    since_5=True,
+    words=("types-apart", "another side"),
+)
 def types_aside(bench, batch):
     import torch
 
@@ -142,7 +150,9 @@ def types_aside(bench, batch):
     return batch | {"mm_token_type_ids": torch.stack([torch.cat([row[~own], row[own]]) for row, own in rows])}
 
 
-@collated("token-types-not-cut", source="huggingface/trl#5283", words=("shapes-apart", "mm_token_type_ids"))
+@collated(
+    "token-types-not-cut", source="huggingface/trl#5283", since_5=True, words=("shapes-apart", "mm_token_type_ids")
+)
 def types_long(bench, batch):
     return beside_ids(batch, lambda value: value[:, :-1]) | {"mm_token_type_ids": batch["mm_token_type_ids"]}
 

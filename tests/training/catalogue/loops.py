@@ -42,7 +42,7 @@ def half_of_it(bench, folder, guard):
 
 @mistake(
     "optimizer-holds-tensors-twice",
-    source="https://pytorch.org/docs/stable/optim.html",
+    source="pytorch/pytorch#40967, volcengine/veGiantModel#6",
     check="adapter_census",
     words=("more than once",),
 )
@@ -248,6 +248,7 @@ def unfrozen(bench, folder, guard):
     "vision-back-propagated",
     source="huggingface/transformers#41993, huggingface/peft#2880",
     check="vision_not_backpropagated",
+    since_5=True,
     words=("back-propagated through", "make_inputs_require_grads"),
     vision_gradients="stop",
 )
@@ -265,7 +266,7 @@ def vision(bench, folder, guard):
 
 @mistake(
     "weights-put-back-after-the-step",
-    source="huggingface/transformers#24818",
+    source="PKU-YuanGroup/Open-Sora-Plan#186",
     check="adapter_moved",
     words=("did not move", "puts their values back"),
 )
@@ -292,7 +293,7 @@ def put_back(bench, folder, guard):
 
 @mistake(
     "base-moved-by-a-callback",
-    source="modelscope/ms-swift#7318, huggingface/peft#2321",
+    source="huggingface/peft#1355, Blaizzy/mlx-vlm#2181",
     check="base_unchanged",
     words=("base tensors are not bitwise", "after step 1", "lm_head"),
 )

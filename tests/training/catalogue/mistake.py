@@ -20,6 +20,7 @@ class Mistake:
         words: What its sentence says of the cause.
         plant: Makes the broken training from the bench and a folder: a context that yields a trainer.
         guard: Arguments of the guard beside the default ones.
+        since_5: Whether it is none before Transformers 5.
     """
 
     name: str
@@ -28,14 +29,17 @@ class Mistake:
     words: tuple[str, ...]
     plant: Callable[[Any, Any], Any]
     guard: dict[str, Any]
+    since_5: bool = False
 
 
-def mistake(name: str, *, source: str, check: str, words: tuple[str, ...], **guard: Any) -> Callable[[Any], Any]:
+def mistake(
+    name: str, *, source: str, check: str, words: tuple[str, ...], since_5: bool = False, **guard: Any
+) -> Callable[[Any], Any]:
     """Register a function of bench, folder and guard that yields a broken trainer."""
 
     def register(plant: Any) -> Any:
         assert name not in MISTAKES, name
-        MISTAKES[name] = Mistake(name, source, check, words, plant, guard)
+        MISTAKES[name] = Mistake(name, source, check, words, plant, guard, since_5)
         return plant
 
     return register

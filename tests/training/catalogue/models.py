@@ -52,6 +52,7 @@ def fp4(bench, folder, guard):
     "skip-list-without-effect",
     source="1038lab/ComfyUI-JoyCaption#53, unslothai/unsloth#4208",
     check="quantization_census",
+    since_5=True,
     words=("vision", "visual"),
 )
 @contextmanager
@@ -199,7 +200,7 @@ def no_alpha(bench, folder, guard):
 
 @mistake(
     "embeddings-unfrozen",
-    source="modelscope/ms-swift#7318",
+    source="Blaizzy/mlx-vlm#2181",
     check="adapter_census",
     words=("require grad", "embed_tokens"),
 )
@@ -291,7 +292,7 @@ def resumed(bench, folder, guard):
 
 @mistake(
     "base-written-to-in-a-forward",
-    source="pytest-dev/pytest-qvl: docs/limits.md#frozen-vision",
+    source="huggingface/peft#1355",
     check="base_unchanged",
     words=("base tensors are not bitwise", "forward and backward pass alone", "merger"),
 )
