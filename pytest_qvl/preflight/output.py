@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_qvl.preflight.questions import QUESTIONS
@@ -17,7 +18,8 @@ _OUTSIDE_JSON_TEXT = {ord(mark): f"\\u{ord(mark):04x}" for mark in "<>&"}
 
 
 def as_text(report: Report) -> str:
-    """For a terminal: one block per finding, red ones with cause, fix and the command that keeps it green."""
+    """For a terminal: one block per finding, red ones with cause and fix; last the command that keeps it green."""
+    command = _command(report)
     lines = [f"base     {report.base}"]
     if report.adapter:
         lines.append(f"adapter  {report.adapter}")
@@ -26,16 +28,23 @@ def as_text(report: Report) -> str:
         findings = report.of(question.number)
         if findings:
             lines += ["", f"{question.number}. {question.title}"]
-            lines += [line for finding in findings for line in _block(finding)]
+            lines += [line for finding in findings for line in _block(finding, command)]
+    lines += ["", f"To keep it green: {command}"] if command else []
     counts = ", ".join(f"{count} {state}" for state, count in report.counts().items())
     return "\n".join([*lines, "", f"{report.state.upper()}: {counts} ({report.seconds:.1f} s)"])
 
 
-def _block(finding: Finding) -> list[str]:
+def _command(report: Report) -> str:
+    """The command that keeps most of the findings green, which is said once; empty for none."""
+    commands = Counter(finding.keeps_green for finding in report if finding.keeps_green)
+    return commands.most_common(1)[0][0] if commands else ""
+
+
+def _block(finding: Finding, command: str) -> list[str]:
     lines = [f"  {finding.state:<10}  {finding.line}"]
     parts = [("cause", finding.cause), ("fix", finding.fix)]
     parts += [("note", note) for note in finding.notes]
-    parts += [("keep", finding.keeps_green)]
+    parts += [("keep", finding.keeps_green)] if finding.keeps_green != command else []
     return lines + [f"  {'':<10}  {word + ':':<7}{text}" for word, text in parts if text]
 
 
@@ -49,12 +58,23 @@ def as_markdown(report: Report) -> str:
     lines = [f"**{report.state}**: {_plain(report.base)}"]
     if report.adapter:
         lines[0] += f" with {_plain(report.adapter)}"
-    lines += ["", "| | state | finding | cause | fix | keeps it green |", "| --- | --- | --- | --- | --- | --- |"]
+    command = _command(report)
+    lines += ["", "| | state | finding | cause | fix |", "| --- | --- | --- | --- | --- |"]
     for finding in report:
-        line = " ".join([finding.line, *(f"Note: {note}" for note in finding.notes)])
+        others = [finding.keeps_green] if finding.keeps_green != command else []
+        notes = [f"Note: {note}." for note in finding.notes] + [
+            f"To keep it green: {other}" for other in others if other
+        ]
+        line = " ".join([f"{finding.line}." if notes else finding.line, *notes])
         cells = [str(finding.question), finding.state, *map(_plain, (line, finding.cause, finding.fix))]
-        lines.append(f"| {' | '.join(cells)} | {_plain(finding.keeps_green)} |")
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"To keep it green: {_code(command)}"] if command else []
     return "\n".join(lines)
+
+
+def _code(command: str) -> str:
+    """A command to be copied, where nothing in it ends a code span or is HTML."""
+    return _plain(command) if set(command) & set("`<>&") else f"`{command}`"
 
 
 def _plain(text: str) -> str:

@@ -9,6 +9,7 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.preflight.adapter import Adapter, find_adapter, planned_adapter
 from pytest_qvl.preflight.base import Base, find_base, quiet
+from pytest_qvl.preflight.files.folder import MiB
 from pytest_qvl.preflight.findings import NOT_TESTED, Finding, Report, neutral
 from pytest_qvl.preflight.questions import QUESTIONS, Question
 from pytest_qvl.preflight.refusals import RefusedError, refused
@@ -40,7 +41,7 @@ def _once(found: Iterable[Finding], said: Sequence[Finding]) -> list[Finding]:
     """What a question found, where a red finding that an earlier one has made in the same words is only pointed to."""
     before = {finding.line: finding.question for finding in said if finding.state == "red"}
     return [
-        Finding(each.question, "not-judged", "not judged", f"it needs what question {number} says is wrong")
+        Finding(each.question, "not-judged", "not judged", f"not before the red finding of question {number} is fixed")
         if (number := before.get(each.line, each.question)) != each.question
         else each
         for each in found
@@ -110,7 +111,7 @@ def _readable_base(base: Base) -> Finding:
     if base.unread is not None:
         return refused(_FILES, base.unread, "base")
     files = {tensor.file for tensor in base.tensors.values()}
-    line = f"{base.label}: {len(base.tensors)} tensors by the headers of {len(files)} files"
+    line = f"{base.label}: {len(base.tensors)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}"
     if not base.tensors:
         line = f"{base.label}: {base.note or 'configuration only, no weight files'}"
     return Finding(_FILES, "base-files", "green", line)
@@ -118,7 +119,7 @@ def _readable_base(base: Base) -> Finding:
 
 def _readable_adapter(adapter: Adapter) -> Finding:
     size = sum(tensor.nbytes for tensor in adapter.tensors.values())
-    line = f"{adapter.label}: {len(adapter.tensors)} tensors, {size:,} bytes, by its header"
+    line = f"{adapter.label}: {len(adapter.tensors)} tensors, {size / MiB:,.1f} MiB"
     return Finding(_FILES, "adapter-files", "green", line)
 
 

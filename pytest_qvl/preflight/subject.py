@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from pytest_qvl.models.quantized import KEEP_16BIT
 from pytest_qvl.preflight import naming
 from pytest_qvl.preflight.adapter import Adapter, attach
 from pytest_qvl.preflight.base import Base
+from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.refusals import SettingError
 from pytest_qvl.preflight.timing import patience
 
 if TYPE_CHECKING:
@@ -110,7 +113,7 @@ class Subject:
         assert self.adapter is not None
         return self.adapter.lora_config()
 
-    @cached_property
+    @property
     def adapted(self) -> Any:
         """A second model without data with the adapter put on by the installed PEFT, a ``PeftModel``.
 
@@ -118,9 +121,19 @@ class Subject:
             ValueError: PEFT refuses the configuration.
             UnsafeFileError: Its regular expressions take for ever.
         """
-        parts = self.base.skeleton()
-        with patience("target_modules of the adapter"):
-            return attach(parts, self.lora)
+        if isinstance(self._attached, Exception):
+            raise self._attached
+        return self._attached
+
+    @cached_property
+    def _attached(self) -> Any:
+        """The same, or why there is none: the next question does not wait for it again."""
+        try:
+            parts = self.base.skeleton()
+            with patience("target_modules of the adapter"):
+                return attach(parts, self.lora)
+        except Exception as error:
+            return error
 
     @cached_property
     def placed(self) -> dict[str, naming.Placed]:
@@ -165,11 +178,32 @@ class Subject:
 
     @property
     def skip(self) -> tuple[tuple[str, ...] | None, str]:
-        """The skip list of the quantization, and who gave it, in words; ``None`` for Transformers' own default."""
+        """The skip list of the quantization, and who gave it, in words; ``None`` for Transformers' own default.
+
+        Raises:
+            SettingError: What the base was saved with is no list of names.
+        """
         if self.asked.skip is not None:
             return self.asked.skip, "--skip"
         saved = self.base.quantization
         if saved is not None:
-            entries = saved.get("llm_int8_skip_modules")
-            return (None if entries is None else tuple(map(str, entries))), "the config.json of the base"
+            return self.saved_skip, "the config.json of the base"
         return KEEP_16BIT, "this package's default, since no --skip was given"
+
+    @property
+    def saved_skip(self) -> tuple[str, ...] | None:
+        """The skip list that the base was saved with; ``None`` for Transformers' own default.
+
+        Raises:
+            SettingError: It is no list of names.
+        """
+        entries = (self.base.quantization or {}).get("llm_int8_skip_modules")
+        if entries is None:
+            return None
+        if not (isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)):
+            raise SettingError(
+                f"llm_int8_skip_modules of {self.base.label} is {neutral(repr(entries), 80)} and no list of names",
+                cause="config.json was edited, and BitsAndBytesConfig takes a list only",
+                fix="write a list, such as " + json.dumps(list(KEEP_16BIT)),
+            )
+        return tuple(entries)

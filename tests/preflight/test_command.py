@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 
 import pytest
 from preflight_corpus import Workshop
@@ -34,7 +35,7 @@ def test_a_healthy_pair_is_green_and_exits_with_0(shop, capsys):
     out = capsys.readouterr().out
     assert "GREEN: 0 red" in out
     assert "all 42 keys of the file land, on 21 modules (language 21)" in out
-    assert f"--qvl-model {base} --qvl-adapter {adapter} -k preflight" in out
+    assert out.count(f"--qvl-model {base} --qvl-adapter {adapter} -k preflight") == 1
 
 
 def test_a_broken_one_exits_with_1_and_json_says_all(shop, capsys):
@@ -54,7 +55,8 @@ def test_markdown_is_one_table(shop, capsys):
     assert main(["preflight", str(shop.base("qwen3_vl")), "--format", "md"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("**green**")
-    assert {line.count("|") for line in lines[2:]} == {7}
+    assert {line.count("|") for line in lines[2:-2]} == {6}
+    assert lines[-1].startswith("To keep it green: `pytest ")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +185,12 @@ def test_a_regular_expression_without_end_is_stopped(shop, monkeypatch):
     monkeypatch.setattr("pytest_qvl.preflight.timing.PATIENCE_S", 0.5)
     report = preflight(shop.base("qwen2_5_vl"), lora={"r": 8, "target_modules": r"(?:(?:\w+\.?)+)+Z"})
     assert "unsafe" in {finding.name for finding in report.of(2)}
+    adapter = shop.adapter("qwen2_5_vl")
+    edit(adapter / CONFIG, target_modules=r"(?:(?:\w+\.?)+)+Z")
+    before = time.perf_counter()
+    report = preflight(shop.base("qwen2_5_vl"), adapter)
+    assert [finding.name for finding in report.red] == ["unsafe"]
+    assert time.perf_counter() - before < 20  # it is waited for once, and not by every question
 
 
 @pytest.mark.slow

@@ -159,10 +159,10 @@ def test_what_strangers_wrote_stays_text():
     assert "<script>" in as_text(report())  # a terminal has no markup but escapes
     assert "<" not in as_markdown(report())
     assert "<" not in as_json(report())
-    assert as_markdown(report()).count("\n") == 5 - 1
+    assert as_markdown(report()).count("\n") == 7 - 1
     rows = [line for line in as_markdown(report()).splitlines() if line.startswith("| 3")]
     assert len(rows) == 1
-    assert rows[0].count("|") == 7
+    assert rows[0].count("|") == 6
     assert json.loads(as_json(report()))["findings"][0]["name"] == "x"
 
 

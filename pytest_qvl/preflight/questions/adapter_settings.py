@@ -42,11 +42,13 @@ def _alpha(subject: Subject) -> Iterator[Finding]:
     if not off:
         return
     zero = all(value == 0 for value in off.values())
+    text = any(not isinstance(value, int | float) for value in off.values())
+    does = "multiplied by zero" if zero else "subtracted from the base instead of added"
+    does = "scaled by what is no number" if text else does
     yield _red(
         subject,
         "alpha-zero" if zero else "alpha-negative",
-        f"{', '.join(f'{name} is {neutral(value, 40)}' for name, value in off.items())}: the adapter is "
-        + ("multiplied by zero" if zero else "subtracted from the base instead of added, or not scaled by a number"),
+        f"{', '.join(f'{name} is {neutral(value, 40)}' for name, value in off.items())}: the adapter is {does}",
         cause="adapter_config.json was written or edited with another alpha than the training had",
         fix="put back the lora_alpha of the training",
     )

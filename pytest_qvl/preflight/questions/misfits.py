@@ -59,7 +59,7 @@ def _lost(subject: Subject, loaded: Loaded, lost: Sequence[str]) -> Finding:
     return _red(
         subject,
         name,
-        f"{len(lost)} of {len(loaded.wanted)} tensors of the adapter do not land ({said}): {some(sorted(lost))}",
+        f"{len(lost)} of {len(loaded.wanted)} tensors of the adapter do not land ({said}): {some(sorted(lost), 1)}",
         cause=f"{why}; {loaded.error or _SILENT}",
         fix=_FIXES.get(name, _PLAIN),
     )
@@ -119,7 +119,7 @@ def _strange(subject: Subject, loaded: Loaded, strange: Sequence[str]) -> Findin
             fix="give the base that the adapter was trained on",
         )  # fmt: skip
     return _red(
-        subject, "unknown-keys", line, cause=f"no module of the model is called so; {_SILENT}", fix=_PLAIN,
+        subject, "unknown-keys", line, cause=f"no module of the model has such a name; {_SILENT}", fix=_PLAIN,
     )  # fmt: skip
 
 

@@ -178,8 +178,8 @@ def _states(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]
 
 def _places(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]:
     """Which modules are stored in 4 bits against those that the skip list leaves to be."""
-    given = (subject.base.quantization or {}).get("llm_int8_skip_modules")
-    entries = skip_rules.DEFAULT if given is None else tuple(map(str, given))
+    given = subject.saved_skip
+    entries = skip_rules.DEFAULT if given is None else given
     linears = {name: subject.parts.group_of(name) for name, _ in subject.parts.named_linears()}
     rule = skip_rules.installed_rule()
     with patience("llm_int8_skip_modules"):

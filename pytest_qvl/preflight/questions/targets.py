@@ -194,7 +194,7 @@ def _leaks(placement: Placement, config: Any) -> Iterator[Finding]:
     yield _red(
         placement.subject,
         "leak",
-        f"{len(leaked)} modules of the vision side get an adapter by the way ({said}): {some(leaked)}",
+        f"{len(leaked)} modules of the vision side get an adapter too ({said}): {some(leaked)}",
         cause=f"{field} {_short(getattr(config, field))} match by name, and the vision side has such layers too",
         fix=f'target_modules=r"{_LANGUAGE.format(root, ends)}"; if the vision side is adapted on purpose, say so by an '
         "expression that names it, or declare it (--adapter-policy language,vision)",
@@ -238,11 +238,11 @@ def _idle_entries(placement: Placement, config: Any) -> Iterator[Finding]:
         pool = pools[what]
         if any(_ends_with(name, entry) for name in pool):
             continue
-        near = get_close_matches(entry, {name.rpartition(".")[2] for name in pool}, 1, 0.6)
+        near = get_close_matches(entry.lower(), {name.rpartition(".")[2] for name in pool}, 1, 0.6)
         yield _red(
             placement.subject,
             "idle-target",
-            f"{what} names {entry!r}, which no module of {placement.subject.base.label} is called",
+            f"{what} names {entry!r}, and no module of {placement.subject.base.label} has that name",
             cause="PEFT passes over entries that match nothing as long as one of the list does",
             fix=f"write {near[0]!r}" if near else "take it out, or give the base that has it",
         )

@@ -126,6 +126,13 @@ def image_token_of_another_vocabulary(shop: Workshop, family: str) -> Arguments:
     return {"base": folder}
 
 
+@broken("", "bad-setting", "is 'lm_head' and no list of names", ("qwen2_5_vl",))
+def skip_list_that_is_a_text(shop: Workshop, family: str) -> Arguments:
+    folder = shop.copy(shop.packed(family))
+    edit(folder / "config.json", lambda content: content["quantization_config"].update(llm_int8_skip_modules="lm_head"))
+    return {"base": folder}
+
+
 # A base whose values are none
 
 
