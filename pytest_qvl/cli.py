@@ -12,6 +12,7 @@ import sys
 from typing import TYPE_CHECKING, TypeAlias
 
 from pytest_qvl import __version__
+from pytest_qvl.data.command import add_data
 from pytest_qvl.faults.command import add_faults
 from pytest_qvl.models.sources.command import add_synthesize
 from pytest_qvl.preflight.command import add_preflight
@@ -25,6 +26,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 SUBCOMMANDS: tuple[Callable[[Commands], None], ...] = (
     add_preflight,
     add_forecast,
+    add_data,
     add_compare,
     add_report,
     add_explain,

@@ -6,13 +6,12 @@ and reading one runs whatever code is in it.
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.user_code import imported
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -120,7 +119,7 @@ def _settings(where: str, what: str, needs: str, *, known: Collection[str] = ())
     if Path(where).is_file():
         found: Any = _read(Path(where))
     elif colon and re.fullmatch(r"[A-Za-z_][\w.]*", name) and file:
-        found = _import(file, name)
+        found = imported(file, name)
     else:
         raise ValueError(f"{where!r} is neither a file nor MODULE:NAME")
     kind = ""
@@ -149,27 +148,3 @@ def _read(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__} and no settings by name")
     return found
-
-
-def _import(module: str, name: str) -> Any:
-    """A name in a module or script, which runs as it is imported, the current folder first on the path."""
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: Any = _script(Path(module)) if module.endswith(".py") else importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (Exception, SystemExit) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{module}:{name} cannot be imported: {type(error).__name__}: {said}") from None
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    return found
-
-
-def _script(file: Path) -> Any:
-    spec = spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python file")
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -1,0 +1,41 @@
+"""A name out of a module or script of the user's, which runs as it is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+
+def imported(module: str, name: str) -> Any:
+    """What a module, or a script that ends with ``.py``, calls by a name, the current folder first on the path.
+
+    Args:
+        module: A module's dotted name, or the path of a script.
+        name: Of an attribute; dotted for one of one of those.
+
+    Raises:
+        ValueError: It cannot be imported; says why in one sentence.
+    """
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found: Any = _script(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (Exception, SystemExit) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{module}:{name} cannot be imported: {type(error).__name__}: {said}") from None
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    return found
+
+
+def _script(file: Path) -> Any:
+    spec = spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
