@@ -96,7 +96,8 @@ class Run:
         losses: list[Any] = []
         if due or self._subject.args.logging_nan_inf_filter:  # the trainer has waited for the loss itself
             losses = self._watch.take_losses()
-            judge("loss", partial(steps.losses_finite, losses), moment)
+            if due or not steps.all_finite(losses):
+                judge("loss", partial(steps.losses_finite, losses), moment)
         if due:
             loss = max((float(loss.abs()) for loss in losses), default=1.0)
             gradients = partial(

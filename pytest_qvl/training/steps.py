@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from pytest_qvl.training.subject import Subject
 
 
+def all_finite(losses: Sequence[torch.Tensor]) -> bool:
+    """Whether every one of these losses is a finite number."""
+    return all(math.isfinite(float(loss)) for loss in losses)
+
+
 def losses_finite(losses: Sequence[torch.Tensor]) -> Evidence:
     """Hold the loss of every micro-batch since the last look to be a finite number.
 

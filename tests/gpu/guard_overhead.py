@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ import warnings
 from importlib.metadata import version
 from pathlib import Path
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # of several GPUs the Trainer would use all
 LEFT_OUT = 10
 TENS = 10
 
