@@ -204,6 +204,9 @@ def _verdict_of(update: Update, proof: Proof, places: tuple[Place, Place]) -> st
         return "unsure"
     if verdict == "other" and update.start is not None:
         return "start-left-in" if not _prove((replace(update, start=None), places)).outside else verdict
+    if update.magnitude is not None and verdict not in _SURE:
+        plain = _prove((replace(update, magnitude=None), places))
+        return "magnitude-left-out" if not plain.outside else verdict
     if verdict != "other" or update.magnitude is not None or not base.weights.is_packed(base.name):
         return verdict
     if not outside_cells(update.factors(), *places):
@@ -242,11 +245,25 @@ def _multiples(update: Update) -> dict[float, str]:
     return found
 
 
-_NAMES = {
-    "unmerged": "not-merged",
-    "not-finite": "merge-not-finite",
-    "scaled": "merge-scaled",
-    "other": "merge-differs",
+_NAMES = {"scaled": "merge-scaled", "other": "merge-differs"}
+# Verdicts that need no second look, and of those that need no figures: name, words behind the count, cause.
+_SURE = ("merged", "below", "unmerged", "not-finite")
+_PLAIN = {
+    "unmerged": (
+        "not-merged",
+        "are the base's: ΔW is not in them",
+        "the merge found no weight by the names of the adapter's keys, or the base was saved in its place",
+    ),
+    "not-finite": (
+        "merge-not-finite",
+        "hold NaN or infinite values",
+        "the adapter has diverged, or a sum left the range of the dtype that it was merged in",
+    ),
+    "magnitude-left-out": (
+        "magnitude-left-out",
+        "hold W + s B A, as of a plain LoRA, without DoRA's magnitudes",
+        "what merged it took no notice of use_dora and of the file's lora_magnitude_vector",
+    ),
 }
 
 
@@ -254,16 +271,9 @@ def _misfit(case: Case, verdict: str, judged: Sequence[_Judged], whole: int) -> 
     names = [each.proof.module for each in judged]
     first = judged[0].proof
     line = f"{len(names)} of {whole} adapted weights ({case.group(names)})"
-    if verdict == "unmerged":
-        return case.red(
-            "not-merged", f"{line} are the base's: ΔW is not in them: {some(names)}",
-            cause="the merge found no weight by the names of the adapter's keys, or the base was saved in its place",
-        )  # fmt: skip
-    if verdict == "not-finite":
-        return case.red(
-            "merge-not-finite", f"{line} hold NaN or infinite values: {some(names)}",
-            cause="the adapter has diverged, or a sum left the range of the dtype that it was merged in",
-        )  # fmt: skip
+    if verdict in _PLAIN:
+        name, words, cause = _PLAIN[verdict]
+        return case.red(name, f"{line} {words}: {some(names)}", cause=cause)
     if verdict == "start-left-in":
         return case.red(
             "start-left-in",

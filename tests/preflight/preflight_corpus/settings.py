@@ -8,7 +8,7 @@ from typing import Any
 
 from .broken import broken
 from .healthy import healthy
-from .making import ADAPTER, CONFIG, WEIGHTS, Arguments, Workshop, edit, rename, retensor
+from .making import ADAPTER, CONFIG, WEIGHTS, Arguments, Workshop, drop, edit, rename, retensor
 
 
 def _adapted(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
@@ -131,6 +131,15 @@ def skip_list_that_is_a_text(shop: Workshop, family: str) -> Arguments:
     folder = shop.copy(shop.packed(family))
     edit(folder / "config.json", lambda content: content["quantization_config"].update(llm_int8_skip_modules="lm_head"))
     return {"base": folder}
+
+
+@broken("", "magnitude-left-out", "without DoRA's magnitudes", ("qwen2_vl",))
+def dora_merged_as_plain_lora(shop: Workshop, family: str) -> Arguments:
+    found = _adapted(shop, family, use_dora=True)
+    plain = shop.copy(found["adapter"])
+    edit(plain / CONFIG, use_dora=False)
+    drop(plain / ADAPTER, lambda name: "magnitude" in name)
+    return {**found, "merged": shop.merged(found["base"], plain)}
 
 
 # A base whose values are none
