@@ -41,6 +41,11 @@ def _nearest(new: dict[str, Any]) -> dict[str, Any]:
 
     def distance(record: dict[str, Any]) -> list[bool]:
         packages = record["environment"]["packages"]
-        return [packages.get(name) != have.get(name) for name in DECISIVE]
+        return [_public(packages.get(name)) != _public(have.get(name)) for name in DECISIVE]
 
     return min(same, key=distance)
+
+
+def _public(version: str | None) -> str:
+    """A version without the name of its build, ``+cpu``."""
+    return (version or "").partition("+")[0]

@@ -40,8 +40,9 @@ SHARE = 0.25
 HEADROOM = 0.5
 # Net number of answers that flip: the sign test of k flips one way has p = 2^(1-k), 0.03 for six.
 FLIPS = 6
-# The training of this figure stops at the first loss below the limit: how far below is chance.
-STOPS_AT = "smallest loss within"
+# Figures that may be anywhere within their limit by chance: a training stops at the first loss below it, and the limit
+# of a derivative is five standard deviations of what rounding does to it.
+CHANCE = ("smallest loss within", "derivative of the worst layer")
 # What caching allocators round to from one release to the next (2 MiB blocks), and the share that is beyond it.
 GIB_APART, GIB_SHARE = 64 / 1024, 0.02
 STOPPED = {2: "interrupted", 3: "ended by an internal error", 4: "refused for its command line"}
@@ -278,7 +279,7 @@ def figure_change(old: Figure, new: Figure) -> Kind | None:
     - GiB: beyond 64 MiB and 2 %, what allocators round to.
     - Counts below a limit: by six, the fewest one-sided flips that a sign test tells from chance (p = 2^(1-6) = 0.03).
     - Shares of a rounding bound (``largest error / limit``): never, since rounding may take all of it.
-    - The loss at which a training stopped: never, since it stops as soon as the limit is met.
+    - What :data:`CHANCE` names: never.
     - Other figures below a limit: by a quarter of it. Above one: by half of the headroom, and a twentieth of the limit.
     - Seconds, and numbers that are only reported: never.
     """
@@ -291,7 +292,7 @@ def figure_change(old: Figure, new: Figure) -> Kind | None:
     if old.unit == "GiB":
         apart = max(GIB_APART, GIB_SHARE * abs(was))
         return None if abs(now - was) <= apart else "worse" if now > was else "better"
-    if not (old.relation and new.relation) or old.name.endswith("/ limit") or old.name.startswith(STOPS_AT):
+    if not (old.relation and new.relation) or old.name.endswith("/ limit") or old.name.startswith(CHANCE):
         return None
     if isinstance(old.value, int) and isinstance(new.value, int):
         worse = now - was if new.relation == "<=" else was - now

@@ -1,0 +1,69 @@
+"""``shipped``: the reference records in the package, and which of them a run is compared with."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from copy import deepcopy
+from importlib.resources import files
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from pytest_qvl.records.base import base_record, shipped_records
+from pytest_qvl.records.compare import compare
+from pytest_qvl.records.stored import RecordError, read_record, verdicts
+from pytest_qvl.suite import SUITE_VERSION
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads(files("pytest_qvl").joinpath("report", "record.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def shipped():
+    return shipped_records()
+
+
+def test_references_are_green_valid_and_say_nothing_of_where_they_were_made(shipped):
+    assert shipped
+    for record in shipped:
+        jsonschema.Draft202012Validator(SCHEMA).validate(record)
+        assert (record["exit_status"], record["suite"], record["environment"]["commit"]) == (0, SUITE_VERSION, None)
+        assert not [word for word in json.dumps(record).split('"') if word.startswith("/")]
+        assert {one.state for one in verdicts(record).values()} == {"kept", "not judged"}
+
+
+def test_the_suite_still_has_every_test_of_a_reference(shipped):
+    """Else a first comparison would call a check gone that was renamed here."""
+    known = json.loads((ROOT / "tests" / "plugin" / "public_names.json").read_text(encoding="utf-8"))["tests"]
+    names = {name.partition("::")[2] for name in known}
+    for record in shipped:
+        assert {entry["test"] for entry in record["checks"]} <= names
+
+
+def test_a_reference_is_the_nearest_by_versions(shipped, monkeypatch):
+    old, new = deepcopy(shipped[0]), deepcopy(shipped[0])
+    old["environment"]["packages"]["transformers"] = "4.57.6"
+    monkeypatch.setattr("pytest_qvl.records.base.shipped_records", lambda: [old, new])
+    run = deepcopy(old)
+    run["environment"]["packages"]["peft"] = "99"
+    assert base_record("shipped", run) is old
+    assert compare(base_record("shipped", run), run).versions[0].endswith("→ 99")
+    run["environment"]["packages"]["transformers"] = new["environment"]["packages"]["transformers"]
+    assert base_record("shipped", run) is new
+    run["environment"]["packages"]["torch"] = run["environment"]["packages"]["torch"].partition("+")[0] + "+cu126"
+    assert base_record("shipped", run) is new
+
+
+def test_no_reference_is_shipped_for_another_model():
+    with pytest.raises(RecordError, match="no reference is shipped for synthetic:qwen2.5-vl-7b on cuda"):
+        base_record("shipped", read_record(ROOT / "docs" / "records" / "h200-qwen2.5-vl-7b.json"))
+
+
+def test_a_reference_is_made_of_a_record(shipped, tmp_path):
+    tool = runpy.run_path(str(ROOT / "tools" / "reference_record.py"))
+    made = tool["reference"]({**shipped[0], "command": ["pytest", "/home/me"]})
+    assert made == shipped[0]
+    with pytest.raises(SystemExit, match="exit status 1"):
+        tool["reference"]({**shipped[0], "exit_status": 1})
