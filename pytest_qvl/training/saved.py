@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.lora import foreign_types
+from pytest_qvl.checks.support.lora import peft_type_of
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import ADAPTER_FILE, adapter_configs, chosen_adapter
@@ -35,12 +35,15 @@ def adapter_folder(parts: Parts, folder: Path) -> Path:
     """Where in a checkpoint the adapter's files are: PEFT puts one that is not called ``default`` into its own folder.
 
     Raises:
-        CannotJudge: The checkpoint is no longer there, or holds a whole model and no adapter.
+        CannotJudge: The checkpoint is no longer there, or holds a whole model and no adapter; or it is no LoRA's.
         CheckFailed: It holds neither.
     """
     if not folder.is_dir():
         raise CannotJudge(f"{folder} is not there (any more)")
     adapter = chosen_adapter(parts)
+    kind = peft_type_of(adapter_configs(parts).get(adapter))
+    if kind not in ("", "LORA"):
+        raise CannotJudge(f"the adapter is {kind}; the files of LoRA are known only")
     for place in (folder, folder / adapter):
         if (place / CONFIG_FILE).is_file() and (place / ADAPTER_FILE).is_file():
             return place
@@ -62,10 +65,7 @@ def config_as_saved(parts: Parts, folder: Path) -> Evidence:
 
     Raises:
         CheckFailed: Names the fields.
-        CannotJudge: The adapter is no LoRA.
     """
-    if foreign := foreign_types(parts):
-        raise CannotJudge(f"the adapter is {', '.join(foreign)}; the fields of LoRA's configuration are known only")
     saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config = adapter_configs(parts)[chosen_adapter(parts)]
     judge = Judge("saved_config", "the saved configuration is that of the adapter in memory")

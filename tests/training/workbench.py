@@ -33,9 +33,9 @@ class Workbench:
 
     def __init__(self, processor: Any, samples: list[Any]) -> None:
         self.processor, self.samples = processor, samples
-        self._bases: dict[tuple[str, bool], Any] = {}
+        self._bases: dict[tuple[str, bool, str], Any] = {}
 
-    def base(self, dtype: str = "float32", *, quantized: bool = True) -> Any:
+    def base(self, dtype: str = "float32", *, quantized: bool = True, device: str = "cpu") -> Any:
         """The base model, loaded once for each dtype; shared, so leave it as it was found."""
         import torch
         from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
@@ -43,7 +43,7 @@ class Workbench:
         from pytest_qvl.models.quantized import keep_quantized_weights_in_place
         from pytest_qvl.models.sources.embedded import embedded_model_dir
 
-        if (dtype, quantized) not in self._bases:
+        if (dtype, quantized, device) not in self._bases:
             config = BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
@@ -56,10 +56,11 @@ class Workbench:
                 quantization_config=config if quantized else None,
                 dtype=getattr(torch, dtype),
                 attn_implementation="sdpa",
+                **({} if device == "cpu" else {"device_map": {"": device}}),
             )
             keep_quantized_weights_in_place(model)
-            self._bases[dtype, quantized] = model.requires_grad_(False).eval()
-        return self._bases[dtype, quantized]
+            self._bases[dtype, quantized, device] = model.requires_grad_(False).eval()
+        return self._bases[dtype, quantized, device]
 
     @contextlib.contextmanager
     def model(
@@ -70,6 +71,7 @@ class Workbench:
         seed: int = 0,
         base: Any = None,
         adapter_name: str = "default",
+        device: str = "cpu",
         **lora: Any,
     ):
         """The base with a fresh adapter; what a training did to the base is undone."""
@@ -78,7 +80,7 @@ class Workbench:
 
         from pytest_qvl.models.adapters import remove_peft_layers
 
-        base = base or self.base(dtype, quantized=quantized)
+        base = base or self.base(dtype, quantized=quantized, device=device)
         state = {name: tensor.clone() for name, tensor in base.state_dict().items() if tensor.is_floating_point()}
         hooks = {id(m): (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for m in base.modules()}
         config = copy.deepcopy(base.config)
