@@ -41,7 +41,7 @@ def test_the_committed_page_is_fresh() -> None:
     assert f"definitions {definitions_digest()} " in text, "run pytest-qvl faults --matrix --docs docs"
     assert "**missed**" not in text
     assert "0 false alarms over 200 healthy variations" in text
-    assert "the same with layer_arithmetic and golden_record aside: none\n" in text
+    assert "the same with layer_arithmetic, golden_record, batch aside: none\n" in text
 
 
 def test_the_committed_page_has_every_fault_and_no_other() -> None:

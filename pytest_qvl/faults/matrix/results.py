@@ -20,8 +20,9 @@ CAUGHT, OTHER_WORDS, MISSED, NOT_JUDGED, NOT_CARRIED, BROKEN = (
 )
 UNDECIDED = "cannot judge"
 NOTICED = ("caught", "refused")
-# They recompute all that a model does, so they see much of what any check sees; the second on the embedded model only.
-RECOMPUTING = ("layer_arithmetic", "golden_record")
+# They judge a whole, so they see much of what the checks of its parts see: the first two all that a model computes (the
+# second on the embedded model only), the third all that a collator makes.
+OF_A_WHOLE = ("layer_arithmetic", "golden_record", "batch")
 
 
 def faults_in_order() -> dict[str, Fault]:
@@ -251,8 +252,8 @@ def summary(result: Result) -> str:
             f"{len(silent)} of {len(result.made)} faults raise nothing in Transformers; "
             f"{len(passes)} of these {len(silent)} pass a plain test that trains one step and generates text",
             f"checks without a fault that only they catch: {', '.join(result.without_own_fault()) or 'none'}",
-            f"the same with {' and '.join(RECOMPUTING)} aside: "
-            f"{', '.join(result.without_own_fault(aside=RECOMPUTING)) or 'none'}",
+            f"the same with {', '.join(OF_A_WHOLE)} aside: "
+            f"{', '.join(result.without_own_fault(aside=OF_A_WHOLE)) or 'none'}",
         ]
     lines += [f"the model without a fault fails {check}: {said}" for check, said in result.ill.items()]
     return "\n".join(lines)
