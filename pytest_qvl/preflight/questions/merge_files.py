@@ -153,6 +153,31 @@ def names_of(case: Case) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def odd_of(case: Case) -> Iterator[Finding]:
+    """Tensors whose stored numbers are not the weights, and nothing says what they are."""
+    if odd := case.odd:
+        kinds, before = ({where[name].dtype for name in odd} for where in (case.there, case.subject.weights))
+        yield case.red(
+            "odd-dtype",
+            f"{len(odd)} tensors of the merged checkpoint are stored as {', '.join(sorted(kinds))}, the base's in "
+            f"{', '.join(sorted(before))} ({case.group(odd)}): {some(odd)}",
+            cause="they were quantized or cast, and config.json has no quantization that would undo it: "
+            "from_pretrained takes the stored numbers for the weights",
+        )  # fmt: skip
+
+
+def lonely_biases(case: Case) -> Iterator[Finding]:
+    """Biases of B that the merged checkpoint has no place for."""
+    lonely = [n for n in case.subject.updates.lonely_biases(case.subject.weights) if n not in case.there]
+    if lonely:
+        yield case.red(
+            "biases-lost", f"{len(lonely)} biases of B (lora_bias) are not in the merged checkpoint: {some(lonely)}",
+            cause="these layers have no bias that they could be added to; PEFT refuses to merge such an adapter, so "
+            "what merged it left them out",
+            fix="serve base and adapter unmerged",
+        )  # fmt: skip
+
+
 def _renamed(missing: Sequence[str], added: Sequence[str]) -> dict[str, str]:
     """New names of missing tensors, by the end that every layout has."""
     ends = {naming.Key(name, name, "").tail: name for name in added}

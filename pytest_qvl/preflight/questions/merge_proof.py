@@ -18,7 +18,7 @@ from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Proof, outside_cells, prove, total
 from pytest_qvl.preflight.packed_merge import packed_before
-from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, names_of
+from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, lonely_biases, names_of, odd_of
 from pytest_qvl.preflight.questions.merge_settings import head_of, settings_of
 from pytest_qvl.preflight.questions.packed_proof import in_four_bits
 from pytest_qvl.preflight.starts import CONVERT
@@ -52,17 +52,8 @@ def judge(subject: Subject) -> Iterator[Finding]:
             cause="these are two models", fix="give the base that the adapter was merged into",
         )  # fmt: skip
         return
-    wrong = [*names_of(case), *settings_of(case), *head_of(case)]
+    wrong = [*names_of(case), *settings_of(case), *head_of(case), *odd_of(case), *lonely_biases(case)]
     yield from wrong
-    if odd := case.odd:
-        kinds = sorted({case.there[name].dtype for name in odd})
-        yield case.red(
-            "odd-dtype",
-            f"{len(odd)} tensors of the merged checkpoint are stored as {', '.join(kinds)}, the base's in "
-            f"{', '.join(sorted({case.subject.weights[name].dtype for name in odd}))} ({case.group(odd)}): {some(odd)}",
-            cause="they were quantized or cast, and config.json has no quantization that would undo it: "
-            "from_pretrained takes the stored numbers for the weights",
-        )  # fmt: skip
     rest = Rest(case)
     changed = list(rest.findings())
     yield from changed
@@ -76,7 +67,7 @@ def judge(subject: Subject) -> Iterator[Finding]:
     if work.packed:
         yield from in_four_bits(case, work.packed)
     if work.compared:
-        whole = not (wrong or changed or odd or work.left_out or work.packed)
+        whole = not (wrong or changed or work.left_out or work.packed)
         yield from _adapted(case, rest, work, spotless=whole)
     elif not work.packed:
         yield Finding(
@@ -171,6 +162,8 @@ def _work(case: Case) -> _Work:
     for module, reason in case.unread.items():
         work.left_out.setdefault(f"the adapter's tensors are not read there: {reason}", []).append(module)
     for module, update in {**subject.updates.pairs, **subject.updates.biases}.items():
+        if module in subject.updates.lonely_biases(subject.weights):
+            continue  # said by itself
         name = module if module in subject.updates.biases else weight_name(subject, module)
         other = f"{module}.weight" if f"{module}.weight" in case.there else name
         if name and other not in case.there:

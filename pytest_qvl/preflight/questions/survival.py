@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line, red
-from pytest_qvl.preflight.findings import Finding
+from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.questions.merge_files import UNMERGED
 from pytest_qvl.preflight.survey import pooled
 from pytest_qvl.preflight.timing import one_thread
@@ -52,6 +52,12 @@ def answer(subject: Subject) -> Iterator[Finding]:
     else:
         with one_thread():
             yield _predicted(subject)
+        if lonely := subject.updates.lonely_biases(subject.weights):
+            yield Finding(
+                NUMBER, "cannot-merge", "not judged",
+                f"no merge was given to judge, and PEFT refuses to make one: {len(lonely)} biases of B (lora_bias) "
+                f"have no bias to be added to: {some(lonely)}", fix="serve base and adapter unmerged",
+            )  # fmt: skip
 
 
 def _predicted(subject: Subject) -> Finding:

@@ -266,6 +266,17 @@ def biases_of_b_left_out(shop: Workshop, family: str) -> Arguments:
     return found
 
 
+@broken("", "biases-lost", "self_attn.o_proj.bias", ("qwen2_vl",))
+def biases_without_a_place(shop: Workshop, family: str) -> Arguments:
+    """Layers without a bias: PEFT refuses, and another tool takes A and B alone."""
+    source = shop.base(family)
+    adapter = shop.adapter(family, target_modules=r".*language_model.*\.o_proj", lora_bias=True)
+    plain = shop.copy(adapter)
+    edit(plain / CONFIG, lora_bias=False)
+    retensor(plain / ADAPTER, lambda name, tensor: {} if name.endswith(".bias") else {name: tensor})
+    return {"base": source, "adapter": adapter, "merged": shop.merged(source, plain)}
+
+
 @healthy(("qwen2_vl",))
 def merged_onto_a_tied_base(shop: Workshop, family: str) -> Arguments:
     return _merged(shop, family, base={"tied": True})
