@@ -37,6 +37,11 @@ def some(names: Iterable[str], shown: int = 3) -> str:
     return ", ".join(neutral(name, 160) for name in found[:shown]) + more
 
 
+def counted(count: int, thing: str) -> str:
+    """How many of a thing, in words: ``1 tensor``, ``2 tensors``."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One line of the answer.

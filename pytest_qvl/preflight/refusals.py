@@ -74,11 +74,17 @@ def broken(error: ModelSourceError) -> RefusedError:
     """What :mod:`pytest_qvl.models.sources` says of a file, with the fix that its sentence ends with apart from it."""
     if isinstance(error, RefusedError):
         return error
+    said, fix = split_fix(str(error))
+    return BrokenFileError(said, fix=fix)
+
+
+def split_fix(sentence: str) -> tuple[str, str]:
+    """A sentence without the fix that it ends with, and the fix; the fix is empty if it ends with none."""
     for mark, word in (("; ", ""), (": run ", "run ")):
-        said, found, fix = str(error).rpartition(mark)
-        if found and fix.startswith(("download", "give ", "`git")):
-            return BrokenFileError(said, fix=f"{word}{fix}")
-    return BrokenFileError(str(error))
+        said, found, fix = sentence.rpartition(mark)
+        if found and fix.startswith(("download", "give ", "set ", "`git")):
+            return said, f"{word}{fix}"
+    return sentence, ""
 
 
 def refused(question: int, error: ModelSourceError, what: str = "") -> Finding:

@@ -30,7 +30,7 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS, pieces
-from pytest_qvl.preflight.findings import Finding, some
+from pytest_qvl.preflight.findings import Finding, counted, some
 from pytest_qvl.preflight.starts import CONVERT
 from pytest_qvl.preflight.timing import one_thread
 
@@ -165,10 +165,11 @@ def _tensors(subject: Subject) -> dict[str, Tensor]:
 def _not_finite(subject: Subject, looked: Mapping[str, Vitals]) -> Iterator[Finding]:
     bad = {name: each.bad for name, each in looked.items() if each.bad}
     if bad:
+        count = sum(bad.values())
         yield _red(
             subject, "not-finite",
-            f"{len(bad)} of {len(looked)} tensors of the adapter hold {sum(bad.values()):,} values that are NaN or "
-            f"infinite: {some(bad)}",
+            f"{counted(count, 'value')} of the adapter {'is' if count == 1 else 'are'} NaN or infinite, in {len(bad)} "
+            f"of its {len(looked)} tensors: {some(bad)}",
             cause=f"{_DIVERGED}, or values above 65,504 were cast to float16", fix=_EARLIER,
         )  # fmt: skip
 
@@ -283,11 +284,11 @@ def _size(subject: Subject, sound: Sequence[Update], *, green: bool) -> Iterator
         worst = max(large, key=lambda each: each.strength.value)
         yield _red(
             subject, "exploded",
-            f"{len(large)} of {len(linear)} modules are changed by more than they are: norm(ΔW) is up to "
-            f"{worst.strength.value:.3g} times norm(W) in {worst.module}: {some(each.module for each in large)}",
+            f"ΔW is larger than W in {len(large)} of {counted(len(linear), 'module')}, norm(ΔW) up to "
+            f"{worst.strength.value:.3g} times norm(W) (in {worst.module}): {some(each.module for each in large)}",
             cause=f"{_DIVERGED}, or lora_alpha is not that of the training (the scaling is "
             f"{subject.updates.pairs[worst.module].scaling:g})",
-            fix=f"put back the lora_alpha of the training; else {_EARLIER}",
+            fix=f"put back the lora_alpha of the training, if it was edited; if not, {_EARLIER}",
         )  # fmt: skip
     if green and not large:
         copies = len(subject.updates.copies) + len(subject.updates.token_rows)

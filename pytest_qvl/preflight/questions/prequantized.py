@@ -18,6 +18,7 @@ from pytest_qvl.preflight.heads import has_own_head, tied_over
 from pytest_qvl.preflight.packed import Packed, packed_weights, without_state
 from pytest_qvl.preflight.questions.base_values import values
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
+from pytest_qvl.preflight.refusals import split_fix
 from pytest_qvl.preflight.timing import patience
 from pytest_qvl.preflight.weights import Weights
 from pytest_qvl.vram.forecast.runnable import why_not_runnable
@@ -38,10 +39,11 @@ def answer(subject: Subject) -> Iterator[Finding]:
     if not base.tensors or base.folder is None:
         raise CannotJudge(f"{base.label} has no weight files at hand: {base.note or 'configuration only'}")
     report = compared_with(subject.parts.base, base.folder.path, "the base")
-    for sentence in report.problems:
+    for problem in report.problems:
+        said, fix = split_fix(problem)
         yield _red(
-            subject, "incomplete", sentence, cause="the files and config.json do not belong together",
-            fix="download or save the base again",
+            subject, "incomplete", said, cause="the files and config.json do not belong together",
+            fix=fix or "give the config.json that the weights were saved with, or download the base again",
         )  # fmt: skip
     if not report.problems:
         yield Finding(NUMBER, "complete", "green", f"all {len(base.tensors)} tensors of {base.label} have their place")

@@ -13,7 +13,7 @@ from pytest_qvl.models.families import FAMILIES, Family
 from pytest_qvl.models.sources.released import image_sizes
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.folder import Folder
-from pytest_qvl.preflight.findings import Finding, neutral, some
+from pytest_qvl.preflight.findings import Finding, counted, neutral, some
 from pytest_qvl.preflight.processor_files import ProcessorFiles, pixel_limits
 from pytest_qvl.preflight.templates import END, fault_of
 
@@ -230,7 +230,8 @@ def _limits(beside: Beside, image: Mapping[str, Any]) -> Iterator[Finding]:
     if wrong or (most is not None and (most < cell or (least is not None and least > most))):
         yield beside.red(
             "limits-impossible", f"min_pixels {neutral(least, 40)}, max_pixels {neutral(most, 40)}",
-            cause=f"an image has at least one visual token of {cell} pixels, and least must not be above most",
+            cause="limits are whole numbers of pixels" if wrong else
+            f"an image has at least one visual token of {cell} pixels, and least must not be above most",
             fix=beside.copy("preprocessor_config.json"),
         )  # fmt: skip
 
@@ -253,7 +254,7 @@ def _tokens(beside: Beside) -> Iterator[Finding]:
     beyond = sorted(text for text, index in added.items() if index >= rows)
     if beyond:
         yield beside.red(
-            "beyond-embeddings", f"{len(beyond)} tokens have ids of {rows} and above: {some(beyond)}",
+            "beyond-embeddings", f"{counted(len(beyond), 'token')} with ids of {rows} and above: {some(beyond)}",
             cause=f"the embeddings of {beside.subject.base.label} have {rows} rows: tokens were added, they were not "
             "resized, or the base is not the one that was trained",
             fix="model.resize_token_embeddings(len(tokenizer)) before training; save them with the adapter",
@@ -290,7 +291,7 @@ def _untrained(beside: Beside) -> Iterator[Finding]:
     trained = fields.get("trainable_token_indices") or any("embed_tokens" in str(name) for name in named)
     if new and not trained:
         yield beside.red(
-            "untrained-tokens", f"{len(new)} tokens that the base does not have: {some(new)}",
+            "untrained-tokens", f"{counted(len(new), 'token')} that the base does not have: {some(new)}",
             cause="nobody trained their rows of the embeddings, and this adapter does not either",
             fix='modules_to_save=["embed_tokens", "lm_head"] or trainable_token_indices, or leave the tokens out',
         )  # fmt: skip
