@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.lora import SINGULAR_VALUES, layer_of, matrix_of, zero_initialised_matrices
 from pytest_qvl.checks.support.wording import some, tally
-from pytest_qvl.evidence import Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.fingerprint.digests import Fingerprint
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.training import is_checkpointing, is_reentrant
@@ -54,6 +54,7 @@ class Movement:
         Raises:
             CheckFailed: Names the tensors.
         """
+        self._peaks = {}
         subject, trained = self._subject, self._subject.trained
         judge = Judge("gradients", f"the gradients of step {step} are finite, on the adapter alone, and on all of it")
         stray = [name for name, p in subject.base.items() if p.requires_grad or p.grad is not None]
@@ -126,12 +127,16 @@ class Movement:
 
         Raises:
             CheckFailed: Names the tensors that stand still.
+            CannotJudge: What was there before the step is not known.
         """
+        if not self._before or not self._peaks:
+            raise CannotJudge("values and gradients before the step were not read")
         trained, rates = self._subject.trained, self._subject.rates()
         after = self._fingerprint.read(trained.items())
         judge = Judge("adapter_moved", f"step {step} moves every adapter tensor that has a gradient")
         steep = [n for n in trained if self._peaks.get(n) and rates.get(id(trained[n]), 0) != 0]
         still = [name for name in steep if after[name] == self._before.get(name)]
+        self._before = {}
         small = [name for name in still if _too_small(self._subject.optimizer, trained[name])]
         if small:
             dtypes = tally(dtype_name(trained[name].dtype) for name in small)

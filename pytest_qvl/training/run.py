@@ -112,7 +112,7 @@ class Run:
             if self._base is not None and not self._taken:
                 base = partial(self._base.judge, "by a forward and backward pass alone", whole=True)
                 judge("base_unchanged", base, moment)
-            self._movement.remember()
+            self._verdicts.attempt(self._movement.remember, check="adapter_moved")
         self._verdicts.settle(self._step, together=due)
 
     def after_step(self) -> None:

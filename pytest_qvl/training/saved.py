@@ -35,7 +35,8 @@ def adapter_folder(parts: Parts, folder: Path) -> Path:
     """Where in a checkpoint the adapter's files are: PEFT puts one that is not called ``default`` into its own folder.
 
     Raises:
-        CannotJudge: The checkpoint is no longer there, or holds a whole model and no adapter; or it is no LoRA's.
+        CannotJudge: The checkpoint is no longer there, holds a whole model and no adapter, or one in another format or
+            of another kind.
         CheckFailed: It holds neither.
     """
     if not folder.is_dir():
@@ -48,9 +49,11 @@ def adapter_folder(parts: Parts, folder: Path) -> Path:
         if (place / CONFIG_FILE).is_file() and (place / ADAPTER_FILE).is_file():
             return place
     there = sorted(path.name for path in folder.iterdir())
+    if others := [name for name in there if name.startswith("adapter_model.") and name != ADAPTER_FILE]:
+        raise CannotJudge(f"{folder} holds the adapter as {some(others)}; safetensors are read only")
     if any(name.startswith("model") for name in there):
         raise CannotJudge(f"{folder} holds a whole model and no adapter")
-    judge = Judge("saved_adapter", "a checkpoint holds the adapter")
+    judge = Judge("adapter_roundtrip", "a checkpoint holds the adapter")
     missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not (folder / name).is_file()]
     judge.problem(
         f"the checkpoint {folder} does not hold the adapter {adapter!r}: {' and '.join(missing)} missing, there are "

@@ -68,10 +68,20 @@ class Verdicts:
         except (CannotJudge, InputError) as error:
             self.record.skip(check, printable(str(error)).partition("\n")[0])
         except Exception as error:
-            reason = f"{type(error).__name__}: {printable(str(error)).partition(chr(10))[0]}"
-            if self.record.skip(check, reason):
-                warnings.warn(f"the guard could not judge {check}: {reason}", GuardWarning, stacklevel=2)
+            self._own(check, error)
         return True
+
+    def attempt(self, work: Callable[[], None], *, check: str) -> None:
+        """Do what a judgement needs; an exception is the guard's own and does not end a training."""
+        try:
+            work()
+        except Exception as error:
+            self._own(check, error)
+
+    def _own(self, check: str, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {printable(str(error)).partition(chr(10))[0]}"
+        if self.record.skip(check, reason):
+            warnings.warn(f"the guard could not judge {check}: {reason}", GuardWarning, stacklevel=2)
 
     @property
     def found(self) -> bool:
@@ -135,13 +145,13 @@ class Verdicts:
 
 @contextmanager
 def generators_restored() -> Iterator[None]:
-    """Put the generators of random numbers back after a block: Python's, NumPy's and torch's on every device."""
+    """Put the generators of random numbers back after a block: Python's, NumPy's and torch's, on its device too."""
     import torch
 
     numpy: Any = sys.modules.get("numpy")
     ours = random.getstate(), None if numpy is None else numpy.random.get_state()
     initialized: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if initialized else ()
+    devices = (torch.cuda.current_device(),) if initialized else ()
     with torch.random.fork_rng(devices=devices):
         try:
             yield

@@ -198,6 +198,42 @@ def test_saved_configuration_is_held_against_the_adapter(bench, tmp_path):
             trainer.train()
 
 
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_checkpoint_without_the_adapter(bench, tmp_path, renamed):
+    from transformers import TrainerCallback
+
+    class Damages(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            path = tmp_path / "checkpoint-1" / "adapter_model.safetensors"
+            path.rename(path.with_suffix(".bin")) if renamed else path.unlink()
+
+    with bench.model() as model:
+        saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "per_device_train_batch_size": 1}
+        trainer = bench.trainer(model, tmp_path, Damages(), Guard(), **saves)
+        if renamed:
+            trainer.train()
+            assert "adapter_model.bin" in next(iter(record_of(tmp_path)["not_judged"]["adapter_roundtrip"]))
+        else:
+            with pytest.raises(GuardError, match="does not hold the adapter 'default'"):
+                trainer.train()
+
+
+def test_what_the_guard_itself_gets_wrong_ends_no_training(bench, tmp_path, monkeypatch):
+    from pytest_qvl.training import steps
+    from pytest_qvl.training.movement import Movement
+
+    def fails(*args, **kwargs):
+        raise ZeroDivisionError("of the guard's own")
+
+    monkeypatch.setattr(steps, "optimizer_holds", fails)
+    monkeypatch.setattr(Movement, "remember", fails)
+    with bench.model() as model, pytest.warns(GuardWarning, match="ZeroDivisionError"):
+        bench.trainer(model, tmp_path, Guard(), max_steps=1, per_device_train_batch_size=1).train()
+    record = record_of(tmp_path)
+    assert record["not_judged"].keys() == {"optimizer", "adapter_moved"}
+    assert not record["judged"].keys() & {"optimizer", "adapter_moved"}
+
+
 def test_resumes_from_a_checkpoint(bench, tmp_path):
     saves = {"save_strategy": "steps", "save_steps": 2}
     with bench.model(adapter_name="vlm") as model:
