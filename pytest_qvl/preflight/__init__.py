@@ -12,7 +12,8 @@ To add a question:
 1. Write ``questions/NAME.py`` with one function, ``answer(subject: Subject) -> Iterator[Finding]``. It yields at least
    one finding: green with the figures that it judged, red with cause and fix, or not judged with the reason.
    To say that nothing of the question can be judged, raise :class:`pytest_qvl.evidence.CannotJudge`. A file that
-   cannot be read raises ``ModelSourceError`` or ``UnsafeFileError`` by itself and becomes a red finding.
+   cannot be read, or says what means nothing, raises an error of :mod:`~pytest_qvl.preflight.refusals` and becomes a
+   red finding, once.
 2. Add a ``Question`` to :data:`pytest_qvl.preflight.questions.QUESTIONS`; numbers are those of the documentation.
 3. Open files only through :class:`~pytest_qvl.preflight.files.folder.Folder` and
    :mod:`~pytest_qvl.preflight.files.headers`. Texts of a finding are made harmless when it is made; names in the middle

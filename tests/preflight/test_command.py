@@ -199,6 +199,15 @@ def test_a_card_is_judged_by_the_forecast():
     assert [f.state for f in preflight(EMBEDDED).of(8)] == ["not judged"]
 
 
+def test_a_base_that_cannot_run_has_no_forecast(shop):
+    folder = shop.copy(shop.base("qwen2_vl"))
+    edit(folder / "config.json", lambda content: content["text_config"].update(num_key_value_heads=3))
+    report = preflight(folder, card="t4")
+    assert "cannot-run" in {finding.name for finding in report.red}
+    (finding,) = report.of(8)
+    assert "there is no forecast" in finding.line
+
+
 @pytest.mark.slow  # a forecast at true size
 def test_a_card_that_is_too_small():
     (finding,) = preflight("qwen2.5-vl-7b", lora={"r": 1024, "target_modules": ["q_proj"]}, card="rtx3060-12gb").of(8)
