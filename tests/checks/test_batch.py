@@ -14,12 +14,14 @@ from transformers import AutoConfig
 
 from pytest_qvl import checks
 from pytest_qvl.checks.batches.findings import KINDS, findings_of
+from pytest_qvl.checks.batches.rows import some_rows
 from pytest_qvl.checks.support.packing import pack
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.models.sources.model_source import parse_model
 from pytest_qvl.models.sources.released import released_config
 from pytest_qvl.models.sources.synthetic_processor import processor_for
 from pytest_qvl.samples import Sample, make_batch, scenes
+from pytest_qvl.suite import test_data
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -270,6 +272,29 @@ def test_wrong_arguments_are_one_sentence(processor: Any, config: Any, batch: Ba
         checks.batch(batch, None, config)
     with pytest.raises(CannotJudge, match="model_type of the configuration is 'bert'"):
         checks.batch(batch, processor, AutoConfig.for_model("bert"))
+
+
+def test_the_suite_judges_a_users_own_rows(processor: Any, lora_model: Any, samples: list[Sample]) -> None:
+    """What the fixtures qvl_dataset and qvl_collator give, samples or rows that cannot be compared."""
+
+    def collate(rows: list[Any]) -> Batch:
+        given = [row if isinstance(row, Sample) else row["sample"] for row in rows]
+        return make_batch(processor, given, padding_side="right", answers=True)
+
+    def learns_all(rows: list[Any]) -> Batch:
+        made = collate(rows)
+        return {**made, "labels": made["input_ids"].clone()}
+
+    for rows in (samples, [{"sample": sample} for sample in samples]):
+        test_data.test_batch(rows, collate, processor, lora_model)
+        with pytest.raises(CheckFailed, match="whole-row-learned"):
+            test_data.test_batch(rows, learns_all, processor, lora_model)
+
+
+def test_rows_are_spread_over_the_data_set() -> None:
+    assert list(some_rows(range(1000), rows=5, per_batch=2)) == [[0, 250], [500, 749], [999]]
+    assert list(some_rows(range(3))) == [[0, 1, 2]]
+    assert list(some_rows([7])) == [[7]]
 
 
 def test_every_kind_is_in_the_list_once() -> None:
