@@ -129,6 +129,7 @@ class View:
         self.processor, self.known, self.training = processor, known, training
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.ids: torch.Tensor = self.batch["input_ids"].cpu().long()
+        self._tokens = len(self.tokenizer)  # Transformers 4 counts them anew each time
         self.end: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
 
     @property
@@ -183,7 +184,7 @@ class View:
 
     def decoded(self, ids: list[int], *, special: bool = True) -> str:
         """Ids as text, without those that are no token, and with `special` tokens or not."""
-        known = [each for each in ids if 0 <= each < len(self.tokenizer)]
+        known = [each for each in ids if 0 <= each < self._tokens]
         text: str = self.tokenizer.decode(known, skip_special_tokens=not special)
         return text
 
@@ -195,7 +196,7 @@ class View:
     def token(self, row: int, place: int) -> str:
         """One token as it is written."""
         given = int(self.ids[row, place])
-        if not 0 <= given < len(self.tokenizer):
+        if not 0 <= given < self._tokens:
             return str(given)
         return repr(self.tokenizer.convert_ids_to_tokens(given))
 
