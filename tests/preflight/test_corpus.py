@@ -24,16 +24,30 @@ def judged(case: Case, shop: Workshop):
     return preflight(str(arguments.pop("base")), **arguments)
 
 
+# Kinds whose siblings go the same way through the code: with ``--slow`` only.
+SIBLINGS = frozenset(
+    {
+        *("key-projections-trained-whole", "merged-with-a-trained-merger", "by-parameters", "started-by-pissa"),
+        *("merged-from-olora-in-float32", "merged-from-pissa-with-dora", "another-checkpoint-of-pissa-merged"),
+        *("pissa-served-by-vllm", "adapter-of-integers", "tower-cast-to-eight-bits", "adapter-in-eight-bits"),
+        *("epsilon-of-another-model", "image-token-of-another-model", "heads-of-another-tower"),
+        *("only-the-tokenizer-beside-the-merge", "index-of-the-merge-lost", "biases-switched-off-afterwards"),
+        *("merged-with-alpha-and-quantized", "packed-base-saved-in-place-of-the-merge", "merged-from-random-pissa"),
+    }
+)
+
+
 def parameters(cases: Sequence[Case]) -> list[Any]:
-    """Each kind once and without ``--slow`` on one family, another from kind to kind; the rest with it."""
+    """Each kind once and without ``--slow`` on one family, another from kind to kind; siblings and the rest with it."""
     families: dict[str, list[Case]] = {}
     for case in cases:
         families.setdefault(case.name, []).append(case)
     found = []
     for number, group in enumerate(families.values()):
         found += [
-            pytest.param(case, id=case.id, marks=() if place == number % len(group) else pytest.mark.slow)
+            pytest.param(case, id=case.id, marks=() if place == number % len(group) and not slow else pytest.mark.slow)
             for place, case in enumerate(group)
+            for slow in [case.name in SIBLINGS]
         ]
     return found
 
@@ -69,5 +83,6 @@ def test_the_corpus_is_what_the_documentation_says():
     assert len({case.name for case in BROKEN if case.thread}) >= 40
     assert len(HEALTHY) >= 50
     assert {case.family for case in BROKEN} == {case.family for case in HEALTHY}
+    assert {case.name for case in (*BROKEN, *HEALTHY)} >= SIBLINGS
     assert not [id_ for id_, count in Counter(case.id for case in (*BROKEN, *HEALTHY)).items() if count > 1]
     assert all(case.red and case.words for case in BROKEN)
