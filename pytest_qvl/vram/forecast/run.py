@@ -53,33 +53,35 @@ class Forecaster:
         self._request = request
         self._dry_run = DryRun(request, self.source, recipe)
 
-    def forecast(self, request: Request, *, inference: bool = True) -> Forecast:
+    def forecast(self, request: Request, *, inference: bool = True, timeline: bool = True) -> Forecast:
         """The forecast for ``request``.
 
         Args:
             request: What to forecast.
             inference: Whether to make the inference pass too.
+            timeline: Whether to keep the live bytes after each event of a training step.
 
         Raises:
             ValueError: An image the processor refuses.
         """
-        return self.read(request, self.trace(request, inference=inference))
+        return self.read(request, self.trace(request, inference=inference), timeline=timeline)
 
     def other(self, request: Request) -> Forecast:
-        """The forecast for any request on the same model and card, without an inference pass."""
+        """The forecast for any request on the same model and card, without an inference pass and a timeline."""
         kept = {
             name: getattr(self._request, name)
             for name in ("image", "images", "batch", "tokens", "samples", "accumulation")
         }
         if replace(request, **kept) == self._request:
-            return self.forecast(request, inference=False)
-        return Forecaster(request, self.card, source=self.source).forecast(request, inference=False)
+            return self.forecast(request, inference=False, timeline=False)
+        forecaster = Forecaster(request, self.card, source=self.source)
+        return forecaster.forecast(request, inference=False, timeline=False)
 
     def trace(self, request: Request, *, inference: bool = True) -> AllocationTrace:
         """Every allocation and free of the run that ``request`` describes, for :meth:`read` and :func:`judge`."""
         return self._dry_run.run(request, inference=inference)
 
-    def read(self, request: Request, trace: AllocationTrace) -> Forecast:
+    def read(self, request: Request, trace: AllocationTrace, *, timeline: bool = True) -> Forecast:
         """The forecast that a trace of ``request`` makes."""
         visual, text = max((self._lengths(sample) for sample in request.batch_of_samples), key=sum)
         points: list[tuple[str, tuple[int, ...]]] = []
@@ -87,7 +89,7 @@ class Forecaster:
         def watch(phase: str, live: tuple[int, ...]) -> None:
             points.append((phase, live))
 
-        found = replay(trace, watch=watch, watched=phases.TRAINING).phases
+        found = replay(trace, watch=watch if timeline else None, watched=phases.TRAINING).phases
         ready = found.get(phases.PREPARE) or found[phases.LOAD]
         reserved = max(phase.peak_reserved for phase in found.values())
         return Forecast(
@@ -159,7 +161,8 @@ def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> La
             request = ladder.request((low + high) / 2)  # gaps between blocks, which no line through peaks knows of
         if ladder.size_of(request) in known:
             break
-        known[ladder.size_of(request)] = forecaster.forecast(request, inference=first.peak is not first.training_peak)
+        inference = first.peak is not first.training_peak
+        known[ladder.size_of(request)] = forecaster.forecast(request, inference=inference, timeline=False)
     best, refused = _bracket(known)
     return Largest(
         dimension,

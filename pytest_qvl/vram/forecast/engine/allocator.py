@@ -107,7 +107,7 @@ class CachingAllocator:
         Raises:
             CardFullError: Above :attr:`limit`, even after giving cached segments back.
         """
-        rounded = round_size(size)
+        rounded = -(-size // MIN_BLOCK) * MIN_BLOCK or MIN_BLOCK  # round_size, which is called too often
         small = rounded <= SMALL_SIZE
         pool = self._free[small]
         index = bisect_left(pool, (rounded, -1))
