@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
     except (ValueError, OSError) as error:  # a disk that fills up while the work is done
-        print(f"pytest-qvl {options.command}: error: {error}", file=sys.stderr)
+        from pytest_qvl.records.compare_output import one_line
+
+        print(one_line(f"pytest-qvl {options.command}: error: {error}"), file=sys.stderr)
         return 2
     return code
 

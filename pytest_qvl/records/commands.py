@@ -105,9 +105,12 @@ def run_report(options: argparse.Namespace) -> int:
         check_page(options.html)
     else:
         check_file("--md", options.md)
+    file, text = (options.html, as_page) if options.html is not None else (options.md, run_markdown)
+    for source in (options.record, Path(options.base or "")):
+        if file.exists() and source.is_file() and file.samefile(source):
+            raise ValueError(f"{file} is the record itself: name another file for the report")
     record = read_record(options.record)
     comparison = None if options.base is None else compare(base_record(options.base, record), record)
-    file, text = (options.html, as_page) if options.html is not None else (options.md, run_markdown)
     if problem := replace_file(file, text(record, comparison)):
         raise OSError(problem)
     print(file)

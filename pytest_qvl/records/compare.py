@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -211,7 +212,7 @@ def _selection(record: dict[str, Any]) -> list[tuple[str, str]]:
     command = record["command"]
     return [
         (word, behind)
-        for word, behind in zip(command, (*command[1:], ""), strict=True)
+        for word, behind in zip_longest(command, command[1:], fillvalue="")
         if "::" in word or word.split("=")[0] in SELECTING or word.startswith("-k")
     ]
 
@@ -322,6 +323,7 @@ def _by_limit(old: Figure, new: Figure) -> Kind | None:
 
 def differences(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str]) -> Iterator[str]:
     """What else is different about the two runs, one line each."""
+    yield from _differs("injected fault", *((each["fault"] or {}).get("name") for each in (old, new)))
     before, after = old["environment"], new["environment"]
     for name in dict.fromkeys((*before["packages"], *after["packages"])):
         yield from _differs(name, before["packages"].get(name), after["packages"].get(name))

@@ -19,7 +19,12 @@ FEW = 8  # of one kind, said one by one where they are no regression
 
 def as_text(found: Comparison) -> str:
     """For a terminal: what else is different, then the changes by kind, then the verdict."""
-    return printable("\n".join([*_lines(found), f"compare: {found.verdict}"]))
+    return "\n".join(map(one_line, [*_lines(found), f"compare: {found.verdict}"]))
+
+
+def one_line(text: str) -> str:
+    """Text from strangers as one line of a terminal: a line of its own could be a command to a CI service."""
+    return " ".join(printable(text).splitlines())
 
 
 def _lines(found: Comparison) -> Iterator[str]:
@@ -40,7 +45,7 @@ def _by_kind(found: Comparison) -> Iterator[tuple[Kind, list[Change]]]:
 
 def as_markdown(found: Comparison) -> str:
     """For a pull request or a step summary: a table of the changes, folded where there are many."""
-    lines = [f"**Compared:** {found.verdict}", ""]
+    lines = [f"**Compared:** {escaped(found.verdict)}", ""]
     if found.changes:
         lines += ["| | check | test | before | now |", "| --- | --- | --- | --- | --- |"]
         lines += [_row(change) for change in found.changes]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from dataclasses import dataclass
-from importlib.resources import files
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import Figure, Table
+from pytest_qvl.records.schema import misfit, schema_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,31 +64,35 @@ def read_record(path: Path) -> dict[str, Any]:
     """A record, with every key of the newest version.
 
     Raises:
-        RecordError: No such file, no JSON, no record, one of a later version, or one that is short of a key.
+        RecordError: No such file, no JSON, no record, one of a later version, or one that its schema does not fit.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecordError(f"{path}: {error.strerror or error}: name a file that --qvl-record wrote") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RecordError(f"{path} is no JSON: name a file that --qvl-record wrote") from None
-    return as_newest(data, str(path))
+    found = as_newest(data, str(path))
+    told = {key: value for key, value in data.items() if value is not None or LATER.get(key, value) is not None}
+    if problem := misfit(told, schema_of(int(data["schema"].rpartition("/")[2]), NEWEST)):
+        raise RecordError(f"{path}: {problem}: it was cut short or edited; run again")
+    return found
 
 
 def as_newest(data: Any, name: str) -> dict[str, Any]:
     """A record's data with every key of the newest version; what an older one lacks is empty.
 
     Raises:
-        RecordError: As :func:`read_record`.
+        RecordError: No record, one of a later version, or one that is short of a key.
     """
     kind, _, version = str(data.get("schema", "")).rpartition("/") if isinstance(data, dict) else ("", "", "")
-    if kind != KIND or not version.isdecimal():
+    if kind != KIND or not re.fullmatch("[1-9][0-9]{0,5}", version):
         raise RecordError(f"{name} is no record of a run: name a file that --qvl-record wrote")
     if int(version) > NEWEST:
         raise RecordError(
             f"{name} is of version {version}, and this release reads records up to {NEWEST}: upgrade pytest-qvl"
         )
-    schema = json.loads(files("pytest_qvl").joinpath("report", "record.schema.json").read_text(encoding="utf-8"))
+    schema = schema_of(NEWEST, NEWEST)
     found = {key: data.get(key, LATER.get(key)) for key in schema["properties"]}
     missing = [key for key in schema["required"] if key not in data and key not in LATER]
     if missing:
@@ -120,7 +125,12 @@ def _of_checks(record: dict[str, Any]) -> Iterator[Verdict]:
 def _measured(entry: dict[str, Any]) -> tuple[tuple[Figure, ...], Table | None]:
     table = entry["table"]
     rows = None if table is None else Table(tuple(table["columns"]), tuple(map(tuple, table["rows"])))
-    return tuple(Figure(**figure) for figure in entry["figures"]), rows
+    return tuple(_figure(figure) for figure in entry["figures"]), rows
+
+
+def _figure(data: dict[str, Any]) -> Figure:
+    """A figure, without keys that a later release has added to the same version."""
+    return Figure(**{field.name: data[field.name] for field in fields(Figure) if field.name in data})
 
 
 def _of_errors(record: dict[str, Any]) -> Iterator[Verdict]:

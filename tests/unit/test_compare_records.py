@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from copy import deepcopy
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,8 @@ import pytest
 from pytest_qvl.cli import main
 from pytest_qvl.evidence import Figure
 from pytest_qvl.records.compare import FLIPS, KINDS, REGRESSIONS, Change, Comparison, compare, figure_change
-from pytest_qvl.records.compare_output import as_markdown, escaped
+from pytest_qvl.records.compare_output import as_markdown, as_text, escaped
+from pytest_qvl.records.markdown import run_markdown
 from pytest_qvl.records.stored import NEWEST, RecordError, read_record, targets, verdicts
 from pytest_qvl.report.record import SCHEMA
 
@@ -233,6 +238,89 @@ def test_a_file_that_is_no_record_is_refused(tmp_path, capsys, text, says):
     assert main(["compare", str(EMBEDDED), str(file)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert says in line and str(file) in line
+
+
+def places(value, *above):
+    """Every place in a record, the first one of each list."""
+    yield above
+    names = value if isinstance(value, dict) else range(bool(value)) if isinstance(value, list) else ()
+    for name in names:
+        yield from places(value[name], *above, name)
+
+
+def read_and_shown(file, healthy):
+    """Read a record and show it everywhere, or ``None`` where it is refused."""
+    try:
+        found = read_record(file)
+    except RecordError:
+        return None
+    with suppress(RecordError):
+        as_text(compare(healthy, found))
+    with suppress(RecordError):
+        as_text(compare(found, healthy))
+    return run_markdown(found)
+
+
+@pytest.mark.parametrize("odd", ["missing", None, [], math.nan, 10**400, "<b>"], ids=["missing", *"0[n1<"])
+def test_a_record_that_was_edited_is_refused_or_shown(tmp_path, odd):
+    data = json.loads(EMBEDDED.read_text(encoding="utf-8"))
+    for name in ("checks", "seconds_by_test", "promises", "session"):
+        del data[name][1:]
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(data))
+    healthy, refused = read_record(file), 0
+    for *above, last in filter(None, list(places(data))):
+        inner = reduce(getitem, above, data)
+        was = inner[last]
+        inner[last] = odd
+        if odd == "missing":
+            del inner[last]
+        file.write_text(json.dumps(data))
+        refused += read_and_shown(file, healthy) is None
+        if isinstance(inner, list) and odd == "missing":
+            inner.insert(last, was)
+        else:
+            inner[last] = was
+    assert refused > 10
+
+
+def test_an_edited_record_is_refused_by_place_and_value(tmp_path, record):
+    file = tmp_path / "r.json"
+    record["checks"][1]["figures"][0]["value"] = [1]
+    file.write_text(json.dumps(record))
+    with pytest.raises(RecordError, match=r"checks\[1\].*\[1\], not .*cut short or edited; run again"):
+        read_record(file)
+    file.write_text("[" * 100_000)
+    with pytest.raises(RecordError, match="is no JSON"):
+        read_record(file)
+
+
+def test_a_key_of_a_later_release_is_read_over(tmp_path, record):
+    later = deepcopy(record)
+    later["environment"]["moon"] = entry(later, "causality")["figures"][0]["colour"] = "red"
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(later))
+    assert compare(record, read_record(file)).changes == ()
+
+
+def test_what_strangers_said_starts_no_line_of_its_own(tmp_path, capsys, record):
+    evil = "x\r\n::error::y\x1b[31m\u2028::z"
+    changed = broken(record, "causality")
+    entry(changed, "causality")["problems"] = [evil]
+    text = as_text(compare(record, changed))
+    assert len(text.splitlines()) == 3 and "\x1b" not in text
+    changed["checks"] = [{**one, "target": evil} for one in changed["checks"]]
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps(changed))
+    assert main(["compare", str(EMBEDDED), str(file)]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "\x1b" not in said
+
+
+def test_a_fault_that_was_injected_is_told(record):
+    changed = deepcopy(record)
+    changed["fault"] = {"name": "loss-summed"}
+    assert compare(record, changed).versions == ("injected fault none → loss-summed",)
 
 
 def test_exit_codes_say_what_changed(tmp_path, capsys, record):

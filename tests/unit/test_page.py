@@ -237,6 +237,14 @@ def test_every_committed_record_has_a_page(tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_a_summary_does_not_replace_the_record_it_is_made_of(tmp_path, capsys):
+    record, text = tmp_path / "r.json", EMBEDDED.read_bytes()
+    record.write_bytes(text)
+    for arguments in ([str(record)], [str(EMBEDDED), "--base", str(record)]):
+        assert main(["report", *arguments, "--md", str(record)]) == 2
+        assert "is the record itself" in capsys.readouterr().err and record.read_bytes() == text
+
+
 @pytest.mark.parametrize(
     ("name", "says"), [("mine.html", "is no report of a run"), ("no/where.html", "no folder"), (".", "folder")]
 )
