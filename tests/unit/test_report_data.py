@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from pytest_qvl.evidence import Evidence, Figure, Table
+from pytest_qvl.report.injected_fault import InjectedFault
 from pytest_qvl.report.process_results import LeasedGpu, ProcessResults, Verdict
 from pytest_qvl.report.report_data import (
     ATTRIBUTE,
@@ -19,6 +20,7 @@ from pytest_qvl.report.report_data import (
     add_to_report,
     report_data,
 )
+from pytest_qvl.report.run_results import XPASS, ResultsBuilder
 from pytest_qvl.vram.usage import Usage
 
 EVIDENCE = Evidence(
@@ -78,3 +80,14 @@ def test_setting_one_field_leaves_the_others():
 
 def test_the_record_has_no_data_of_evidence():
     assert "data" not in EVIDENCE.as_dict()
+
+
+def test_a_known_failure_that_holds_has_noticed_no_fault():
+    builder = ResultsBuilder()
+    builder.set_fault(InjectedFault("loss-summed", "The loss is a sum.", "loss_arithmetic"))
+    for check, error in (("adapter_census", f"{XPASS} known [known.toml#1]"), ("loss_arithmetic", "the loss is off")):
+        made = pytest.TestReport("a::t", ("a", 0, "t"), {}, "failed", error, "call")
+        add_to_report(made, finding=Finding("m on cpu", "m on cpu", "transformers", check))
+        builder.pytest_runtest_logreport(made)
+    verdict = builder.results(1).fault_verdict
+    assert (verdict.state, verdict.also) == ("caught", ())
