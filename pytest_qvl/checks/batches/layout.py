@@ -11,6 +11,8 @@ from pytest_qvl.checks.support.placeholders import fitting, placeholder_runs, sh
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
+
     from pytest_qvl.checks.batches.facts import Facts, View
     from pytest_qvl.checks.batches.findings import Findings
 
@@ -60,6 +62,18 @@ class Layout:
     rows: tuple[int, ...]
     tokens: tuple[int, ...]
     sound: bool
+
+    def behind_text(self, view: View) -> frozenset[int]:
+        """Numbers of the images (videos) that stand behind all that their row attends to: dummies, seen by no token."""
+        return self._where(view.behind_text)
+
+    def not_attended(self, view: View) -> frozenset[int]:
+        """Numbers of the images (videos) that no row attends to, wherever they stand."""
+        return self._where(~view.mask)
+
+    def _where(self, there: torch.Tensor) -> frozenset[int]:
+        places = zip(self.rows, self.tokens, strict=True)
+        return frozenset(number for number, place in enumerate(places) if bool(there[place]))
 
 
 def kinds(known: Facts) -> tuple[Kind, Kind]:

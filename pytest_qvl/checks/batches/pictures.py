@@ -32,8 +32,9 @@ def judge_images(view: View, findings: Findings, layout: Layout, pairs: Sequence
     if not layout.sound:
         findings.unjudged["images against samples"] = "placeholders and grids do not fit each other"
         return
-    owners = _owners(layout, pairs)
-    if not _counted(findings, owners, pairs) or findings.has("row-of-another-sample"):
+    owners, dummies = _owners(layout, pairs), layout.behind_text(view)
+    shown = [owner for number, owner in enumerate(owners) if number not in dummies]
+    if not _counted(findings, shown, pairs) or findings.has("row-of-another-sample"):
         return
     originals = {(each.number, number): image for each in pairs for number, image in enumerate(each.sample.images)}
     if None in originals.values():
@@ -42,7 +43,9 @@ def judge_images(view: View, findings: Findings, layout: Layout, pairs: Sequence
     if pixels is None or any(each.kind.startswith(("pixels-", "patch-")) for each in findings.found):
         return
     seen: Counter[int] = Counter()
-    for found, owner in zip(_thumbnails(view, layout, pixels), owners, strict=True):
+    for image_number, (found, owner) in enumerate(zip(_thumbnails(view, layout, pixels), owners, strict=True)):
+        if image_number in dummies:
+            continue
         name = (pairs[owner].number, seen[owner])
         seen[owner] += 1
         candidates = {key: _thumbnail(image, found) for key, image in originals.items() if image is not None}

@@ -70,6 +70,11 @@ def _judge_constants(view: View, findings: Findings, layout: Layout, pixels: tor
     by any constants were resized or augmented in floating point, and only their range is judged.
     """
     chosen, owners = _chosen(layout, pixels)
+    seen = [place for place, owner in enumerate(owners) if owner not in layout.not_attended(view)]
+    if not seen:
+        findings.unjudged[f"values of {layout.kind.pixels}"] = "no row attends to an image: they are dummies"
+        return
+    chosen, owners = chosen[seen], [owners[place] for place in seen]
     own = (view.known.family.image_mean, view.known.family.image_std)
     _judge_blank(findings, layout, chosen, owners, own)
     if findings.has("pixels-blank") or _fits(chosen, own, pixels.dtype):
@@ -176,7 +181,7 @@ def _judge_blank(
     numbers = torch.tensor(owners)
     flat = values.permute(1, 0, 2)
     blank = []
-    for number in range(len(layout.grids)):
+    for number in sorted(set(owners)):
         inside = flat[:, numbers == number].flatten(1)
         if bool((inside == inside[:, :1]).all()):
             blank.append((number, inside[:, 0]))
@@ -192,7 +197,7 @@ def _judge_blank(
             expected="an image: not even one of a single colour is normalised to that",
             cause="the collator made a buffer for the pixels and did not fill it",
         )
-    elif blank and len(blank) == len(layout.grids) > 1:
+    elif blank and len(blank) == len(set(owners)) > 1:
         findings.add(
             "pixels-blank",
             None,
