@@ -282,6 +282,8 @@ def figure_change(old: Figure, new: Figure) -> Kind | None:
     - Shares of a rounding bound (``largest error / limit``): never, since rounding may take all of it.
     - What :data:`CHANCE` names: never.
     - Other figures below a limit: by a quarter of it. Above one: by half of the headroom, and a twentieth of the limit.
+    - One that is no finite number any more: worse.
+    - One that is held to another kind of limit (``<=``, ``>=``): changed.
     - Seconds, and numbers that are only reported: never.
     """
     if old.unit == "s" or old.unit != new.unit:
@@ -289,12 +291,21 @@ def figure_change(old: Figure, new: Figure) -> Kind | None:
     if _exact(old) or _exact(new):
         shown = max(len(str(old.value)), len(str(new.value))) <= LONGEST
         return "changed" if old.value != new.value and shown else None
+    return _by_size(old, new)
+
+
+def _by_size(old: Figure, new: Figure) -> Kind | None:
     was, now = float(old.value), float(new.value)
+    held = bool(old.relation and new.relation)
+    if not (math.isfinite(was) and math.isfinite(now)):
+        return "worse" if math.isfinite(was) and (held or old.unit == "GiB") else None
     if old.unit == "GiB":
         apart = max(GIB_APART, GIB_SHARE * abs(was))
         return None if abs(now - was) <= apart else "worse" if now > was else "better"
-    if not (old.relation and new.relation) or old.name.endswith("/ limit") or old.name.startswith(CHANCE):
+    if not held or old.name.endswith("/ limit") or old.name.startswith(CHANCE):
         return None
+    if old.relation != new.relation or not (_numeric(old.limit) and _numeric(new.limit)):
+        return "changed"
     if isinstance(old.value, int) and isinstance(new.value, int):
         worse = now - was if new.relation == "<=" else was - now
         return None if abs(worse) < FLIPS else "worse" if worse > 0 else "better"
@@ -305,6 +316,10 @@ def _exact(figure: Figure) -> bool:
     return isinstance(figure.value, str | bool) or figure.relation == "=="
 
 
+def _numeric(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _by_limit(old: Figure, new: Figure) -> Kind | None:
     """Floats of which both hold; limits depend on the dtype, so that each is put in relation to its own."""
     assert isinstance(old.limit, int | float)
@@ -312,8 +327,6 @@ def _by_limit(old: Figure, new: Figure) -> Kind | None:
     if not (old.limit > 0 and new.limit > 0):
         return None
     was, now = float(old.value) / old.limit, float(new.value) / new.limit
-    if not (math.isfinite(was) and math.isfinite(now)):
-        return None
     if new.relation == "<=":
         return None if abs(now - was) <= SHARE else "worse" if now > was else "better"
     lost = was - now

@@ -86,6 +86,12 @@ def test_a_session_that_leaks_is_a_failure(record):
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
+        (Figure("drift", 0.004, 0.02, "<="), Figure("drift", math.nan, 0.02, "<="), "worse"),
+        (Figure("drift", math.nan, 0.02, "<="), Figure("drift", math.nan, 0.02, "<="), None),
+        (Figure("rank", 1.5), Figure("rank", math.nan), None),
+        (Figure("peak", 1.5, unit="GiB"), Figure("peak", math.nan, unit="GiB"), "worse"),
+        (Figure("drift", 0.004, 0.02, "<="), Figure("drift", 0.004, "x", "<="), "changed"),
+        (Figure("drift", 0.04, 0.02, ">="), Figure("drift", 0.004, 0.02, "<="), "changed"),
         (Figure("drift", 0.004, 0.02, "<="), Figure("drift", 0.0085, 0.02, "<="), None),
         (Figure("drift", 0.004, 0.02, "<="), Figure("drift", 0.015, 0.02, "<="), "worse"),
         (Figure("drift", 0.015, 0.02, "<="), Figure("drift", 0.004, 0.02, "<="), "better"),
