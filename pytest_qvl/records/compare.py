@@ -143,6 +143,11 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         for change in _changes(key, before.get(key), after.get(key), selected=selected)
         if change.kind != "changed" or key[0] not in unpaired
     ]
+    changes += [
+        Change("new failure", "", "", "outside any test", "", "", problem)
+        for problem in new["problems"]
+        if problem not in old["problems"]
+    ]
     changes.sort(key=lambda change: list(KINDS).index(change.kind))
     both = len(before.keys() & after.keys())
     if not both:

@@ -323,6 +323,14 @@ def test_what_strangers_said_starts_no_line_of_its_own(tmp_path, capsys, record)
     assert len(said.splitlines()) == 1 and "\x1b" not in said
 
 
+def test_what_went_wrong_outside_any_test_is_a_failure(record):
+    changed = deepcopy(record)
+    changed["problems"] = ["the process of unsloth died"]
+    (change,) = compare(record, changed).regressions
+    assert str(change) == "(outside any test): the process of unsloth died"
+    assert compare(changed, deepcopy(changed)).changes == ()
+
+
 def test_a_fault_that_was_injected_is_told(record):
     changed = deepcopy(record)
     changed["fault"] = {"name": "loss-summed"}
