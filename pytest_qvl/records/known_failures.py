@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+DEVICES = ("cpu", "cuda")
 _PACKAGED = re.compile(r"([A-Za-z_][\w.]*):([\w./-]+\.toml)")
 
 
@@ -160,6 +161,8 @@ def _entry(place: str, data: Mapping[str, Any]) -> KnownFailure:
     for key in ("check", "reason", "backend", "device", "card", "model"):
         if not isinstance(data.get(key, ""), str):
             raise KnownFailuresError(f"{place}: {key} = {data[key]!r} is no text")
+    if data.get("device", "cpu") not in DEVICES:
+        raise KnownFailuresError(f"{place}: device = {data['device']!r} is none of {', '.join(DEVICES)}")
     if data["check"] not in declared():
         near = get_close_matches(data["check"], declared(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -168,6 +171,7 @@ def _entry(place: str, data: Mapping[str, Any]) -> KnownFailure:
     if expires is not None and type(expires) is not date:
         raise KnownFailuresError(f"{place}: expires = {expires!r} is no date; write expires = 2027-01-31")
     given = {key: data[key] for key in data.keys() - {"parameters", "versions"}}
+    given["reason"] = " ".join(data["reason"].split())  # pytest's reports have its first line only
     return KnownFailure(place, **given, parameters=_words(place, data), versions=_versions(place, data))
 
 

@@ -110,6 +110,12 @@ def test_an_entry_holds_until_its_day(pytester):
     assert entry.expired(date(2027, 1, 31))
 
 
+def test_a_reason_of_several_lines_is_one(pytester):
+    text = ENTRY.replace('"a defect"', '"""\na\n  defect\n"""')
+    (entry,) = read_known_failures(_written(pytester, text), pytester.path).entries
+    assert entry.expected == "a defect [known.toml#1]"
+
+
 def test_a_package_brings_its_own(pytester, monkeypatch):
     (pytester.mkpydir("brings") / "known.toml").write_text(ENTRY)
     monkeypatch.syspath_prepend(pytester.path)
@@ -131,6 +137,7 @@ def _written(pytester, text):
         ('[[known]]\ncheck = "causality"', "needs 'reason'"),
         (ENTRY.replace("census", "censsus"), "did you mean 'quantization_census'?"),
         (ENTRY + "backend = 3", "backend = 3 is no text"),
+        (ENTRY + 'device = "gpu"', "device = 'gpu' is none of cpu, cuda"),
         (ENTRY + 'expires = "soon"', "expires = 'soon' is no date"),
         (ENTRY + 'parameters = "left"', "is no list of words"),
         (ENTRY + 'versions = { peft = "new" }', "peft = 'new' is no range of versions"),
