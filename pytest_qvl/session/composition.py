@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.report.terminal import Summary
 from pytest_qvl.session.console import Console
@@ -45,8 +47,6 @@ from pytest_qvl.session.worker_crashes import WorkerCrashes
 from pytest_qvl.vram.meter import Meter
 
 if TYPE_CHECKING:
-    import pytest
-
     from pytest_qvl.options import Settings
 
 COMPARE = "qvl-compare"  # the name of that plugin
@@ -132,6 +132,11 @@ def _register_reports(config: pytest.Config, settings: Settings) -> None:
     """What is written at the end of the run, by the process that was started."""
     register, results = config.pluginmanager.register, config.stash[RESULTS_KEY]
     chosen, configuration = _described(settings)
+    if settings.record is not None and settings.record == settings.html:
+        raise pytest.UsageError(
+            f"qvl_html ({settings.source('html')}): {str(settings.html)!r} is the record's file too, which the report "
+            "would replace: name another one"
+        )
     if settings.record is not None:
         from pytest_qvl.report.record import Record
 

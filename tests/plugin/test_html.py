@@ -40,3 +40,10 @@ def test_a_file_that_is_no_page_is_not_replaced(pytester, run_light):
     result = run_light("--qvl-html", str(test))
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--qvl-html*is there and is no report of a run: name another file*"])
+
+
+def test_a_page_does_not_replace_the_record_of_its_run(pytester, run_light):
+    pytester.makepyfile("def test_it(): pass")
+    result = run_light("--qvl-html", "r", "--qvl-record", "r")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*qvl_html (--qvl-html): '*r' is the record's file too*name another one"])
