@@ -149,10 +149,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         if problem not in old["problems"]
     ]
     changes.sort(key=lambda change: list(KINDS).index(change.kind))
-    both = len(before.keys() & after.keys())
-    if not both:
+    both = before.keys() & after.keys()
+    # A verdict on the session, which has no target, is no check of a model that both have judged.
+    if not both or (len(renamed) > 1 and not any(target for target, *_ in both)):
         raise RecordError("the two records have no check in common: compare runs of the same selection of tests")
-    return Comparison(tuple(changes), tuple(differences(old, new, renamed)), both, tuple(_left_out(old, new, renamed)))
+    return Comparison(
+        tuple(changes), tuple(differences(old, new, renamed)), len(both), tuple(_left_out(old, new, renamed))
+    )
 
 
 def matching_targets(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

@@ -331,6 +331,18 @@ def test_what_went_wrong_outside_any_test_is_a_failure(record):
     assert compare(changed, deepcopy(changed)).changes == ()
 
 
+def test_a_verdict_on_the_session_alone_is_nothing_in_common(record):
+    other = deepcopy(record)
+    half = len(record["checks"]) // 2
+    names = {one["check"] for one in record["checks"][:half]}
+    record["checks"] = [one for one in record["checks"] if one["check"] in names]
+    other["checks"] = [one for one in other["checks"] if one["check"] not in names]
+    other["command"] += ["-k", "others"]
+    assert record["session"] and other["session"]
+    with pytest.raises(RecordError, match="no check in common"):
+        compare(record, other)
+
+
 def test_a_fault_that_was_injected_is_told(record):
     changed = deepcopy(record)
     changed["fault"] = {"name": "loss-summed"}
