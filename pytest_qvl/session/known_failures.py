@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from pytest_qvl.session.suite_collection import check_name, is_shipped
 from pytest_qvl.session.targets import target_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from pytest_qvl.options import Settings
     from pytest_qvl.records.known_failures import KnownFailure
@@ -33,7 +35,7 @@ class KnownFailureMarks:
 
     def __init__(self, settings: Settings, builder: ResultsBuilder) -> None:
         self._settings, self._builder = settings, builder
-        self._entries = [entry for file in settings.known_failures for entry in file.entries]
+        self._entries = list(_told_apart(entry for file in settings.known_failures for entry in file.entries))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collection_modifyitems(self, items: Sequence[pytest.Item]) -> None:
@@ -66,6 +68,15 @@ class KnownFailureMarks:
     def _cards(self) -> tuple[str, ...]:
         simulated = () if self._settings.card is None else (self._settings.card.name,)
         return (*simulated, *_gpus())
+
+
+def _told_apart(entries: Iterable[KnownFailure]) -> Iterator[KnownFailure]:
+    """Entries whose places, by which reports know them again, differ also where two files have one name."""
+    seen: Counter[str] = Counter()
+    for entry in entries:
+        seen[entry.place] += 1
+        times = seen[entry.place]
+        yield entry if times == 1 else replace(entry, place=f"{entry.place} ({times})")
 
 
 @cache

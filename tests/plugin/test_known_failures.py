@@ -116,6 +116,15 @@ def test_a_reason_of_several_lines_is_one(pytester):
     assert entry.expected == "a defect [known.toml#1]"
 
 
+def test_files_of_one_name_keep_their_entries(pytester, run_light):
+    pytester.makepyfile("def test_it(): pass")
+    for folder in ("a", "b"):
+        (pytester.mkdir(folder) / "known.toml").write_text(ENTRY)
+    named = (word for folder in ("a", "b") for word in ("--qvl-known-failures", f"{folder}/known.toml"))
+    run_light(*named, "--qvl-record", "r.json")
+    assert states() == [("a defect [known.toml#1]", "not run"), ("a defect [known.toml#1 (2)]", "not run")]
+
+
 def test_a_package_brings_its_own(pytester, monkeypatch):
     (pytester.mkpydir("brings") / "known.toml").write_text(ENTRY)
     monkeypatch.syspath_prepend(pytester.path)
