@@ -8,7 +8,7 @@ import pytest
 
 from pytest_qvl.records.base import base_record
 from pytest_qvl.records.compare import Comparison, compare
-from pytest_qvl.records.compare_output import as_text
+from pytest_qvl.records.compare_output import as_text, one_line
 from pytest_qvl.records.stored import RecordError, as_newest
 from pytest_qvl.report.record import record_data
 
@@ -59,7 +59,7 @@ class BaseComparison:
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say what changed, below the promises; on ``-qq`` the verdict alone."""
         if self.refused:
-            terminalreporter.line(f"qvl: qvl_compare: cannot compare: {self.refused}", red=True, bold=True)
+            terminalreporter.line(one_line(f"qvl: qvl_compare: cannot compare: {self.refused}"), red=True, bold=True)
         elif self.found is not None:
             lines = as_text(self.found).splitlines()
             if terminalreporter.config.get_verbosity() >= -1:

@@ -88,3 +88,13 @@ def test_a_run_that_cannot_be_compared_is_not_green(pytester, run_light):
     result.stdout.fnmatch_lines(
         ["qvl: qvl_compare: cannot compare: no reference is shipped for a run without a model*"]
     )
+
+
+def test_a_base_that_cannot_be_compared_starts_no_line_of_its_own(pytester, run_light):
+    base = json.loads((Path(__file__).parents[2] / "docs/records/h200-embedded.json").read_text(encoding="utf-8"))
+    base["checks"] = [{**one, "target": "x\n::error::y\x1b[31m"} for one in base["checks"]]
+    (pytester.mkdir("older") / "base.json").write_text(json.dumps(base))
+    pytester.makepyfile("def test_it(): pass")
+    result = run_light("--qvl-compare", "older/base.json")
+    assert any("cannot compare: no model in common: x ::error::y\\x1b" in line for line in result.outlines)
+    assert "\x1b[31m" not in result.stdout.str() and "::error::y" not in [line[:10] for line in result.outlines]
