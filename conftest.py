@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 pytest_plugins = ["pytester"]
+SLOW_TESTS = Path(__file__).parent / "tests" / "slow_tests.txt"
 LEFT_OUT = pytest.mark.skip(reason="slow: --slow runs it")
 
 
@@ -23,9 +25,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without ``--slow`` slow tests are skipped, not deselected: workers of pytest-xdist report skips only."""
-    for item in items if not config.getoption("slow") else ():
-        if item.get_closest_marker("slow"):
+    """Without ``--slow`` slow tests are skipped, not deselected: workers of pytest-xdist report skips only.
+
+    They are those marked ``slow``, which are the rest of a matrix, and those that ``tests/slow_tests.txt`` lists.
+    """
+    if config.getoption("slow"):
+        return
+    listed = frozenset(SLOW_TESTS.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.get_closest_marker("slow") or item.nodeid in listed:
             item.add_marker(LEFT_OUT)
 
 

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_qvl.models.families import FAMILIES
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Sequence
 
     from torch import nn
 
     from pytest_qvl.models.anatomy import Parts
-
-# Families whose towers call their layers one after the other, each with the last one's result, and tell them apart by
-# nothing but what :func:`towers` asks. (``model_type`` of their configurations.)
-FOLLOWED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,9 @@ class Tower:
 def towers(parts: Parts) -> list[Tower]:
     """The towers of a model some of whose layers need not run."""
     config = parts.config
-    if config.model_type not in FOLLOWED:
+    # Towers of these families call their layers one after the other, each with the last one's result, and tell them
+    # apart by nothing but what is asked below.
+    if config.model_type not in FAMILIES:
         return []
     vision, text = config.vision_config, parts.text_config
     full = getattr(vision, "fullatt_block_indexes", None) or ()
