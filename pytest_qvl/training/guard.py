@@ -31,7 +31,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
         every: The first two steps are judged, and every so many.
         batches: How many batches are judged before it comes to a sample of them, gradient accumulation counted apart.
         policy: What is adapted or trained on purpose, as an ``AdapterPolicy`` or as text (``"language, vision"``,
-            ``"merger:full"``); the text side if not given.
+            ``"language, merger:full"``); the text side if not given, and nothing of it where it is not named.
         quantization: What the quantization is held to; NF4 on the language backbone if not given, the rest as the
             model's configuration asks, and nothing where no layer is in 4 bits.
         lora_config: What the adapter is held to; the configuration that PEFT keeps on the model if not given.
@@ -89,6 +89,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
 
     def on_train_begin(self, args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
         """Judge what there is before the first batch, and hook what will pass."""
+        from pytest_qvl.training.alive import inside_train
         from pytest_qvl.training.beginning import told
         from pytest_qvl.training.record import Record
         from pytest_qvl.training.run import Run
@@ -108,7 +109,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
         verdicts = Verdicts(
             Record(self._path(args), self.settings.as_dict(), told(subject)), self.settings.on_finding, args
         )
-        self._run = Run(self.settings, subject, verdicts, step=int(state.global_step), last=int(state.max_steps))
+        step, last = int(state.global_step), int(state.max_steps)
+        self._run = Run(self.settings, subject, verdicts, step=step, last=last, alive=inside_train(state))
         self._guarded("begin")
 
     def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **_kwargs: Any) -> None:

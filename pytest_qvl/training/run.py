@@ -17,6 +17,8 @@ from pytest_qvl.training.watch import Watch
 from pytest_qvl.training.weights import BaseWatch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.training.findings import Weight
     from pytest_qvl.training.settings import Settings
@@ -42,16 +44,30 @@ class Run:
         verdicts: Takes what is judged.
         step: Optimizer steps that were complete when it began; above 0 for a resumed run.
         last: Its last step.
+        alive: Whether the training goes on; see :func:`pytest_qvl.training.alive.inside_train`.
     """
 
-    def __init__(self, settings: Settings, subject: Subject, verdicts: Verdicts, *, step: int, last: int) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        subject: Subject,
+        verdicts: Verdicts,
+        *,
+        step: int,
+        last: int,
+        alive: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._settings, self._subject, self._verdicts = settings, subject, verdicts
         self._step, self._last = step, last
         self._taken = self._skipped = 0
         self._batches = self._in_step = 0
         self._step_began = self._guard_before = 0.0
         self._watch = Watch(
-            subject.parts, self._look_at_batch, self._no_path, compiled=bool(subject.args.torch_compile)
+            subject.parts,
+            self._look_at_batch,
+            self._no_path,
+            compiled=bool(subject.args.torch_compile),
+            alive=alive,
         )
         self._movement = Movement(subject)
         self._base: BaseWatch | None = None

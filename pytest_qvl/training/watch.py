@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from pytest_qvl.models.taps import vision_features
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 # What a trainer adds to a batch for the loss and the output alone.
 _NO_INPUTS = ("num_items_in_batch", "return_dict", "return_outputs", "use_cache")
+# Those whose hooks are on a model.
+_HOOKED: WeakSet[Watch] = WeakSet()
 
 
 class Watch:
@@ -28,6 +31,8 @@ class Watch:
         look_at_batch: Is given each batch of a training forward before the model is.
         no_path: Is called where the loss of a training forward has no path to any parameter.
         compiled: Whether ``torch.compile`` compiles the model; it leaves the hooks out of its graphs then.
+        alive: Whether the training goes on. A training that ends by an exception tells no callback of it, so the hooks
+            ask at every forward, and come off by themselves once it is over.
 
     Attributes:
         losses: Of every training forward since they were taken; tensors without a graph, on their device.
@@ -44,8 +49,11 @@ class Watch:
         no_path: Callable[[], None],
         *,
         compiled: bool = False,
+        alive: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._parts, self._look_at_batch, self._no_path = parts, look_at_batch, no_path
+        for earlier in list(_HOOKED):
+            earlier.remove_if_over()
+        self._parts, self._look_at_batch, self._no_path, self._alive = parts, look_at_batch, no_path, alive
         self.losses: list[torch.Tensor] = []
         self.images = False
         self.calls = self.followed = 0
@@ -58,12 +66,21 @@ class Watch:
             parts.wrapped.register_forward_hook(after),
             parts.vision_tower.register_forward_hook(after_vision),
         ]
+        _HOOKED.add(self)
 
     def remove(self) -> None:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _HOOKED.discard(self)
+
+    def remove_if_over(self) -> bool:
+        """Take the hooks off if the training is over; whether it is."""
+        over = not self._alive()
+        if over:
+            self.remove()
+        return over
 
     def take_losses(self) -> list[torch.Tensor]:
         """The losses so far; the list begins anew."""
@@ -79,7 +96,7 @@ class Watch:
     def _before(self, module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         import torch
 
-        if not (module.training and torch.is_grad_enabled()):
+        if not (module.training and torch.is_grad_enabled()) or self.remove_if_over():
             return
         batch = {
             name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in _NO_INPUTS
@@ -93,7 +110,7 @@ class Watch:
     def _after(self, module: Any, _args: tuple[Any, ...], output: Any) -> None:
         import torch
 
-        if not (module.training and torch.is_grad_enabled()):
+        if not (module.training and torch.is_grad_enabled()) or self.remove_if_over():
             return
         loss = _loss_of(output)
         if loss is not None:
@@ -105,7 +122,7 @@ class Watch:
         import torch
 
         # Reentrant checkpointing of a whole model would call this without gradients.
-        if self._parts.wrapped.training and torch.is_grad_enabled():
+        if self._parts.wrapped.training and torch.is_grad_enabled() and not self.remove_if_over():
             self.calls += 1
             self.followed += vision_features(output).requires_grad
 

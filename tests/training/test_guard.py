@@ -293,3 +293,45 @@ def test_a_run_that_is_over_has_no_rate_to_judge(bench, tmp_path):
         bench.trainer(model, tmp_path, Guard(), **saves).train()
         bench.trainer(model, tmp_path, Guard(), **saves).train(resume_from_checkpoint=True)
     assert "no steps left" in next(iter(record_of(tmp_path)["not_judged"]["learning_rate"]))
+
+
+def train_until_memory_is_full(bench, model, folder):
+    from transformers import Trainer
+
+    class Full(Trainer):
+        def training_step(self, *args, **kwargs):
+            raise MemoryError("outside of the guard")
+
+    with pytest.raises(MemoryError):
+        bench.trainer(model, folder, Guard(), trainer_class=Full, max_steps=1).train()
+
+
+def hooks_of(model):
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("later", [[], [Guard(learned="everything")]], ids=["without", "another"])
+def test_a_guard_whose_training_died_judges_no_later_one(bench, tmp_path, later):
+    names = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    left_out = torch.tensor(bench.processor.tokenizer.convert_tokens_to_ids(names))
+
+    def everything(samples):
+        batch = bench.collate(samples)
+        return batch | {"labels": batch["input_ids"].masked_fill(torch.isin(batch["input_ids"], left_out), -100)}
+
+    with bench.model() as model:
+        before = hooks_of(model)
+        train_until_memory_is_full(bench, model, tmp_path)
+        one = {"max_steps": 1, "per_device_train_batch_size": 1}
+        bench.trainer(model, tmp_path, *later, collate=everything, **one).train()
+        assert hooks_of(model) == before
+
+
+def test_a_forward_after_a_training_that_died_is_not_judged(bench, tmp_path):
+    with bench.model() as model:
+        before = hooks_of(model)
+        train_until_memory_is_full(bench, model, tmp_path)
+        batch = bench.collate(bench.samples[:1])
+        model.train()
+        model(**batch | {"labels": batch["input_ids"].clone()})
+        assert hooks_of(model) == before
