@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.fingerprint.digests import Fingerprint
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.training import is_checkpointing, is_reentrant
+from pytest_qvl.training.replay import CannotReplayError, rule_stands_still, rule_takes_no_step, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,12 +31,18 @@ class Movement:
 
     Args:
         subject: What is trained.
+
+    Attributes:
+        undecided: Whether a tensor stood still at the last judged step of which the next step has to be judged.
     """
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
         self._fingerprint = Fingerprint()
         self._before: dict[str, int] = {}
+        self._states: dict[str, dict[str, Any]] = {}
+        self._stood_still: frozenset[str] = frozenset()
+        self.undecided = False
         self._peaks: dict[str, float | None] = {}
 
     def gradients(self, step: int, *, images: bool, scaled: bool, loss: float) -> Evidence:
@@ -114,20 +120,26 @@ class Movement:
         return [name for name in lora if name in gates or layer_of(name) not in shut]
 
     def remember(self) -> None:
-        """Note the adapter's values before the step."""
-        self._before = self._fingerprint.read(self._subject.trained.items())
+        """Note the adapter's values before the step, and the optimizer's state of tensors that stood still before."""
+        trained, optimizer = self._subject.trained, self._subject.optimizer
+        self._before = self._fingerprint.read(trained.items())
+        states = {name: state_of(optimizer, p, copied=name in self._stood_still) for name, p in trained.items()}
+        self._states = {name: state for name, state in states.items() if state is not None}
 
     def moved(self, step: int) -> Evidence:
         """Hold the step to have moved every tensor that the optimizer's own rule moves.
 
         Expected of a tensor with a gradient whose parameter group has a learning rate above 0. Where one stands still
-        all the same, a second optimizer of the same class and settings is given its gradient, and zeros in its place:
-        if what that one steps is lost when added to the tensor in its own dtype, the tensor is noted as too coarse for
-        this learning rate, as at the beginning of a warm-up, and not held to anything.
+        all the same, the step is taken once more on a copy, from the optimizer's state before it
+        (:func:`pytest_qvl.training.replay.rule_stands_still`): a tensor whose dtype loses every element's step, as at
+        the beginning of a warm-up in bfloat16, is noted and not held to anything, unless no tensor moves and the rule
+        would not even move zeros. No state is kept in advance: a tensor that first stands still after its first step is
+        judged at the next one (:attr:`undecided`).
 
         Raises:
             CheckFailed: Names the tensors that stand still.
-            CannotJudge: What was there before the step is not known.
+            CannotJudge: What was there before the step is not known, or the optimizer's rule cannot be asked although
+                other tensors moved.
         """
         if not self._before or not self._peaks:
             raise CannotJudge("values and gradients before the step were not read")
@@ -136,25 +148,50 @@ class Movement:
         judge = Judge("adapter_moved", f"step {step} moves every adapter tensor that has a gradient")
         steep = [n for n in trained if self._peaks.get(n) and rates.get(id(trained[n]), 0) != 0]
         still = [name for name in steep if after[name] == self._before.get(name)]
-        self._before = {}
-        small = [name for name in still if _too_small(self._subject.optimizer, trained[name])]
+        found, unknown = self._sort(judge, steep, still)
+        self._before, self._states, self._stood_still = {}, {}, frozenset(still)
+        judge.every(
+            "tensors that the step moved",
+            steep,
+            found,
+            else_say=lambda off: (
+                f"step {step} did not move {off} adapter tensors that have a gradient: {some(found)}; "
+                f"{_why_still([trained[n] for n in found], rates)}"
+            ),
+        )
+        evidence = judge.verdict()
+        if unknown:
+            raise CannotJudge(unknown)
+        return evidence
+
+    def _sort(self, judge: Judge, steep: list[str], still: list[str]) -> tuple[list[str], str]:
+        """Those of the tensors that stand still which should have moved; and why others could not be judged."""
+        trained, optimizer = self._subject.trained, self._subject.optimizer
+        found: list[str] = []
+        small: list[str] = []
+        unknown = ""
+        later = [name for name in still if name not in self._states]
+        for name in still:
+            if name in self._states:
+                try:
+                    lost = rule_stands_still(optimizer, trained[name], self._states[name])
+                    (small if lost else found).append(name)
+                except CannotReplayError as error:
+                    unknown = f"{len(still)} of {len(steep)} tensors stand still, and {error}"
+        # Whatever the rule is, a step moves something, or would if no dtype hid it.
+        nothing = all(rule_takes_no_step(optimizer, trained[name], self._states[name]) for name in small)
+        if len(still) == len(steep) and not later and nothing:
+            found, small, unknown = still, [], ""
         if small:
             dtypes = tally(dtype_name(trained[name].dtype) for name in small)
             judge.note(
                 f"{len(small)} of {len(steep)} tensors stand still because {dtypes} keeps no step as small as this "
                 f"learning rate takes: {some(small)}"
             )
-        still = [name for name in still if name not in small]
-        judge.every(
-            "tensors that the step moved",
-            steep,
-            still,
-            else_say=lambda off: (
-                f"step {step} did not move {off} adapter tensors that have a gradient: {some(still)}; "
-                f"{_why_still([trained[n] for n in still], rates)}"
-            ),
-        )
-        return judge.verdict()
+        if later:
+            judge.note(f"{len(later)} of {len(steep)} tensors stand still, which the next step decides: {some(later)}")
+        self.undecided = bool(later)
+        return found, unknown
 
 
 def _peaks(parameters: Mapping[str, nn.Parameter]) -> dict[str, float | None]:
@@ -193,25 +230,3 @@ def _why_still(still: list[nn.Parameter], rates: Mapping[int, float | None]) -> 
     if missing:
         return f"the optimizer does not hold {missing} of them: was it made before the adapter was attached?"
     return "the optimizer holds them, so its step is not taken, or something puts their values back"
-
-
-def _too_small(optimizer: Any, parameter: nn.Parameter) -> bool:
-    """Whether the dtype of a tensor keeps nothing of the step that the optimizer takes along its gradient."""
-    import torch
-
-    inner = getattr(optimizer, "optimizer", optimizer)
-    group = next((g for g in inner.param_groups if any(p is parameter for p in g["params"])), None)
-    if group is None or parameter.grad is None:
-        return False
-    value = parameter.detach()
-    step = torch.nn.Parameter(torch.zeros_like(value, dtype=torch.float32))
-    step.grad = parameter.grad.detach().float()
-    taken = inspect.signature(type(inner)).parameters
-    settings = {key: setting for key, setting in group.items() if key in taken and key != "params"}
-    try:
-        probe = type(inner)([step], **(settings | ({"weight_decay": 0.0} if "weight_decay" in taken else {})))
-        probe.step()
-    except Exception:  # an optimizer that wants more than its groups say: nothing can be expected of its rule
-        return True
-    moved: torch.Tensor = (value.float() + step.detach()).to(value.dtype)
-    return bool(step.any()) and torch.equal(moved, value)

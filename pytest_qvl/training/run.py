@@ -60,7 +60,7 @@ class Run:
         self._settings, self._subject, self._verdicts = settings, subject, verdicts
         self._step, self._last = step, last
         self._taken = self._skipped = 0
-        self._batches = self._in_step = 0
+        self._batches = self._in_step = self._deciding = 0
         self._step_began = self._guard_before = 0.0
         self._watch = Watch(
             subject.parts,
@@ -148,6 +148,8 @@ class Run:
         """A step is complete."""
         due = self._due(self._step + 1) or self._taken in (1, 2)
         self._step += 1
+        if self._movement.undecided:
+            self._deciding, self._movement.undecided = self._step + 1, False
         if due:
             self._judge_base(f"after step {self._step}", whole=self._taken <= 1)
             if self._settings.vram_limit is not None:
@@ -246,8 +248,8 @@ class Run:
         return getattr(self._subject.optimizer, "scaler", None)
 
     def _due(self, step: int) -> bool:
-        """Whether a step is judged: the first two that are taken, and every so many."""
-        return self._taken < 2 or step % self._settings.every == 0
+        """Whether a step is judged: the first two that are taken, every so many, and one that has to decide."""
+        return self._taken < 2 or step % self._settings.every == 0 or step == self._deciding
 
     def _time_step(self) -> None:
         """Choose how much of the base is read at a time, once the time of a step is known."""
