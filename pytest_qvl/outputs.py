@@ -73,6 +73,8 @@ def replace_file(path: Path, text: str) -> str:
     Returns:
         Why it could not be written, in one sentence; nothing is left beside the old file then. Empty if it was.
     """
+    if reason := no_regular_file(path):  # a rename would put a file in the place of /dev/null
+        return f"{path} could not be written: {reason}"
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

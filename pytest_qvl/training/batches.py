@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from pytest_qvl.training.settings import Learned
     from pytest_qvl.training.subject import Subject
 
-NO_PROCESSOR = (
-    "the trainer was given no processor (processing_class), so its batches are not judged: "
-    "Guard(processor=AutoProcessor.from_pretrained(...))"
-)
+
+def no_processor(given: Any) -> str:
+    """Why batches are not judged where the trainer's ``processing_class`` is none that makes images."""
+    had = "no processor" if given is None else f"a {type(given).__name__} without an image processor"
+    return (
+        f"the trainer was given {had} (processing_class), so its batches are not judged: "
+        "Guard(processor=AutoProcessor.from_pretrained(...))"
+    )
 
 
 def judge_batch(subject: Subject, batch: Mapping[str, Any], learned: Learned) -> Evidence:
@@ -35,7 +39,7 @@ def judge_batch(subject: Subject, batch: Mapping[str, Any], learned: Learned) ->
         CannotJudge: Nobody said which processor made the batch.
     """
     if not hasattr(subject.processor, "image_processor"):
-        raise CannotJudge(NO_PROCESSOR)
+        raise CannotJudge(no_processor(subject.processor))
     try:
         evidence: Evidence = checks.batch(batch, subject.processor, subject.parts.wrapped)
     except CheckFailed as error:

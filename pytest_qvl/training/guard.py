@@ -10,7 +10,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.training.findings import GuardWarning
-from pytest_qvl.training.settings import RECORD_NAME, Settings, adapter_policy, size_limit
+from pytest_qvl.training.settings import RECORD_NAME, Settings, adapter_policy, record_path, size_limit
 
 if TYPE_CHECKING:
     from pytest_qvl.checks.quantization import QuantizationPolicy
@@ -46,7 +46,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
             if False.
 
     Raises:
-        InputError: A value that guards nothing.
+        InputError: A value that guards nothing, or an argument of another type.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
             size_limit(vram_limit),
             overhead,
             on_finding,
-            record if isinstance(record, bool) else Path(record),
+            record_path(record),
         )
         self._run: Run | None = None
         self._seconds = 0.0
@@ -90,6 +90,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
     def on_train_begin(self, args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
         """Judge what there is before the first batch, and hook what will pass."""
         from pytest_qvl.training.alive import inside_train
+        from pytest_qvl.training.batches import no_processor
         from pytest_qvl.training.beginning import told
         from pytest_qvl.training.record import Record
         from pytest_qvl.training.run import Run
@@ -111,6 +112,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
         )
         step, last = int(state.global_step), int(state.max_steps)
         self._run = Run(self.settings, subject, verdicts, step=step, last=last, alive=inside_train(state))
+        if not hasattr(processor, "image_processor"):
+            warnings.warn(f"the guard judges no batch: {no_processor(processor)}", GuardWarning, stacklevel=2)
         self._guarded("begin")
 
     def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **_kwargs: Any) -> None:

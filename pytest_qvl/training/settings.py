@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -48,8 +49,29 @@ class Settings:
         for name, known in _CHOICES.items():
             if (chosen := getattr(self, name)) not in known:
                 raise InputError(f"Guard: {name} is one of {', '.join(map(repr, known))}, got {chosen!r}")
-        if not 0 < self.overhead <= 1:
-            raise InputError(f"Guard: overhead is a share of the training's time, above 0 and up to 1: {self.overhead}")
+        share = self.overhead if isinstance(self.overhead, int | float) else 0
+        if isinstance(share, bool) or not 0 < share <= 1:
+            raise InputError(
+                f"Guard: overhead is a share of the training's time, a number above 0 and up to 1 such as 0.01, "
+                f"got {self.overhead!r}"
+            )
+        self._check_objects()
+
+    def _check_objects(self) -> None:
+        from pytest_qvl.checks.quantization import QuantizationPolicy
+
+        if self.quantization is not None and not isinstance(self.quantization, QuantizationPolicy):
+            raise InputError(
+                "Guard: quantization is a pytest_qvl QuantizationPolicy, such as QuantizationPolicy(quant_type='nf4'), "
+                f"got {self.quantization!r}"
+            )
+        if self.lora_config is not None and not hasattr(self.lora_config, "target_modules"):
+            raise InputError(f"Guard: lora_config is a peft.LoraConfig, got {self.lora_config!r}")
+        if self.processor is not None and not callable(self.processor):
+            raise InputError(
+                f"Guard: processor is the object that makes the batches, AutoProcessor.from_pretrained(...), "
+                f"got {self.processor!r}"
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the record."""
@@ -81,6 +103,19 @@ def adapter_policy(given: AdapterPolicy | str | None) -> AdapterPolicy:
     if not isinstance(given, AdapterPolicy):
         raise InputError(f"Guard: policy is an AdapterPolicy or text such as 'language, vision', got {given!r}")
     return given
+
+
+def record_path(given: str | Path | bool) -> Path | bool:
+    """Where the record goes, from what a user may write for it.
+
+    Raises:
+        InputError: No path, or one without a name.
+    """
+    if isinstance(given, bool):
+        return given
+    if not isinstance(given, str | PathLike) or not Path(given).name:
+        raise InputError(f"Guard: record is the path of a file, True for the output_dir, or False, got {given!r}")
+    return Path(given)
 
 
 def size_limit(given: str | int | None) -> int | None:

@@ -119,7 +119,9 @@ def test_back_propagation_through_the_tower_is_warned_of_and_can_be_spared(bench
 
 def test_what_cannot_be_judged_is_counted_with_its_reason(bench, tmp_path):
     with bench.model(quantized=False) as model:
-        bench.trainer(model, tmp_path, Guard(), max_steps=1, processing_class=None).train()
+        with pytest.warns(GuardWarning, match="judges no batch") as caught:
+            bench.trainer(model, tmp_path, Guard(), max_steps=1, processing_class=None).train()
+    assert len([warning for warning in caught if warning.category is GuardWarning]) == 1
     not_judged = record_of(tmp_path)["not_judged"]
     assert "no linear layer is in 4 bits" in next(iter(not_judged["quantization_census"]))
     assert "no processor" in next(iter(not_judged["batch"]))
@@ -133,6 +135,12 @@ def test_what_cannot_be_judged_is_counted_with_its_reason(bench, tmp_path):
         ({"policy": "visual"}, "part 'visual' is unknown"),
         ({"vram_limit": "15"}, "is not a size"),
         ({"overhead": 0}, "overhead is a share"),
+        ({"overhead": "1%"}, "overhead is a share.*got '1%'"),
+        ({"quantization": "nf4"}, "quantization is a pytest_qvl QuantizationPolicy.*got 'nf4'"),
+        ({"lora_config": {"r": 8}}, "lora_config is a peft.LoraConfig, got {'r': 8}"),
+        ({"processor": "Qwen"}, "processor is the object that makes the batches.*got 'Qwen'"),
+        ({"record": 5}, "record is the path of a file.*got 5"),
+        ({"record": ""}, "record is the path of a file.*got ''"),
     ],
 )
 def test_settings_that_guard_nothing_are_refused(settings, words):

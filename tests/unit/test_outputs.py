@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pytest_qvl.cli import main
-from pytest_qvl.outputs import check_file, check_folder
+from pytest_qvl.outputs import check_file, check_folder, replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,3 +63,11 @@ def test_what_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         check_file("--out", tmp_path / "x")
     with pytest.raises(ValueError, match="cannot be written to: it is read-only"):
         check_folder("--docs", tmp_path / "x")
+
+
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "is a device or a pipe" in replace_file(pipe, "text")
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
