@@ -96,7 +96,7 @@ class Run:
             self._judge("adapter_census", census, moment)
         self._judge("learning_rate", partial(beginning.learning_rate_ahead, subject, self._last - self._step), moment)
         if folder := beginning.resumed_folder(subject, self._step):
-            self._judge_saved(folder, "before the first step of the resumed run")
+            self._judge_saved(folder, "before the first step of the resumed run", written=False)
         if settings.vision_gradients == "spare" and settings.policy.text_only:
             remove_vision_grad_hooks(parts.patch_embed)
         if not self._verdicts.found:
@@ -165,7 +165,7 @@ class Run:
         moment = f"at the checkpoint of step {self._step}"
         self._judge_base(moment, whole=True)
         if self._subject.args.should_save:
-            self._judge_saved(Path(self._subject.args.output_dir) / f"checkpoint-{self._step}", moment)
+            self._judge_saved(Path(self._subject.args.output_dir) / f"checkpoint-{self._step}", moment, written=True)
         self._verdicts.settle(self._step)
 
     def end(self) -> None:
@@ -211,11 +211,15 @@ class Run:
                 spared, check="vision_not_backpropagated", step=self._step, moment=moment, weight=weight
             )
 
-    def _judge_saved(self, folder: Path, moment: str) -> None:
+    def _judge_saved(self, folder: Path, moment: str, *, written: bool) -> None:
         parts = self._subject.parts
 
         def held() -> Evidence:
-            return checks.adapter_roundtrip(parts.wrapped, saved.adapter_folder(parts, folder))
+            place = saved.adapter_folder(parts, folder)
+            saved.judge_readable(place)
+            if written:  # a resumed run may come from another release, whose names were mapped
+                saved.judge_names(parts, place)
+            return checks.adapter_roundtrip(parts.wrapped, place)
 
         def described() -> Evidence:
             return saved.config_as_saved(parts, saved.adapter_folder(parts, folder))

@@ -10,6 +10,7 @@ from pytest_qvl.checks.support.lora import peft_type_of
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import ADAPTER_FILE, adapter_configs, chosen_adapter
+from pytest_qvl.models.sources.model_source import ModelSourceError, check_adapter
 
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
@@ -61,6 +62,61 @@ def adapter_folder(parts: Parts, folder: Path) -> Path:
     )
     judge.verdict()
     raise AssertionError("unreachable")
+
+
+def judge_readable(folder: Path) -> None:
+    """Hold the files of an adapter to be whole: a configuration that is JSON, and tensors as long as their header says.
+
+    Raises:
+        CheckFailed: Names the file.
+    """
+    judge = Judge("adapter_roundtrip", "a checkpoint holds the adapter")
+    try:
+        check_adapter(folder)
+    except ModelSourceError as error:
+        judge.problem(f"what the trainer saved cannot be loaded: {error}")
+    judge.verdict()
+
+
+def judge_names(parts: Parts, folder: Path) -> None:
+    """Hold the tensors in a file that was just written to have the names that the installed PEFT writes.
+
+    PEFT finds them by these names alone: what has another is left as it was initialised, with a warning.
+
+    Raises:
+        CheckFailed: Names the tensors without their names.
+    """
+    from peft.utils import get_peft_model_state_dict
+
+    if not parts.is_peft:
+        return  # what Transformers' add_adapter made is named by Transformers
+    model = parts.wrapped
+    # The whole state_dict() would unpack the statistics of every 4-bit weight.
+    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    written = get_peft_model_state_dict(model, own, adapter_name=chosen_adapter(parts), save_embedding_layers=False)
+    there = names_in(folder / ADAPTER_FILE)
+    missing = [name for name in written if name not in there]
+    others = [name for name in there if name not in written]
+    judge = Judge("adapter_roundtrip", "a checkpoint holds the adapter under the names that PEFT loads")
+    judge.every(
+        "tensors under the names that PEFT writes",
+        written,
+        missing,
+        else_say=lambda off: (
+            f"{off} of {len(written)} adapter tensors are not in {folder / ADAPTER_FILE} under the names by which PEFT "
+            f"loads them: {some(missing)}; the file has {some(others) or 'no others'}, and whoever loads it gets an "
+            "adapter as it was initialised; save with trainer.save_model or model.save_pretrained"
+        ),
+    )
+    judge.verdict()
+
+
+def names_in(file: Path) -> list[str]:
+    """Names of the tensors in a safetensors file."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def config_as_saved(parts: Parts, folder: Path) -> Evidence:
