@@ -61,7 +61,7 @@ class Run:
         self._step, self._last = step, last
         self._taken = self._skipped = 0
         self._batches = self._in_step = self._deciding = 0
-        self._step_began = self._guard_before = 0.0
+        self._step_began = self._guard_before = self._scale = 0.0
         self._watch = Watch(
             subject.parts,
             self._look_at_batch,
@@ -129,12 +129,14 @@ class Run:
                 base = partial(self._base.judge, "by a forward and backward pass alone", whole=True)
                 judge("base_unchanged", base, moment)
             self._verdicts.attempt(self._movement.remember, check="adapter_moved")
+        if self._scaler is not None:
+            self._scale = float(self._scaler.get_scale())
         self._verdicts.settle(self._step, together=due)
 
     def after_step(self) -> None:
         """The optimizer has moved, or a loss scaler has kept it from moving; gradients are still there."""
         step = self._step + 1
-        if self._scaler is not None and self._subject.optimizer.step_was_skipped:
+        if self._scaler is not None and steps.was_skipped(self._subject.optimizer, self._scale):
             self._skipped += 1
             scaler = partial(steps.scaler_steps, self._subject.optimizer, self._skipped)
             self._judge("loss_scaler", scaler, f"at step {step}")

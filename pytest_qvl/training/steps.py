@@ -136,6 +136,20 @@ def optimizer_holds(subject: Subject) -> Evidence:
     return judge.verdict()
 
 
+def was_skipped(optimizer: Any, scale: float) -> bool:
+    """Whether a float16 loss scaler has kept an optimizer from its step.
+
+    Accelerate's ``step_was_skipped`` is whether the optimizer's ``step`` was not called; a fused AdamW, the default of
+    Transformers 5, is called always and skips in its kernel (``_step_supports_amp_scaling``). The scale tells both:
+    ``torch.amp.GradScaler`` makes it smaller exactly when a step was skipped.
+
+    Args:
+        optimizer: As Accelerate wraps it, with its scaler, after the step.
+        scale: The scaler's before it.
+    """
+    return bool(optimizer.step_was_skipped) or float(optimizer.scaler.get_scale()) < scale
+
+
 def scaler_steps(optimizer: Any, skipped: int) -> Evidence:
     """Hold a float16 loss scaler to take steps once its scale has come down to 1.
 

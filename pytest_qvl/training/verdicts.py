@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError, printable
@@ -61,7 +62,7 @@ class Verdicts:
             with generators_restored():
                 self.record.keep(judgement(), step)
         except CheckFailed as error:
-            self._pending.append(Finding(error.evidence, step, moment, self.rank, weight))
+            self._pending.append(Finding(_as_of_a_guard(error.evidence), step, moment, self.rank, weight))
             if many_processes():
                 self._say(self._pending[-1])  # the forward may end this process before the others are told
             return False
@@ -141,6 +142,17 @@ class Verdicts:
         if finding.kind not in self._told:
             self._told.add(finding.kind)
             warnings.warn(str(finding), GuardWarning, stacklevel=2)
+
+
+def _as_of_a_guard(evidence: Evidence) -> Evidence:
+    """Evidence that says how a guard is told what tests are told by a fixture."""
+    if not any("qvl_adapter_policy" in problem for problem in evidence.problems):
+        return evidence
+    note = (
+        "qvl_adapter_policy is of tests; of a training that adapts or trains other parts on purpose, declare it as "
+        'Guard(policy="language, vision") or Guard(policy="language, merger:full")'
+    )
+    return replace(evidence, notes=(*evidence.notes, note))
 
 
 @contextmanager

@@ -101,6 +101,7 @@ def test_warns_once_of_each_kind_and_goes_on(bench, tmp_path):
         pytest.warns(GuardWarning) as caught,
     ):
         bench.trainer(model, tmp_path, Guard(on_finding="warn", every=1), max_steps=3).train()
+    assert sum('declare it as Guard(policy="language, vision")' in str(warning.message) for warning in caught) == 1
     assert sum("leaked into vision" in str(warning.message) for warning in caught) == 1
     record = record_of(tmp_path)
     assert record["state"] == "finished"
@@ -206,55 +207,6 @@ def test_saved_configuration_is_held_against_the_adapter(bench, tmp_path):
             trainer.train()
 
 
-def renames(path, names):
-    from safetensors.torch import load_file, save_file
-
-    save_file({key.replace(*names): tensor for key, tensor in load_file(path).items()}, path, {"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("file", "damage", "words"),
-    [
-        ("adapter_model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:5000]), "cannot be loaded"),
-        ("adapter_model.safetensors", lambda path: path.write_bytes(b""), "cannot be loaded"),
-        ("adapter_config.json", lambda path: path.write_text("{"), "cannot be loaded.*adapter_config.json"),
-        ("adapter_model.safetensors", lambda path: renames(path, ("language_model", "model")), "56 of 56.*names by"),
-        ("adapter_model.safetensors", lambda path: renames(path, ("model.language_model", "nothing")), "56 of 56"),
-    ],
-    ids=["truncated", "empty", "configuration", "renamed", "misnamed"],
-)
-def test_a_checkpoint_that_cannot_be_loaded_stops(bench, tmp_path, file, damage, words):
-    from transformers import TrainerCallback
-
-    class Damages(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            damage(tmp_path / "checkpoint-1" / file)
-
-    with bench.model() as model:
-        saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "per_device_train_batch_size": 1}
-        with pytest.raises(GuardError, match=words) as stopped:
-            bench.trainer(model, tmp_path, Damages(), Guard(), **saves).train()
-    assert stopped.value.check == "adapter_roundtrip"
-
-
-@pytest.mark.parametrize(
-    ("name", "lora"),
-    [
-        ("default", {"modules_to_save": ["lm_head"], "use_dora": True, "bias": "lora_only"}),
-        ("vlm", {"trainable_token_indices": {"embed_tokens": [7, 9]}}),
-    ],
-    ids=["copy-dora-bias", "rows-named"],
-)
-def test_what_peft_saves_beside_the_matrices_has_its_name(bench, tmp_path, name, lora):
-    with bench.model(quantized=False, adapter_name=name, **lora) as model:
-        from pytest_qvl.models.anatomy import anatomy
-        from pytest_qvl.training.saved import adapter_folder, judge_names
-
-        model.save_pretrained(tmp_path)
-        parts = anatomy(model)
-        judge_names(parts, adapter_folder(parts, tmp_path))
-
-
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_checkpoint_without_the_adapter(bench, tmp_path, renamed):
     from transformers import TrainerCallback
@@ -327,6 +279,25 @@ def test_a_scaler_may_look_for_its_scale_and_not_for_ever(scale, holds):
     else:
         with pytest.raises(CheckFailed, match="has skipped 17 steps"):
             scaler_steps(optimizer, 17)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("overflows", [False, True])
+def test_a_skipped_step_is_known_of_a_fused_optimizer_too(fused, overflows):
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from pytest_qvl.training.steps import was_skipped
+
+    parameter = torch.nn.Parameter(torch.ones(4))
+    Accelerator(cpu=True)
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = AcceleratedOptimizer(torch.optim.AdamW([parameter], fused=fused), device_placement=False, scaler=scaler)
+    optimizer.scaler.scale((parameter * (torch.inf if overflows else 1.0)).sum()).backward()
+    scale = optimizer.scaler.get_scale()
+    optimizer.step()
+    assert torch.equal(parameter.detach(), torch.ones(4)) is overflows
+    assert was_skipped(optimizer, scale) is overflows
 
 
 @pytest.mark.slow
