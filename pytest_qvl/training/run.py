@@ -215,19 +215,8 @@ class Run:
 
     def _judge_saved(self, folder: Path, moment: str, *, written: bool) -> None:
         parts = self._subject.parts
-
-        def held() -> Evidence:
-            place = saved.adapter_folder(parts, folder)
-            saved.judge_readable(place)
-            if written:  # a resumed run may come from another release, whose names were mapped
-                saved.judge_names(parts, place)
-            return checks.adapter_roundtrip(parts.wrapped, place)
-
-        def described() -> Evidence:
-            return saved.config_as_saved(parts, saved.adapter_folder(parts, folder))
-
-        if self._judge("adapter_roundtrip", held, moment):
-            self._judge("saved_config", described, moment)
+        if self._judge("adapter_roundtrip", partial(saved.adapter_as_saved, parts, folder, written=written), moment):
+            self._judge("saved_config", partial(saved.config_as_saved, parts, folder), moment)
 
     def _look_at_batch(self, batch: dict[str, Any]) -> None:
         self._in_step += 1

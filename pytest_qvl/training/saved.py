@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl import checks
 from pytest_qvl.checks.support.lora import peft_type_of
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
@@ -62,6 +63,25 @@ def adapter_folder(parts: Parts, folder: Path) -> Path:
     )
     judge.verdict()
     raise AssertionError("unreachable")
+
+
+def adapter_as_saved(parts: Parts, folder: Path, *, written: bool) -> Evidence:
+    """Hold the adapter in a checkpoint to be, bit for bit, the one in memory, in files that PEFT loads.
+
+    Args:
+        parts: Of the model.
+        folder: The checkpoint.
+        written: Whether it was just written; one to resume from may be of another release, whose names are mapped.
+
+    Raises:
+        CheckFailed: Says what is broken.
+        CannotJudge: See :func:`adapter_folder`.
+    """
+    place = adapter_folder(parts, folder)
+    judge_readable(place)
+    if written:
+        judge_names(parts, place)
+    return checks.adapter_roundtrip(parts.wrapped, place)
 
 
 def judge_readable(folder: Path) -> None:
@@ -122,9 +142,15 @@ def names_in(file: Path) -> list[str]:
 def config_as_saved(parts: Parts, folder: Path) -> Evidence:
     """Hold the saved configuration to say what the adapter in memory is, field by field.
 
+    Args:
+        parts: Of the model.
+        folder: The checkpoint.
+
     Raises:
         CheckFailed: Names the fields.
+        CannotJudge: See :func:`adapter_folder`.
     """
+    folder = adapter_folder(parts, folder)
     saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     config = adapter_configs(parts)[chosen_adapter(parts)]
     judge = Judge("saved_config", "the saved configuration is that of the adapter in memory")

@@ -27,6 +27,7 @@ SCRIPTS = ["trainer", pytest.param("sft_trainer", marks=WITHOUT_TRL)]
 
 
 def kernel_is_missing():
+    """As trl has it: a kernel that cannot be imported is None, wherever Triton itself can or cannot be."""
     from trl.trainer import utils
 
     return getattr(utils, "_ChunkedLogProbFunction", utils) is None
