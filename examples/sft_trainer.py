@@ -9,6 +9,7 @@ As ``examples/trainer.py``, with the adapter attached by the trainer: ``SFTTrain
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
+from trl.trainer import utils
 
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.processors import load_processor
@@ -76,8 +78,24 @@ def main(arguments: list[str] | None = None) -> None:
         optimizers=(early, None) if options.mistake == "early-optimizer" else (None, None),
         callbacks=[Guard(vision_gradients="spare")],
     )
+    if options.mistake is None and (reason := loss_cannot_run()):  # the guard stops a mistake before the loss
+        raise SystemExit(reason)
     trainer.train()
     print(f"trained {options.steps} steps; the guard's record is {options.output}/qvl_guard.json")
+
+
+def loss_cannot_run() -> str:
+    """Why this release of trl cannot compute its loss here; empty where it can.
+
+    trl 1.15 computes it by a Triton kernel alone; earlier releases by torch, later ones by either.
+    """
+    function = getattr(utils, "_ChunkedLogProbFunction", utils)
+    if function is None:
+        return "this release of trl computes the loss by a Triton kernel, and Triton is not installed"
+    kernel = vars(sys.modules[function.__module__]) if hasattr(function, "__module__") else {}
+    if "triton" in kernel and "_use_triton" not in kernel and not torch.cuda.is_available():
+        return "this release of trl computes the loss by a Triton kernel, which needs a GPU, and torch sees none"
+    return ""
 
 
 def load_base(model: str, mistake: str | None) -> Any:
