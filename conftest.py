@@ -24,16 +24,17 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well (tests/README.md)")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config, items):
     """Without ``--slow`` slow tests are skipped, not deselected: workers of pytest-xdist report skips only.
 
     They are those marked ``slow``, which are the rest of a matrix, and those that ``tests/slow_tests.txt`` lists.
     """
-    if config.getoption("slow"):
-        return
     listed = frozenset(SLOW_TESTS.read_text(encoding="utf-8").splitlines())
     for item in items:
-        if item.get_closest_marker("slow") or item.nodeid in listed:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow") and not config.getoption("slow"):
             item.add_marker(LEFT_OUT)
 
 

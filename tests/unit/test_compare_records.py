@@ -216,7 +216,7 @@ def test_records_of_the_first_version_are_converted():
         data = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(data, dict) and str(data.get("schema")).startswith("pytest-qvl/record/"):
             found = read_record(file)
-            assert found["suite"] is None
+            assert found["suite"] == data.get("suite")
             assert list(found["environment"]["packages"])[0] == "pytest-qvl"
             assert compare(found, found).verdict.startswith("nothing changed")
     assert targets(read_record(OLDEST)) == ["embedded on cuda"]
