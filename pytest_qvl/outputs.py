@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +74,7 @@ def replace_file(path: Path, text: str) -> str:
     """
     if reason := no_regular_file(path):  # a rename would put a file in the place of /dev/null
         return f"{path} could not be written: {reason}"
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    beside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("x", encoding="utf-8") as stream:

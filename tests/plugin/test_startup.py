@@ -18,6 +18,7 @@ DEAR = (
     "inspect",
     "multiprocessing",
     "pickle",
+    "secrets",
     "socket",
     "subprocess",
     "urllib",
