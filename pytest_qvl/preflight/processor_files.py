@@ -50,6 +50,11 @@ class ProcessorFiles:
         """Whether a tokenizer is there."""
         return any(self.folder.has(name) for name in TOKENIZER_FILES)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing of a processor is there."""
+        return self.image is None and not self.has_tokenizer and self.template is None
+
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Content of ``tokenizer_config.json``; empty if there is none."""

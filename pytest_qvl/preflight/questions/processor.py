@@ -77,11 +77,11 @@ class Beside:
 
 def answer(subject: Subject) -> Iterator[Finding]:
     """Every setting that decides pixels, tokens and the end of replies, against the base's."""
-    yield from _judged(_beside(subject))
+    own = None if subject.base.folder is None else ProcessorFiles(subject.base.folder)
+    yield from _judged(_beside(subject, own))
     if subject.merged is not None and subject.merged.folder is not None:
         files = ProcessorFiles(subject.merged.folder)
-        own = None if subject.base.folder is None else ProcessorFiles(subject.base.folder)
-        if files.image is None and not files.has_tokenizer and files.template is None:
+        if files.is_empty:
             yield Finding(
                 NUMBER, "no-merged-processor", "not judged",
                 "the merged checkpoint has no processor and no tokenizer of its own: serve it with the base's",
@@ -104,14 +104,13 @@ def _judged(beside: Beside) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _beside(subject: Subject) -> Beside:
-    own = None if subject.base.folder is None else ProcessorFiles(subject.base.folder)
+def _beside(subject: Subject, own: ProcessorFiles | None) -> Beside:
     if subject.asked.processor is not None:
         folder = Folder(subject.asked.processor)
         return Beside(subject, ProcessorFiles(folder), own, f"the processor in {neutral(str(folder), 200)}")
     if subject.adapter is not None and subject.adapter.folder is not None:
         files = ProcessorFiles(subject.adapter.folder)
-        if files.image is not None or files.has_tokenizer or files.template is not None:
+        if not files.is_empty:
             return Beside(subject, files, own, "the processor beside the adapter", loaded_apart=files.image is None)
     if own is None:
         raise CannotJudge("neither the base nor the adapter has processor files at hand (--processor)")
