@@ -136,13 +136,15 @@ def _family_that_has(wanted: set[str], own: str) -> str:
 def _uncovered(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Part]) -> Iterator[Finding]:
     """Modules with tensors that the configuration does not ask for, and modules that it asks for without."""
     if {"lora_magnitude_vector"} in ({part.matrix for part in stray}, {part.matrix for part in bare}):
-        yield _dora(subject, loaded, stray, bare)
+        held = sum(part.matrix == "lora_magnitude_vector" for part in loaded.held)
+        yield _switched(subject, "use_dora", held, stray, bare)
         return
     if bare and not stray and all(part.is_bias and not part.matrix for part in bare):
         yield _trained_biases(subject, bare)
         return
     if (stray or bare) and all(part.is_bias and part.matrix for part in stray | bare):
-        yield _biases(subject, loaded, stray, bare)
+        held = sum(part.is_bias and bool(part.matrix) for part in loaded.held)
+        yield _switched(subject, "lora_bias", held, stray, bare)
         return
     if half := _halves(loaded):
         yield _red(
@@ -189,27 +191,19 @@ def _halves(loaded: Loaded) -> list[str]:
     return sorted(module for module, parts in sides.items() if len(parts) == 1)
 
 
-def _dora(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Part]) -> Finding:
-    asked = bool(getattr(subject.lora, "use_dora", False))
-    held = sum(part.matrix == "lora_magnitude_vector" for part in loaded.held)
-    return _red(
-        subject, "dora-differs",
-        f"adapter_config.json says use_dora={asked}, and the file has {held} magnitude vectors "
-        f"({len(bare)} missing, {len(stray)} too many)",
-        cause="configuration and file are of two trainings, or one was edited",
-        fix=f"put back use_dora={bool(held)}",
-    )  # fmt: skip
+# Switches of the configuration: the finding's name, and the tensors that they ask for.
+_SWITCHES = {"use_dora": ("dora-differs", "magnitude vectors"), "lora_bias": ("lora-bias-differs", "biases of B")}
 
 
-def _biases(subject: Subject, loaded: Loaded, stray: set[Part], bare: set[Part]) -> Finding:
-    asked = bool(getattr(subject.lora, "lora_bias", False))
-    held = sum(part.is_bias and bool(part.matrix) for part in loaded.held)
+def _switched(subject: Subject, switch: str, held: int, stray: set[Part], bare: set[Part]) -> Finding:
+    """A switch says otherwise than the file, which holds so many of its tensors."""
+    name, tensors = _SWITCHES[switch]
     return _red(
-        subject, "lora-bias-differs",
-        f"adapter_config.json says lora_bias={asked}, and the file has {held} biases of B "
-        f"({len(bare)} missing, {len(stray)} too many)",
+        subject, name,
+        f"adapter_config.json says {switch}={bool(getattr(subject.lora, switch, False))}, and the file has {held} "
+        f"{tensors} ({len(bare)} missing, {len(stray)} too many)",
         cause="configuration and file are of two trainings, or one was edited",
-        fix=f"put back lora_bias={bool(held)}",
+        fix=f"put back {switch}={bool(held)}",
     )  # fmt: skip
 
 
