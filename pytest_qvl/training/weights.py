@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import base_modules
-from pytest_qvl.models.fingerprint.digests import Fingerprint, digests
+from pytest_qvl.models.fingerprint.digests import Fingerprint, differences, digests
 from pytest_qvl.models.quantized import linear_states, quant_state_tensors
 
 if TYPE_CHECKING:
@@ -48,15 +48,19 @@ class BaseWatch:
         self.parts, self._turn = 1, 0
         self.seconds = 0.0
         self._reads = 0
-        repacked = [state.name for state in linear_states(subject.parts) if state.repacked]
+        linears = linear_states(subject.parts)
+        repacked = [state.name for state in linears if state.repacked]
         self._unreadable = (
             f"{len(repacked)} quantized weights are repacked for a CPU kernel (first: {repacked[0]})"
             if repacked
             else ""
         )
-        self._find()
-        self._before = {} if repacked else self._read(whole=True)
-        self._casts = _casts(self._biases())
+        self._before: dict[str, int] = {}
+        self._casts: dict[str, set[int]] = {}
+        if not repacked:
+            self._before = self._read(whole=True)
+            biases = {f"{state.name}{_BIAS}" for state in linears if state.is_4bit}
+            self._casts = _casts((name, tensor) for name, tensor in self._tensors() if name in biases)
 
     def plan(self, budget: float) -> None:
         """Choose the number of parts such that one takes `budget` seconds at most."""
@@ -79,8 +83,7 @@ class BaseWatch:
             raise CannotJudge(self._unreadable)
         now = self._read(whole=whole)
         expected = self._before if whole else {n: d for n, d in self._before.items() if n in now}
-        moved = [n for n in expected if expected[n] != now.get(n) and now.get(n) not in self._casts.get(n, ())]
-        moved += [name for name in now if name not in self._before]
+        moved = [n for n in differences(expected, now) if now.get(n) not in self._casts.get(n, ())]
         judge = Judge("base_unchanged", "training leaves the base model bitwise as it was")
         group_of = self._subject.parts.group_of
         judge.equal(
@@ -106,10 +109,6 @@ class BaseWatch:
                 "(requires_grad_(False)), or declare what is trained on purpose (policy)"
             )
         return "; none of them requires grad, so something wrote into them (a callback, a merge, a tied weight)"
-
-    def _biases(self) -> list[tuple[str, torch.Tensor]]:
-        quantized = {f"{s.name}{_BIAS}" for s in linear_states(self._subject.parts) if s.is_4bit}
-        return [(name, tensor) for name, tensor in self._tensors() if name in quantized]
 
     def _find(self) -> None:
         """Note where each tensor of the base is kept: walking all modules takes longer than reading on a GPU."""
