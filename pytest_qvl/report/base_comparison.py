@@ -9,13 +9,10 @@ import pytest
 from pytest_qvl.records.base import base_record
 from pytest_qvl.records.compare import Comparison, compare
 from pytest_qvl.records.compare_output import as_text, one_line
-from pytest_qvl.records.stored import RecordError, as_newest
-from pytest_qvl.report.record import record_data
+from pytest_qvl.records.stored import RecordError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from pytest_qvl.report.run_results import ResultsBuilder
+    from pytest_qvl.report.record import RunRecord
 
 
 class BaseComparison:
@@ -23,20 +20,15 @@ class BaseComparison:
 
     Args:
         base: A record's file, or ``shipped``.
-        builder: Has the results of the run.
-        settings: As the header shows them.
-        configuration: Name, value and source of every setting.
+        run: What is compared; it is told what was found, for reports.
 
     Attributes:
         found: What changed; ``None`` before the end of the run, and where it cannot be compared.
         refused: Why it cannot; empty where it can.
     """
 
-    def __init__(
-        self, base: str, builder: ResultsBuilder, settings: Sequence[str], configuration: Sequence[dict[str, Any]]
-    ) -> None:
-        self._base, self._builder = base, builder
-        self._settings, self._configuration = settings, configuration
+    def __init__(self, base: str, run: RunRecord) -> None:
+        self._base, self._run = base, run
         self.found: Comparison | None = None
         self.refused = ""
 
@@ -46,12 +38,12 @@ class BaseComparison:
 
         The base is read here, not when the run began: the run may write its record over it, after this.
         """
-        results = self._builder.results(int(session.exitstatus))
+        new = self._run.data(session)
         try:
-            new = as_newest(record_data(session.config, results, self._settings, self._configuration), "this run")
             self.found = compare(base_record(self._base, new), new)
         except RecordError as error:
             self.refused = str(error)
+        self._run.compared = self.found, self.refused
         red = self.refused or (self.found is not None and self.found.regressions)
         if red and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -2,55 +2,40 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import printable
 from pytest_qvl.records.markdown import run_markdown
-from pytest_qvl.records.stored import as_newest
 from pytest_qvl.report.record import Record
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from pathlib import Path
 
-    from pytest_qvl.report.base_comparison import BaseComparison
-    from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder
+    import pytest
 
-SUMMARY_VARIABLE = "GITHUB_STEP_SUMMARY"
+    from pytest_qvl.report.run_results import PhaseResult
+
 ANNOTATIONS = 10  # what GitHub shows of one step
 # Who annotates failures already, under the name that it registers.
 OTHERS = "pytest_github_actions_annotate_failures"
 
 
 class StepSummary(Record):
-    """Appends to the step's summary at the end of a run that judged something; register it as a plugin.
+    """Appends to the step's summary at the end of a run that judged something; register it as a plugin."""
 
-    Attributes:
-        comparison: With a base; ``None`` where none was asked for.
-    """
-
-    setting = SUMMARY_VARIABLE
+    setting = "GITHUB_STEP_SUMMARY"
     required = False
-    comparison: BaseComparison | None = None
 
-    @classmethod
-    def of_environment(
-        cls, settings: list[str], builder: ResultsBuilder, configuration: Sequence[dict[str, Any]]
-    ) -> StepSummary | None:
-        """Where GitHub says that there is a summary to write; ``None`` elsewhere."""
-        file = os.environ.get(SUMMARY_VARIABLE)
-        return cls(Path(file), settings, builder, configuration) if file else None
-
-    def write(self, data: dict[str, Any]) -> str:
+    def write(self, session: pytest.Session) -> str:
         """Append, since other commands of the step write there too; nothing where no check was asked for."""
-        record, against = as_newest(data, "this run"), self.comparison
+        if not self._run.builder.results().findings:  # before versions, commit and GPUs are looked up for nothing
+            return ""
+        record = self._run.data(session)
         if not (record["checks"] or record["promises"]):
             return ""
-        parts = () if against is None else (against.found, against.refused)
         try:
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(run_markdown(record, *parts) + "\n")
+                stream.write(run_markdown(record, *self._run.compared) + "\n")
         except OSError as error:
             return f"{self.path} could not be written: {error.strerror or error}"
         return ""
@@ -59,7 +44,7 @@ class StepSummary(Record):
         """A workflow command for every failure of a test with a verdict or a model, where nobody else writes them."""
         if terminalreporter.config.pluginmanager.has_plugin(OTHERS):
             return
-        found = [phase for phase, _ in self._builder.results().findings if phase.failed]
+        found = [phase for phase, _ in self._run.builder.results().findings if phase.failed]
         for phase in found[:ANNOTATIONS]:
             terminalreporter.line(annotation(phase, terminalreporter.config.rootpath))
 

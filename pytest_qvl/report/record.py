@@ -26,6 +26,7 @@ from pytest_qvl.suite import SUITE_VERSION
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    from pytest_qvl.records.compare import Comparison
     from pytest_qvl.report.injected_fault import FaultVerdict
     from pytest_qvl.report.process_results import ProcessResults
     from pytest_qvl.report.report_data import Finding
@@ -34,14 +35,51 @@ if TYPE_CHECKING:
 SCHEMA = "pytest-qvl/record/2"
 
 
+class RunRecord:
+    """The record of a run as data, for all that write it, show it or compare it; what it ran on is looked up once.
+
+    Args:
+        builder: Has the results of the run.
+        settings: As the header shows them.
+        configuration: Name, value and source of every setting.
+
+    Attributes:
+        builder: The same.
+        compared: The comparison with a base, and why there can be none; whoever compares sets it.
+    """
+
+    def __init__(
+        self, builder: ResultsBuilder, settings: Sequence[str], configuration: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        self.builder = builder
+        self.compared: tuple[Comparison | None, str] = (None, "")
+        self._chosen = {"settings": list(settings), "configuration": list(configuration)}
+        self._ran_on: dict[str, Any] = {}
+
+    def data(self, session: pytest.Session) -> dict[str, Any]:
+        """What has been found out so far, with the exit status that the session has now; every key of the schema."""
+        results = self.builder.results(int(session.exitstatus))
+        if not self._ran_on:
+            self._ran_on = {"environment": environment(session.config.rootpath), "machine": machine()}
+        return {
+            "schema": SCHEMA,
+            "suite": SUITE_VERSION,
+            "started": results.started.isoformat(timespec="seconds"),
+            "seconds": round(results.seconds, 1),
+            "exit_status": results.exit_status,
+            "command": ["pytest", *map(str, session.config.invocation_params.args)],
+            **self._chosen,
+            **self._ran_on,
+            **plain(results),
+        }
+
+
 class Record:
     """Writes the file at the end of the run; register it as a plugin, in the process that was started.
 
     Args:
         path: The file.
-        settings: As the header shows them.
-        builder: Has the results of the run.
-        configuration: Name, value and source of every setting.
+        run: What is to be written.
 
     Attributes:
         setting: Which asked for the file.
@@ -52,12 +90,9 @@ class Record:
     setting = "qvl_record"
     required = True
 
-    def __init__(
-        self, path: Path, settings: list[str], builder: ResultsBuilder, configuration: Sequence[dict[str, Any]] = ()
-    ) -> None:
+    def __init__(self, path: Path, run: RunRecord) -> None:
         self.path = path
-        self._settings, self._configuration = settings, configuration
-        self._builder = builder
+        self._run = run
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
@@ -65,7 +100,7 @@ class Record:
         try:
             return (yield)
         finally:
-            problem = self._write(session)
+            problem = self.write(session)
             if problem:
                 if self.required and session.exitstatus == pytest.ExitCode.OK:
                     session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -80,39 +115,9 @@ class Record:
             reporter.ensure_newline()
             reporter.write_line(line, red=True, bold=True)
 
-    def _write(self, session: pytest.Session) -> str:
-        results = self._builder.results(int(session.exitstatus))
-        return self.write(record_data(session.config, results, self._settings, self._configuration))
-
-    def write(self, data: dict[str, Any]) -> str:
-        """Write the file from a record's data; returns why it could not be written, empty if it was."""
-        return write_json(self.path, data)
-
-
-def record_data(
-    config: pytest.Config, results: RunResults, settings: Sequence[str], configuration: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """A whole record as plain data; what is written, and what reports are made from.
-
-    Args:
-        config: pytest's.
-        results: Of the run, with its exit status.
-        settings: As the header shows them.
-        configuration: Name, value and source of every setting.
-    """
-    return {
-        "schema": SCHEMA,
-        "suite": SUITE_VERSION,
-        "started": results.started.isoformat(timespec="seconds"),
-        "seconds": round(results.seconds, 1),
-        "exit_status": results.exit_status,
-        "command": ["pytest", *map(str, config.invocation_params.args)],
-        "settings": list(settings),
-        "configuration": list(configuration),
-        "environment": environment(config.rootpath),
-        "machine": machine(),
-        **plain(results),
-    }
+    def write(self, session: pytest.Session) -> str:
+        """Write the file; returns why it could not be written, empty if it was."""
+        return write_json(self.path, self._run.data(session))
 
 
 def plain(results: RunResults) -> dict[str, Any]:

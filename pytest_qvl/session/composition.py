@@ -8,7 +8,8 @@ in :func:`register_plugins` the lower is called first, after hooks marked ``tryf
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -34,6 +35,7 @@ from pytest_qvl.session.keys import (
     MODEL_KEY,
     PROBES_KEY,
     RESULTS_KEY,
+    RUN_RECORD_KEY,
     SESSION_VERDICTS_KEY,
 )
 from pytest_qvl.session.leaks import LeakVerdicts
@@ -48,8 +50,7 @@ from pytest_qvl.vram.meter import Meter
 
 if TYPE_CHECKING:
     from pytest_qvl.options import Settings
-
-COMPARE = "qvl-compare"  # the name of that plugin
+    from pytest_qvl.report.record import RunRecord
 
 
 def make_objects(config: pytest.Config, settings: Settings) -> None:
@@ -99,7 +100,7 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
     if settings.compare is not None and writes_record:
         from pytest_qvl.report.base_comparison import BaseComparison
 
-        register(BaseComparison(settings.compare, results, *_described(settings)), COMPARE)
+        register(BaseComparison(settings.compare, _run_record(config, settings)), "qvl-compare")
     register(Summary(results), "qvl-summary")
     limits = VramLimits(config, stash[METER_KEY], default=settings.vram_limit, required=settings.require_gpu)
     register(limits, "qvl-vram-limits")
@@ -123,15 +124,20 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
         register(fault, "qvl-fault")
 
 
-def _described(settings: Settings) -> tuple[list[str], list[dict[str, Any]]]:
-    """The settings as the header shows them, and all of them."""
-    return [*settings.described(), *simulated_card(settings)], settings.listed()
+def _run_record(config: pytest.Config, settings: Settings) -> RunRecord:
+    """The record of the run, made for the first that asks: most runs neither write nor compare one."""
+    from pytest_qvl.report.record import RunRecord
+
+    stash = config.stash
+    if RUN_RECORD_KEY not in stash:
+        chosen = [*settings.described(), *simulated_card(settings)]
+        stash[RUN_RECORD_KEY] = RunRecord(stash[RESULTS_KEY], chosen, settings.listed())
+    return stash[RUN_RECORD_KEY]
 
 
 def _register_reports(config: pytest.Config, settings: Settings) -> None:
     """What is written at the end of the run, by the process that was started."""
-    register, results = config.pluginmanager.register, config.stash[RESULTS_KEY]
-    chosen, configuration = _described(settings)
+    register = config.pluginmanager.register
     if settings.record is not None and settings.record == settings.html:
         raise pytest.UsageError(
             f"qvl_html ({settings.source('html')}): {str(settings.html)!r} is the record's file too, which the report "
@@ -140,17 +146,12 @@ def _register_reports(config: pytest.Config, settings: Settings) -> None:
     if settings.record is not None:
         from pytest_qvl.report.record import Record
 
-        register(Record(settings.record, chosen, results, configuration), "qvl-record")
+        register(Record(settings.record, _run_record(config, settings)), "qvl-record")
     if settings.html is not None:
         from pytest_qvl.report.page import Page
 
-        page = Page(settings.html, chosen, results, configuration)
-        page.comparison = config.pluginmanager.get_plugin(COMPARE)
-        register(page, "qvl-html")
-    if "GITHUB_STEP_SUMMARY" in os.environ:
+        register(Page(settings.html, _run_record(config, settings)), "qvl-html")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         from pytest_qvl.report.github import StepSummary
 
-        summary = StepSummary.of_environment(chosen, results, configuration)
-        if summary is not None:
-            summary.comparison = config.pluginmanager.get_plugin(COMPARE)
-            register(summary, "qvl-step-summary")
+        register(StepSummary(Path(summary), _run_record(config, settings)), "qvl-step-summary")

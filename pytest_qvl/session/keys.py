@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pytest_qvl.report.record import RunRecord
     from pytest_qvl.report.report_data import LimitOutcome
     from pytest_qvl.report.run_results import ResultsBuilder
     from pytest_qvl.session.console import Console
@@ -37,6 +38,7 @@ RESULTS_KEY: pytest.StashKey[ResultsBuilder] = pytest.StashKey()
 SESSION_VERDICTS_KEY: pytest.StashKey[SessionVerdicts] = pytest.StashKey()
 # Only where a report is asked for.
 PROBES_KEY: pytest.StashKey[ProbeReplies] = pytest.StashKey()
+RUN_RECORD_KEY: pytest.StashKey[RunRecord] = pytest.StashKey()
 # Arguments of the run that starts over, where the rootdir was misled.
 AGAIN_KEY: pytest.StashKey[list[str]] = pytest.StashKey()
 

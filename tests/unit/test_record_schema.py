@@ -16,7 +16,7 @@ import pytest
 from pytest_qvl.evidence import Evidence, Figure, Relation, Table
 from pytest_qvl.report.injected_fault import InjectedFault
 from pytest_qvl.report.process_results import KnownFailureState, LeasedGpu, ProcessResults, SeenProbe, Subject, Verdict
-from pytest_qvl.report.record import SCHEMA, Record
+from pytest_qvl.report.record import SCHEMA, Record, RunRecord
 from pytest_qvl.report.report_data import Finding, GpuFailure, Kind, LimitOutcome, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.report.states import STATES
@@ -90,7 +90,7 @@ def everything(tmp_path_factory):
     builder.add_problem("no GPU test was executed")
     config = SimpleNamespace(rootpath=file.parent, invocation_params=SimpleNamespace(args=["-q"]))
     setting = {"name": "qvl_seed", "value": "0", "source": "default"}
-    record = Record(file, ["model 7b (default)"], builder, [setting])
+    record = Record(file, RunRecord(builder, ["model 7b (default)"], [setting]))
     list(record.pytest_sessionfinish(SimpleNamespace(config=config, exitstatus=1)))
     return json.loads(file.read_text(encoding="utf-8"))
 

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_qvl.report.environment import VARIABLES, environment
 from pytest_qvl.report.process_results import ProcessResults
-from pytest_qvl.report.record import Record
+from pytest_qvl.report.record import Record, RunRecord
 from pytest_qvl.report.report_data import Finding, add_to_report
 from pytest_qvl.report.run_results import ResultsBuilder
 from pytest_qvl.vram.usage import Usage
@@ -28,7 +28,7 @@ def test_seconds_by_phase_of_each_test_and_vram_as_told(tmp_path):
     session, load = Usage("session", allocated=7), Usage("load", allocated=5)
     builder = ResultsBuilder()
     builder.add_process(ProcessResults(session, (load,)))
-    record = Record(tmp_path / "r.json", [], builder)
+    record = Record(tmp_path / "r.json", RunRecord(builder, []))
     for test in ("test_a", "test_b"):
         for when, seconds in (("setup", 3.0), ("call", 0.25), ("teardown", 0.0004)):
             builder.pytest_runtest_logreport(report(test, when, seconds))
