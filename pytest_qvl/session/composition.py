@@ -143,10 +143,6 @@ def _register_reports(config: pytest.Config, settings: Settings) -> None:
             f"qvl_html ({settings.source('html')}): {str(settings.html)!r} is the record's file too, which the report "
             "would replace: name another one"
         )
-    if settings.record is not None:
-        from pytest_qvl.report.record import Record
-
-        register(Record(settings.record, _run_record(config, settings)), "qvl-record")
     if settings.html is not None:
         from pytest_qvl.report.page import Page
 
@@ -155,3 +151,7 @@ def _register_reports(config: pytest.Config, settings: Settings) -> None:
         from pytest_qvl.report.github import StepSummary
 
         register(StepSummary(Path(summary), _run_record(config, settings)), "qvl-step-summary")
+    if settings.record is not None:  # last, since a report that cannot be written turns the run red
+        from pytest_qvl.report.record import Record
+
+        register(Record(settings.record, _run_record(config, settings)), "qvl-record")

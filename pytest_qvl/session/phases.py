@@ -14,7 +14,7 @@ backend's process by ``processes.child``, which sends it on. ``pytest_sessionfin
 7. ``pytest_qvl.report.base_comparison``: compares with an earlier record; a regression turns a green run red
 8. ``_pytest.terminal``: the summary, in the order of ``report.terminal``
 9. ``pytest_qvl.session.interrupts``: says if a signal came meanwhile
-10. ``pytest_qvl.report.record``: writes the record, with the exit status of the process; and the page, which is one too
+10. ``pytest_qvl.report.record``: writes the page, which is one too, then the record with the exit status of the process
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -30,8 +31,9 @@ def test_a_run_writes_its_page(pytester, run_light):
 
 def test_a_page_that_cannot_be_written_is_no_green_run(pytester, run_light):
     pytester.makepyfile("def test_it(): pass")
-    result = run_light("--qvl-html", "/proc/nowhere/page.html")
+    result = run_light("--qvl-html", "/proc/nowhere/page.html", "--qvl-record", "r.json")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert json.loads(Path("r.json").read_text(encoding="utf-8"))["exit_status"] == result.ret
     result.stdout.fnmatch_lines(["qvl_html: /proc/nowhere/page.html could not be written: No such file or directory"])
 
 
