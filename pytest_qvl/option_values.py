@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pytest_qvl.models.backends import check_usable
 from pytest_qvl.models.sources.model_source import check_adapter
-from pytest_qvl.outputs import no_regular_file
+from pytest_qvl.outputs import check_replaceable
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
@@ -22,7 +22,6 @@ Value = TypeVar("Value")
 # What the user typed, and the folder that relative paths in it start from.
 Parse = Callable[[str, Path], Value]
 
-RECORD_START = 1024  # bytes, within which a record names its schema
 _TRUE = {"1", "true", "yes", "on"}
 _FALSE = {"0", "false", "no", "off"}
 
@@ -120,11 +119,8 @@ def parse_fault(text: str, folder: Path) -> str:  # noqa: ARG001 - every parser 
 def parse_record(text: str, folder: Path) -> Path:
     """A file that is a record, or none yet."""
     path = folder / Path(text).expanduser()
-    if reason := no_regular_file(path):
-        raise SettingError(reason)
     # As in `pytest --qvl-record tests/test_mine.py`, where the value was forgotten.
-    if path.is_file() and (there := path.read_bytes()[:RECORD_START]).strip() and b'"pytest-qvl/record/' not in there:
-        raise SettingError(f"{str(path)!r} is there and is no record of a run: name another file, or delete it first")
+    check_replaceable(path, b'"pytest-qvl/record/', "record")
     return path.resolve()
 
 

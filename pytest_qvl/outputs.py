@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
+START = 1024  # bytes, within which a file of this package says what it is
+
 
 def no_regular_file(path: Path) -> str:
     """What is there in place of a regular file, in one sentence; empty where one is there, or nothing."""
@@ -18,6 +20,27 @@ def no_regular_file(path: Path) -> str:
     if path.exists() and not path.is_file():
         return f"{str(path)!r} is a device or a pipe, not a regular file, and is not replaced by one"
     return ""
+
+
+def check_replaceable(path: Path, mark: bytes, what: str) -> None:
+    """Refuse a file that is there and is none of its kind, such as a test behind an option without its value.
+
+    Args:
+        path: What is to be written; may be empty, or not there yet.
+        mark: By which such a file is known, within its first :data:`START` bytes.
+        what: "record" or "report", for the message.
+
+    Raises:
+        ValueError: A folder, a device, a pipe, or a file that this package did not write.
+    """
+    if reason := no_regular_file(path):
+        raise ValueError(reason)
+    if not path.is_file():
+        return
+    with path.open("rb") as stream:
+        start = stream.read(START)
+    if start.strip() and mark not in start:
+        raise ValueError(f"{str(path)!r} is there and is no {what} of a run: name another file, or delete it first")
 
 
 def check_file(option: str, path: Path) -> None:

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import printable, show
-from pytest_qvl.outputs import no_regular_file
+from pytest_qvl.outputs import check_replaceable
 from pytest_qvl.records.compare import KINDS, REGRESSIONS
 from pytest_qvl.records.page_data import page_data
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # By which a file is known that may be written over.
 GENERATOR = b'<meta name="generator" content="pytest-qvl">'
-START = 1024  # bytes, within which it stands
 
 
 def as_page(record: dict[str, Any], comparison: Comparison | None = None, refused: str = "") -> str:
@@ -48,10 +47,7 @@ def check_page(path: Path) -> None:
     Raises:
         ValueError: A folder, a device, a pipe, or a file that this package did not write.
     """
-    if reason := no_regular_file(path):
-        raise ValueError(reason)
-    if path.is_file() and (start := path.read_bytes()[:START]).strip() and GENERATOR not in start:
-        raise ValueError(f"{str(path)!r} is there and is no report of a run: name another file, or delete it first")
+    check_replaceable(path, GENERATOR, "report")
 
 
 @cache
