@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.records.compare_output import as_markdown, escaped
-from pytest_qvl.records.page_data import page_data
+from pytest_qvl.records.page_data import page_data, symbol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,5 +64,5 @@ def _promises(target: Target) -> Iterator[str]:
     for row in target.rows:
         weakest = row.weakest
         shown = "; ".join(row.why) if weakest is None else f"{weakest.name}: {weakest.value} ({weakest.limit})"
-        yield f"| {row.number} | {escaped(row.title)} | {row.symbol} {row.state} | {escaped(shown)} |"
+        yield f"| {row.number} | {escaped(row.title)} | {symbol(row.state)} {row.state} | {escaped(shown)} |"
     yield ""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.evidence import printable, show
 from pytest_qvl.outputs import check_replaceable
 from pytest_qvl.records.compare import KINDS, REGRESSIONS
-from pytest_qvl.records.page_data import page_data
+from pytest_qvl.records.page_data import page_data, symbol, tone
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,5 +62,5 @@ def _template() -> Template:
         lstrip_blocks=True,
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
-    environment.filters["show"] = show
+    environment.filters.update(show=show, symbol=symbol, tone=tone)
     return environment.get_template("page.html.j2")

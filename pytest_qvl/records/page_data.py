@@ -22,11 +22,21 @@ if TYPE_CHECKING:
 GIB = 2**30
 # Worst first: what a promise is, given the states of its checks in a record that does not say it itself.
 ORDER = ("BROKEN", "error", "not judged", "partly judged", "kept", "skipped", "not run")
-SYMBOLS = {"kept": "✓", "BROKEN": "✗", "error": "✗", "partly judged": "◐"}
-TONES = {"kept": "good", "BROKEN": "bad", "error": "bad"}
+_SYMBOLS = {"kept": "✓", "BROKEN": "✗", "error": "✗", "partly judged": "◐"}
+_TONES = {"kept": "good", "BROKEN": "bad", "error": "bad"}
 THREADS_SHOWN = 3
 # Options of the run, each with a value, that the command for one test does without.
 LEFT_OUT = ("-k", "--qvl-record", "--qvl-html", "--qvl-compare", "--junitxml", "--junit-xml")
+
+
+def symbol(state: str) -> str:
+    """What stands before a state, so that no colour alone says it."""
+    return _SYMBOLS.get(state, "–")
+
+
+def tone(state: str) -> str:
+    """Class of a state's colour."""
+    return _TONES.get(state, "muted")
 
 
 @dataclass(frozen=True)
@@ -63,16 +73,6 @@ class Row:
     state: str
     why: tuple[str, ...]
     weakest: Weakest | None
-
-    @property
-    def symbol(self) -> str:
-        """What stands before the state, so that no colour alone says it."""
-        return SYMBOLS.get(self.state, "–")
-
-    @property
-    def tone(self) -> str:
-        """Class of its colour."""
-        return TONES.get(self.state, "muted")
 
 
 @dataclass(frozen=True)
