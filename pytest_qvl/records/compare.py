@@ -231,18 +231,14 @@ def _changes(key: Key, old: Verdict | None, new: Verdict | None, *, selected: bo
     def change(kind: Kind, was: str, now: str, what: str = "") -> Change:
         return Change(kind, target, check, test, what, was, now)
 
-    if new is None or old is None:
-        one = old or new
-        assert one is not None
-        if new is None and one.state in ("kept", "BROKEN") and not selected:
-            yield change("gone", _said(one), "no verdict")
-        elif new is not None:
-            failed = new.state in ("BROKEN", "error")
-            yield change("new failure" if failed else "new", "", _said(new))
-        return
-    if old.state != new.state:
+    if new is None:
+        if old is not None and old.state in ("kept", "BROKEN") and not selected:
+            yield change("gone", _said(old), "no verdict")
+    elif old is None:
+        yield change("new failure" if new.state in ("BROKEN", "error") else "new", "", _said(new))
+    elif old.state != new.state:
         yield change(_outcome(old.state, new.state), _said(old), _said(new))
-    if old.state == new.state == "kept":
+    elif new.state == "kept":
         yield from (change(kind, _value(was), _value(now), was.name) for kind, was, now in figure_changes(old, new))
 
 
