@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 def no_processor(given: Any) -> str:
-    """Why batches are not judged where the trainer's ``processing_class`` is none that makes images."""
+    """Why batches are not judged where the trainer's ``processing_class`` makes no images; empty where it does."""
+    if hasattr(given, "image_processor"):
+        return ""
     had = "no processor" if given is None else f"a {type(given).__name__} without an image processor"
     return (
         f"the trainer was given {had} (processing_class), so its batches are not judged: "
@@ -38,8 +40,8 @@ def judge_batch(subject: Subject, batch: Mapping[str, Any], learned: Learned) ->
         CheckFailed: There are findings.
         CannotJudge: Nobody said which processor made the batch.
     """
-    if not hasattr(subject.processor, "image_processor"):
-        raise CannotJudge(no_processor(subject.processor))
+    if reason := no_processor(subject.processor):
+        raise CannotJudge(reason)
     try:
         evidence: Evidence = checks.batch(batch, subject.processor, subject.parts.wrapped)
     except CheckFailed as error:

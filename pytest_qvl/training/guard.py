@@ -112,8 +112,8 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
         )
         step, last = int(state.global_step), int(state.max_steps)
         self._run = Run(self.settings, subject, verdicts, step=step, last=last, alive=inside_train(state))
-        if not hasattr(processor, "image_processor"):
-            warnings.warn(f"the guard judges no batch: {no_processor(processor)}", GuardWarning, stacklevel=2)
+        if reason := no_processor(processor):
+            warnings.warn(f"the guard judges no batch: {reason}", GuardWarning, stacklevel=2)
         self._guarded("begin")
 
     def on_pre_optimizer_step(self, _args: Any, _state: Any, _control: Any, **_kwargs: Any) -> None:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 def of_all_processes(findings: Sequence[Finding], device: Any) -> list[Finding]:
     """The findings of every process, the same list in each; every process has to call this.
 
-    One number is added up over the processes; what was found is gathered only where that is not zero.
+    One number is added up over the processes; what was found is gathered only where that is not zero. One process alone
+    asks nobody.
 
     Args:
         findings: Of this process, since the last call.
@@ -22,7 +23,7 @@ def of_all_processes(findings: Sequence[Finding], device: Any) -> list[Finding]:
     import torch
     from torch import distributed
 
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+    if not many_processes():
         return list(findings)
     on_host = str(distributed.get_backend()) == "gloo"
     total = torch.tensor(len(findings), device="cpu" if on_host else device)

@@ -100,12 +100,9 @@ class Verdicts:
         Raises:
             GuardError: Something that stops, in any process.
         """
-        if many_processes():
-            if not together:
-                return
-            findings = of_all_processes(self._pending, self._device)
-        else:
-            findings = self._pending
+        if many_processes() and not together:
+            return
+        findings = of_all_processes(self._pending, self._device)
         self._pending = []
         if not findings:
             return
