@@ -37,7 +37,7 @@ def adapter_switched_on(subject: Subject) -> Evidence:
     judge = Judge("adapter_switched_on", "there is an adapter, and a step can train it")
     adapters = adapter_parameters(parts)
     if not adapters and not subject.policy.trained:
-        loose = [name for name, parameter in subject.base.items() if parameter.requires_grad]
+        loose = subject.trained_of_base()
         judge.problem(
             f"{no_adapter(parts)}: {len(loose)} of its {len(subject.base)} own tensors require grad; to train them on "
             "purpose say so (policy='language:full')"
@@ -127,12 +127,10 @@ def learning_rate_ahead(subject: Subject, left: int) -> Evidence:
     if left <= 0:
         raise CannotJudge("the run has no steps left to take")
     judge = Judge("learning_rate", "a step is taken with a learning rate above 0")
-    groups = [group for group in subject.groups if group.get("lr") is not None]
+    groups = len(subject.group_rates())
     scheduler = getattr(subject.scheduler, "scheduler", subject.scheduler)
     factors, bases = getattr(scheduler, "lr_lambdas", None), getattr(scheduler, "base_lrs", None)
-    if not groups:
-        raise CannotJudge("no parameter group of the optimizer has a learning rate (it may find its own)")
-    if not factors or not bases or len(factors) != len(groups):
+    if not factors or not bases or len(factors) != groups:
         raise CannotJudge(f"{type(scheduler).__name__} does not say which rates will come; judged step by step")
     begun = int(getattr(scheduler, "last_epoch", 0))
     steps = range(begun, begun + _LOOKED_AHEAD)
@@ -142,12 +140,12 @@ def learning_rate_ahead(subject: Subject, left: int) -> Evidence:
         "parameter groups at a learning rate of 0",
         len(still),
         0,
-        else_say=f"{len(still)} of {len(groups)} parameter groups have a learning rate of "
+        else_say=f"{len(still)} of {groups} parameter groups have a learning rate of "
         f"{', '.join(f'{largest[number]:g}' for number in still[:1])} in the first {_LOOKED_AHEAD} steps and "
         f"do not move; look at learning_rate ({subject.args.learning_rate:g}), and at the schedule and the number of "
         "steps that it was made for",
     )
-    judge.report("largest learning rate ahead", max(largest, default=0.0))
+    judge.report("largest learning rate ahead", max(largest))
     return judge.verdict()
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # Matrices of which every training batch gives the whole a gradient; rows of an embedding wait for their token.
 _REACHED = ("lora_A", "lora_B")
-_PARTS_OF_VISION = ("vision", "merger")
 
 
 class Movement:
@@ -87,8 +86,7 @@ class Movement:
         return judge.verdict()
 
     def _judge_reached(self, judge: Judge, trained: Mapping[str, nn.Parameter], *, images: bool, loss: float) -> None:
-        parts = self._subject.parts
-        here = [n for n in trained if images or parts.group_of(n) not in _PARTS_OF_VISION]
+        here = [name for name in trained if images or not self._subject.in_vision(name)]
         # Rows of embeddings and copies of modules may wait for their token; they must have been in the graph once.
         pathless = [name for name in here if self._peaks[name] is None and matrix_of(name) in _REACHED]
         judge.every(

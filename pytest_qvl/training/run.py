@@ -32,7 +32,6 @@ _LOOKS_PER_BATCH = 10
 _WARM_UP = 3
 # A record is flushed to the disk, which may be far away.
 _SECONDS_BETWEEN_RECORDS = 30.0
-VISION = ("vision", "merger")
 
 
 class Run:
@@ -202,7 +201,7 @@ class Run:
 
     def _judge_vision(self, moment: str) -> None:
         watch, settings = self._watch, self._settings
-        if any(self._subject.parts.group_of(name) in VISION for name in self._subject.trained_of_base()):
+        if any(map(self._subject.in_vision, self._subject.trained_of_base())):
             return  # what trains there is told of elsewhere
         spared = partial(
             steps.vision_spared, watch.calls, watch.followed, watch.vision_hooks(), watch.pixels_require_grad

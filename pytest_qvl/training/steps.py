@@ -81,9 +81,7 @@ def learning_rates(subject: Subject, step: int, *, first: bool) -> Evidence:
         CheckFailed: Says how many groups stand still.
         CannotJudge: The optimizer has no rates.
     """
-    rates = [float(group["lr"]) for group in subject.groups if group.get("lr") is not None]
-    if not rates:
-        raise CannotJudge("no parameter group of the optimizer has a learning rate (it may find its own)")
+    rates = subject.group_rates()
     judge = Judge("learning_rate", "a step is taken with a learning rate above 0")
     still = [rate for rate in rates if not (rate > 0 or (rate == 0 and first))]
     judge.equal(

@@ -59,10 +59,25 @@ class Subject:
         """Names of the base's own parameters that require grad although nobody allows it."""
         return [name for name, parameter in self.base.items() if parameter.requires_grad]
 
+    def in_vision(self, name: str) -> bool:
+        """Whether a tensor of this name is the vision tower's or the merger's."""
+        return self.parts.group_of(name) in ("vision", "merger")
+
     @property
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's parameter groups."""
         return list(getattr(self.optimizer, "param_groups", None) or [])
+
+    def group_rates(self) -> list[float]:
+        """The learning rate of each parameter group that has one.
+
+        Raises:
+            CannotJudge: None has.
+        """
+        rates = [float(group["lr"]) for group in self.groups if group.get("lr") is not None]
+        if not rates:
+            raise CannotJudge("no parameter group of the optimizer has a learning rate (it may find its own)")
+        return rates
 
     def rates(self) -> dict[int, float | None]:
         """The learning rate of each parameter that the optimizer holds, by its id; None where there is none."""
