@@ -54,7 +54,7 @@ class Run:
         *,
         step: int,
         last: int,
-        alive: Callable[[], bool] = lambda: True,
+        alive: Callable[[], bool],
     ) -> None:
         self._settings, self._subject, self._verdicts = settings, subject, verdicts
         self._step, self._last = step, last

@@ -48,8 +48,8 @@ class Watch:
         look_at_batch: Callable[[dict[str, Any]], None],
         no_path: Callable[[], None],
         *,
-        compiled: bool = False,
-        alive: Callable[[], bool] = lambda: True,
+        compiled: bool,
+        alive: Callable[[], bool],
     ) -> None:
         for earlier in list(_HOOKED):
             earlier.remove_if_over()
@@ -93,10 +93,16 @@ class Watch:
         others = [hook for hook in found.values() if hook is not self._after_vision_hook]
         return [getattr(hook, "__name__", type(hook).__name__) for hook in others]
 
-    def _before(self, module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _is_trained(self, model: Any) -> bool:
+        """Whether a forward of the model is one of the training that is watched, no evaluation and no later one."""
         import torch
 
-        if not (module.training and torch.is_grad_enabled()) or self.remove_if_over():
+        return model.training and torch.is_grad_enabled() and not self.remove_if_over()
+
+    def _before(self, model: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        import torch
+
+        if not self._is_trained(model):
             return
         batch = {
             name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in _NO_INPUTS
@@ -107,10 +113,8 @@ class Watch:
             self.pixels_require_grad |= pixels.requires_grad
         self._look_at_batch(batch)
 
-    def _after(self, module: Any, _args: tuple[Any, ...], output: Any) -> None:
-        import torch
-
-        if not (module.training and torch.is_grad_enabled()) or self.remove_if_over():
+    def _after(self, model: Any, _args: tuple[Any, ...], output: Any) -> None:
+        if not self._is_trained(model):
             return
         loss = _loss_of(output)
         if loss is not None:
@@ -119,10 +123,8 @@ class Watch:
                 self._no_path()
 
     def _after_vision(self, _module: Any, _args: tuple[Any, ...], output: Any) -> None:
-        import torch
-
         # Reentrant checkpointing of a whole model would call this without gradients.
-        if self._parts.wrapped.training and torch.is_grad_enabled() and not self.remove_if_over():
+        if self._is_trained(self._parts.wrapped):
             self.calls += 1
             self.followed += vision_features(output).requires_grad
 
