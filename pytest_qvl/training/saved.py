@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl import checks
 from pytest_qvl.checks.support.lora import peft_type_of
 from pytest_qvl.checks.support.wording import some
-from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, Judge
 from pytest_qvl.models.adapters import ADAPTER_FILE, adapter_configs, chosen_adapter
-from pytest_qvl.models.sources.model_source import ModelSourceError, check_adapter
+from pytest_qvl.models.sources.model_source import (
+    ADAPTER_CONFIG,
+    ModelSourceError,
+    adapter_config,
+    check_adapter,
+)
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pytest_qvl.models.anatomy import Parts
 
-CONFIG_FILE = "adapter_config.json"
 # What decides how the matrices of a file are applied, and to what.
 _FIELDS = (
     "r",
@@ -48,7 +52,7 @@ def adapter_folder(parts: Parts, folder: Path) -> Path:
     if kind not in ("", "LORA"):
         raise CannotJudge(f"the adapter is {kind}; the files of LoRA are known only")
     for place in (folder, folder / adapter):
-        if (place / CONFIG_FILE).is_file() and (place / ADAPTER_FILE).is_file():
+        if (place / ADAPTER_CONFIG).is_file() and (place / ADAPTER_FILE).is_file():
             return place
     there = sorted(path.name for path in folder.iterdir())
     if others := [name for name in there if name.startswith("adapter_model.") and name != ADAPTER_FILE]:
@@ -56,13 +60,12 @@ def adapter_folder(parts: Parts, folder: Path) -> Path:
     if any(name.startswith("model") for name in there):
         raise CannotJudge(f"{folder} holds a whole model and no adapter")
     judge = Judge("adapter_roundtrip", "a checkpoint holds the adapter")
-    missing = [name for name in (CONFIG_FILE, ADAPTER_FILE) if not (folder / name).is_file()]
+    missing = [name for name in (ADAPTER_CONFIG, ADAPTER_FILE) if not (folder / name).is_file()]
     judge.problem(
         f"the checkpoint {folder} does not hold the adapter {adapter!r}: {' and '.join(missing)} missing, there are "
         f"{some(there) or 'no files'}; save with trainer.save_model or model.save_pretrained, in safetensors"
     )
-    judge.verdict()
-    raise AssertionError("unreachable")
+    raise CheckFailed(judge.close())
 
 
 def adapter_as_saved(parts: Parts, folder: Path, *, written: bool) -> Evidence:
@@ -151,7 +154,7 @@ def config_as_saved(parts: Parts, folder: Path) -> Evidence:
         CannotJudge: See :func:`adapter_folder`.
     """
     folder = adapter_folder(parts, folder)
-    saved = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    saved = adapter_config(folder)
     config = adapter_configs(parts)[chosen_adapter(parts)]
     judge = Judge("saved_config", "the saved configuration is that of the adapter in memory")
     off = [
@@ -163,7 +166,7 @@ def config_as_saved(parts: Parts, folder: Path) -> Evidence:
         "fields that differ",
         len(off),
         0,
-        else_say=f"{folder / CONFIG_FILE} is not the configuration of the adapter in memory: {some(off)}; whoever "
+        else_say=f"{folder / ADAPTER_CONFIG} is not the configuration of the adapter in memory: {some(off)}; whoever "
         "loads it applies the same matrices in another way",
     )
     return judge.verdict()
