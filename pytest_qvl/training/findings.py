@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from pytest_qvl.evidence import Evidence, printable
+from pytest_qvl.evidence import CheckFailed, Evidence, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,10 +49,7 @@ class Finding:
         return self.check, _NUMBER.sub("#", self.sentence)
 
     def __str__(self) -> str:
-        first, *more = self.evidence.problems
-        lines = [f"{self.check}, {self.moment}: {first}", *(f"also: {problem}" for problem in more[:7])]
-        lines += [f"note: {note}" for note in self.evidence.notes]
-        return printable("\n".join(lines))
+        return f"{self.check}, {self.moment}: {CheckFailed(replace(self.evidence, table=None))}"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for the record."""
