@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_qvl.vram.forecast.engine.allocator import (
     MIN_BLOCK,
+    Block,
     CachingAllocator,
     CardFullError,
     round_size,
@@ -78,23 +79,22 @@ def test_cached_segments_are_given_back_before_memory_runs_out() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 48 * MiB)), max_size=60))
 def test_blocks_never_overlap_and_everything_comes_back(steps: list[tuple[bool, int]]) -> None:
     allocator = CachingAllocator()
-    live: dict[int, int] = {}
+    live: dict[int, tuple[Block, int]] = {}
     for take, size in steps:
         if take or not live:
-            address = allocator.malloc(size)
-            live[address] = allocator.block_size(address)
-            assert size <= live[address] < size + MIN_BLOCK + 1 * MiB
+            block = allocator.malloc(size)
+            live[block.address] = block, block.size
+            assert size <= block.size < size + MIN_BLOCK + 1 * MiB
         else:
-            address = sorted(live)[size % len(live)]
-            allocator.free(address)
-            del live[address]
+            allocator.free(live.pop(sorted(live)[size % len(live)])[0])
         ends = [0]
-        for address, block in sorted(live.items()):
+        for address, (block, handed_out) in sorted(live.items()):
+            assert (block.address, block.size) == (address, handed_out)
             assert address >= ends[-1]
-            ends.append(address + block)
-        assert allocator.allocated == sum(live.values()) <= allocator.reserved
-    for address in live:
-        allocator.free(address)
+            ends.append(address + handed_out)
+        assert allocator.allocated == sum(handed_out for _, handed_out in live.values()) <= allocator.reserved
+    for block, _ in live.values():
+        allocator.free(block)
     allocator.empty_cache()
     assert (allocator.allocated, allocator.reserved) == (0, 0)
 

@@ -37,7 +37,7 @@ class CardFullError(Exception):
 
 def round_size(size: int) -> int:
     """``size`` rounded up to whole 512-byte units, at least one."""
-    return max(MIN_BLOCK, (size + MIN_BLOCK - 1) // MIN_BLOCK * MIN_BLOCK)
+    return -(-size // MIN_BLOCK) * MIN_BLOCK or MIN_BLOCK
 
 
 def segment_size(rounded: int) -> int:
@@ -50,7 +50,7 @@ def segment_size(rounded: int) -> int:
 
 
 class Block:
-    """A piece of a segment, handed out or free."""
+    """A piece of a segment, handed out or free; its size stays as it is while it is handed out."""
 
     __slots__ = ("address", "free", "next", "prev", "size", "small")
 
@@ -78,36 +78,17 @@ class CachingAllocator:
         self.allocated = 0
         self.reserved = 0
         self._next_address = 0
-        self._blocks: dict[int, Block] = {}
         # (size, address, block) sorted: the allocator takes the smallest block that fits, the lowest address among
         # equals.
         self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
 
-    def malloc(self, size: int) -> int:
-        """Allocate ``size`` bytes; returns the address, a key for :meth:`free` and :meth:`block_size`.
+    def malloc(self, size: int) -> Block:
+        """Allocate ``size`` bytes; returns the block, whose size is what ``memory_allocated`` counts for it.
 
         Raises:
             CardFullError: Above :attr:`limit`, even after giving cached segments back.
         """
-        block = self.take(size)
-        self._blocks[block.address] = block
-        return block.address
-
-    def block_size(self, address: int) -> int:
-        """Bytes of the block at ``address``: what ``memory_allocated`` counts for it."""
-        return self._blocks[address].size
-
-    def free(self, address: int) -> None:
-        """Return the block at ``address`` to the cache, merged with its free neighbours."""
-        self.give(self._blocks.pop(address))
-
-    def take(self, size: int) -> Block:
-        """As :meth:`malloc`, for whoever keeps the block.
-
-        Raises:
-            CardFullError: Above :attr:`limit`, even after giving cached segments back.
-        """
-        rounded = -(-size // MIN_BLOCK) * MIN_BLOCK or MIN_BLOCK  # round_size, which is called too often
+        rounded = round_size(size)
         small = rounded <= SMALL_SIZE
         pool = self._free[small]
         index = bisect_left(pool, (rounded, -1))
@@ -127,8 +108,8 @@ class CachingAllocator:
         self.allocated += block.size
         return block
 
-    def give(self, block: Block) -> None:
-        """As :meth:`free`, for a block that :meth:`take` returned."""
+    def free(self, block: Block) -> None:
+        """Return a block to the cache, merged with its free neighbours."""
         self.allocated -= block.size
         before, after = block.prev, block.next
         if before is not None and before.free:

@@ -237,22 +237,22 @@ def _replay(
 ) -> Replay:
     allocator = CachingAllocator(limit)
     blocks: list[Any] = [None] * trace.allocations
-    sizes = [0] * trace.allocations
     kinds = [0] * trace.allocations
     live = [0] * len(KINDS)
     phases: dict[str, PhaseBytes] = {}
     # What was live at the highest point of each phase.
     highest: dict[str, tuple[int, ...]] = {}
     now, own_name = PhaseBytes(""), ""
-    watches = False
+    watching: Watcher | None = None
     failure: Failure | None = None
     for code, number, asked, kind in trace.events:
         if code == FREE:
-            live[kinds[number]] -= sizes[number]
-            allocator.give(blocks[number])
+            block = blocks[number]
+            live[kinds[number]] -= block.size
+            allocator.free(block)
         elif code == RELABEL:
-            live[kinds[number]] -= sizes[number]
-            live[kind] += sizes[number]
+            live[kinds[number]] -= blocks[number].size
+            live[kind] += blocks[number].size
             kinds[number] = kind
         elif code == _EMPTY_CACHE:
             allocator.empty_cache()
@@ -260,24 +260,24 @@ def _replay(
         else:  # all that a peak can come with: a phase begins with what the one before left
             if code == ALLOC:
                 try:
-                    block = allocator.take(asked)
+                    block = allocator.malloc(asked)
                 except CardFullError as error:
                     failure = Failure(own_name, error.requested)
                     break
-                blocks[number], sizes[number], kinds[number] = block, block.size, kind
+                blocks[number], kinds[number] = block, kind
                 live[kind] += block.size
             else:
                 name = trace.phases[number]
                 own_name = trace.phases[kind - 1] if kind else name
                 now.end_allocated = allocator.allocated
                 now = phases.setdefault(name, PhaseBytes(name, start_allocated=allocator.allocated))
-                watches = watch is not None and (watched is None or name in watched)
+                watching = watch if watched is None or name in watched else None
             if allocator.allocated > now.peak_allocated:
                 now.peak_allocated = allocator.allocated
                 highest[now.name] = tuple(live)
             now.peak_reserved = max(now.peak_reserved, allocator.reserved)
-        if watches and watch is not None:
-            watch(now.name, tuple(live))
+        if watching is not None:
+            watching(now.name, tuple(live))
     now.end_allocated = allocator.allocated
     for name, phase in phases.items():
         phase.by_kind = dict(zip(KINDS, highest[name], strict=True))
