@@ -325,6 +325,13 @@ def _taken_limits(factors: Factors, weight: torch.Tensor, start: int, coarse: to
     return limit.add_((_lengths(left, right) * (2 * 2 * factors.taken * 2.0**-24) + factors.taken_error)[:, None])
 
 
+def whole_blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
+    """Runs of rows of a weight, each from the start of a block of NF4, as many as stay in the cache."""
+    aligned = BLOCK // math.gcd(BLOCK, columns)
+    step = aligned * max(1, AT_ONCE // (aligned * columns))
+    yield from ((start, min(rows, start + step)) for start in range(0, rows, step))
+
+
 def outside_cells(factors: Factors | None, base: Place, merged: Place) -> int:
     """How many elements of ``M - ΔW`` would be packed into other codes than the 4-bit base has, whatever rounding did.
 
@@ -342,14 +349,11 @@ def outside_cells(factors: Factors | None, base: Place, merged: Place) -> int:
 
     rows, columns = base.weights.shape(base.name)
     coarse = coarser(base, merged)
-    aligned = BLOCK // math.gcd(BLOCK, columns)
-    step = aligned * max(1, AT_ONCE // (aligned * columns))
     added = torch.zeros(rows) if factors is None else added_limits(factors, coarse)
     outside = 0
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
+    for start, stop in whole_blocks(rows, columns):
         stored = merged.rows(start, stop)
-        limit = limits_of(stored.to(coarse), coarse, added[start:stop], dora=False)
+        limit = limits_of(stored, coarse, added[start:stop], dora=False)
         if factors is not None:
             stored = stored - (factors.left[start:stop] * factors.scaling) @ factors.right
         least, most = base.weights.cells(base.name, start, stop)

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qvl.preflight.merged import AT_ONCE, Place, added_limits, coarser, limits_of, squares
+from pytest_qvl.preflight.merged import Place, added_limits, coarser, limits_of, squares, whole_blocks
 from pytest_qvl.preflight.rounding import BLOCK, through_nf4
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ class PackedProof:
         du: Sum of D * ΔW.
         uu: Sum of ΔW**2.
         apart: Sum of squares of M less what each way of :data:`WAYS` makes.
-        same: How many elements are the base's.
     """
 
     module: str
@@ -53,7 +52,6 @@ class PackedProof:
     du: float
     uu: float
     apart: tuple[float, ...]
-    same: int
 
     @property
     def way(self) -> str:
@@ -77,13 +75,10 @@ def prove_packed(update: Update, factors: Factors, base: Place, merged: Place) -
     import torch
 
     rows, columns = merged.weights.shape(merged.name)
-    aligned = BLOCK // math.gcd(BLOCK, columns)
-    step = aligned * max(1, AT_ONCE // (aligned * columns))
-    totals, same = torch.zeros(5, dtype=torch.float64), 0
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
+    packed = base.weights.is_packed(base.name)
+    totals = torch.zeros(5, dtype=torch.float64)
+    for start, stop in whole_blocks(rows, columns):
         weight, stored = base.rows(start, stop), merged.rows(start, stop)
-        packed = base.weights.is_packed(base.name)
         reference = weight if packed else through_nf4(weight.bfloat16().float(), torch.float32)
         added = factors.rows(reference if packed else weight, start)
         change = stored - reference
@@ -93,11 +88,10 @@ def prove_packed(update: Update, factors: Factors, base: Place, merged: Place) -
             [_sum(change, change), _sum(change, added), _sum(added, added), *(squares(stored - way) for way in ways)],
             dtype=torch.float64,
         )
-        same += change.numel() - int(change.count_nonzero())
     for place in (base, merged):
         place.weights.close(place.name)
     dd, du, uu, *apart = totals.tolist()
-    return PackedProof(update.module, rows * columns, dd, du, uu, tuple(apart), same)
+    return PackedProof(update.module, rows * columns, dd, du, uu, tuple(apart))
 
 
 def _sum(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -130,7 +124,7 @@ def packed_before(factors: Factors, base: Place, merged: Place) -> str:
         return ""
     dtype = coarser(base, merged)
     weight, stored = base.rows(0, rows).to(dtype), merged.rows(0, rows)
-    limit = limits_of(stored.to(dtype), dtype, added_limits(factors, dtype), dora=False)
+    limit = limits_of(stored, dtype, added_limits(factors, dtype), dora=False)
     fitting: dict[float, str] = {}
     for kind in ("nf4", "fp4"):
         for double in (False, True):
