@@ -154,6 +154,11 @@ class Subject:
         return find_updates(self)
 
     @cached_property
+    def lonely_biases(self) -> list[str]:
+        """What biases of B would be added to, where the layers have no bias: PEFT does not merge such an adapter."""
+        return [name for name in self.updates.biases if name not in self.weights]
+
+    @cached_property
     def weights(self) -> Weights:
         """The base's weights, of which any part can be read; empty where only headers are here."""
         from pytest_qvl.preflight.weights import Weights

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Group
     from pytest_qvl.preflight.files.headers import Tensor
     from pytest_qvl.preflight.subject import Subject
-    from pytest_qvl.preflight.weights import Weights
 
 _PAIRS = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B"}
 
@@ -179,10 +178,6 @@ class Updates:
     copies: Mapping[str, Tensor]
     token_rows: Mapping[str, Tensor]
     beyond: Mapping[str, str]
-
-    def lonely_biases(self, weights: Weights) -> list[str]:
-        """What biases of B would be added to, where the layers have no bias: PEFT does not merge such an adapter."""
-        return [name for name in self.biases if name not in weights]
 
     @cached_property
     def not_at_hand(self) -> dict[str, list[str]]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 7
-UNMERGED = "serve base and adapter unmerged, or merge and save in float32"
+SERVE = "serve base and adapter unmerged"
+UNMERGED = f"{SERVE}, or merge and save in float32"
 AGAIN = "merge again onto the 16-bit base with PeftModel.merge_and_unload, and save with save_pretrained"
 _ADAPTERS = (".lora_", ".base_layer.", "base_model.model.", ".modules_to_save.", ".token_adapter.")
 _COMPUTED = ("inv_freq", "position_ids")  # buffers that earlier releases saved
@@ -168,13 +169,13 @@ def odd_of(case: Case) -> Iterator[Finding]:
 
 def lonely_biases(case: Case) -> Iterator[Finding]:
     """Biases of B that the merged checkpoint has no place for."""
-    lonely = [n for n in case.subject.updates.lonely_biases(case.subject.weights) if n not in case.there]
+    lonely = [name for name in case.subject.lonely_biases if name not in case.there]
     if lonely:
         yield case.red(
             "biases-lost", f"{len(lonely)} biases of B (lora_bias) are not in the merged checkpoint: {some(lonely)}",
             cause="these layers have no bias that they could be added to; PEFT refuses to merge such an adapter, so "
             "what merged it left them out",
-            fix="serve base and adapter unmerged",
+            fix=SERVE,
         )  # fmt: skip
 
 
@@ -215,10 +216,7 @@ class Rest:
         subject, there = self.case.subject, self.case.there
         copy = subject.updates.copies.get(name)
         source = copy or subject.weights[name if name in subject.weights else self.case.embeddings]
-        if copy is None and subject.weights.is_packed(name) and not there.is_packed(name):
-            self._compare_unpacked(name)
-            return
-        if copy is None and there.is_packed(name) and not subject.weights.is_packed(name):
+        if copy is None and subject.weights.is_packed(name) != there.is_packed(name):
             self._compare_unpacked(name)
             return
         if source.shape != there[name].shape:

@@ -162,7 +162,7 @@ def _work(case: Case) -> _Work:
     for module, reason in case.unread.items():
         work.left_out.setdefault(f"the adapter's tensors are not read there: {reason}", []).append(module)
     for module, update in {**subject.updates.pairs, **subject.updates.biases}.items():
-        if module in subject.updates.lonely_biases(subject.weights):
+        if module in subject.lonely_biases:
             continue  # said by itself
         name = module if module in subject.updates.biases else weight_name(subject, module)
         other = f"{module}.weight" if f"{module}.weight" in case.there else name

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.packed_merge import WAYS, PackedProof, kept, prove_packed
-from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case
+from pytest_qvl.preflight.questions.merge_files import AGAIN, SERVE, Case
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.merged import Place
@@ -70,7 +70,7 @@ def _lost(case: Case, low: Sequence[PackedProof], whole: int) -> Finding:
             "merge-lost-most", f"{line}, {WAYS['in place']}: {names}",
             cause="PEFT's merge_and_unload of a Linear4bit packs the sum into NF4 again, whose steps are so wide that "
             "most weights stay where they stand",
-            fix=f"{AGAIN}, and quantize that; or {UNMERGED.partition(',')[0]}",
+            fix=f"{AGAIN}, and quantize that; or {SERVE}",
         )  # fmt: skip
     return case.red(
         "not-merged", f"{line}, and are the base's: {names}",

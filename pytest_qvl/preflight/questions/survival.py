@@ -20,7 +20,7 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, some
-from pytest_qvl.preflight.questions.merge_files import UNMERGED
+from pytest_qvl.preflight.questions.merge_files import SERVE, UNMERGED
 from pytest_qvl.preflight.survey import pooled
 from pytest_qvl.preflight.timing import one_thread
 
@@ -52,11 +52,11 @@ def answer(subject: Subject) -> Iterator[Finding]:
     else:
         with one_thread():
             yield _predicted(subject)
-        if lonely := subject.updates.lonely_biases(subject.weights):
+        if lonely := subject.lonely_biases:
             yield Finding(
                 NUMBER, "cannot-merge", "not judged",
                 f"no merge was given to judge, and PEFT refuses to make one: {len(lonely)} biases of B (lora_bias) "
-                f"have no bias to be added to: {some(lonely)}", fix="serve base and adapter unmerged",
+                f"have no bias to be added to: {some(lonely)}", fix=SERVE,
             )  # fmt: skip
 
 
