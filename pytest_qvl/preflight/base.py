@@ -45,8 +45,8 @@ SMALL_FILES = (
 # Keys by which a configuration asks for code of its own, or for kernels from the hub.
 _CODE = frozenset({"auto_map", "custom_pipelines"})
 _CODE_ENDS = ("_implementation", "_implementation_internal")
-_EDITED = "config.json was edited, or belongs to another model"
-_PUT_BACK = "put back the config.json that the weights were saved with"
+EDITED = "config.json was edited, or belongs to another model"
+PUT_BACK = "put back the config.json that the weights were saved with"
 _DROPPED = frozenset({"quantization_config", "torch_dtype", "dtype"})
 
 
@@ -100,8 +100,8 @@ class Base:
             raise SettingError(
                 f"config.json of {self.label} is none that Transformers {transformers.__version__} takes: "
                 f"{neutral(_one_line(error), 200)}",
-                cause=_EDITED,
-                fix=_PUT_BACK,
+                cause=EDITED,
+                fix=PUT_BACK,
             ) from None
 
     def skeleton(self) -> Parts:
@@ -126,8 +126,8 @@ class Base:
         except Exception as error:
             raise SettingError(
                 f"no model can be built from config.json of {self.label}: {neutral(_one_line(error), 200)}",
-                cause=_EDITED,
-                fix=_PUT_BACK,
+                cause=EDITED,
+                fix=PUT_BACK,
             ) from None
         return anatomy(model)
 

@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 NUMBER = 5
 _red = partial(red, NUMBER)
-RUNS, LENGTH = (
-    4,
-    4096,
-)  # runs of elements of each tensor, evenly from its first to its last; a smaller one is read whole
+# Runs of elements of each tensor, evenly from its first to its last; a smaller one is read whole.
+RUNS, LENGTH = 4, 4096
 
 
 def values(subject: Subject) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.sources.loading import compared_with, has_tied_head
 from pytest_qvl.preflight import skip_rules
+from pytest_qvl.preflight.base import EDITED, PUT_BACK
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, neutral, some
@@ -20,7 +21,6 @@ from pytest_qvl.preflight.questions.base_values import values
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
 from pytest_qvl.preflight.refusals import split_fix
 from pytest_qvl.preflight.timing import patience
-from pytest_qvl.preflight.weights import Weights
 from pytest_qvl.vram.forecast.runnable import why_not_runnable
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ def _runs(subject: Subject) -> Iterator[Finding]:
     if said := why_not_runnable(subject.base.config):
         yield _red(
             subject, "cannot-run", f"no model runs with config.json of {subject.base.label}: {neutral(said, 300)}",
-            cause="config.json was edited, or belongs to another model",
-            fix="put back the config.json that the weights were saved with",
+            cause=EDITED, fix=PUT_BACK,
         )  # fmt: skip
 
 
@@ -96,7 +95,7 @@ def _packed_without_configuration(subject: Subject) -> Iterator[Finding]:
 
 def _integers_without_configuration(subject: Subject) -> Iterator[Finding]:
     """Parameters that are stored as whole numbers, or as floating point of 8 bits, and nothing says by which scale."""
-    weights = Weights(subject.base.tensors)
+    weights = subject.weights
     names = [name for name, _ in subject.parts.base.named_parameters() if name in weights]
     odd = [name for name in names if weights[name].dtype not in FLOATS and not weights.is_packed(name)]
     if odd and not without_state(subject.base.tensors):
