@@ -49,6 +49,11 @@ class Adapter:
     folder: Folder | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def init(self) -> Any:
+        """``init_lora_weights`` as it was saved, which :meth:`lora_config` leaves out."""
+        return self.fields.get("init_lora_weights")
+
     def lora_config(self) -> Any:
         """The ``peft.LoraConfig`` that PEFT makes of it, without what would import modules or load other data.
 

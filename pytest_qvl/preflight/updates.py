@@ -265,7 +265,7 @@ def _pair(subject: Subject, module: str, parts: Mapping[str, Tensor]) -> Update 
 def _started(subject: Subject, update: Update, module: Any) -> Update:
     """With what its start took out of the base."""
     assert subject.adapter is not None
-    init = subject.adapter.fields.get("init_lora_weights")
+    init = subject.adapter.init
     if taking(init) is None:
         return update
     name = f"{update.module}.weight"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.preflight.commands import red
-from pytest_qvl.preflight.findings import Finding, neutral
+from pytest_qvl.preflight.findings import Finding, neutral, some
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
@@ -57,7 +57,7 @@ def _alpha(subject: Subject) -> Iterator[Finding]:
 def _start(subject: Subject) -> Iterator[Finding]:
     """An adapter that was trained beside weights which the base does not have, and no load makes again."""
     assert subject.adapter is not None
-    start = subject.adapter.fields.get("init_lora_weights")
+    start = subject.adapter.init
     how = next((words for name, words in _STARTS.items() if isinstance(start, str) and name.fullmatch(start)), "")
     if how:
         yield _red(
@@ -98,12 +98,7 @@ def _wrong_ids(ids: Any, rows: int) -> str:
         return f"is {neutral(repr(ids), 80)} and no list of token ids"
     twice = sorted(i for i, count in Counter(ids).items() if count > 1)
     negative, beyond = sorted(i for i in ids if i < 0), sorted(i for i in ids if i >= rows)
-    said = [f"{_ids(negative)}, and ids start at 0"] if negative else []
-    said += [f"{_ids(beyond)}, and the embedding has {rows} rows"] if beyond else []
-    said += [f"{_ids(twice)} twice, and only one of the rows can count"] if twice else []
+    said = [f"{some(map(str, negative))}, and ids start at 0"] if negative else []
+    said += [f"{some(map(str, beyond))}, and the embedding has {rows} rows"] if beyond else []
+    said += [f"{some(map(str, twice))} twice, and only one of the rows can count"] if twice else []
     return f"names {'; '.join(said)}" if said else ""
-
-
-def _ids(found: Sequence[int]) -> str:
-    shown = ", ".join(str(i) for i in found[:3])
-    return shown + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight import naming
@@ -70,11 +70,6 @@ class Case:
     def is_tied(self) -> bool:
         """Whether the merged checkpoint does, by its configuration."""
         return has_tied_head(self.parts)
-
-    @property
-    def init(self) -> Any:
-        """``init_lora_weights`` of the adapter."""
-        return self.subject.adapter and self.subject.adapter.fields.get("init_lora_weights")
 
     @cached_property
     def expected(self) -> list[str]:

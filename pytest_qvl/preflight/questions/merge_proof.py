@@ -272,7 +272,8 @@ def _misfit(case: Case, verdict: str, judged: Sequence[_Judged], whole: int) -> 
             "start-left-in",
             f"{line} hold W + s B A and not W - P + s B A: what the adapter's start took out of the base is still in "
             f"them: {some(names)}",
-            cause=f"init_lora_weights is {case.init!r}, and what merged it took A and B for plain LoRA",
+            cause=f"init_lora_weights is {case.subject.saved_adapter().init!r}, and what merged it took A and B for "
+            "plain LoRA",
             fix=f"merge with PEFT, which takes that part out when it loads the adapter, or {CONVERT}",
         )  # fmt: skip
     if verdict == "other":

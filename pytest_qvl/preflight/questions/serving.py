@@ -98,7 +98,7 @@ def _is_plain(key: Key) -> bool:
 
 def _unsupported(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
     assert subject.adapter is not None
-    config, init = subject.lora, subject.adapter.fields.get("init_lora_weights")
+    config, init = subject.lora, subject.adapter.init
     asked = {
         "use_dora": config.use_dora,
         "modules_to_save": config.modules_to_save,
