@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.findings import Finding
-from pytest_qvl.preflight.merged import compare
+from pytest_qvl.preflight.merged import same_values
 from pytest_qvl.releases import installed
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def has_own_head(weights: Weights, head: str, table: str) -> bool:
     """
     if head not in weights or table not in weights or weights[head].shape != weights[table].shape:
         return False
-    return not (weights.is_packed(head) or weights.is_packed(table)) and bool(
-        compare(head, weights[table], weights[head]).changed
-    )
+    if weights.is_packed(head) or weights.is_packed(table):
+        return False
+    return not same_values(weights[table], weights[head])
 
 
 def tied_over(number: int, subject: Subject, who: str) -> Finding:

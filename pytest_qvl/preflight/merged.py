@@ -116,6 +116,21 @@ def compare(
     return Same(name, one.numel, bytes_equal, changed, cast, bad)
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same values, whatever dtypes hold them; read up to what differs.
+
+    Raises:
+        ModelSourceError: A file has become shorter.
+    """
+    import torch
+
+    same_kind = one.dtype == other.dtype
+    return all(
+        (same_kind and torch.equal(_bits(first), _bits(second))) or torch.equal(first.double(), second.double())
+        for _, first, second in _side_by_side(one, other)
+    )
+
+
 def _side_by_side(one: Tensor, other: Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     columns = max(1, math.prod(one.shape[1:]))
     step = max(1, _CACHED // (columns * max(1, one.nbytes // max(1, one.numel))))

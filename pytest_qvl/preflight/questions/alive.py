@@ -31,6 +31,7 @@ from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS, pieces
 from pytest_qvl.preflight.findings import Finding, counted, some
+from pytest_qvl.preflight.merged import same_values
 from pytest_qvl.preflight.starts import CONVERT
 from pytest_qvl.preflight.timing import one_thread
 
@@ -260,14 +261,7 @@ def _is_asked_for(name: str, asked: Sequence[str]) -> bool:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    import torch
-
-    if one.shape != other.shape or other.dtype not in FLOATS:
-        return False
-    width = max(one.nbytes, other.nbytes) // max(1, one.numel)
-    step = max(1, 2**22 // max(1, width)) * width
-    sides = (pieces(t, step * t.nbytes // max(one.nbytes, other.nbytes)) for t in (one, other))
-    return all(torch.equal(a.double(), b.double()) for (_, a), (_, b) in zip(*sides, strict=True))
+    return one.shape == other.shape and other.dtype in FLOATS and same_values(one, other)
 
 
 def _size(subject: Subject, sound: Sequence[Update], *, green: bool) -> Iterator[Finding]:
