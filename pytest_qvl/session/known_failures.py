@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,6 +16,7 @@ from pytest_qvl.session.targets import target_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from datetime import date
 
     from pytest_qvl.options import Settings
     from pytest_qvl.records.known_failures import KnownFailure
@@ -44,20 +45,10 @@ class KnownFailureMarks:
         shipped = [item for item in items if is_shipped(item)]
         for entry in self._entries:
             meant = [item for item in shipped if self._means(entry, item)]
-            self._builder.known[entry.expected] = self._state(entry, today, meant, any_shipped=bool(shipped))
-            if entry.expired(today) or not entry.versions_hold():
-                continue
-            for item in meant:
+            state = _state(entry, today, meant, any_shipped=bool(shipped))
+            self._builder.known[entry.expected] = state
+            for item in meant if state == "not run" else ():
                 item.add_marker(pytest.mark.xfail(reason=entry.expected, strict=True, raises=CheckFailed))
-
-    def _state(
-        self, entry: KnownFailure, today: Any, meant: Sequence[pytest.Item], *, any_shipped: bool
-    ) -> KnownFailureState:
-        if entry.expired(today):
-            return "expired"
-        if not entry.versions_hold():
-            return "does not apply"
-        return "not run" if meant or not any_shipped else "unmatched"
 
     def _means(self, entry: KnownFailure, item: pytest.Item) -> bool:
         target = target_of(item)
@@ -68,6 +59,15 @@ class KnownFailureMarks:
     def _cards(self) -> tuple[str, ...]:
         simulated = () if self._settings.card is None else (self._settings.card.name,)
         return (*simulated, *_gpus())
+
+
+def _state(entry: KnownFailure, today: date, meant: Sequence[pytest.Item], *, any_shipped: bool) -> KnownFailureState:
+    """What is known of an entry before tests run; those that it means are "not run" yet."""
+    if entry.expired(today):
+        return "expired"
+    if not entry.versions_hold():
+        return "does not apply"
+    return "not run" if meant or not any_shipped else "unmatched"
 
 
 def _told_apart(entries: Iterable[KnownFailure]) -> Iterator[KnownFailure]:
