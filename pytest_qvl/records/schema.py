@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import reduce
+from functools import cache, reduce
 from importlib.resources import files
 from operator import getitem
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,9 @@ NAMES = {
 LONGEST = 60  # characters of a value that a message shows
 
 
+@cache
 def schema_of(version: int, newest: int) -> dict[str, Any]:
-    """The schema of a version of the record; the newest one's file has no number."""
+    """The schema of a version of the record; the newest one's file has no number; not to be changed."""
     name = "record.schema.json" if version == newest else f"record-{version}.schema.json"
     found: dict[str, Any] = json.loads(files("pytest_qvl").joinpath("report", name).read_text(encoding="utf-8"))
     return found

@@ -73,6 +73,7 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise RecordError(f"{path} is no JSON: name a file that --qvl-record wrote") from None
     found = as_newest(data, str(path))
+    # A null that `as_newest` reads like a later key that is missing is not held to the schema.
     told = {key: value for key, value in data.items() if value is not None or LATER.get(key, value) is not None}
     if problem := misfit(told, schema_of(int(data["schema"].rpartition("/")[2]), NEWEST)):
         raise RecordError(f"{path}: {problem}: it was cut short or edited; run again")
