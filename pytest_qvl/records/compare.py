@@ -14,7 +14,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.evidence import show
-from pytest_qvl.records.stored import RecordError, subject, targets, verdicts
+from pytest_qvl.records.stored import RecordError, subject, targets, told, verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -243,9 +243,8 @@ def _changes(key: Key, old: Verdict | None, new: Verdict | None, *, selected: bo
 
 
 def _value(figure: Figure) -> str:
-    return f"{show(figure.value)} {figure.unit}".rstrip() + (
-        f" ({figure.relation} {show(figure.limit)})" if figure.relation else ""
-    )
+    limit = f" ({figure.relation} {show(figure.limit)})" if figure.relation else ""
+    return f"{show(figure.value)} {figure.unit}".rstrip() + limit
 
 
 def _said(verdict: Verdict) -> str:
@@ -354,7 +353,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], renamed: dict[str, str
         was, now = subject(old, name), subject(new, other)
         for key in was.keys() & now.keys() - {"target", "device", "backend", "model", "family"}:
             if was[key] is not None and now[key] is not None:
-                yield from _differs(f"{key} of {other}", _flat(was[key]), _flat(now[key]))
+                yield from _differs(f"{key} of {other}", told(was[key]), told(now[key]))
 
 
 def _differs(name: str, old: Any, new: Any) -> Iterator[str]:
@@ -364,9 +363,3 @@ def _differs(name: str, old: Any, new: Any) -> Iterator[str]:
 
 def _gpus(environment: dict[str, Any]) -> str:
     return ", ".join(dict.fromkeys(gpu["name"] for gpu in environment["gpus"])) or "none"
-
-
-def _flat(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {show(each)}" for key, each in value.items())
-    return str(value)

@@ -11,7 +11,7 @@ from pytest_qvl.evidence import show
 from pytest_qvl.promises import PROMISES, promise_number
 from pytest_qvl.records.explain import faults_of, links
 from pytest_qvl.records.remedies import REMEDIES
-from pytest_qvl.records.stored import subject, targets, verdicts
+from pytest_qvl.records.stored import subject, targets, told, verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -204,11 +204,11 @@ def _sentence(record: dict[str, Any], shown: Sequence[Target], failures: Sequenc
 
 
 def _rows(record: dict[str, Any], target: str, found: Sequence[Verdict]) -> Iterator[Row]:
-    told = {one["number"]: one["state"] for one in record["promises"] if one["target"] == target}
+    stated = {one["number"]: one["state"] for one in record["promises"] if one["target"] == target}
     for promise in PROMISES:
         own = [one for one in found if one.target == target and promise_number(one.check) == promise.number]
         states = [one.state for one in own]
-        state = told.get(promise.number) or next((state for state in ORDER if state in states), "not run")
+        state = stated.get(promise.number) or next((state for state in ORDER if state in states), "not run")
         why = dict.fromkeys(f"{one.check}: {one.says}" for one in own if one.state != "kept")
         yield Row(promise.number, promise.title, state, tuple(why), _weakest(own))
 
@@ -291,10 +291,7 @@ def _card(record: dict[str, Any]) -> tuple[str, float] | None:
 def _subject_facts(record: dict[str, Any], target: str) -> Iterator[tuple[str, str]]:
     for name, value in subject(record, target).items():
         if name != "target" and value is not None:
-            yield (
-                name,
-                ", ".join(f"{key} {show(one)}" for key, one in value.items()) if isinstance(value, dict) else value,
-            )
+            yield name, told(value)
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, tuple[tuple[str, str], ...]]]:

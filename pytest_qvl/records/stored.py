@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.evidence import Figure, Table
+from pytest_qvl.evidence import Figure, Table, show
 from pytest_qvl.records.schema import misfit, schema_of
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def read_record(path: Path) -> dict[str, Any]:
         raise RecordError(f"{path} is no JSON: name a file that --qvl-record wrote") from None
     found = as_newest(data, str(path))
     # A null that `as_newest` reads like a later key that is missing is not held to the schema.
-    told = {key: value for key, value in data.items() if value is not None or LATER.get(key, value) is not None}
-    if problem := misfit(told, schema_of(int(data["schema"].rpartition("/")[2]), NEWEST)):
+    given = {key: value for key, value in data.items() if value is not None or LATER.get(key, value) is not None}
+    if problem := misfit(given, schema_of(int(data["schema"].rpartition("/")[2]), NEWEST)):
         raise RecordError(f"{path}: {problem}: it was cut short or edited; run again")
     return found
 
@@ -154,3 +154,8 @@ def targets(record: dict[str, Any]) -> list[str]:
 def subject(record: dict[str, Any], target: str) -> dict[str, Any]:
     """What a target's tests were run on; empty where the record does not say."""
     return next((one for one in record["subjects"] if one["target"] == target), {})
+
+
+def told(fact: Any) -> str:
+    """What a subject says of one thing, as text: a digest, or several settings with their names."""
+    return ", ".join(f"{name} {show(one)}" for name, one in fact.items()) if isinstance(fact, dict) else str(fact)
