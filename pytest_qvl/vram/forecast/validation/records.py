@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.outputs import replace_file
 from pytest_qvl.releases import installed
 from pytest_qvl.vram.forecast.request import Request, Sample
 
@@ -36,11 +36,13 @@ def read_record(path: Path, schema: str) -> dict[str, Any]:
 
 
 def write_record(path: Path, data: dict[str, Any]) -> None:
-    """Write a file at once: whoever reads it meets the old one or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    """Write a file at once: whoever reads it meets the old one or the new one, never half of one.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if problem := replace_file(path, json.dumps(data, indent=1) + "\n"):
+        raise OSError(problem)
 
 
 def digest(path: Path) -> str:
