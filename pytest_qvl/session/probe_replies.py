@@ -46,7 +46,7 @@ class ProbeReplies:
     def ask_full(self, model: Any, processor: Any, samples: Sequence[Sample]) -> None:
         """Let the full-precision model reply, while it is there."""
         self._full = {}
-        with suppress(Exception):  # a report that lacks replies says so; whether the model works is for checks to judge
+        with suppress(Exception):  # checks judge whether the model works; a report shows the replies that there are
             self._full = replies_of(model, processor, chosen(samples), adapted=False)
 
     @pytest.hookimpl(wrapper=True)
