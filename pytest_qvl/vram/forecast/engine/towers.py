@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -84,12 +84,9 @@ def _tower(
 ) -> Tower:
     around = surroundings(kinds)
     runs = chosen(kinds, must_run)
-    first: dict[Any, int] = {}
-    for index in runs:
-        first.setdefault(around[index], index)
     stands_for: dict[int, tuple[int, ...]] = {}
     for index in sorted(set(range(len(kinds))) - set(runs)):
-        stand_in = first[around[index]]
+        stand_in = around.index(around[index])  # the first of each surroundings runs
         stands_for[stand_in] = (*stands_for.get(stand_in, ()), index)
     return Tower(owner, layers, runs, stands_for)
 
