@@ -163,7 +163,6 @@ class DryRunStage:
         repeats: Layers that do not run.
     """
 
-    repeats: Repeats
     autocast_device = "cpu"  # tensors without data say that they are there
 
     def __init__(self, recorder: Recorder, *, scaled: bool) -> None:

@@ -129,7 +129,6 @@ class Repeats:
         self._start = 0
         self._marks: list[tuple[int, Segment | None]] = []
         self._gradients: dict[tuple[int, int, int], int] = {}
-        self._active = False
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
@@ -138,13 +137,11 @@ class Repeats:
         Raises:
             NotRepeatingError: What a layer did cannot be written down for the others.
         """
-        self._active = bool(self._towers)
         self._begin()
         handles = [hook for index, tower in enumerate(self._towers) for hook in _ShortTower(index, tower, self).hooks()]
         try:
             yield
         finally:
-            self._active = False
             for handle in handles:
                 handle.remove()
         self.complete()
@@ -155,7 +152,7 @@ class Repeats:
 
     def fill_gradients(self) -> None:
         """Parameters of layers that did not run get the gradients that they would have."""
-        for index, tower in enumerate(self._towers if self._active else ()):
+        for index, tower in enumerate(self._towers):
             for stand_in, missing in tower.stands_for.items():
                 own = [(name, p.grad) for name, p in tower.layers[stand_in].named_parameters() if p.grad is not None]
                 for layer in missing:
@@ -220,7 +217,6 @@ class _Writing:
         # Of every layer's segments the numbers of their allocations.
         self._numbers: dict[Segment, list[int]] = {}
         self._patterns: dict[Segment, _Pattern] = {}
-        self._freed: set[int] = set()
 
     def write(self, segments: list[tuple[Segment | None, list[Event]]]) -> None:
         """Write down all layers.
@@ -260,13 +256,13 @@ class _Writing:
             distance = self._distance(segment, made_in)
             if segment is not None and distance is not None:
                 number = self._numbers[made_in._replace(layer=segment.layer + distance)][nth]
-                self._append((code, number, size, kind))
+                self.events.append((code, number, size, kind))
                 continue
             # Later than the layers: what is freed of one is freed of those that it stands for.
-            self._append(event)
+            self.events.append(event)
             for layer in self._towers[made_in.tower].stands_for.get(made_in.layer, ()):
                 if (made_in.tower, layer, number) not in self._gradients:
-                    self._append((code, self._numbers[made_in._replace(layer=layer)][nth], size, kind))
+                    self.events.append((code, self._numbers[made_in._replace(layer=layer)][nth], size, kind))
 
     def _pattern(self, segment: Segment, events: list[Event]) -> _Pattern:
         """What a layer did that stands for others, in terms of its own and its neighbours' allocations."""
@@ -308,16 +304,9 @@ class _Writing:
                 own.append(number)
             elif nth < len(of[whose]):
                 number = of[whose][nth]
-                if code == FREE:
-                    self._freed.add(number)
             else:
                 raise NotRepeatingError("a layer changes what its neighbour has not")
             add((code, number, size, kind))
-
-    def _append(self, event: Event) -> None:
-        if event[0] == FREE:
-            self._freed.add(event[1])
-        self.events.append(event)
 
     def _distance(self, segment: Segment | None, other: Segment) -> int | None:
         """Layers that ran between two segments' of one tower, in order; ``None`` unless they are the same or next."""
@@ -333,7 +322,7 @@ class _Writing:
         kept = set(self._gradients.values())
         if not kept <= missing:
             raise NotRepeatingError("a gradient was not made by its layer's backward")
-        if not missing - self._freed <= kept:
+        if not missing - {number for code, number, _, _ in self.events if code == FREE} <= kept:
             raise NotRepeatingError("a layer leaves something behind")
 
 
