@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     processor = load_processor(options.model)  # AutoProcessor, with or without torchvision
     base = load_base(options.model, options.mistake)
-    early = torch.optim.AdamW(base.parameters(), lr=2e-4)
+    early = torch.optim.AdamW(base.parameters(), lr=2e-4) if options.mistake == "early-optimizer" else None
     targets = SEVEN_NAMES if options.mistake == "leaky-targets" else LANGUAGE_ONLY
     rows = scenes(seed=1, per_skill=4)
 
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> None:
         data_collator=lambda numbers: collate(processor, [rows[n["images"]] for n in numbers], options.mistake),
         processing_class=processor,
         peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"),
-        optimizers=(early, None) if options.mistake == "early-optimizer" else (None, None),
+        optimizers=(early, None),
         callbacks=[Guard(vision_gradients="spare")],
     )
     if options.mistake is None and (reason := loss_cannot_run()):  # the guard stops a mistake before the loss
@@ -89,10 +89,12 @@ def loss_cannot_run() -> str:
 
     trl 1.15 computes it by a Triton kernel alone; earlier releases by torch, later ones by either.
     """
-    function = getattr(utils, "_ChunkedLogProbFunction", utils)
+    if not hasattr(utils, "_ChunkedLogProbFunction"):
+        return ""
+    function = utils._ChunkedLogProbFunction
     if function is None:
         return "this release of trl computes the loss by a Triton kernel, and Triton is not installed"
-    kernel = vars(sys.modules[function.__module__]) if hasattr(function, "__module__") else {}
+    kernel = vars(sys.modules[function.__module__])
     if "triton" in kernel and "_use_triton" not in kernel and not torch.cuda.is_available():
         return "this release of trl computes the loss by a Triton kernel, which needs a GPU, and torch sees none"
     return ""

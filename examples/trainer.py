@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     processor = load_processor(options.model)  # AutoProcessor, with or without torchvision
     base = load_base(options.model, options.mistake)
-    early = torch.optim.AdamW(base.parameters(), lr=2e-4)
+    early = torch.optim.AdamW(base.parameters(), lr=2e-4) if options.mistake == "early-optimizer" else None
     targets = SEVEN_NAMES if options.mistake == "leaky-targets" else LANGUAGE_ONLY
     lora = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base, lora)
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         train_dataset=scenes(seed=1, per_skill=4),
         data_collator=lambda rows: collate(processor, rows, options.mistake),
         processing_class=processor,
-        optimizers=(early, None) if options.mistake == "early-optimizer" else (None, None),
+        optimizers=(early, None),
         callbacks=[Guard(vision_gradients="spare")],
     )
     trainer.train()
