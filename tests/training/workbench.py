@@ -7,8 +7,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-LANGUAGE_ONLY = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-
 
 class Rows:
     """A dataset: samples by number."""
@@ -38,29 +36,32 @@ class Workbench:
     def base(self, dtype: str = "float32", *, quantized: bool = True, device: str = "cpu") -> Any:
         """The base model, loaded once for each dtype; shared, so leave it as it was found."""
         import torch
-        from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
+
+        from pytest_qvl.models.quantized import usual_quantization
+
+        if (dtype, quantized, device) not in self._bases:
+            config = usual_quantization(getattr(torch, dtype)) if quantized else None
+            self._bases[dtype, quantized, device] = self.load(dtype, config, device)
+        return self._bases[dtype, quantized, device]
+
+    @staticmethod
+    def load(dtype: str = "float32", quantization_config: Any = None, device: str = "cpu") -> Any:
+        """A base model of its own, frozen."""
+        import torch
+        from transformers import Qwen2_5_VLForConditionalGeneration
 
         from pytest_qvl.models.quantized import keep_quantized_weights_in_place
         from pytest_qvl.models.sources.embedded import embedded_model_dir
 
-        if (dtype, quantized, device) not in self._bases:
-            config = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=getattr(torch, dtype),
-                llm_int8_skip_modules=["model.visual", "lm_head"],
-            )
-            model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-                embedded_model_dir(),
-                quantization_config=config if quantized else None,
-                dtype=getattr(torch, dtype),
-                attn_implementation="sdpa",
-                **({} if device == "cpu" else {"device_map": {"": device}}),
-            )
-            keep_quantized_weights_in_place(model)
-            self._bases[dtype, quantized, device] = model.requires_grad_(False).eval()
-        return self._bases[dtype, quantized, device]
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            embedded_model_dir(),
+            quantization_config=quantization_config,
+            dtype=getattr(torch, dtype),
+            attn_implementation="sdpa",
+            **({} if device == "cpu" else {"device_map": {"": device}}),
+        )
+        keep_quantized_weights_in_place(model)
+        return model.requires_grad_(False).eval()
 
     @contextlib.contextmanager
     def model(
@@ -74,7 +75,7 @@ class Workbench:
         device: str = "cpu",
         **lora: Any,
     ):
-        """The base with a fresh adapter; what a training did to the base is undone."""
+        """The base with a fresh adapter; what a training or its mistake did to the base is undone, hooks too."""
         import torch
         from peft import get_peft_model
 
@@ -109,6 +110,8 @@ class Workbench:
     def lora(self, **changes: Any) -> Any:
         """The usual ``LoraConfig``, any field overridden."""
         from peft import LoraConfig
+
+        from pytest_qvl.models.adapters import LANGUAGE_ONLY
 
         return LoraConfig(
             **{"r": 4, "lora_alpha": 8, "target_modules": LANGUAGE_ONLY, "task_type": "CAUSAL_LM", **changes}

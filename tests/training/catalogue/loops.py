@@ -142,11 +142,8 @@ def detached(bench, folder, guard):
 
     with bench.model() as model:
         norm = anatomy(model).language_backbone.norm
-        hook = norm.register_forward_hook(lambda module, args, output: output.detach())
-        try:
-            yield bench.trainer(model, folder, guard)
-        finally:
-            hook.remove()
+        norm.register_forward_hook(lambda module, args, output: output.detach())
+        yield bench.trainer(model, folder, guard)
 
 
 @mistake(
@@ -160,18 +157,15 @@ def cut_off(bench, folder, guard):
     from pytest_qvl.models.anatomy import anatomy
 
     with bench.model() as model:
-        first = anatomy(model).language_backbone.layers[1]
+        second = anatomy(model).language_backbone.layers[1]
 
         def cut(module, args, kwargs):
             if args:
                 return (args[0].detach(), *args[1:]), kwargs
             return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach()}
 
-        hook = first.register_forward_pre_hook(cut, with_kwargs=True)
-        try:
-            yield bench.trainer(model, folder, guard)
-        finally:
-            hook.remove()
+        second.register_forward_pre_hook(cut, with_kwargs=True)
+        yield bench.trainer(model, folder, guard)
 
 
 @mistake(
@@ -216,12 +210,9 @@ def nan(bench, folder, guard):
     from pytest_qvl.models.anatomy import anatomy
 
     with bench.model() as model:
-        tower = anatomy(model).merger
-        hook = tower.register_forward_hook(lambda module, args, output: torch.full_like(output, float("inf")))
-        try:
-            yield bench.trainer(model, folder, guard)
-        finally:
-            hook.remove()
+        merger = anatomy(model).merger
+        merger.register_forward_hook(lambda module, args, output: torch.full_like(output, float("inf")))
+        yield bench.trainer(model, folder, guard)
 
 
 @mistake(

@@ -5,35 +5,19 @@ from __future__ import annotations
 import copy
 from contextlib import contextmanager
 
+from .loops import adamw
 from .mistake import mistake
 
 SEVEN_NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def loaded(bench, dtype="float32", *, load=None, **quantization):
-    """A base of its own, quantized in another way."""
+def quantized_otherwise(bench, dtype="float32", **changes):
+    """A base of its own, the usual quantization changed in these fields."""
     import torch
-    from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 
-    from pytest_qvl.models.quantized import keep_quantized_weights_in_place
-    from pytest_qvl.models.sources.embedded import embedded_model_dir
+    from pytest_qvl.models.quantized import usual_quantization
 
-    settings = {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": getattr(torch, dtype),
-        "llm_int8_skip_modules": ["model.visual", "lm_head"],
-        **quantization,
-    }
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        embedded_model_dir(),
-        quantization_config=BitsAndBytesConfig(**{k: v for k, v in settings.items() if v is not None}),
-        dtype=getattr(torch, dtype),
-        attn_implementation="sdpa",
-    )
-    keep_quantized_weights_in_place(model)
-    return model.requires_grad_(False)
+    return bench.load(dtype, usual_quantization(getattr(torch, dtype), **changes))
 
 
 @mistake(
@@ -44,7 +28,10 @@ def loaded(bench, dtype="float32", *, load=None, **quantization):
 )
 @contextmanager
 def fp4(bench, folder, guard):
-    with bench.model(base=loaded(bench, bnb_4bit_quant_type=None)) as model:
+    from transformers import BitsAndBytesConfig
+
+    default = BitsAndBytesConfig().bnb_4bit_quant_type
+    with bench.model(base=quantized_otherwise(bench, bnb_4bit_quant_type=default)) as model:
         yield bench.trainer(model, folder, guard)
 
 
@@ -57,7 +44,7 @@ def fp4(bench, folder, guard):
 )
 @contextmanager
 def skip_list(bench, folder, guard):
-    with bench.model(base=loaded(bench, llm_int8_skip_modules=["visual", "lm_head"])) as model:
+    with bench.model(base=quantized_otherwise(bench, llm_int8_skip_modules=["visual", "lm_head"])) as model:
         yield bench.trainer(model, folder, guard)
 
 
@@ -69,7 +56,7 @@ def skip_list(bench, folder, guard):
 )
 @contextmanager
 def head_quantized(bench, folder, guard):
-    with bench.model(base=loaded(bench, llm_int8_skip_modules=["model.visual"])) as model:
+    with bench.model(base=quantized_otherwise(bench, llm_int8_skip_modules=["model.visual"])) as model:
         yield bench.trainer(model, folder, guard)
 
 
@@ -81,7 +68,7 @@ def head_quantized(bench, folder, guard):
 )
 @contextmanager
 def float32_compute(bench, folder, guard):
-    with bench.model(base=loaded(bench, "bfloat16", bnb_4bit_compute_dtype=None)) as model:
+    with bench.model(base=quantized_otherwise(bench, "bfloat16", bnb_4bit_compute_dtype=None)) as model:
         yield bench.trainer(model, folder, guard, bf16=True)
 
 
@@ -303,17 +290,13 @@ def written(bench, folder, guard):
     from pytest_qvl.models.anatomy import anatomy
 
     with bench.model() as model:
-        merger = anatomy(model).merger
 
         def drift(module, args):
             with torch.no_grad():
                 next(module.parameters()).mul_(1.001)
 
-        hook = merger.register_forward_pre_hook(drift)
-        try:
-            yield bench.trainer(model, folder, guard)
-        finally:
-            hook.remove()
+        anatomy(model).merger.register_forward_pre_hook(drift)
+        yield bench.trainer(model, folder, guard)
 
 
 @mistake(
@@ -324,9 +307,6 @@ def written(bench, folder, guard):
 )
 @contextmanager
 def copied(bench, folder, guard):
-    import torch
-
     with bench.model(quantized=False) as model:
-        other = copy.deepcopy(model)
-        optimizer = torch.optim.AdamW([p for p in other.parameters() if p.requires_grad], lr=1e-3)
+        optimizer = adamw(p for p in copy.deepcopy(model).parameters() if p.requires_grad)
         yield bench.trainer(model, folder, guard, optimizers=(optimizer, None))
