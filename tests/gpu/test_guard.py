@@ -26,15 +26,11 @@ def _quiet():
 
 @pytest.fixture(scope="module")
 def bench(torch):
-    from pytest_qvl.models.sources.embedded import embedded_model_dir
-    from pytest_qvl.models.sources.processors import load_processor
-    from pytest_qvl.samples import scenes
-
     spec = importlib.util.spec_from_file_location("qvl_workbench", WORKBENCH)
     module = importlib.util.module_from_spec(spec)
     sys.modules["qvl_workbench"] = module
     spec.loader.exec_module(module)
-    return module.Workbench(load_processor(embedded_model_dir()), scenes(5, 8))
+    return module.Workbench.with_scenes(8)
 
 
 def train(bench, folder, *callbacks, dtype="bfloat16", **changes):

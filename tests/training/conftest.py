@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import warnings
-from typing import Any
 
 import pytest
 
@@ -30,23 +29,8 @@ def _quiet():
 
 
 @pytest.fixture(scope="session")
-def processor() -> Any:
-    from pytest_qvl.models.sources.embedded import embedded_model_dir
-    from pytest_qvl.models.sources.processors import load_processor
-
-    return load_processor(embedded_model_dir())
-
-
-@pytest.fixture(scope="session")
-def rows() -> list[Any]:
-    from pytest_qvl.samples import scenes
-
-    return scenes(5, 12)
-
-
-@pytest.fixture(scope="session")
-def bench(processor: Any, rows: list[Any]) -> Workbench:
-    return Workbench(processor, rows)
+def bench() -> Workbench:
+    return Workbench.with_scenes(12)
 
 
 @pytest.fixture(autouse=True)

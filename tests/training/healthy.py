@@ -112,12 +112,8 @@ def bench():
         import torch
         from workbench import Workbench
 
-        from pytest_qvl.models.sources.embedded import embedded_model_dir
-        from pytest_qvl.models.sources.processors import load_processor
-        from pytest_qvl.samples import scenes
-
         torch.set_num_threads(1)
-        _bench = Workbench(load_processor(embedded_model_dir()), scenes(5, 8))
+        _bench = Workbench.with_scenes(8)
     return _bench
 
 

@@ -17,9 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from workbench import Workbench
 
-from pytest_qvl.models.sources.embedded import embedded_model_dir
-from pytest_qvl.models.sources.processors import load_processor
-from pytest_qvl.samples import scenes
 from pytest_qvl.training import Guard, GuardError
 
 
@@ -27,7 +24,7 @@ def main(folder):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
-    bench = Workbench(load_processor(embedded_model_dir()), scenes(5, 4))
+    bench = Workbench.with_scenes(4)
     settings = {"per_device_train_batch_size": 1, "ddp_find_unused_parameters": False}
     with bench.model() as model:
         saves = {"save_strategy": "steps", "save_steps": 2}

@@ -33,6 +33,15 @@ class Workbench:
         self.processor, self.samples = processor, samples
         self._bases: dict[tuple[str, bool, str], Any] = {}
 
+    @classmethod
+    def with_scenes(cls, per_skill: int) -> Workbench:
+        """With the embedded model's processor, and so many drawn scenes of each skill."""
+        from pytest_qvl.models.sources.embedded import embedded_model_dir
+        from pytest_qvl.models.sources.processors import load_processor
+        from pytest_qvl.samples import scenes
+
+        return cls(load_processor(embedded_model_dir()), scenes(5, per_skill))
+
     def base(self, dtype: str = "float32", *, quantized: bool = True, device: str = "cpu") -> Any:
         """The base model, loaded once for each dtype; shared, so leave it as it was found."""
         import torch
