@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 from preflight_corpus import Workshop
-from preflight_corpus.making import edit, retensor
-from preflight_corpus.merging import WEIGHTS
+from preflight_corpus.making import WEIGHTS, edit, retensor
 
 from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.files.folder import Folder

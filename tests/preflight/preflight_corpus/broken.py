@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,12 @@ from .making import (
     Workshop,
     drop,
     edit,
+    in_shards,
     old_names,
     rename,
     retensor,
+    with_adapter,
+    with_edits,
 )
 
 BROKEN: list[Case] = []
@@ -126,7 +128,7 @@ def names_of_another_architecture(shop: Workshop, family: str) -> Arguments:
 def targets_filtered_by_the_trainer(shop: Workshop, family: str) -> Arguments:
     """The adapter and its own configuration agree; only the wish tells."""
     asked = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "lm_head", "embed_tokens"]}
-    return {**_adapted(shop, family, target_modules=["q_proj"]), "lora": asked}
+    return {**with_adapter(shop, family, target_modules=["q_proj"]), "lora": asked}
 
 
 @broken("hiyouga/LlamaFactory/issues/6754", "idle-target", "modules_to_save names 'multi_modal_projector'")
@@ -137,70 +139,66 @@ def merger_by_another_familys_name(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "leak", "target_parameters ['mlp.gate_proj.weight']", ("qwen2_5_vl",))
 def parameter_of_the_tower_too(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, target_modules=["q_proj"], target_parameters=["mlp.gate_proj.weight"])
+    return with_adapter(shop, family, target_modules=["q_proj"], target_parameters=["mlp.gate_proj.weight"])
 
 
 # 3: what becomes of each key
-
-
-def _adapted(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
-    return {"base": shop.base(family), "adapter": shop.adapter(family, **lora)}
 
 
 @broken(
     "huggingface/transformers/pull/38627", "old-layout", "before 4.52", ("qwen2_vl", "qwen2_5_vl"), versions=">=5.4"
 )
 def saved_before_4_52(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     rename(found["adapter"] / ADAPTER, old_names)
     return found
 
 
 @broken("illuin-tech/colpali/issues/424", "old-layout", "vision", ("qwen2_vl", "qwen2_5_vl"), versions=">=5.4")
 def saved_before_4_52_with_vision(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family, target_modules=r".*(visual|language_model).*\.(q_proj|v_proj|qkv)")
+    found = with_adapter(shop, family, target_modules=r".*(visual|language_model).*\.(q_proj|v_proj|qkv)")
     rename(found["adapter"] / ADAPTER, old_names)
     return found
 
 
 @broken("huggingface/peft/issues/2699", "adapter-name-in-keys", "'captions'", FAMILIES)
 def saved_by_torch_save(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     rename(found["adapter"] / ADAPTER, lambda name: name.replace(".weight", ".captions.weight"))
     return found
 
 
 @broken("huggingface/peft/issues/1579", "prefix-missing", "lack the prefix")
 def saved_without_the_prefix(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     rename(found["adapter"] / ADAPTER, lambda name: name.removeprefix("base_model.model."))
     return found
 
 
 @broken("", "prefix-doubled", "twice", ("qwen3_vl",))
 def wrapped_twice(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     rename(found["adapter"] / ADAPTER, lambda name: f"base_model.model.{name}")
     return found
 
 
 @broken("MakazhanAlpamys/Soup/issues/335", "wrapper-in-keys", "'_orig_mod'")
 def saved_from_a_compiled_model(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     rename(found["adapter"] / ADAPTER, lambda name: f"_orig_mod.{name}")
     return found
 
 
 @broken("vllm-project/vllm/issues/34186", "vllm-layout", "as vLLM names them", ("qwen3_vl",))
 def renamed_for_a_server(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     rename(found["adapter"] / ADAPTER, lambda name: name.replace("model.language_model.", "language_model.model."))
     return found
 
 
 @broken("unslothai/unsloth/issues/9326", "keys-missing", "every embed_tokens, every lm_head")
 def head_and_embeddings_dropped(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family, target_modules=["q_proj", "lm_head", "embed_tokens"])
+    found = with_adapter(shop, family, target_modules=["q_proj", "lm_head", "embed_tokens"])
     drop(found["adapter"] / ADAPTER, lambda name: "lm_head" in name or "embed_tokens" in name)
     return found
 
@@ -209,30 +207,26 @@ def head_and_embeddings_dropped(shop: Workshop, family: str) -> Arguments:
     "huggingface/transformers/issues/42701", "keys-missing", "modules that adapter_config.json asks for", ("qwen3_vl",)
 )
 def layers_lost_on_the_way(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     drop(found["adapter"] / ADAPTER, lambda name: ".layers.2." in name)
     return found
 
 
 @broken("", "keys-beyond-targets", "does not ask for")
 def configuration_of_another_training(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
-    edit(found["adapter"] / CONFIG, target_modules=["q_proj", "v_proj"])
-    return found
+    return with_edits(shop, family, target_modules=["q_proj", "v_proj"])
 
 
 @broken("", "half-pairs", "only one of the two matrices", ("qwen2_vl",))
 def file_cut_off(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     drop(found["adapter"] / ADAPTER, lambda name: ".layers.2.mlp" in name and "lora_B" in name)
     return found
 
 
 @broken("ymcui/Chinese-LLaMA-Alpaca/issues/302", "other-rank", "says 16", FAMILIES)
 def rank_edited(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
-    edit(found["adapter"] / CONFIG, r=16)
-    return found
+    return with_edits(shop, family, r=16)
 
 
 @broken("huggingface/autotrain-advanced/issues/487", "other-size", "another size")
@@ -248,65 +242,57 @@ def adapter_of_another_family(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "other-base", "which is qwen2_5_vl")
 def base_of_another_generation(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
-    edit(found["adapter"] / CONFIG, base_model_name_or_path="Qwen/Qwen2-VL-7B-Instruct")
-    return found
+    return with_edits(shop, family, base_model_name_or_path="Qwen/Qwen2-VL-7B-Instruct")
 
 
 @broken("", "alpha-zero", "multiplied by zero", ("qwen2_vl",))
 def alpha_is_zero(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
-    edit(found["adapter"] / CONFIG, lora_alpha=0)
-    return found
+    return with_edits(shop, family, lora_alpha=0)
 
 
 @broken("", "dora-differs", "use_dora=False", ("qwen3_vl",))
 def dora_switched_on_afterwards(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
-    edit(found["adapter"] / CONFIG, use_dora=True)
-    return found
+    return with_edits(shop, family, use_dora=True)
 
 
 @broken("", "lora-bias-differs", "put back lora_bias=True", ("qwen2_vl",))
 def biases_switched_off_afterwards(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family, lora_bias=True)
-    edit(found["adapter"] / CONFIG, lora_bias=False)
-    return found
+    return with_edits(shop, family, {"lora_bias": True}, lora_bias=False)
 
 
 @broken("vllm-project/vllm/issues/23796", "vllm-tower", "leaves out")
 def tower_served_by_vllm(shop: Workshop, family: str) -> Arguments:
     targets = r".*(visual|language_model).*\.(q_proj|v_proj|qkv)"
-    return {**_adapted(shop, family, target_modules=targets), "runtime": "vllm"}
+    return {**with_adapter(shop, family, target_modules=targets), "runtime": "vllm"}
 
 
 @broken("vllm-project/vllm/issues/55193", "vllm-no-module", "serves the base where it finds none", ("qwen3_vl",))
 def old_names_served_by_vllm(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     rename(found["adapter"] / ADAPTER, old_names)
     return {**found, "runtime": "vllm"}
 
 
 @broken("vllm-project/vllm/issues/6983", "vllm-unsupported", "use_dora", ("qwen2_vl",))
 def dora_served_by_vllm(shop: Workshop, family: str) -> Arguments:
-    return {**_adapted(shop, family, use_dora=True), "runtime": "vllm"}
+    return {**with_adapter(shop, family, use_dora=True), "runtime": "vllm"}
 
 
 @broken("", "unsloth-base", "is no folder here", ("qwen2_vl",))
 def folder_of_another_machine(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     edit(found["adapter"] / CONFIG, base_model_name_or_path="/mnt/disks/data/base")
     return {**found, "runtime": "unsloth"}
 
 
 @broken("vllm-project/vllm/issues/9280", "vllm-unsupported", "modules_to_save", ("qwen2_5_vl",))
 def head_trained_whole_served_by_vllm(shop: Workshop, family: str) -> Arguments:
-    return {**_adapted(shop, family, modules_to_save=["lm_head"]), "runtime": "vllm"}
+    return {**with_adapter(shop, family, modules_to_save=["lm_head"]), "runtime": "vllm"}
 
 
 @broken("vllm-project/vllm/issues/2847", "vllm-rank", "--max-lora-rank 32", ("qwen3_vl",))
 def rank_that_vllm_refuses(shop: Workshop, family: str) -> Arguments:
-    return {**_adapted(shop, family, r=32), "runtime": "vllm"}
+    return {**with_adapter(shop, family, r=32), "runtime": "vllm"}
 
 
 # 5: the base's files
@@ -405,7 +391,7 @@ def vocabulary_of_another_size(shop: Workshop, family: str) -> Arguments:
 
 def _beside(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
     """An adapter with the base's processor beside it."""
-    found = _adapted(shop, family, **lora)
+    found = with_adapter(shop, family, **lora)
     for name in PROCESSOR:
         shutil.copy(found["base"] / name, found["adapter"])
     return found
@@ -415,7 +401,7 @@ def _beside(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
 def only_the_tokenizer_saved(shop: Workshop, family: str) -> Arguments:
     processor = shop.copy(shop.base(family))
     (processor / "preprocessor_config.json").unlink()
-    return {**_adapted(shop, family), "processor": processor}
+    return {**with_adapter(shop, family), "processor": processor}
 
 
 @broken("QwenLM/Qwen3-VL/issues/1715", "no-template", "was not saved")
@@ -524,14 +510,14 @@ def tokenizer_of_another_model(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "adapter-unsafe", "is a pickle", FAMILIES)
 def pickled_adapter(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     (found["adapter"] / ADAPTER).rename(found["adapter"] / "adapter_model.bin")
     return found
 
 
 @broken("", "adapter-unreadable", "is corrupt", ("qwen2_5_vl",))
 def download_cut_off(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     file = found["adapter"] / ADAPTER
     file.write_bytes(file.read_bytes()[:-1000])
     return found
@@ -539,7 +525,7 @@ def download_cut_off(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "adapter-unreadable", "without adapter_config.json", ("qwen2_vl",))
 def copied_without_its_configuration(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     (found["adapter"] / CONFIG).unlink()
     return found
 
@@ -559,37 +545,28 @@ def base_without_a_shard(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "merged-unreadable", "model-00002-of-00002.safetensors", ("qwen3_vl",))
 def merged_checkpoint_without_a_shard(shop: Workshop, family: str) -> Arguments:
-    return {**_adapted(shop, family), "merged": _without_a_shard(shop.copy(shop.base(family)))}
+    return {**with_adapter(shop, family), "merged": _without_a_shard(shop.copy(shop.base(family)))}
 
 
 def _without_a_shard(folder: Path) -> Path:
-    from safetensors.torch import load_file
-
-    names = sorted(load_file(folder / WEIGHTS))
-    shards = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(names)}
-    drop(folder / WEIGHTS, lambda name: shards[name] != shards[names[0]])
-    (folder / WEIGHTS).rename(folder / shards[names[0]])
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}), encoding="utf-8")
+    in_shards(folder, index=True)
+    (folder / "model-00002-of-00002.safetensors").unlink()
     return folder
 
 
 @broken("", "bad-setting", "expected a number")
 def alpha_written_as_text(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
-    edit(found["adapter"] / CONFIG, lora_alpha="16")
-    return found
+    return with_edits(shop, family, lora_alpha="16")
 
 
 @broken("", "bad-setting", "no regular expression", ("qwen3_vl",))
 def targets_that_are_no_expression(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
-    edit(found["adapter"] / CONFIG, target_modules="([")
-    return found
+    return with_edits(shop, family, target_modules="([")
 
 
 @broken("", "adapter-unreadable", "git lfs pull", ("qwen3_vl",))
 def cloned_without_lfs(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     (found["adapter"] / ADAPTER).write_text(pointer)
     return found

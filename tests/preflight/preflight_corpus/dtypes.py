@@ -6,28 +6,19 @@ from typing import Any
 
 from .broken import broken
 from .healthy import healthy
-from .making import ADAPTER, WEIGHTS, Arguments, Workshop, retensor
-
-
-def _adapted(shop: Workshop, family: str) -> dict[str, Any]:
-    return {"base": shop.base(family), "adapter": shop.adapter(family)}
-
-
-def _merged(shop: Workshop, family: str) -> dict[str, Any]:
-    found = _adapted(shop, family)
-    return {**found, "merged": shop.merged(found["base"], found["adapter"])}
+from .making import ADAPTER, WEIGHTS, Arguments, Workshop, retensor, with_adapter, with_merge
 
 
 @broken("", "integers", "takes the integers for the values")
 def adapter_of_integers(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     retensor(found["adapter"] / ADAPTER, lambda name, tensor: {name: (tensor * 100).char()})
     return found
 
 
 @broken("", "integers", "2 of 42 tensors", ("qwen3_vl",))
 def one_module_of_integers(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
 
     def whole(name: str, tensor: Any) -> dict[str, Any]:
         return {name: (tensor * 100).char() if "layers.1.self_attn.q_proj" in name else tensor}
@@ -38,7 +29,7 @@ def one_module_of_integers(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "odd-dtype", "1 tensors of the merged checkpoint are stored as I8", ("qwen2_5_vl", "qwen2_vl"))
 def merged_weight_of_integers(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     retensor(found["merged"] / WEIGHTS, lambda n, t: {n: (t * 100).char() if "layers.0.mlp.up_proj" in n else t})
     return found
 
@@ -47,7 +38,7 @@ def merged_weight_of_integers(shop: Workshop, family: str) -> Arguments:
 def tower_cast_to_eight_bits(shop: Workshop, family: str) -> Arguments:
     import torch
 
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     retensor(found["merged"] / WEIGHTS, lambda n, t: {n: t.to(torch.float8_e4m3fn) if ".attn.qkv.w" in n else t})
     return found
 
@@ -64,6 +55,6 @@ def adapter_in_eight_bits(shop: Workshop, family: str) -> Arguments:
     """Floating point of 8 bits, of values that it keeps: PEFT takes them up as they are."""
     import torch
 
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     retensor(found["adapter"] / ADAPTER, lambda name, tensor: {name: (tensor * 4).to(torch.float8_e4m3fn)})
     return {**found, "merged": shop.merged(found["base"], found["adapter"])}

@@ -6,7 +6,19 @@ import shutil
 from collections.abc import Callable
 from typing import Any
 
-from .making import ADAPTER, CONFIG, FAMILIES, PROCESSOR, Arguments, Case, Workshop, edit, retensor
+from .making import (
+    ADAPTER,
+    CONFIG,
+    FAMILIES,
+    PROCESSOR,
+    Arguments,
+    Case,
+    Workshop,
+    edit,
+    retensor,
+    with_adapter,
+    with_edits,
+)
 
 HEALTHY: list[Case] = []
 # As Unsloth's ``get_peft_regex`` writes it for the language side, and for both sides.
@@ -37,10 +49,6 @@ def healthy(
     return register
 
 
-def _adapted(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
-    return {"base": shop.base(family), "adapter": shop.adapter(family, **lora)}
-
-
 @healthy()
 def base_alone(shop: Workshop, family: str) -> Arguments:
     return {"base": shop.base(family)}
@@ -48,72 +56,72 @@ def base_alone(shop: Workshop, family: str) -> Arguments:
 
 @healthy()
 def language_backbone_by_an_expression(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family)
+    return with_adapter(shop, family)
 
 
 @healthy()
 def saved_under_another_name(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, name="captions")
+    return with_adapter(shop, family, name="captions")
 
 
 @healthy()
 def dora(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, use_dora=True)
+    return with_adapter(shop, family, use_dora=True)
 
 
 @healthy()
 def rslora_with_patterns(shop: Workshop, family: str) -> Arguments:
     patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"down_proj": 64}}
-    return _adapted(shop, family, use_rslora=True, **patterns)
+    return with_adapter(shop, family, use_rslora=True, **patterns)
 
 
 @healthy()
 def head_and_embeddings_trained_whole(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, modules_to_save=["lm_head", "embed_tokens"])
+    return with_adapter(shop, family, modules_to_save=["lm_head", "embed_tokens"])
 
 
 @healthy()
 def merger_trained_whole(shop: Workshop, family: str) -> Arguments:
     """Weights and biases: two tensors of one module."""
-    return _adapted(shop, family, modules_to_save=["merger"])
+    return with_adapter(shop, family, modules_to_save=["merger"])
 
 
 @healthy(("qwen2_vl", "qwen2_5_vl"))
 def key_projections_trained_whole(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, target_modules=r".*language_model.*\.[qv]_proj", modules_to_save=["k_proj"])
+    return with_adapter(shop, family, target_modules=r".*language_model.*\.[qv]_proj", modules_to_save=["k_proj"])
 
 
 @healthy()
 def matrices_with_a_bias(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, lora_bias=True)
+    return with_adapter(shop, family, lora_bias=True)
 
 
 @healthy(("qwen3_vl", "qwen2_5_vl"))
 def by_parameters(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, target_modules=r".*language_model.*\.[kv]_proj", target_parameters=_PARAMETERS)
+    return with_adapter(shop, family, target_modules=r".*language_model.*\.[kv]_proj", target_parameters=_PARAMETERS)
 
 
 @healthy(("qwen2_vl",))
 def by_parameters_alone(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family, target_modules=[], target_parameters=_PARAMETERS)
+    found = with_adapter(shop, family, target_modules=[], target_parameters=_PARAMETERS)
     return {**found, "merged": shop.merged(found["base"], found["adapter"])}
 
 
 @healthy()
 def some_layers_on_purpose(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])
+    return with_adapter(shop, family, target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2])
 
 
 @healthy()
 def unsloth_language_only(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family, target_modules=_UNSLOTH_TEXT, task_type="CAUSAL_LM")
+    found = with_adapter(shop, family, target_modules=_UNSLOTH_TEXT, task_type="CAUSAL_LM")
     edit(found["adapter"] / CONFIG, base_model_name_or_path=str(found["base"]), lora_dropout=0, peft_version="0.18.1")
     return found
 
 
 @healthy()
 def unsloth_vision_and_language(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family, target_modules=_UNSLOTH_BOTH, task_type="CAUSAL_LM")
+    found = with_adapter(shop, family, target_modules=_UNSLOTH_BOTH, task_type="CAUSAL_LM")
     edit(found["adapter"] / CONFIG, unsloth_fixed=True)
     return {**found, "runtime": "unsloth"}
 
@@ -121,7 +129,7 @@ def unsloth_vision_and_language(shop: Workshop, family: str) -> Arguments:
 @healthy()
 def configuration_of_an_older_peft(shop: Workshop, family: str) -> Arguments:
     """Without the fields that later releases have added."""
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     kept = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "lora_alpha", "lora_dropout")
     kept += ("modules_to_save", "peft_type", "r", "target_modules", "task_type", "layers_to_transform")
 
@@ -135,38 +143,36 @@ def configuration_of_an_older_peft(shop: Workshop, family: str) -> Arguments:
 
 @healthy()
 def fields_of_a_newer_peft(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
-    edit(found["adapter"] / CONFIG, a_field_of_next_year={"on": True})
-    return found
+    return with_edits(shop, family, a_field_of_next_year={"on": True})
 
 
 @healthy()
 def sixteen_bit_matrices(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     retensor(found["adapter"] / ADAPTER, lambda name, tensor: {name: tensor.half()})
     return found
 
 
 @healthy(("qwen3_vl", "qwen2_vl"))
 def seven_names_where_the_tower_has_none_of_them(shop: Workshop, family: str) -> Arguments:
-    return _adapted(
+    return with_adapter(
         shop, family, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
 
 
 @healthy()
 def only_attention(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    return with_adapter(shop, family, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
 
 
 @healthy()
 def head_adapted(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, target_modules=["q_proj", "lm_head"])
+    return with_adapter(shop, family, target_modules=["q_proj", "lm_head"])
 
 
 @healthy()
 def served_by_vllm(shop: Workshop, family: str) -> Arguments:
-    return {**_adapted(shop, family), "runtime": "vllm"}
+    return {**with_adapter(shop, family), "runtime": "vllm"}
 
 
 @healthy()
@@ -199,7 +205,7 @@ def base_saved_with_layers_kept_by_name(shop: Workshop, family: str) -> Argument
 
 @healthy()
 def processor_beside_the_adapter(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     for name in PROCESSOR:
         shutil.copy(found["base"] / name, found["adapter"])
     return found
@@ -215,4 +221,4 @@ def fewer_pixels_on_purpose(shop: Workshop, family: str) -> Arguments:
 @healthy(("qwen2_vl", "qwen3_vl"))
 def made_as_planned(shop: Workshop, family: str) -> Arguments:
     asked = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
-    return {**_adapted(shop, family, target_modules=["q_proj", "v_proj"]), "lora": asked}
+    return {**with_adapter(shop, family, target_modules=["q_proj", "v_proj"]), "lora": asked}

@@ -15,6 +15,7 @@ LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "chat_template.json")
 PROCESSOR = (*_TOKENIZER, "preprocessor_config.json", "generation_config.json")
 Arguments = Mapping[str, Any]
@@ -228,6 +229,25 @@ def _make_adapter(source: Path, folder: Path, name: str, lora: Mapping[str, Any]
         (folder / name).rmdir()
 
 
+def with_adapter(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
+    """A base and an adapter of it."""
+    return {"base": shop.base(family), "adapter": shop.adapter(family, **lora)}
+
+
+def with_edits(shop: Workshop, family: str, lora: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """A base and an adapter of which some fields were edited after it was saved."""
+    found = with_adapter(shop, family, **(lora or {}))
+    edit(found["adapter"] / CONFIG, lambda content: content.update(changes))
+    return found
+
+
+def with_merge(shop: Workshop, family: str, *, base: dict[str, Any] | None = None, **lora: Any) -> dict[str, Any]:
+    """A base, an adapter of it, and the installed PEFT's merge of both."""
+    source = shop.base(family, **(base or {}))
+    adapter = shop.adapter(family, base=source, **lora)
+    return {"base": source, "adapter": adapter, "merged": shop.merged(source, adapter)}
+
+
 def edit(file: Path, change: Callable[[dict[str, Any]], object] | None = None, **values: Any) -> None:
     """Change a JSON file: by a function that changes its content in place, or field by field (``None`` removes one)."""
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -260,3 +280,18 @@ def drop(file: Path, unwanted: Callable[[str], bool]) -> None:
 def old_names(text: str) -> str:
     """A key as Transformers before 4.52 named it."""
     return text.replace(".model.language_model.", ".model.").replace(".model.visual.", ".visual.")
+
+
+def in_shards(folder: Path, *, index: bool) -> None:
+    """Cut a checkpoint's one file in two."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / WEIGHTS)
+    names = sorted(tensors)
+    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for shard, of_shard in shards.items():
+        save_file({name: tensors[name] for name in of_shard}, folder / shard, metadata={"format": "pt"})
+    (folder / WEIGHTS).unlink()
+    weight_map = {name: shard for shard, of_shard in shards.items() for name in of_shard}
+    if index:
+        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")

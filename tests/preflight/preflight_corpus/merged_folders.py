@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 from .broken import broken
 from .healthy import healthy
-from .making import PROCESSOR, WEIGHTS, Arguments, Workshop, edit
-
-INDEX = "model.safetensors.index.json"
-
-
-def _merged(shop: Workshop, family: str) -> dict[str, Any]:
-    source, adapter = shop.base(family), shop.adapter(family)
-    return {"base": source, "adapter": adapter, "merged": shop.merged(source, adapter)}
+from .making import PROCESSOR, Arguments, Workshop, edit, in_shards, with_merge
 
 
 def _with(shop: Workshop, family: str, name: str, factor: float) -> Arguments:
@@ -29,7 +21,7 @@ def _with(shop: Workshop, family: str, name: str, factor: float) -> Arguments:
             elif key == name:
                 fields[key] = type(value)(value * factor)
 
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     edit(found["merged"] / "config.json", change)
     return found
 
@@ -56,14 +48,14 @@ def heads_of_another_tower(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "configuration-quantized", "taken over from a 4-bit base", ("qwen2_5_vl",))
 def quantization_of_the_base_left_in(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     saved = json.loads((shop.packed(family) / "config.json").read_text(encoding="utf-8"))
     edit(found["merged"] / "config.json", quantization_config=saved["quantization_config"])
     return found
 
 
 def _with_processor(shop: Workshop, family: str) -> dict[str, Any]:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     for name in PROCESSOR:
         shutil.copy(found["base"] / name, found["merged"])
     return found
@@ -90,31 +82,16 @@ def only_the_tokenizer_beside_the_merge(shop: Workshop, family: str) -> Argument
     return found
 
 
-def in_shards(folder: Path, *, index: bool) -> None:
-    """Cut a checkpoint's one file in two."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / WEIGHTS)
-    names = sorted(tensors)
-    shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for shard, of_shard in shards.items():
-        save_file({name: tensors[name] for name in of_shard}, folder / shard, metadata={"format": "pt"})
-    (folder / WEIGHTS).unlink()
-    weight_map = {name: shard for shard, of_shard in shards.items() for name in of_shard}
-    if index:
-        (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
-
-
 @healthy(("qwen2_5_vl",))
 def merged_and_saved_in_shards(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     in_shards(found["merged"], index=True)
     return found
 
 
 @broken("", "merged-unreadable", "2 safetensors files", ("qwen3_vl",))
 def index_of_the_merge_lost(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     in_shards(found["merged"], index=False)
     return found
 

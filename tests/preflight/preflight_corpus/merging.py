@@ -10,16 +10,9 @@ from pytest_qvl.models.sources.loading import in_todays_layout
 
 from .broken import broken
 from .healthy import healthy
-from .making import ADAPTER, CONFIG, FAMILIES, Arguments, Workshop, edit, retensor
+from .making import ADAPTER, CONFIG, FAMILIES, WEIGHTS, Arguments, Workshop, edit, retensor, with_merge
 
-WEIGHTS = "model.safetensors"
 _BOTH_SIDES = r".*(visual|language_model).*\.(q_proj|v_proj|qkv)"
-
-
-def _merged(shop: Workshop, family: str, *, base: dict[str, Any] | None = None, **lora: Any) -> dict[str, Any]:
-    source = shop.base(family, **(base or {}))
-    adapter = shop.adapter(family, base=source, **lora)
-    return {"base": source, "adapter": adapter, "merged": shop.merged(source, adapter)}
 
 
 def _from_base(found: dict[str, Any], wanted: Callable[[str], bool]) -> None:
@@ -36,33 +29,33 @@ def _from_base(found: dict[str, Any], wanted: Callable[[str], bool]) -> None:
 
 @broken("OpenBMB/MiniCPM-V/issues/559", "not-merged", "language 21", FAMILIES)
 def base_saved_in_place_of_the_merge(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     _from_base(found, lambda name: True)
     return found
 
 
 @broken("unslothai/unsloth-zoo/pull/1234", "not-merged", "6 of 10 adapted weights (language 6)")
 def language_tower_left_out(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family, target_modules=_BOTH_SIDES)
+    found = with_merge(shop, family, target_modules=_BOTH_SIDES)
     _from_base(found, lambda name: "visual" not in name)
     return found
 
 
 @broken("unslothai/unsloth/issues/1352", "not-merged", "vision 4", ("qwen2_vl", "qwen3_vl"))
 def vision_tower_left_out(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family, target_modules=_BOTH_SIDES)
+    found = with_merge(shop, family, target_modules=_BOTH_SIDES)
     _from_base(found, lambda name: "visual" in name)
     return found
 
 
 @broken("huggingface/peft/issues/2502", "merge-scaled", "merged twice (2 times")
 def merged_twice(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     return {**found, "merged": shop.merged(found["base"], found["adapter"], times=2)}
 
 
 def _with_other_scaling(shop: Workshop, family: str, scaling: dict[str, Any], **lora: Any) -> Arguments:
-    found = _merged(shop, family, **lora)
+    found = with_merge(shop, family, **lora)
     other = shop.copy(found["adapter"])
     edit(other / CONFIG, **scaling)
     return {**found, "merged": shop.merged(found["base"], other)}
@@ -88,7 +81,7 @@ def merged_into_an_unpacked_base(shop: Workshop, family: str) -> Arguments:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from safetensors.torch import load_file
 
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     base, added = load_file(found["base"] / WEIGHTS), _added(found["adapter"])
 
     def unpacked(name: str, tensor: Any) -> dict[str, Any]:
@@ -118,7 +111,7 @@ def _added(adapter: Path) -> dict[str, Any]:
 
 @broken("huggingface/peft/issues/1035", "cast", "from BF16 to F16")
 def cast_to_float16(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     return {**found, "merged": shop.merged(found["base"], found["adapter"], dtype="float16")}
 
 
@@ -131,14 +124,14 @@ def most_of_it_rounded_away(shop: Workshop, family: str) -> Arguments:
 
 @broken("modelscope/ms-swift/issues/9187", "dropped", "(vision", FAMILIES)
 def vision_tower_dropped(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     retensor(found["merged"] / WEIGHTS, lambda name, tensor: {} if "visual" in name else {name: tensor})
     return found
 
 
 @broken("huggingface/transformers/issues/38489", "renamed", "saved by a release or a tool")
 def saved_under_other_names(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
 
     def renamed(name: str, tensor: Any) -> dict[str, Any]:
         return {name.replace("visual.", "vision_tower.model.") if "visual" in name else name: tensor}
@@ -149,7 +142,7 @@ def saved_under_other_names(shop: Workshop, family: str) -> Arguments:
 
 @broken("OpenGVLab/InternVL/issues/548", "adapter-beside", "ΔW lies beside the weights")
 def saved_with_the_adapter_beside(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     _from_base(found, lambda name: True)
 
     def beside(name: str, tensor: Any) -> dict[str, Any]:
@@ -166,14 +159,14 @@ def saved_with_the_adapter_beside(shop: Workshop, family: str) -> Arguments:
 
 @broken("2U1/Qwen-VL-Series-Finetune/issues/231", "changed-elsewhere", "merger")
 def merger_of_another_training(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     retensor(found["merged"] / WEIGHTS, lambda n, t: {n: t * 1.25 if "merger" in n else t})
     return found
 
 
 @broken("QwenLM/Qwen-VL/issues/415", "copy-not-merged", "lm_head.weight", ("qwen2_vl",))
 def trained_head_left_behind(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family, modules_to_save=["lm_head"])
+    found = with_merge(shop, family, modules_to_save=["lm_head"])
     _from_base(found, lambda name: "lm_head" in name)
     return found
 
@@ -181,14 +174,14 @@ def trained_head_left_behind(shop: Workshop, family: str) -> Arguments:
 @broken("huggingface/transformers/issues/45127", "head-tied-over", "tie_word_embeddings stayed true", ("qwen2_vl",))
 def trained_head_tied_over(shop: Workshop, family: str) -> Arguments:
     """As the merge wrote it: a head of its own in the file, and a configuration by which vLLM ties it."""
-    found = _merged(shop, family, base={"tied": True})
+    found = with_merge(shop, family, base={"tied": True})
     retensor(found["merged"] / WEIGHTS, _head_beside(1.25))
     return {**found, "runtime": "vllm"}
 
 
 @broken("unslothai/unsloth/issues/1971", "head-untied", "lost when the checkpoint was saved", ("qwen2_vl", "qwen3_vl"))
 def tied_head_untied(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family, base={"tied": True})
+    found = with_merge(shop, family, base={"tied": True})
     retensor(found["merged"] / WEIGHTS, _head_beside(1.0))
     edit(found["merged"] / "config.json", _untie)
     return found
@@ -208,7 +201,7 @@ def _untie(content: dict[str, Any]) -> None:
 
 @broken("huggingface/diffusers/pull/5316", "merge-not-finite", "hold NaN", ("qwen3_vl",))
 def merged_beyond_the_range(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     retensor(found["merged"] / WEIGHTS, lambda n, t: {n: t * float("inf") if "1.mlp.up_proj" in n else t})
     return found
 
@@ -222,33 +215,33 @@ def merged_and_nothing_changed(shop: Workshop, family: str) -> Arguments:
 
 @healthy()
 def merged_in_bfloat16(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family)
+    return with_merge(shop, family)
 
 
 @healthy(("qwen2_5_vl",))
 def merged_in_float32(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     return {**found, "merged": shop.merged(found["base"], found["adapter"], dtype="float32")}
 
 
 @healthy(("qwen2_vl", "qwen3_vl"))
 def merged_dora(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, use_dora=True)
+    return with_merge(shop, family, use_dora=True)
 
 
 @healthy(("qwen2_5_vl",))
 def merged_rslora(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, use_rslora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"down_proj": 64})
+    return with_merge(shop, family, use_rslora=True, rank_pattern={"q_proj": 4}, alpha_pattern={"down_proj": 64})
 
 
 @healthy(("qwen2_5_vl", "qwen3_vl"))
 def merged_with_trained_head_and_embeddings(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, modules_to_save=["lm_head", "embed_tokens"])
+    return with_merge(shop, family, modules_to_save=["lm_head", "embed_tokens"])
 
 
 @healthy(("qwen2_vl",))
 def merged_with_a_trained_merger(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, modules_to_save=["merger"])
+    return with_merge(shop, family, modules_to_save=["merger"])
 
 
 _WITH_BIAS = r".*language_model.*\.[qkv]_proj"
@@ -256,12 +249,12 @@ _WITH_BIAS = r".*language_model.*\.[qkv]_proj"
 
 @healthy(("qwen2_5_vl", "qwen2_vl"))
 def merged_biases_of_b(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, target_modules=_WITH_BIAS, lora_bias=True)
+    return with_merge(shop, family, target_modules=_WITH_BIAS, lora_bias=True)
 
 
 @broken("", "not-merged", "self_attn.q_proj.bias", ("qwen2_5_vl",))
 def biases_of_b_left_out(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family, target_modules=_WITH_BIAS, lora_bias=True)
+    found = with_merge(shop, family, target_modules=_WITH_BIAS, lora_bias=True)
     _from_base(found, lambda name: name.endswith(".bias"))
     return found
 
@@ -279,18 +272,18 @@ def biases_without_a_place(shop: Workshop, family: str) -> Arguments:
 
 @healthy(("qwen2_vl",))
 def merged_onto_a_tied_base(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, base={"tied": True})
+    return with_merge(shop, family, base={"tied": True})
 
 
 @healthy(("qwen2_5_vl",))
 def merged_embeddings_and_tokens(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, target_modules=["q_proj"], trainable_token_indices=[5, 7])
+    return with_merge(shop, family, target_modules=["q_proj"], trainable_token_indices=[5, 7])
 
 
 @healthy(("qwen3_vl", "qwen2_vl"))
 def merged_tokens_trained_in_float32(shop: Workshop, family: str) -> Arguments:
     """Three rows of their own values, rounded to bfloat16 by the merge."""
-    found = _merged(shop, family, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 7, 11]})
+    found = with_merge(shop, family, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 7, 11]})
 
     def trained(name: str, tensor: Any) -> dict[str, Any]:
         return {name: tensor * 1.001 + 1e-4 if "token_adapter" in name else tensor}
@@ -301,12 +294,12 @@ def merged_tokens_trained_in_float32(shop: Workshop, family: str) -> Arguments:
 
 @healthy(("qwen3_vl",))
 def merged_adapted_embeddings_and_head(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, target_modules=["q_proj", "embed_tokens", "lm_head"])
+    return with_merge(shop, family, target_modules=["q_proj", "embed_tokens", "lm_head"])
 
 
 @healthy(("qwen2_vl",))
 def merged_tower_and_convolution(shop: Workshop, family: str) -> Arguments:
-    return _merged(shop, family, target_modules=r".*(patch_embed\.proj|visual.*qkv|language_model.*q_proj)")
+    return with_merge(shop, family, target_modules=r".*(patch_embed\.proj|visual.*qkv|language_model.*q_proj)")
 
 
 @healthy(("qwen2_5_vl",))
@@ -335,19 +328,19 @@ def merged_into_the_packed_base_that_was_given(shop: Workshop, family: str) -> A
 @healthy(("qwen2_5_vl", "qwen3_vl"))
 def merged_into_what_the_packed_base_was_packed_from(shop: Workshop, family: str) -> Arguments:
     """As Unsloth does: the adapter names the 4-bit repository, the merge takes the 16-bit one's weights."""
-    found = _merged(shop, family, target_modules=["q_proj", "up_proj"], exclude_modules=r".*visual.*")
+    found = with_merge(shop, family, target_modules=["q_proj", "up_proj"], exclude_modules=r".*visual.*")
     return {**found, "base": shop.packed(family, bnb_4bit_use_double_quant=family == "qwen3_vl")}
 
 
 @broken("huggingface/peft/issues/2586", "not-merged", "ΔW is not in them", ("qwen2_5_vl",))
 def sixteen_bit_base_saved_in_place_of_the_merge(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family)
+    found = with_merge(shop, family)
     _from_base(found, lambda name: True)
     return {**found, "base": shop.packed(family, bnb_4bit_use_double_quant=True)}
 
 
 @broken("huggingface/peft/issues/2321", "changed-elsewhere", "does not touch", ("qwen2_5_vl",))
 def another_weight_changed_below_a_packed_base(shop: Workshop, family: str) -> Arguments:
-    found = _merged(shop, family, target_modules=["q_proj"])
+    found = with_merge(shop, family, target_modules=["q_proj"])
     retensor(found["merged"] / WEIGHTS, lambda n, t: {n: t * 1.25 if "1.mlp.down_proj" in n else t})
     return {**found, "base": shop.packed(family, bnb_4bit_use_double_quant=True)}

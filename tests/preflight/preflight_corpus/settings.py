@@ -8,46 +8,48 @@ from typing import Any
 
 from .broken import broken
 from .healthy import healthy
-from .making import ADAPTER, CONFIG, WEIGHTS, Arguments, Workshop, drop, edit, rename, retensor
-
-
-def _adapted(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
-    return {"base": shop.base(family), "adapter": shop.adapter(family, **lora)}
-
-
-def _edited(shop: Workshop, family: str, lora: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """An adapter of which some fields were edited after it was saved."""
-    found = _adapted(shop, family, **(lora or {}))
-    edit(found["adapter"] / CONFIG, lambda content: content.update(changes))
-    return found
-
+from .making import (
+    ADAPTER,
+    CONFIG,
+    WEIGHTS,
+    Arguments,
+    Workshop,
+    drop,
+    edit,
+    rename,
+    retensor,
+    with_adapter,
+    with_edits,
+)
 
 # Trained rows of embeddings
 
 
 @broken("", "token-ids", "names -1, and ids start at 0", ("qwen2_vl",))
 def token_ids_below_zero(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[-1, 7])
+    return with_edits(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[-1, 7])
 
 
 @broken("", "token-ids", "names 5 twice")
 def token_ids_twice(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices={"embed_tokens": [5, 5]})
+    return with_edits(
+        shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices={"embed_tokens": [5, 5]}
+    )
 
 
 @broken("", "token-ids", "the embedding has", ("qwen3_vl",))
 def token_ids_beyond_the_embedding(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[5, 100_000])
+    return with_edits(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[5, 100_000])
 
 
 @broken("", "other-token-count", "the file has 2 trained rows, and trainable_token_indices names 3 tokens")
 def one_token_more(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[5, 7, 9])
+    return with_edits(shop, family, {"trainable_token_indices": [5, 7]}, trainable_token_indices=[5, 7, 9])
 
 
 @healthy(("qwen3_vl",))
 def first_and_last_token_trained(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, trainable_token_indices={"embed_tokens": [447, 0]})
+    return with_adapter(shop, family, trainable_token_indices={"embed_tokens": [447, 0]})
 
 
 # What is adapted, and by how much
@@ -55,27 +57,27 @@ def first_and_last_token_trained(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "no-target", "target_modules is null", ("qwen2_vl",))
 def targets_lost(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, target_modules=None)
+    return with_edits(shop, family, target_modules=None)
 
 
 @broken("", "no-target", "the file has tensors for down_proj", ("qwen3_vl",))
 def targets_emptied(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, target_modules=[])
+    return with_edits(shop, family, target_modules=[])
 
 
 @broken("", "alpha-negative", "subtracted from the base")
 def alpha_below_zero(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, lora_alpha=-16)
+    return with_edits(shop, family, lora_alpha=-16)
 
 
 @broken("", "alpha-negative", "alpha_pattern['q_proj'] is -4", ("qwen3_vl",))
 def alpha_of_some_modules_below_zero(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, alpha_pattern={"q_proj": -4})
+    return with_edits(shop, family, alpha_pattern={"q_proj": -4})
 
 
 @broken("", "start-not-repeatable", "randomized SVD", ("qwen2_vl",))
 def start_by_a_randomized_decomposition(shop: Workshop, family: str) -> Arguments:
-    return _adapted(shop, family, init_lora_weights="pissa_niter_4")
+    return with_adapter(shop, family, init_lora_weights="pissa_niter_4")
 
 
 # A base that cannot run
@@ -135,7 +137,7 @@ def skip_list_that_is_a_text(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "magnitude-left-out", "without DoRA's magnitudes", ("qwen2_vl",))
 def dora_merged_as_plain_lora(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family, use_dora=True)
+    found = with_adapter(shop, family, use_dora=True)
     plain = shop.copy(found["adapter"])
     edit(plain / CONFIG, use_dora=False)
     drop(plain / ADAPTER, lambda name: "magnitude" in name)
@@ -212,7 +214,7 @@ def padding_switched_off(shop: Workshop, family: str) -> Arguments:
 @healthy(("qwen2_5_vl", "qwen3_vl"))
 def checkpoint_of_a_trainer_with_the_tokenizer_only(shop: Workshop, family: str) -> Arguments:
     """What ``Trainer(processing_class=tokenizer)`` leaves in checkpoint-N; the processor is the base's."""
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(found["base"] / name, found["adapter"])
     template = json.loads((found["base"] / "chat_template.json").read_text(encoding="utf-8"))["chat_template"]
@@ -233,7 +235,7 @@ def template_that_marks_what_is_trained(shop: Workshop, family: str) -> Argument
 
 @broken("", "swapped-pair", "A and B of a module are swapped")
 def matrices_swapped(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     swapped = {"lora_A": "lora_B", "lora_B": "lora_A"}
 
     def swap(name: str) -> str:
@@ -246,7 +248,7 @@ def matrices_swapped(shop: Workshop, family: str) -> Arguments:
 
 @broken("", "swapped-pair", "transposed", ("qwen2_vl",))
 def matrices_transposed(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     retensor(found["adapter"] / ADAPTER, lambda name, tensor: {name: tensor.T.contiguous()})
     return found
 
@@ -260,16 +262,16 @@ def vocabulary_resized_for_the_training(shop: Workshop, family: str) -> Argument
 
 @broken("", "bias-differs", "bias='all'", ("qwen2_vl",))
 def biases_asked_for_afterwards(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, bias="all")
+    return with_edits(shop, family, bias="all")
 
 
 @broken("", "prefix-doubled", "three times", ("qwen2_5_vl",))
 def wrapped_three_times(shop: Workshop, family: str) -> Arguments:
-    found = _adapted(shop, family)
+    found = with_adapter(shop, family)
     rename(found["adapter"] / ADAPTER, lambda name: "base_model.model." * 2 + name)
     return found
 
 
 @broken("", "keys-missing", "1 of the 22 modules that adapter_config.json asks for (every lm_head)")
 def head_asked_for_afterwards(shop: Workshop, family: str) -> Arguments:
-    return _edited(shop, family, modules_to_save=["lm_head"])
+    return with_edits(shop, family, modules_to_save=["lm_head"])
