@@ -3,7 +3,9 @@
 - :mod:`.making`: bases and adapters of every family, saved by Transformers, PEFT and bitsandbytes, each once per run;
   copies of them to be broken; helpers that edit JSON and tensors.
 - :mod:`.broken`: one :class:`~.making.Case` for each way to be broken, with its public thread, the finding that must name
-  it, and words of its cause.
+  it, and words of its cause; here of quantization, targets and keys (questions 1 to 3).
+- :mod:`.broken_bases`, :mod:`.broken_processors`, :mod:`.broken_unread`: the same of the base's files (5), of processor,
+  tokenizer and template (6), and of what is not read at all (0).
 - :mod:`.healthy`: set-ups on which every red finding is a false alarm.
 - :mod:`.settings`: both kinds, of settings that a file can say and no model can mean.
 - :mod:`.values`: both kinds, of adapters whose values matter.
@@ -17,7 +19,18 @@ To add one: a function that takes a ``Workshop`` and a family and returns the ar
 ``@broken(...)`` or ``@healthy(...)``.
 """
 
-from . import dtypes, four_bit_merges, merged_folders, merging, settings, starts, values  # they register their cases
+from . import (  # they register their cases, in this order
+    broken_bases,
+    broken_processors,
+    broken_unread,
+    dtypes,
+    four_bit_merges,
+    merged_folders,
+    merging,
+    settings,
+    starts,
+    values,
+)
 from .broken import BROKEN
 from .healthy import HEALTHY
 from .making import Case, Workshop
@@ -27,6 +40,9 @@ __all__ = [
     "HEALTHY",
     "Case",
     "Workshop",
+    "broken_bases",
+    "broken_processors",
+    "broken_unread",
     "dtypes",
     "four_bit_merges",
     "merged_folders",
