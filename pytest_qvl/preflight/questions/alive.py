@@ -4,6 +4,7 @@ Every limit is one of arithmetic; none is fitted:
 
 | finding | red when |
 | --- | --- |
+| integers | a tensor is stored as whole numbers, of which nobody knows the scale |
 | not finite | a value is NaN or infinite |
 | zero | A or B has no value but 0, or the scaling is 0: the product is 0 |
 | constant | A or B has one value throughout (rank 1, whatever ``r`` says) |

@@ -39,7 +39,7 @@ def judge(subject: Subject) -> Iterator[Finding]:
 
     Raises:
         ModelSourceError: A file has become shorter.
-        CannotJudge: It holds no weights, or such as are packed in 4 bits.
+        CannotJudge: It holds no weights, or the base or it is packed in FP4.
     """
     checkpoint = subject.merged
     assert checkpoint is not None
