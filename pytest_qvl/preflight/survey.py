@@ -37,7 +37,7 @@ class Surveyed:
         packed: Whether the base holds it in 4 bits.
         strength: ``norm(ΔW) / norm(W)``; NaN where W is zero.
         update: Sum of squares of ΔW in all rows, estimated.
-        losses: By the names in :data:`METHODS`; none where ΔW is zero, infinite or NaN.
+        losses: By the names in :data:`METHODS`; none where ΔW is zero, infinite or NaN, or a merge was given.
         share: Share of the rows that were looked at.
     """
 
@@ -53,19 +53,21 @@ class Surveyed:
 def survey(subject: Subject) -> dict[str, Surveyed]:
     """Every adapted weight that the base has here, by the module's name.
 
+    Where a merge was given, what it kept is proved of every value (question 7), and no loss is forecast.
+
     Raises:
         ModelSourceError: A file has become shorter, or a quantization state is not what bitsandbytes writes.
     """
     import torch
 
-    found = {}
+    found, forecast = {}, subject.asked.merged is None
     with torch.no_grad():
         for module, update in subject.updates.pairs.items():
             name = weight_name(subject, module)
             weights = subject.weights
             here = name and weights.is_numeric(name) and weights.shape(name) == update.shape
             if here and not update.not_at_hand:
-                found[module] = _of_weight(weights, name, update, update.factors())
+                found[module] = _of_weight(weights, name, update, update.factors(), forecast=forecast)
                 weights.close(name)
     return found
 
@@ -77,7 +79,7 @@ def weight_name(subject: Subject, module: str) -> str:
     return next((name for name in names if name in subject.weights), "")
 
 
-def _of_weight(weights: Weights, name: str, update: Update, factors: Factors) -> Surveyed:
+def _of_weight(weights: Weights, name: str, update: Update, factors: Factors, *, forecast: bool = True) -> Surveyed:
     import torch
 
     packed, shape = weights.is_packed(name), weights.shape(name)
@@ -96,8 +98,8 @@ def _of_weight(weights: Weights, name: str, update: Update, factors: Factors) ->
         whole_rows = [len(part) for part in parts]
         for size in sorted(set(whole_rows), reverse=True):  # the last part of a weight may be shorter
             chosen = [i for i, rows in enumerate(whole_rows) if rows == size]
-            stacked = [torch.stack([each[i].flatten() for i in chosen]) for each in (parts, added)]
-            found.append(part_sums(*stacked, packed=packed))
+            weight, change = (torch.stack([each[i].flatten() for i in chosen]) for each in (parts, added))
+            found.append(part_sums(weight, change, packed=packed) if forecast else sums(weight, change, ()))
             order += [first + i for i in chosen]
     whole = Sums(*(_in_order([getattr(each, field) for each in found], order) for field in Sums._fields))
     return _surveyed(update, packed, whole, sample, shape)
@@ -209,12 +211,13 @@ def _surveyed(update: Update, packed: bool, found: Sums, sample: Sample, shape: 
     strength = _root(ratio(energy, found.weight / sample.chances, sample.whole))
     total = float(energy.sum())
     losses: dict[str, Loss] = {}
-    for i, method in enumerate(METHODS if 0 < total < math.inf else ()):
+    by_method = zip(METHODS, found.along, found.apart, found.changed, strict=False)  # none without a forecast
+    for method, along, apart, change in by_method if 0 < total < math.inf else ():
         if packed and method == "nf4-after-bf16":
             continue
-        kept = ratio(found.along[i] / sample.chances, energy, sample.whole)
-        error = _root(ratio(found.apart[i] / sample.chances, energy, sample.whole))
-        changed = ratio(found.changed[i] / sample.chances, 1 / sample.chances, sample.whole)
+        kept = ratio(along / sample.chances, energy, sample.whole)
+        error = _root(ratio(apart / sample.chances, energy, sample.whole))
+        changed = ratio(change / sample.chances, 1 / sample.chances, sample.whole)
         losses[method] = Loss(*kept, *error, changed.value)
     looked = len(set(sample.starts)) * sample.rows / shape[0]
     return Surveyed(update.module, update.group, packed, strength, total, losses, min(1.0, looked))

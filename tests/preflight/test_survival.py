@@ -240,6 +240,14 @@ def test_of_a_packed_base_the_merge_in_place_is_predicted(shop):
     assert all(isinstance(each, Surveyed) and isinstance(each.losses["bf16"], Loss) for each in found.values())
 
 
+def test_of_a_merge_that_was_given_nothing_is_forecast_and_the_strengths_are_the_same(shop):
+    base, adapter = shop.base(FAMILY), shop.adapter(FAMILY)
+    plain, given = (_read(Asked(str(base), adapter, merged=merged))[1].survey for merged in (None, base))
+    assert all(each.losses for each in plain.values())
+    assert not any(each.losses for each in given.values())
+    assert [each.strength for each in plain.values()] == [each.strength for each in given.values()]
+
+
 def test_without_weights_nothing_is_predicted(shop):
     found = preflight("qwen2.5-vl-7b", shop.adapter(FAMILY)).of(7)
     assert [each.state for each in found] == ["not judged"]
