@@ -100,14 +100,10 @@ def prepared(options):
     return model, rows, collate, processor
 
 
-def training(model, rows, collate, processor, options, *, guarded):
-    """One training by the real Trainer."""
+def clock_and_sparer(guard, device):
+    """Two callbacks: the one that times each step, and the one that spares the tower with the guard and without."""
     import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    from pytest_qvl.training import Guard
-
-    guard = Guard(processor, every=options.every, vision_gradients="spare") if guarded else None
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         """First of the callbacks: what the others do in a step lies between two of its beginnings."""
@@ -116,7 +112,7 @@ def training(model, rows, collate, processor, options, *, guarded):
             self.moments, self.guards, self.begun = [], [], time.perf_counter()
 
         def on_step_begin(self, args, state, control, **kwargs):
-            if options.device == "cuda":
+            if device == "cuda":
                 torch.cuda.synchronize()
             self.moments.append(time.perf_counter())
             self.guards.append(guard.seconds if guard else 0.0)
@@ -132,11 +128,22 @@ def training(model, rows, collate, processor, options, *, guarded):
 
             remove_vision_grad_hooks(anatomy(model).patch_embed)
 
+    return Clock(), Spares()
+
+
+def training(model, rows, collate, processor, options, *, guarded):
+    """One training by the real Trainer."""
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    from pytest_qvl.training import Guard
+
+    guard = Guard(processor, every=options.every, vision_gradients="spare") if guarded else None
     if options.device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    clock = Clock()
+    clock, sparer = clock_and_sparer(guard, options.device)
     with tempfile.TemporaryDirectory(prefix="qvl-guard-") as folder:
         arguments = TrainingArguments(
             output_dir=folder,
@@ -154,7 +161,7 @@ def training(model, rows, collate, processor, options, *, guarded):
             disable_tqdm=True,
             seed=1,
         )
-        callbacks = [clock, Spares(), *([guard] if guard else [])]
+        callbacks = [clock, sparer, *([guard] if guard else [])]
         trainer = Trainer(
             model=model, args=arguments, train_dataset=rows, data_collator=collate, processing_class=processor,
             callbacks=callbacks,
@@ -162,8 +169,18 @@ def training(model, rows, collate, processor, options, *, guarded):
         trainer.train()
         record = json.loads((Path(folder) / "qvl_guard.json").read_text()) if guard else None
         trainer.accelerator.free_memory()
-    tens = range(LEFT_OUT, options.steps, TENS)
-    result = {
+    result = timed(clock, options.steps) | (judged(record) if record else {})
+    if options.device == "cuda":
+        result["peak_allocated"] = torch.cuda.max_memory_allocated()
+        result["peak_reserved"] = torch.cuda.max_memory_reserved()
+    model.zero_grad(set_to_none=True)
+    return result
+
+
+def timed(clock, steps):
+    """Seconds of one training, and the guard's own among them."""
+    tens = range(LEFT_OUT, steps, TENS)
+    return {
         "step_seconds": statistics.median((clock.moments[n + TENS] - clock.moments[n]) / TENS for n in tens),
         "tens": [clock.moments[n + TENS] - clock.moments[n] for n in tens],
         "seconds_before_first_step": clock.moments[0] - clock.begun,
@@ -172,19 +189,17 @@ def training(model, rows, collate, processor, options, *, guarded):
         "guard_seconds_before_first_step": clock.guards[0],
         "guard_seconds_first_ten": clock.guards[LEFT_OUT] - clock.guards[0],
     }
-    if record:
-        base = record["judged"]["base_unchanged"]["last"]["figures"]
-        result |= {
-            "findings": [finding["check"] for finding in record["findings"]],
-            "not_judged": record["not_judged"],
-            "judged": {check: judged["times"] for check, judged in record["judged"].items()},
-            "base": {figure["name"]: figure["value"] for figure in base},
-        }
-    if options.device == "cuda":
-        result["peak_allocated"] = torch.cuda.max_memory_allocated()
-        result["peak_reserved"] = torch.cuda.max_memory_reserved()
-    model.zero_grad(set_to_none=True)
-    return result
+
+
+def judged(record):
+    """What the guard's record says of one training."""
+    base = record["judged"]["base_unchanged"]["last"]["figures"]
+    return {
+        "findings": [finding["check"] for finding in record["findings"]],
+        "not_judged": record["not_judged"],
+        "judged": {check: verdict["times"] for check, verdict in record["judged"].items()},
+        "base": {figure["name"]: figure["value"] for figure in base},
+    }
 
 
 def compared(runs):
