@@ -177,8 +177,11 @@ class Movement:
                 except CannotReplayError as error:
                     unknown = f"{len(still)} of {len(steep)} tensors stand still, and {error}"
         # Whatever the rule is, a step moves something, or would if no dtype hid it.
-        nothing = all(rule_takes_no_step(optimizer, trained[name], self._states[name]) for name in small)
-        if len(still) == len(steep) and not later and nothing:
+        if (
+            len(still) == len(steep)
+            and not later
+            and all(rule_takes_no_step(optimizer, trained[name], self._states[name]) for name in small)
+        ):
             found, small, unknown = still, [], ""
         if small:
             dtypes = tally(dtype_name(trained[name].dtype) for name in small)
