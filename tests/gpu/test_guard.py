@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import sys
@@ -37,11 +36,7 @@ def train(bench, folder, *callbacks, dtype="bfloat16", **changes):
     with bench.model(dtype, device="cuda:0", lora_dropout=0.1) as model:
         settings = {"use_cpu": False, "max_steps": 12, "per_device_train_batch_size": 2, **changes}
         bench.trainer(model, folder, *callbacks, **settings).train()
-        adapter = hashlib.sha256()
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                adapter.update(parameter.detach().float().cpu().numpy().tobytes())
-    return adapter.hexdigest()
+        return bench.adapter_bits(model)
 
 
 def record_of(folder):

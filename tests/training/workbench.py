@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,15 @@ class Workbench:
             base.requires_grad_(False).eval()
             base.config = config
             base.zero_grad(set_to_none=True)
+
+    @staticmethod
+    def adapter_bits(model: Any) -> str:
+        """A hash of every adapter tensor, in float32."""
+        found = hashlib.sha256()
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                found.update(parameter.detach().float().cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def lora(self, **changes: Any) -> Any:
         """The usual ``LoraConfig``, any field overridden."""
