@@ -35,7 +35,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=3, help="trainings without and with, in turns")
     parser.add_argument("--steps", type=int, default=30, help="of each training; the first ten are not counted")
     parser.add_argument("--rows", type=int, default=1, help="of a batch")
-    parser.add_argument("--every", type=int, default=10, help="the guard's N")
+    parser.add_argument("--every", type=int, default=10, help="the guard judges every so many steps")
     parser.add_argument(
         "--cell", type=int, default=240, help="pixels a side of an image's cells, of which it has 3 or 4"
     )

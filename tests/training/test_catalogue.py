@@ -71,3 +71,8 @@ def test_there_are_enough_of_them_each_with_a_source():
 
 def test_the_page_has_all_of_them():
     assert PAGE.read_text(encoding="utf-8") == page(MISTAKES)
+
+
+@pytest.mark.parametrize("other", ["docs/guard.md", "README.md"])
+def test_pages_that_point_there_count_them(other):
+    assert f"[{len(MISTAKES)} mistakes](" in (PAGE.parents[1] / other).read_text(encoding="utf-8")
