@@ -1,4 +1,4 @@
-"""A name out of a module or script of the user's, which runs as it is imported."""
+"""A name out of a module or script of the user's, which runs as it is imported, and what an error of it says."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ def imported(module: str, name: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as error:
-        said = " ".join(str(error).split())
-        raise ValueError(f"{module}:{name} cannot be imported: {type(error).__name__}: {said}") from None
+        raise ValueError(f"{module}:{name} cannot be imported: {said_by(error)}") from None
     finally:
         sys.path.remove(str(Path.cwd()))
     return found
+
+
+def said_by(error: BaseException) -> str:
+    """The class of an error of the user's code, and what it says, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _script(file: Path) -> Any:

@@ -18,7 +18,7 @@ from pytest_qvl.models.sources.model_source import ModelSource, parse_model
 from pytest_qvl.models.sources.released import released_config
 from pytest_qvl.models.sources.synthetic_processor import processor_for
 from pytest_qvl.samples import Sample, make_batch, probe_samples, training_rows
-from pytest_qvl.user_code import imported
+from pytest_qvl.user_code import imported, said_by
 
 SEED, PER_SKILL = 0, 1
 PROCESSOR = "processor"
@@ -164,7 +164,7 @@ def _called(flag: str, spec: str, function: Any, **given: Any) -> Any:
     try:
         return function(**given)
     except Exception as error:
-        raise ValueError(f"{flag} {spec} raised {_said(error)}") from None
+        raise ValueError(f"{flag} {spec} raised {said_by(error)}") from None
 
 
 def _collated(source: Source, collate: Collator, given: list[Any], numbers: Sequence[int]) -> Mapping[str, Any]:
@@ -172,7 +172,7 @@ def _collated(source: Source, collate: Collator, given: list[Any], numbers: Sequ
         batch: Mapping[str, Any] = collate(given)
     except Exception as error:
         raise ValueError(
-            f"--collator {source.collator or 'of the suite'} raised {_said(error)} on rows {_listed(numbers)}"
+            f"--collator {source.collator or 'of the suite'} raised {said_by(error)} on rows {_listed(numbers)}"
         ) from None
     if not hasattr(batch, "keys"):
         raise ValueError(
@@ -180,11 +180,6 @@ def _collated(source: Source, collate: Collator, given: list[Any], numbers: Sequ
             "names to tensors"
         )
     return batch
-
-
-def _said(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _listed(numbers: Sequence[int]) -> str:
