@@ -144,6 +144,7 @@ def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> La
     ladder: _Ladder = _Images(forecaster, first.request) if dimension == "image" else _Batches(first)
     known = {ladder.size_of(first.request): first}
     target = SEARCH_TARGET * first.verdict.available
+    inference = first.peak is not first.training_peak
     for steps_left in reversed(range(SEARCH_STEPS)):
         best, refused = _bracket(known)
         low = ladder.smallest if best is None else ladder.above(best)
@@ -161,7 +162,6 @@ def largest(forecaster: Forecaster, first: Forecast, dimension: Dimension) -> La
             request = ladder.request((low + high) / 2)  # gaps between blocks, which no line through peaks knows of
         if ladder.size_of(request) in known:
             break
-        inference = first.peak is not first.training_peak
         known[ladder.size_of(request)] = forecaster.forecast(request, inference=inference, timeline=False)
     best, refused = _bracket(known)
     return Largest(
