@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pytest_qvl.training.subject import Subject
 
 _MOST_PARTS = 64
+_WHOLE = -1  # beside the numbers of turns
 _BIAS = ".bias"
 _WRAPPED = ".base_layer"  # what PEFT puts into the names of layers that it wraps
 
@@ -142,7 +143,7 @@ class BaseWatch:
         if whole and on_cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        key = -self.parts if whole else self._turn
+        key = _WHOLE if whole else self._turn
         found = self._fingerprints.setdefault(key, Fingerprint()).read(tensors)
         if whole:
             # The first read makes the kernel and the tables.
