@@ -232,7 +232,7 @@ class Run:
     def _no_path(self) -> None:
         with self._verdicts.clock():
             loss = partial(steps.loss_has_path, self._subject)
-            self._judge("loss_path", loss, f"in the forward of step {self._step + 1}")
+            self._judge("gradients", loss, f"in the forward of step {self._step + 1}")
             self._verdicts.settle(self._step, together=False)
 
     # ---- when ------------------------------------------------------------------------------------------
