@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
     """Stops a broken training at its first step, with the evidence; costs a healthy one nothing but a little time.
 
-    ``Trainer(..., callbacks=[Guard()])``, TRL's ``SFTTrainer`` and Unsloth's trainer alike. What is judged when is in
-    docs/guard.md. The training is bitwise what it is without the guard: nothing is drawn from the data loader, no
-    generator of random numbers is moved, no extra forward is run.
+    ``Trainer(..., callbacks=[Guard()])``, and TRL's ``SFTTrainer`` alike. What is judged when is in docs/guard.md. The
+    training is bitwise what it is without the guard: nothing is drawn from the data loader, no generator of random
+    numbers is moved, no extra forward is run.
 
     Args:
         processor: The processor that makes the batches; the trainer's ``processing_class`` if not given.
