@@ -78,6 +78,13 @@ def test_every_kind_of_finding_breaks_a_property() -> None:
     assert {kind for each in PROPERTIES for kind in each.kinds} | OF_CASES == set(KINDS)
 
 
+def test_what_is_known_of_a_red_cell_is_about_one_that_is_red(records: list[dict[str, Any]]) -> None:
+    from collating import known
+
+    red = {(r["framework"], c["set_up"], c["property"]) for r in records for c in r["cells"] if c["verdict"] == "red"}
+    assert not (known._KNOWN.keys() | known._DISPUTED.keys()) - red
+
+
 def test_a_finding_counts_once_for_rows_of_their_own() -> None:
     from collating.properties import is_new
 

@@ -67,12 +67,11 @@ _KNOWN: Mapping[tuple[str, str, str], str] = MappingProxyType(
 )
 
 _DUMMY = (
-    "a dummy image that nothing attends to stands in the row, for trainings that shard the vision tower; checks.batch "
-    "takes it for an image of the row, which is a false alarm"
+    "a dummy image that nothing attends to stands inside of the row, for trainings that shard the vision tower; "
+    "checks.batch takes it for an image of the row, which is a false alarm"
 )
 _DISPUTED: Mapping[tuple[str, str, str], str] = MappingProxyType(
     {
-        ("llamafactory", "stage: sft", "a batch of text-only rows"): _DUMMY,
         ("nemo", "pre-tokenized", "a text-only row among rows with images"): _DUMMY,
         ("nemo", "pre-tokenized", "a batch of text-only rows"): _DUMMY,
     }
