@@ -85,6 +85,17 @@ def test_what_is_known_of_a_red_cell_is_about_one_that_is_red(records: list[dict
     assert not (known._KNOWN.keys() | known._DISPUTED.keys()) - red
 
 
+def test_what_a_property_needs_is_said_by_the_check_in_these_words() -> None:
+    """Else a property that was not judged would be green."""
+    from collating.properties import PROPERTIES
+
+    sources = (ROOT / "pytest_qvl" / "checks" / "batches").glob("*.py")
+    said = [name for path in sources for name in re.findall(r'unjudged\[f?"([^"{]+)', path.read_text(encoding="utf-8"))]
+    needed = {name for each in PROPERTIES for name in each.needs}
+    assert needed
+    assert {name for name in needed if not any(each.startswith(name) for each in said)} == set()
+
+
 def test_a_finding_counts_once_for_rows_of_their_own() -> None:
     from collating.properties import is_new
 

@@ -133,7 +133,7 @@ PROPERTIES = (
         "images stand in their row, in order",
         "plain",
         ("row-of-another-sample", "images-missing", "images-repeated", "images-exchanged"),
-        needs=("rows against samples", "images against samples"),
+        needs=("batch against samples", "images against samples"),
     ),
     Property("a limit of length cuts no image", "cut"),
     Property("several turns", "turns"),
