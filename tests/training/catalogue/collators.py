@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 from .mistake import mistake
 
 IGNORED = -100
@@ -13,7 +11,6 @@ def collated(name, *, source, words, check="batch", since_5=False):
     """Register a mistake that is a function from a sound batch to a broken one."""
 
     def register(change):
-        @contextmanager
         def plant(bench, folder, guard):
             def collate(samples):
                 return change(bench, bench.collate(samples)) or {}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 from .mistake import mistake
 
 
-def adamw(parameters, lr=1e-3):
+def adamw(parameters):
     import torch
 
-    return torch.optim.AdamW(list(parameters), lr=lr)
+    return torch.optim.AdamW(list(parameters), lr=1e-3)
 
 
 @mistake(
@@ -19,7 +17,6 @@ def adamw(parameters, lr=1e-3):
     check="adapter_census",
     words=("optimizer misses", "before the adapter was attached"),
 )
-@contextmanager
 def early(bench, folder, guard):
     base = bench.base(quantized=False)
     optimizer = adamw(base.parameters())
@@ -33,7 +30,6 @@ def early(bench, folder, guard):
     check="adapter_census",
     words=("optimizer misses", "lora_A"),
 )
-@contextmanager
 def half_of_it(bench, folder, guard):
     with bench.model() as model:
         optimizer = adamw(p for n, p in model.named_parameters() if "lora_B" in n)
@@ -46,7 +42,6 @@ def half_of_it(bench, folder, guard):
     check="adapter_census",
     words=("more than once",),
 )
-@contextmanager
 def twice(bench, folder, guard):
     with bench.model() as model:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -61,7 +56,6 @@ def twice(bench, folder, guard):
     check="learning_rate",
     words=("learning rate of 0",),
 )
-@contextmanager
 def no_rate(bench, folder, guard):
     with bench.model() as model:
         yield bench.trainer(model, folder, guard, learning_rate=0.0)
@@ -73,7 +67,6 @@ def no_rate(bench, folder, guard):
     check="learning_rate",
     words=("learning rate of 0", "schedule"),
 )
-@contextmanager
 def no_steps(bench, folder, guard):
     from transformers import get_linear_schedule_with_warmup
 
@@ -89,7 +82,6 @@ def no_steps(bench, folder, guard):
     check="learning_rate",
     words=("1 of 2 parameter groups",),
 )
-@contextmanager
 def one_group(bench, folder, guard):
     import torch
 
@@ -108,7 +100,6 @@ def one_group(bench, folder, guard):
     check="gradients",
     words=("no path", "use_reentrant"),
 )
-@contextmanager
 def reentrant(bench, folder, guard):
     from transformers import TrainerCallback
 
@@ -136,7 +127,6 @@ def reentrant(bench, folder, guard):
     check="gradients",
     words=("no path",),
 )
-@contextmanager
 def detached(bench, folder, guard):
     from pytest_qvl.models.anatomy import anatomy
 
@@ -152,7 +142,6 @@ def detached(bench, folder, guard):
     check="gradients",
     words=("gradient has no path to", "layers.0."),
 )
-@contextmanager
 def cut_off(bench, folder, guard):
     from pytest_qvl.models.anatomy import anatomy
 
@@ -174,7 +163,6 @@ def cut_off(bench, folder, guard):
     check="gradients",
     words=("exactly zero", "lora_B"),
 )
-@contextmanager
 def zeroed(bench, folder, guard):
     with bench.model() as model:
         for name, parameter in model.named_parameters():
@@ -189,7 +177,6 @@ def zeroed(bench, folder, guard):
     check="gradients",
     words=("gradients are not finite",),
 )
-@contextmanager
 def wild(bench, folder, guard):
     with bench.model() as model:
         last = [p for n, p in model.named_parameters() if "lora_B" in n][-1]
@@ -203,7 +190,6 @@ def wild(bench, folder, guard):
     check="loss",
     words=("losses are not finite",),
 )
-@contextmanager
 def nan(bench, folder, guard):
     import torch
 
@@ -221,7 +207,6 @@ def nan(bench, folder, guard):
     check="gradients",
     words=("not the adapter's take gradients", "vision"),
 )
-@contextmanager
 def unfrozen(bench, folder, guard):
     from transformers import TrainerCallback
 
@@ -243,7 +228,6 @@ def unfrozen(bench, folder, guard):
     words=("back-propagated through", "make_inputs_require_grads"),
     vision_gradients="stop",
 )
-@contextmanager
 def vision(bench, folder, guard):
     with bench.model() as model:
         yield bench.trainer(
@@ -261,7 +245,6 @@ def vision(bench, folder, guard):
     check="adapter_moved",
     words=("did not move", "puts their values back"),
 )
-@contextmanager
 def put_back(bench, folder, guard):
     import torch
     from transformers import TrainerCallback
@@ -288,7 +271,6 @@ def put_back(bench, folder, guard):
     check="base_unchanged",
     words=("base tensors are not bitwise", "after step 1", "lm_head"),
 )
-@contextmanager
 def moved(bench, folder, guard):
     import torch
     from transformers import TrainerCallback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ class Mistake:
         source: The thread where it cost somebody a training, or the page that warns of it.
         check: The check that names it.
         words: What its sentence says of the cause.
-        plant: Makes the broken training from the bench and a folder: a context that yields a trainer.
+        plant: Makes the broken training from the bench, a folder and the guard: a context that yields a trainer.
         guard: Arguments of the guard beside the default ones.
         since_5: Whether it is none before Transformers 5.
     """
@@ -27,7 +28,7 @@ class Mistake:
     source: str
     check: str
     words: tuple[str, ...]
-    plant: Callable[[Any, Any], Any]
+    plant: Callable[[Any, Any, Any], Any]
     guard: dict[str, Any]
     since_5: bool = False
 
@@ -35,11 +36,11 @@ class Mistake:
 def mistake(
     name: str, *, source: str, check: str, words: tuple[str, ...], since_5: bool = False, **guard: Any
 ) -> Callable[[Any], Any]:
-    """Register a function of bench, folder and guard that yields a broken trainer."""
+    """Register a generator function of bench, folder and guard that yields a broken trainer and tidies up after it."""
 
     def register(plant: Any) -> Any:
         assert name not in MISTAKES, name
-        MISTAKES[name] = Mistake(name, source, check, words, plant, guard, since_5)
+        MISTAKES[name] = Mistake(name, source, check, words, contextmanager(plant), guard, since_5)
         return plant
 
     return register

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 
 from .loops import adamw
 from .mistake import mistake
@@ -26,7 +25,6 @@ def quantized_otherwise(bench, dtype="float32", **changes):
     check="quantization_census",
     words=("fp4", "bnb_4bit_quant_type='nf4'"),
 )
-@contextmanager
 def fp4(bench, folder, guard):
     from transformers import BitsAndBytesConfig
 
@@ -42,7 +40,6 @@ def fp4(bench, folder, guard):
     since_5=True,
     words=("vision", "visual"),
 )
-@contextmanager
 def skip_list(bench, folder, guard):
     with bench.model(base=quantized_otherwise(bench, llm_int8_skip_modules=["visual", "lm_head"])) as model:
         yield bench.trainer(model, folder, guard)
@@ -54,7 +51,6 @@ def skip_list(bench, folder, guard):
     check="quantization_census",
     words=("lm_head",),
 )
-@contextmanager
 def head_quantized(bench, folder, guard):
     with bench.model(base=quantized_otherwise(bench, llm_int8_skip_modules=["model.visual"])) as model:
         yield bench.trainer(model, folder, guard)
@@ -66,7 +62,6 @@ def head_quantized(bench, folder, guard):
     check="quantization_census",
     words=("compute", "float32"),
 )
-@contextmanager
 def float32_compute(bench, folder, guard):
     with bench.model(base=quantized_otherwise(bench, "bfloat16", bnb_4bit_compute_dtype=None)) as model:
         yield bench.trainer(model, folder, guard, bf16=True)
@@ -78,7 +73,6 @@ def float32_compute(bench, folder, guard):
     check="adapter_census",
     words=("leaked into vision", "language"),
 )
-@contextmanager
 def seven_names(bench, folder, guard):
     with bench.model(target_modules=SEVEN_NAMES) as model:
         yield bench.trainer(model, folder, guard)
@@ -90,7 +84,6 @@ def seven_names(bench, folder, guard):
     check="adapter_census",
     words=("merger",),
 )
-@contextmanager
 def all_linear(bench, folder, guard):
     with bench.model(target_modules="all-linear") as model:
         yield bench.trainer(model, folder, guard)
@@ -102,7 +95,6 @@ def all_linear(bench, folder, guard):
     check="adapter_switched_on",
     words=("carries no adapter", "require grad"),
 )
-@contextmanager
 def no_adapter(bench, folder, guard):
     base = bench.base(quantized=False)
     base.requires_grad_(True)
@@ -118,7 +110,6 @@ def no_adapter(bench, folder, guard):
     check="adapter_switched_on",
     words=("none of the", "is_trainable=True"),
 )
-@contextmanager
 def inference(bench, folder, guard):
     with bench.model() as model:
         model.requires_grad_(False)
@@ -131,7 +122,6 @@ def inference(bench, folder, guard):
     check="adapter_switched_on",
     words=("switched off", "enable_adapter_layers"),
 )
-@contextmanager
 def switched_off(bench, folder, guard):
     with bench.model() as model:
         model.base_model.disable_adapter_layers()
@@ -146,7 +136,6 @@ def switched_off(bench, folder, guard):
     check="adapter_switched_on",
     words=("merged into the base", "unmerge_adapter"),
 )
-@contextmanager
 def merged(bench, folder, guard):
     with bench.model() as model:
         model.merge_adapter()
@@ -162,7 +151,6 @@ def merged(bench, folder, guard):
     check="adapter_switched_on",
     words=("float16", "GradScaler"),
 )
-@contextmanager
 def half(bench, folder, guard):
     import torch
 
@@ -179,7 +167,6 @@ def half(bench, folder, guard):
     check="adapter_census",
     words=("lora_alpha is 0",),
 )
-@contextmanager
 def no_alpha(bench, folder, guard):
     with bench.model(lora_alpha=0) as model:
         yield bench.trainer(model, folder, guard)
@@ -191,7 +178,6 @@ def no_alpha(bench, folder, guard):
     check="adapter_census",
     words=("require grad", "embed_tokens"),
 )
-@contextmanager
 def embeddings(bench, folder, guard):
     with bench.model() as model:
         model.get_base_model().get_input_embeddings().weight.requires_grad_(True)
@@ -204,7 +190,6 @@ def embeddings(bench, folder, guard):
     check="adapter_census",
     words=("bias='all'", "vision"),
 )
-@contextmanager
 def biases(bench, folder, guard):
     with bench.model(bias="all") as model:
         yield bench.trainer(model, folder, guard)
@@ -216,7 +201,6 @@ def biases(bench, folder, guard):
     check="adapter_census",
     words=("trained copies", "merger"),
 )
-@contextmanager
 def merger_copied(bench, folder, guard):
     with bench.model(modules_to_save=["merger"], quantized=False) as model:
         yield bench.trainer(model, folder, guard)
@@ -228,7 +212,6 @@ def merger_copied(bench, folder, guard):
     check="adapter_census",
     words=("2 adapters",),
 )
-@contextmanager
 def two_adapters(bench, folder, guard):
     from peft import LoraConfig
 
@@ -245,7 +228,6 @@ def two_adapters(bench, folder, guard):
     words=("r=16",),
     lora_config={"r": 16, "lora_alpha": 8},
 )
-@contextmanager
 def other_rank(bench, folder, guard):
     with bench.model() as model:
         yield bench.trainer(model, folder, guard)
@@ -257,7 +239,6 @@ def other_rank(bench, folder, guard):
     check="adapter_roundtrip",
     words=("not bitwise those of",),
 )
-@contextmanager
 def resumed(bench, folder, guard):
     import torch
     from transformers import TrainerCallback
@@ -283,7 +264,6 @@ def resumed(bench, folder, guard):
     check="base_unchanged",
     words=("base tensors are not bitwise", "forward and backward pass alone", "merger"),
 )
-@contextmanager
 def written(bench, folder, guard):
     import torch
 
@@ -305,7 +285,6 @@ def written(bench, folder, guard):
     check="adapter_census",
     words=("optimizer misses",),
 )
-@contextmanager
 def copied(bench, folder, guard):
     with bench.model(quantized=False) as model:
         optimizer = adamw(p for p in copy.deepcopy(model).parameters() if p.requires_grad)
