@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
     from pytest_qvl.preflight.weights import Weights
 
+HEAD_APART = "the head was trained or merged apart from the embeddings, and tie_word_embeddings stayed true"
 _UNTIE = 'set "tie_word_embeddings": false in config.json, with both tensors in the file'
 
 
@@ -55,6 +56,6 @@ def tied_over(number: int, subject: Subject, who: str) -> Finding:
     loader = "vLLM throws" if subject.asked.runtime == "vllm" else f"Transformers {version} throws"
     return Finding(
         number, "head-tied-over", "red", f"{line}{loader} them away",
-        cause="the head was trained or merged apart from the embeddings, and tie_word_embeddings stayed true",
+        cause=HEAD_APART,
         fix=_UNTIE, keeps_green=pytest_line(subject),
     )  # fmt: skip

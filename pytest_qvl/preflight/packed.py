@@ -19,6 +19,8 @@ STATE = ".quant_state.bitsandbytes__"
 STATE_LIMIT = 4096  # bytes; real ones have some 170
 STATISTICS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _STATISTIC = re.compile(rf"\.weight\.({'|'.join(STATISTICS)})$")
+# Why packed weights have no quantization_config.
+CONFIGURATION_LOST = "it was lost when the folder was copied or edited, and Transformers takes packed bytes for weights"
 CODES = {"quant_map": 16, "nested_quant_map": 256}
 
 

@@ -28,6 +28,10 @@ NUMBER = 7
 SERVE = "serve base and adapter unmerged"
 UNMERGED = f"{SERVE}, or merge and save in float32"
 AGAIN = "merge again onto the 16-bit base with PeftModel.merge_and_unload, and save with save_pretrained"
+# Causes that more than one way to judge a merge may find.
+NOT_FOUND = "the merge found no weight by the names of the adapter's keys, or the base was saved in its place"
+OTHER_FACTOR = "the merge multiplied ΔW by another number than alpha / r"
+HARDLY_TRAINED = "the adapter was hardly trained, or its scaling (lora_alpha / r) is not that of the training"
 _ADAPTERS = (".lora_", ".base_layer.", "base_model.model.", ".modules_to_save.", ".token_adapter.")
 _COMPUTED = ("inv_freq", "position_ids")  # buffers that earlier releases saved
 

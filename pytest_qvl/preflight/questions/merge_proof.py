@@ -18,7 +18,18 @@ from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Proof, outside_cells, prove, total
 from pytest_qvl.preflight.packed_merge import packed_before
-from pytest_qvl.preflight.questions.merge_files import AGAIN, UNMERGED, Case, Rest, lonely_biases, names_of, odd_of
+from pytest_qvl.preflight.questions.merge_files import (
+    AGAIN,
+    HARDLY_TRAINED,
+    NOT_FOUND,
+    OTHER_FACTOR,
+    UNMERGED,
+    Case,
+    Rest,
+    lonely_biases,
+    names_of,
+    odd_of,
+)
 from pytest_qvl.preflight.questions.merge_settings import head_of, settings_of
 from pytest_qvl.preflight.questions.packed_proof import in_four_bits
 from pytest_qvl.preflight.starts import CONVERT
@@ -97,7 +108,7 @@ def _adapted(case: Case, rest: Rest, work: _Work, *, spotless: bool) -> Iterator
         yield case.red(
             "merge-changes-nothing",
             f"the merged weights are the base's: ΔW is below half a step of every weight in all {len(judged)} modules",
-            cause="the adapter was hardly trained, or its scaling (lora_alpha / r) is not that of the training",
+            cause=HARDLY_TRAINED,
             fix=UNMERGED,
         )  # fmt: skip
     elif below := [each.proof.module for each in found.get("below", ())]:
@@ -245,7 +256,7 @@ _PLAIN = {
     "unmerged": (
         "not-merged",
         "are the base's: ΔW is not in them",
-        "the merge found no weight by the names of the adapter's keys, or the base was saved in its place",
+        NOT_FOUND,
     ),
     "not-finite": (
         "merge-not-finite",
@@ -298,7 +309,7 @@ def _misfit(case: Case, verdict: str, judged: Sequence[_Judged], whole: int) -> 
     said = f"{first.kept:.3g} times ΔW" if verdict == "scaled" else f"{verdict} ({first.kept:.3g} times ΔW)"
     return case.red(
         _NAMES.get(verdict, "merge-scaled"), f"{line} hold {said}: {some(names)}",
-        cause="the merge multiplied ΔW by another number than alpha / r" if verdict == "scaled" else verdict,
+        cause=OTHER_FACTOR if verdict == "scaled" else verdict,
     )  # fmt: skip
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.preflight.findings import Finding, neutral
-from pytest_qvl.preflight.heads import has_own_head, tied_over
+from pytest_qvl.preflight.heads import HEAD_APART, has_own_head, tied_over
 from pytest_qvl.preflight.merged import same_values
+from pytest_qvl.preflight.packed import CONFIGURATION_LOST
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.questions.merge_files import Case
@@ -74,7 +75,7 @@ def _quantization(case: Case) -> Iterator[Finding]:
             "configuration-lost",
             f"{len(packed)} weights of the merged checkpoint are packed in 4 bits, and its config.json has no "
             "quantization_config",
-            cause="it was lost when the folder was copied or edited, and Transformers takes packed bytes for weights",
+            cause=CONFIGURATION_LOST,
             fix="put quantization_config back into config.json",
         )  # fmt: skip
 
@@ -93,7 +94,7 @@ def head_of(case: Case) -> Iterator[Finding]:
             "head-tied-over",
             "the configuration of the merged checkpoint ties lm_head to the embeddings, and its own values were "
             "trained: they are nowhere in the file",
-            cause="the head was trained or merged apart from the embeddings, and tie_word_embeddings stayed true",
+            cause=HEAD_APART,
             fix='set "tie_word_embeddings": false in config.json before saving, with both tensors in the file',
         )  # fmt: skip
     elif case.was_tied and not case.is_tied:

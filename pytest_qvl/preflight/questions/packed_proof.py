@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.preflight.commands import pytest_line
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.packed_merge import WAYS, PackedProof, kept, prove_packed
-from pytest_qvl.preflight.questions.merge_files import AGAIN, SERVE, Case
+from pytest_qvl.preflight.questions.merge_files import AGAIN, NOT_FOUND, OTHER_FACTOR, SERVE, Case
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.merged import Place
@@ -52,7 +52,7 @@ def in_four_bits(case: Case, work: Sequence[tuple[Update, tuple[Place, Place]]])
         yield case.red(
             "merge-scaled", f"{len(high)} of {len(sure)} adapted weights in 4 bits hold {kept(high):.3g} times ΔW: "
             f"{some(proof.module for proof in high)}",
-            cause="the merge multiplied ΔW by another number than alpha / r",
+            cause=OTHER_FACTOR,
         )  # fmt: skip
     if sure and not low and not high:
         yield Finding(
@@ -74,7 +74,7 @@ def _lost(case: Case, low: Sequence[PackedProof], whole: int) -> Finding:
         )  # fmt: skip
     return case.red(
         "not-merged", f"{line}, and are the base's: {names}",
-        cause="the merge found no weight by the names of the adapter's keys, or the base was saved in its place",
+        cause=NOT_FOUND,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.heads import has_own_head, tied_over
-from pytest_qvl.preflight.packed import Packed, packed_weights, without_state
+from pytest_qvl.preflight.packed import CONFIGURATION_LOST, Packed, packed_weights, without_state
 from pytest_qvl.preflight.questions.base_values import values
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
 from pytest_qvl.preflight.refusals import split_fix
@@ -88,7 +88,7 @@ def _packed_without_configuration(subject: Subject) -> Iterator[Finding]:
         yield _red(
             subject, "configuration-lost",
             f"{len(packed)} weights are packed in 4 bits, and config.json has no quantization_config: {some(packed)}",
-            cause="it was lost when the folder was copied or edited, and Transformers takes packed bytes for weights",
+            cause=CONFIGURATION_LOST,
             fix="put quantization_config back into config.json, or download the base again",
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import GROUPS
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, some
-from pytest_qvl.preflight.questions.merge_files import SERVE, UNMERGED
+from pytest_qvl.preflight.questions.merge_files import HARDLY_TRAINED, SERVE, UNMERGED
 from pytest_qvl.preflight.survey import pooled
 from pytest_qvl.preflight.timing import one_thread
 
@@ -73,7 +73,7 @@ def _predicted(subject: Subject) -> Finding:
             subject, "merge-changes-nothing",
             f"a bf16 merge changes no weight in {len(surveyed)} modules: ΔW is below half a step of every weight that "
             f"was looked at (norm(ΔW)/norm(W) is {strength:.1e} in the median)",
-            cause="the adapter was hardly trained, or its scaling (lora_alpha / r) is not that of the training",
+            cause=HARDLY_TRAINED,
             fix=f"see that it does anything at all; {UNMERGED}",
         )  # fmt: skip
     notes = (_by_group(surveyed), *_in_four_bits(surveyed), _least(surveyed))
