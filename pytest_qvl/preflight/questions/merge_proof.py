@@ -249,7 +249,6 @@ def _multiples(update: Update) -> dict[float, str]:
     return found
 
 
-_NAMES = {"scaled": "merge-scaled", "other": "merge-differs"}
 # Verdicts that need no second look, and of those that need no figures: name, words behind the count, cause.
 _SURE = ("merged", "below", "unmerged", "not-finite")
 _PLAIN = {
@@ -308,7 +307,7 @@ def _misfit(case: Case, verdict: str, judged: Sequence[_Judged], whole: int) -> 
         )  # fmt: skip
     said = f"{first.kept:.3g} times ΔW" if verdict == "scaled" else f"{verdict} ({first.kept:.3g} times ΔW)"
     return case.red(
-        _NAMES.get(verdict, "merge-scaled"), f"{line} hold {said}: {some(names)}",
+        "merge-scaled", f"{line} hold {said}: {some(names)}",
         cause=OTHER_FACTOR if verdict == "scaled" else verdict,
     )  # fmt: skip
 

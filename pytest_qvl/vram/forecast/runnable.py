@@ -45,7 +45,7 @@ def why_not_runnable(config: Any) -> str:
     """
     import torch
 
-    for said in _settings_at_fault(config):
+    if said := next(_settings_at_fault(config), ""):
         return said
     try:
         with warnings.catch_warnings(), torch.inference_mode():
