@@ -17,6 +17,9 @@ COMMON = (
     "pytest",
 )
 
+# The checkpoint whose processor and configuration stand for a family, by ``model_type``.
+RELEASES = {"qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-3b", "qwen3_vl": "qwen3-vl-2b"}
+
 
 @dataclass(frozen=True)
 class Framework:

@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from collating.frameworks import FRAMEWORKS, Framework
+from collating.frameworks import FRAMEWORKS, RELEASES, Framework
 from collating.reproducers import reproducer
 from collating.shim import declare_operators, stand_in
 
@@ -59,7 +59,7 @@ def main(name: str) -> int:
 
 
 def _record(framework: Framework, shimmed: bool) -> dict[str, Any]:
-    from collating.parts import RELEASES, write_parts
+    from collating.parts import write_parts
 
     adapter = importlib.import_module(f"collating.adapters.{framework.name}")
     cells: list[dict[str, Any]] = []

@@ -10,7 +10,7 @@ from collating.frameworks import COMMON, FRAMEWORKS
 from collating.known import disputed, known
 
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
-GREEN, RED, UNJUDGED = "green", "red", "not judged"
+RED, UNJUDGED = "red", "not judged"
 HEAD = """# Collators of public frameworks
 
 What the real collators of {count} frameworks make of the same rows, judged by [`checks.batch`](checks.md). Written by

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from collating.frameworks import RELEASES
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.processors import load_processor
 from pytest_qvl.models.sources.released import released_config
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
-RELEASES = {"qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-3b", "qwen3_vl": "qwen3-vl-2b"}
 TOKENS_PER_CELL = 3  # per side: images that neither the processors nor qwen_vl_utils resize, in some 100 visual tokens
 # Cuts the image of every row: the text before it is below 50 tokens with any system prompt, the image has 81 or more.
 CUT = 72
@@ -88,6 +88,15 @@ class Row:
             made.append({"role": "user", "content": content})
             made.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return made
+
+    def tagged(self) -> list[dict[str, str]]:
+        """The conversation as text, with a tag for each image, or one for the video, before the first question."""
+        tags = "<video>" if self.frames else "<image>" * len(self.sample.images)
+        return [
+            {"role": role, "content": (tags if number == 0 and role == "user" else "") + text}
+            for number, turn in enumerate(self.turns)
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

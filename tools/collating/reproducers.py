@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from collating.frameworks import RELEASES
+
 LIMIT = "a limit of length cuts no image"
 SEVERAL = "several images in a row"
-RELEASES = {"qwen2_vl": "qwen2-vl-2b", "qwen2_5_vl": "qwen2.5-vl-3b", "qwen3_vl": "qwen3-vl-2b"}
 CELLS = {"qwen2_vl": 84, "qwen2_5_vl": 84, "qwen3_vl": 96}
 
 _HEAD = """\

@@ -59,12 +59,7 @@ def _columns(rows: list[Row]) -> dict[str, list[Any]]:
         name: [] for name in ("_prompt", "_response", "_system", "_tools", "_images", "_videos", "_audios")
     }
     for row in rows:
-        tags = "<video>" if row.frames else "<image>" * len(row.images)
-        turns = [
-            {"role": role, "content": (tags if number == 0 and role == "user" else "") + text}
-            for number, turn in enumerate(row.turns)
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
+        turns = row.tagged()
         columns["_prompt"].append(turns[:-1])
         columns["_response"].append(turns[-1:])
         columns["_system"].append("")

@@ -33,13 +33,7 @@ def collator(asked: Asked, parts: Parts) -> Callable[[list[Row]], Any]:
 
 
 def _row(row: Row) -> dict[str, Any]:
-    tags = "<video>" if row.frames else "<image>" * len(row.images)
-    messages = [
-        {"role": role, "content": (tags if number == 0 and role == "user" else "") + text}
-        for number, turn in enumerate(row.turns)
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-    ]
-    made: dict[str, Any] = {"messages": messages}
+    made: dict[str, Any] = {"messages": row.tagged()}
     if row.frames:
         made["videos"] = [[frame.copy() for frame in row.frames]]
     elif row.images:
