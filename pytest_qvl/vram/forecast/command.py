@@ -95,7 +95,7 @@ def _answer(options: argparse.Namespace, asked: Asked) -> Answer:
         dataset = read_dataset(options.dataset, find_source(request.model), request.model, asked.tokens)
         request = replace(request, samples=dataset.worst(request.batch).samples)
     forecaster, request = make_forecaster(request, asked.card, asked.compute_dtype)
-    forecast = forecaster.forecast(request)
+    forecast = forecaster.forecast(request, timeline=options.timeline is not None)
     searches = asked.card is not None and not request.samples and options.largest != "none"
     found = largest(forecaster, forecast, options.largest) if searches else None
     return Answer(

@@ -40,7 +40,7 @@ def forecast_batches(dataset: Dataset, worst: Forecast, forecaster: Forecaster) 
     for batch in dataset.batches(worst.request.batch):
         request = replace(worst.request, samples=batch.samples)
         same = request == worst.request
-        found.append((batch, worst if same else forecaster.forecast(request, inference=False)))
+        found.append((batch, worst if same else forecaster.forecast(request, inference=False, timeline=False)))
     return Batches(dataset, tuple(found))
 
 
