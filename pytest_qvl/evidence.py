@@ -6,6 +6,7 @@ Standard library only: the plugin, the reports and the record read evidence with
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
@@ -71,11 +72,17 @@ class Figure:
         return f"{shown} ({self.relation} {show(self.limit)}{unit})" if self.relation else shown
 
 
+# https://github.com/actions/runner, ``src/Runner.Common/ActionCommand.cs``: blanks before it are skipped.
+_WORKFLOW_COMMAND = re.compile(r"^[^\S\n]*(?=::)|##(?=\[)", re.MULTILINE)
+
+
 def printable(text: str) -> str:
     """Text from strangers (replies, file names) as it can go to a terminal: control characters as Python escapes them.
 
-    So are marks that change the direction of text; line breaks and tabs stay.
+    So are marks that change the direction of text; line breaks and tabs stay. What GitHub would obey as a workflow
+    command, a line that begins with ``::`` or ``##[`` anywhere, gets a backslash: pytest prints whole messages in CI.
     """
+    text = _WORKFLOW_COMMAND.sub(r"\g<0>\\", text)
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)

@@ -24,6 +24,7 @@ def run(pytester, run_light, monkeypatch):
     """Run one check in a step of a job."""
     summary = pytester.path / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    monkeypatch.setenv("CI", "true")  # pytest prints whole messages then
 
     def run(source, *arguments):
         pytester.makepyfile(source)

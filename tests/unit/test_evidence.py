@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Judge, Table, collecting, show
+from pytest_qvl.evidence import CheckFailed, Evidence, Figure, Judge, Table, collecting, printable, show
 
 NUMBERS = st.integers(-(10**12), 10**12) | st.floats(allow_nan=False)
 VALUES = NUMBERS | st.text(max_size=8) | st.booleans()
@@ -156,3 +156,16 @@ def test_every_one_of_many_counts_the_right_ones_and_says_how_many_are_off():
     assert not judge.every("right", range(56), "abc", else_say=lambda off: f"{off} are off")
     assert judge.figures == [Figure("right", 56, 56, "=="), Figure("right", 53, 56, "==")]
     assert judge.problems == ["3 of 56 are off [right 53 (== 56)]"]
+
+
+@pytest.mark.parametrize("text", ["::error::no", "reply\n \t::add-mask::a", "reply\n\n::debug::a", "a ##[error]b"])
+def test_what_strangers_said_is_no_workflow_command(text):
+    """The runner trims a line before it looks for ``::``, and finds the older ``##[`` anywhere in it."""
+    said = printable(text)
+    assert not any(line.strip().startswith("::") or "##[" in line for line in said.splitlines())
+    assert said.replace("\\", "") == text
+
+
+@pytest.mark.parametrize("text", ["tests/test_a.py::test_b", "a: :b", "# # [x]", "line\n  text"])
+def test_what_commands_nothing_stays_as_it_is(text):
+    assert printable(text) == text
