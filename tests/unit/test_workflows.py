@@ -18,7 +18,8 @@ from pytest_qvl.options import SETTINGS
 ROOT = Path(__file__).parents[2]
 TO_COPY = ROOT / "docs" / "gpu-workflow.yml"
 CI = ROOT / ".github" / "workflows" / "ci.yml"
-WORKFLOWS = (TO_COPY, CI)
+RELEASE = ROOT / ".github" / "workflows" / "release.yml"
+WORKFLOWS = (TO_COPY, CI, RELEASE)
 
 
 def job(name: str) -> str:
@@ -95,3 +96,33 @@ def test_the_page_has_the_commands_of_the_nightly_jobs() -> None:
     for name in ("faults", "healthy"):
         (line,) = re.findall(r"run: (pytest-qvl .*)$", job(name), flags=re.MULTILINE)
         assert f"| `{name}` | `{line}` |" in page
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
+def test_actions_are_pinned_to_a_commit_and_say_which_release_it_is(file: Path) -> None:
+    used = re.findall(r"uses: (.*)$", file.read_text(), flags=re.MULTILINE)
+    assert used
+    assert not [one for one in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", one)]
+
+
+def test_one_action_has_one_commit() -> None:
+    used = {
+        one
+        for file in WORKFLOWS
+        for one in re.findall(r"uses: ([^/]+/[^/@]+)[^@]*@(.*)$", file.read_text(), re.MULTILINE)
+    }
+    assert len(used) == len(dict(used))
+
+
+def test_environments_of_tox_that_workflows_ask_for_exist() -> None:
+    defined = set(re.findall(r"^\[testenv:(.*)\]$", (ROOT / "tox.ini").read_text(), flags=re.MULTILINE))
+    asked = {
+        name for file in WORKFLOWS for name in re.findall(r"run: tox -e ([\w-]+)$", file.read_text(), re.MULTILINE)
+    }
+    assert {"audit", "prereleases", "release"} <= asked <= defined
+
+
+def test_only_the_job_that_uploads_may_sign_and_nothing_else() -> None:
+    before, publish = RELEASE.read_text().split("  publish:\n")
+    assert "permissions: {}" in before and "id-token" not in before and "attestations" not in before
+    assert "checkout" not in publish and "run:" not in publish, "no code of the repository runs where it may sign"
