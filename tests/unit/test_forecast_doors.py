@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 
 from pytest_qvl.cli import main
 from pytest_qvl.models.sources.embedded import embedded_model_dir
-from pytest_qvl.vram.forecast import Request
+from pytest_qvl.vram.forecast import Request, known_settings
 from pytest_qvl.vram.forecast.asked import Asked, ask
+from pytest_qvl.vram.forecast.engine.dry_run import DryRun
 from pytest_qvl.vram.forecast.options import add_options
+from pytest_qvl.vram.forecast.source import find_source
 from pytest_qvl.vram.forecast.trainer_settings import from_lora, from_trainer
 
 EMBEDDED = str(embedded_model_dir())
@@ -114,8 +117,14 @@ def test_an_sft_config_is_known_by_its_own_settings(training_arguments: Any) -> 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"deepspeed": {"zero_optimization": {}}}, "deepspeed={'zero_optimization': {}}, which the forecast does not"),
-        ({"packing": True}, "packing=True, which the forecast does not follow"),
+        (
+            {"deepspeed": {"zero_optimization": {}}},
+            "deepspeed={'zero_optimization': {}}, which is not forecast: it spreads",
+        ),
+        ({"packing": True}, "packing=True, which is not forecast: packed rows"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1, which is not forecast: its loss keeps"),
+        ({"freeze_head": True}, "freeze_head=True, which is not forecast: it is no setting whose memory"),
+        ({"include_for_metrics": ["loss"]}, r"include_for_metrics=\['loss'\], which is not forecast"),
         ({"num_generations": 8}, "of a trainer with a reference or generations"),
         ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "the forecast follows use_reentrant=False"),
         ({"optim": "lomo"}, r"optimizer is 'lomo': known are .* \(settings were read from .*; options go first\)"),
@@ -180,6 +189,7 @@ def test_a_lora_configuration_is_read_from_what_peft_saved(tmp_path: Path) -> No
         "modules_to_save": (),
         "trainable_tokens": 0,
         "lora_targets": ("q_proj", "v_proj"),
+        "lora_options": (),
     }
     LoraConfig(r=4, target_modules=r".*layers.*_proj").save_pretrained(str(tmp_path))
     assert from_lora(str(tmp_path))["lora_targets"] == ".*layers.*_proj"
@@ -188,6 +198,68 @@ def test_a_lora_configuration_is_read_from_what_peft_saved(tmp_path: Path) -> No
         _ask("--from-lora", str(tmp_path))
     assert _ask("--from-lora", str(tmp_path), "--lora-targets", "q_proj").request.lora_targets == ("q_proj",)
     assert _ask("--lora-targets", r".*\.q_proj").request.lora_targets == r".*\.q_proj"
+
+
+def test_every_setting_of_the_installed_classes_is_read_neutral_or_refused() -> None:
+    """A setting that a new release brings is in none of the tables, and somebody has to say what it does to memory."""
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    trainer = known_settings.TAKEN | known_settings.NEUTRAL | known_settings.REFUSED.keys()
+    lora = known_settings.LORA_TAKEN | known_settings.LORA_NEUTRAL | known_settings.LORA_REFUSED.keys()
+    assert {f.name for f in dataclasses.fields(TrainingArguments) if not f.name.startswith("_")} <= trainer
+    assert {f.name for f in dataclasses.fields(LoraConfig)} <= lora
+
+
+def test_the_defaults_of_the_installed_classes_ask_for_nothing_that_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    known_settings.refuse_unknown(
+        "them", vars(arguments), known_settings.REFUSED, known_settings.TAKEN | known_settings.NEUTRAL
+    )
+    lora = vars(LoraConfig(r=4, target_modules=["q_proj"]))
+    known_settings.refuse_unknown(
+        "it", lora, known_settings.LORA_REFUSED, known_settings.LORA_TAKEN | known_settings.LORA_NEUTRAL
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"peft_type": "ADALORA"}, "peft_type='ADALORA', which is not forecast"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which is not forecast: what it computes"),
+        ({"target_parameters": ["a.b"]}, r"target_parameters=\['a.b'\], which is not forecast"),
+        ({"trainable_token_indices": {"lm_head": [1]}}, "trainable_token_indices of lm_head, which is not forecast"),
+        ({"use_newlora": True}, "use_newlora=True, which is not forecast: it is no setting whose memory"),
+    ],
+)
+def test_what_a_lora_configuration_asks_for_and_no_forecast_follows_is_refused(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], **changes}))
+    with pytest.raises(ValueError, match=complaint):
+        from_lora(str(tmp_path))
+
+
+def test_what_decides_which_layers_are_adapted_is_given_to_peft(tmp_path: Path) -> None:
+    """Two layers of all, one matrix of them with another rank, none of the MLPs."""
+    from peft import LoraConfig
+
+    def adapter(**settings: Any) -> int:
+        LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], **settings).save_pretrained(str(tmp_path))
+        request = _ask("--model", EMBEDDED, "--from-lora", str(tmp_path), "--image", "112x112").request
+        return DryRun(request, find_source(EMBEDDED))._parts.wrapped.get_nb_trainable_parameters()[0]
+
+    some = adapter(exclude_modules=["up_proj"], layers_to_transform=[0, 1], layers_pattern="layers")
+    width = find_source(EMBEDDED).config.get_text_config().hidden_size
+    more = adapter(
+        exclude_modules=["up_proj"], layers_to_transform=[0, 1], layers_pattern="layers", rank_pattern={"o_proj": 8}
+    )
+    assert some == 2 * 2 * 4 * 2 * width
+    assert more == some + 2 * 4 * 2 * width
 
 
 def test_several_sizes_beside_a_number_of_images_are_refused() -> None:

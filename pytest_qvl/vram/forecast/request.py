@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Optimizer = Literal[
     "adamw_torch",
@@ -44,6 +47,17 @@ _NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
 DTYPE_OF: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
+# Settings of ``LoraConfig`` that PEFT is given as they are, with their values where nobody asks.
+_LORA_OPTIONS: dict[str, object] = {
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "rank_pattern": {},
+    "bias": "none",
+    "lora_bias": False,
+}
+
+
 @dataclass(frozen=True)
 class Sample:
     """One sample of a batch.
@@ -55,6 +69,19 @@ class Sample:
 
     images: tuple[tuple[int, int], ...]
     tokens: int
+
+
+def lora_options(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Those settings of a ``LoraConfig`` that :attr:`Request.lora_options` takes and that ask for something."""
+    found = {name: settings.get(name) for name in _LORA_OPTIONS}
+    return tuple((name, _plain(value)) for name, value in found.items() if value and value != _LORA_OPTIONS[name])
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, and always the same."""
+    if isinstance(value, (set, frozenset, tuple, list)):
+        return sorted(value)
+    return value
 
 
 def is_pattern(targets: str) -> bool:
@@ -105,6 +132,8 @@ class Request:
             names, as for ``LoraConfig(target_modules="...")``.
         lora_dropout: Dropout of the adapter's inputs.
         use_dora: Whether the adapter is DoRA.
+        lora_options: Other settings of ``LoraConfig`` by name, which PEFT is given as they are: ``exclude_modules``,
+            ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``bias`` and ``lora_bias``.
         modules_to_save: Names of modules trained whole beside the adapter, as in ``LoraConfig``.
         trainable_tokens: How many rows of the input embeddings are trained (``trainable_token_indices``).
         base_bits: 4 for NF4, 8 for ``LLM.int8()``, 16 for no quantization.
@@ -141,6 +170,7 @@ class Request:
     trainable_tokens: int = 0
     base_bits: int = 4
     fused_loss: bool = False
+    lora_options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that describe no run, and runs that the forecast does not follow.
@@ -167,6 +197,8 @@ class Request:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: known are {', '.join(map(str, known))}")
         self._check_targets()
+        if unknown := [name for name, _ in self.lora_options if name not in _LORA_OPTIONS]:
+            raise ValueError(f"lora_options has {unknown[0]!r}: known are {', '.join(_LORA_OPTIONS)}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is {self.lora_dropout}: it must be at least 0 and less than 1")
         if self.autocast is not None and self.precision is not None and self.autocast == self._is_pure:

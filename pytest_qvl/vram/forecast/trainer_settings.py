@@ -12,6 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.user_code import imported
+from pytest_qvl.vram.forecast.known_settings import (
+    LORA_NEUTRAL,
+    LORA_REFUSED,
+    LORA_TAKEN,
+    NEUTRAL,
+    REFUSED,
+    TAKEN,
+    refuse_unknown,
+)
+from pytest_qvl.vram.forecast.request import lora_options
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -20,18 +30,6 @@ TO_JSON = "Path('training_args.json').write_text(args.to_json_string())"
 # First bytes of a pickle (protocol 2 and above) and of the zip archive that torch.save writes.
 _PICKLES = (b"\x80", b"PK\x03\x04")
 _KINDS = {"TrainingArguments": "hf", "SFTConfig": "trl", "UnslothTrainingArguments": "unsloth"}
-# Settings that change memory in ways that are not forecast, with the values that ask for nothing.
-_REFUSED: dict[str, tuple[Any, ...]] = {
-    "deepspeed": (None,),
-    "fsdp": (None, "", False, []),
-    "torch_compile": (None, False),
-    "packing": (None, False),
-    "padding_free": (None, False),
-    "activation_offloading": (None, False),
-    "neftune_noise_alpha": (None,),
-    "fp16_full_eval": (None, False),
-    "bf16_full_eval": (None, False),
-}
 
 
 def from_trainer(where: str) -> dict[str, Any]:
@@ -48,9 +46,7 @@ def from_trainer(where: str) -> dict[str, Any]:
     settings, kind = _settings(where, "training arguments", "per_device_train_batch_size", known=_KINDS)
     if "num_generations" in settings or "ref_model_init_kwargs" in settings:
         raise ValueError(f"{where} is of a trainer with a reference or generations, which the forecast does not follow")
-    for name, harmless in _REFUSED.items():
-        if settings.get(name) not in harmless:
-            raise ValueError(f"{where} has {name}={settings[name]!r}, which the forecast does not follow")
+    refuse_unknown(where, settings, REFUSED, TAKEN | NEUTRAL)
     recomputation = settings.get("gradient_checkpointing_kwargs") or {}
     if set(recomputation) - {"use_reentrant"} or recomputation.get("use_reentrant"):
         raise ValueError(
@@ -64,7 +60,7 @@ def from_trainer(where: str) -> dict[str, Any]:
         "gradient_checkpointing": bool(settings.get("gradient_checkpointing", False)),
         "precision": "bf16" if settings.get("bf16") else "fp16" if settings.get("fp16") else "pure",
     }
-    if _plain(settings.get("eval_strategy", "no")) != "no":
+    if _plain(settings.get("eval_strategy") or settings.get("evaluation_strategy") or "no") != "no":
         found["evaluation"] = settings.get("per_device_eval_batch_size", 8)
     if settings.get("use_liger_kernel"):
         found["fused_loss"] = True
@@ -83,22 +79,34 @@ def from_lora(where: str) -> dict[str, Any]:
     if Path(where).is_dir():
         where = str(Path(where) / "adapter_config.json")
     settings, _ = _settings(where, "a LoRA configuration", "r")
+    kind = _plain(settings.get("peft_type") or "LORA")
+    if kind != "LORA":
+        raise ValueError(f"{where} has peft_type={kind!r}, which is not forecast: only LoRA's layers are followed")
+    refuse_unknown(where, settings, LORA_REFUSED, LORA_TAKEN | LORA_NEUTRAL)
     targets = settings.get("target_modules")
     found = {
         "lora_r": settings["r"],
         "lora_dropout": settings.get("lora_dropout") or 0.0,
         "use_dora": bool(settings.get("use_dora")),
         "modules_to_save": tuple(settings.get("modules_to_save") or ()),
-        "trainable_tokens": _count(settings.get("trainable_token_indices")),
+        "trainable_tokens": _count(where, settings.get("trainable_token_indices")),
+        "lora_options": lora_options(settings),
     }
     found["lora_targets"] = targets if isinstance(targets, str) else tuple(sorted(targets or ()))
     return found
 
 
-def _count(indices: Any) -> int:
-    """Trained rows of embeddings: a list of them, or one per module."""
-    lists = indices.values() if isinstance(indices, dict) else [indices or ()]
-    return sum(map(len, lists))
+def _count(where: str, indices: Any) -> int:
+    """Trained rows of the input embeddings: a list of them, or by module."""
+    if not isinstance(indices, dict):
+        return len(indices or ())
+    others = [name for name in indices if name.rpartition(".")[2] != "embed_tokens"]
+    if others:
+        raise ValueError(
+            f"{where} has trainable_token_indices of {', '.join(others)}, which is not forecast: only rows of "
+            "embed_tokens are followed"
+        )
+    return sum(map(len, indices.values()))
 
 
 def _plain(value: Any) -> str:

@@ -186,10 +186,10 @@ def asked_lora(parts: Parts, request: Request) -> Any:
         r=request.lora_r,
         lora_alpha=request.lora_r,
         lora_dropout=request.lora_dropout,
-        bias="none",
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(request.modules_to_save) or None,
         trainable_token_indices=list(range(request.trainable_tokens)) or None,
+        **{"bias": "none", **dict(request.lora_options)},
     )
 
 
