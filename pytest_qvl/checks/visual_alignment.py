@@ -23,6 +23,7 @@ from pytest_qvl.samples import make_batch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pytest_qvl.evidence import Value
     from pytest_qvl.samples import Sample
 
 
@@ -30,6 +31,8 @@ COLUMNS = (
     *("skill", "probes", "right before", "right now", "lost", "gained"),
     *(f"margin {ablation}" for ablation in ABLATIONS),
 )
+
+ANSWERS = "answers"  # in the data of the evidence: what pytest_qvl.report.record writes
 
 
 @dataclass
@@ -117,6 +120,7 @@ def alignment(
             now = measure(run)
             _judge_all(judge, run, now, AlignmentLimits() if limits == "usual" else limits)
     now.drift.report(judge)
+    judge.data[ANSWERS] = _answers(run, now)
     if limits is None:
         judge.note(f"reported, not judged, against {reference.source}")
     elif not judge.problems and not any(figure.relation for figure in judge.figures):
@@ -240,6 +244,16 @@ def _skills(run: Run, measured: Measured) -> dict[str, _Skill]:
         if before and not now:
             skill.lost.append(sample.id)
     return skills
+
+
+def _answers(run: Run, now: Measured) -> list[Value]:
+    """For each sample its digest and whether its answer is right, lost, gained or wrong, against the reference."""
+    found: list[Value] = []
+    for name, probe in run.recorded.items():
+        before, right = probe.said.right, now.said[name].right
+        became = ("gained" if not before else "right") if right else "lost" if before else "wrong"
+        found.append(f"{probe.digest:08x} {became}")
+    return found
 
 
 def _judge_accuracy(

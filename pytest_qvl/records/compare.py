@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.evidence import show
+from pytest_qvl.records.flips import LEVEL, flips, right_answers, sign_test
 from pytest_qvl.records.stored import RecordError, subject, targets, told, verdicts
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ REGRESSIONS: tuple[Kind, ...] = ("new failure", "lost", "gone", "worse")
 SHARE = 0.25
 # Of the headroom above a lower limit that is lost or won.
 HEADROOM = 0.5
-# Net number of answers that flip: the sign test of k flips one way has p = 2^(1-k), 0.03 for six.
+# Net number of probes that flip where nobody knows which: sign_test(k, 0) is 0.03 for six, 0.06 for five.
 FLIPS = 6
+# Counts of flips that are compared sample by sample where both records have the answers.
+FLIPPED = ("answers lost less gained", "adapter on: answers lost less gained")
 # Figures that may be anywhere within their limit by chance: a training stops at the first loss below it, and the limit
 # of a derivative is five standard deviations of what rounding does to it.
 CHANCE = ("smallest loss within", "derivative of the worst layer")
@@ -240,6 +243,8 @@ def _changes(key: Key, old: Verdict | None, new: Verdict | None, *, selected: bo
         yield change(_outcome(old.state, new.state), _said(old), _said(new))
     elif new.state == "kept":
         yield from (change(kind, _value(was), _value(now), was.name) for kind, was, now in figure_changes(old, new))
+        if flipped := answers_change(old, new):
+            yield change(flipped[0], right_answers(old.answers), flipped[1], "answers")
 
 
 def _value(figure: Figure) -> str:
@@ -264,9 +269,21 @@ def figure_changes(old: Verdict, new: Verdict) -> Iterator[tuple[Kind, Figure, F
     before = dict(_numbered(old.figures))
     for name, now in _numbered(new.figures):
         was = before.get(name)
-        kind = None if was is None else figure_change(was, now)
+        told_apart = old.answers and new.answers and now.name in FLIPPED
+        kind = None if was is None or told_apart else figure_change(was, now)
         if was is not None and kind is not None:
             yield kind, was, now
+
+
+def answers_change(old: Verdict, new: Verdict) -> tuple[Kind, str] | None:
+    """Whether answers flipped by more than chance (:func:`pytest_qvl.records.flips.sign_test`), and how, in words."""
+    if not (old.answers and new.answers):
+        return None
+    lost, gained, of = flips(old.answers, new.answers)
+    chance = sign_test(lost, gained)
+    if chance > LEVEL:
+        return None
+    return "worse" if lost > gained else "better", f"{right_answers(new.answers)}; {of} (p = {chance:.2g})"
 
 
 def _numbered(figures: tuple[Figure, ...]) -> Iterator[tuple[tuple[str, int], Figure]]:
@@ -281,7 +298,7 @@ def figure_change(old: Figure, new: Figure) -> Kind | None:
 
     - Words and switches, and counts that have to be met (``==``): exactly.
     - GiB: beyond 64 MiB and 2 %, what allocators round to.
-    - Counts below a limit: by six, the fewest one-sided flips that a sign test tells from chance (p = 2^(1-6) = 0.03).
+    - Counts below a limit: by six, the fewest flips in one direction that a sign test tells from chance (p = 0.03).
     - Shares of a rounding bound (``largest error / limit``): never, since rounding may take all of it.
     - What :data:`CHANCE` names: never.
     - Other figures below a limit: by a quarter of it. Above one: by half of the headroom, and a twentieth of the limit.

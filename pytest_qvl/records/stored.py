@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import Figure, Table, show
 from pytest_qvl.records.schema import misfit, schema_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 KIND, NEWEST = "pytest-qvl/record", 2
@@ -49,6 +49,8 @@ class Verdict:
         says: First problem, error or reason; empty for a promise that is kept.
         figures: What was measured.
         table: Details.
+        answers: What became of the answer to each sample (``right``, ``lost``, ``gained`` or ``wrong`` against the
+            reference of the same run), by the sample's digest; empty where the check asked for none.
     """
 
     target: str
@@ -58,6 +60,7 @@ class Verdict:
     says: str
     figures: tuple[Figure, ...] = ()
     table: Table | None = None
+    answers: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def _of_checks(record: dict[str, Any]) -> Iterator[Verdict]:
         if "not_judged" in entry:
             yield Verdict(*where, "not judged", entry["not_judged"])
         elif not entry["problems"]:
-            yield Verdict(*where, "kept", "", *_measured(entry))
+            yield Verdict(*where, "kept", "", *_measured(entry), entry.get("answers", {}))
         elif entry["outcome"] != "passed":  # a test of the user's own may expect it; a known failure is one
             yield Verdict(*where, "BROKEN", entry["problems"][0], *_measured(entry))
 
@@ -131,7 +134,7 @@ def _measured(entry: dict[str, Any]) -> tuple[tuple[Figure, ...], Table | None]:
 
 def _figure(data: dict[str, Any]) -> Figure:
     """A figure, without keys that a later release has added to the same version."""
-    return Figure(**{field.name: data[field.name] for field in fields(Figure) if field.name in data})
+    return Figure(**{one.name: data[one.name] for one in fields(Figure) if one.name in data})
 
 
 def _of_errors(record: dict[str, Any]) -> Iterator[Verdict]:

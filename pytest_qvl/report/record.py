@@ -26,6 +26,7 @@ from pytest_qvl.suite import SUITE_VERSION
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Sequence
 
+    from pytest_qvl.evidence import Evidence
     from pytest_qvl.records.compare import Comparison
     from pytest_qvl.report.injected_fault import FaultVerdict
     from pytest_qvl.report.process_results import ProcessResults
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pytest_qvl.report.run_results import PhaseResult, ResultsBuilder, RunResults
 
 SCHEMA = "pytest-qvl/record/2"
+ANSWERS = "answers"  # in the data of the check "alignment"
 
 
 class RunRecord:
@@ -163,9 +165,15 @@ def _checks(phase: PhaseResult, finding: Finding) -> Iterator[dict[str, Any]]:
         "seconds": round(phase.seconds, 3),
     }
     for evidence in finding.evidence:
-        yield {**common, **evidence.as_dict()}
+        yield {**common, **evidence.as_dict(), **_answers(evidence)}
     for check, reason in finding.not_judged:
         yield {**common, "check": check, "not_judged": reason}
+
+
+def _answers(evidence: Evidence) -> dict[str, Any]:
+    """What became of the answer to each sample, by the sample's digest, where a check asked."""
+    found = dict(str(pair).split(" ") for pair in evidence.data.get(ANSWERS, ()))
+    return {ANSWERS: found} if found else {}
 
 
 def _error(phase: PhaseResult) -> dict[str, Any]:

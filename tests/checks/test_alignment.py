@@ -63,6 +63,11 @@ def test_nf4_with_a_fresh_adapter(lora_model: Any, processor: Any, reference: Re
     assert figure(evidence, "same most probable token") > 0.97
     assert evidence.table is not None
     assert {row[0] for row in evidence.table.rows} == {sample.skill for sample in SAMPLES}
+    digests = [f"{reference.probe(sample).digest:08x}" for sample in SAMPLES]
+    digest, became = zip(*(str(answer).split(" ") for answer in evidence.data["answers"]), strict=True)
+    assert list(digest) == digests
+    assert sum(one in ("right", "gained") for one in became) == figure(evidence, "right answers")
+    assert became.count("lost") - became.count("gained") == figure(evidence, "answers lost less gained")
 
 
 def test_full_precision_against_itself_is_exact(full: Any, processor: Any, reference: Reference) -> None:

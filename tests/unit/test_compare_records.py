@@ -16,6 +16,7 @@ from pytest_qvl.cli import main
 from pytest_qvl.evidence import Figure
 from pytest_qvl.records.compare import FLIPS, KINDS, REGRESSIONS, Change, Comparison, compare, figure_change
 from pytest_qvl.records.compare_output import as_markdown, as_text, escaped
+from pytest_qvl.records.flips import sign_test
 from pytest_qvl.records.markdown import run_markdown
 from pytest_qvl.records.stored import NEWEST, RecordError, read_record, targets, verdicts
 from pytest_qvl.report.record import SCHEMA
@@ -140,6 +141,61 @@ def test_a_figure_is_named_with_both_values(record):
     (change,) = compare(record, changed).changes
     assert (change.kind, change.check, change.what) == ("worse", "peak_vram", "prefill: peak allocated")
     assert change.new.startswith("1.0") and change.old.endswith(" GiB")
+
+
+def answered(record, states, first=0):
+    """The record with answers to samples in a row: r(ight), l(ost), g(ained), w(rong)."""
+    changed = deepcopy(record)
+    words = [{"r": "right", "l": "lost", "g": "gained", "w": "wrong"}[letter] for letter in states]
+    entry(changed, "alignment")["answers"] = {f"{number:08x}": word for number, word in enumerate(words, first)}
+    figure = next(f for f in entry(changed, "alignment")["figures"] if f["name"] == "answers lost less gained")
+    figure["value"] = states.count("l") - states.count("g")
+    return changed
+
+
+def answers_told(old, new):
+    return [(c.kind, c.what, c.new.partition("; ")[2]) for c in compare(old, new).changes]
+
+
+@pytest.mark.parametrize(
+    ("one_way", "other_way", "chance"),
+    [(0, 0, 1), (5, 0, 1 / 16), (6, 0, 1 / 32), (6, 6, 1), (7, 1, 18 / 256), (8, 1, 20 / 512), (1, 8, 20 / 512)],
+)
+def test_the_sign_test_is_exact(one_way, other_way, chance):
+    assert sign_test(one_way, other_way) == pytest.approx(chance, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("r" * 60, "r" * 54 + "l" * 6, ("worse", "6 lost and 0 gained of the same 60 samples (p = 0.031)")),
+        ("r" * 54 + "l" * 6, "r" * 60, ("better", "0 lost and 6 gained of the same 60 samples (p = 0.031)")),
+        ("r" * 60, "r" * 55 + "l" * 5, None),
+        # Ten either way: as many right as before, whatever flipped.
+        ("r" * 30 + "l" * 10, "l" * 10 + "r" * 20 + "g" * 10, None),
+        ("r" * 40 + "w", "l" * 8 + "r" * 32 + "g", ("worse", "8 lost and 1 gained of the same 41 samples (p = 0.039)")),
+        # As many against the reference: none lost against the last run counts.
+        ("r" * 40 + "l" * 8, "r" * 40 + "l" * 8, None),
+        ("r" * 40 + "l" * 6, "l" * 6 + "r" * 40, None),
+    ],
+)
+def test_answers_to_the_same_samples_are_compared_sample_by_sample(record, old, new, expected):
+    found = answers_told(answered(record, old), answered(record, new))
+    assert found == ([] if expected is None else [(expected[0], "answers", expected[1])])
+
+
+def test_answers_to_other_samples_are_compared_by_each_runs_own_reference(record):
+    gained, lost = answered(record, "r" * 57 + "g" * 3), answered(record, "r" * 57 + "l" * 3, first=100)
+    said = "6 flips for worse and 0 for better, each run against its own reference (p = 0.031)"
+    assert answers_told(gained, lost) == [("worse", "answers", said)]
+    assert answers_told(answered(record, "r" * 57 + "l" * 3), lost) == []
+    shifted = answered(record, "r" * 54 + "l" * 16, first=10)
+    assert answers_told(answered(record, "r" * 70), shifted)[0][2].startswith("6 lost and 0 gained of the same 60")
+
+
+def test_a_record_without_answers_is_compared_by_counts(record):
+    new = answered(record, "r" * 54 + "l" * 6)
+    assert kinds(record, new) == [("worse", "alignment", "answers lost less gained")]
 
 
 def test_a_checkpoint_of_another_name_is_the_same_subject(record):
