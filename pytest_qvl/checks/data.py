@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.batches.answers import judge_labels
 from pytest_qvl.checks.batches.conversations import conversations
+from pytest_qvl.checks.batches.dummies import dummies, judge_dealt
 from pytest_qvl.checks.batches.facts import View, facts
 from pytest_qvl.checks.batches.findings import Findings
 from pytest_qvl.checks.batches.ids import judge_ids
@@ -89,8 +90,10 @@ def _judge(view: View, findings: Findings) -> tuple[Layout, Layout]:
     images, videos = (lay_out(view, findings, kind) for kind in kinds(view.known))
     for layout in (images, videos):
         judge_pixels(view, findings, layout)
-    judge_mask(view, findings)
+    unseen = dummies(view, images)
+    judge_mask(view, findings, unseen)
     judge_types(view, findings)
+    judge_dealt(view, findings, images, unseen.numbers)
     seconds = judge_time(view, findings, videos)
     judge_packing(view, findings)
     judge_positions(view, findings, images, videos, seconds)

@@ -58,6 +58,14 @@ _KNOWN: Mapping[tuple[str, str, str], str] = MappingProxyType(
         (
             "nemo",
             "pre-tokenized",
+            "a text-only row among rows with images",
+        ): "A row of text gets a dummy image whose tokens its `attention_mask` hides, and the batch brings no "
+        "`position_ids`. Transformers makes them of the grids in order and leaves out what is not attended to, so each "
+        "image behind the dummy gets the grid of the one before it: an error about shapes, or, with as many visual "
+        "tokens, wrong positions in silence. No thread was found.",
+        (
+            "nemo",
+            "pre-tokenized",
             "video",
         ): "Without `second_per_grid_ts` the model counts one second for each temporal "
         "patch, which is right for two frames per second alone.",
@@ -65,22 +73,6 @@ _KNOWN: Mapping[tuple[str, str, str], str] = MappingProxyType(
         "a warning, and the processor runs out of images. Images inside of the messages are all taken.",
     }
 )
-
-_DUMMY = (
-    "a dummy image that nothing attends to stands inside of the row, for trainings that shard the vision tower; "
-    "checks.batch takes it for an image of the row, which is a false alarm"
-)
-_DISPUTED: Mapping[tuple[str, str, str], str] = MappingProxyType(
-    {
-        ("nemo", "pre-tokenized", "a text-only row among rows with images"): _DUMMY,
-        ("nemo", "pre-tokenized", "a batch of text-only rows"): _DUMMY,
-    }
-)
-
-
-def disputed(framework: str, set_up: str, name: str) -> str:
-    """Why a red cell is the check's fault and not the collator's; empty where it is not."""
-    return _DISPUTED.get((framework, set_up, name), "")
 
 
 def known(framework: str, set_up: str, name: str) -> str:

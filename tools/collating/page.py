@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from collating.frameworks import COMMON, FRAMEWORKS
-from collating.known import disputed, known
+from collating.known import known
 
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 RED, UNJUDGED = "red", "not judged"
@@ -34,21 +34,12 @@ plain rows do not have.
 
 def page(records: Iterable[Mapping[str, Any]]) -> str:
     """The whole page."""
-    given = [_undisputed(record) for record in records]
+    given = list(records)
     parts = [HEAD.format(count=_number(len(given))), _versions(given)]
     for family, label in FAMILIES.items():
         parts += [f"## {label}\n\n", _table(given, family)]
     parts += ["## Red cells\n\n", *_reds(given), "## Not judged\n\n", *_unjudged(given)]
     return "".join(parts).rstrip("\n") + "\n"
-
-
-def _undisputed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record in which what is red by the check's own fault is not judged."""
-    cells = []
-    for cell in record["cells"]:
-        reason = disputed(record["framework"], cell["set_up"], cell["property"])
-        cells.append({**cell, "verdict": UNJUDGED, "why": reason} if reason and cell["verdict"] == RED else cell)
-    return {**record, "cells": cells}
 
 
 def _number(count: int) -> str:

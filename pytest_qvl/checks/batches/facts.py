@@ -266,8 +266,12 @@ class View:
     @cached_property
     def behind_text(self) -> torch.Tensor:
         """Tokens that stand for vision behind everything that a row attends to, ``(rows, length)`` bool."""
+        later = self.mask.flip(1).long().cumsum(dim=1).flip(1) == 0
+        return self.vision & later
+
+    @cached_property
+    def vision(self) -> torch.Tensor:
+        """Tokens that stand for vision, ``(rows, length)`` bool."""
         import torch
 
-        vision = torch.isin(self.ids, torch.tensor(self.known.vision))
-        later = self.mask.flip(1).long().cumsum(dim=1).flip(1) == 0
-        return vision & later
+        return torch.isin(self.ids, torch.tensor(self.known.vision))

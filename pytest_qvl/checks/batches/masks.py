@@ -9,14 +9,15 @@ from pytest_qvl.releases import installed, is_before
 if TYPE_CHECKING:
     import torch
 
+    from pytest_qvl.checks.batches.dummies import Dummies
     from pytest_qvl.checks.batches.facts import View
     from pytest_qvl.checks.batches.findings import Findings
 
 VIDEO_TYPE = 2
 
 
-def judge_mask(view: View, findings: Findings) -> None:
-    """The mask is 0 exactly on padding; on either side, also where the pad token is the one that ends a text."""
+def judge_mask(view: View, findings: Findings, dummies: Dummies) -> None:
+    """The mask is 0 exactly on padding and on dummies; also where the pad token is the one that ends a text."""
     given = view.batch.get("attention_mask")
     if view.tokenizer.pad_token_id is None:
         findings.unjudged["padding"] = "the tokenizer has no pad token"
@@ -32,10 +33,11 @@ def judge_mask(view: View, findings: Findings) -> None:
         f"{why}: hand on the mask that the processor returns, padded with 0 where the ids are padded",
     ))  # fmt: skip
     hidden = view.text & ~view.mask
-    dummies = hidden & view.behind_text
-    if bool(dummies.any()):
-        findings.notes.append("images behind the text of a row are not attended to: dummies, which teach nothing")
-    _report(view, findings, "text-not-attended", hidden & ~dummies, (
+    if bool((hidden & dummies.tokens).any()):
+        findings.notes.append(
+            "images that no token attends to: dummies, behind all text or of one colour, which teach nothing"
+        )
+    _report(view, findings, "text-not-attended", hidden & ~dummies.tokens, (
         "tokens of the sample that are not attended to",
         "1 in the attention_mask on every token that is no padding",
         "the mask was made by comparing ids with a pad token that also ends turns, or was padded on another side than "

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.batches.dummies import dummies as dummies_of
 from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def judge_images(view: View, findings: Findings, layout: Layout, pairs: Sequence
     if not layout.sound:
         findings.unjudged["images against samples"] = "placeholders and grids do not fit each other"
         return
-    owners, dummies = _owners(layout, pairs), layout.behind_text(view)
+    owners, dummies = _owners(layout, pairs), dummies_of(view, layout).numbers
     shown = [owner for number, owner in enumerate(owners) if number not in dummies]
     if not _counted(findings, shown, pairs) or findings.has("row-of-another-sample"):
         return
