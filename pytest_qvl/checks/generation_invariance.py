@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.greedy import STEPS, Reply, greedy, stop_ids
 from pytest_qvl.checks.support.noise_floor import NoiseFloor
+from pytest_qvl.checks.support.own_rounding import HeldLogits, own_response
 from pytest_qvl.checks.support.reference import Reference, floor_of
 from pytest_qvl.checks.support.reply_logits import (
-    LogitsApart,
+    HeldReplies,
     by_row,
-    judge_apart,
     judge_finite_logits,
     require_left_padding,
 )
@@ -41,9 +41,10 @@ def generation_batch_invariance(
 
     Compared are the raw logits of each step, up to and including the first step at which the two choose
     different tokens; what comes after has different inputs. Each may differ by the limit of the noise floor at most
-    (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`), so a different token is healthy exactly
-    when the two candidates were that close. The classic defect leaves the first step right and the later ones
-    wrong: text positions of padded rows while decoding (huggingface/transformers#40136, 4.54.0 to 4.56.2).
+    (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`), or of the sample's own rounding alone where it
+    is beyond that (docs/limits.md#own-rounding), so a different token is healthy exactly when the two candidates were
+    that close. Tokens that stand for vision are not chosen. The classic defect leaves the first step right and the
+    later ones wrong: text positions of padded rows while decoding (huggingface/transformers#40136, 4.54.0 to 4.56.2).
 
     Args:
         model: Wrapped or not.
@@ -67,22 +68,23 @@ def generation_batch_invariance(
     if bool(batch["attention_mask"].all()):
         raise CannotJudge(f"{len(samples)} samples of the same length: no row of the batch is padded")
     judge = Judge("generation_batch_invariance", "alone and in a left-padded batch a sample gets the same reply")
-    together = greedy(model, batch, max_new_tokens=max_new_tokens, keep_logits=True)
+    # A placeholder without an image would make a plain forward refuse the reply.
+    generate = partial(greedy, model, max_new_tokens=max_new_tokens, keep_logits=True, suppress=parts.vision_token_ids)
+    together = generate(batch)
     names = [f"sample {sample.id!r}" for sample in samples]
     if not judge_finite_logits(judge, parts, list(zip(names, together, strict=True)), batch):
         return judge.verdict()
-    apart = LogitsApart()
+    replies = HeldReplies(HeldLogits(floor))
     for sample, name, reply in zip(samples, names, together, strict=True):
         single = make_batch(processor, [sample], device=parts.device)
-        [alone] = greedy(model, single, max_new_tokens=max_new_tokens, keep_logits=True)
+        [alone] = generate(single)
         if not judge_finite_logits(judge, parts, [(f"{name} alone", alone)], single):
             return judge.verdict()
-        apart.take(name, reply, alone)
-    judge_apart(
+        forced = partial(_forced_logits, parts, single, [alone])
+        replies.take(name, reply, alone, partial(own_response, parts, forced, tower=True))
+    replies.judge(
         judge,
         "alone against batch",
-        apart,
-        floor,
         "a reply depends on the rows beside it: look at positions and mask of padded rows, and at decoding",
     )
     return judge.verdict()
@@ -101,8 +103,9 @@ def generation_cache_invariance(
     The tokens that cached generation chose are appended to the prompt and go through one forward without
     cache, whose positions come from the whole sequence: the yardstick. The raw logits of cached generation,
     and those of generation with ``use_cache=False`` up to its first different token, may differ from it by
-    the limit of the noise floor (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`) at most. So a
-    defect that both ways of generating share is seen as well.
+    the limit of the noise floor (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`) at most, or of the
+    row's own rounding in that forward where it is beyond it (docs/limits.md#own-rounding). So a defect that both ways
+    of generating share is seen as well.
 
     Args:
         model: Wrapped or not.
@@ -148,23 +151,34 @@ def generation_cache_invariance(
         "with cache": (cached, "look at positions and cache of the decode steps"),
         "without cache": (uncached, "look at images, positions and mask of every step after the first"),
     }
+    responses = cache(partial(own_response, parts, partial(_forced_logits, parts, inputs, cached), tower=False))
     for name, (replies, hint) in ways.items():
-        apart = LogitsApart()
+        held = HeldReplies(HeldLogits(floor))
         for row, (reply, forced) in enumerate(zip(replies, plain, strict=True)):
-            apart.take(f"row {row}", reply, forced)
-        judge_apart(judge, f"generation {name} against plain forward", apart, floor, hint)
+            held.take(f"row {row}", reply, forced, responses, row)
+        held.judge(judge, f"generation {name} against plain forward", hint)
     return judge.verdict()
 
 
 def _teacher_forced(parts: Parts, inputs: dict[str, torch.Tensor], replies: list[Reply]) -> list[Reply]:
     """The same tokens as `replies`, with the logits of one forward over prompt and reply, without a cache."""
+    made = []
+    for reply, row in zip(replies, _forced_logits(parts, inputs, replies), strict=True):
+        own = row[: len(reply.ids)]
+        broken = (~own.isfinite().all(dim=-1)).nonzero().flatten().tolist()
+        made.append(Reply(reply.ids, reply.stopped, next(iter(broken), None), own))
+    return made
+
+
+def _forced_logits(parts: Parts, inputs: dict[str, torch.Tensor], replies: list[Reply]) -> torch.Tensor:
+    """float32 logits ``(rows, steps of the longest reply, vocabulary)`` of one forward over prompt and reply."""
     import torch
 
     steps = max(len(reply.ids) for reply in replies)
     filler = next(iter(stop_ids(parts)), 0)
     # The last token of the longest reply predicts nothing that is compared, so it is not appended.
     rows = [[*reply.ids, *[filler] * (steps - len(reply.ids))][: steps - 1] for reply in replies]
-    ids = torch.tensor(rows, device=inputs["input_ids"].device)
+    ids = torch.tensor(rows, dtype=torch.long, device=inputs["input_ids"].device)
     tail = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -175,10 +189,5 @@ def _teacher_forced(parts: Parts, inputs: dict[str, torch.Tensor], replies: list
         further = torch.arange(1, ids.shape[1] + 1, device=ids.device)
         forced["position_ids"] = torch.cat([positions, positions[..., -1:] + further], dim=-1)
     with preserved(parts.wrapped, training=False), torch.no_grad():
-        logits = parts.wrapped(**forced, logits_to_keep=steps, use_cache=False).logits[:, -steps:].float()
-    made = []
-    for reply, row in zip(replies, logits, strict=True):
-        own = row[: len(reply.ids)]
-        broken = (~own.isfinite().all(dim=-1)).nonzero().flatten().tolist()
-        made.append(Reply(reply.ids, reply.stopped, next(iter(broken), None), own))
-    return made
+        logits: torch.Tensor = parts.wrapped(**forced, logits_to_keep=steps, use_cache=False).logits
+    return logits[:, -steps:].float()

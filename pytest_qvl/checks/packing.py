@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.isolation import observe, outputs_moved, repeatable
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.not_finite import require_finite
+from pytest_qvl.checks.support.own_rounding import HeldLogits, own_response
 from pytest_qvl.checks.support.packing import is_packed, samples_in_rows
 from pytest_qvl.checks.support.placeholders import attended, model_inputs, spans
+from pytest_qvl.checks.support.position_comparison import PositionComparison
 from pytest_qvl.checks.support.reference import Reference, floor_of
 from pytest_qvl.checks.support.teaching import IGNORED
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
+from pytest_qvl.models.taps import tapped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
     from pytest_qvl.checks.support.noise_floor import NoiseFloor
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.taps import LanguageCall
 
 
 @check(promise=10)
@@ -32,9 +37,11 @@ def packing_isolation(model: Any, batch: Mapping[str, Any], reference: Reference
 
     Logits are compared where they predict a label (of a batch without labels, at the last token of each sample), and
     may differ by the limit of the noise floor (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`):
-    packed and alone, the kernels see other shapes. Alone, a sample has its own tokens and images, and the positions of
-    the papers' definition. Then one token of text is changed in each sample in turn, and the outputs of all other
-    samples must stay as they are, bitwise, since the shapes do. Two forward passes per sample, and three.
+    packed and alone, the kernels see other shapes. A sample that differs by more is held to its own rounding, alone and
+    in this model (docs/limits.md#own-rounding). Alone, a sample has its own tokens and images, and the positions of the
+    papers' definition; those of the packed row must be the same up to a constant, exactly. Then one token of text is
+    changed in each sample in turn, and the outputs of all other samples must stay as they are, bitwise, since the
+    shapes do. Two forward passes per sample, and three; 17 more for each sample beyond the noise floor.
 
     Args:
         model: Qwen-VL model, wrapped or not.
@@ -44,7 +51,8 @@ def packing_isolation(model: Any, batch: Mapping[str, Any], reference: Reference
         reference: Whose noise floor judges; measured on a reference or base model in the dtype of ``model``.
 
     Raises:
-        CheckFailed: Names the sample whose logits differ and by how much, or what a change moved.
+        CheckFailed: Names the sample whose logits differ and by how much, the token whose position is wrong, or what a
+            change moved.
         CannotJudge: No row holds several samples, or the model does not repeat itself bitwise.
         ValueError: The batch is malformed, or the floor was measured in another dtype.
     """
@@ -58,19 +66,24 @@ def packing_isolation(model: Any, batch: Mapping[str, Any], reference: Reference
             "no row holds several samples, which position_ids that start again at 0 would say: hand over a packed batch"
         )
     pieces = _pieces(parts, inputs, batch.get("labels"))
-    apart = _Apart()
+    held = HeldLogits(floor)
     with preserved(model, training=False), torch.no_grad():
         before = repeatable(parts, inputs)
-        logits = parts.wrapped(**inputs, use_cache=False).logits
+        with tapped(parts) as tap:
+            logits = parts.wrapped(**inputs, use_cache=False).logits
         require_finite(parts, logits[attended(inputs)], "the model's logits", lambda: parts.wrapped(**inputs))
         for piece in pieces:
-            alone = parts.wrapped(**piece.inputs, use_cache=False).logits[0]
-            apart.take(piece, logits[piece.row, piece.first + piece.columns], alone[piece.columns])
+            alone = partial(_logits, parts, piece)
+            own = alone()
+            require_finite(parts, own, f"the logits of {piece} alone", alone)
+            packed = logits[piece.row, piece.first + piece.columns]
+            held.take(str(piece), packed, own, partial(own_response, parts, alone, tower=True))
         outputs = outputs_moved(parts, inputs)
         for piece in pieces:
             if piece.text is not None:
                 outputs.add(f"changing {piece}", piece.row, piece.text, before, _changed(parts, inputs, piece))
-    apart.hold(judge, floor)
+    _judge_logits(judge, held)
+    _judge_positions(judge, parts, inputs, pieces, tap.language)
     outputs.hold(judge)
     judge.report("samples", len(pieces))
     return judge.verdict()
@@ -165,33 +178,39 @@ def _changed(parts: Parts, inputs: Mapping[str, Any], piece: _Piece) -> Any:
     return observe(parts, {**inputs, "input_ids": ids})
 
 
-@dataclass
-class _Apart:
-    """The largest difference of logits between a sample in its row and alone."""
+def _logits(parts: Parts, piece: _Piece) -> torch.Tensor:
+    """The logits ``(columns, vocabulary)`` of a sample alone."""
+    first = int(piece.columns.min())
+    keep = piece.inputs["input_ids"].shape[1] - first
+    logits: torch.Tensor = parts.wrapped(**piece.inputs, use_cache=False, logits_to_keep=keep).logits[0]
+    return logits[piece.columns - first]
 
-    largest: float = 0.0
-    logit: float = 0.0
-    where: str = "nowhere"
-    compared: int = 0
 
-    def take(self, piece: _Piece, packed: torch.Tensor, alone: torch.Tensor) -> None:
-        """Compare the logits ``(columns, vocabulary)`` of one sample."""
-        ours, theirs = packed.float(), alone.float()
-        difference = float((ours - theirs).abs().max())
-        self.logit = max(self.logit, float(ours.abs().max()), float(theirs.abs().max()))
-        self.compared += len(ours)
-        if not difference <= self.largest:
-            self.largest, self.where = difference, str(piece)
+def _judge_logits(judge: Judge, held: HeldLogits) -> None:
+    judge.at_most(
+        "packed against alone",
+        held.difference,
+        held.limit,
+        unit="logit",
+        else_say=f"{held.name} has other logits than alone, by up to {held.difference:.4g}: samples of a packed row "
+        "see each other, or have another sample's positions; is the row parted where attention looks for it (text "
+        "positions first, block-diagonal mask, cu_seq_lens)?",
+    )
+    judge.report("logits compared at places", held.places)
+    judge.report("samples beyond the noise floor, held to their own rounding", held.beyond)
 
-    def hold(self, judge: Judge, floor: NoiseFloor) -> None:
-        """Hold it to the limit of the noise floor."""
-        judge.at_most(
-            "packed against alone",
-            self.largest,
-            floor.limit_for(self.logit),
-            unit="logit",
-            else_say=f"{self.where} has other logits than alone, by up to {self.largest:.4g}: samples of a packed row "
-            "see each other, or have another sample's positions; is the row parted where attention looks for it "
-            "(text positions first, block-diagonal mask, cu_seq_lens)?",
-        )
-        judge.report("logits compared at places", self.compared)
+
+def _judge_positions(
+    judge: Judge, parts: Parts, inputs: Mapping[str, Any], pieces: Sequence[_Piece], calls: Sequence[LanguageCall]
+) -> None:
+    """Every sample has the positions that it has alone, up to a constant; these are integers, so no limit hides any."""
+    import torch
+
+    if not calls:
+        judge.note("positions were not compared: the model bypasses its language backbone's rotary embedding")
+        return
+    right = torch.zeros(3, *inputs["input_ids"].shape, dtype=torch.int64)
+    for piece in pieces:
+        own = piece.inputs["position_ids"][:, 0].cpu()
+        right[:, piece.row, piece.first : piece.first + own.shape[1]] = own
+    PositionComparison(judge, parts, inputs).hold(calls, [right])

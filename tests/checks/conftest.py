@@ -6,6 +6,7 @@ from ``fresh_model(...)``; ``lora_model`` is shared and has to be left as it was
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -14,7 +15,11 @@ from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.processors import load_processor
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
+
+    import torch
 
 LANGUAGE_ONLY = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 KEEP_16BIT = ("model.visual", "lm_head")
@@ -133,6 +138,41 @@ def fresh_model(tiny_dir: Path, lora_config: LoraConfigFactory) -> ModelFactory:
 def lora_model(fresh_model: ModelFactory) -> Any:
     """NF4 and bfloat16 with a fresh LoRA on the language backbone; shared, so leave it as it was found."""
     return fresh_model(dtype="bfloat16", lora=True)
+
+
+@pytest.fixture(scope="session")
+def rounded_otherwise() -> Callable[[Any, Callable[[torch.Size], bool]], AbstractContextManager[None]]:
+    """Kernels that round outputs of some shapes otherwise than the rest, the same way at every call.
+
+    By as much as products in float32 do (docs/limits.md#last-place-noise): sqrt(n / 6) last places, n being 256.
+    """
+    import torch
+
+    from pytest_qvl.checks.support.activations import leaves
+    from pytest_qvl.models.anatomy import anatomy
+
+    @contextmanager
+    def rounded(model: Any, chosen: Callable[[torch.Size], bool]) -> Iterator[None]:
+        parts, generator = anatomy(model), torch.Generator()
+
+        def after(number: int) -> Any:
+            def hook(_module: Any, _args: Any, output: Any) -> Any:
+                if not isinstance(output, torch.Tensor) or not chosen(output.shape):
+                    return None
+                signs = torch.randint(0, 2, output.shape, generator=generator.manual_seed(number)) * 2 - 1
+                return output * (1 + (256 / 6) ** 0.5 * torch.finfo(output.dtype).eps * signs)
+
+            return hook
+
+        modules = [*leaves(parts.language_backbone), *leaves(parts.lm_head)]
+        handles = [module.register_forward_hook(after(number)) for number, module in enumerate(modules)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return rounded
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from pytest_qvl.checks.support.placeholders import refuse_positions_in_generatio
 from pytest_qvl.checks.support.reference import Reference, record_reference
 from pytest_qvl.checks.support.scoring import text_of
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
+from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import positions_changed
 from pytest_qvl.samples import make_batch, scenes
@@ -214,6 +215,26 @@ def test_positions_of_padded_rows_while_decoding(
     assert "step 1" in said or "step 2" in said
     assert "where the noise floor is" in said
     assert "positions and mask of padded rows" in said
+
+
+def test_rounding_of_replies_that_moves_them_further_than_the_floor_is_no_alarm(
+    fresh_model: Any, processor: Any, rounded_otherwise: Any
+) -> None:
+    """A floor is measured on other samples and without the adapter, which rounds most here."""
+    model = fresh_model(lora=True)
+    few = SAMPLES[1:3]
+    floor = noise_floor(model, processor, few, adapter_disabled=True)
+    for name, matrix in adapter_parameters(anatomy(model)).items():
+        if "lora_B" in name:
+            matrix.data.normal_(std=1.0, generator=torch.Generator().manual_seed(0))
+    made = make_batch(processor, few)
+    with rounded_otherwise(model, lambda shape: shape[0] == len(few)):
+        alone = generation_batch_invariance(model, processor, few, floor, max_new_tokens=2)
+    with rounded_otherwise(model, lambda shape: shape[1:2] == (1,)):
+        cached = generation_cache_invariance(model, made, floor, max_new_tokens=2)
+    ways = ("alone against batch", alone), ("generation with cache against plain forward", cached)
+    for name, evidence in ways:
+        assert figure(evidence, f"{name}: replies beyond the noise floor, held to their own rounding") > 0
 
 
 def test_padding_that_is_attended(fresh_model: Any, processor: Any, reference: Reference) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ from pytest_qvl.checks import packing_isolation
 from pytest_qvl.checks.support.noise_floor import NoiseFloor, noise_floor
 from pytest_qvl.checks.support.packing import pack
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
+from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import make_batch, scenes
 
@@ -64,6 +66,44 @@ def test_positions_of_another_sample_are_found(lora_model: Any, packed: Batch, f
     wrong[1:] = wrong[0]
     with pytest.raises(CheckFailed, match=r"^sample \d of row 0 has other logits than alone"):
         packing_isolation(lora_model, {**packed, "position_ids": wrong}, floor)
+
+
+def test_positions_that_move_logits_less_than_rounding_does_are_found(lora_model: Any, packed: Batch) -> None:
+    """One axis of one visual token, under a noise floor that allows a nat: ids are integers, and judged exactly."""
+    wrong, coarse = packed["position_ids"].clone(), NoiseFloor(1.0, {}, "bfloat16", 1.0, 1.0)
+    image = int((packed["input_ids"][0] == anatomy(lora_model).image_token_id).nonzero()[3])
+    wrong[2, 0, image] += 1
+    with pytest.raises(CheckFailed, match=r"^row 0, token \d+ .*: h is \d+, should be \d+; 1 tokens in 1 of 1 rows"):
+        packing_isolation(lora_model, {**packed, "position_ids": wrong}, coarse)
+
+
+@pytest.mark.parametrize("trained", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
+def test_rounding_that_moves_a_sample_further_than_those_of_the_floor_is_no_alarm(
+    fresh_model: Any,
+    processor: Any,
+    samples: Any,
+    trained: float,
+    rounded_otherwise: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With B zero, where the adapter rounds nothing, as well as trained; samples that see each other are one still."""
+    model = fresh_model(dtype="float32", lora=True)
+    floor = noise_floor(model, processor, samples, adapter_disabled=True)
+    for name, matrix in adapter_parameters(anatomy(model)).items():
+        if "lora_B" in name:
+            matrix.data.normal_(std=trained, generator=torch.Generator().manual_seed(0))
+    odd = [
+        replace(s, images=tuple(i.resize((90, 140)) for i in s.images)) for s in scenes(1, 1, ["nth_colour", "list"])
+    ]
+    packed = pack(anatomy(model), make_batch(processor, odd, padding_side="right", answers=True))
+    length = packed["input_ids"].shape[1]
+    with rounded_otherwise(model, lambda shape: shape[1:2] == (length,)):
+        figures = {figure.name: figure for figure in packing_isolation(model, packed, floor).figures}
+        assert figures["samples beyond the noise floor, held to their own rounding"].value
+        assert figures["packed against alone"].limit < 1e-3
+        monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda *_args, **_kwargs: None)
+        with pytest.raises(CheckFailed, match="has other logits than alone"):
+            packing_isolation(model, packed, floor)
 
 
 def test_what_cannot_be_judged(lora_model: Any, batch: Batch, packed: Batch, floor: NoiseFloor) -> None:

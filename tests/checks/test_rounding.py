@@ -15,7 +15,8 @@ from pytest_qvl.checks.generation_invariance import generation_batch_invariance,
 from pytest_qvl.checks.support.bitwise import differs
 from pytest_qvl.checks.support.greedy import Reply
 from pytest_qvl.checks.support.noise_floor import EVIDENCE, NoiseFloor
-from pytest_qvl.checks.support.reply_logits import LogitsApart, judge_apart
+from pytest_qvl.checks.support.own_rounding import HeldLogits
+from pytest_qvl.checks.support.reply_logits import HeldReplies
 from pytest_qvl.checks.support.rounding import last_place_noise, rounded_sums, step
 from pytest_qvl.checks.support.tower import row_drift
 from pytest_qvl.checks.vision import DRIFT_CAP, drift_limit
@@ -44,10 +45,11 @@ def floor_of(dtype: torch.dtype, value: float, last_place: float, largest: float
 
 
 def judged(one: torch.Tensor, other: torch.Tensor, floor: NoiseFloor) -> Judge:
-    """What the generation checks say of one step with these logits."""
-    apart, judge = LogitsApart(), Judge("generation", "")
-    apart.take("row 0", *(Reply((1,), True, None, logits[None].float()) for logits in (one, other)))
-    judge_apart(judge, "two ways", apart, floor, "")
+    """What the generation checks say of one step with these logits, which no last place in any module moves."""
+    replies, judge = HeldReplies(HeldLogits(floor)), Judge("generation", "")
+    made = [Reply((1,), True, None, logits[None].float()) for logits in (one, other)]
+    replies.take("row 0", *made, lambda: torch.zeros(1, 1, one.numel()))
+    replies.judge(judge, "two ways", "")
     return judge
 
 

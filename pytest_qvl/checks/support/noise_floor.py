@@ -65,7 +65,7 @@ class NoiseFloor:
         """How far two computations of logits may differ that are no larger than the largest scored one."""
         return self._limit(self.resolution)
 
-    def limit_for(self, largest: float) -> float:
+    def limit_for(self, largest: float, *, response: float = 0.0) -> float:
         """How far (logit) two computations of the same logits may differ: four times the floor.
 
         A nat at most, and never less than the response to a last place in every module plus one step of the dtype:
@@ -73,13 +73,15 @@ class NoiseFloor:
 
         Args:
             largest: Largest magnitude among the logits compared: a step belongs to what is judged.
+            response: How far the logits compared themselves move when every module is a last place off, as a root mean
+                square, where that is known; four times that are allowed too (docs/limits.md#own-rounding).
         """
         import torch
 
-        return self._limit(max(self.resolution, step(getattr(torch, self.dtype), largest)))
+        return self._limit(max(self.resolution, step(getattr(torch, self.dtype), largest)), response)
 
-    def _limit(self, resolution: float) -> float:
-        noise = max(FLOOR_FACTOR * self.value, self.last_place + resolution)
+    def _limit(self, resolution: float, response: float = 0.0) -> float:
+        noise = max(FLOOR_FACTOR * max(self.value, response), self.last_place + resolution)
         return min(noise, max(EVIDENCE, FLOOR_FACTOR * resolution))
 
 

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.greedy import Reply, greedy
-from pytest_qvl.checks.support.noise_floor import NoiseFloor
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
+from pytest_qvl.checks.support.own_rounding import HeldLogits
 from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.evidence import InputError, Judge
 from pytest_qvl.models.anatomy import Parts
@@ -59,41 +59,73 @@ def by_row(replies: Sequence[Reply]) -> list[tuple[str, Reply]]:
 
 @dataclass
 class LogitsApart:
-    """The largest difference of logits between replies that should be the same."""
+    """The largest difference of logits between replies that should be bitwise the same."""
 
     largest: float = 0.0
     where: str = "nowhere"
-    logit: float = 0.0
     steps: int = 0
-    diverged: int = 0
 
     def take(self, name: str, one: Reply, other: Reply) -> None:
         """Compare step by step, up to and including the first step with different tokens."""
-        ours, theirs = logits_of(one), logits_of(other).to(logits_of(one).device)
-        for step in range(min(len(one.ids), len(other.ids))):
+        ours, theirs = comparable_logits(one, other)
+        for step in range(len(ours)):
             difference = float((ours[step] - theirs[step]).abs().max())
-            self.logit = max(self.logit, float(ours[step].abs().max()), float(theirs[step].abs().max()))
             self.steps += 1
             if not difference <= self.largest:
                 self.largest = math.inf if math.isnan(difference) else difference
                 self.where = f"{name}, step {step}"
-            if one.ids[step] != other.ids[step]:
-                self.diverged += 1
-                break
 
 
-def judge_apart(judge: Judge, name: str, apart: LogitsApart, floor: NoiseFloor, hint: str) -> None:
-    """Hold the largest difference to the noise floor's limit; a reply may diverge where it stays below."""
-    judge.at_most(
-        name,
-        apart.largest,
-        floor.limit_for(apart.logit),
-        unit="logit",
-        else_say=f"{name}: logits differ by {apart.largest:.4g} at {apart.where}, where the noise floor is "
-        f"{floor.value:.3g}; {hint}",
-    )
-    judge.report(f"{name}: steps compared", apart.steps)
-    judge.report(f"{name}: replies that diverged within the noise", apart.diverged)
+@dataclass
+class HeldReplies:
+    """Replies that should be the same but for rounding: the comparison nearest to its limit, and how many diverged.
+
+    Attributes:
+        held: Takes their logits.
+        diverged: How many chose another token.
+    """
+
+    held: HeldLogits
+    diverged: int = 0
+
+    def take(self, name: str, one: Reply, other: Reply, responses: Callable[[], torch.Tensor], row: int = 0) -> None:
+        """Compare step by step, up to and including the first step with different tokens.
+
+        Args:
+            name: What to call the reply.
+            one: Computed in one way.
+            other: Computed in the other.
+            responses: How far rounding moves the logits ``(rows, steps, vocabulary)`` of the replies that `other`
+                belongs to (:func:`pytest_qvl.checks.support.own_rounding.own_response`).
+            row: Which of these rows is that of `other`.
+        """
+        ours, theirs = comparable_logits(one, other)
+        self.diverged += one.ids[: len(ours)] != other.ids[: len(ours)]
+        if len(ours):
+            self.held.take(name, ours, theirs, lambda: responses()[row, : len(ours)])
+
+    def judge(self, judge: Judge, name: str, hint: str) -> None:
+        """Hold what comes nearest to its limit to it; a reply may diverge where it stays below."""
+        held = self.held
+        judge.at_most(
+            name,
+            held.difference,
+            held.limit,
+            unit="logit",
+            else_say=f"{name}: logits differ by {held.difference:.4g} at {held.name}, step {held.place}, where the "
+            f"noise floor is {held.floor.value:.3g}; {hint}",
+        )
+        judge.report(f"{name}: steps compared", held.places)
+        judge.report(f"{name}: replies that diverged within the noise", self.diverged)
+        judge.report(f"{name}: replies beyond the noise floor, held to their own rounding", held.beyond)
+
+
+def comparable_logits(one: Reply, other: Reply) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the steps that have the same inputs: up to and including the first with different tokens."""
+    pairs = list(zip(one.ids, other.ids, strict=False))
+    steps = next((step + 1 for step, (ours, theirs) in enumerate(pairs) if ours != theirs), len(pairs))
+    ours = logits_of(one)[:steps]
+    return ours, logits_of(other)[:steps].to(ours.device)
 
 
 def logits_of(reply: Reply) -> torch.Tensor:
