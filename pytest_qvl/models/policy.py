@@ -66,7 +66,7 @@ class AdapterPolicy:
 
     @property
     def text_only(self) -> bool:
-        """Whether vision tower and merger have to stay as they were loaded: no part of them is trained."""
+        """Whether no part of vision tower and merger is trained, so that they have to stay as they were loaded."""
         return not {"vision", "merger"} & {*self.adapted, *self.trained}
 
     def unused(self, groups: Iterable[Group]) -> list[Group]:

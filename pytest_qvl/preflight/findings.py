@@ -127,7 +127,7 @@ class Report:
 
     @property
     def state(self) -> State:
-        """The worst there is: one red finding makes it red; green only if what was given was judged."""
+        """The worst there is. One red finding makes it red; green only if what was given was judged."""
         states = {finding.state for finding in self.findings}
         if "red" in states:
             return "red"

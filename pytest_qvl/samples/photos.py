@@ -52,7 +52,7 @@ def photo_samples(sizes: ProbeSizes | None = None) -> list[Sample]:
 
     Raises:
         RuntimeError: scikit-image is not installed (the ``photos`` extra), or its wheel no longer has a
-        photograph.
+            photograph.
     """
     photos = _photos(SIDE if sizes is None else MOST_CELLS * sizes.cell)
     return [

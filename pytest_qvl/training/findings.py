@@ -45,7 +45,7 @@ class Finding:
 
     @property
     def kind(self) -> tuple[str, str]:
-        """What two findings of one cause share: the check, and the sentence without its numbers."""
+        """What two findings of one cause share, which is the check and the sentence without its numbers."""
         return self.check, _NUMBER.sub("#", self.sentence)
 
     def __str__(self) -> str:

@@ -46,7 +46,7 @@ class Card:
 
     @property
     def context_bytes(self) -> int:
-        """CUDA context and loaded libraries: stacks of all resident threads plus kernels (an estimate)."""
+        """What the CUDA context and loaded libraries take, stacks of all resident threads and kernels (an estimate)."""
         return LOADED_KERNELS + STACK_PER_THREAD * self.multiprocessors * self.threads_per_multiprocessor
 
     @property

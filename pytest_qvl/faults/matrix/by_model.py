@@ -60,7 +60,7 @@ def by_model(results: Sequence[Result]) -> str:
         "",
         "The deliberate faults of [faults.md](faults.md) on models of other sizes and on a GPU, each judged by the",
         "check that must catch it. What a model cannot carry says why. One command makes this page from the records in",
-        f"[records](records/): `{COMMAND}`.",
+        f"[records](records/README.md): `{COMMAND}`.",
         "",
         *_figures(results),
     ]
