@@ -126,7 +126,10 @@ def test_an_sft_config_is_known_by_its_own_settings(training_arguments: Any) -> 
         ({"freeze_head": True}, "freeze_head=True, which is not forecast: it is no setting whose memory"),
         ({"include_for_metrics": ["loss"]}, r"include_for_metrics=\['loss'\], which is not forecast"),
         ({"num_generations": 8}, "of a trainer with a reference or generations"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "the forecast follows use_reentrant=False"),
+        (
+            {"gradient_checkpointing_kwargs": {"determinism_check": "none"}},
+            "of its settings only use_reentrant is followed",
+        ),
         ({"optim": "lomo"}, r"optimizer is 'lomo': known are .* \(settings were read from .*; options go first\)"),
     ],
 )
@@ -244,14 +247,21 @@ def test_what_a_lora_configuration_asks_for_and_no_forecast_follows_is_refused(
         from_lora(str(tmp_path))
 
 
+def test_reentrant_checkpointing_is_read_and_left_to_the_trainer_where_nobody_says(training_arguments: Any) -> None:
+    said = from_trainer(training_arguments(gradient_checkpointing_kwargs={"use_reentrant": True}))
+    assert said["reentrant"] is True
+    assert "reentrant" not in from_trainer(training_arguments())
+
+
 def test_what_decides_which_layers_are_adapted_is_given_to_peft(tmp_path: Path) -> None:
     """Two layers of all, one matrix of them with another rank, none of the MLPs."""
     from peft import LoraConfig
 
-    def adapter(**settings: Any) -> int:
+    def adapter(**settings: Any) -> Any:
         LoraConfig(r=4, target_modules=["q_proj", "o_proj", "up_proj"], **settings).save_pretrained(str(tmp_path))
         request = _ask("--model", EMBEDDED, "--from-lora", str(tmp_path), "--image", "112x112").request
-        return DryRun(request, find_source(EMBEDDED))._parts.wrapped.get_nb_trainable_parameters()[0]
+        wrapped: Any = DryRun(request, find_source(EMBEDDED))._parts.wrapped
+        return wrapped.get_nb_trainable_parameters()[0]
 
     some = adapter(exclude_modules=["up_proj"], layers_to_transform=[0, 1], layers_pattern="layers")
     width = find_source(EMBEDDED).config.get_text_config().hidden_size

@@ -77,6 +77,7 @@ def base(request: Request) -> Any:
     [
         pytest.param({"accumulation": 2}, marks=pytest.mark.slow),
         {"gradient_checkpointing": True, "samples": (Sample(((112, 112),), 60), Sample(((56, 56), (56, 84)), 30))},
+        pytest.param({"reentrant": True, "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16-pure"}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: next(iter(changes)),

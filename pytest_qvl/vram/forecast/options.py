@@ -24,7 +24,7 @@ from pytest_qvl.vram.forecast.request import (
 OPEN = ("trainer", "precision", "accumulation", "gradient_checkpointing", "lora_r", "optimizer")
 _FIELDS = (
     *("model", "images", "batch", "tokens", "generate", "lora_r", "optimizer", "gradient_checkpointing"),
-    *("kbit_upcast", "vision_hook", "checkpoint", "trainer", "precision", "accumulation", "evaluation"),
+    *("reentrant", "kbit_upcast", "vision_hook", "checkpoint", "trainer", "precision", "accumulation", "evaluation"),
     *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "fused_loss"),
 )
 _Group = argparse._ArgumentGroup
@@ -118,6 +118,12 @@ def _add_how(group: _Group) -> None:
     group.add_argument("--optimizer", choices=OPTIMIZERS, default=unsaid, help="default: paged_adamw_8bit")
     group.add_argument(
         "--gradient-checkpointing", action=switch, default=unsaid, help="recompute layers in backward (default: yes)"
+    )
+    group.add_argument(
+        "--reentrant",
+        action=switch,
+        default=unsaid,
+        help="whether checkpointing is reentrant, as use_reentrant says (default: as the trainer has it)",
     )
     group.add_argument("--compute-dtype", choices=DTYPES, help="default: bfloat16 where the card has it, else float16")
     group.add_argument("--kbit-upcast", action=switch, default=unsaid, help="after prepare_model_for_kbit_training")

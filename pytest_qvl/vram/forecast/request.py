@@ -104,6 +104,8 @@ class Request:
         lora_r: Rank of the LoRA; 0 for the bare quantized model, without a training step.
         gradient_checkpointing: Whether decoder layers (and vision blocks) are recomputed in backward.
         optimizer: By its name in Transformers' ``TrainingArguments``.
+        reentrant: Whether checkpointing is reentrant (``use_reentrant``); ``None`` for what ``trainer`` does where
+            nobody says: Transformers before 5 asks for it, TRL and a loop do not.
         compute_dtype: Dtype of 4-bit products and of everything that is not quantized.
         vision_hook: Whether the vision patch embed keeps the hook that ``gradient_checkpointing_enable`` of
             Transformers 5 puts on it, so that the frozen vision tower is back-propagated through. ``None`` for what
@@ -171,6 +173,7 @@ class Request:
     base_bits: int = 4
     fused_loss: bool = False
     lora_options: tuple[tuple[str, Any], ...] = ()
+    reentrant: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that describe no run, and runs that the forecast does not follow.

@@ -47,10 +47,11 @@ def from_trainer(where: str) -> dict[str, Any]:
     if "num_generations" in settings or "ref_model_init_kwargs" in settings:
         raise ValueError(f"{where} is of a trainer with a reference or generations, which the forecast does not follow")
     refuse_unknown(where, settings, REFUSED, TAKEN | NEUTRAL)
-    recomputation = settings.get("gradient_checkpointing_kwargs") or {}
-    if set(recomputation) - {"use_reentrant"} or recomputation.get("use_reentrant"):
+    recomputation = settings.get("gradient_checkpointing_kwargs")
+    if recomputation is not None and set(recomputation) != {"use_reentrant"}:
         raise ValueError(
-            f"{where} has gradient_checkpointing_kwargs={recomputation!r}: the forecast follows use_reentrant=False"
+            f"{where} has gradient_checkpointing_kwargs={recomputation!r}, which is not forecast: of its settings only "
+            "use_reentrant is followed, and is to be named"
         )
     found = {
         "trainer": kind or ("trl" if "dataset_text_field" in settings else "hf"),
@@ -62,6 +63,8 @@ def from_trainer(where: str) -> dict[str, Any]:
     }
     if _plain(settings.get("eval_strategy") or settings.get("evaluation_strategy") or "no") != "no":
         found["evaluation"] = settings.get("per_device_eval_batch_size", 8)
+    if recomputation is not None:
+        found["reentrant"] = bool(recomputation["use_reentrant"])
     if settings.get("use_liger_kernel"):
         found["fused_loss"] = True
     return found

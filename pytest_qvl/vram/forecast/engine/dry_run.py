@@ -212,6 +212,10 @@ class DryRunStage:
         """Recompute under the recorder's rules."""
         return {"context_fn": self._recorder.for_recomputation}
 
+    def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same under the recorder's rules."""
+        return self._recorder.recomputed(function)
+
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
         """The real optimizer over parameters without data."""
         return make_optimizer(name, parameters, self._recorder)

@@ -30,7 +30,7 @@ from pytest_qvl.vram.forecast.engine.following import Following
 from pytest_qvl.vram.forecast.engine.shapes import Call, Plan, Plans, Returned
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_qvl.vram.forecast.engine.trace import AllocationTrace, Kind
 
@@ -114,6 +114,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def for_recomputation(self) -> tuple[Any, Any]:
         """The ``context_fn`` of a checkpoint: torch switches function modes off during backward."""
         return nullcontext(), _PythonCalls(self)
+
+    def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same for a checkpoint that takes no ``context_fn``: ``function`` under these rules in backward."""
+
+        def run(*args: Any) -> Any:
+            with nullcontext() if torch._C._current_graph_task_id() == -1 else _PythonCalls(self):
+                return function(*args)
+
+        return run
 
     def dataless(self, shape: tuple[int, ...], dtype: torch.dtype) -> DatalessTensor:
         """A new tensor without data, recorded as an allocation."""

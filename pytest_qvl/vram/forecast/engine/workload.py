@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import gc
 import inspect
+import warnings
 from contextlib import contextmanager
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import transformers
 
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.renamed import enable_checkpointing
@@ -61,6 +64,9 @@ class Stage(Protocol):
     def checkpoint_arguments(self) -> dict[str, Any]:
         """What this stage adds to the arguments of ``torch.utils.checkpoint``."""
 
+    def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What a reentrant checkpoint is to run in place of ``function``."""
+
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
         """The optimizer called ``name`` in Transformers' ``TrainingArguments``, over ``parameters``."""
 
@@ -85,12 +91,40 @@ class Stage(Protocol):
 
 def prepare_training(parts: Parts, request: Request, stage: Stage) -> None:
     """Set up checkpointing and the hooks that make inputs require gradients, as ``request`` wants them."""
-    if request.gradient_checkpointing:
+    if request.gradient_checkpointing and is_reentrant(request):
+        enable_checkpointing(parts.base, {"use_reentrant": True})
+        _recompute(parts.base, stage)
+    elif request.gradient_checkpointing:
         enable_checkpointing(parts.base, {"use_reentrant": False, **stage.checkpoint_arguments()})
     if request.gradient_checkpointing or request.keeps_vision_hook:
         parts.base.enable_input_require_grads()
     if not request.keeps_vision_hook:
         remove_vision_grad_hooks(parts.patch_embed)
+
+
+def is_reentrant(request: Request) -> bool:
+    """Whether checkpointing is reentrant.
+
+    Where nobody says, ``PreTrainedModel.gradient_checkpointing_enable`` of Transformers 4 asks for it.
+    """
+    if request.reentrant is None:
+        return request.trainer == "hf" and transformers.__version__.startswith("4.")
+    return request.reentrant
+
+
+def _recompute(base: Any, stage: Stage) -> None:
+    """Let the stage run what a reentrant checkpoint, which takes no ``context_fn``, recomputes."""
+    for module in base.modules():
+        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+        if checkpoint is not None:
+            module._gradient_checkpointing_func = partial(_checkpoint, checkpoint, stage)
+
+
+def _checkpoint(checkpoint: Any, stage: Stage, function: Any, *args: Any) -> Any:
+    with warnings.catch_warnings():
+        # True of a vision tower that is not back-propagated through, and so meant.
+        warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
+        return checkpoint(stage.recomputed(function), *args)
 
 
 def infer(parts: Parts, request: Request, source: Source, stage: Stage) -> None:

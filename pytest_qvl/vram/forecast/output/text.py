@@ -67,7 +67,8 @@ def _training(request: Request) -> str:
         autocast,
         request.optimizer,
     ]
-    options.append("gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing")
+    kind = "reentrant " if request.reentrant and request.gradient_checkpointing else ""
+    options.append(f"{kind}gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing")
     options += ["vision hook left on"] if request.keeps_vision_hook else []
     options += ["fp32 upcast"] if request.kbit_upcast else []
     return ", ".join(options)

@@ -188,6 +188,10 @@ class MeterStage:
         """No arguments: recomputation needs no recorder here."""
         return {}
 
+    def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function itself."""
+        return function
+
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
         """The real optimizer.
 

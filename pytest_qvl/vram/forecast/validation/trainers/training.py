@@ -14,7 +14,7 @@ from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.build import asked_lora
-from pytest_qvl.vram.forecast.engine.workload import model_inputs, with_labels
+from pytest_qvl.vram.forecast.engine.workload import is_reentrant, model_inputs, with_labels
 from pytest_qvl.vram.forecast.validation.measured import FIRST_STEPS
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[s
         "fp16": dtype == "float16",
         "optim": request.optimizer,
         "gradient_checkpointing": request.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing_kwargs": {"use_reentrant": is_reentrant(request)},
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
