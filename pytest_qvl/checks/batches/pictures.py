@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.batches.dummies import dummies as dummies_of
+from pytest_qvl.checks.batches.pixels import TWICE, dark
 from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.batches.paired import Pair
 
     Array = np.ndarray[Any, Any]
+
+# Pixels that were rescaled twice are 0 to 1 of 255, and bfloat16 moves a value next to black by less than one more.
+DARK = 2
 
 
 def judge_images(view: View, findings: Findings, layout: Layout, pairs: Sequence[Pair]) -> None:
@@ -57,6 +61,7 @@ def judge_images(view: View, findings: Findings, layout: Layout, pairs: Sequence
             assert original is not None
             place = _Place(pairs[owner].unit.row, *name, original.size, view.known.merge)
             _say(findings, place, found, own, candidates)
+            findings.unjudged.pop(dark(layout), None)
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,13 @@ def _what(
     place: _Place, found: Array, own: Array, others: dict[tuple[int, int], Array]
 ) -> tuple[str, str, str, str] | None:
     """Kind, what is there, what should be and the cause; None where the image is its own."""
+    if found.max() < DARK <= own.max() / 2:
+        return (
+            "pixels-not-normalised",
+            "is black to within one step of 8 bits",
+            f"its image, whose brightest patch has {own.max():.0f} of 255",
+            TWICE,
+        )
     if _is(found, own[..., ::-1], own):
         return (
             "colours-exchanged",

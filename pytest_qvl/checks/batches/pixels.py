@@ -23,6 +23,10 @@ HALF: Constants = ((0.5,) * 3, (0.5,) * 3)
 PATCHES = 32
 # Eight roundings of float32 of a value below 4 (docs/limits.md#batches).
 ARITHMETIC = 8 * 2.0**-24 * 4
+TWICE = (
+    "pixels that were 0 to 1 already were rescaled by 1/255 once more: give the processor 8-bit images, or "
+    "do_rescale=False"
+)
 
 
 def judge_pixels(view: View, findings: Findings, layout: Layout) -> None:
@@ -77,7 +81,12 @@ def _judge_constants(view: View, findings: Findings, layout: Layout, pixels: tor
     chosen, owners = chosen[seen], [owners[place] for place in seen]
     own = (view.known.family.image_mean, view.known.family.image_std)
     _judge_blank(findings, layout, chosen, owners, own)
-    if findings.has("pixels-blank") or _fits(chosen, own, pixels.dtype):
+    if findings.has("pixels-blank"):
+        return
+    if (levels := _levels_next_to_black(chosen, own, pixels.dtype)) > 1:
+        _judge_dark(findings, layout, levels, len(set(owners)))
+        return
+    if _fits(chosen, own, pixels.dtype):
         return
     told = [words for words, each in _others(view) if each != own and _fits(chosen, each, pixels.dtype)]
     if not told and not _outside(chosen, own, pixels.dtype):
@@ -209,3 +218,47 @@ def _judge_blank(
         )
     elif blank:
         findings.notes.append(f"{layout.kind.noun} {blank[0][0]} is of one colour")
+
+
+def _judge_dark(findings: Findings, layout: Layout, levels: int, images: int) -> None:
+    """Images that are black to within one step: what is left of pixels from 0 to 1 that are rescaled by 1/255 again.
+
+    Rounding keeps order, so all values of such pixels lie between what 0 and 1 of 255 are normalised to, each rounded
+    to the dtype. A real image between the two has just these two values in a channel (a black frame with noise), or
+    one, if it is black. More than two are not made of 8 bits; two may be of a real image, and are held to its sample
+    where there is one. Several images of a batch are never all of them next to black, as they are never all blank.
+    """
+    if levels == 2 and images == 1:
+        findings.unjudged[dark(layout)] = (
+            f"the only {layout.kind.noun} is black to within one step of 8 bits, which pixels that were rescaled twice "
+            "are too"
+        )
+        return
+    findings.add(
+        "pixels-not-normalised",
+        None,
+        None,
+        found=f"every value of {layout.kind.pixels} is within one step of 8 bits of black, "
+        + ("and some lie inside of that step" if levels > 2 else f"in all {images} {layout.kind.noun}s"),
+        expected="values from black to white, about -2.2 to 2.2",
+        cause=TWICE,
+    )
+
+
+def dark(layout: Layout) -> str:
+    """Under which name it is said that dark images were not judged."""
+    return f"brightness of {layout.kind.pixels}"
+
+
+def _levels_next_to_black(values: torch.Tensor, own: Constants, dtype: torch.dtype) -> int:
+    """How many values a channel has at most; 0 where some value is not between 0 and 1 of 255."""
+    import torch
+
+    mean, deviation = _by_channel(own)
+    low = ((0 - mean) / deviation - ARITHMETIC).to(dtype).double()
+    high = ((1 / 255 - mean) / deviation + ARITHMETIC).to(dtype).double()
+    if not bool(((low <= values) & (values <= high)).all()):
+        return 0
+    # Eighths of a step: the same value is not counted twice for how its last place was rounded.
+    eighths = (_steps(values, own) * 8).round()
+    return max(len(torch.unique(eighths[:, channel])) for channel in range(eighths.shape[1]))

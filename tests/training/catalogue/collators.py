@@ -195,6 +195,21 @@ def not_rescaled(bench, batch):
     return batch | {"pixel_values": 255 * unnormalised(bench, batch)}
 
 
+@collated(
+    "pixels-rescaled-twice",
+    source="huggingface/transformers#25688, vllm-project/vllm-ascend#382",
+    words=("pixels-not-normalised", "do_rescale=False"),
+)
+def rescaled_twice(bench, batch):
+    """What the processor makes of images whose pixels are 0 to 1 already."""
+    import torch
+
+    own = bench.processor.image_processor
+    mean, deviation = (torch.tensor(values)[None, :, None] for values in (own.image_mean, own.image_std))
+    raw = unnormalised(bench, batch)
+    return batch | {"pixel_values": ((raw.reshape(len(raw), 3, -1) / 255 - mean) / deviation).flatten(1)}
+
+
 @collated("pixels-not-normalised", source="vllm-project/vllm-ascend#12906", words=("pixels-not-normalised",))
 def not_normalised(bench, batch):
     return batch | {"pixel_values": unnormalised(bench, batch)}

@@ -1,0 +1,125 @@
+"""batch: pixels that were rescaled twice are told from images that are black."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig
+
+from pytest_qvl import checks
+from pytest_qvl.checks.batches.findings import findings_of
+from pytest_qvl.evidence import CheckFailed
+from pytest_qvl.samples import make_batch, scenes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from pytest_qvl.evidence import Evidence
+    from pytest_qvl.samples import Sample
+
+Batch = dict[str, torch.Tensor]
+Array = np.ndarray[Any, Any]
+UNJUDGED = "brightness of pixel_values"
+
+
+@pytest.fixture(scope="module")
+def config(tiny_dir: Path) -> Any:
+    return AutoConfig.from_pretrained(tiny_dir)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Sample:
+    return scenes(0, 1, ["colour"], cell=14)[0]
+
+
+def photograph(size: int = 56) -> Image.Image:
+    """All brightnesses, as a photograph has them."""
+    levels = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(levels)
+
+
+def showing(sample: Sample, *images: Image.Image) -> list[Sample]:
+    return [replace(sample, images=(image,)) for image in images]
+
+
+def rescaled_twice(processor: Any, samples: list[Sample], dtype: torch.dtype = torch.float32) -> Batch:
+    """What the real processor makes of images whose pixels are 0 to 1 already."""
+    batch: Batch = make_batch(processor, samples, padding_side="right", answers=True)
+    scaled = [torch.tensor(np.asarray(image)).permute(2, 0, 1) / 255 for each in samples for image in each.images]
+    made = processor.image_processor(images=scaled, return_tensors="pt")
+    assert torch.equal(made["image_grid_thw"], batch["image_grid_thw"])
+    return {**batch, "pixel_values": made["pixel_values"].to(dtype)}
+
+
+def judged(*given: Any) -> tuple[set[str], Evidence]:
+    try:
+        evidence = checks.batch(*given)
+    except CheckFailed as failure:
+        evidence = failure.evidence
+    return {finding.kind for finding in findings_of(evidence)}, evidence
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [56, 50], ids=["as-it-is", "resized"])
+def test_pixels_that_were_rescaled_twice_are_found(
+    processor: Any, config: Any, drawn: Sample, dtype: torch.dtype, size: int
+) -> None:
+    """Of a batch of one image, without its sample: what is left is no 8-bit image."""
+    batch = rescaled_twice(processor, showing(drawn, photograph(size)), dtype)
+    assert judged(batch, processor, config)[0] == {"pixels-not-normalised"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_black_and_white_that_was_rescaled_twice_is_found_by_its_sample(
+    processor: Any, config: Any, drawn: Sample, dtype: torch.dtype
+) -> None:
+    """Values 0 and 255 become 0 and 1, which an image may hold: by itself that is not judged."""
+    page = Image.fromarray(255 * (np.asarray(photograph()) > 127).astype(np.uint8))
+    samples = showing(drawn, page)
+    batch = rescaled_twice(processor, samples, dtype)
+    kinds, evidence = judged(batch, processor, config)
+    assert kinds == set()
+    assert any(UNJUDGED in note for note in evidence.notes)
+    assert judged(batch, processor, config, samples)[0] == {"pixels-not-normalised"}
+    two = rescaled_twice(processor, showing(drawn, page, page), dtype)
+    assert judged(two, processor, config)[0] == {"pixels-not-normalised"}
+
+
+def _black(levels: Array) -> Array:
+    return 0 * levels
+
+
+def _black_with_noise(levels: Array) -> Array:
+    return levels % 2
+
+
+def _dark(levels: Array) -> Array:
+    return levels % 3
+
+
+def _black_with_a_dot(levels: Array) -> Array:
+    made = 0 * levels
+    made[0, 0] = 4
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("levels", [_black, _black_with_noise, _dark, _black_with_a_dot])
+def test_a_real_black_image_passes(
+    processor: Any, config: Any, drawn: Sample, levels: Callable[[Array], Array], dtype: torch.dtype
+) -> None:
+    samples = showing(drawn, Image.fromarray(levels(np.asarray(photograph()))))
+    batch = make_batch(processor, samples, padding_side="right", answers=True)
+    batch["pixel_values"] = batch["pixel_values"].to(dtype)
+    kinds, evidence = judged(batch, processor, config)
+    assert kinds == set()
+    assert any(UNJUDGED in note for note in evidence.notes) == (levels is _black_with_noise)
+    kinds, evidence = judged(batch, processor, config, samples)
+    assert kinds == set()
+    assert not any(UNJUDGED in note for note in evidence.notes)
