@@ -12,6 +12,7 @@ from pytest_qvl.checks.support.accumulation import (
     as_trainer_does,
     by_trainer,
     counts_tokens,
+    divisor_of_accelerator,
     gradient_limit,
     steps_of,
 )
@@ -42,6 +43,10 @@ _SEED = 20_311
 AVERAGES = (
     "averages the means of micro-batches (the model declares accepts_loss_kwargs = False: "
     "https://github.com/huggingface/transformers/pull/40333), so that tokens count more the fewer a micro-batch has"
+)
+DIVIDES = (
+    "its accelerator divides by {divisor} once more (https://github.com/huggingface/transformers/issues/45305): "
+    "set trainer.accelerator.gradient_accumulation_steps = 1"
 )
 REMEDY = "set accepts_loss_kwargs = True on the base model (model.get_base_model()) before the Trainer is made"
 
@@ -234,7 +239,10 @@ def _judge_trainer(judge: Judge, found: Accumulated | None, right: _Right, train
     steps = steps_of(trainer)
     means = steps is not None and not getattr(trainer, "model_accepts_loss_kwargs", True)
     who = f"by your {'function' if steps is None else type(trainer).__name__}"
-    _judge_accumulated(judge, who, found, right, f"; it {AVERAGES}: {REMEDY}" if means else "")
+    cause = f"; it {AVERAGES}: {REMEDY}" if means else ""
+    if steps is not None and (divisor := divisor_of_accelerator(trainer)) > 1:
+        cause += "; " + DIVIDES.format(divisor=divisor)
+    _judge_accumulated(judge, who, found, right, cause)
 
 
 def _judge_accumulated(judge: Judge, who: str, found: Accumulated, right: _Right, cause: str = "") -> None:

@@ -161,6 +161,19 @@ def test_the_real_trainer_accumulates_one_batch_where_the_model_counts_tokens(
     assert found["gradient accumulated by your Trainer, of one batch's"] == pytest.approx(1, abs=1e-6)
 
 
+def test_an_accelerator_that_divides_a_second_time_is_named(
+    model: Any, batch: Any, tmp_path: Any, monkeypatch: Any
+) -> None:
+    """As in Transformers 5.2 to 5.5.3: beside one batch that is divided as well, the gradient looks right."""
+    monkeypatch.setattr(model.get_base_model(), "accepts_loss_kwargs", True)
+    trainer = trainer_of(model, tmp_path, 3)
+    trainer.accelerator.gradient_accumulation_steps = 3
+    with pytest.raises(CheckFailed, match=r"the gradient is 0\.333 of one batch's; its accelerator divides by 3 once"):
+        loss_arithmetic(model, batch, trainer=trainer)
+    assert trainer.accelerator.gradient_accumulation_steps == 3
+    trainer.accelerator.gradient_accumulation_steps = 1  # Accelerate keeps it for the whole process
+
+
 def test_a_trainer_that_does_not_accumulate_has_nothing_to_answer_for(model: Any, batch: Any, tmp_path: Any) -> None:
     assert any("= 1)" in note for note in loss_arithmetic(model, batch, trainer=trainer_of(model, tmp_path, 1)).notes)
 

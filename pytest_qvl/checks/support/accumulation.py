@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from pytest_qvl.checks.support.cross_entropy import IGNORED
 from pytest_qvl.evidence import CannotJudge, InputError, InputTypeError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -151,6 +152,9 @@ def steps_of(trainer: Any) -> int | None:
 def by_trainer(parts: Parts, replay: HeadReplay, batch: Batch, trainer: Any) -> Accumulated | None:
     """Let a user's own trainer accumulate, and run the same rows as one batch; ``None`` if it takes one batch per step.
 
+    One batch is run as with ``gradient_accumulation_steps = 1``, or a division that is there in both would be in
+    neither's difference.
+
     Args:
         parts: The model, which has to be the trainer's.
         replay: The model behind its core.
@@ -188,6 +192,26 @@ def _one_step(parts: Parts, trainer: Any, batches: Sequence[dict[str, Any]]) -> 
     before = getattr(trainer, "current_gradient_accumulation_steps", None)
     trainer.current_gradient_accumulation_steps = len(batches)
     try:
-        return float(sum(float(trainer.training_step(trainer.model, each, items)) for each in samples))
+        with _accelerator_divides_by(trainer, min(divisor_of_accelerator(trainer), len(batches))):
+            return float(sum(float(trainer.training_step(trainer.model, each, items)) for each in samples))
     finally:
         trainer.current_gradient_accumulation_steps = before
+
+
+def divisor_of_accelerator(trainer: Any) -> int:
+    """By what Accelerate divides each loss before it goes backward, beside what the trainer does; 1 without one."""
+    return int(getattr(getattr(trainer, "accelerator", None), "gradient_accumulation_steps", 1))
+
+
+@contextmanager
+def _accelerator_divides_by(trainer: Any, steps: int) -> Iterator[None]:
+    """Let Accelerate divide by this many steps for the length of a block."""
+    before = divisor_of_accelerator(trainer)
+    if steps == before:
+        yield
+        return
+    trainer.accelerator.gradient_accumulation_steps = steps
+    try:
+        yield
+    finally:
+        trainer.accelerator.gradient_accumulation_steps = before
