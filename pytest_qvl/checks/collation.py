@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import unicodedata
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.packing import refuse_packed
 from pytest_qvl.checks.support.placeholders import attended, model_inputs
 from pytest_qvl.checks.support.teaching import IGNORED, NO_LABELS
+from pytest_qvl.checks.support.turns import plain
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.samples.batch import END_OF_TURN
@@ -79,7 +79,7 @@ def _judge_answers(judge: Judge, tokenizer: Any, samples: Sequence[Sample], labe
     wrong: list[str] = []
     longer: list[int] = []
     for row, (sample, texts) in enumerate(zip(samples, taught, strict=True)):
-        answer = _plain(sample.answer)
+        answer = plain(sample.answer)
         if not texts or answer in texts:
             continue
         owner = _owner(samples, row, texts)
@@ -109,17 +109,12 @@ def _taught(tokenizer: Any, labels: list[int]) -> list[str]:
             runs.append([])
     pad = tokenizer.pad_token or ""  # that ends an answer where it is taught
     texts = [tokenizer.decode(run, skip_special_tokens=False) for run in runs if run]
-    return [_plain(text.strip().removesuffix(pad).removesuffix(END_OF_TURN)) for text in texts]
-
-
-def _plain(text: str) -> str:
-    """Text as tokenizers of this family normalise it, without white space around it."""
-    return unicodedata.normalize("NFC", text).strip()
+    return [plain(text.strip().removesuffix(pad).removesuffix(END_OF_TURN)) for text in texts]
 
 
 def _owner(samples: Sequence[Sample], row: int, texts: Sequence[str]) -> int | None:
     """Another row whose answer is what this one is taught; the first of several."""
-    return next((other for other, each in enumerate(samples) if other != row and _plain(each.answer) in texts), None)
+    return next((other for other, each in enumerate(samples) if other != row and plain(each.answer) in texts), None)
 
 
 def _judge_mask(judge: Judge, tokenizer: Any, inputs: Mapping[str, Any], labels: torch.Tensor) -> None:

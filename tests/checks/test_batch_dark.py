@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoConfig
 
 from pytest_qvl import checks
-from pytest_qvl.checks.batches.findings import findings_of
+from pytest_qvl.checks.batches.findings import findings_of, unjudged_of
 from pytest_qvl.evidence import CheckFailed
 from pytest_qvl.samples import make_batch, scenes
 
@@ -85,7 +85,7 @@ def test_black_and_white_that_was_rescaled_twice_is_found_by_its_sample(
     batch = rescaled_twice(processor, samples, dtype)
     kinds, evidence = judged(batch, processor, config)
     assert kinds == set()
-    assert any(UNJUDGED in note for note in evidence.notes)
+    assert UNJUDGED in unjudged_of(evidence)
     assert judged(batch, processor, config, samples)[0] == {"pixels-not-normalised"}
     two = rescaled_twice(processor, showing(drawn, page, page), dtype)
     assert judged(two, processor, config)[0] == {"pixels-not-normalised"}
@@ -119,7 +119,7 @@ def test_a_real_black_image_passes(
     batch["pixel_values"] = batch["pixel_values"].to(dtype)
     kinds, evidence = judged(batch, processor, config)
     assert kinds == set()
-    assert any(UNJUDGED in note for note in evidence.notes) == (levels is _black_with_noise)
+    assert (UNJUDGED in unjudged_of(evidence)) == (levels is _black_with_noise)
     kinds, evidence = judged(batch, processor, config, samples)
     assert kinds == set()
-    assert not any(UNJUDGED in note for note in evidence.notes)
+    assert UNJUDGED not in unjudged_of(evidence)

@@ -146,7 +146,7 @@ def _outcome(adapter: Any, set_up: str, parts: Any, case: Any, made: dict[Any, A
 
 def _judged(batch: Any, parts: Any, samples: Any) -> Outcome:
     from pytest_qvl import checks
-    from pytest_qvl.checks.batches.findings import findings_of
+    from pytest_qvl.checks.batches.findings import findings_of, unjudged_of
     from pytest_qvl.evidence import CannotJudge, CheckFailed
 
     try:
@@ -155,13 +155,7 @@ def _judged(batch: Any, parts: Any, samples: Any) -> Outcome:
         evidence = failed.evidence
     except CannotJudge as reason:
         return Outcome(unsupported=f"checks.batch: {reason}")
-    unjudged = dict(_unjudged(note) for note in evidence.notes if note.startswith("not judged: "))
-    return Outcome([asdict(finding) for finding in findings_of(evidence)], unjudged=unjudged)
-
-
-def _unjudged(note: str) -> tuple[str, str]:
-    what, _, why = note.removeprefix("not judged: ").partition(", because ")
-    return what, why
+    return Outcome([asdict(finding) for finding in findings_of(evidence)], unjudged=unjudged_of(evidence))
 
 
 def _cell(asked: Any, outcomes: dict[str, Outcome]) -> dict[str, Any]:

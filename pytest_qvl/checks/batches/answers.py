@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.support.turns import ANSWERS, TurnReader
+from pytest_qvl.checks.support.turns import ANSWERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,6 @@ def judge_labels(view: View, findings: Findings) -> None:
         if view.training and "labels" not in view.batch:
             findings.unjudged["labels"] = "the batch has none"
         return
-    reader = TurnReader(view.tokenizer)
     empty = []
     for row in range(view.rows):
         learned = [place for place, label in enumerate(view.labels[row].tolist()) if label != IGNORED]
@@ -32,15 +31,15 @@ def judge_labels(view: View, findings: Findings) -> None:
         if not learned:
             empty.append(row)
         else:
-            _Row(view, findings, reader, row, learned).judge()
-    _judge_empty(view, findings, reader, empty)
+            _Row(view, findings, row, learned).judge()
+    _judge_empty(view, findings, empty)
 
 
-def _judge_empty(view: View, findings: Findings, reader: TurnReader, rows: Sequence[int]) -> None:
+def _judge_empty(view: View, findings: Findings, rows: Sequence[int]) -> None:
     for row in rows:
         if any(finding.row == row and finding.kind == "image-truncated" for finding in findings.found):
             continue
-        turns = reader.turns(view.ids[row].tolist(), (~view.padding[row]).tolist())
+        turns = view.reader.turns(view.ids[row].tolist(), (~view.padding[row]).tolist())
         cut = bool(turns) and not turns[-1].closed
         cause = "the answer was not found: another response template, or a chat template without generation tags"
         if cut:
@@ -61,13 +60,13 @@ def _judge_empty(view: View, findings: Findings, reader: TurnReader, rows: Seque
 class _Row:
     """The labels of one row."""
 
-    def __init__(self, view: View, findings: Findings, reader: TurnReader, row: int, learned: list[int]) -> None:
+    def __init__(self, view: View, findings: Findings, row: int, learned: list[int]) -> None:
         assert view.labels is not None
-        self.view, self.findings, self.reader, self.row, self.learned = view, findings, reader, row, learned
+        self.view, self.findings, self.row, self.learned = view, findings, row, learned
         self.ids: list[int] = view.ids[row].tolist()
         self.labels: list[int] = view.labels[row].tolist()
         self.padding: list[bool] = view.padding[row].tolist()
-        self.turns = reader.turns(self.ids, [not pad for pad in self.padding])
+        self.turns = view.reader.turns(self.ids, [not pad for pad in self.padding])
 
     def judge(self) -> None:
         """Enter what is wrong with the row; one finding for each cause."""
@@ -150,7 +149,7 @@ class _Row:
                 vision.append(place)
             elif not bool(self.view.mask[self.row, place]):
                 padding.append(place)
-            elif place not in answers and not (place in behind and self.ids[place] in self.reader.breaks):
+            elif place not in answers and not (place in behind and self.ids[place] in self.view.reader.breaks):
                 prompt.append(place)
         if vision:
             cause = "they were not masked in labels: the model learns to write them"

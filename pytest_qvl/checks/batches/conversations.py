@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,6 @@ class Conversation:
     images: tuple[Image | None, ...] = ()
     questions: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
-    videos: int = field(default=0)
 
 
 def conversations(samples: Sequence[Any]) -> list[Conversation]:
@@ -64,7 +62,6 @@ def _conversation(number: int, sample: Any) -> Conversation:
         tuple(_read(image) for image in given),
         tuple(_texts(messages, "user")),
         tuple(_texts(messages, ANSWERS)),
-        sum(part.get("type") == "video" for part in parts),
     )
 
 
@@ -110,8 +107,3 @@ def _read(image: Any) -> Image | None:
         with Pillow.open(name) as opened:
             return ImageOps.exif_transpose(opened).convert("RGB")
     return None
-
-
-def plain(text: str) -> str:
-    """Text as tokenizers of this family normalise it, without white space around it."""
-    return unicodedata.normalize("NFC", text).strip()

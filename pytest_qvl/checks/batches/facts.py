@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import SHARDED, WRAPPERS
 from pytest_qvl.checks.support.packing import samples_in_rows
 from pytest_qvl.checks.support.placeholders import attended
+from pytest_qvl.checks.support.turns import TurnReader
 from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.anatomy import unwrap
 from pytest_qvl.models.families import FAMILIES
-from pytest_qvl.samples.batch import END_OF_TURN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -119,18 +119,19 @@ class View:
         batch: Names and tensors as they were given, without those that are None.
         ids: ``input_ids`` ``(rows, length)`` int64 on the CPU.
         tokenizer: Of the processor.
-        processor: As it was given.
+        reader: Finds the turns of a row.
         end: Id of ``<|im_end|>``.
         training: Whether labels are judged.
     """
 
     def __init__(self, batch: Mapping[str, Any], processor: Any, known: Facts, *, training: bool) -> None:
         self.batch = {name: batch[name] for name in batch.keys() if batch[name] is not None}  # noqa: SIM118
-        self.processor, self.known, self.training = processor, known, training
+        self.known, self.training = known, training
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.reader = TurnReader(self.tokenizer)
         self.ids: torch.Tensor = self.batch["input_ids"].cpu().long()
         self._tokens = len(self.tokenizer)  # Transformers 4 counts them anew each time
-        self.end: int = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.end = self.reader.end
 
     @property
     def rows(self) -> int:

@@ -9,11 +9,9 @@ from itertools import groupby
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.support.wording import SHOWN
+from pytest_qvl.checks.support.wording import some
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from pytest_qvl.evidence import Evidence, Judge
 
 # Every kind of finding, the most telling first: a batch that breaks at the top often looks wrong further down too.
@@ -63,7 +61,7 @@ KINDS = (
     "end-not-learned",
     "another-answer",
 )
-DATA = "findings"
+DATA, UNJUDGED = "findings", "not judged"
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,7 @@ class Findings:
             found = list(group)
             judge.equal(kind, len(found), 0, else_say=_sentence(found))
         judge.report("not judged", len(self.unjudged))
+        judge.data[UNJUDGED] = [json.dumps(each, ensure_ascii=False) for each in self.unjudged.items()]
         for what, why in self.unjudged.items():
             judge.note(f"not judged: {what}, because {why}")
         for note in self.notes:
@@ -143,13 +142,12 @@ def findings_of(evidence: Evidence) -> tuple[BatchFinding, ...]:
     return tuple(BatchFinding(**json.loads(str(each))) for each in evidence.data.get(DATA, ()))
 
 
+def unjudged_of(evidence: Evidence) -> dict[str, str]:
+    """What evidence of :func:`pytest_qvl.checks.batch` could not judge, each with its reason."""
+    return dict(json.loads(str(each)) for each in evidence.data.get(UNJUDGED, ()))
+
+
 def _sentence(found: list[BatchFinding]) -> str:
     first, *others = found
-    elsewhere = _places(others)
+    elsewhere = some(list(dict.fromkeys(finding.place for finding in others)), "; ")
     return f"{first}{f'; also {elsewhere}' if elsewhere else ''}"
-
-
-def _places(found: Iterable[BatchFinding]) -> str:
-    places = list(dict.fromkeys(finding.place for finding in found))
-    more = f" and {len(places) - SHOWN:,} more" if len(places) > SHOWN else ""
-    return "; ".join(places[:SHOWN]) + more

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_qvl.checks.support.turns import BEGIN_OF_TURN
+
 if TYPE_CHECKING:
     from pytest_qvl.checks.batches.facts import View
     from pytest_qvl.checks.batches.findings import Findings
 
 ALIGNED = ("labels", "mm_token_type_ids", "attention_mask")
-HEADER = "<|im_start|>"
 
 
 def judge_ids(view: View, findings: Findings) -> None:
@@ -75,7 +76,7 @@ def _judge_shapes(view: View, findings: Findings) -> None:
 
 def _judge_template(view: View, findings: Findings) -> None:
     """A turn that begins inside of another one: the chat template was applied to a text that had been through it."""
-    start = view.tokenizer.convert_tokens_to_ids(HEADER)
+    start = view.tokenizer.convert_tokens_to_ids(BEGIN_OF_TURN)
     for row in range(view.rows):
         is_open = False
         for token, value in enumerate(view.ids[row].tolist()):

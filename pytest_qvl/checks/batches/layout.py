@@ -285,7 +285,7 @@ class _Mismatch:
 
     def _cut_rows(self) -> list[tuple[int, int]]:
         """Rows that end inside a turn or begin with a placeholder, with their last token."""
-        view, ended = self.view, {self.view.end, *_breaks(self.view)}
+        view, ended = self.view, {self.view.end, *self.view.reader.breaks}
         cut = []
         for row in range(view.rows):
             places = view.text[row].nonzero().flatten().tolist()
@@ -325,7 +325,7 @@ class _Mismatch:
                 "image-truncated",
                 "truncation from the left (truncation_side) began the row inside of the image and left its pixels",
             )
-        if length > piece.size and length % piece.size == 0 and length == piece.size**2:
+        if length > piece.size and length == piece.size**2:
             return (
                 "images-expanded-twice",
                 "a text whose placeholders were expanded already went through the processor once more",
@@ -342,8 +342,3 @@ class _Mismatch:
             "the processor that counted placeholders is not the one that made the pixels, or images of the row are in "
             f"another order than its text{merged}",
         )
-
-
-def _breaks(view: View) -> set[int]:
-    made: list[int] = view.tokenizer("\n", add_special_tokens=False)["input_ids"]
-    return set(made)

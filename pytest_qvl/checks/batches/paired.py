@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.batches.conversations import plain
-from pytest_qvl.checks.support.turns import ANSWERS, TurnReader
+from pytest_qvl.checks.support.turns import ANSWERS, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -116,12 +115,11 @@ def _answers(unit: Unit, sample: Conversation) -> bool:
 
 
 def _units(view: View) -> Iterator[Unit]:
-    reader = TurnReader(view.tokenizer)
     vision = {*view.known.vision}
     for row in range(view.rows):
         ids, numbers = view.ids[row].tolist(), view.segments[row]
         kept = ~view.padding[row]
-        turns = reader.turns(ids, kept.tolist())
+        turns = view.reader.turns(ids, kept.tolist())
         for number in range(int(numbers.max()) + 1):
             places = (kept & (numbers == number)).nonzero().flatten().tolist()
             if not places:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.batches.dummies import dummies as dummies_of
 from pytest_qvl.checks.batches.pixels import TWICE, dark
-from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -196,7 +195,7 @@ def _thumbnails(view: View, layout: Layout, pixels: torch.Tensor) -> Iterator[Ar
     """Each image of the batch, put together again: ``(rows, columns, 3)`` of patch means in steps of 8 bits."""
     import numpy as np
 
-    family = FAMILIES[view.known.family.model_type]
+    family = view.known.family
     mean, deviation = np.array(family.image_mean), np.array(family.image_std)
     merge, start = view.known.merge, 0
     for t, h, w in layout.grids:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,3 +77,8 @@ class TurnReader:
             if list(ids[header : header + len(wanted)]) == wanted:
                 return role, header + len(wanted)
         return "another role", header + 1
+
+
+def plain(text: str) -> str:
+    """What is said in a turn as tokenizers of this family normalise it, without white space around it."""
+    return unicodedata.normalize("NFC", text).strip()
