@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.evidence import printable
 from pytest_qvl.records.markdown import run_markdown
 from pytest_qvl.report.record import Record
+from pytest_qvl.report.states import checks_to_explain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -53,10 +54,9 @@ def annotation(phase: PhaseResult, rootpath: Path) -> str:
     """The workflow command of one failure, on the test's file where it is one of the repository."""
     file, _, test = phase.test.partition("::")
     finding = phase.data.finding
-    check = None if finding is None else next((e.check for e in finding.evidence if not e.ok), finding.check)
+    checks = () if finding is None else checks_to_explain(finding)
     place = f"file={_escaped(file)}," if (rootpath / file).is_file() and not file.startswith("..") else ""
-    explain = f" (pytest-qvl explain {check})" if finding is not None and finding.check and check else ""
-    text = printable(phase.error) + explain
+    text = printable(phase.error) + "".join(f" (pytest-qvl explain {check})" for check in checks)
     return f"::error {place}title={_escaped(test.rpartition('::')[2] or file)}::{_escaped(text, in_property=False)}"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pytest_qvl.report.report_data import LimitOutcome
@@ -20,6 +20,7 @@ class SeenProbe:
         answer: The right one.
         images: As data URIs, with a line between visual tokens.
         replies: By precision.
+        failed: Why there is no reply, by precision, or no drawn image (``images``); the exception in one line.
     """
 
     target: str
@@ -28,6 +29,7 @@ class SeenProbe:
     answer: str
     images: tuple[str, ...]
     replies: dict[str, str]
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 KnownFailureState = Literal["as expected", "stale", "not run", "does not apply", "unmatched", "expired"]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.promises import Promise
-    from pytest_qvl.report.report_data import CheckReason
+    from pytest_qvl.report.report_data import CheckReason, Finding
 
 STATES = ("kept", "partly judged", "BROKEN", "error", "not judged", "skipped", "not run")
 MEASURED_ONLY = "measured only: neither --qvl-vram-limit nor --qvl-card was given"
@@ -115,3 +115,9 @@ def _held_to_limit(found: Sequence[Evidence]) -> bool:
     """Whether a card or the limit of a phase ("prefill: fit") was held; what stays resident is always judged."""
     limited = any(f.relation and ": " in f.name for e in found if e.check == "peak_vram" for f in e.figures)
     return limited or any(e.check == "forecast_fits_card" for e in found)
+
+
+def checks_to_explain(finding: Finding) -> tuple[str, ...]:
+    """The checks of broken verdicts that ``pytest-qvl explain`` knows, in the suite's tests and in a user's own."""
+    broken = dict.fromkeys(evidence.check for evidence in finding.evidence if not evidence.ok)
+    return tuple(check for check in broken if promise_number(check) is not None)

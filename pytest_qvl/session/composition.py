@@ -120,7 +120,9 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
 
         refuse_without_effect(settings)
         shared = stash[LEAKS_KEY].watch.making
-        fault = Faulted(settings.fault, settings, stash[DEVICE_KEY].default_dtype, shared, results)
+        subjects = config.pluginmanager.get_plugin("qvl-subjects")
+        given = settings.fault, settings, stash[DEVICE_KEY].default_dtype, shared, results
+        fault = Faulted(*given, subjects=subjects)
         register(fault, "qvl-fault")
 
 

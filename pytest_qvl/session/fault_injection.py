@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_qvl.faults import Case
     from pytest_qvl.options import Settings
     from pytest_qvl.report.run_results import ResultsBuilder
+    from pytest_qvl.session.subjects import Subjects
 
 # A fault is made on a setup of its own, with a fresh adapter and rendered scenes; these would have no effect.
 WITHOUT_EFFECT = ("adapter", "images")
@@ -53,6 +54,7 @@ class Faulted:
         default_dtype: Says which dtype a device computes in, where no setting does.
         shared: Around what one test allocates for those after it.
         builder: Is told what is damaged; the results of the run then say which checks noticed it.
+        subjects: Is told what tests run on in place of what fixtures gave, where a record is asked for.
     """
 
     def __init__(
@@ -62,14 +64,18 @@ class Faulted:
         default_dtype: Callable[[str], str],
         shared: Callable[[], AbstractContextManager[object]],
         builder: ResultsBuilder,
+        *,
+        subjects: Subjects | None = None,
     ) -> None:
         from pytest_qvl.faults import find
         from pytest_qvl.faults.common_mode import unshared
 
+        self._subjects = subjects
         self._default_dtype, self._shared = default_dtype, shared
         self._fault = find(fault)
         self._settings = settings
         self._made: tuple[Target, Case] | None = None
+        self._facts: dict[str, dict[str, Any]] = {}
         alone, asked = unshared(self._fault), settings.fault_reference == "damaged"
         self._damaged = asked and not alone
         self._reference: tuple[Target, Reference] | None = None
@@ -85,6 +91,7 @@ class Faulted:
             self._made = None
             with self._shared():
                 self._made = target, self._healthy(target)
+            self._facts = _described(self._made[1]) if self._subjects is not None else {}
         return self._made[1]
 
     def _recorded(self, item: pytest.Function, case: Case) -> Case:
@@ -129,6 +136,8 @@ class Faulted:
         case = self._case(item)
         if reason := self._fault.missing(case):
             pytest.skip(f"the fault {self._fault.name} cannot be made here: {reason}")
+        if self._subjects is not None:
+            self._subjects.in_place(self._facts)
         healthy = item.funcargs
         with apply(self._fault.name, self._recorded(item, case)) as damaged:
             item.funcargs = {**healthy, **{name: make() for name, make in _inputs(damaged).items() if name in healthy}}
@@ -136,6 +145,20 @@ class Faulted:
                 return (yield)
             finally:
                 item.funcargs = healthy
+
+
+def _described(case: Case) -> dict[str, dict[str, Any]]:
+    """What the record says that tests ran on: the case as it was before the damage, which the record names apart."""
+    from pytest_qvl.session.subjects import described
+
+    return described(
+        {
+            "qvl_lora_config": case.lora_config,
+            "qvl_processor": case.processor,
+            "qvl_image_samples": case.probes,
+            "qvl_quantized_model": case.model,
+        }
+    )
 
 
 def _inputs(case: Case) -> dict[str, Callable[[], Any]]:

@@ -11,6 +11,7 @@ import pytest
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
 from pytest_qvl.report.report_data import Finding, add_to_report, why_skipped
 from pytest_qvl.report.run_results import OWN_MODELS
+from pytest_qvl.report.states import checks_to_explain
 from pytest_qvl.session import fixture_graph
 from pytest_qvl.session.suite_collection import check_name, is_shipped
 from pytest_qvl.session.targets import FIXTURE, NEEDS_CUDA, target_of
@@ -116,13 +117,12 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
     )
     add_to_report(report, finding=finding)
     if report.failed:
-        _point_to_explanations(report, found)
+        _point_to_explanations(report, finding)
 
 
-def _point_to_explanations(report: pytest.TestReport, found: Outcome) -> None:
+def _point_to_explanations(report: pytest.TestReport, finding: Finding) -> None:
     """Name the command that explains each broken check, below the failure."""
-    broken = [evidence.check for evidence in found.evidence if not evidence.ok]
-    known = [f"pytest-qvl explain {check}" for check in dict.fromkeys(broken) if _is_check(check)]
+    known = [f"pytest-qvl explain {check}" for check in checks_to_explain(finding)]
     if known:
         report.sections.append(("usual causes and fixes", "\n".join(known)))
 

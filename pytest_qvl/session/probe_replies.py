@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
-from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -25,17 +25,27 @@ if TYPE_CHECKING:
 
 ASKED_IN = "test_alignment"
 FULL, NF4, ADAPTED = "full precision", "NF4", "NF4 + LoRA"
+IMAGES = "images"  # beside the precisions, in what failed
 SHOWN = 6
 SIDE = 360  # pixels of the longer side of a shown image
 NEW_TOKENS = 32
+LONGEST = 200  # characters of an exception's message
 LARGE = 60_000  # bytes, above which a photograph is stored as JPEG
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Replies of one precision by sample id, and why there are none; both empty where nobody asked."""
+
+    replies: dict[str, str] = field(default_factory=dict)
+    failed: str = ""
 
 
 class ProbeReplies:
     """Collects replies in one process; register it as a plugin."""
 
     def __init__(self) -> None:
-        self._full: dict[str, str] = {}
+        self._full = _Asked()
         self._found: list[SeenProbe] = []
 
     @property
@@ -45,9 +55,7 @@ class ProbeReplies:
 
     def ask_full(self, model: Any, processor: Any, samples: Sequence[Sample]) -> None:
         """Let the full-precision model reply, while it is there."""
-        self._full = {}
-        with suppress(Exception):  # checks judge whether the model works; a report shows the replies that there are
-            self._full = replies_of(model, processor, chosen(samples), adapted=False)
+        self._full = _asked(model, processor, samples, adapted=False)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -57,18 +65,42 @@ class ProbeReplies:
         finally:
             given = getattr(item, "funcargs", None) or {}
             if getattr(item, "originalname", "") == ASKED_IN and "qvl_lora_model" in given:
-                with suppress(Exception):
-                    self._ask(target_name(item) or "", given)
+                self._ask(target_name(item) or "", given)
 
     def _ask(self, target: str, given: dict[str, Any]) -> None:
-        model, processor = given["qvl_lora_model"], given["qvl_processor"]
-        samples = chosen(given["qvl_image_samples"])
-        said = {ADAPTED: replies_of(model, processor, samples, adapted=True)}
-        said = {FULL: self._full, NF4: replies_of(model, processor, samples, adapted=False), **said}
-        for sample in samples:
-            replies = {name: by_id[sample.id] for name, by_id in said.items() if sample.id in by_id}
-            images = tuple(data_uri(with_grid(image, processor)) for image in sample.images)
-            self._found.append(SeenProbe(target, sample.skill, sample.question, sample.answer, images, replies))
+        model, processor, samples = given["qvl_lora_model"], given["qvl_processor"], given["qvl_image_samples"]
+        adapted = _asked(model, processor, samples, adapted=True)
+        asked = {FULL: self._full, NF4: _asked(model, processor, samples, adapted=False), ADAPTED: adapted}
+        failed = {name: one.failed for name, one in asked.items() if one.failed}
+        for sample in chosen(samples):
+            replies = {name: one.replies[sample.id] for name, one in asked.items() if sample.id in one.replies}
+            images, why = _drawn(sample, processor)
+            lacking = {**failed, **({IMAGES: why} if why else {})}
+            self._found.append(
+                SeenProbe(target, sample.skill, sample.question, sample.answer, images, replies, lacking)
+            )
+
+
+def _asked(model: Any, processor: Any, samples: Sequence[Sample], *, adapted: bool) -> _Asked:
+    """Replies, or why there are none: checks judge whether the model works, a report shows what there is."""
+    try:
+        return _Asked(replies_of(model, processor, chosen(samples), adapted=adapted))
+    except Exception as error:
+        return _Asked(failed=_in_a_line(error))
+
+
+def _drawn(sample: Sample, processor: Any) -> tuple[tuple[str, ...], str]:
+    """The sample's images for the page, or why there are none."""
+    try:
+        return tuple(data_uri(with_grid(image, processor)) for image in sample.images), ""
+    except Exception as error:
+        return (), _in_a_line(error)
+
+
+def _in_a_line(error: Exception) -> str:
+    """An exception's class and the beginning of its first line."""
+    first = next(iter(str(error).splitlines()), "")[:LONGEST]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def chosen(samples: Sequence[Sample]) -> list[Sample]:

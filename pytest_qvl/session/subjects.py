@@ -20,7 +20,7 @@ from pytest_qvl.session.findings import target_name
 from pytest_qvl.session.targets import target_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Mapping
 
     from pytest_qvl.samples import Sample
 
@@ -136,17 +136,34 @@ DESCRIBED: dict[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
+def described(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What is told of each value, by its fixture's name; nothing of one that an override made of something else."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in values}
+    for name, value in values.items():
+        with suppress(AttributeError, TypeError, ValueError, OSError, ImportError, KeyError):
+            found[name] = DESCRIBED[name](value)
+    return found
+
+
 class Subjects:
     """Notes what each target's tests were run on; one per process. Register it as a plugin."""
 
     def __init__(self) -> None:
         self._current: dict[str, dict[str, Any]] = {}
         self._found: dict[str, Subject] = {}
+        self._in_place: dict[str, dict[str, Any]] = {}
 
     @property
     def found(self) -> tuple[Subject, ...]:
         """What has been judged so far, one for each target."""
         return tuple(self._found.values())
+
+    def in_place(self, facts: dict[str, dict[str, Any]]) -> None:
+        """Say what the next test runs on in place of what its fixtures gave, as :func:`described` tells it.
+
+        For wrappers of the test's call, which come before this class notes the test.
+        """
+        self._in_place = facts
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Generator[None, object, object]:
@@ -154,9 +171,7 @@ class Subjects:
         value = yield
         name = fixturedef.argname
         if name in DESCRIBED:
-            self._current[name] = {}
-            with suppress(AttributeError, TypeError, ValueError, OSError, ImportError, KeyError):
-                self._current[name] = DESCRIBED[name](value)
+            self._current |= described({name: value})
         return value
 
     @pytest.hookimpl(tryfirst=True)
@@ -164,9 +179,10 @@ class Subjects:
         """Note what a test is about to run on."""
         target = target_of(item)
         name = target_name(item)
+        told, self._in_place = {**self._current, **self._in_place}, {}
         if target is None or name is None:
             return
         known = self._found.get(name) or Subject(name, target.device, target.backend)
         for fixture in DESCRIBED.keys() & fixture_graph.fixture_names(item):
-            known = known.with_facts(self._current.get(fixture, {}))
+            known = known.with_facts(told.get(fixture, {}))
         self._found[name] = known

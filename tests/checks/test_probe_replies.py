@@ -14,6 +14,7 @@ from pytest_qvl.samples import scenes
 from pytest_qvl.session.probe_replies import (
     ADAPTED,
     FULL,
+    IMAGES,
     NF4,
     SHOWN,
     ProbeReplies,
@@ -82,7 +83,20 @@ def test_replies_come_with_and_without_the_adapter_and_leave_the_model_alone(lor
     assert not any(layer._disable_adapters for layer in layers)
 
 
-def test_a_model_that_cannot_reply_leaves_the_report_without_replies(processor, samples):
-    probes = ProbeReplies()
-    probes.ask_full(torch.nn.Linear(2, 2), processor, samples)
+def test_a_model_that_cannot_reply_says_so_in_the_report(processor, samples):
+    probes, model = ProbeReplies(), torch.nn.Linear(2, 2)
+    probes.ask_full(model, processor, samples)
     assert probes.found == ()
+    probes._ask("embedded on cpu", {"qvl_lora_model": model, "qvl_processor": processor, "qvl_image_samples": samples})
+    assert len(probes.found) == SHOWN
+    for seen in probes.found:
+        assert seen.images and seen.replies == {}
+        assert list(seen.failed) == [FULL, NF4, ADAPTED]
+        assert all(": " in why and "\n" not in why for why in seen.failed.values())
+
+
+def test_images_that_cannot_be_drawn_are_said(samples):
+    probes = ProbeReplies()
+    probes._ask("t", {"qvl_lora_model": None, "qvl_processor": None, "qvl_image_samples": samples})
+    assert {FULL, *probes.found[0].failed} == {FULL, NF4, ADAPTED, IMAGES}
+    assert probes.found[0].images == ()

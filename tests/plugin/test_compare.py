@@ -96,5 +96,5 @@ def test_a_base_that_cannot_be_compared_starts_no_line_of_its_own(pytester, run_
     (pytester.mkdir("older") / "base.json").write_text(json.dumps(base))
     pytester.makepyfile("def test_it(): pass")
     result = run_light("--qvl-compare", "older/base.json")
-    assert any("cannot compare: no model in common: x ::error::y\\x1b" in line for line in result.outlines)
+    assert any("cannot compare: no model in common: x \\::error::y\\x1b" in line for line in result.outlines)
     assert "\x1b[31m" not in result.stdout.str() and "::error::y" not in [line[:10] for line in result.outlines]

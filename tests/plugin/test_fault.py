@@ -49,7 +49,10 @@ def test_a_fault_in_the_users_own_optimizer_reaches_the_suite(pytester, run_faul
     result = run_fault("optimizer-holds-vision", "adapter_census", "--qvl-record", "r.json")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["qvl: adapter_census must catch it, and caught it; so did no other check"])
-    fault = json.loads((pytester.path / "r.json").read_text(encoding="utf-8"))["fault"]
+    record = json.loads((pytester.path / "r.json").read_text(encoding="utf-8"))
+    fault, (subject,) = record["fault"], record["subjects"]
+    # The fault's own setup, not the one that the user's fixtures made.
+    assert (subject["lora"]["r"], subject["lora"]["lora_alpha"], subject["family"]) == (8, 16, "Qwen2.5-VL")
     assert (fault["name"], fault["check"], fault["state"]) == ("optimizer-holds-vision", "adapter_census", "caught")
     assert (fault["also"], fault["reference"]) == ([], "")
 

@@ -47,6 +47,8 @@ def test_a_run_appends_its_summary(pytester, run):
     file = next(pytester.path.glob("test_*.py")).name
     assert line.startswith(f"::error file={file},title=test_it::")
     assert "100 %25 | <b>wrong</b>" in line
+    assert line.endswith(" (pytest-qvl explain causality)")
+    assert "pytest-qvl explain causality" in result.outlines  # as below the failure itself
 
 
 def test_a_run_that_judges_nothing_writes_nothing(run):

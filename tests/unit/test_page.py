@@ -181,6 +181,9 @@ def test_what_the_model_said_stands_beside_what_is_right(record):
     probe = {"target": "embedded on cuda", "skill": "colour", "question": "What colour?", "answer": "orange"}
     words = Parsed(as_page({**record, "probes": [{**probe, "images": [], "replies": said}]})).words()
     assert "right answer orange full precision orange ✓ NF4 It is orange. ✓ NF4 + LoRA blue ✗ differs" in words
+    lacking = {**probe, "images": [], "replies": {"full precision": "orange"}, "failed": {"NF4": "KeyError: <b>"}}
+    words = Parsed(as_page({**record, "probes": [lacking]})).words()
+    assert "full precision orange ✓ NF4 ✗ failed KeyError: <b>" in words
 
 
 def test_the_page_needs_nothing_beside_it(record):
