@@ -115,6 +115,16 @@ def test_healthy_variation_raises_no_alarm(variation: Any) -> None:
 
 
 HEALTHY_CASES = Healthy()
+
+
+@pytest.mark.slow
+def test_random_weights_are_held_to_a_noise_floor_of_their_own() -> None:
+    """`packing_isolation` compares with it in every variation; that of the embedded model says nothing of these."""
+    random_weights = variations(ALWAYS_RUN[0] + 1)[-1]
+    with HEALTHY_CASES.case(random_weights) as made, HEALTHY_CASES.case(replace(random_weights, family="")) as embedded:
+        assert made.reference != embedded.reference.floor
+
+
 RARE = ("copy of the head", "token rows", "biases trained", "biases of its own", "a second one at rest", "AdaLoRA")
 
 

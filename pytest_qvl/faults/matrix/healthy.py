@@ -203,8 +203,7 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
     """The case with a random model of the variation's family in place of the embedded one.
 
     The image processor cuts patches of that family's size inside the block. The noise floor is measured on the random
-    model where a check of the variation compares with it; nothing else of the reference means anything without
-    knowledge.
+    model; nothing else of the reference means anything without knowledge.
     """
     import torch
 
@@ -227,9 +226,7 @@ def _random_case(case: Case, variation: Variation) -> Iterator[Case]:
     }
     processor: Any = case.processor.image_processor
     with all_of([attribute(processor, name, value) for name, value in own.items()]):
-        floor: Any = case.reference.floor
-        if "generation_batch_invariance" in variation.checks:
-            floor = noise_floor(model, case.processor, case.probes)
+        floor: Any = noise_floor(model, case.processor, case.probes)
         model = _adapted(model, variation, case.lora_config)
         policy = checks.QuantizationPolicy(compute_dtype=variation.dtype)
         yield replace(case, model=model, policy=policy, reference=floor)
