@@ -20,7 +20,7 @@ from pytest_qvl.checks.support.lora_request import (
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, InputTypeError, Judge
 from pytest_qvl.models.adapters import active_adapters, adapted_layers, adapter_parameters, chosen_adapter
-from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
+from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.training import asked_biases, trained_copies, trained_on_purpose
@@ -288,7 +288,7 @@ def _judge_nothing_else(judge: Judge, parts: Parts, allowed: Mapping[str, nn.Par
             f"({tally(parts.group_of(name) for name in stray)}): {some(stray)}{hint}"
         ),
     )
-    biases = [name for name in asked_biases(parts) if parts.group_of(name) not in ("vision", "merger")]
+    biases = [name for name in asked_biases(parts) if parts.group_of(name) not in TOWER]
     if biases and config.bias != "none":
         idle = [name for name in biases if name not in allowed]
         judge.every(

@@ -10,7 +10,7 @@ from pytest_qvl.checks.support.teaching import forward
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.wording import tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
-from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import tapped
@@ -59,7 +59,7 @@ def vision_not_backpropagated(
     trained = [
         name
         for name, parameter in parts.base.named_parameters()
-        if parameter.requires_grad and parts.group_of(name) in ("vision", "merger")
+        if parameter.requires_grad and parts.group_of(name) in TOWER
     ]
     if trained:
         declared = "" if policy is None or policy.text_only else " as declared (qvl_adapter_policy)"

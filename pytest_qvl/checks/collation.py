@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.packing import refuse_packed
 from pytest_qvl.checks.support.placeholders import attended, model_inputs
-from pytest_qvl.checks.support.teaching import IGNORED, NO_LABELS
+from pytest_qvl.checks.support.teaching import NO_LABELS
 from pytest_qvl.checks.support.turns import plain
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
-from pytest_qvl.samples.batch import END_OF_TURN
+from pytest_qvl.samples.batch import END_OF_TURN, IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -24,7 +24,7 @@ from pytest_qvl.checks.support.user_optimizer import note_too_small, too_small_s
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import active_adapters, adapter_parameters
-from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
+from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, Parts, anatomy
 from pytest_qvl.models.fingerprint.digests import Fingerprint, digests
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import base_tensors, dtype_name
@@ -142,7 +142,7 @@ def frozen_vision(
 
 def _trained_in_vision(parts: Parts, adapters: Mapping[str, nn.Parameter]) -> list[str]:
     """Names of what is trained in vision tower and merger beside their own weights."""
-    return [name for name, p in adapters.items() if p.requires_grad and parts.group_of(name) in ("vision", "merger")]
+    return [name for name, p in adapters.items() if p.requires_grad and parts.group_of(name) in TOWER]
 
 
 def _adapted_in_vision(parts: Parts, names: Sequence[str], policy: AdapterPolicy) -> str:

@@ -24,11 +24,11 @@ from pytest_qvl.checks.support.lora import rewrites_base
 from pytest_qvl.checks.support.placeholders import show_grid
 from pytest_qvl.checks.support.rounding import rounded_sums
 from pytest_qvl.checks.support.scoring import coarsest_dtype
-from pytest_qvl.checks.support.tower import TOWER, DriftsSeen, row_drift
+from pytest_qvl.checks.support.tower import DriftsSeen, row_drift
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapter_configs, adapters_disabled, is_merged
-from pytest_qvl.models.anatomy import GROUPS, Parts, anatomy
+from pytest_qvl.models.anatomy import GROUPS, TOWER, Parts, anatomy
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import linear_states
 from pytest_qvl.models.sources.stored import loaded_from

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
-from pytest_qvl.checks.support.cross_entropy import IGNORED, telling_labels
+from pytest_qvl.checks.support.cross_entropy import telling_labels
 from pytest_qvl.checks.support.directional import (
     MOST,
     SETTLED,
@@ -42,6 +42,7 @@ from pytest_qvl.models.training import (
     layer_gains,
     weights_restored,
 )
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.placeholders import attended
-from pytest_qvl.checks.support.teaching import IGNORED, NO_LABELS
+from pytest_qvl.checks.support.teaching import NO_LABELS
 from pytest_qvl.checks.support.turns import ANSWERS, BEGIN_OF_TURN, TurnReader
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -22,7 +22,7 @@ from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapter_configs, base_modules
-from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.anatomy import TOWER, anatomy
 from pytest_qvl.models.layers import vision_theta
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions
@@ -187,7 +187,7 @@ class _Modules:
         Those of the tower are not due without an image, nor those in whose place a trained copy runs, or the other way.
         """
         for name in sorted(self._waiting - resting(self._parts)):
-            if with_image or self._parts.group_of(name) not in ("vision", "merger"):
+            if with_image or self._parts.group_of(name) not in TOWER:
                 self._tally.leave_out("its module is never called: a fused kernel may compute in its place", name)
 
     def _embedding(self, name: str, call: Call) -> None:

@@ -17,7 +17,6 @@ from pytest_qvl.checks.support.accumulation import (
     steps_of,
 )
 from pytest_qvl.checks.support.cross_entropy import (
-    IGNORED,
     TokenLosses,
     explained,
     telling_labels,
@@ -33,6 +32,7 @@ from pytest_qvl.models.adapters import orthogonality_penalty_off
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.training import without_dropout
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     import torch

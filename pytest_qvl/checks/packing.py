@@ -15,11 +15,11 @@ from pytest_qvl.checks.support.packing import is_packed, samples_in_rows
 from pytest_qvl.checks.support.placeholders import attended, model_inputs, spans
 from pytest_qvl.checks.support.position_comparison import PositionComparison
 from pytest_qvl.checks.support.reference import Reference, floor_of
-from pytest_qvl.checks.support.teaching import IGNORED
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import tapped
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,7 +11,7 @@ from pytest_qvl.checks.support.bitwise import identity_of
 from pytest_qvl.checks.support.unpacked_weights import repacked_sentence
 from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
-from pytest_qvl.models.anatomy import GROUPS, Group, Parts, anatomy
+from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, Parts, anatomy
 from pytest_qvl.models.quantized import LinearState, asks_for_4bit, dtype_name, linear_states, with_foreign_tables
 from pytest_qvl.models.skips import (
     chosen_by_name,
@@ -65,7 +65,7 @@ class QuantizationPolicy:
     compute_dtype: str = "bfloat16"
     quant_storage: str | None = None
     quantized: tuple[Group, ...] = ("language",)
-    kept: tuple[Group, ...] = ("vision", "merger", "lm_head", "embeddings")
+    kept: tuple[Group, ...] = (*TOWER, "lm_head", "embeddings")
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:

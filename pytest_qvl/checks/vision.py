@@ -10,11 +10,11 @@ from pytest_qvl.checks.support.activations import Peak, Peaks, leaves, watched
 from pytest_qvl.checks.support.not_finite import origin_in
 from pytest_qvl.checks.support.rounding import rounded_sums
 from pytest_qvl.checks.support.scoring import chunks, coarsest_dtype
-from pytest_qvl.checks.support.tower import TOWER, DriftsSeen, TowerOutput, drifts, tower_output
+from pytest_qvl.checks.support.tower import DriftsSeen, TowerOutput, drifts, tower_output
 from pytest_qvl.checks.support.windows import Seen, judge_windows
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers
-from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
 from pytest_qvl.models.quantized import dtype_name, linear_states
 from pytest_qvl.models.state import preserved
 from pytest_qvl.samples import Sample, make_batch

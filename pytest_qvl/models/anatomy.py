@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Group = Literal["language", "vision", "merger", "lm_head", "embeddings", "other"]
 GROUPS: tuple[Group, ...] = ("language", "vision", "merger", "lm_head", "embeddings", "other")
+# What turns pixels into visual tokens.
+TOWER: tuple[Group, ...] = ("vision", "merger")
 
 
 class UnknownModelError(InputTypeError):

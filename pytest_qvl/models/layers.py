@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.models.anatomy import TOWER
+
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
 
@@ -196,7 +198,7 @@ def has_bias(parts: Parts, name: str) -> bool | None:
     Attention of Qwen2 has biases of q, k and v, which no configuration mentions; every linear of the towers has one.
     """
     group, last = parts.group_of(name), name.rpartition(".")[2]
-    if group in ("vision", "merger"):
+    if group in TOWER:
         return True
     if group == "language" and last in ("q_proj", "k_proj", "v_proj", "o_proj"):
         declared = getattr(parts.text_config, "attention_bias", None)

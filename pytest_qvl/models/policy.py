@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_qvl.evidence import InputError
-from pytest_qvl.models.anatomy import GROUPS
+from pytest_qvl.models.anatomy import GROUPS, TOWER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -67,7 +67,7 @@ class AdapterPolicy:
     @property
     def text_only(self) -> bool:
         """Whether no part of vision tower and merger is trained, so that they have to stay as they were loaded."""
-        return not {"vision", "merger"} & {*self.adapted, *self.trained}
+        return not {*TOWER} & {*self.adapted, *self.trained}
 
     def unused(self, groups: Iterable[Group]) -> list[Group]:
         """Parts named beyond the default that are not among those that training changes."""

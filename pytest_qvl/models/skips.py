@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.models.anatomy import TOWER
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
@@ -96,8 +98,8 @@ def cause_of_misfits(parts: Parts, groups: Collection[Group]) -> str:
             f"the checkpoint holds them in 16 bits, but in its skip list entries match no module on Transformers "
             f"{transformers.__version__}: {written} in its config.json"
         )
-    if saved_quantized(parts) and set(groups) <= {"vision", "merger", "lm_head"}:
-        entries = [parts.roots[group] for group in ("vision", "merger", "lm_head") if group in groups]
+    if saved_quantized(parts) and set(groups) <= {*TOWER, "lm_head"}:
+        entries = [parts.roots[group] for group in (*TOWER, "lm_head") if group in groups]
         outer = [entry for entry in entries if not any(entry.startswith(f"{other}.") for other in entries)]
         return (
             f"the checkpoint holds them in 16 bits, but the skip list in its config.json ({skip_list(parts)}) does not "

@@ -14,6 +14,7 @@ from pytest_qvl.models.adapters import (
     adapter_parameters,
     auxiliary_layers,
 )
+from pytest_qvl.models.anatomy import TOWER
 from pytest_qvl.models.quantized import linear_states
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def trained_biases(parts: Parts) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in asked_biases(parts).items()
-        if parameter.requires_grad and parts.group_of(name) not in ("vision", "merger")
+        if parameter.requires_grad and parts.group_of(name) not in TOWER
     }
 
 

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
     from pytest_qvl.samples.sample import Sample
 
-IGNORE = -100
+# The label of what is not learned, as cross-entropy and Transformers have it.
+IGNORED = -100
 END_OF_TURN = "<|im_end|>"
 PaddingSide = Literal["left", "right"]
 # Tokens that only the chat template may write: each moves the turns or the images of the prompt.
@@ -97,7 +98,7 @@ def make_batch(
 
 
 def _labels(processor: Any, samples: Sequence[Sample], batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORE)
+    labels = batch["input_ids"].new_full(batch["input_ids"].shape, IGNORED)
     for row, sample in enumerate(samples):
         expected = answer_ids(processor, sample)
         places = batch["attention_mask"][row].nonzero().flatten()[-len(expected) :]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import unwrapped
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import adapter_parameters
-from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
 from pytest_qvl.models.training import trained_copies, trained_on_purpose
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Subject:
 
     def in_vision(self, name: str) -> bool:
         """Whether a tensor of this name is the vision tower's or the merger's."""
-        return self.parts.group_of(name) in ("vision", "merger")
+        return self.parts.group_of(name) in TOWER
 
     @property
     def groups(self) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pytest_qvl.models.sources import embedded
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.processors import load_processor
 from pytest_qvl.samples import ALL_SKILLS, PLACE_SKILLS, TEXT_ONLY_SKILLS, Sample, make_batch, scenes
-from pytest_qvl.samples.batch import IGNORE
+from pytest_qvl.samples.batch import IGNORED
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -126,7 +126,7 @@ def _right(model: Any, batch: dict[str, Any], probes: list[Sample]) -> dict[str,
     model.model.rope_deltas = None
     with torch.inference_mode():
         best = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1)
-    rows = ((best == labels) | (labels == IGNORE)).all(-1).tolist()
+    rows = ((best == labels) | (labels == IGNORED)).all(-1).tolist()
     return {s: sum(r for r, p in zip(rows, probes, strict=True) if p.skill == s) for s in ALL_SKILLS}
 
 

@@ -14,7 +14,7 @@ from pytest_qvl.models.sources import processors
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.processors import MissingProcessorError, load_processor, save_processor
 from pytest_qvl.samples import Sample, answer_ids, make_batch, prompt, scenes
-from pytest_qvl.samples.batch import IGNORE, PaddingSide
+from pytest_qvl.samples.batch import IGNORED, PaddingSide
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -133,7 +133,7 @@ def test_siblings_of_other_families_work_too(tmp_path: Path, name: str) -> None:
     processor = load_processor(folder)
     assert type(processor).__name__ == name
     batch = make_batch(processor, scenes(0, 1), answers=True)
-    assert int((batch["labels"] != IGNORE).sum()) > 0
+    assert int((batch["labels"] != IGNORED).sum()) > 0
 
 
 def test_saved_and_loaded_again_it_makes_the_same_batches(
@@ -159,7 +159,7 @@ def test_only_the_answer_and_its_end_are_supervised(processor: Any, samples: lis
     for row, sample in enumerate(samples):
         ids, labels = batch["input_ids"][row], batch["labels"][row]
         attended = batch["attention_mask"][row].bool()
-        scored = labels != IGNORE
+        scored = labels != IGNORED
         assert labels[scored].tolist() == answer_ids(processor, sample) == ids[scored].tolist()
         assert processor.tokenizer.decode(labels[scored]) == sample.answer + "<|im_end|>"
         before = processor.tokenizer.decode(ids[attended & ~scored])

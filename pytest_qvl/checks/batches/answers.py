@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.support.turns import ANSWERS
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.batches.findings import Findings
     from pytest_qvl.checks.support.turns import Turn
 
-IGNORED = -100
 ROWS_SHOWN = 2
 TRAINER_HELP = "train on answers only (assistant_only_loss, train_on_responses_only, or labels of your own)"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.batches.facts import IGNORED
 from pytest_qvl.checks.support.placeholders import show_grid, visual_tokens
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     import torch

@@ -14,6 +14,7 @@ from pytest_qvl.checks.support.turns import TurnReader
 from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.anatomy import unwrap
 from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
     from pytest_qvl.models.families import Family
 
-IGNORED = -100
 TAKES = "a Qwen-VL model (wrapped or not), its configuration, or the folder of one"
 
 

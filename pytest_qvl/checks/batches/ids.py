@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.support.turns import BEGIN_OF_TURN
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from pytest_qvl.checks.batches.facts import View
@@ -44,7 +45,7 @@ def _judge_range(view: View, findings: Findings) -> None:
         token = next(place for at, place in wrong if at == row)
         value = int(view.ids[row, token])
         cause = "the vocabulary was trimmed below the tokenizer, or the tokenizer is another model's"
-        if value == -100:
+        if value == IGNORED:
             cause = "labels were put where the ids belong, or ids were padded with -100"
         elif value < 0:
             cause = "a placeholder of another framework (-200) was not replaced by the model's own"

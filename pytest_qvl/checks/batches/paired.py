@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.support.turns import ANSWERS, plain
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -163,8 +164,8 @@ def _learned(view: View, unit: Unit) -> Iterator[tuple[int, str]]:
     """Each unbroken run of learned tokens: its place, and its text without what ends it."""
     assert view.labels is not None
     run: list[int] = []
-    for place, label in enumerate([*view.labels[unit.row, unit.first : unit.stop].tolist(), -100]):
-        if label != -100:
+    for place, label in enumerate([*view.labels[unit.row, unit.first : unit.stop].tolist(), IGNORED]):
+        if label != IGNORED:
             run.append(label)
         elif run:
             yield unit.first + place - len(run), plain(view.decoded(run, special=False))

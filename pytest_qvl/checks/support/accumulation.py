@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.cross_entropy import IGNORED
 from pytest_qvl.evidence import CannotJudge, InputError, InputTypeError
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

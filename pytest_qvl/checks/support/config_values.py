@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import base_modules
+from pytest_qvl.models.anatomy import TOWER
 from pytest_qvl.models.layers import VISION_EPS, VISION_THETA
 from pytest_qvl.models.sources.loading import has_tied_head
 
@@ -153,7 +154,7 @@ def _hold_epsilon(report: ConfigReport, parts: Parts, facts: Facts, name: str, m
     if epsilon is None and isinstance(module, torch.nn.LayerNorm):
         epsilon = module.eps
     group = parts.group_of(name)
-    if group in ("vision", "merger"):
+    if group in TOWER:
         report.hold(f"{name}: epsilon", epsilon, VISION_EPS)
     elif group == "language":
         report.hold(f"{name}: epsilon", epsilon, facts.text("rms_norm_eps"))

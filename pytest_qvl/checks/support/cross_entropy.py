@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.support.rounding import step
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
 
-IGNORED = -100
 PLACES_AT_ONCE = 64  # rows of the vocabulary in float64: 78 MB for 152,064 tokens
 
 

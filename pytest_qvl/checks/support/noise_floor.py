@@ -11,7 +11,6 @@ from pytest_qvl.checks.support.activations import leaves
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
 from pytest_qvl.checks.support.rounding import last_place_noise, rounded_sums, step
 from pytest_qvl.checks.support.scoring import (
-    IGNORED,
     AnswerLogits,
     answer_logits,
     chunks,
@@ -26,6 +25,7 @@ from pytest_qvl.models.quantized import dtype_name, linear_states
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import positions_changed
 from pytest_qvl.samples import Sample, make_batch
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.binomial import FALSE_ALARM, tail
 from pytest_qvl.checks.support.noise_floor import EVIDENCE, LOGITS, NoiseCollector, NoiseFloor, require_samples
 from pytest_qvl.checks.support.scoring import ABLATIONS, Said, Scored, ask, coarsest_dtype, score
-from pytest_qvl.checks.support.tower import TOWER, Drift, TowerOutput, tower_output, ulp_response
+from pytest_qvl.checks.support.tower import Drift, TowerOutput, tower_output, ulp_response
 from pytest_qvl.evidence import InputError
 from pytest_qvl.models.adapters import adapted_layers, adapters_disabled
-from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
 from pytest_qvl.models.quantized import dtype_name, linear_states
 from pytest_qvl.models.state import preserved
 from pytest_qvl.samples import Sample

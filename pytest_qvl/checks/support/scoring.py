@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.greedy import Reply, greedy
 from pytest_qvl.models.quantized import linear_states
 from pytest_qvl.samples import Sample, make_batch
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,7 +22,6 @@ ABLATIONS = ("blank", "noise", "swapped")
 NOISE_SEED = 0
 ROWS_PER_FORWARD = 16
 PIXELS_PER_FORWARD = 1 << 20  # some 1,300 visual tokens: activations stay far below the weights of any real model
-IGNORED = -100
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.placeholders import validate_batch
 from pytest_qvl.evidence import CannotJudge, InputError, InputTypeError
 from pytest_qvl.models.adapters import adapter_parameters, is_merged
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     Batch = Mapping[str, torch.Tensor]
     MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
-IGNORED = -100
 NO_LABELS = (
     "the batch needs labels (rows, length), -100 at what is not to be learned: take them from your collator, "
     "make_batch(..., answers=True) or qvl_batch(samples, answers=True)"

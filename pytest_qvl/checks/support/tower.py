@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pytest_qvl.models.anatomy import Group
 
 ROWS_KEPT = 32
-TOWER: tuple[Group, ...] = ("vision", "merger")
 
 
 @dataclass(frozen=True)

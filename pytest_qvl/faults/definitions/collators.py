@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.case import Case
 
     Batch = dict[str, torch.Tensor]
-
-IGNORED = -100
 
 
 def _in_training(case: Case, change: Callable[[Batch], Batch]) -> None:

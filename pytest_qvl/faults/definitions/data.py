@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     Batch = dict[str, torch.Tensor]
 
-IGNORED = -100
 IMAGE_TYPE = 1
 
 

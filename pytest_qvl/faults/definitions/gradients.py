@@ -9,6 +9,7 @@ from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import after, attribute, before, on_first
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from pytest_qvl.faults.case import Case
 
-IGNORED = -100
 STEPS = 2
 LAYER = 2
 DROPOUT = 0.2

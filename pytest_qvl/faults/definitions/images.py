@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import attribute
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -190,9 +191,9 @@ def _template_drift(case: Case) -> Iterator[None]:
             return batch
         shape = batch["input_ids"].shape
         made: dict[str, list[Any]] = {name: [] for name, value in batch.items() if value.shape == shape}
-        fill = {"input_ids": line, "attention_mask": 1, "labels": -100}
+        fill = {"input_ids": line, "attention_mask": 1, "labels": IGNORED}
         for row, ids in enumerate(batch["input_ids"]):
-            answer = int((batch["labels"][row] != -100).nonzero()[0])
+            answer = int((batch["labels"][row] != IGNORED).nonzero()[0])
             place = int((ids[:answer] == end).nonzero()[-1])
             for name, rows in made.items():
                 tokens = batch[name][row]

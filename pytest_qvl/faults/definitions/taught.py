@@ -6,10 +6,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.support.teaching import IGNORED, adamw, forward, trainable_parameters
+from pytest_qvl.checks.support.teaching import adamw, forward, trainable_parameters
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import all_of, values
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

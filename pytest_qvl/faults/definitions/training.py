@@ -8,6 +8,7 @@ from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import attribute, values
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from pytest_qvl.faults.case import Case
 
-IGNORED = -100
 _LAYER = "model.language_model.layers.3.mlp.down_proj"
 
 

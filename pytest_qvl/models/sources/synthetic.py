@@ -15,7 +15,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
 from pytest_qvl.models.sources.loading import LoadingReport, keep_report, wanted_tensors
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def draw_again(parts: Parts, module: nn.Module, name: str, drawn: Drawn) -> torc
         return values.normal_(0.0, 1.0, generator=generator)
     std = 1.0 / math.sqrt(math.prod(shape[1:]))
     if name.split(".")[-2] in RESIDUAL_WRITERS:
-        in_vision = parts.group_of(name) in ("vision", "merger")
+        in_vision = parts.group_of(name) in TOWER
         depth = len(parts.blocks) if in_vision else parts.text_config.num_hidden_layers
         std /= math.sqrt(2 * depth)
     return values.normal_(0.0, std, generator=generator)

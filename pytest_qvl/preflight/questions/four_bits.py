@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
-from pytest_qvl.models.anatomy import GROUPS, Group
+from pytest_qvl.models.anatomy import GROUPS, TOWER, Group
 from pytest_qvl.models.sources.loading import has_tied_head, in_todays_layout
 from pytest_qvl.preflight import skip_rules
 from pytest_qvl.preflight.commands import pytest_line, red
@@ -81,7 +81,7 @@ def _cause(parts: Parts, wrong: Sequence[Group], entries: Sequence[str]) -> str:
         said += "; a list that is given replaces the default, which keeps the head"
         if has_tied_head(parts):
             said += ", and this head is tied to the embeddings: a 4-bit one fails in its first forward"
-    if {"vision", "merger"} & set(wrong) and not any("visual" in entry for entry in entries):
+    if {*TOWER} & set(wrong) and not any("visual" in entry for entry in entries):
         said += "; bitsandbytes quantizes every linear layer that no entry names"
     return said
 

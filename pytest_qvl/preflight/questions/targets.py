@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.lora_request import adaptable_modules, expected_size, requested_modules
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
-from pytest_qvl.models.anatomy import GROUPS, Group, anatomy
+from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, anatomy
 from pytest_qvl.models.attaching import why_not_attached
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 NUMBER = 2
 _red = partial(red, NUMBER)
-_SEEN: tuple[Group, ...] = ("vision", "merger")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXCLUDED = re.compile(r"\(\?<?![^)]*\)")  # negative look-around: what the expression does not mean
 _HOW_PEFT_MATCHES = "PEFT matches a list by the end of a module's name, and a text as an expression of the whole name"
@@ -182,7 +181,7 @@ def _census(placement: Placement, config: Any) -> Finding:
 
 
 def _leaks(placement: Placement, config: Any) -> Iterator[Finding]:
-    leaked = [name for group in _SEEN for name in placement.of(group) if not _on_purpose(placement, config, name)]
+    leaked = [name for group in TOWER for name in placement.of(group) if not _on_purpose(placement, config, name)]
     if not leaked:
         return
     counts = Counter(placement.groups[name] for name in leaked)

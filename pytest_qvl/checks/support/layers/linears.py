@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.copies import place_of
 from pytest_qvl.checks.support.layers.tally import multiple
+from pytest_qvl.models.anatomy import TOWER
 from pytest_qvl.models.layers import VISION_EPS, has_bias
 from pytest_qvl.oracles import elementary, nf4
 from pytest_qvl.oracles.bounds import unit
@@ -172,7 +173,7 @@ def judge_epsilon(tally: Tally, name: str, module: Any, like: torch.Tensor, eps:
 
 def norm_epsilon(parts: Parts, name: str) -> float:
     """The eps that a norm of this name has to have."""
-    in_tower = parts.group_of(name) in ("vision", "merger")
+    in_tower = parts.group_of(name) in TOWER
     return VISION_EPS if in_tower else float(parts.text_config.rms_norm_eps)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_qvl.samples.batch import IGNORED
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 # ``TOKEN_CHUNK_SIZE`` and ``_CHUNKED_LOGPROB_CHUNK_SIZE``: tokens and vocabulary of one tile of logits.
 TOKENS, VOCABULARY = 4096, 32768
 # What ``ForCausalLMLoss`` and TRL leave out.
-IGNORED = -100
 
 
 class FusedHead:

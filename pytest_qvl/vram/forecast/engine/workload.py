@@ -20,8 +20,8 @@ import transformers
 
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.renamed import enable_checkpointing
+from pytest_qvl.samples.batch import IGNORED
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.engine.fused_head import IGNORED
 from pytest_qvl.vram.forecast.engine.trainers import TRAINERS, Loop, Steps, autocast
 
 if TYPE_CHECKING:
