@@ -66,7 +66,7 @@ def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bo
     counts = "".join(f", {states[state]} {state}" for state in STATES[1:] if states[state])
     terminal.line(
         f"   verdict: {verdict}: {states['kept']} of {len(PROMISES)} promises kept{counts}; "
-        f"{len(results.evidence)} checks in {results.seconds:.0f} s",
+        f"{len(results.evidence)} check{'s' * (len(results.evidence) != 1)} in {results.seconds:.0f} s",
         bold=True,
         **COLOURS.get("error" if states["error"] else verdict, YELLOW),
     )
