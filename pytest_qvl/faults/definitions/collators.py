@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     import torch
 
@@ -93,26 +94,50 @@ def _grids_exchanged(case: Case) -> Iterator[None]:
     expected_words=("is taught", "where its answer is", "keep each answer with its own prompt"),
 )
 def _answers_exchanged(case: Case) -> Iterator[None]:
+    _in_training(case, lambda batch: _with_answers_of(case, batch, [row - 1 for row in range(len(batch["labels"]))]))
+    yield
+
+
+def _with_answers_of(case: Case, batch: Batch, givers: Sequence[int]) -> Batch:
+    """The batch, each row with the learned tokens of the row that `givers` has at its place; padded on the right."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
     padding = {"input_ids": case.processor.tokenizer.pad_token_id, "labels": IGNORED}
+    mask, supervised = batch["attention_mask"].bool(), batch["labels"] != IGNORED
+    made = {
+        name: pad_sequence(
+            [
+                torch.cat([values[row][mask[row] & ~supervised[row]], values[giver][supervised[giver]]])
+                for row, giver in enumerate(givers)
+            ],
+            batch_first=True,
+            padding_value=padding.get(name, 0),
+        )
+        for name, values in batch.items()
+        if values.shape == mask.shape
+    }
+    return {**batch, **made}
+
+
+@fault(
+    "training-pair-exchanged",
+    "Two answers to one prompt, the preferred and the rejected one, change places: both rows are sound by themselves.",
+    target="batch",
+    check="training_collation",
+    expected_words=("is taught", "where its answer is", "keep each answer with its own prompt"),
+    source="thinking-machines-lab/tinker-cookbook#46",
+)
+def _pair_exchanged(case: Case) -> Iterator[None]:
+    preferred = min(case.rows, key=lambda sample: len(sample.images))
+    said = preferred.answer
+    other = next(text for text in ("unclear", "cannot say") if text not in said and said not in text)
+    case.rows = [*case.rows, replace(preferred, id=f"{preferred.id}-rejected", answer=other)]
+    first, second = case.rows.index(preferred), len(case.rows) - 1
+    givers = [{first: second, second: first}.get(row, row) for row in range(len(case.rows))]
 
     def exchange(batch: Batch) -> Batch:
-        mask, supervised = batch["attention_mask"].bool(), batch["labels"] != IGNORED
-        made = {
-            name: pad_sequence(
-                [
-                    torch.cat([values[row][mask[row] & ~supervised[row]], values[row - 1][supervised[row - 1]]])
-                    for row in range(len(mask))
-                ],
-                batch_first=True,
-                padding_value=padding.get(name, 0),
-            )
-            for name, values in batch.items()
-            if values.shape == mask.shape
-        }
-        return {**batch, **made}
+        return _with_answers_of(case, batch, givers) if len(batch["labels"]) == len(givers) else batch
 
     _in_training(case, exchange)
     yield

@@ -174,7 +174,7 @@ def _end_masked(case: Case) -> Iterator[None]:
         return {**batch, "labels": batch["labels"].masked_fill(batch["labels"] == end, IGNORED)}
 
     _in_training(case, mask)
-    tokenizer.pad_token = "<|im_end|>"
+    tokenizer.pad_token = "<|im_end|>"  # by the tokenizer's own setter: ``tools.attribute`` would not move its id
     try:
         yield
     finally:

@@ -80,6 +80,41 @@ def _rows_blend(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "rows-joined-without-padding",
+    "Rows padded on the right are joined to spare the padding; a boundary is lost: a row's start sees the row before.",
+    target="model",
+    check="causality",
+    expected_words=("it must move no output of another row",),
+    source="modelscope/ms-swift#4439, #9903",
+)
+def _rows_joined(case: Case) -> Iterator[None]:
+    import torch
+
+    parts = anatomy(case.model)
+    lengths: list[int] = []
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        mask = kwargs.get("attention_mask")
+        two = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        right = two and bool(mask[:, 0].all()) and not bool(mask[:, -1].all())
+        lengths[:] = mask.sum(dim=1).tolist() if right else []
+
+    def see(_module: Any, _args: Any, output: Any) -> Any:
+        def change(hidden: torch.Tensor) -> torch.Tensor:
+            if len(lengths) != len(hidden) or hidden.shape[1] < max(lengths):
+                return hidden
+            last = torch.stack([hidden[row, length - 1] for row, length in enumerate(lengths[:-1])])
+            joined = hidden.clone()
+            joined[1:, 0] += last / 32
+            return joined
+
+        return on_first(output, change)
+
+    with before([parts.core], note), after([parts.language_backbone.layers[1]], see):
+        yield
+
+
+@fault(
     "batch-dependent-scale",
     "A layer is scaled by statistics of the whole batch, as dynamic quantization per tensor does.",
     target="model",

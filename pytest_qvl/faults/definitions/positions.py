@@ -281,6 +281,34 @@ def _crash(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "text-alone-decodes-on-one-axis",
+    "After a prompt without any image, decode steps write the first of the three axes only: rows and columns stay 0.",
+    target="model",
+    check="generation_batch_invariance",
+    expected_words=("alone against batch: logits differ by", "depends on the rows beside it"),
+    source="vllm-project/vllm#18407, QwenLM/Qwen3-VL#1215",
+)
+def _text_alone(case: Case) -> Iterator[None]:
+    import torch
+
+    parts = anatomy(case.model)
+    alone = [False]
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        if ids is not None and ids.shape[1] > 1:  # a decode step goes on as its prompt began
+            alone[0] = bool((ids != parts.image_token_id).all())
+
+    def written(positions: torch.Tensor) -> torch.Tensor:
+        if not alone[0] or positions.shape[-1] > 1:
+            return positions
+        return torch.cat([positions[:1], torch.zeros_like(positions[1:])])
+
+    with before([parts.core], note), positions_changed(parts, written):
+        yield
+
+
+@fault(
     "positions-in-bfloat16",
     "Position ids are cast to bfloat16, which cannot count beyond 256: neighbours in a long row share a position.",
     target="model",

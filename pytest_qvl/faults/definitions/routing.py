@@ -44,6 +44,27 @@ def _truncated(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "embedding-prompts-truncated",
+    "The collator for embeddings, which pads prompts on the right and has no labels, cuts placeholders off.",
+    target="batch",
+    check="placeholder_counts",
+    expected_words=("placeholders", "visual tokens"),
+    source="TIGER-AI-Lab/VLM2Vec#38",
+    silent=False,
+)
+def _embedding_truncated(case: Case) -> Iterator[None]:
+    def cut(batch: dict[str, Any], _samples: Any) -> dict[str, Any]:
+        mask = batch["attention_mask"]
+        if "labels" in batch or not bool(mask[:, 0].all()) or bool(mask[:, -1].all()):
+            return batch
+        keep = int(_images(case, batch).any(dim=0).nonzero()[-1])
+        return {name: t[:, :keep] if name in SEQUENCES else t for name, t in batch.items()}
+
+    case.collators.append(cut)
+    yield
+
+
+@fault(
     "one-placeholder-too-many",
     "The text carries one placeholder more than the image has visual tokens.",
     target="batch",

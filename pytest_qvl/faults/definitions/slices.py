@@ -65,15 +65,42 @@ def _kept(case: Case) -> Iterator[None]:
 )
 def _exchanged(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
+    with _pixels_changed(parts, lambda pixels, _rows: _exchanged_at_joints(parts, pixels)):
+        yield
 
-    def exchange(pixels: torch.Tensor, _rows: int) -> torch.Tensor:
-        groups = pixels.clone().view(-1, parts.merge_size**2, pixels.shape[-1])
-        joints = range(SLICE, len(groups), SLICE)
-        for joint in joints:
-            groups[[joint - 1, joint]] = groups[[joint, joint - 1]]
-        return groups.view_as(pixels)
 
-    with _pixels_changed(parts, exchange):
+def _exchanged_at_joints(parts: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """Patches ``(patches, values)`` with the last group of each slice and the first of the next in exchanged places."""
+    groups = pixels.clone().view(-1, parts.merge_size**2, pixels.shape[-1])
+    for joint in range(SLICE, len(groups), SLICE):
+        groups[[joint - 1, joint]] = groups[[joint, joint - 1]]
+    return groups.view_as(pixels)
+
+
+@fault(
+    "patches-embedded-in-slices",
+    "The patches of several rows are embedded in slices of 32 visual tokens; where two meet, two groups change places.",
+    target="model",
+    check="visual_token_order",
+    expected_words=("is made of the patches of visual token", "visual tokens are wrong"),
+    source="sgl-project/sglang#19474",
+)
+def _embedded_in_slices(case: Case) -> Iterator[None]:
+    parts = anatomy(case.model)
+
+    sliced = [False]
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        ids, pixels = kwargs.get("input_ids"), kwargs.get("pixel_values")
+        sliced[0] = ids is not None and len(ids) > 1 and pixels is not None
+
+    def exchange(_module: Any, args: Any, kwargs: Any) -> Any:
+        if not sliced[0]:
+            return None
+        sliced[0] = False  # the tower may be called by itself next, without rows
+        return (_exchanged_at_joints(parts, args[0]), *args[1:]), kwargs
+
+    with before([parts.core], note), before([parts.patch_embed], exchange):
         yield
 
 
