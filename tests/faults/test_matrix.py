@@ -11,7 +11,8 @@ from pytest_qvl.cli import main
 from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.matrix import pool, runner, work
 from pytest_qvl.faults.matrix.by_model import by_model, ordered, read_record
-from pytest_qvl.faults.matrix.results import Result, Row
+from pytest_qvl.faults.matrix.panel import all_checks
+from pytest_qvl.faults.matrix.results import PART_OF_ANOTHER, Result, Row, summary
 from pytest_qvl.faults.matrix.runner import assembled, complete, run
 from pytest_qvl.faults.matrix.work import Done, Plan, Task, tasks
 from pytest_qvl.faults.subject import Subject, embedded
@@ -211,3 +212,13 @@ def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"x\.json: no record of faults: its schema is None"):
         read_record(file)
+
+
+def test_the_page_says_why_a_check_can_have_no_fault_of_its_own() -> None:
+    outcomes = {"label_mask": "caught", "batch": "caught", "causality": "caught"}
+    result = Result("d", {}, rows={TWO[0]: Row(check="batch", outcomes=outcomes, named=True, smoke="pass")})
+    lines = summary(result).splitlines()
+    said = next(line for line in lines if line.startswith("checks without a fault that only they catch: "))
+    assert f"label_mask ({PART_OF_ANOTHER['label_mask']}), batch, causality" in said
+    assert "batch" in PART_OF_ANOTHER["label_mask"]
+    assert set(PART_OF_ANOTHER) <= set(all_checks())

@@ -23,6 +23,10 @@ NOTICED = ("caught", "refused")
 # They judge a whole, so they see much of what the checks of its parts see: the first two all that a model computes (the
 # second on the embedded model only), the third all that a collator makes.
 OF_A_WHOLE = ("layer_arithmetic", "golden_record", "batch")
+# Of a part, whose every rule a check of the whole applies to the same inputs: no fault can be theirs alone, and why.
+PART_OF_ANOTHER = {
+    "label_mask": "it can have none: `batch` holds the same labels to the same rules, and to masks and samples besides"
+}
 
 
 def faults_in_order() -> dict[str, Fault]:
@@ -251,12 +255,17 @@ def summary(result: Result) -> str:
         lines += [
             f"{len(silent)} of {len(result.made)} faults raise nothing in Transformers; "
             f"{len(passes)} of these {len(silent)} pass a plain test that trains one step and generates text",
-            f"checks without a fault that only they catch: {', '.join(result.without_own_fault()) or 'none'}",
+            f"checks without a fault that only they catch: {_with_reasons(result.without_own_fault()) or 'none'}",
             f"the same with {', '.join(OF_A_WHOLE)} aside: "
             f"{', '.join(result.without_own_fault(aside=OF_A_WHOLE)) or 'none'}",
         ]
     lines += [f"the model without a fault fails {check}: {said}" for check, said in result.ill.items()]
     return "\n".join(lines)
+
+
+def _with_reasons(checks: Collection[str]) -> str:
+    """The checks by name, with the reason where there is one."""
+    return ", ".join(f"{check} ({why})" if (why := PART_OF_ANOTHER.get(check)) else check for check in checks)
 
 
 def _common_mode(result: Result) -> str:
