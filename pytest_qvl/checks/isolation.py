@@ -69,7 +69,7 @@ def causality(model: Any, batch: Mapping[str, Any], *, probes: int = 3) -> Evide
     mask = attended(inputs)
     places = (inputs["input_ids"] == parts.image_token_id).nonzero().tolist()
     chosen = sorted({round(n * (len(places) - 1) / max(1, probes - 1)) for n in range(probes)})
-    embedding, outputs = _Tally(), Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
+    embedding, outputs = _Tally(), outputs_moved(parts, inputs)
     with preserved(model, training=False), torch.no_grad():
         before = repeatable(parts, inputs)
         for visual in chosen:
@@ -120,8 +120,7 @@ def image_isolation(
 
     inputs = batch_of(samples)
     found, mask = spans(parts, inputs), attended(inputs)
-    pixels, embeddings = _Tally(), _Tally()
-    outputs = Outputs(found, mask, samples_in_rows(inputs).to(mask.device))
+    pixels, embeddings, outputs = _Tally(), _Tally(), outputs_moved(parts, inputs)
     with preserved(model, training=False), torch.no_grad():
         before = repeatable(parts, inputs)
         for span in found:

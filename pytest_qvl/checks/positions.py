@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
-from pytest_qvl.checks.support.packing import is_packed, samples_in_rows
+from pytest_qvl.checks.support.packing import is_packed, samples_in_rows, tokens_of_samples
 from pytest_qvl.checks.support.placeholders import attended, model_inputs, refuse_positions_in_generation, spans
 from pytest_qvl.checks.support.position_comparison import PositionComparison
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
@@ -229,21 +229,21 @@ def _expected(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The oracle's ids ``(3, rows, length)``; those of a packed row sample by sample."""
     import torch
 
-    ids, numbers = inputs["input_ids"], samples_in_rows(inputs)
-    mask = attended(inputs).cpu()
-    pieces = [(row, number) for row in range(len(ids)) for number in range(int(numbers[row].max()) + 1)]
+    ids = inputs["input_ids"]
+    own = tokens_of_samples(samples_in_rows(inputs), attended(inputs).cpu())
+    positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
+    if not own:
+        return positions
     # Each sample on a row of its own; what belongs to others is padding there.
-    own = torch.stack([mask[row] & (numbers[row] == number) for row, number in pieces])
     alone = mrope_oracle(
-        ids.cpu()[[row for row, _ in pieces]],
-        own,
+        ids.cpu()[[row for row, _ in own]],
+        torch.stack([tokens for _, tokens in own]),
         inputs.get("image_grid_thw"),
         VisionIds(parts.image_token_id, parts.video_token_id),
         parts.merge_size,
     )
-    positions = alone.new_zeros(3, *ids.shape)
-    for piece, (row, _) in enumerate(pieces):
-        positions[:, row, own[piece]] = alone[:, piece, own[piece]]
+    for piece, (row, tokens) in enumerate(own):
+        positions[:, row, tokens] = alone[:, piece, tokens]
     return positions
 
 

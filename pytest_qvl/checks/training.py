@@ -10,7 +10,14 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.descent import Lesson, descent, take_step
 from pytest_qvl.checks.support.lora import SINGULAR_VALUES, layer_of, matrix_of, zero_initialised_matrices
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
-from pytest_qvl.checks.support.teaching import adamw, check_labels, forward, trainable_parameters, with_wrong_labels
+from pytest_qvl.checks.support.teaching import (
+    adamw,
+    check_labels,
+    forward,
+    reentrant_hint,
+    trainable_parameters,
+    with_wrong_labels,
+)
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.support.user_optimizer import judge_optimizer
 from pytest_qvl.checks.support.wording import some, tally
@@ -24,8 +31,6 @@ from pytest_qvl.models.training import (
     backward,
     checkpointing,
     computes_in_float16,
-    is_checkpointing,
-    is_reentrant,
     layer_gains,
     loss_floor,
     trained_copies,
@@ -181,7 +186,7 @@ def _learn(
         if not step and not _judge_loss(judge, lesson, loss):
             break
         if step < 2:
-            _judge_gradients(judge, trained, step, _hint(parts))
+            _judge_gradients(judge, trained, step, reentrant_hint(parts))
         if step and (judge.problems or not math.isfinite(loss) or loss <= goal):
             break
         optimizer.step()
@@ -289,15 +294,6 @@ def _judge_gradients(judge: Judge, trained: Mapping[str, nn.Parameter], step: in
 
 def _is_matrix(name: str) -> bool:
     return matrix_of(name) in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-
-
-def _hint(parts: Parts) -> str:
-    if is_checkpointing(parts) and is_reentrant(parts):
-        return (
-            "; reentrant checkpointing drops the gradient where no input requires grad: pass "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}, or call enable_input_require_grads()"
-        )
-    return ""
 
 
 def _judge_learning(judge: Judge, lesson: Lesson, course: _Course, own: MakeOptimizer, *, derived: bool) -> None:

@@ -6,11 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.lora import SINGULAR_VALUES, layer_of, matrix_of, zero_initialised_matrices
+from pytest_qvl.checks.support.teaching import reentrant_hint
 from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.fingerprint.digests import Fingerprint
 from pytest_qvl.models.quantized import dtype_name
-from pytest_qvl.models.training import is_checkpointing, is_reentrant
 from pytest_qvl.training.replay import CannotReplayError, rule_stands_still, rule_takes_no_step, state_of
 
 if TYPE_CHECKING:
@@ -216,12 +216,7 @@ def _largest(tensors: Mapping[str, torch.Tensor]) -> dict[str, float]:
 
 def no_path_hint(subject: Subject) -> str:
     """What most likely keeps a gradient from the adapter, as the end of a sentence."""
-    if is_checkpointing(subject.parts) and is_reentrant(subject.parts):
-        return (
-            "; reentrant checkpointing drops the gradient where no input requires grad: pass "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}, or call model.enable_input_require_grads()"
-        )
-    return (
+    return reentrant_hint(subject.parts) or (
         "; is the output of their layers detached (torch.no_grad), the adapter switched off, or the layer not called?"
     )
 

@@ -162,3 +162,11 @@ def test_an_image_behind_a_dummy_has_the_positions_of_its_own_grid(
             **{name: value for name, value in batch.items() if name not in ("pixel_values", "labels")}
         )
     assert not torch.equal(made[:, 1], right[:, 1])
+
+
+def test_positions_of_rows_that_attend_to_nothing_are_not_judged(processor: Any, tiny_dir: Path) -> None:
+    config = AutoConfig.from_pretrained(tiny_dir)
+    batch: Batch = make_batch(processor, scenes(0, 2, ["text"], cell=14), padding_side="right", answers=True)
+    batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
+    batch["position_ids"] = torch.zeros_like(batch["input_ids"]).expand(3, -1, -1)
+    assert "text-not-attended" in found(batch, processor, config)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
-from pytest_qvl.checks.support.packing import TEXT_FIRST
+from pytest_qvl.checks.support.packing import TEXT_FIRST, tokens_of_samples
 from pytest_qvl.checks.support.placeholders import visual_tokens
 
 if TYPE_CHECKING:
@@ -56,7 +56,11 @@ def judge_positions(
     axes = _axes(view, findings, given)
     if axes is None:
         return
-    expected, own = _expected(view, images, videos, seconds)
+    own = tokens_of_samples(view.segments, view.mask & view.text)
+    if not own:
+        findings.unjudged["position_ids"] = "no row attends to a token"
+        return
+    expected = _expected(view, images, videos, seconds, own)
     findings.judged["position ids"] += 3 * int(sum(int(mask.sum()) for _, mask in own))
     for piece, (row, mask) in enumerate(own):
         sample = _Sample(row, mask.nonzero().flatten(), axes[:, row, mask].long(), expected[:, piece, mask])
@@ -85,25 +89,22 @@ def _axes(view: View, findings: Findings, given: torch.Tensor) -> torch.Tensor |
 
 
 def _expected(
-    view: View, images: Layout, videos: Layout, seconds: Sequence[float] | None
-) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
-    """The oracle's ids ``(3, samples, length)``, and of each sample its row and its tokens ``(length,)`` bool."""
+    view: View,
+    images: Layout,
+    videos: Layout,
+    seconds: Sequence[float] | None,
+    own: Sequence[tuple[int, torch.Tensor]],
+) -> torch.Tensor:
+    """The oracle's ids ``(3, samples, length)`` of samples, each given by its row and its tokens."""
     import torch
 
-    numbers = view.segments
-    own = [
-        (row, view.mask[row] & view.text[row] & (numbers[row] == number))
-        for row in range(view.rows)
-        for number in range(int(numbers[row].max()) + 1)
-    ]
-    own = [(row, mask) for row, mask in own if bool(mask.any())]
     both = (images, videos)
     image_grids, video_grids = ([layout.grids[number] for number in _seen(view, layout, own)] for layout in both)
     if seconds is not None:
         seconds = [seconds[number] for number in _seen(view, videos, own)]
     if view.known.frames_apart:
         video_grids = [(1, h, w) for t, h, w in video_grids for _ in range(t)]
-    made = mrope_oracle(
+    return mrope_oracle(
         view.ids[[row for row, _ in own]],
         torch.stack([mask for _, mask in own]),
         image_grids,
@@ -113,7 +114,6 @@ def _expected(
         seconds_per_grid=seconds,
         tokens_per_second=view.known.tokens_per_second,
     )
-    return made, own
 
 
 def _seen(view: View, layout: Layout, own: Sequence[tuple[int, torch.Tensor]]) -> list[int]:

@@ -47,6 +47,21 @@ def samples_in_rows(inputs: Mapping[str, Any]) -> torch.Tensor:
     return numbers
 
 
+def tokens_of_samples(numbers: torch.Tensor, kept: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """Each sample's row and tokens, ``(length,)`` bool, in reading order.
+
+    Args:
+        numbers: Of each token's sample within its row, ``(rows, length)``.
+        kept: Tokens that are no padding, ``(rows, length)`` bool; a sample without any is left out.
+    """
+    own = (
+        (row, kept[row] & (numbers[row] == number))
+        for row in range(len(numbers))
+        for number in range(int(numbers[row].max()) + 1)
+    )
+    return [(row, tokens) for row, tokens in own if bool(tokens.any())]
+
+
 def is_packed(inputs: Mapping[str, Any]) -> bool:
     """Whether any row holds more than one sample."""
     return bool(samples_in_rows(inputs).any())

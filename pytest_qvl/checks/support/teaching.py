@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.placeholders import validate_batch
 from pytest_qvl.evidence import CannotJudge, InputError, InputTypeError
 from pytest_qvl.models.adapters import adapter_parameters, is_merged
+from pytest_qvl.models.training import is_checkpointing, is_reentrant
 from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
@@ -145,3 +146,13 @@ def forward(parts: Parts, batch: Batch) -> Any:
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True", UserWarning)
         warnings.filterwarnings("ignore", "torch.utils.checkpoint: the use_reentrant parameter", UserWarning)
         return parts.wrapped(**batch, use_cache=False)
+
+
+def reentrant_hint(parts: Parts) -> str:
+    """What reentrant checkpointing has to do with a gradient that has no path, as the end of a sentence; or nothing."""
+    if not (is_checkpointing(parts) and is_reentrant(parts)):
+        return ""
+    return (
+        "; reentrant checkpointing drops the gradient where no input requires grad: pass "
+        "gradient_checkpointing_kwargs={'use_reentrant': False}, or call model.enable_input_require_grads()"
+    )
