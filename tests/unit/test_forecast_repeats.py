@@ -7,12 +7,14 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_qvl.faults.matrix.random_models import random_config
 from pytest_qvl.vram.forecast import Request, Sample
-from pytest_qvl.vram.forecast.engine import repeats
+from pytest_qvl.vram.forecast.engine import kernels, repeats
+from pytest_qvl.vram.forecast.engine.chunks import Attention, Chunks
 from pytest_qvl.vram.forecast.engine.dry_run import DryRun
 from pytest_qvl.vram.forecast.engine.repeats import NotRepeatingError
 from pytest_qvl.vram.forecast.engine.towers import chosen, surroundings, towers
@@ -20,7 +22,8 @@ from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, RELABEL, Allocati
 from pytest_qvl.vram.forecast.run import make_forecaster
 from pytest_qvl.vram.forecast.source import source_of
 
-SMALL = Request(image=(56, 112), tokens=20, lora_r=4, optimizer="adamw_torch")
+# Of Qwen2.5-VL's small towers: windows of three lengths, and several of each.
+SMALL = Request(image=(140, 308), tokens=20, lora_r=4, optimizer="adamw_torch")
 KEPT: dict[str, Any] = {"gradient_checkpointing": False, "vision_hook": True}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {},
@@ -35,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "trl": {"trainer": "trl", "accumulation": 2, "evaluation": 2, "generate_in_training": 2},
     "reentrant": {"reentrant": True},
     "padded": {"samples": (Sample(((56, 56),), 30), Sample(((28, 56), (56, 84)), 20))},
+    "several images, no flash attention": {"images": 3, "batch": 2, "capability": (7, 5), "compute_dtype": "float16"},
 }
 
 
@@ -97,11 +101,12 @@ def test_the_trace_is_that_of_all_layers(family: str, setting: str) -> None:
         ("qwen2.5-vl-3b", {"trainer": "trl", "accumulation": 4, "evaluation": 2, "generate_in_training": 2}),
         ("qwen2.5-vl-7b", {"gradient_checkpointing": False, "trainer": "loop", "generate": 3}),
         ("qwen2-vl-7b", {"gradient_checkpointing": False, "optimizer": "adafactor", "accumulation": 2}),
+        ("qwen2.5-vl-7b", {"image": (1316, 924), "images": 2, "gradient_checkpointing": False, "vision_hook": True}),
         ("qwen3-vl-8b", {"lora_targets": "all-linear", "lora_dropout": 0.05, "optimizer": "sgd"}),
     ],
 )
 def test_the_trace_is_that_of_all_layers_of_released_models(model: str, changes: dict[str, Any]) -> None:
-    request = replace(SMALL, model=model, image=(448, 616), **changes)
+    request = replace(SMALL, **{"model": model, "image": (448, 616), **changes})
     run = make_forecaster(request, None, request.compute_dtype)[0]._dry_run
     ours = run._run(request, towers(run._parts), inference=True)
     assert ordered(ours) == ordered(run._run(request, [], inference=True))
@@ -139,6 +144,53 @@ def test_what_a_layer_keeps_for_good_is_noticed() -> None:
     with pytest.raises(NotRepeatingError, match="leaves something behind"):
         run._run(request, shortened, inference=True)
     hook.remove()
+
+
+def test_chunks_that_do_not_do_the_same_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An attention that keeps what a few of its calls return."""
+    run, request = built("qwen2_5_vl")
+    attend, kept = kernels.attention, []
+
+    def attends(*args: Any, **kwargs: Any) -> Any:
+        result = attend(*args, **kwargs)
+        kept.append(result * 2 if len(kept) % 3 else None)
+        return result
+
+    monkeypatch.setattr(kernels, "attention", attends)
+    with pytest.raises(NotRepeatingError, match="chunks of one length do different things"):
+        run._run(request, towers(run._parts), inference=True)
+
+
+def split_in(lengths: list[int]) -> tuple[Attention, tuple[torch.Tensor, ...]]:
+    attention = Attention(AllocationTrace(), lambda: attention)
+    return attention, attention.split(torch.arange(float(sum(lengths))), lengths, 0)
+
+
+def test_chunks_of_one_length_are_stood_for_by_the_first_and_the_last() -> None:
+    attention, chunks = split_in([2, 2, 2, 1, 2, 1, 3])
+    assert [chunk.tolist() for chunk in chunks] == [[0, 1], [6], [7, 8], [9], [10, 11, 12]]
+    for _ in chunks:
+        attention.begins()
+    assert attention.joined(chunks, 0).shape == (13,)
+
+
+def test_an_attention_of_other_calls_than_its_chunks_is_refused() -> None:
+    attention, chunks = split_in([2, 2, 2])
+    with pytest.raises(NotRepeatingError, match="joins something else"):
+        attention.joined(chunks, 0)
+    with pytest.raises(NotRepeatingError, match="not split alike"):
+        attention.split(torch.zeros(6), [3, 3], 0)
+    for _ in chunks:
+        attention.begins()
+    with pytest.raises(NotRepeatingError, match="attends more often"):
+        attention.begins()
+
+
+def test_an_attention_whose_chunks_are_joined_otherwise_is_refused() -> None:
+    chunks, module = Chunks(AllocationTrace), torch.nn.Identity()
+    module.register_forward_hook(lambda *_: chunks.attention.split(torch.zeros(6), [2, 2, 2], 0))
+    with chunks.shortened([module]), pytest.raises(NotRepeatingError, match="does not join its chunks"):
+        module(torch.zeros(6))
 
 
 @given(st.lists(st.sampled_from("ab"), min_size=3, max_size=40), st.sets(st.integers(0, 2)))

@@ -94,7 +94,8 @@ class DryRun:
     def _run(self, request: Request, shortened: list[Tower], *, inference: bool) -> AllocationTrace:
         trace = self._begin()
         self._stage.repeats = repeats = Repeats(shortened, self._recorder)
-        with _model_set_aside(), self._recorder:
+        attentions: list[Any] = [block.attn for block in self._parts.blocks] if shortened else []
+        with _model_set_aside(), self._recorder, self._recorder.chunks.shortened(attentions):
             if inference:
                 with repeats.shortened():
                     infer(self._parts, request, self.source, self._stage)

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_qvl.vram.forecast.engine import kernels
+from pytest_qvl.vram.forecast.engine.chunks import Chunks
 from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor, Layout, Storage
 from pytest_qvl.vram.forecast.engine.following import Following
 from pytest_qvl.vram.forecast.engine.shapes import Call, Plan, Plans, Returned
@@ -64,6 +65,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._following = Following(trace)
         self._workspaces: dict[tuple[str, bool], int] = {}
         self._plans = Plans()
+        self.chunks = Chunks(lambda: self.trace)
         self._functions = _PythonCalls(self)
         self._autocast_questions: list[Any] = []
 
@@ -265,9 +267,18 @@ class _PythonCalls(TorchFunctionMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._device = recorder.device
+        self._chunks = recorder.chunks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        attention = self._chunks.attention
+        if attention is not None:
+            if func is torch.split:
+                return attention.split(*args, **kwargs)
+            if func is torch.cat:
+                return attention.joined(*args, **kwargs)
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                attention.begins()
         if func is torch.nn.functional.scaled_dot_product_attention:
             return kernels.attention(self._device, *args, **kwargs)
         if func is torch.nn.functional.dropout:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor, Storage
-from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, OF_LIBRARIES, RELABEL
+from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, RELABEL, is_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -226,7 +226,7 @@ class _Writing:
         """
         for segment, events in segments:
             if segment is not None:
-                self._numbers[segment] = numbers = [event[1] for event in events if _is_own(event)]
+                self._numbers[segment] = numbers = [event[1] for event in events if is_own(event)]
                 self._made.update((number, (segment, nth)) for nth, number in enumerate(numbers))
         for segment, events in segments:
             if segment is not None and segment.layer in self._towers[segment.tower].stands_for:
@@ -271,7 +271,7 @@ class _Writing:
             code, number, size, kind = event
             made = self._made.get(number)
             if code == ALLOC:
-                if _is_own(event):
+                if is_own(event):
                     pattern.steps.append((code, 0, number, size, kind))
             elif code not in (FREE, RELABEL):
                 raise NotRepeatingError("a phase begins within a layer")
@@ -343,8 +343,3 @@ class _Pattern:
         if whose not in self.whose:
             self.whose.append(whose)
         return self.whose.index(whose)
-
-
-def _is_own(event: Event) -> bool:
-    """Whether it is an allocation of a layer rather than of a library, which makes one for all."""
-    return event[0] == ALLOC and event[3] != OF_LIBRARIES

@@ -48,14 +48,27 @@ _CACHE_EMPTIED = (_EMPTY_CACHE, -1, 0, 0)
 Event = tuple[int, int, int, int]
 
 
+def is_own(event: Event) -> bool:
+    """Whether it is an allocation of the model rather than of a library, which makes one for all of it."""
+    return event[0] == ALLOC and event[3] != OF_LIBRARIES
+
+
 class AllocationTrace:
-    """Events of one run; every allocation gets the next number, starting at 0."""
+    """Events of one run; every allocation gets the next number, starting at 0.
+
+    Attributes:
+        events: What happened, in order.
+        phases: Names of phases.
+        twins: Allocations of what did not run, each list freed with the allocation that stands for it; ``None`` while
+            what stands for others runs.
+    """
 
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.phases: list[str] = []
         self._allocations = 0
         self._closed = False
+        self.twins: dict[int, list[int]] | None = {}
 
     def alloc(self, size: int, kind: Kind) -> int:
         """Record an allocation of ``size`` bytes; returns its number."""
@@ -72,6 +85,8 @@ class AllocationTrace:
         """Record that allocation ``number`` was freed."""
         if not self._closed:
             self.events.append((FREE, number, 0, 0))
+            if self.twins:
+                self.events.extend((FREE, twin, 0, 0) for twin in self.twins.pop(number, ()))
 
     @property
     def allocations(self) -> int:
