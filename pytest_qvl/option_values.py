@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pytest_qvl.models.backends import check_usable
 from pytest_qvl.models.sources.model_source import check_adapter
-from pytest_qvl.outputs import check_replaceable
+from pytest_qvl.outputs import check_beside, check_replaceable
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
@@ -121,6 +121,7 @@ def parse_record(text: str, folder: Path) -> Path:
     path = folder / Path(text).expanduser()
     # As in `pytest --qvl-record tests/test_mine.py`, where the value was forgotten.
     check_replaceable(path, b'"pytest-qvl/record/', "record")
+    check_beside(path)
     return path.resolve()
 
 
@@ -130,6 +131,7 @@ def parse_page(text: str, folder: Path) -> Path:
 
     path = folder / Path(text).expanduser()
     check_page(path)
+    check_beside(path)
     return path.resolve()
 
 

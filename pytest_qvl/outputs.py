@@ -43,6 +43,26 @@ def check_replaceable(path: Path, mark: bytes, what: str) -> None:
         raise ValueError(f"{str(path)!r} is there and is no {what} of a run: name another file, or delete it first")
 
 
+def check_beside(path: Path) -> None:
+    """Refuse a file that could not be put in its place, before the work: a new one is written beside it.
+
+    Args:
+        path: What is to be written; it and its folder may not be there yet.
+
+    Raises:
+        ValueError: Its folder, or the part of the path that is there already, is a file or read-only.
+    """
+    there = path.absolute().parent
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{str(path)!r} cannot be written: {str(there)!r} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise ValueError(
+            f"{str(path)!r} cannot be written: the folder {str(there)!r} is read-only for this user; name another one"
+        )
+
+
 def check_file(option: str, path: Path) -> None:
     """Refuse a file that could not be written.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pytest_qvl.cli import main
-from pytest_qvl.outputs import check_file, check_folder, replace_file
+from pytest_qvl.outputs import check_beside, check_file, check_folder, replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -63,6 +63,16 @@ def test_what_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         check_file("--out", tmp_path / "x")
     with pytest.raises(ValueError, match="cannot be written to: it is read-only"):
         check_folder("--docs", tmp_path / "x")
+    with pytest.raises(ValueError, match=r"x' cannot be written: the folder '.*' is read-only for this user; name an"):
+        check_beside(tmp_path / "new" / "x")
+
+
+def test_a_file_below_a_file_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("")
+    check_beside(tmp_path / "there")
+    check_beside(tmp_path / "new" / "er" / "x")
+    with pytest.raises(ValueError, match=r"x' cannot be written: '.*/there' is not a folder"):
+        check_beside(tmp_path / "there" / "x")
 
 
 def test_a_pipe_is_not_replaced_by_a_file(tmp_path: Path) -> None:
