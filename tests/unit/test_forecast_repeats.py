@@ -36,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "loop, kept": {**KEPT, "trainer": "loop", "generate": 2},
     "all linears": {"lora_targets": "all-linear", "lora_dropout": 0.1, "optimizer": "adafactor"},
     "trl": {"trainer": "trl", "accumulation": 2, "evaluation": 2, "generate_in_training": 2},
+    "dora": {"use_dora": True},
     "reentrant": {"reentrant": True},
     "padded": {"samples": (Sample(((56, 56),), 30), Sample(((28, 56), (56, 84)), 20))},
     "several images, no flash attention": {"images": 3, "batch": 2, "capability": (7, 5), "compute_dtype": "float16"},

@@ -126,6 +126,18 @@ def test_dropout_keeps_a_mask_of_each_input() -> None:
     assert dropped > usual
 
 
+def test_dora_has_magnitudes_in_float32_and_for_a_moment_the_identity_of_the_widest_input(trainer: Forecaster) -> None:
+    """``get_lora_weight`` multiplies an identity matrix in the adapter's dtype: 1.4 GiB for a 7B model's MLP."""
+    usual, dora = trainer.forecast(SMALL, inference=False), made(replace(SMALL, use_dora=True))
+    config = trainer.source.config.get_text_config()
+    narrow = config.num_key_value_heads * config.hidden_size // config.num_attention_heads
+    outputs = 3 * config.hidden_size + 2 * narrow + 2 * config.intermediate_size
+    grown = dora.phase(phases.LOSS).by_kind["adapters"] - usual.phase(phases.LOSS).by_kind["adapters"]
+    assert 0 <= grown - 4 * outputs * config.num_hidden_layers < 512 * 7 * config.num_hidden_layers
+    forward = dora.phase(phases.FORWARD).peak_allocated - usual.phase(phases.FORWARD).peak_allocated
+    assert forward > 4 * config.intermediate_size**2
+
+
 def test_what_a_reentrant_checkpoint_recomputes_runs_as_on_the_card() -> None:
     """On a T4 the score matrix is there in backward as in forward; the CPU's attention has none."""
     kept = replace(SMALL, tokens=400, capability=(7, 5), precision="fp16", compute_dtype="float16")

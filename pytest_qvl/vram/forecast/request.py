@@ -34,7 +34,6 @@ LORA_TARGETS = ("language", "all-linear")
 _PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")  # what a regular expression has, and no module's name
 # What is known and not followed: field, value, why.
 _NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
-    ("use_dora", True, "DoRA unpacks each 4-bit weight for its norm, which the forecast does not follow; use False"),
     ("base_bits", 8, "the forecast does not follow the products of LLM.int8(); known are 4 and 16"),
     (
         "fused_loss",

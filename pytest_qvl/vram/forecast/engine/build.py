@@ -7,7 +7,7 @@ bitsandbytes' and torch's optimizers. Only the tensors in them have no data (see
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,8 @@ from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor
 from pytest_qvl.vram.forecast.engine.recorder import Recorder
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pytest_qvl.vram.forecast.request import Checkpoint, Optimizer, Request
 
 # ``get_state_buffer`` in ``bitsandbytes/optim/optimizer.py``: smaller states of a paged optimizer are not
@@ -38,6 +40,10 @@ _TORCH_OPTIMIZERS: dict[str, Any] = {
     "adamw_torch_fused": partial(torch.optim.AdamW, fused=True),
     "sgd": partial(torch.optim.SGD, lr=LEARNING_RATE, foreach=True),
 }
+
+
+# PEFT knows a packed weight by the name of its class alone.
+_NAMED = type("Params4bit", (), {})
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,7 @@ def _pack(
     # A Params4bit cannot hold a tensor subclass; its attributes are all that Linear4bit and PEFT read.
     weight: Any = nn.Parameter(data, requires_grad=False)
     weight.quant_state, weight.compress_statistics, weight.quant_type = state, nested, "nf4"
+    weight.poses_as = _NAMED
     return whole, weight
 
 
@@ -186,6 +193,7 @@ def asked_lora(parts: Parts, request: Request) -> Any:
         r=request.lora_r,
         lora_alpha=request.lora_r,
         lora_dropout=request.lora_dropout,
+        use_dora=request.use_dora,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(request.modules_to_save) or None,
         trainable_token_indices=list(range(request.trainable_tokens)) or None,
@@ -211,12 +219,36 @@ def attach_lora(model: Any, request: Request, recorder: Recorder, recipe: Recipe
     if recipe.lora is not None:
         # What the first values are does not change their size, and some ways to find them read the weights.
         config = replace(recipe.lora, inference_mode=False, init_lora_weights=True)
-    with recorder, recorder.labelled("adapters"), warnings.catch_warnings():
+    with recorder, recorder.labelled("adapters"), _copies_placed(recorder), warnings.catch_warnings():
         # PEFT 0.21 reads a property that Transformers 5.23 deprecates.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=recipe.adapter_in_float32)
         _drop_data(wrapped, recorder)
     return wrapped
+
+
+@contextmanager
+def _copies_placed(recorder: Recorder) -> Iterator[None]:
+    """DoRA copies each 4-bit layer to unpack it; copies of tensors without data are on no device unless placed."""
+    from peft.tuners.lora import dora
+
+    plain: Any = dora.deepcopy
+
+    def copied(layer: Any) -> Any:
+        copy = plain(layer)
+        weight = copy.weight
+        second = weight.quant_state.state2
+        tensors = [weight, weight.quant_state.absmax, weight.quant_state.offset, second and second.absmax, copy.bias]
+        for tensor in tensors:
+            if isinstance(tensor, DatalessTensor):
+                recorder.place(tensor)
+        return copy
+
+    dora.deepcopy = copied
+    try:
+        yield
+    finally:
+        dora.deepcopy = plain
 
 
 def _drop_data(model: nn.Module, recorder: Recorder) -> None:

@@ -87,6 +87,11 @@ class DatalessTensor(torch.Tensor):
         made.storage_ = storage
         return made  # type: ignore[no-any-return]
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What it says it is: of a packed weight, whose kind PEFT tells by the name of its class, ``poses_as``."""
+        return self.__dict__.get("poses_as", DatalessTensor)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, *_: Any) -> Any:
         raise RuntimeError(f"{func} was called on a tensor without data outside the recorder that follows it")

@@ -62,7 +62,7 @@ def _training(request: Request) -> str:
     where = "language linears" if targets == "language" else named
     autocast = f"{request.autocast_dtype} autocast" if request.autocast_dtype else "without autocast"
     options = [
-        f"LoRA r={request.lora_r} ({adapter}, {where})",
+        f"{'DoRA' if request.use_dora else 'LoRA'} r={request.lora_r} ({adapter}, {where})",
         TRAINERS[request.trainer],
         autocast,
         request.optimizer,

@@ -139,6 +139,8 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
     with _as_it_was(base), tempfile.TemporaryDirectory(prefix="qvl-trainer-") as folder:
         model = get_peft_model(base, asked_lora(anatomy(base), request))
         parts = anatomy(model)
+        if request.gradient_checkpointing and is_reentrant(request):
+            parts.base.enable_input_require_grads()  # Transformers 5 does it by itself, 4 trains nothing without
         hooks = _follow(parts, trained)
         watch = _Watch(request, parts, steps, trained)
         arguments = _arguments(request, folder, device, steps)
