@@ -124,7 +124,7 @@ def test_an_sft_config_is_known_by_its_own_settings(training_arguments: Any) -> 
         ({"packing": True}, "packing=True, which is not forecast: packed rows"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1, which is not forecast: its loss keeps"),
         ({"freeze_head": True}, "freeze_head=True, which is not forecast: it is no setting whose memory"),
-        ({"include_for_metrics": ["loss"]}, r"include_for_metrics=\['loss'\], which is not forecast"),
+        ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=\['inputs'\], which is not forecast"),
         ({"num_generations": 8}, "of a trainer with a reference or generations"),
         (
             {"gradient_checkpointing_kwargs": {"determinism_check": "none"}},
@@ -245,6 +245,21 @@ def test_what_a_lora_configuration_asks_for_and_no_forecast_follows_is_refused(
     file.write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], **changes}))
     with pytest.raises(ValueError, match=complaint):
         from_lora(str(tmp_path))
+
+
+def test_what_an_evaluation_keeps_is_read(training_arguments: Any) -> None:
+    """Whether there are metrics no training argument says."""
+    file = training_arguments(eval_strategy="steps", eval_accumulation_steps=4, eval_do_concat_batches=False)
+    asked = _ask(
+        "--from-trainer", file, "--compute-metrics", "--evaluation-batches", "9", "--preprocess-logits", "argmax"
+    )
+    request = asked.request
+    assert (request.evaluation, request.evaluation_batches, request.eval_accumulation_steps) == (8, 9, 4)
+    assert request.keeps_logits
+    assert not request.eval_do_concat_batches
+    assert not _ask(
+        "--from-trainer", training_arguments(eval_strategy="steps"), "--evaluation-batches", "9"
+    ).request.keeps_logits
 
 
 def test_reentrant_checkpointing_is_read_and_left_to_the_trainer_where_nobody_says(training_arguments: Any) -> None:

@@ -111,6 +111,7 @@ def most_live_bytes(trace: AllocationTrace) -> int:
         {"gradient_checkpointing": True, "samples": (Sample(((112, 112),), 60), Sample(((56, 56), (56, 84)), 30))},
         pytest.param({"reentrant": True, "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16-pure"}, marks=pytest.mark.slow),
+        pytest.param({"evaluation": 4, "evaluation_batches": 6, "compute_metrics": True}, marks=pytest.mark.slow),
         pytest.param({"use_dora": True, "lora_dropout": 0.1}, marks=pytest.mark.slow),
     ],
     ids=lambda changes: next(iter(changes)),

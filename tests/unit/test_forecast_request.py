@@ -58,6 +58,8 @@ def test_samples_take_the_place_of_one_size_for_all() -> None:
         ({"base_bits": 3}, "base_bits is 3: known are 4, 8, 16"),
         ({"base_bits": 8}, "base_bits is 8: the forecast does not follow the products of LLM.int8"),
         ({"base_bits": 16, "checkpoint": "nf4"}, "one saved in NF4 has 4 bits"),
+        ({"compute_metrics": True}, "compute_metrics is True and evaluation is 0"),
+        ({"preprocess_logits": "topk"}, "preprocess_logits is 'topk': known are , argmax"),
         ({"fused_loss": True}, "fused_loss is True: the forecast does not follow Liger"),
         ({"samples": (Sample(((0, 28),), 9),)}, "image 0x28 has no pixels"),
         ({"samples": (Sample(((28, 28),), 3),)}, "tokens is 3"),

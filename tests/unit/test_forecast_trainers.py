@@ -163,6 +163,25 @@ def test_evaluation_and_generation_find_the_states_of_the_training() -> None:
     assert generated.by_kind["cache"] > evaluated.by_kind["cache"] == 0
 
 
+def test_an_evaluation_with_metrics_keeps_every_batchs_logits(trainer: Forecaster) -> None:
+    """Of eight batches seven are kept when the last one's come; then all eight are copied together."""
+    metrics = replace(SMALL, evaluation=2, evaluation_batches=8, compute_metrics=True)
+
+    def logits(**changes: Any) -> int:
+        found = trainer.forecast(replace(metrics, **changes), inference=False, timeline=False)
+        return found.phase(phases.EVALUATION).by_kind["logits"]
+
+    sequence = trainer.forecast(SMALL, inference=False, timeline=False).sequence
+    batch = 4 * 2 * sequence * trainer.source.config.get_text_config().vocab_size
+    assert 16 * batch <= logits() <= 17 * batch
+    assert logits(eval_do_concat_batches=False) < 11 * batch
+    assert logits(eval_accumulation_steps=2) <= 5 * batch
+    lone = logits(compute_metrics=False)
+    assert logits(batch_eval_metrics=True) <= lone + 2 * batch
+    assert logits(preprocess_logits="argmax") <= lone + 2 * batch
+    assert logits(prediction_loss_only=True) == lone
+
+
 def test_samples_are_begun_anew_for_a_larger_batch() -> None:
     one, other = Sample(((112, 112),), 40), Sample((), 20)
     assert Request(samples=(one, other)).of_batch(3).samples == (one, other, one)

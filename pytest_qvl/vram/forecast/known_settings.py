@@ -25,6 +25,7 @@ TAKEN = _names(
     """
     per_device_train_batch_size gradient_accumulation_steps optim gradient_checkpointing gradient_checkpointing_kwargs
     bf16 fp16 eval_strategy evaluation_strategy per_device_eval_batch_size use_liger_kernel liger_kernel_config
+    eval_accumulation_steps eval_do_concat_batches batch_eval_metrics prediction_loss_only
     fsdp_config packing_strategy torch_compile_backend torch_compile_mode dataset_text_field
     """
 )
@@ -37,7 +38,7 @@ NEUTRAL = _names(
     num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed data_seed tf32 average_tokens_across_devices
     eval_steps eval_delay do_train do_eval do_predict load_best_model_at_end metric_for_best_model greater_is_better
-    prediction_loss_only eval_do_concat_batches eval_accumulation_steps eval_use_gather_object
+    eval_use_gather_object
     save_strategy save_steps save_total_limit save_safetensors save_only_model save_on_each_node enable_jit_checkpoint
     ignore_data_skip restore_callback_states_from_checkpoint push_to_hub push_to_hub_model_id
     push_to_hub_organization push_to_hub_token hub_token hub_private_repo hub_model_id hub_strategy hub_always_push
@@ -76,9 +77,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "full_determinism": ((), "deterministic kernels have other workspaces"),
     "debug": ((), "its hooks make copies of every activation"),
     "eval_on_start": ((), "it evaluates without optimizer states; leave it out and name eval_strategy"),
-    "batch_eval_metrics": ((), "metrics of an evaluation are not followed"),
-    "include_for_metrics": ((), "metrics of an evaluation are not followed"),
-    "include_inputs_for_metrics": ((), "metrics of an evaluation are not followed"),
+    "include_for_metrics": ((["loss"],), "inputs that metrics keep are not followed"),
+    "include_inputs_for_metrics": ((), "inputs that metrics keep are not followed"),
     "resume_from_checkpoint": (
         (),
         "the states that resuming loads are not followed; leave it out for the steps after it",

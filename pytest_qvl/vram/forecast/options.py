@@ -15,6 +15,7 @@ from pytest_qvl.vram.forecast.request import (
     LORA_TARGETS,
     OPTIMIZERS,
     PRECISIONS,
+    PREPROCESS_LOGITS,
     TRAINERS,
     Sample,
     is_pattern,
@@ -25,6 +26,7 @@ OPEN = ("trainer", "precision", "accumulation", "gradient_checkpointing", "lora_
 _FIELDS = (
     *("model", "images", "batch", "tokens", "generate", "lora_r", "optimizer", "gradient_checkpointing"),
     *("reentrant", "kbit_upcast", "vision_hook", "checkpoint", "trainer", "precision", "accumulation", "evaluation"),
+    *("evaluation_batches", "compute_metrics", "preprocess_logits", "eval_accumulation_steps", "batch_eval_metrics"),
     *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "fused_loss"),
 )
 _Group = argparse._ArgumentGroup
@@ -98,6 +100,31 @@ def _add_how(group: _Group) -> None:
     group.add_argument("--accumulation", type=int, default=unsaid, metavar="N", help="batches per update (default: 1)")
     group.add_argument(
         "--evaluation", type=int, default=unsaid, metavar="N", help="samples per batch of an evaluation (default: none)"
+    )
+    group.add_argument(
+        "--evaluation-batches", type=int, default=unsaid, metavar="N", help="batches of that evaluation (default: 1)"
+    )
+    group.add_argument(
+        "--compute-metrics",
+        action=switch,
+        default=unsaid,
+        help="whether the trainer has compute_metrics, so that an evaluation keeps its logits (default: no)",
+    )
+    group.add_argument(
+        "--preprocess-logits",
+        choices=[name for name in PREPROCESS_LOGITS if name],
+        default=unsaid,
+        help="what preprocess_logits_for_metrics leaves of logits (default: all of them)",
+    )
+    group.add_argument(
+        "--eval-accumulation-steps",
+        type=int,
+        default=unsaid,
+        metavar="N",
+        help="batches after which what an evaluation keeps goes to the host (default: after all)",
+    )
+    group.add_argument(
+        "--batch-eval-metrics", action=switch, default=unsaid, help="metrics batch by batch (default: no)"
     )
     group.add_argument(
         "--lora-r", type=int, default=unsaid, metavar="R", help="LoRA rank (default: 16); 0: inference only"

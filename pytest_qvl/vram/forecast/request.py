@@ -23,9 +23,11 @@ Dtype = Literal["bfloat16", "float16"]
 Checkpoint = Literal["16bit", "nf4", "synthetic"]
 Trainer = Literal["hf", "trl", "unsloth", "loop"]
 Precision = Literal["bf16", "fp16", "bf16-pure", "fp16-pure"]
+PreprocessLogits = Literal["", "argmax"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 CHECKPOINTS: tuple[Checkpoint, ...] = get_args(Checkpoint)
+PREPROCESS_LOGITS: tuple[PreprocessLogits, ...] = get_args(PreprocessLogits)
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BASE_BITS = (4, 8, 16)
@@ -126,6 +128,15 @@ class Request:
             ``compute_dtype`` by a trainer; by a loop only after the fp32 upcast and for float16.
         accumulation: Batches per update (``gradient_accumulation_steps``).
         evaluation: Samples per batch of an evaluation between two steps; 0 for none.
+        evaluation_batches: Batches of that evaluation.
+        compute_metrics: Whether the trainer has ``compute_metrics``, so that an evaluation keeps the logits of every
+            batch on the device. What the function itself computes on the device is not followed.
+        preprocess_logits: What ``preprocess_logits_for_metrics`` leaves of them: ``"argmax"`` the likeliest token;
+            empty for no such function.
+        eval_accumulation_steps: Batches after which what is kept goes to the host; 0 for after all.
+        eval_do_concat_batches: Whether what is kept is one tensor, made anew with every batch.
+        batch_eval_metrics: Whether metrics are computed batch by batch, and nothing is kept.
+        prediction_loss_only: Whether an evaluation hands on its loss alone, whatever ``compute_metrics`` says.
         generate_in_training: New tokens to generate between two steps, for as many samples as an evaluation has, or
             for one; 0 for none.
         lora_targets: ``"language"`` for every language linear, ``"all-linear"`` for PEFT's target of that name (the
@@ -173,6 +184,13 @@ class Request:
     fused_loss: bool = False
     lora_options: tuple[tuple[str, Any], ...] = ()
     reentrant: bool | None = None
+    evaluation_batches: int = 1
+    compute_metrics: bool = False
+    preprocess_logits: PreprocessLogits = ""
+    eval_accumulation_steps: int = 0
+    eval_do_concat_batches: bool = True
+    batch_eval_metrics: bool = False
+    prediction_loss_only: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that describe no run, and runs that the forecast does not follow.
@@ -181,8 +199,9 @@ class Request:
             ValueError: Names the field, what it was and what it may be.
         """
         self._check_samples()
-        least_of = {"images": 1, "batch": 1, "accumulation": 1}
-        for name in (*least_of, "lora_r", "generate", "evaluation", "generate_in_training", "trainable_tokens"):
+        least_of = {"images": 1, "batch": 1, "accumulation": 1, "evaluation_batches": 1}
+        others = ("lora_r", "generate", "evaluation", "generate_in_training", "trainable_tokens")
+        for name in (*least_of, *others, "eval_accumulation_steps"):
             value, least = getattr(self, name), least_of.get(name, 0)
             if value < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")
@@ -194,6 +213,7 @@ class Request:
             "trainer": TRAINERS,
             "precision": (None, *PRECISIONS),
             "base_bits": BASE_BITS,
+            "preprocess_logits": PREPROCESS_LOGITS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -244,6 +264,8 @@ class Request:
                 "trainer is 'trl' and autocasts to float16: SFTTrainer keeps the adapter of a quantized model in "
                 "bfloat16, whose gradients torch's GradScaler cannot unscale; use precision='bf16'"
             )
+        if self.compute_metrics and not self.evaluation:
+            raise ValueError("compute_metrics is True and evaluation is 0: say how many samples a batch of it has")
         if self.trainer == "unsloth":
             raise ValueError(
                 "trainer is 'unsloth': the forecast follows Transformers' and PEFT's own code, which Unsloth replaces "
@@ -282,6 +304,11 @@ class Request:
         """Whether the loss is scaled, as float16 gradients need it."""
         pure_loop = self.trainer == "loop" and self.precision is None and self.compute_dtype == "float16"
         return self.autocast_dtype == "float16" or pure_loop
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether an evaluation hands its logits on."""
+        return self.compute_metrics and not self.prediction_loss_only
 
     @property
     def keeps_vision_hook(self) -> bool:

@@ -63,6 +63,10 @@ def from_trainer(where: str) -> dict[str, Any]:
     }
     if _plain(settings.get("eval_strategy") or settings.get("evaluation_strategy") or "no") != "no":
         found["evaluation"] = settings.get("per_device_eval_batch_size", 8)
+        found["eval_accumulation_steps"] = settings.get("eval_accumulation_steps") or 0
+        found["eval_do_concat_batches"] = settings.get("eval_do_concat_batches", True)
+        found["batch_eval_metrics"] = bool(settings.get("batch_eval_metrics"))
+        found["prediction_loss_only"] = bool(settings.get("prediction_loss_only"))
     if recomputation is not None:
         found["reentrant"] = bool(recomputation["use_reentrant"])
     if settings.get("use_liger_kernel"):

@@ -66,6 +66,17 @@ class Loop:
             loss: torch.Tensor = self.parts.wrapped(**batch).loss
         return loss
 
+    def loss_and_logits(self, batch: dict[str, Any]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The loss of one batch, and all else that the model returns (``Trainer.prediction_step``)."""
+        outputs = self.outputs(**batch)
+        ignored = {"loss", *getattr(self.parts.wrapped.config, "keys_to_ignore_at_inference", ["past_key_values"])}
+        return outputs["loss"], tuple(tensor.detach() for name, tensor in outputs.items() if name not in ignored)
+
+    def outputs(self, **batch: Any) -> Any:
+        """What the model returns."""
+        with self.autocast():
+            return self.parts.wrapped(**batch)
+
 
 class HuggingFace(Loop):
     """Transformers' ``Trainer`` on Accelerate."""
@@ -122,6 +133,19 @@ class TRL(HuggingFace):
         outputs["entropy"].detach().sum()
         outputs["is_top1"].sum()
         return loss
+
+    def loss_and_logits(self, batch: dict[str, Any]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The loss, and logits from a second forward with the model's own head (``SFTTrainer.prediction_step``)."""
+        loss = self.loss(batch)
+        fused, base = self.parts.base.forward, self.parts.base
+        del base.forward
+        try:
+            outputs = self.outputs(
+                **{name: value for name, value in batch.items() if name != "labels"}, use_cache=False
+            )
+        finally:
+            base.forward = fused
+        return loss, (outputs["logits"],)
 
 
 TRAINERS: dict[str, type[Loop]] = {"loop": Loop, "hf": HuggingFace, "trl": TRL}

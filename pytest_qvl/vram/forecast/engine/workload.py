@@ -22,6 +22,7 @@ from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.renamed import enable_checkpointing
 from pytest_qvl.samples.batch import IGNORED
 from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine.evaluation import Evaluation
 from pytest_qvl.vram.forecast.engine.trainers import TRAINERS, Loop, Steps, autocast
 
 if TYPE_CHECKING:
@@ -209,11 +210,13 @@ def with_labels(batch: dict[str, Any], request: Request) -> dict[str, Any]:
 
 
 def _evaluate(trainer: Loop, request: Request, source: Source) -> None:
-    """The loss of a batch as ``Trainer.evaluate`` computes it without ``compute_metrics``, which would keep logits."""
-    batch = with_labels(model_inputs(trainer.parts, request, source, trainer.stage), request)
+    """What ``Trainer.evaluate`` does, on batches of ``request``."""
+
+    def draw() -> dict[str, Any]:
+        return with_labels(model_inputs(trainer.parts, request, source, trainer.stage), request)
+
     trainer.enter = lambda _: None
-    with torch.no_grad():
-        trainer.loss(batch)
+    Evaluation(trainer, request, draw).run()
 
 
 def _two_steps(step: Steps, parts: Parts, stage: Stage) -> None:

@@ -152,6 +152,11 @@ def name_of(request: Request) -> str:
     words += [f"saves {'+'.join(request.modules_to_save)}"] if request.modules_to_save else []
     words += [f"dropout{request.lora_dropout}"] if request.lora_dropout else []
     words += [f"evaluates{request.evaluation}"] if request.evaluation else []
+    words += [f"metrics{request.evaluation_batches}"] if request.keeps_logits else []
+    words += [request.preprocess_logits] if request.preprocess_logits else []
+    words += [f"host{request.eval_accumulation_steps}"] if request.eval_accumulation_steps else []
+    words += ["dora"] if request.use_dora else []
+    words += ["reentrant"] if request.reentrant else []
     words += ["upcast"] if request.kbit_upcast else []
     words += ["unhooked"] if request.gradient_checkpointing and request.vision_hook is False else []
     return " ".join(words)

@@ -187,7 +187,15 @@ def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[s
     dtype = request.autocast_dtype
     evaluates: dict[str, Any] = {}
     if request.evaluation:
-        evaluates = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": request.evaluation}
+        evaluates = {
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "per_device_eval_batch_size": request.evaluation,
+            "eval_accumulation_steps": request.eval_accumulation_steps or None,
+            "eval_do_concat_batches": request.eval_do_concat_batches,
+            "batch_eval_metrics": request.batch_eval_metrics,
+            "prediction_loss_only": request.prediction_loss_only,
+        }
     return {
         "output_dir": folder,
         "per_device_train_batch_size": len(request.batch_of_samples),
@@ -207,6 +215,18 @@ def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[s
         "use_cpu": device == "cpu",
         **evaluates,
     }
+
+
+def _metrics(request: Request) -> dict[str, Any]:
+    """What a user gives for metrics; they get nothing."""
+    found: dict[str, Any] = {}
+    if request.compute_metrics:
+        found["compute_metrics"] = lambda _, compute_result=True: {"none": float(compute_result)}
+    if request.preprocess_logits == "argmax":
+        found["preprocess_logits_for_metrics"] = lambda logits, _: (
+            logits[0] if isinstance(logits, tuple) else logits
+        ).argmax(dim=-1)
+    return found
 
 
 def _collator(model: Any, request: Request, source: Source) -> Any:
@@ -230,7 +250,8 @@ def _hf_trainer(model: Any, request: Request, source: Source, arguments: dict[st
         model=model,
         args=TrainingArguments(**arguments),
         train_dataset=Rows(_rows(arguments)),
-        eval_dataset=Rows(request.evaluation) if request.evaluation else None,
+        eval_dataset=Rows(request.evaluation * request.evaluation_batches) if request.evaluation else None,
+        **_metrics(request),
         data_collator=_collator(model, request, source),
         callbacks=[watch],
     )
@@ -247,7 +268,8 @@ def _sft_trainer(model: Any, request: Request, source: Source, arguments: dict[s
         model=model,
         args=SFTConfig(**arguments, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}),
         train_dataset=rows(_rows(arguments)),
-        eval_dataset=rows(request.evaluation) if request.evaluation else None,
+        eval_dataset=rows(request.evaluation * request.evaluation_batches) if request.evaluation else None,
+        **_metrics(request),
         data_collator=_collator(model, request, source),
         processing_class=_processor(request.model),
         callbacks=[watch],
