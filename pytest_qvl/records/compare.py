@@ -14,6 +14,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.evidence import show
+from pytest_qvl.promises import promise_number
 from pytest_qvl.records.flips import LEVEL, flips, right_answers, sign_test
 from pytest_qvl.records.stored import RecordError, subject, targets, told, verdicts
 
@@ -151,7 +152,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
         for problem in new["problems"]
         if problem not in old["problems"]
     ]
-    changes.sort(key=lambda change: list(KINDS).index(change.kind))
+    changes.sort(key=_order)
     both = before.keys() & after.keys()
     # A verdict on the session, which has no target, is no check of a model that both have judged.
     if not both or (len(renamed) > 1 and not any(target for target, *_ in both)):
@@ -159,6 +160,11 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Comparison:
     return Comparison(
         tuple(changes), tuple(differences(old, new, renamed)), len(both), tuple(_left_out(old, new, renamed))
     )
+
+
+def _order(change: Change) -> tuple[int, float]:
+    """Worst first; of one kind, first the promise that others build on: where features land before what layers make."""
+    return list(KINDS).index(change.kind), promise_number(change.check) or math.inf
 
 
 def matching_targets(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -174,6 +175,8 @@ def _inputs(case: Case) -> dict[str, Callable[[], Any]]:
         "qvl_image_samples": lambda: case.probes,
         "qvl_reference": lambda: case.reference,
         "qvl_batch": lambda: case.batch,
+        "qvl_dataset": lambda: case.rows,
+        "qvl_collator": lambda: partial(case.batch, padding_side="right", answers=True),
         "qvl_adapter": lambda: case.adapter_folder,
         "qvl_optimizer": lambda: case.optimizer,
         "qvl_make_optimizer": lambda: case.make_optimizer,

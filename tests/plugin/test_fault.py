@@ -96,3 +96,9 @@ def test_a_fault_is_made_on_the_model_and_device_asked_for(pytester, arguments, 
 def test_a_fault_in_a_batch_reaches_the_training_checks(run_fault):
     result = run_fault("pixels-require-grad", "vision_not_backpropagated and plain")
     result.stdout.fnmatch_lines(["qvl: vision_not_backpropagated must catch it, and caught it*"])
+
+
+@pytest.mark.parametrize("fault", ["data-answers-truncated", pytest.param("data-user-learned", marks=pytest.mark.slow)])
+def test_a_fault_in_a_collator_reaches_the_check_of_the_data(run_fault, fault):
+    result = run_fault(fault, "test_batch")
+    result.stdout.fnmatch_lines(["qvl: batch must catch it, and caught it; so did no other check"])

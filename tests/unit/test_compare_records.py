@@ -60,6 +60,12 @@ def test_the_check_that_broke_is_named_and_no_other(record, check):
     assert kinds(broken(record, check), broken(record, check)) == []
 
 
+def test_the_promise_that_others_build_on_comes_first(record):
+    changed = broken(broken(broken(record, "layer_arithmetic"), "feature_scatter"), "greedy_is_argmax")
+    broke = ["feature_scatter", "greedy_is_argmax", "layer_arithmetic"]
+    assert [check for _, check, _ in kinds(record, changed)] == broke
+
+
 def test_a_verdict_that_got_lost_is_a_regression(record):
     lost, gone, error = (deepcopy(record) for _ in range(3))
     one = entry(lost, "causality")
