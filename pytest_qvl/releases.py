@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 THIS = "pytest-qvl"
+PAGE = "docs/releases.md"
 STACK = ("transformers", "peft", "bitsandbytes", "torch", "accelerate")
-_TITLES = {"transformers": "Transformers", "peft": "PEFT"}
+_TITLES = {"transformers": "Transformers", "peft": "PEFT", "trl": "TRL"}
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,10 @@ class Defect:
         package: Its name in the package index.
         versions: The broken releases, as a specifier (``">=5.2,<5.4"``).
         what: What goes wrong, in a few words.
-        fixed_in: The first release without it.
+        fixed_in: The first release without it; empty where there is none yet.
         thread: Where it was reported.
         checks: The checks that it breaks.
+        met: What has to be used to meet it; empty where every session does that uses a model.
     """
 
     package: str
@@ -36,6 +38,7 @@ class Defect:
     fixed_in: str
     thread: str
     checks: tuple[str, ...]
+    met: str = ""
 
 
 # Run at both ends: the last broken release turns these checks red, the first one without the defect does not.
@@ -64,25 +67,82 @@ DEFECTS = (
         "https://github.com/huggingface/transformers/issues/45325",
         ("mrope_positions", "decode_positions"),
     ),
+    Defect(
+        "transformers",
+        ">=4.52,<4.56",
+        "the loss cuts its logits by the old size, and crashes",
+        "4.56.0",
+        "https://github.com/huggingface/transformers/pull/40130",
+        ("loss_arithmetic",),
+        "a resized vocabulary",
+    ),
+    Defect(
+        "transformers",
+        ">=4.52,<4.56",
+        "num_items_in_batch does not reach the loss, so that it grows with the number of micro-batches",
+        "4.56.0",
+        "https://github.com/huggingface/transformers/pull/40333",
+        ("loss_arithmetic",),
+        "a Trainer that accumulates gradients",
+    ),
+    Defect(
+        "transformers",
+        ">=5.2,<5.5.4",
+        "Accelerate divides by gradient_accumulation_steps a second time, so that gradients are too small",
+        "5.5.4",
+        "https://github.com/huggingface/transformers/issues/45305",
+        ("loss_arithmetic",),
+        "a Trainer that accumulates gradients",
+    ),
+    Defect(
+        "transformers",
+        ">=5.0",
+        "entries are matched from the start of a module's name, so that visual keeps nothing in 16 bits, silently",
+        "",
+        "https://github.com/huggingface/transformers/pull/42455",
+        ("quantization_census",),
+        "llm_int8_skip_modules",
+    ),
 )
 
 
 def known_defects(check: str | None = None) -> list[str]:
-    """One sentence per known defect of what is installed; with a name, of those only that break this check."""
+    """A sentence for each known defect of what is installed: what every session meets, or what breaks a check."""
     return [
-        f"{_title(defect.package)} {version} has this defect: {defect.what}; "
-        f"fixed in {_mended(defect)}: {defect.thread}"
-        for defect in DEFECTS
-        if (check is None or check in defect.checks)
-        and (version := installed(defect.package)) is not None
-        and _within(version, defect.versions)
+        f"{_title(defect.package)} {version} has this defect: {defect.what}{f' ({defect.met})' if defect.met else ''}; "
+        f"{_mended(defect)}: {defect.thread}"
+        for defect, version in _installed_defects()
+        if (check in defect.checks if check else not defect.met)
     ]
 
 
+def defects_where_met() -> list[str]:
+    """One line per installed package of what goes wrong in it where certain things are used."""
+    lines: dict[str, list[str]] = {}
+    for defect, version in _installed_defects():
+        if defect.met:
+            lines.setdefault(f"{_title(defect.package)} {version}", []).append(f"{defect.met}: {defect.what}")
+    return [f"{name}, known to go wrong with {'; with '.join(found)} ({PAGE})" for name, found in lines.items()]
+
+
+def _installed_defects() -> Iterator[tuple[Defect, str]]:
+    for defect in DEFECTS:
+        version = installed(defect.package)
+        if version is not None and _within(version, defect.versions):
+            yield defect, version
+
+
 def _mended(defect: Defect) -> str:
-    """The release without this defect, and the first one without any, where that is a later one."""
+    """The release without this defect, and the first one without any that every session meets, where that is later."""
+    if not defect.fixed_in:
+        return "no release has it fixed yet"
+    return f"fixed in {_first_sound(defect)}"
+
+
+def _first_sound(defect: Defect) -> str:
     sound = defect.fixed_in
-    while others := [d.fixed_in for d in DEFECTS if d.package == defect.package and _within(sound, d.versions)]:
+    always = [d for d in DEFECTS if d.package == defect.package and not d.met]
+    while others := [d.fixed_in for d in always if _within(sound, d.versions)]:
         sound = others[0]
     return sound if sound == defect.fixed_in else f"{defect.fixed_in} (take {sound}: until then there is another)"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qvl.releases import known_defects, out_of_range, stack
+from pytest_qvl.releases import defects_where_met, known_defects, out_of_range, stack
 from pytest_qvl.session.refusals import CollectionRefusal
 from pytest_qvl.session.suite_collection import is_shipped
 from pytest_qvl.session.targets import target_of
@@ -31,5 +31,5 @@ class Installed(CollectionRefusal):
         """Versions, and a line for each known defect."""
         if not self.concerns(items) or config.option.collectonly:
             return []
-        versions = [stack()] if config.get_verbosity() >= 0 else []
-        return [f"qvl: {line}" for line in (*versions, *known_defects())]
+        said = [stack(), *defects_where_met()] if config.get_verbosity() >= 0 else []
+        return [f"qvl: {line}" for line in (*said, *known_defects())]

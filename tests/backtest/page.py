@@ -1,0 +1,86 @@
+"""docs/backtest.md, made of the pairs, the shipped defects and the record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tests.backtest.pairs import OUTSIDE, PAIRS, UNSEEN, Pair
+from tests.backtest.record import Record, defect_of, flagged, green, outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+HEAD = """# Backtest on history
+
+Releases of Transformers, PEFT, bitsandbytes, TRL and Unsloth that had a real bug, each beside one that does not, from the package
+index: the named check has to flag the one, in words that point at the cause and with the release that fixes it, and to pass on
+the other. {pairs} pairs of {bugs} bugs: **{flagged} of {pairs} bad releases flagged, {green} of {pairs} good ones green**.
+
+```console
+pip install uv
+python -m tests.backtest --index https://download.pytorch.org/whl/cpu
+```
+
+from the repository's root makes each environment with uv (a base once, releases laid over it, deleted afterwards), runs the cases on
+the CPU in float32 on the embedded model or a small random one of the family (`tests/backtest/scenarios.py`), and writes
+`docs/records/backtest.json` and this page. It ends with 1 where a pair is not as it should be. `--only TEXT` runs some of them.
+CI runs it every night. What is known of the bugs is data of the package, which every session that uses a model
+looks up for what is installed ([known defects](releases.md#known-defects)).
+
+Several releases of one bug, and the same bug in the classes of two families, are pairs of their own: each was run. The release that a
+range of versions says to be fine is the first one without the bug that was released; "good" is the one that was run.
+
+"""
+
+
+def page(record: Record) -> str:
+    """The whole page."""
+    bugs = {pair.thread for pair in PAIRS}
+    counts = {
+        "pairs": len(PAIRS),
+        "bugs": len(bugs),
+        "flagged": sum(flagged(pair, record) for pair in PAIRS),
+        "green": sum(green(pair, record) for pair in PAIRS),
+    }
+    parts = [HEAD.format(**counts), *_table(record), *_unseen(), *_outside()]
+    return "".join(parts).rstrip("\n") + "\n"
+
+
+def _table(record: Record) -> Iterable[str]:
+    yield "## Pairs\n\n"
+    yield "| bug | bad | flagged by | in these words | good |\n| --- | --- | --- | --- | --- |\n"
+    for pair in PAIRS:
+        yield _row(pair, record)
+    yield "\n"
+
+
+def _row(pair: Pair, record: Record) -> str:
+    defect = defect_of(pair)
+    what = f"{defect.met}: {defect.what}" if defect.met else defect.what
+    beside = f" with {', '.join(each.replace('==', ' ') for each in pair.beside)}" if pair.beside else ""
+    family = next((f" ({label})" for end, label in FAMILIES.items() if pair.scenario.endswith(end)), "")
+    bad = (
+        f"`{pair.check}`"
+        if flagged(pair, record)
+        else f"**{outcome(pair, pair.bad, record).get('verdict', 'not run')}**"
+    )
+    good = "green" if green(pair, record) else f"**{outcome(pair, pair.good, record).get('verdict', 'not run')}**"
+    return (
+        f"| [{what}]({defect.thread}){family} | {pair.package} {pair.bad}{beside} | {bad} | {pair.words} "
+        f"| {pair.good}: {good} |\n"
+    )
+
+
+FAMILIES = {"_qwen2": "Qwen2-VL", "_qwen3": "Qwen3-VL"}
+
+
+def _unseen() -> Iterable[str]:
+    yield "## Bugs that no check sees\n\nFound on the way, each in releases that were looked at; they count nowhere above.\n\n"
+    yield "| bug | releases | why |\n| --- | --- | --- |\n"
+    yield from (f"| {each.what} | {each.releases} | {each.why} |\n" for each in UNSEEN)
+    yield "\n"
+
+
+def _outside() -> Iterable[str]:
+    yield "## Bugs that cannot be shown here\n\nNot counted either.\n\n| bug | releases | why |\n| --- | --- | --- |\n"
+    yield from (f"| {each.what} | {each.releases} | {each.why} |\n" for each in OUTSIDE)

@@ -1,0 +1,195 @@
+"""The pairs: a release with a real bug beside one without, and the check that has to tell them apart.
+
+Plain data; the bugs themselves (what, where reported, fixed in) are :data:`pytest_qvl.releases.DEFECTS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# What every environment starts from; a release is laid over it. The index has CUDA builds of a later torch.
+BASES = {
+    "models": (
+        *("torch==2.13.0", "transformers==5.17.0", "peft==0.21.2", "bitsandbytes==0.50.2", "accelerate==1.15.0"),
+        *("pillow", "nvidia-ml-py", "pytest", "jinja2"),
+    ),
+    "collators": (
+        *("torch==2.13.0", "torchvision==0.28.0", "transformers==5.17.0", "peft==0.21.2", "bitsandbytes==0.50.2"),
+        *("unsloth_zoo==2026.10.9", "trl==1.15.0", "nvidia-ml-py", "pytest", "jinja2"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One bug, in one release and gone from another.
+
+    Attributes:
+        scenario: Function of :mod:`scenarios` that builds the case and calls the check.
+        check: The check that has to say so.
+        package: Of the two releases, on the package index.
+        bad: A release that has the bug.
+        good: One that does not.
+        words: Of the check's message on the bad one, pointing at the cause.
+        thread: Where the bug was reported; that of its entry in ``DEFECTS``.
+        beside: Further requirements of both.
+        base: A name of :data:`BASES`.
+    """
+
+    scenario: str
+    check: str
+    package: str
+    bad: str
+    good: str
+    words: str
+    thread: str
+    beside: tuple[str, ...] = ()
+    base: str = "models"
+
+    @property
+    def name(self) -> str:
+        """Unique, for the command line and the record."""
+        return f"{self.scenario}-{self.package}-{self.bad}"
+
+    def environment(self, release: str) -> Environment:
+        """That of one of the two."""
+        own = (f"{self.package}=={release}", *(_needs(release) if self.package == "transformers" else ()))
+        return Environment(self.base, tuple(sorted({*own, *self.beside})))
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A base with some releases laid over it."""
+
+    base: str
+    over: tuple[str, ...] = field(default=())
+
+
+def _needs(release: str) -> tuple[str, ...]:
+    """What an older Transformers needs in older releases than the base has."""
+    major, minor = (int(part) for part in release.split(".")[:2])
+    if major == 4:
+        return ("huggingface_hub<1", "tokenizers<0.22" if minor < 56 else "tokenizers<0.23")
+    return ("tokenizers<0.23",) if minor < 10 else ()
+
+
+_TF = "https://github.com/huggingface/transformers/"
+
+
+def _pairs(scenario: str, check: str, package: str, bad: str, good: str, **fields: Any) -> tuple[Pair, ...]:
+    """One for each bad release."""
+    return tuple(Pair(scenario, check, package, each, good, **fields) for each in bad.split())
+
+
+def _transformers(scenario: str, check: str, bad: str, good: str, words: str, thread: str) -> tuple[Pair, ...]:
+    where = thread if thread.startswith("https:") else _TF + thread
+    return _pairs(scenario, check, "transformers", bad, good, words=words, thread=where)
+
+
+_DECODED = ("padding tokens on the left): t is 12, should be 23", "issues/41180")
+_LEFT_BEHIND = ("forward on text only after generate() on images crashed", "issues/44873")
+_DIVIDED = ("its accelerator divides by 3 once more", "issues/45305")
+
+PAIRS: tuple[Pair, ...] = (
+    *_transformers("decode_left_padded", "decode_positions", "4.54.1 4.55.4 4.56.2", "4.57.6", *_DECODED),
+    *_transformers("decode_left_padded_qwen2", "decode_positions", "4.56.2", "4.57.6", *_DECODED),
+    *_transformers(
+        "resized_vocabulary",
+        "loss_arithmetic",
+        "4.55.4",
+        "4.57.6",
+        "is invalid for input of size",
+        "pull/40130",
+    ),
+    *_transformers("loss", "loss_arithmetic", "4.55.4", "4.57.6", "given num_items_in_batch", "pull/40333"),
+    *_transformers("text_after_images", "position_state", "5.2.0 5.3.0", "5.4.0", *_LEFT_BEHIND),
+    *_transformers("text_after_images_qwen2", "position_state", "5.3.0", "5.4.0", *_LEFT_BEHIND),
+    *_transformers("text_after_images_qwen3", "position_state", "5.3.0", "5.4.0", *_LEFT_BEHIND),
+    *_transformers(
+        "positions",
+        "mrope_positions",
+        "5.3.0 5.4.0 5.5.0",
+        "5.5.4",
+        "(image 0, visual token 0): t is 8, should be 4",
+        "issues/45325",
+    ),
+    *_transformers("trainer_accumulates_qwen2", "loss_arithmetic", "5.3.0 5.4.0", "5.5.4", *_DIVIDED),
+    *_transformers(
+        "skipped_by_short_name",
+        "quantization_census",
+        "5.0.0",
+        "4.57.6",
+        "a pattern has to match from the start of the module's name",
+        "pull/42455",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Left:
+    """A bug that makes no pair, and why."""
+
+    what: str
+    releases: str
+    why: str
+
+
+UNSEEN: tuple[Left, ...] = (
+    Left(
+        "Qwen2.5-VL cuts the seconds between two frames of a video to a whole number "
+        "([#48669](https://github.com/huggingface/transformers/issues/48669))",
+        "transformers >=4.52,<5.18",
+        "a batch of videos is not judged by checks that run the model; `batch` judges what a collator says of time",
+    ),
+    Left(
+        "Qwen3-VL gives videos the positions of Qwen2-VL's "
+        "([#44474](https://github.com/huggingface/transformers/pull/44474))",
+        "transformers 5.3.0",
+        "the same",
+    ),
+    Left(
+        "`save_pretrained` writes `model.visual.*` beside `model.layers.*` "
+        "([#46881](https://github.com/huggingface/transformers/pull/46881))",
+        "transformers >=5.4,<5.6",
+        "the release reads its own files right, and no check compares names with the published ones",
+    ),
+    Left(
+        "an adapter on 4-bit layers is float32 in spite of `autocast_adapter_dtype=False` "
+        "([peft#2893](https://github.com/huggingface/peft/pull/2893))",
+        "peft <0.19",
+        "`adapter_census` takes any dtype",
+    ),
+    Left(
+        "an entry `layers.1` of the skip list is layers 10 to 19, too "
+        "([#47990](https://github.com/huggingface/transformers/pull/47990))",
+        "transformers >=5.0,<5.21",
+        "`quantization_census` counts by parts of the model; `pytest-qvl preflight` names the entry",
+    ),
+)
+OUTSIDE: tuple[Left, ...] = (
+    Left(
+        "rope_deltas of an earlier forward are used for the next "
+        "([#36009](https://github.com/huggingface/transformers/issues/36009))",
+        "transformers <4.49",
+        "refuses 4-bit layers on a CPU, as all before 4.53 do",
+    ),
+    Left(
+        "`max_pixels` is accepted and ignored ([#41955](https://github.com/huggingface/transformers/issues/41955))",
+        "transformers 4.57.1",
+        "in the image processor that needs torchvision, which the index has for CUDA only",
+    ),
+    Left(
+        "NF4 packs bits of the neighbour into a byte "
+        "([bitsandbytes#1721](https://github.com/bitsandbytes-foundation/bitsandbytes/pull/1721))",
+        "bitsandbytes <0.47",
+        "in the CUDA kernel",
+    ),
+    Left(
+        "DoRA on 4-bit layers, `layers_to_transform=0` with a pattern, token ids trained in a head "
+        "([peft#2820](https://github.com/huggingface/peft/pull/2820), [#3425](https://github.com/huggingface/peft/pull/3425), "
+        "[#2863](https://github.com/huggingface/peft/pull/2863))",
+        "peft <0.18, <0.21, <0.18",
+        "`get_peft_model` raises, before there is anything to check",
+    ),
+)
