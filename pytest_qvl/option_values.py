@@ -136,11 +136,12 @@ def parse_page(text: str, folder: Path) -> Path:
 
 
 def parse_base(text: str, folder: Path) -> str:
-    """A record to compare with, or ``shipped``."""
-    from pytest_qvl.records.base import SHIPPED
+    """A record to compare with, ``shipped``, or ``shipped:transformers4.57.6``."""
+    from pytest_qvl.records.base import is_shipped, shipped_records
     from pytest_qvl.records.stored import read_record
 
-    if text == SHIPPED:
+    if is_shipped(text):
+        shipped_records(text)
         return text
     path = folder / Path(text).expanduser()
     read_record(path)  # before the run, not after it

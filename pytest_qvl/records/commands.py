@@ -18,8 +18,13 @@ def add_compare(commands: Commands) -> None:
         description="Compare two records. Exit code 0: nothing that --fail-on names; 1: something is; 2: they "
         "cannot be compared, or a file is no record.",
     )
-    parser.add_argument("old", metavar="OLD.json", help="a record, or 'shipped': this package's own, embedded model")
-    parser.add_argument("new", metavar="NEW.json", type=Path, help="the record to judge")
+    parser.add_argument(
+        "old",
+        metavar="OLD.json",
+        help="a record; or 'shipped', this package's own of the embedded model with the versions nearest to yours, "
+        "such as shipped:transformers4.57.6",
+    )
+    parser.add_argument("new", metavar="NEW.json", help="the record to judge")
     parser.add_argument(
         "--fail-on",
         choices=("regression", "any"),
@@ -36,12 +41,11 @@ def run_compare(options: argparse.Namespace) -> int:
     Raises:
         RecordError: A file is no record, or the two cannot be compared.
     """
-    from pytest_qvl.records.base import base_record
+    from pytest_qvl.records.base import base_record, named_record
     from pytest_qvl.records.compare import compare
     from pytest_qvl.records.compare_output import FORMATS
-    from pytest_qvl.records.stored import read_record
 
-    new = read_record(options.new)
+    new = named_record(options.new)
     found = compare(base_record(options.old, new), new)
     print(FORMATS[options.format](found))
     return int(bool(found.regressions if options.fail_on == "regression" else found.changes))

@@ -11,6 +11,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from pytest_qvl.cli import main
 from pytest_qvl.records.base import base_record, shipped_records
 from pytest_qvl.records.compare import compare
 from pytest_qvl.records.stored import RecordError, read_record, verdicts
@@ -45,7 +46,7 @@ def test_the_suite_still_has_every_test_of_a_reference(shipped):
 def test_a_reference_is_the_nearest_by_versions(shipped, monkeypatch):
     old, new = deepcopy(shipped[0]), deepcopy(shipped[0])
     old["environment"]["packages"]["transformers"] = "4.57.6"
-    monkeypatch.setattr("pytest_qvl.records.base.shipped_records", lambda: [old, new])
+    monkeypatch.setattr("pytest_qvl.records.base.shipped_records", lambda _: [old, new])
     run = deepcopy(old)
     run["environment"]["packages"]["peft"] = "99"
     assert base_record("shipped", run) is old
@@ -54,6 +55,43 @@ def test_a_reference_is_the_nearest_by_versions(shipped, monkeypatch):
     assert base_record("shipped", run) is new
     run["environment"]["packages"]["torch"] = run["environment"]["packages"]["torch"].partition("+")[0] + "+cu126"
     assert base_record("shipped", run) is new
+
+
+@pytest.mark.parametrize(
+    ("version", "nearest"),
+    [
+        ("4.57.6", "4.57.6"),
+        ("4.60.0", "4.57.6"),
+        ("5.16.0", "5.17.0"),
+        ("5.18.2", "5.17.0"),
+        ("5.20.0", "5.17.0"),  # as far from both: what an upgrade changed is asked more often
+        ("5.22.0", "5.23.0"),
+        ("5.99.0", "5.24.0"),
+        ("5.24.0+mine", "5.24.0"),
+        ("unknown", "4.57.6"),
+    ],
+)
+def test_without_a_reference_of_the_same_version_the_nearest_counts(shipped, monkeypatch, version, nearest):
+    made = []
+    for name in ("4.57.6", "5.17.0", "5.23.0", "5.24.0"):
+        made.append(deepcopy(shipped[0]))
+        made[-1]["environment"]["packages"]["transformers"] = name
+    monkeypatch.setattr("pytest_qvl.records.base.shipped_records", lambda _: made)
+    run = deepcopy(shipped[0])
+    run["environment"]["packages"]["transformers"] = version
+    assert base_record("shipped", run)["environment"]["packages"]["transformers"] == nearest
+
+
+def test_a_reference_is_named_by_a_version(shipped, capsys):
+    packages = shipped[0]["environment"]["packages"]
+    name = f"shipped:transformers{packages['transformers']}-torch{packages['torch'].partition('+')[0]}"
+    assert base_record(name, shipped[0]) in shipped
+    with pytest.raises(RecordError, match=r"no reference is shipped for 'transformers9', but for transformers\d"):
+        base_record("shipped:transformers9", shipped[0])
+    with pytest.raises(RecordError, match="no reference is shipped for 'peft0.2'"):
+        base_record("shipped:peft0.2", shipped[0])
+    assert main(["compare", name, "shipped:transformers9"]) == 2
+    assert "no reference is shipped for 'transformers9'" in capsys.readouterr().err
 
 
 def test_no_reference_is_shipped_for_another_model():
