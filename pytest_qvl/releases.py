@@ -69,6 +69,15 @@ DEFECTS = (
     ),
     Defect(
         "transformers",
+        ">=4.54,<4.57",
+        "an image's positions are taken for the starts of packed samples, so that its tokens see nothing before them",
+        "4.57.0",
+        "https://github.com/huggingface/transformers/issues/40154",
+        ("layer_arithmetic",),
+        "batches without attention_mask",
+    ),
+    Defect(
+        "transformers",
         ">=4.52,<4.56",
         "the loss cuts its logits by the old size, and crashes",
         "4.56.0",
@@ -102,6 +111,24 @@ DEFECTS = (
         "https://github.com/huggingface/transformers/pull/42455",
         ("quantization_census",),
         "llm_int8_skip_modules",
+    ),
+    Defect(
+        "transformers",
+        ">=4.49,<5.0",
+        "no gradient reaches the tower, since its patches do not require any",
+        "5.0.0",
+        "https://github.com/huggingface/transformers/issues/41993",
+        ("training_step",),
+        "LoRA on the vision tower under reentrant checkpointing",
+    ),
+    Defect(
+        "transformers",
+        ">=5.0,<5.6",
+        "load_adapter leaves its vision part as initialised, or crashes",
+        "5.6.0",
+        "https://github.com/huggingface/transformers/pull/46766",
+        ("adapter_roundtrip",),
+        "an adapter saved before 4.52",
     ),
 )
 

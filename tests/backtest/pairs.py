@@ -88,16 +88,20 @@ def _transformers(scenario: str, check: str, bad: str, good: str, words: str, th
 
 
 _DECODED = ("padding tokens on the left): t is 12, should be 23", "issues/41180")
+_UNSEEING = ("softmax(q·kᵀ / sqrt(d))·v over itself and the tokens before it", "issues/40154")
 _LEFT_BEHIND = ("forward on text only after generate() on images crashed", "issues/44873")
 _DIVIDED = ("its accelerator divides by 3 once more", "issues/45305")
+_REENTRANT = ("reentrant checkpointing drops the gradient where no input requires grad", "issues/41993")
+_UNMAPPED = "this release does not map the old name"
 
 PAIRS: tuple[Pair, ...] = (
     *_transformers("decode_left_padded", "decode_positions", "4.54.1 4.55.4 4.56.2", "4.57.6", *_DECODED),
     *_transformers("decode_left_padded_qwen2", "decode_positions", "4.56.2", "4.57.6", *_DECODED),
+    *_transformers("without_mask", "layer_arithmetic", "4.56.2", "4.57.6", *_UNSEEING),
     *_transformers(
         "resized_vocabulary",
         "loss_arithmetic",
-        "4.55.4",
+        "4.54.1 4.55.4",
         "4.57.6",
         "is invalid for input of size",
         "pull/40130",
@@ -123,6 +127,9 @@ PAIRS: tuple[Pair, ...] = (
         "a pattern has to match from the start of the module's name",
         "pull/42455",
     ),
+    *_transformers("old_adapter_by_transformers", "adapter_roundtrip", "5.2.0", "5.7.0", _UNMAPPED, "pull/46766"),
+    *_transformers("vision_reentrant", "training_step", "4.57.6", "5.0.0", *_REENTRANT),
+    *_transformers("vision_reentrant_qwen2", "training_step", "4.57.6", "5.0.0", *_REENTRANT),
 )
 
 

@@ -13,6 +13,7 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from pytest_qvl import checks, releases
+from pytest_qvl.evidence import CheckFailed, Judge
 from tests.backtest.page import page
 from tests.backtest.pairs import BASES, PAIRS, Pair
 from tests.backtest.record import as_it_should_be, defect_of
@@ -34,6 +35,17 @@ def test_a_pair_is_one_of_a_shipped_defect(pair: Pair) -> None:
     assert pair.scenario in SCENARIOS
     assert pair.base in BASES
     assert pair.words
+
+
+@every_pair
+def test_a_failure_on_the_bad_release_says_which_one_fixes_it(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "installed", lambda package: pair.bad if package == pair.package else None)
+    judge = Judge(pair.check, "promise")
+    judge.problem(pair.words)
+    with pytest.raises(CheckFailed) as failed:
+        judge.verdict()
+    fixed_in = defect_of(pair).fixed_in
+    assert (f"fixed in {fixed_in}" if fixed_in else "no release has it fixed yet") in str(failed.value)
 
 
 @every_pair
