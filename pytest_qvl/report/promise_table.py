@@ -10,11 +10,13 @@ import pytest
 
 from pytest_qvl.evidence import printable
 from pytest_qvl.promises import PROMISES, promise_number
+from pytest_qvl.report.folding import MORE, NARROW, folded
 from pytest_qvl.report.states import STATES, PromiseState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from pytest_qvl.evidence import Evidence
     from pytest_qvl.report.report_data import CheckReason
     from pytest_qvl.report.run_results import RunResults, TargetResults
 
@@ -24,7 +26,7 @@ STATE_WIDTH = max(map(len, STATES))
 YELLOW = {"yellow": True}
 COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "error": {"red": True}}
 TABLES_SHOWN = ("peak_vram",)  # numbers that are wanted though nothing is wrong with them
-NARROW = len("   11  ") + TITLE_WIDTH + len("  ") + STATE_WIDTH  # below it, a promise takes lines of its own
+INDENT = " " * len("   11  ")
 
 
 def write_promises(terminal: Any, results: RunResults) -> None:
@@ -47,29 +49,46 @@ def write_promises(terminal: Any, results: RunResults) -> None:
 
 
 def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bool) -> None:
-    terminal.line(target, bold=True)
     width = terminal.config.get_terminal_writer().fullwidth
+
+    def write(text: str, **markup: bool) -> None:
+        for line in folded(printable(text), width):
+            terminal.line(line, **markup)
+
+    terminal.line(target, bold=True)
     states: Counter[str] = Counter()
     for promise in results.promises():
         states[promise.state] += 1
         for line in _row(promise, width):
             terminal.line(printable(line), **COLOURS.get(promise.state, YELLOW))
         for check, reason in _about(promise.number, results.errors):
-            terminal.line(printable(f"       error: {check}: {reason}"), **COLOURS["error"])
+            write(f"{INDENT}error: {check}: {reason}", **COLOURS["error"])
         for check, reason in _about(promise.number, results.not_judged):
-            terminal.line(printable(f"       not judged: {check}: {reason}"), **YELLOW)
+            write(f"{INDENT}not judged: {check}: {reason}", **YELLOW)
         found = [e for e in results.evidence if promise_number(e.check) == promise.number]
+        for line in _measured(found, terminal.config.get_verbosity()):
+            write(line)
         for table in (e.table for e in found if e.check in TABLES_SHOWN and e.table):
             for row in str(table).splitlines():
-                terminal.line(printable(f"       {row}"))
+                terminal.line(printable(f"{INDENT}{row}"))
     verdict = _verdict(states, stopped)
     counts = "".join(f", {states[state]} {state}" for state in STATES[1:] if states[state])
-    terminal.line(
-        f"   verdict: {verdict}: {states['kept']} of {len(PROMISES)} promises kept{counts}; "
-        f"{len(results.evidence)} check{'s' * (len(results.evidence) != 1)} in {results.seconds:.0f} s",
-        bold=True,
-        **COLOURS.get("error" if states["error"] else verdict, YELLOW),
-    )
+    said = f"{states['kept']} of {len(PROMISES)} promises kept{counts}"
+    checks = f"{len(results.evidence)} check{'s' * (len(results.evidence) != 1)} in {results.seconds:.0f} s"
+    colour = COLOURS.get("error" if states["error"] else verdict, YELLOW)
+    write(f"   verdict: {verdict}: {said}; {checks}", bold=True, **colour)
+
+
+def _measured(found: Sequence[Evidence], verbosity: int) -> Iterator[str]:
+    """On ``-v`` what each check measured nearest to its limit, on ``-vv`` every figure of it."""
+    for evidence in found if verbosity > 0 else ():
+        state = "kept" if evidence.ok else "BROKEN"
+        figures = evidence.figures if verbosity > 1 else [evidence.worst] if evidence.worst else []
+        if len(figures) == 1:
+            yield f"{INDENT}{evidence.check}: {state}: {figures[0]}"
+            continue
+        yield f"{INDENT}{evidence.check}: {state}"
+        yield from (f"{INDENT}{MORE}{figure}" for figure in figures)
 
 
 def _about(number: int, reasons: Sequence[CheckReason]) -> list[CheckReason]:
@@ -83,10 +102,9 @@ def _row(promise: PromiseState, width: int) -> list[str]:
             f"   {promise.number:>2}  {promise.title:<{TITLE_WIDTH}}  {promise.state:<{STATE_WIDTH}}  {promise.detail}"
         )
         return [line.rstrip()]
-    indent = " " * len("   11  ")
-    title = textwrap.wrap(promise.title, width, initial_indent=f"   {promise.number:>2}  ", subsequent_indent=indent)
+    title = textwrap.wrap(promise.title, width, initial_indent=f"   {promise.number:>2}  ", subsequent_indent=INDENT)
     said = f"{promise.state}: {promise.detail}" if promise.detail else promise.state
-    return [*title, *textwrap.wrap(said, width, initial_indent=indent, subsequent_indent=indent)]
+    return [*title, *textwrap.wrap(said, width, initial_indent=INDENT, subsequent_indent=INDENT)]
 
 
 def _verdict(states: Counter[str], stopped: bool) -> str:

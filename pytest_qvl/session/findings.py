@@ -116,8 +116,16 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
         skipped=reason if shipped or reason.startswith(NEEDS_CUDA) else None,
     )
     add_to_report(report, finding=finding)
+    # JUnit's file takes the properties from the report of the teardown, which comes after this.
+    item.user_properties += [(f"qvl_{one.check}", _said(one)) for one in found.evidence]
     if report.failed:
         _point_to_explanations(report, finding)
+
+
+def _said(evidence: Evidence) -> str:
+    """State and weakest figure of a verdict, for those who read JUnit's properties."""
+    state = "kept" if evidence.ok else "BROKEN"
+    return printable(f"{state}: {evidence.worst}" if evidence.worst else state)
 
 
 def _point_to_explanations(report: pytest.TestReport, finding: Finding) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 
 import pytest
 
@@ -21,7 +22,7 @@ KEEPS = """
 def said(result):
     """Lines of the plugin below the header and the versions."""
     lines = [line for line in result.outlines if line.startswith("qvl: ")]
-    return [line for line in lines[1:] if not line.startswith("qvl: transformers ")]
+    return [line for line in lines[1:] if not line.lower().startswith("qvl: transformers ")]
 
 
 def test_a_users_own_checks_take_one_line_per_model(pytester, run_light):
@@ -208,3 +209,24 @@ def test_a_failure_names_the_command_that_explains_its_check(pytester, run_light
     lines = run_light().outlines
     assert [line for line in lines if line.startswith("pytest-qvl")] == ["pytest-qvl explain causality"]
     assert sum("usual causes and fixes" in line for line in lines) == 1
+
+
+def test_junit_has_a_property_for_every_verdict(pytester, run_light):
+    pytester.makepyfile(
+        """
+    from pytest_qvl.evidence import Judge
+    def judged(check, drift):
+        judge = Judge(check, "a promise")
+        judge.at_most("drift", drift, 1.0, else_say="it drifts")
+        judge.verdict()
+    def test_it():
+        judged("causality", 0.25)
+        judged("label_mask", 2.0)
+    def test_plain(): pass
+    """
+    )
+    run_light("--junitxml", "out.xml")
+    cases = ET.parse(pytester.path / "out.xml").iter("testcase")
+    found = {case.get("name"): [(p.get("name"), p.get("value")) for p in case.iter("property")] for case in cases}
+    verdicts = [("qvl_causality", "kept: drift 0.25 (<= 1)"), ("qvl_label_mask", "BROKEN: drift 2 (<= 1)")]
+    assert found == {"test_it": verdicts, "test_plain": []}

@@ -335,3 +335,34 @@ def test_results_are_built_once_for_all_parts(monkeypatch):
     summary.pytest_terminal_summary(terminal, pytest.ExitCode.OK)
     summary.pytest_terminal_summary_fault(terminal, pytest.ExitCode.OK)
     assert calls == [0]
+
+
+def test_v_shows_every_check_and_vv_every_figure():
+    found = [kept("causality", 0.9), broken("feature_scatter")]
+    reports = [report(one.check, "passed" if one.ok else "failed", evidence=[one]) for one in found]
+
+    def below(verbosity):
+        return [line for line in written(*reports, verbosity=verbosity).lines if line.startswith("       ")]
+
+    assert below(0) == []
+    assert below(1) == ["       causality: kept: drift 0.9 (<= 1)", "       feature_scatter: BROKEN: drift 2 (<= 1)"]
+    assert below(2) == [
+        *("       causality: kept", "         drift 0.9 (<= 1)", "         seen 7"),
+        "       feature_scatter: BROKEN: drift 2 (<= 1)",
+    ]
+
+
+def test_forty_columns_break_no_word_and_lose_none():
+    long = "the model is on the CPU, and this reason is longer than a line of a narrow terminal"
+    reports = [
+        report("causality", evidence=[kept("causality")]),
+        report("peak_vram", "skipped", not_judged=[("peak_vram", long)]),
+        report("label_mask", "failed", longrepr="ValueError: " + long),
+    ]
+    narrow, wide = written(*reports, width=40, verbosity=1), written(*reports, width=200, verbosity=1)
+    assert max(map(len, narrow.lines)) <= 40
+    assert all(
+        word in " ".join(narrow.lines).split() for line in wide.lines if line[:4] == "    " for word in line.split()
+    )
+    assert "       not judged: peak_vram: the model" in narrow.lines
+    assert "         is on the CPU, and this reason" in narrow.lines
