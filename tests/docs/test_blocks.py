@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import traceback
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def run_python(block: Block, names: dict[str, Any]) -> None:
     code = compile("\n" * (block.line - 1) + block.source, str(ROOT / block.page), "exec")
     wanted = block.said.get("raises")
     try:
-        exec(code, {"__name__": "block", **names})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a reader's script does not make errors of what libraries warn of
+            exec(code, {"__name__": "block", **names})
     except Exception as error:
         if type(error).__name__ != wanted:
             pytest.fail(f"{block.name}: {''.join(traceback.format_exception(error)[-3:])}", pytrace=False)
