@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -51,6 +52,7 @@ def built(family: str, **changes: Any) -> tuple[DryRun, Request]:
 def ordered(trace: AllocationTrace) -> list[Any]:
     """Its events, allocations by their order; frees without an allocation between them come in any order."""
     numbers: dict[int, int] = {}
+    count = itertools.count()
     events: list[Any] = []
     between: list[Any] = []
     for code, number, size, kind in trace.events:
@@ -58,7 +60,7 @@ def ordered(trace: AllocationTrace) -> list[Any]:
             between.append((numbers[number], code, kind))
             continue
         if code == ALLOC:
-            numbers[number] = len(numbers)
+            numbers[number] = next(count)
         events += [*sorted(between), (code, numbers.get(number, -1) if code == ALLOC else number, size, kind)]
         between = []
     return [*events, *sorted(between)]

@@ -22,6 +22,10 @@ LARGE_SEGMENT = 20 * MiB
 MIN_OWN_SEGMENT = 10 * MiB
 SEGMENT_ROUNDING = 2 * MiB
 
+# A free block's key is its size, and below that its address in units of 512 bytes: addresses are never used again, and
+# those of a run are far less than 2 ** 45 bytes, so that a key is a small integer.
+_SIZE_SHIFT = 36 - MIN_BLOCK.bit_length() + 1
+
 
 class CardFullError(Exception):
     """The simulated card is full even after every cached segment was given back.
@@ -50,13 +54,24 @@ def segment_size(rounded: int) -> int:
 
 
 class Block:
-    """A piece of a segment, handed out or free; its size stays as it is while it is handed out."""
+    """A piece of a segment, handed out or free; its size stays as it is while it is handed out.
 
-    __slots__ = ("address", "free", "next", "prev", "size", "small")
+    Attributes:
+        address: In bytes.
+        size: In bytes.
+        free: Whether it is in the cache.
+        pool: Keys of the free blocks of its kind of segments.
+        key: Its own while it is free: in order of size, then of address.
+        prev: Before it in its segment.
+        next: Behind it.
+    """
 
-    def __init__(self, address: int, size: int, small: bool) -> None:
-        self.address, self.size, self.small = address, size, small
+    __slots__ = ("address", "free", "key", "next", "pool", "prev", "size")
+
+    def __init__(self, address: int, size: int, pool: list[int]) -> None:
+        self.address, self.size, self.pool = address, size, pool
         self.free = False
+        self.key = -1
         self.prev: Block | None = None
         self.next: Block | None = None
 
@@ -78,9 +93,10 @@ class CachingAllocator:
         self.allocated = 0
         self.reserved = 0
         self._next_address = 0
-        # (size, address, block) sorted: the allocator takes the smallest block that fits, the lowest address among
-        # equals.
-        self._free: dict[bool, list[tuple[int, int, Block]]] = {True: [], False: []}
+        # Keys of free blocks, sorted: the allocator takes the smallest that fits, the lowest address among equals.
+        self._small: list[int] = []
+        self._large: list[int] = []
+        self._blocks: dict[int, Block] = {}
 
     def malloc(self, size: int) -> Block:
         """Allocate ``size`` bytes; returns the block, whose size is what ``memory_allocated`` counts for it.
@@ -90,21 +106,21 @@ class CachingAllocator:
         """
         rounded = round_size(size)
         small = rounded <= SMALL_SIZE
-        pool = self._free[small]
-        index = bisect_left(pool, (rounded, -1))
+        pool = self._small if small else self._large
+        index = bisect_left(pool, rounded << _SIZE_SHIFT)
         if index < len(pool):
-            block = pool.pop(index)[2]
+            block = self._blocks.pop(pool.pop(index))
             block.free = False
         else:
-            block = self._new_segment(rounded, small)
+            block = self._new_segment(rounded, pool)
         remaining = block.size - rounded
-        if remaining >= MIN_BLOCK if small else remaining > SMALL_SIZE:
-            rest = Block(block.address + rounded, remaining, small)
+        if remaining and (small or remaining > SMALL_SIZE):
+            rest = Block(block.address + rounded, remaining, pool)
             rest.prev, rest.next = block, block.next
             if block.next is not None:
                 block.next.prev = rest
             block.next, block.size = rest, rounded
-            self._insert_free(rest)
+            self._keep(rest)
         self.allocated += block.size
         return block
 
@@ -113,49 +129,52 @@ class CachingAllocator:
         self.allocated -= block.size
         before, after = block.prev, block.next
         if before is not None and before.free:
-            self._remove_free(before)
+            self._take(before)
             before.size += block.size
             before.next = after
             if after is not None:
                 after.prev = before
             block = before
         if after is not None and after.free:
-            self._remove_free(after)
+            self._take(after)
             block.size += after.size
             block.next = after.next
             if after.next is not None:
                 after.next.prev = block
-        self._insert_free(block)
+        self._keep(block)
 
     def empty_cache(self) -> None:
         """Give every wholly free segment back to the driver (``torch.cuda.empty_cache``)."""
-        for pool in self._free.values():
+        for pool in (self._small, self._large):
             kept = []
-            for item in pool:
-                block = item[2]
+            for key in pool:
+                block = self._blocks[key]
                 if block.prev is None and block.next is None:
                     self.reserved -= block.size
+                    del self._blocks[key]
                 else:
-                    kept.append(item)
+                    kept.append(key)
             pool[:] = kept
 
-    def _new_segment(self, rounded: int, small: bool) -> Block:
+    def _new_segment(self, rounded: int, pool: list[int]) -> Block:
         size = segment_size(rounded)
         if self.limit is not None and self.reserved + size > self.limit:
             self.empty_cache()
             if self.reserved + size > self.limit:
                 raise CardFullError(rounded)
-        block = Block(self._next_address, size, small)
+        block = Block(self._next_address, size, pool)
         # Segments never touch: blocks of different segments must not look adjacent.
         self._next_address += size + MIN_BLOCK
         self.reserved += size
         return block
 
-    def _insert_free(self, block: Block) -> None:
+    def _keep(self, block: Block) -> None:
         block.free = True
-        insort(self._free[block.small], (block.size, block.address, block))
+        block.key = key = block.size << _SIZE_SHIFT | block.address // MIN_BLOCK
+        self._blocks[key] = block
+        insort(block.pool, key)
 
-    def _remove_free(self, block: Block) -> None:
+    def _take(self, block: Block) -> None:
+        pool, key = block.pool, block.key
+        del pool[bisect_left(pool, key)], self._blocks[key]
         block.free = False
-        pool = self._free[block.small]
-        del pool[bisect_left(pool, (block.size, block.address))]

@@ -14,22 +14,36 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from pytest_qvl.vram.forecast.engine.repeats import NotRepeatingError
-from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, is_own
+from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, Event, is_own, over_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from torch import nn
 
-    from pytest_qvl.vram.forecast.engine.trace import AllocationTrace, Event
+    from pytest_qvl.vram.forecast.engine.trace import AllocationTrace
 
 # Code; whether it is of the chunk's forward; which of its allocations; bytes; kind.
 _Step = tuple[int, bool, int, int, int]
+
+
+class _StandIn(NamedTuple):
+    """The chunk that stands for those of its length in one direction.
+
+    Attributes:
+        position: Which chunk.
+        steps: What it did.
+        same: Of each step the event, where other chunks have the very same: of allocations that are over before it is.
+    """
+
+    position: int
+    steps: list[_Step]
+    same: list[Event | None]
 
 
 class Chunks:
@@ -105,8 +119,7 @@ class Attention:
         self._running: tuple[bool, int, int] | None = None
         # By direction and position, and by direction and length.
         self._numbers: dict[tuple[bool, int], list[int]] = {}
-        self._steps: dict[tuple[bool, int], list[_Step]] = {}
-        self._stand_ins: dict[tuple[bool, int], int] = {}
+        self._stands_for: dict[tuple[bool, int], _StandIn] = {}
 
     @property
     def is_shortened(self) -> bool:
@@ -178,29 +191,25 @@ class Attention:
                 self._twins.pop(number, None)
         self._numbers[backward, position] = [event[1] for event in events if is_own(event)]
         key = backward, self._lengths[position]
-        steps, is_whole = self._steps_of(backward, position, events)
-        if key not in self._steps:
-            self._steps[key], self._stand_ins[key] = steps, position
-            if not is_whole and self._lengths.count(key[1]) > 2:
+        own, steps = self._steps(backward, position, events)
+        if key not in self._stands_for:
+            over = over_within(events)
+            same = [event if event[1] in over else None for event in own]
+            self._stands_for[key] = _StandIn(position, steps, same)
+            others = [event for event in events if event not in own and event[0] != ALLOC]
+            if others and self._lengths.count(key[1]) > 2:
                 raise NotRepeatingError("a chunk changes what is not its own")
-        elif self._steps[key] != steps:
+        elif self._stands_for[key].steps != steps:
             raise NotRepeatingError("chunks of one length do different things")
         for missing in self._missing_after(backward, position):
             self._write(backward, missing)
 
-    def _steps_of(self, backward: bool, position: int, events: list[Event]) -> tuple[list[_Step], bool]:
-        """What a chunk did with its own allocations, and whether that is all it did."""
+    def _steps(self, backward: bool, position: int, events: list[Event]) -> tuple[list[Event], list[_Step]]:
+        """What a chunk did with its own allocations: as events, and apart from which chunk it is."""
         of = {number: (True, nth) for nth, number in enumerate(self._last()._numbers[False, position])}
         of |= {number: (not backward, nth) for nth, number in enumerate(self._numbers[backward, position])}
-        steps: list[_Step] = []
-        is_whole = True
-        for event in events:
-            code, number, size, kind = event
-            if number in of and code in (ALLOC, FREE):
-                steps.append((code, *of[number], size, kind))
-            elif code != ALLOC:
-                is_whole = False
-        return steps, is_whole
+        own = [event for event in events if event[1] in of and event[0] in (ALLOC, FREE)]
+        return own, [(code, *of[number], size, kind) for code, number, size, kind in own]
 
     def _missing_after(self, backward: bool, position: int) -> range:
         """The chunks that do not run between this one and the next that does."""
@@ -212,23 +221,16 @@ class Attention:
         return range(0)
 
     def _write(self, backward: bool, position: int) -> None:
-        key = backward, self._lengths[position]
-        numbers: list[int] = []
-        self._numbers[backward, position] = numbers
-        events, reserve = self._trace.events, self._trace.reserve
-        forward = numbers if not backward else self._last()._numbers[False, position]
-        freed = set()
-        for code, is_forward, nth, size, kind in self._steps[key]:
-            if code == ALLOC:
-                numbers.append(reserve())
+        stand_in = self._stands_for[backward, self._lengths[position]]
+        of_stand_in = self._numbers[backward, stand_in.position]
+        self._numbers[backward, position] = numbers = list(of_stand_in)
+        forward = self._last()._numbers[False, position]
+        for same, (code, is_forward, nth, size, kind) in zip(stand_in.same, stand_in.steps, strict=True):
+            if same is None and code == ALLOC:
+                numbers[nth] = self._trace.reserve()
+                self._twins.setdefault(of_stand_in[nth], []).append(numbers[nth])
             number = (forward if is_forward else numbers)[nth]
-            events.append((code, number, size, kind))
-            if code == FREE:
-                freed.add(number)
-        stand_in = self._numbers[backward, self._stand_ins[key]]
-        for own, number in zip(stand_in, numbers, strict=True):
-            if number not in freed:
-                self._twins.setdefault(own, []).append(number)
+            self._trace.events.append(same or (code, number, size, kind))
 
 
 class _Split(torch.autograd.Function):

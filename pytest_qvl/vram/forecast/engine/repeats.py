@@ -3,9 +3,10 @@
 In a window of a run (an inference pass, a training step) each tower calls only some of its layers (:mod:`.towers`), and
 the others hand on what they are given. Marks on the trace tell which layer's forward or backward begins. When the
 window ends, the events of the layer that stands for a missing one are written down once more in the missing one's
-place: its own allocations get numbers of their own, and what belongs to a neighbour is taken from the missing layer's
-neighbour. Nothing is estimated: the trace is the one that all layers would have made. Where that cannot be shown (a
-layer frees what is neither its own nor a neighbour's), :class:`NotRepeatingError` says so and all layers run.
+place: its own allocations get numbers of their own (but for those that are over before the layer is, which have the
+same), and what belongs to a neighbour is taken from the missing layer's neighbour. Nothing is estimated: the trace is
+the one that all layers would have made. Where that cannot be shown (a layer frees what is neither its own nor a
+neighbour's), :class:`NotRepeatingError` says so and all layers run.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor, Storage
-from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, RELABEL, is_own
+from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, RELABEL, is_own, over_within, without_collector
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -176,7 +177,8 @@ class Repeats:
         """
         if self._marks:
             writing = _Writing(self._towers, self._recorder, self._gradients)
-            writing.write(list(_segments(self._recorder.trace.events, self._start, self._marks)))
+            with without_collector():
+                writing.write(list(_segments(self._recorder.trace.events, self._start, self._marks)))
             self._recorder.trace.events[self._start :] = writing.events
         self._begin()
 
@@ -214,8 +216,9 @@ class _Writing:
         self._ranks = [{layer: rank for rank, layer in enumerate(tower.runs)} for tower in towers]
         self._stand_ins = [{m: t for t, missing in tower.stands_for.items() for m in missing} for tower in towers]
         self._made: dict[int, Made] = {}
-        # Of every layer's segments the numbers of their allocations.
-        self._numbers: dict[Segment, list[int]] = {}
+        # Of every layer's segments the numbers of their allocations, by their order; of a layer that did not run those
+        # that outlive the segment.
+        self._numbers: dict[Segment, dict[int, int]] = {}
         self._patterns: dict[Segment, _Pattern] = {}
 
     def write(self, segments: list[tuple[Segment | None, list[Event]]]) -> None:
@@ -226,7 +229,8 @@ class _Writing:
         """
         for segment, events in segments:
             if segment is not None:
-                self._numbers[segment] = numbers = [event[1] for event in events if is_own(event)]
+                numbers = [event[1] for event in events if is_own(event)]
+                self._numbers[segment] = dict(enumerate(numbers))
                 self._made.update((number, (segment, nth)) for nth, number in enumerate(numbers))
         for segment, events in segments:
             if segment is not None and segment.layer in self._towers[segment.tower].stands_for:
@@ -267,20 +271,24 @@ class _Writing:
     def _pattern(self, segment: Segment, events: list[Event]) -> _Pattern:
         """What a layer did that stands for others, in terms of its own and its neighbours' allocations."""
         pattern = _Pattern()
+        over = over_within(events)
+        nth = -1
         for event in events:
             code, number, size, kind = event
+            nth += is_own(event)
             made = self._made.get(number)
-            if code == ALLOC:
+            if number in over and (code != ALLOC or is_own(event)):
+                pattern.same.append(event)
+            elif code == ALLOC:
                 if is_own(event):
-                    pattern.steps.append((code, 0, number, size, kind))
+                    pattern.add(code, nth, number, size, kind)
             elif code not in (FREE, RELABEL):
                 raise NotRepeatingError("a phase begins within a layer")
             elif made is not None:
                 distance = self._distance(segment, made[0])
                 if distance is None:
                     raise NotRepeatingError("a layer changes what belongs to one that is not beside it")
-                whose = pattern.index((made[0].backward, made[0].run, distance))
-                pattern.steps.append((code, whose, made[1], size, kind))
+                pattern.add(code, pattern.index((made[0].backward, made[0].run, distance)), made[1], size, kind)
             elif code != FREE or not segment.backward:
                 # What all layers were given goes with the last that needs it. In backward that is the lowest of those
                 # that are alike, which ran, so that it is left out here.
@@ -290,23 +298,25 @@ class _Writing:
     def _write_missing(self, segment: Segment) -> None:
         stand_in = segment._replace(layer=self._stand_ins[segment.tower][segment.layer])
         pattern = self._patterns[stand_in]
-        own = self._numbers[segment] = []
+        own: dict[int, int] = {}
+        self._numbers[segment] = own
         # Forward goes up and backward comes down: what a neighbour made is there when it is needed.
         of = [
-            self._numbers.get(Segment(segment.tower, backward, run, segment.layer + distance), [])
+            self._numbers.get(Segment(segment.tower, backward, run, segment.layer + distance), {})
             for backward, run, distance in pattern.whose
         ]
-        reserve, add = self._recorder.trace.reserve, self.events.append
-        for code, whose, nth, size, kind in pattern.steps:
+        reserve, events = self._recorder.trace.reserve, self.events
+        for same, (code, place, nth, size, kind) in pattern.steps:
+            events += same
             if code == ALLOC:
                 gradient = self._gradients.get((segment.tower, segment.layer, nth))
-                number = reserve() if gradient is None else gradient
-                own.append(number)
-            elif nth < len(of[whose]):
-                number = of[whose][nth]
+                own[place] = number = reserve() if gradient is None else gradient
+            elif nth in of[place]:
+                number = of[place][nth]
             else:
                 raise NotRepeatingError("a layer changes what its neighbour has not")
-            add((code, number, size, kind))
+            events.append((code, number, size, kind))
+        events += pattern.same
 
     def _distance(self, segment: Segment | None, other: Segment) -> int | None:
         """Layers that ran between two segments' of one tower, in order; ``None`` unless they are the same or next."""
@@ -318,7 +328,12 @@ class _Writing:
 
     def _check(self) -> None:
         """Nothing of a missing layer is left that nobody will free: all is freed, or a parameter's gradient."""
-        missing = {n for s, numbers in self._numbers.items() if s.layer in self._stand_ins[s.tower] for n in numbers}
+        missing = {
+            number
+            for segment, numbers in self._numbers.items()
+            if segment.layer in self._stand_ins[segment.tower]
+            for number in numbers.values()
+        }
         kept = set(self._gradients.values())
         if not kept <= missing:
             raise NotRepeatingError("a gradient was not made by its layer's backward")
@@ -331,12 +346,21 @@ class _Pattern:
 
     Attributes:
         whose: Whose allocations it changes: of backward or forward, in which run, how many layers away.
-        steps: Code; index in ``whose``; which of its allocations (of an allocation: its number); bytes; kind.
+        steps: Events that are the same for every layer, and one that is not: code; index in ``whose``, or of an
+            allocation which of the layer's it is; which of its allocations, or of an allocation its number; bytes;
+            kind.
+        same: Events that are the same for every layer, after the last step.
     """
 
     def __init__(self) -> None:
         self.whose: list[tuple[bool, int, int]] = []
-        self.steps: list[tuple[int, int, int, int, int]] = []
+        self.steps: list[tuple[list[Event], tuple[int, int, int, int, int]]] = []
+        self.same: list[Event] = []
+
+    def add(self, code: int, place: int, nth: int, size: int, kind: int) -> None:
+        """A step, with the events since the last one."""
+        self.steps.append((self.same, (code, place, nth, size, kind)))
+        self.same = []
 
     def index(self, whose: tuple[bool, int, int]) -> int:
         """Where ``whose`` stands, put there if it was not."""

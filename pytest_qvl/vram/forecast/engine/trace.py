@@ -7,7 +7,7 @@ reserved?" and "does it fit into so many bytes?" by replays, without running the
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -53,8 +53,21 @@ def is_own(event: Event) -> bool:
     return event[0] == ALLOC and event[3] != OF_LIBRARIES
 
 
+def over_within(events: Sequence[Event]) -> set[int]:
+    """Numbers of allocations that begin and end among those events: another run of them can have the same numbers."""
+    begun: set[int] = set()
+    alive: set[int] = set()
+    for code, number, _, _ in events:
+        if code == ALLOC:
+            begun.add(number)
+            alive.add(number)
+        elif code == FREE:
+            alive.discard(number)
+    return begun - alive
+
+
 class AllocationTrace:
-    """Events of one run; every allocation gets the next number, starting at 0.
+    """Events of one run; every allocation gets the next number, starting at 0, or one whose allocation is over.
 
     Attributes:
         events: What happened, in order.
@@ -133,9 +146,9 @@ class AllocationTrace:
             start: How many events there were when it began.
             renamed: Other names for the phases of this first one.
         """
-        begun = {number for code, number, _, _ in self.events[start:] if code == ALLOC}
-        gone = {number for code, number, _, _ in self.events[start:] if code == FREE and number in begun}
-        events = tuple(event for event in self.events[start:] if event[0] == _PHASE or event[1] in gone)
+        with without_collector():
+            over = over_within(self.events[start:])
+            events = tuple(event for event in self.events[start:] if event[0] == _PHASE or event[1] in over)
         names = dict(enumerate(self.phases))
         for index in range(start, len(self.events)):
             code, number, size, _ = self.events[index]
@@ -145,12 +158,8 @@ class AllocationTrace:
         return Step(events)
 
     def repeat(self, step: Step) -> None:
-        """The events of a step once more, with allocations of their own."""
-        numbers: dict[int, int] = {}
-        for code, number, size, kind in step.events:
-            if code == ALLOC:
-                numbers[number] = self.reserve()
-            self.events.append((code, number if code == _PHASE else numbers[number], size, kind))
+        """The events of a step once more: its allocations are over, so that they can have the same numbers."""
+        self.events += step.events
 
     def _phase_index(self, name: str) -> int:
         if name not in self.phases:
@@ -160,7 +169,7 @@ class AllocationTrace:
 
 @dataclass(frozen=True)
 class Step:
-    """A step to be repeated, with the numbers that its allocations had."""
+    """A step to be repeated: what begins and ends within it, and phases."""
 
     events: tuple[Event, ...]
 
@@ -231,13 +240,13 @@ def replay(
             by kind (in the order of :data:`KINDS`).
         watched: Phases whose events it is called for; by default every one.
     """
-    with _without_collector():
+    with without_collector():
         return _replay(trace, limit, watch, watched)
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
-    """A replay makes hundreds of thousands of objects and no garbage: looking for some takes a third of its time."""
+def without_collector() -> Iterator[None]:
+    """Hundreds of thousands of objects are made inside and no garbage: looking for some takes a third of the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
