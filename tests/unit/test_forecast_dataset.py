@@ -102,6 +102,8 @@ def test_plain_text_and_given_tokens(read: Any) -> None:
         ({"text": "x", "image": "https://x.org/a.png"}, "has the image 'https://x.org/a.png', which is no path"),
         ({"text": "x", "image": "none.png"}, "none.png' cannot be read"),
         ({"text": "x", "video": "a.mp4"}, "has a video: the forecast follows images only"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]}, "has a video"),
+        ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}]}, "has a video"),
         ({"messages": CHAT, "images": ["a.png", "b.jpg"]}, "has 2 images and a place for 1"),
     ],
 )

@@ -111,7 +111,16 @@ def test_bf16_of_training_arguments_on_a_card_without_it_is_refused(
 
 
 def test_an_sft_config_is_known_by_its_own_settings(training_arguments: Any) -> None:
-    assert from_trainer(training_arguments(dataset_text_field="text", packing=False))["trainer"] == "trl"
+    """As TRL 1.15 has them where nobody says anything."""
+    unset = """
+        model_init_kwargs chat_template_path dataset_kwargs dataset_num_proc eos_token pad_token eval_packing
+        completion_only_loss router_aux_loss_coef pad_to_multiple_of
+    """
+    off = "trust_remote_code shuffle_dataset packing padding_free assistant_only_loss activation_offloading"
+    settings: dict[str, Any] = {**dict.fromkeys(unset.split()), **dict.fromkeys(off.split(), False)}
+    settings |= {"dataset_text_field": "text", "truncation_mode": "keep_start", "packing_strategy": "bfd"}
+    found = from_trainer(training_arguments(**settings, loss_type="nll", max_length=1024))
+    assert (found["trainer"], found["max_length"], found["pad_to_multiple_of"]) == ("trl", 1024, 1)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,24 @@ def test_shorter_samples_are_padded_and_images_are_not(trainer: Forecaster) -> N
     assert layers * mask <= grown < layers * (mask + 2 * mask)
 
 
+def test_a_trainer_cuts_text_and_never_an_image(trainer: Forecaster) -> None:
+    long = replace(SMALL, tokens=90)
+    cut = trainer.forecast(replace(long, max_length=60), inference=False, timeline=False)
+    assert cut.sequence == 60
+    alike = trainer.forecast(replace(long, tokens=60 - cut.visual_tokens), inference=False, timeline=False)
+    assert [phase.peak_allocated for phase in cut.phases] == [phase.peak_allocated for phase in alike.phases]
+    with pytest.raises(ValueError, match="max_length is 16 and a sample has 16 visual tokens: the trainer would cut"):
+        trainer.forecast(replace(long, max_length=16), inference=False)
+
+
+def test_padding_to_a_multiple_is_a_mask_and_longer_rows(trainer: Forecaster) -> None:
+    usual, padded = (
+        trainer.forecast(replace(SMALL, pad_to_multiple_of=n), inference=False, timeline=False).phase(phases.LOSS)
+        for n in (1, 128)
+    )
+    assert padded.by_kind["logits"] > 1.5 * usual.by_kind["logits"]
+
+
 def test_the_largest_of_samples_that_differ_is_not_searched() -> None:
     request = replace(SMALL, samples=(Sample(((112, 112),), 40), Sample(((56, 56),), 40)))
     forecaster, request = make_forecaster(request, "t4", None)

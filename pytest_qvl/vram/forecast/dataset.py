@@ -192,17 +192,26 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _images(row: dict[str, Any], file: Path, name: str) -> list[Path]:
     """The images of a row, wherever it names them."""
-    if row.get("video") or row.get("videos"):
+    parts = [part for message in row.get("messages") or [] for part in _parts(message)]
+    if _has_video(row, parts):
         raise ValueError(f"{name} has a video: the forecast follows images only")
     given = row.get("images") or row.get("image") or []
     given = list(given) if isinstance(given, list) else [given]
     if not given:
-        parts = [part for message in row.get("messages") or [] for part in _parts(message)]
         given = [part.get("image") or part.get("path") or part.get("url") for part in parts if _is_image(part)]
     for image in given:
         if not isinstance(image, str) or "://" in image or image.startswith("data:"):
             raise ValueError(f"{name} has the image {str(image)[:60]!r}, which is no path of a file")
     return [file.parent / image for image in given]
+
+
+def _has_video(row: dict[str, Any], parts: list[dict[str, Any]]) -> bool:
+    """Whether a row names a video, itself, in a message or by a place in its text."""
+    turns = [*(row.get("messages") or []), *(row.get("conversations") or [])]
+    texts = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict)]
+    placed = any(isinstance(text, str) and "<video>" in text for text in texts)
+    named = any(part.get("type") == "video" or part.get("video") for part in parts)
+    return bool(row.get("video") or row.get("videos")) or named or placed
 
 
 def _parts(message: Any) -> list[dict[str, Any]]:
@@ -211,7 +220,7 @@ def _parts(message: Any) -> list[dict[str, Any]]:
 
 
 def _is_image(part: dict[str, Any]) -> bool:
-    return part.get("type") == "image" or "image" in part
+    return part.get("type") == "image" or bool(part.get("image"))
 
 
 class _Counter:

@@ -26,7 +26,8 @@ TAKEN = _names(
     per_device_train_batch_size gradient_accumulation_steps optim gradient_checkpointing gradient_checkpointing_kwargs
     bf16 fp16 eval_strategy evaluation_strategy per_device_eval_batch_size use_liger_kernel liger_kernel_config
     eval_accumulation_steps eval_do_concat_batches batch_eval_metrics prediction_loss_only
-    fsdp_config packing_strategy torch_compile_backend torch_compile_mode dataset_text_field
+    fsdp_config packing_strategy max_length pad_to_multiple_of torch_compile_backend torch_compile_mode
+    dataset_text_field
     """
 )
 # How long, how fast, what is logged, saved, shuffled and prepared: nothing of it is on the card.
@@ -97,7 +98,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "assistant_only_loss": ((), "every token is taken to be learnt, and fewer make TRL's head smaller"),
     "completion_only_loss": ((), "every token is taken to be learnt, and fewer make TRL's head smaller"),
     "loss_type": (("nll",), "only TRL's nll is followed"),
-    "pad_to_multiple_of": ((1,), "padding beyond the longest row is not followed"),
 }
 
 # The same for a LoRA configuration; ``target_modules`` and the rest of this line are read.

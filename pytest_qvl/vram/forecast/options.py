@@ -27,6 +27,7 @@ _FIELDS = (
     *("model", "images", "batch", "tokens", "generate", "lora_r", "optimizer", "gradient_checkpointing"),
     *("reentrant", "kbit_upcast", "vision_hook", "checkpoint", "trainer", "precision", "accumulation", "evaluation"),
     *("evaluation_batches", "compute_metrics", "preprocess_logits", "eval_accumulation_steps", "batch_eval_metrics"),
+    *("max_length", "pad_to_multiple_of"),
     *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "fused_loss"),
 )
 _Group = argparse._ArgumentGroup
@@ -67,6 +68,16 @@ def _add_what(group: _Group) -> None:
         type=Path,
         metavar="FOLDER|FILE.jsonl",
         help="forecast the worst batch of a folder of images or of rows with images and text, beside the usual ones",
+    )
+    group.add_argument(
+        "--max-length",
+        type=int,
+        default=unsaid,
+        metavar="N",
+        help="tokens that the trainer cuts samples to (default: all)",
+    )
+    group.add_argument(
+        "--pad-to-multiple-of", type=int, default=unsaid, metavar="N", help="of a batch's length (default: 1)"
     )
     group.add_argument("--generate", type=int, default=unsaid, metavar="N", help="new tokens to decode (default: 0)")
 

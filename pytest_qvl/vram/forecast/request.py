@@ -102,6 +102,8 @@ class Request:
         tokens: Text tokens per sample, the markers around images included; visual tokens come on top.
         samples: The samples of one batch, where they differ: they are padded to the longest. They take the place of
             ``image``, ``images``, ``batch`` and ``tokens``.
+        max_length: Tokens that a trainer cuts a sample to, visual ones included; ``None`` for no limit.
+        pad_to_multiple_of: Of what a batch's length in training is made a multiple, by padding.
         lora_r: Rank of the LoRA; 0 for the bare quantized model, without a training step.
         gradient_checkpointing: Whether decoder layers (and vision blocks) are recomputed in backward.
         optimizer: By its name in Transformers' ``TrainingArguments``.
@@ -191,6 +193,8 @@ class Request:
     eval_do_concat_batches: bool = True
     batch_eval_metrics: bool = False
     prediction_loss_only: bool = False
+    max_length: int | None = None
+    pad_to_multiple_of: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values that describe no run, and runs that the forecast does not follow.
@@ -199,7 +203,7 @@ class Request:
             ValueError: Names the field, what it was and what it may be.
         """
         self._check_samples()
-        least_of = {"images": 1, "batch": 1, "accumulation": 1, "evaluation_batches": 1}
+        least_of = {"images": 1, "batch": 1, "accumulation": 1, "evaluation_batches": 1, "pad_to_multiple_of": 1}
         others = ("lora_r", "generate", "evaluation", "generate_in_training", "trainable_tokens")
         for name in (*least_of, *others, "eval_accumulation_steps"):
             value, least = getattr(self, name), least_of.get(name, 0)

@@ -15,7 +15,7 @@ from pytest_qvl.vram.forecast.source import Source, find_source
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.engine.build import Recipe
-    from pytest_qvl.vram.forecast.request import Request, Sample
+    from pytest_qvl.vram.forecast.request import Request
 
 # Share of the card's free memory at which the search looks first; the rest is for gaps between the
 # allocator's blocks. It only saves forecasts: what is reported was confirmed by one.
@@ -83,7 +83,9 @@ class Forecaster:
 
     def read(self, request: Request, trace: AllocationTrace, *, timeline: bool = True) -> Forecast:
         """The forecast that a trace of ``request`` makes."""
-        visual, text = max((self._lengths(sample) for sample in request.batch_of_samples), key=sum)
+        visual, text = max(
+            (self.source.lengths(sample, request.max_length) for sample in request.batch_of_samples), key=sum
+        )
         points: list[tuple[str, tuple[int, ...]]] = []
 
         def watch(phase: str, live: tuple[int, ...]) -> None:
@@ -102,10 +104,6 @@ class Forecaster:
             timeline=Timeline(tuple(p for p, _ in points), tuple(v for _, v in points)),
             verdict=None if self.card is None else judge(trace, self.card, reserved),
         )
-
-    def _lengths(self, sample: Sample) -> tuple[int, int]:
-        """Visual and text tokens of a sample."""
-        return sum(self.source.sizes.visual_tokens(*image) for image in sample.images), sample.tokens
 
 
 def judge(trace: AllocationTrace, card: Card, reserved: int) -> Verdict:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource
 from pytest_qvl.models.sources.released import ImageSizes, hub_id, image_sizes, released_config, released_names
 from pytest_qvl.vram.forecast.runnable import absurd_size, why_not_runnable
+
+if TYPE_CHECKING:
+    from pytest_qvl.vram.forecast.request import Sample
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,26 @@ class Source:
     label: str
     config: Any
     sizes: ImageSizes
+
+    def lengths(self, sample: Sample, most: int | None) -> tuple[int, int]:
+        """Visual and text tokens of a sample.
+
+        Args:
+            sample: One sample.
+            most: Tokens that a trainer cuts it to (``max_length``); ``None`` for no limit.
+
+        Raises:
+            ValueError: Its images alone have more, so that the trainer fails.
+        """
+        visual = sum(self.sizes.visual_tokens(*image) for image in sample.images)
+        if most is None or visual + sample.tokens <= most:
+            return visual, sample.tokens
+        if most < visual + 2 * len(sample.images) + 2:
+            raise ValueError(
+                f"max_length is {most} and a sample has {visual} visual tokens: the trainer would cut them off and "
+                "fail; take a larger max_length, None for no limit, or smaller images"
+            )
+        return visual, most - visual
 
 
 def find_source(model: str) -> Source:

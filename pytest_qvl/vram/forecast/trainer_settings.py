@@ -61,6 +61,11 @@ def from_trainer(where: str) -> dict[str, Any]:
         "gradient_checkpointing": bool(settings.get("gradient_checkpointing", False)),
         "precision": "bf16" if settings.get("bf16") else "fp16" if settings.get("fp16") else "pure",
     }
+    if "dataset_text_field" in settings:
+        found |= {
+            "max_length": settings.get("max_length"),
+            "pad_to_multiple_of": settings.get("pad_to_multiple_of") or 1,
+        }
     if _plain(settings.get("eval_strategy") or settings.get("evaluation_strategy") or "no") != "no":
         found["evaluation"] = settings.get("per_device_eval_batch_size", 8)
         found["eval_accumulation_steps"] = settings.get("eval_accumulation_steps") or 0

@@ -204,7 +204,7 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
 def with_labels(batch: dict[str, Any], request: Request) -> dict[str, Any]:
     """A batch whose every token is to be learnt, but padding."""
     batch["labels"] = labels = batch["input_ids"].clone()
-    if request.samples:
+    if request.samples or request.pad_to_multiple_of > 1:
         labels[batch["attention_mask"] == 0] = IGNORED
     return batch
 
@@ -263,8 +263,11 @@ def model_inputs(
     vision = source.config.vision_config
     samples = request.batch_of_samples
     grids = [[source.sizes.grid(*image) for image in sample.images] for sample in samples]
-    rows = [_token_ids(parts, source, sample.tokens, own) for sample, own in zip(samples, grids, strict=True)]
+    texts = [source.lengths(sample, request.max_length)[1] for sample in samples]
+    rows = [_token_ids(parts, source, text, own) for text, own in zip(texts, grids, strict=True)]
     longest = max(map(len, rows))
+    if not pad_left:
+        longest = -(-longest // request.pad_to_multiple_of) * request.pad_to_multiple_of
     every = [grid for own in grids for grid in own]
     values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
     with stage.labelled("inputs"):
