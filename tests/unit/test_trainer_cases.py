@@ -12,9 +12,17 @@ import pytest
 
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Request, phases
-from pytest_qvl.vram.forecast.validation.records import digest, read_record, request_of, write_record
+from pytest_qvl.vram.forecast.validation.records import as_plain, digest, read_record, request_of, write_record
 from pytest_qvl.vram.forecast.validation.trainers import measure, predict, table
-from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, MEASURED, PREDICTED, cases, name_of, refused
+from pytest_qvl.vram.forecast.validation.trainers.cases import (
+    CARDS,
+    MEASURED,
+    PREDICTED,
+    cases,
+    name_of,
+    refused,
+    settings_cases,
+)
 
 EMBEDDED = str(embedded_model_dir())
 MIB = 1 << 20
@@ -68,6 +76,14 @@ def test_cases_cover_what_people_vary_and_have_names_of_their_own() -> None:
     assert {request.trainer for request in found} == {"hf", "trl"}
     assert len({request.model for request in found}) == 5
     assert refused() == []
+
+
+def test_cases_of_later_settings_have_names_of_their_own_and_come_back_from_a_file() -> None:
+    found = settings_cases()
+    assert len({name_of(request) for request in (*cases(), *found)}) == len(cases()) + len(found)
+    assert [request_of(as_plain({"request": asdict(request)})) for request in found] == found
+    some = _small(lora_options=(("layers_to_transform", (0, 1)), ("rank_pattern", {"q_proj": 2})))
+    assert request_of(as_plain({"request": asdict(some)})) == some
 
 
 def test_a_prediction_has_the_peak_of_the_steps_and_a_verdict_for_each_card() -> None:

@@ -197,7 +197,7 @@ def asked_lora(parts: Parts, request: Request) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(request.modules_to_save) or None,
         trainable_token_indices=list(range(request.trainable_tokens)) or None,
-        **{"bias": "none", **dict(request.lora_options)},
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in request.lora_options},
     )
 
 

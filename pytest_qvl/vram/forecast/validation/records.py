@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.engine.trace import PhaseBytes
 
 # Fields of a request that JSON gives back as lists.
-_TUPLES = {"image", "capability", "lora_targets", "modules_to_save"}
+_TUPLES = {"image", "capability", "lora_targets", "modules_to_save", "lora_options"}
 
 
 def read_record(path: Path, schema: str) -> dict[str, Any]:
