@@ -100,6 +100,8 @@ def run_apart(pytester, monkeypatch):
     """Run pytest in a process of its own, with this plugin and those named: importing all others takes seconds."""
 
     def run(*args, plugins=()):
+        if "xdist" in plugins:
+            pytest.importorskip("xdist", reason="pytest-xdist is not installed")
         monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
         named = [argument for name in ("qvl", *plugins) for argument in ("-p", name)]
         return pytester.runpytest_subprocess(*named, *args)

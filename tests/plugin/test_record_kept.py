@@ -108,6 +108,7 @@ def _ended(process: int) -> bool:
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_takes_its_workers_along_and_keeps_the_old_record(pytester, monkeypatch):
+    pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     pytester.makepyfile(
         """
