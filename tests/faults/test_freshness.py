@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from pytest_qvl.faults.matrix.freshness import ASIDE, PACKAGE, deciding_files, definitions_digest, definitions_of
+from pytest_qvl.faults import catalogue
+from pytest_qvl.faults.matrix.freshness import (
+    ASIDE,
+    PACKAGE,
+    Definitions,
+    deciding_definitions,
+    deciding_files,
+    definitions_digest,
+    definitions_of,
+    parted,
+)
 
 PLAIN = """
 from a import b
@@ -110,3 +120,44 @@ def test_everything_that_decides_a_verdict_is_read() -> None:
     assert "models/backends/transformers.py" in names  # folders inside folders
     assert "faults/matrix/page.py" not in names
     assert len(definitions_digest()) == 16
+
+
+FAULTS = """
+from pytest_qvl.faults.catalogue import fault
+
+@fault("loud", "Too loud.", target="model")
+def _loud(case):
+    shout(case)
+    yield
+
+@fault("louder", "Louder.", target="model")
+def _louder(case):
+    with _loud(case):
+        yield
+
+@fault("quiet", "Too quiet.", target="model")
+def _quiet(case):
+    whisper(case)
+    yield
+
+def shout(case):
+    case.volume = 11
+"""
+
+
+def test_a_fault_is_parted_from_the_rest_unless_something_else_uses_it():
+    common, alone = parted(definitions_of([FAULTS]))
+    assert set(alone) == {"louder", "quiet"}
+    changed, others = parted(definitions_of([FAULTS.replace("whisper", "mumble")]))
+    assert changed == common
+    assert {name for name in alone if alone[name] != others[name]} == {"quiet"}
+    assert parted(definitions_of([FAULTS.replace("11", "12")]))[0] != common
+    assert parted(definitions_of([FAULTS.replace("shout(case)\n    yield", "yield")]))[0] != common
+
+
+def test_the_digest_is_of_all_of_them():
+    now = deciding_definitions()
+    assert definitions_digest() == now.digest
+    assert set(now.faults) <= set(catalogue()) and len(now.faults) > 200
+    for other in (Definitions("0", now.faults), Definitions(now.common, {**now.faults, "compute-float32": "0"})):
+        assert other.digest != now.digest

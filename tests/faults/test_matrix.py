@@ -11,6 +11,7 @@ from pytest_qvl.cli import main
 from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.matrix import pool, runner, work
 from pytest_qvl.faults.matrix.by_model import by_model, ordered, read_record
+from pytest_qvl.faults.matrix.freshness import Definitions, deciding_definitions
 from pytest_qvl.faults.matrix.panel import all_checks
 from pytest_qvl.faults.matrix.results import PART_OF_ANOTHER, Result, Row, summary
 from pytest_qvl.faults.matrix.runner import assembled, complete, run
@@ -82,6 +83,23 @@ def test_results_of_another_run_are_refused(plan: Plan, doing: list[str], tmp_pa
     run(plan, partial=file)
     with pytest.raises(ValueError, match="holds the results of another run"):
         run(Plan(embedded("float32"), TWO, named_only=True), partial=file)
+
+
+def test_a_fault_that_was_changed_is_done_again_and_nothing_else(
+    plan: Plan, doing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, now = tmp_path / "out.json.part", deciding_definitions()
+    run(plan, partial=file)
+    doing.clear()
+    changed = Definitions(now.common, {**now.faults, "rank-halved": "another"})
+    monkeypatch.setattr(runner, "deciding_definitions", lambda: changed)
+    assert complete(plan, run(plan, partial=file))
+    assert doing == ["rank-halved"]
+    assert not run(plan, partial=file).rows["rank-halved"].missing
+    assert doing == ["rank-halved"], "and once"
+    monkeypatch.setattr(runner, "deciding_definitions", lambda: Definitions("another", now.faults))
+    with pytest.raises(ValueError, match="holds the results of another run"):
+        run(plan, partial=file)
 
 
 def test_what_fails_without_a_fault_tells_nothing_about_faults(plan: Plan) -> None:

@@ -128,16 +128,17 @@ def _double_quantization_off(case: Case) -> Iterator[None]:
 
 @fault(
     "compute-float32",
-    "Compute dtype float32, the config's default: slow and hungry, and without a warning.",
+    "Compute dtype float32, the config's default: slow and hungry, and without a warning; of a float32 model bfloat16.",
     target="load",
     check="quantization_census",
-    expected_words=("compute_dtype float32 instead of {dtype}", "bnb_4bit_compute_dtype"),
+    expected_words=("compute_dtype ", " instead of {dtype}", "bnb_4bit_compute_dtype"),
     source="bitsandbytes-foundation/bitsandbytes#2077, #1177",
 )
 def _compute_float32(case: Case) -> Iterator[None]:
     import torch
 
-    load_again(case, bnb_4bit_compute_dtype=torch.float32)
+    another = torch.bfloat16 if case.subject.dtype == "float32" else torch.float32
+    load_again(case, bnb_4bit_compute_dtype=another)
     yield
 
 

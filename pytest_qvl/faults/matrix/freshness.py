@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -47,9 +49,39 @@ ASIDE = frozenset(
 )
 
 
-@cache
+# How a fault's function is written by :func:`definitions_of`: its own name, and the one that the decorator gives it.
+_FAULT = re.compile(
+    r"FunctionDef\(name='(\w+)',.*,decorator_list=\[Call\(func=Name\(fault\),args=\[Constant\(value='([\w-]+)'\)",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Definitions:
+    """Digests of what decides a verdict.
+
+    Attributes:
+        common: Of all but what a single fault alone stands for.
+        faults: Of a fault's own function, by the fault's name: what it decides are the outcomes of that fault.
+    """
+
+    common: str
+    faults: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Of all of them."""
+        return _hash([self.common, *(f"{name} {text}" for name, text in sorted(self.faults.items()))])
+
+
 def definitions_digest() -> str:
-    """Hash of what decides a verdict: the code of checks, faults, probes and models, and the embedded checkpoint.
+    """Hash of what decides a verdict, see :func:`deciding_definitions`."""
+    return deciding_definitions().digest
+
+
+@cache
+def deciding_definitions() -> Definitions:
+    """What decides a verdict: the code of checks, faults, probes and models, and the embedded checkpoint.
 
     As they are when it is first asked for: a run of an hour stands for the code that it began with.
 
@@ -59,12 +91,29 @@ def definitions_digest() -> str:
     and of parameters that no call spells out. Every other name, number and text counts, and so does a definition that
     comes or goes. The price: two definitions of the same name that change places are not told apart.
     """
-    found = hashlib.sha256()
-    for text in definitions_of(file.read_text(encoding="utf-8") for file in deciding_files()):
-        found.update(hashlib.sha256(text.encode()).digest())
+    common, faults = parted(definitions_of(file.read_text(encoding="utf-8") for file in deciding_files()))
     for file in sorted(embedded_model_dir().iterdir()):
         if file.suffix in (".json", ".safetensors", ".txt"):
-            found.update(f"{file.name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+            common.append(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}")
+    return Definitions(_hash(common), {name: _hash([text]) for name, text in faults.items()})
+
+
+def parted(texts: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Texts of definitions as those that decide for all, and those of single faults by the fault's name.
+
+    A fault's function that another definition names decides for that one too.
+    """
+    texts = list(texts)
+    found = {text: match.groups() for text in texts if (match := _FAULT.match(text))}
+    named = {name for text in texts for name in re.findall(r"Name\((\w+)\)", text)}
+    alone = {fault: text for text, (function, fault) in found.items() if function not in named}
+    return [text for text in texts if text not in alone.values()], alone
+
+
+def _hash(texts: Iterable[str]) -> str:
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(hashlib.sha256(text.encode()).digest())
     return found.hexdigest()[:16]
 
 

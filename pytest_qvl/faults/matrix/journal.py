@@ -12,6 +12,7 @@ from pytest_qvl.faults.matrix.work import Done, Plan, Task
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pytest_qvl.faults.matrix.freshness import Definitions
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
@@ -89,10 +90,12 @@ def _parsed(line: str) -> dict[str, Any] | None:
 class Journal:
     """The pieces of a matrix that are done, in memory and in a file from which a later run goes on.
 
+    A fault that was changed in the meantime is done again; anything else that changed asks for another file.
+
     Args:
         path: The file; ``None`` for none.
         plan: What is run.
-        definitions: Digest of what decides the results.
+        definitions: Digests of what decides the results.
 
     Attributes:
         done: What this and earlier calls of the same plan have done.
@@ -101,14 +104,22 @@ class Journal:
         ValueError: The file holds the results of another plan or of other definitions.
     """
 
-    def __init__(self, path: Path | None, plan: Plan, definitions: str) -> None:
-        head = {"subject": str(plan.subject), "named_only": plan.named_only, "definitions": definitions}
+    def __init__(self, path: Path | None, plan: Plan, definitions: Definitions) -> None:
+        head = {"subject": str(plan.subject), "named_only": plan.named_only, "definitions": definitions.common}
         self._lines = JsonLines(path, head)
+        self._faults = definitions.faults
         self.done: list[Done] = [
-            Done(Task(kept["part"], kept["key"]), kept["found"], kept["seconds"]) for kept in self._lines.kept
+            Done(Task(kept["part"], kept["key"]), kept["found"], kept["seconds"])
+            for kept in self._lines.kept
+            if kept["fault"] == self._fault(Task(kept["part"], kept["key"]))
         ]
 
     def add(self, done: Done) -> None:
         """Note a piece that is done, also in the file if there is one."""
         self.done.append(done)
-        self._lines.write({**asdict(done.task), "found": done.found, "seconds": round(done.seconds, 3)})
+        line = {**asdict(done.task), "found": done.found, "seconds": round(done.seconds, 3)}
+        self._lines.write({**line, "fault": self._fault(done.task)})
+
+    def _fault(self, task: Task) -> str | None:
+        """Digest of the fault that a piece is about; ``None`` where all definitions decide it."""
+        return self._faults.get(task.key) if task.part in ("fault", "after") else None

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.catalogue import catalogue
-from pytest_qvl.faults.matrix.freshness import definitions_digest
+from pytest_qvl.faults.matrix.freshness import deciding_definitions, definitions_digest
 from pytest_qvl.faults.matrix.journal import Journal, versions
 from pytest_qvl.faults.matrix.pool import pooled
 from pytest_qvl.faults.matrix.results import UNDECIDED, After, Result, Row
@@ -50,7 +50,7 @@ def run(plan: Plan, jobs: int = 1, *, partial: Path | None = None, minutes: floa
         MatrixStopped: A process died, or CUDA broke.
     """
     wanted = tasks(plan)
-    journal = Journal(partial, plan, definitions_digest())
+    journal = Journal(partial, plan, deciding_definitions())
     done = {one.task for one in journal.done}
     todo = [task for task in wanted if task not in done]
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
