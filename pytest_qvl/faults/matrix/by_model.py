@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.matrix.results import (
@@ -66,7 +67,7 @@ def by_model(results: Sequence[Result]) -> str:
     ]
     for family in dict.fromkeys(fault.family for fault in faults.values()):
         lines += [f"## {family[0].upper()}{family[1:]}", ""]
-        lines.append("| " + " | ".join(["fault", "must be caught by", *(result.label for result in results)]) + " |")
+        lines.append("| " + " | ".join(["fault", "must be caught by", *_labels(results)]) + " |")
         lines.append("|" + "---|" * (2 + len(results)))
         for name, fault in faults.items():
             if fault.family == family:
@@ -76,9 +77,17 @@ def by_model(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+def _labels(results: Sequence[Result]) -> list[str]:
+    """Of model and device, and of the dtype where several records are of the same two."""
+    counts = Counter(result.label for result in results)
+    return [f"{r.label}, {r.dtype}" if counts[r.label] > 1 else r.label for r in results]
+
+
 def _figures(results: Sequence[Result]) -> list[str]:
-    lines = ["| | " + " | ".join(result.label for result in results) + " |", "|" + "---|" * (1 + len(results))]
+    lines = ["| | " + " | ".join(_labels(results)) + " |", "|" + "---|" * (1 + len(results))]
     lines.append("| device | " + " | ".join(result.device for result in results) + " |")
+    lines.append("| dtype | " + " | ".join(result.dtype for result in results) + " |")
+    lines.append("| definitions of faults and checks | " + " | ".join(f"`{r.definitions}`" for r in results) + " |")
     for package in results[0].versions if results else ():
         lines.append(f"| {package} | " + " | ".join(result.versions.get(package, "") for result in results) + " |")
     for verdict, words in WORDS.items():
