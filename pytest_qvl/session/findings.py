@@ -11,7 +11,6 @@ import pytest
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, InputError, ModelCrashed, collecting, printable
 from pytest_qvl.report.report_data import Finding, add_to_report, why_skipped
 from pytest_qvl.report.run_results import OWN_MODELS
-from pytest_qvl.report.states import checks_to_explain
 from pytest_qvl.session import fixture_graph
 from pytest_qvl.session.suite_collection import check_name, is_shipped
 from pytest_qvl.session.targets import FIXTURE, NEEDS_CUDA, target_of
@@ -130,6 +129,8 @@ def _said(evidence: Evidence) -> str:
 
 def _point_to_explanations(report: pytest.TestReport, finding: Finding) -> None:
     """Name the command that explains each broken check, below the failure."""
+    from pytest_qvl.report.states import checks_to_explain  # it reads all checks' declarations
+
     known = [f"pytest-qvl explain {check}" for check in checks_to_explain(finding)]
     if known:
         report.sections.append(("usual causes and fixes", "\n".join(known)))

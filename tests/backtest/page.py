@@ -16,6 +16,7 @@ Releases of Transformers, PEFT, bitsandbytes, TRL and Unsloth that had a real bu
 index: the named check has to flag the one, in words that point at the cause and with the release that fixes it, and to pass on
 the other. {pairs} pairs of {bugs} bugs: **{flagged} of {pairs} bad releases flagged, {green} of {pairs} good ones green**.
 
+<!-- block: network a hundred environments, hours -->
 ```console
 pip install uv
 python -m tests.backtest --index https://download.pytorch.org/whl/cpu
