@@ -51,7 +51,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 def copy(to: Path) -> Path:
     """The documentation with what it links to, so that a build writes nothing into the checkout."""
-    for name in ("docs", "examples", ".github", "tests", "pytest_qvl", "tools", "fixtures"):
+    for name in ("docs", "examples", ".github", "changelog.d", "tests", "pytest_qvl", "tools", "fixtures"):
         shutil.copytree(ROOT / name, to / name, ignore=NOT_COPIED)
     for file in ROOT.glob("*.*"):
         if file.is_file():
