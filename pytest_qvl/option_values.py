@@ -153,3 +153,19 @@ def parse_known_failures(text: str, folder: Path) -> KnownFailures:
     from pytest_qvl.records.known_failures import read_known_failures
 
     return read_known_failures(text, folder)
+
+
+def names_in(file: Path | None) -> set[str]:
+    """What a file of pytest's settings sets; pytest itself gives a setting by its name only."""
+    if file is None:
+        return set()
+    if file.suffix != ".toml":
+        from iniconfig import IniConfig
+
+        sections = IniConfig(str(file)).sections
+        return {name for section in ("pytest", "tool:pytest") for name in sections.get(section, ())}
+    import tomllib
+
+    data = tomllib.loads(file.read_text(encoding="utf-8"))
+    table = data.get("tool", {}).get("pytest", {}) | data.get("pytest", {})
+    return {*table, *table.get("ini_options", ())}

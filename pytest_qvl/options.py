@@ -25,6 +25,7 @@ from pytest_qvl.models.sources.model_source import DEQUANTIZED, ModelSource, par
 from pytest_qvl.option_values import (
     Parse,
     Value,
+    names_in,
     one_of,
     parse_adapter,
     parse_backend,
@@ -263,6 +264,7 @@ def read_settings(config: pytest.Config) -> Settings:
     Raises:
         pytest.UsageError: A value is wrong, or one of two; names the setting, who set it, the value and the fix.
     """
+    _refuse_unknown(config)
     _refuse_contradictions(config)
     chosen = {setting.name: _choose(config, setting) for setting in SETTINGS}
     values = {name.removeprefix("qvl_"): value for name, (value, _) in chosen.items()}
@@ -276,6 +278,22 @@ def read_settings(config: pytest.Config) -> Settings:
             who = f"qvl_compute_dtype ({settings.source('compute_dtype')}), qvl_card ({settings.source('card')})"
             raise pytest.UsageError(f"{who}: {error}") from None
     return settings
+
+
+def _refuse_unknown(config: pytest.Config) -> None:
+    """Settings in the ini file that nobody knows: pytest only warns, and ends in an internal error under ``error``."""
+    names = [setting.name for setting in SETTINGS]
+    for name in names_in(config.inipath):
+        if not name.startswith("qvl_") or name in names:
+            continue
+        try:
+            config.getini(name)  # another plugin's
+        except ValueError:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, names, 1)
+            meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+            raise pytest.UsageError(f"{name} ({config.inipath}): pytest-qvl has no such setting; {meant}") from None
 
 
 def backends_before_conftests(config: pytest.Config) -> tuple[str, ...]:

@@ -126,7 +126,7 @@ MISTAKES = {
         'qvl_device = "cpu"',
         'qvl_devise = "cpu"',
         ("--collect-only",),
-        "qvl_devise",
+        r"ERROR: qvl_devise \(.*pyproject.toml\): pytest-qvl has no such setting; did you mean qvl_device\?",
     ),
 }
 
