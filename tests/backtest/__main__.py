@@ -75,14 +75,11 @@ def _outcomes(environment: Environment, names: list[str], python: str, envs: Pat
     shutil.rmtree(over, ignore_errors=True)
     install = [_uv(), "pip", "install", "-q", "--python", python, "--target", over, "--no-deps", *environment.over]
     subprocess.run([str(part) for part in install], check=True)
-    paths = os.pathsep.join((str(over), str(ROOT), str(ROOT / "tools")))
     environ = {
         **os.environ,
-        "PYTHONPATH": paths,
+        "PYTHONPATH": os.pathsep.join((str(over), str(ROOT))),
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
-        "UNSLOTH_ZOO_DISABLE_GPU_INIT": "1",
-        "UNSLOTH_IS_PRESENT": "1",
     }
     command = [python, "-m", "tests.backtest.child", *names]
     done = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, check=False)

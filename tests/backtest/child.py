@@ -10,16 +10,15 @@ import io
 import json
 import sys
 import warnings
-from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def main(names: list[str]) -> int:
     """Run each scenario and print what came of it."""
     warnings.simplefilter("ignore")
-    if find_spec("torchvision") is not None:
-        from collating.shim import declare_operators
-
-        declare_operators()
     import torch
 
     from tests.backtest.scenarios import SCENARIOS
@@ -33,10 +32,9 @@ def main(names: list[str]) -> int:
     return 0
 
 
-def _outcome(run: object) -> dict[str, str]:
+def _outcome(run: Callable[[], Any]) -> dict[str, str]:
     from pytest_qvl.evidence import CannotJudge, CheckFailed
 
-    assert callable(run)
     try:
         run()
     except CheckFailed as failed:

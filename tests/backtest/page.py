@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
 HEAD = """# Backtest on history
 
-Releases of Transformers, PEFT, bitsandbytes, TRL and Unsloth that had a real bug, each beside one that does not, from the package
-index: the named check has to flag the one, in words that point at the cause and with the release that fixes it, and to pass on
-the other. {pairs} pairs of {bugs} bugs: **{flagged} of {pairs} bad releases flagged, {green} of {pairs} good ones green**.
+Releases of Transformers that had a real bug, each beside one that does not, from the package index: the named check has to flag
+the one, in words that point at the cause and with the release that fixes it, and to pass on the other. {pairs} pairs of {bugs} bugs:
+**{flagged} of {pairs} bad releases flagged, {green} of {pairs} good ones green**.
 
-<!-- block: network a hundred environments, hours -->
+<!-- block: network {environments} environments -->
 ```console
 pip install uv
 python -m tests.backtest --index https://download.pytorch.org/whl/cpu
@@ -40,6 +40,7 @@ def page(record: Record) -> str:
     counts = {
         "pairs": len(PAIRS),
         "bugs": len(bugs),
+        "environments": len({pair.environment(release) for pair in PAIRS for release in (pair.bad, pair.good)}),
         "flagged": sum(flagged(pair, record) for pair in PAIRS),
         "green": sum(green(pair, record) for pair in PAIRS),
     }
@@ -58,7 +59,6 @@ def _table(record: Record) -> Iterable[str]:
 def _row(pair: Pair, record: Record) -> str:
     defect = defect_of(pair)
     what = f"{defect.met}: {defect.what}" if defect.met else defect.what
-    beside = f" with {', '.join(each.replace('==', ' ') for each in pair.beside)}" if pair.beside else ""
     family = next((f" ({label})" for end, label in FAMILIES.items() if pair.scenario.endswith(end)), "")
     bad = (
         f"`{pair.check}`"
@@ -67,7 +67,7 @@ def _row(pair: Pair, record: Record) -> str:
     )
     good = "green" if green(pair, record) else f"**{outcome(pair, pair.good, record).get('verdict', 'not run')}**"
     return (
-        f"| [{what}]({defect.thread}){family} | {pair.package} {pair.bad}{beside} | {bad} | {pair.words} "
+        f"| [{what}]({defect.thread}){family} | {pair.package} {pair.bad} | {bad} | {pair.words} "
         f"| {pair.good}: {good} |\n"
     )
 

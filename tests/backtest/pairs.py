@@ -5,18 +5,13 @@ Plain data; the bugs themselves (what, where reported, fixed in) are :data:`pyte
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 # What every environment starts from; a release is laid over it. The index has CUDA builds of a later torch.
 BASES = {
     "models": (
         *("torch==2.13.0", "transformers==5.17.0", "peft==0.21.2", "bitsandbytes==0.50.2", "accelerate==1.15.0"),
         *("pillow", "nvidia-ml-py", "pytest", "jinja2"),
-    ),
-    "collators": (
-        *("torch==2.13.0", "torchvision==0.28.0", "transformers==5.17.0", "peft==0.21.2", "bitsandbytes==0.50.2"),
-        *("unsloth_zoo==2026.10.9", "trl==1.15.0", "nvidia-ml-py", "pytest", "jinja2"),
     ),
 }
 
@@ -33,7 +28,6 @@ class Pair:
         good: One that does not.
         words: Of the check's message on the bad one, pointing at the cause.
         thread: Where the bug was reported; that of its entry in ``DEFECTS``.
-        beside: Further requirements of both.
         base: A name of :data:`BASES`.
     """
 
@@ -44,7 +38,6 @@ class Pair:
     good: str
     words: str
     thread: str
-    beside: tuple[str, ...] = ()
     base: str = "models"
 
     @property
@@ -55,7 +48,7 @@ class Pair:
     def environment(self, release: str) -> Environment:
         """That of one of the two."""
         own = (f"{self.package}=={release}", *(_needs(release) if self.package == "transformers" else ()))
-        return Environment(self.base, tuple(sorted({*own, *self.beside})))
+        return Environment(self.base, tuple(sorted(own)))
 
 
 @dataclass(frozen=True)
@@ -63,7 +56,7 @@ class Environment:
     """A base with some releases laid over it."""
 
     base: str
-    over: tuple[str, ...] = field(default=())
+    over: tuple[str, ...]
 
 
 def _needs(release: str) -> tuple[str, ...]:
@@ -77,14 +70,9 @@ def _needs(release: str) -> tuple[str, ...]:
 _TF = "https://github.com/huggingface/transformers/"
 
 
-def _pairs(scenario: str, check: str, package: str, bad: str, good: str, **fields: Any) -> tuple[Pair, ...]:
-    """One for each bad release."""
-    return tuple(Pair(scenario, check, package, each, good, **fields) for each in bad.split())
-
-
 def _transformers(scenario: str, check: str, bad: str, good: str, words: str, thread: str) -> tuple[Pair, ...]:
-    where = thread if thread.startswith("https:") else _TF + thread
-    return _pairs(scenario, check, "transformers", bad, good, words=words, thread=where)
+    """One for each bad release."""
+    return tuple(Pair(scenario, check, "transformers", each, good, words, _TF + thread) for each in bad.split())
 
 
 _DECODED = ("padding tokens on the left): t is 12, should be 23", "issues/41180")

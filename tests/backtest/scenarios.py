@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 WITH_VISION = (
     r".*(language_model.*\.(q|k|v|o|gate|up|down)_proj|visual.*blocks.*(qkv|proj|fc1|fc2|gate_proj|up_proj|down_proj))"
 )
-KEPT = ("model.visual", "lm_head")
 SCENARIOS: dict[str, Callable[[], Any]] = {}
 
 
@@ -38,25 +37,18 @@ def processor() -> Any:
     return load_processor(embedded_model_dir())
 
 
-def embedded(skip: tuple[str, ...] | None = KEPT, *, quantized: bool = True, dtype: str = "float32") -> Any:
-    """The embedded model, in NF4 with double quantization."""
+def embedded(*, quantized: bool = True, **quantization: Any) -> Any:
+    """The embedded model in float32, or in NF4 with double quantization and what else the fields say."""
     import torch
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import AutoModelForImageTextToText
 
-    from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+    from pytest_qvl.models.quantized import keep_quantized_weights_in_place, usual_quantization
     from pytest_qvl.models.sources.embedded import embedded_model_dir
 
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=None if skip is None else list(skip),
-    )
     model = AutoModelForImageTextToText.from_pretrained(
         embedded_model_dir(),
-        quantization_config=config if quantized else None,
-        torch_dtype=getattr(torch, dtype),  # what Transformers 4.55 and older call it; newer ones take both
+        quantization_config=usual_quantization(torch.float32, **quantization) if quantized else None,
+        torch_dtype=torch.float32,  # what Transformers 4.55 and older call it; newer ones take both
         attn_implementation="sdpa",
     )
     keep_quantized_weights_in_place(model)
@@ -196,7 +188,8 @@ def resized_vocabulary() -> Any:
 def skipped_by_short_name() -> Any:
     from pytest_qvl.checks import QuantizationPolicy, quantization_census
 
-    return quantization_census(embedded(("visual", "lm_head")), QuantizationPolicy(compute_dtype="float32"))
+    model = embedded(llm_int8_skip_modules=["visual", "lm_head"])
+    return quantization_census(model, QuantizationPolicy(compute_dtype="float32"))
 
 
 def _old_adapter(folder: str) -> None:
@@ -215,17 +208,6 @@ def _old_adapter(folder: str) -> None:
 
 
 @scenario
-def old_adapter_by_peft() -> Any:
-    from peft import PeftModel
-
-    from pytest_qvl.checks import adapter_roundtrip
-
-    with tempfile.TemporaryDirectory() as folder:
-        _old_adapter(folder)
-        return adapter_roundtrip(PeftModel.from_pretrained(embedded(), folder), folder)
-
-
-@scenario
 def old_adapter_by_transformers() -> Any:
     from pytest_qvl.checks import adapter_roundtrip
 
@@ -234,73 +216,3 @@ def old_adapter_by_transformers() -> Any:
         model = embedded()
         model.load_adapter(folder)
         return adapter_roundtrip(model, folder)
-
-
-# --- PEFT -----------------------------------------------------------------------------------------------------------
-
-
-@scenario
-def rslora_scale() -> Any:
-    """rsLoRA, its scale set to 1: what it is anyway."""
-    from pytest_qvl.checks import layer_arithmetic
-    from pytest_qvl.faults.case import lora_config
-
-    model = adapted(embedded(), use_rslora=True)
-    for module in model.modules():
-        if hasattr(module, "set_scale"):
-            module.set_scale("default", 1.0)
-    return layer_arithmetic(model, batch("side"), lora_config(use_rslora=True))
-
-
-@scenario
-def two_adapters() -> Any:
-    """Beside the adapter that is saved, one whose name has its name in it."""
-    from pytest_qvl.checks import adapter_roundtrip
-    from pytest_qvl.faults.case import lora_config
-
-    model = adapted(embedded())
-    model.add_adapter("default_2", lora_config(init_lora_weights=False))
-    return adapter_roundtrip(model)
-
-
-# --- collators ----------------------------------------------------------------------------------------------------------
-
-
-def _collated(framework: str, set_up: str, case: str) -> Any:
-    """A framework's collator on the rows of one property of docs/collators.md."""
-    from importlib import import_module
-
-    from collating.parts import Asked, write_parts
-    from collating.properties import CASES
-
-    from pytest_qvl import checks
-
-    with tempfile.TemporaryDirectory() as folder:
-        parts = write_parts("qwen2_5_vl", Path(folder))
-        rows = CASES[case].rows(parts.cell)
-        collate = import_module(f"collating.adapters.{framework}").collator(Asked(set_up), parts)
-        return checks.batch(collate(rows), parts.judge, parts.config, [row.compared() for row in rows])
-
-
-@scenario
-def trl_completion() -> Any:
-    return _collated("trl", "prompt and completion", "plain")
-
-
-@scenario
-def zoo_completion() -> Any:
-    """Unsloth's collator on rows of prompt and completion."""
-    from collating.parts import write_parts
-    from collating.properties import CASES
-    from unsloth_zoo.vision_utils import UnslothVisionDataCollator
-
-    from pytest_qvl import checks
-
-    with tempfile.TemporaryDirectory() as folder:
-        parts = write_parts("qwen2_5_vl", Path(folder))
-        rows = CASES["plain"].rows(parts.cell)
-        collate = UnslothVisionDataCollator(parts.model, parts.processor("right"), completion_only_loss=True)
-        split = [
-            {"prompt": row.messages()[:-1], "completion": row.messages()[-1:], "images": row.images} for row in rows
-        ]
-        return checks.batch(collate(split), parts.judge, parts.config, [row.compared() for row in rows])

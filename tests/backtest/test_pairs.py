@@ -57,6 +57,12 @@ def test_no_pair_is_there_twice() -> None:
     assert Counter(pair.name for pair in PAIRS).most_common(1)[0][1] == 1
 
 
+def test_every_case_has_a_pair() -> None:
+    """A case of one family runs beside those of the others."""
+    cases = [{name.partition("_qwen")[0] for name in names} for names in (SCENARIOS, (p.scenario for p in PAIRS))]
+    assert cases[0] == cases[1]
+
+
 def test_the_page_is_what_the_record_gives() -> None:
     assert (ROOT / "docs/backtest.md").read_text(encoding="utf-8") == page(RECORD), (
         "run: python -m tests.backtest --page"
