@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pytest_qvl.outputs import replace_file
 from tests.backtest.page import page
 from tests.backtest.pairs import BASES, PAIRS, Environment, Pair
 from tests.backtest.record import Record, as_it_should_be, flagged, green, key
@@ -42,12 +43,12 @@ def main() -> int:
         _run_all(pairs, given, record)
         kept = {key(pair.environment(release), pair.scenario) for pair in PAIRS for release in (pair.bad, pair.good)}
         record = {name: outcome for name, outcome in record.items() if name in kept}
-        _write(RECORD, json.dumps(dict(sorted(record.items())), indent=1, ensure_ascii=False) + "\n")
+        _write_record(record)
     _write(PAGE, page(record))
     return int(any(not as_it_should_be(pair, record) for pair in pairs))
 
 
-def _run_all(pairs: list[Pair], given: argparse.Namespace, record: dict[str, dict[str, str]]) -> None:
+def _run_all(pairs: list[Pair], given: argparse.Namespace, record: Record) -> None:
     pythons = dict(each.split("=", 1) for each in given.base)
     for environment, names in _wanted(pairs, {} if given.again else record).items():
         python = pythons.setdefault(environment.base, "") or _base(environment.base, given.envs, given.index)
@@ -56,7 +57,7 @@ def _run_all(pairs: list[Pair], given: argparse.Namespace, record: dict[str, dic
             name = outcome.pop("scenario")
             record[key(environment, name)] = outcome
             print(f"{key(environment, name)}: {outcome['verdict']} {outcome['says'][:150]!r}", flush=True)
-        _write(RECORD, json.dumps(dict(sorted(record.items())), indent=1, ensure_ascii=False) + "\n")
+        _write_record(record)
 
 
 def _wanted(pairs: list[Pair], record: Record) -> dict[Environment, list[str]]:
@@ -111,10 +112,13 @@ def _uv() -> str:
     return found
 
 
+def _write_record(record: Record) -> None:
+    _write(RECORD, json.dumps(dict(sorted(record.items())), indent=1, ensure_ascii=False) + "\n")
+
+
 def _write(path: Path, text: str) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)  # noqa: PTH105
+    if reason := replace_file(path, text):
+        raise SystemExit(reason)
 
 
 if __name__ == "__main__":
