@@ -52,9 +52,7 @@ def check_beside(path: Path) -> None:
     Raises:
         ValueError: Its folder, or the part of the path that is there already, is a file or read-only.
     """
-    there = path.absolute().parent
-    while not os.path.lexists(there):
-        there = there.parent
+    there = _already_there(path.absolute().parent)
     if not there.is_dir():
         raise ValueError(f"{str(path)!r} cannot be written: {str(there)!r} is not a folder")
     if not os.access(there, os.W_OK):
@@ -83,13 +81,18 @@ def check_folder(option: str, folder: Path) -> None:
     Raises:
         ValueError: It, or the part of its path that is there already, is a file or read-only.
     """
-    there = folder.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
+    there = _already_there(folder.absolute())
     if not there.is_dir():
         raise ValueError(f"{option}: {str(there)!r} is not a folder")
     if not os.access(there, os.W_OK):
         raise ValueError(f"{option}: {str(there)!r} cannot be written to: it is read-only for this user")
+
+
+def _already_there(folder: Path) -> Path:
+    """A folder, or the last part of its path that is there: what decides whether it can be made."""
+    while not os.path.lexists(folder):
+        folder = folder.parent
+    return folder
 
 
 def write_json(path: Path, data: Any) -> str:
