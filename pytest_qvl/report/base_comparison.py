@@ -10,7 +10,7 @@ from pytest_qvl.records.base import base_record
 from pytest_qvl.records.compare import Comparison, compare
 from pytest_qvl.records.compare_output import as_text, one_line
 from pytest_qvl.records.stored import RecordError
-from pytest_qvl.report.folding import folded
+from pytest_qvl.report.folding import write_folded
 
 if TYPE_CHECKING:
     from pytest_qvl.report.record import RunRecord
@@ -51,17 +51,14 @@ class BaseComparison:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         """Say what changed, below the promises; on ``-qq`` the verdict alone."""
-        width = terminalreporter.config.get_terminal_writer().fullwidth
         if self.refused:
             said = one_line(f"qvl: qvl_compare: cannot compare: {self.refused}")
-            for line in folded(said, width):
-                terminalreporter.line(line, red=True, bold=True)
+            write_folded(terminalreporter, said, red=True, bold=True)
         elif self.found is not None:
             lines = as_text(self.found).splitlines()
             if terminalreporter.config.get_verbosity() >= -1:
                 terminalreporter.section(f"compared with {self._base}", sep="=", bold=True)
-                for line in (part for whole in lines[:-1] for part in folded(whole, width)):
-                    terminalreporter.line(line)
+                for line in lines[:-1]:
+                    write_folded(terminalreporter, line)
             colour = {"red": True} if self.found.regressions else {"green": True}
-            for line in folded(f"qvl: {lines[-1]}", width):
-                terminalreporter.line(line, bold=True, **colour)
+            write_folded(terminalreporter, f"qvl: {lines[-1]}", bold=True, **colour)

@@ -10,7 +10,7 @@ import pytest
 
 from pytest_qvl.evidence import printable
 from pytest_qvl.promises import PROMISES, promise_number
-from pytest_qvl.report.folding import MORE, NARROW, folded
+from pytest_qvl.report.folding import INDENT, MORE, NARROW, STATE_WIDTH, TITLE_WIDTH, write_folded
 from pytest_qvl.report.states import STATES, PromiseState
 
 if TYPE_CHECKING:
@@ -21,12 +21,9 @@ if TYPE_CHECKING:
     from pytest_qvl.report.run_results import RunResults, TargetResults
 
 TITLE = "does QLoRA leave the model seeing?"
-TITLE_WIDTH = max(len(promise.title) for promise in PROMISES)
-STATE_WIDTH = max(map(len, STATES))
 YELLOW = {"yellow": True}
 COLOURS = {"kept": {"green": True}, "BROKEN": {"red": True}, "error": {"red": True}}
 TABLES_SHOWN = ("peak_vram",)  # numbers that are wanted though nothing is wrong with them
-INDENT = " " * len("   11  ")
 
 
 def write_promises(terminal: Any, results: RunResults) -> None:
@@ -50,11 +47,6 @@ def write_promises(terminal: Any, results: RunResults) -> None:
 
 def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bool) -> None:
     width = terminal.config.get_terminal_writer().fullwidth
-
-    def write(text: str, **markup: bool) -> None:
-        for line in folded(printable(text), width):
-            terminal.line(line, **markup)
-
     terminal.line(target, bold=True)
     states: Counter[str] = Counter()
     for promise in results.promises():
@@ -62,12 +54,12 @@ def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bo
         for line in _row(promise, width):
             terminal.line(printable(line), **COLOURS.get(promise.state, YELLOW))
         for check, reason in _about(promise.number, results.errors):
-            write(f"{INDENT}error: {check}: {reason}", **COLOURS["error"])
+            write_folded(terminal, printable(f"{INDENT}error: {check}: {reason}"), **COLOURS["error"])
         for check, reason in _about(promise.number, results.not_judged):
-            write(f"{INDENT}not judged: {check}: {reason}", **YELLOW)
+            write_folded(terminal, printable(f"{INDENT}not judged: {check}: {reason}"), **YELLOW)
         found = [e for e in results.evidence if promise_number(e.check) == promise.number]
         for line in _measured(found, terminal.config.get_verbosity()):
-            write(line)
+            write_folded(terminal, printable(line))
         for table in (e.table for e in found if e.check in TABLES_SHOWN and e.table):
             for row in str(table).splitlines():
                 terminal.line(printable(f"{INDENT}{row}"))
@@ -76,7 +68,7 @@ def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bo
     said = f"{states['kept']} of {len(PROMISES)} promises kept{counts}"
     checks = f"{len(results.evidence)} check{'s' * (len(results.evidence) != 1)} in {results.seconds:.0f} s"
     colour = COLOURS.get("error" if states["error"] else verdict, YELLOW)
-    write(f"   verdict: {verdict}: {said}; {checks}", bold=True, **colour)
+    write_folded(terminal, printable(f"   verdict: {verdict}: {said}; {checks}"), bold=True, **colour)
 
 
 def _measured(found: Sequence[Evidence], verbosity: int) -> Iterator[str]:
