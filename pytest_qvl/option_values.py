@@ -136,7 +136,7 @@ def parse_page(text: str, folder: Path) -> Path:
 
 
 def parse_base(text: str, folder: Path) -> str:
-    """A record to compare with, ``shipped``, or ``shipped:transformers4.57.6``."""
+    """A record to compare with, ``shipped``, or ``shipped:transformers5.17.0``."""
     from pytest_qvl.records.base import is_shipped, shipped_records
     from pytest_qvl.records.stored import read_record
 

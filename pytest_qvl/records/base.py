@@ -15,7 +15,7 @@ DECISIVE = ("transformers", "torch", "peft", "bitsandbytes", "accelerate")
 
 
 def is_shipped(name: str) -> bool:
-    """Whether a name means a shipped reference: ``shipped``, or ``shipped:transformers4.57.6`` for one of those."""
+    """Whether a name means a shipped reference: ``shipped``, or ``shipped:transformers5.17.0`` for one of those."""
     return name.partition(":")[0] == SHIPPED
 
 
@@ -33,7 +33,7 @@ def base_record(name: str, new: dict[str, Any]) -> dict[str, Any]:
 
 
 def named_record(name: str) -> dict[str, Any]:
-    """The record of that name; of the shipped ones, the one that ``name`` alone tells.
+    """The record of that name; of the shipped ones, the only one that is called so.
 
     Raises:
         RecordError: No record, or several are shipped that are called so.

@@ -21,8 +21,8 @@ def add_compare(commands: Commands) -> None:
     parser.add_argument(
         "old",
         metavar="OLD.json",
-        help="a record; or 'shipped', this package's own of the embedded model with the versions nearest to yours, "
-        "such as shipped:transformers4.57.6",
+        help="a record; or 'shipped': this package's own of the embedded model, with the versions nearest to NEW's; "
+        "shipped:transformers5.17.0 chooses one by a version",
     )
     parser.add_argument("new", metavar="NEW.json", help="the record to judge")
     parser.add_argument(

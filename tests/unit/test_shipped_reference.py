@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from copy import deepcopy
 from importlib.resources import files
@@ -92,6 +93,13 @@ def test_a_reference_is_named_by_a_version(shipped, capsys):
         base_record("shipped:peft0.2", shipped[0])
     assert main(["compare", name, "shipped:transformers9"]) == 2
     assert "no reference is shipped for 'transformers9'" in capsys.readouterr().err
+
+
+def test_the_reference_that_the_help_names_is_shipped(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    (name,) = re.findall(r"shipped:[\w.]+", capsys.readouterr().out)
+    assert shipped_records(name)
 
 
 def test_no_reference_is_shipped_for_another_model():
