@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from .making import (
     ADAPTER,
+    BOTH_SIDES,
     CONFIG,
     FAMILIES,
     LANGUAGE_ONLY,
@@ -149,7 +150,7 @@ def saved_before_4_52(shop: Workshop, family: str) -> Arguments:
 
 @broken("illuin-tech/colpali/issues/424", "old-layout", "vision", ("qwen2_vl", "qwen2_5_vl"), versions=">=5.4")
 def saved_before_4_52_with_vision(shop: Workshop, family: str) -> Arguments:
-    found = with_adapter(shop, family, target_modules=r".*(visual|language_model).*\.(q_proj|v_proj|qkv)")
+    found = with_adapter(shop, family, target_modules=BOTH_SIDES)
     rename(found["adapter"] / ADAPTER, old_names)
     return found
 
@@ -255,8 +256,7 @@ def biases_switched_off_afterwards(shop: Workshop, family: str) -> Arguments:
 
 @broken("vllm-project/vllm/issues/23796", "vllm-tower", "leaves out")
 def tower_served_by_vllm(shop: Workshop, family: str) -> Arguments:
-    targets = r".*(visual|language_model).*\.(q_proj|v_proj|qkv)"
-    return {**with_adapter(shop, family, target_modules=targets), "runtime": "vllm"}
+    return {**with_adapter(shop, family, target_modules=BOTH_SIDES), "runtime": "vllm"}
 
 
 @broken("vllm-project/vllm/issues/55193", "vllm-no-module", "serves the base where it finds none", ("qwen3_vl",))

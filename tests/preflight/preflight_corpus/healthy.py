@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,6 @@ from .making import (
     ADAPTER,
     CONFIG,
     FAMILIES,
-    PROCESSOR,
     Arguments,
     Case,
     Workshop,
@@ -18,6 +16,7 @@ from .making import (
     retensor,
     with_adapter,
     with_edits,
+    with_processor,
 )
 
 HEALTHY: list[Case] = []
@@ -205,15 +204,12 @@ def base_saved_with_layers_kept_by_name(shop: Workshop, family: str) -> Argument
 
 @healthy()
 def processor_beside_the_adapter(shop: Workshop, family: str) -> Arguments:
-    found = with_adapter(shop, family)
-    for name in PROCESSOR:
-        shutil.copy(found["base"] / name, found["adapter"])
-    return found
+    return with_processor(shop, family)
 
 
 @healthy()
 def fewer_pixels_on_purpose(shop: Workshop, family: str) -> Arguments:
-    found = dict(processor_beside_the_adapter(shop, family))
+    found = with_processor(shop, family)
     edit(found["adapter"] / "preprocessor_config.json", min_pixels=200704, max_pixels=1003520)
     return found
 

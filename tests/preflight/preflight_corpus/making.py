@@ -12,6 +12,7 @@ from typing import Any
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 LANGUAGE_ONLY = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+BOTH_SIDES = r".*(visual|language_model).*\.(q_proj|v_proj|qkv)"
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
@@ -232,6 +233,19 @@ def _make_adapter(source: Path, folder: Path, name: str, lora: Mapping[str, Any]
 def with_adapter(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
     """A base and an adapter of it."""
     return {"base": shop.base(family), "adapter": shop.adapter(family, **lora)}
+
+
+def with_processor(shop: Workshop, family: str) -> dict[str, Any]:
+    """A base and an adapter of it with the base's processor beside it."""
+    found = with_adapter(shop, family)
+    copy_processor(found["base"], found["adapter"])
+    return found
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """Processor, tokenizer, template and generation settings, as training scripts save them beside the weights."""
+    for name in PROCESSOR:
+        shutil.copy(source / name, folder)
 
 
 def with_edits(shop: Workshop, family: str, lora: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:

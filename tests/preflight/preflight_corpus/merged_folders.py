@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from typing import Any
 
 from .broken import broken
 from .healthy import healthy
-from .making import PROCESSOR, Arguments, Workshop, edit, in_shards, with_merge
+from .making import Arguments, Workshop, copy_processor, edit, in_shards, with_merge
 
 
 def _with(shop: Workshop, family: str, name: str, factor: float) -> Arguments:
@@ -56,8 +55,7 @@ def quantization_of_the_base_left_in(shop: Workshop, family: str) -> Arguments:
 
 def _with_processor(shop: Workshop, family: str) -> dict[str, Any]:
     found = with_merge(shop, family)
-    for name in PROCESSOR:
-        shutil.copy(found["base"] / name, found["merged"])
+    copy_processor(found["base"], found["merged"])
     return found
 
 

@@ -10,9 +10,7 @@ from pytest_qvl.models.sources.loading import in_todays_layout
 
 from .broken import broken
 from .healthy import healthy
-from .making import ADAPTER, CONFIG, FAMILIES, WEIGHTS, Arguments, Workshop, edit, retensor, with_merge
-
-_BOTH_SIDES = r".*(visual|language_model).*\.(q_proj|v_proj|qkv)"
+from .making import ADAPTER, BOTH_SIDES, CONFIG, FAMILIES, WEIGHTS, Arguments, Workshop, edit, retensor, with_merge
 
 
 def _from_base(found: dict[str, Any], wanted: Callable[[str], bool]) -> None:
@@ -36,14 +34,14 @@ def base_saved_in_place_of_the_merge(shop: Workshop, family: str) -> Arguments:
 
 @broken("unslothai/unsloth-zoo/pull/1234", "not-merged", "6 of 10 adapted weights (language 6)")
 def language_tower_left_out(shop: Workshop, family: str) -> Arguments:
-    found = with_merge(shop, family, target_modules=_BOTH_SIDES)
+    found = with_merge(shop, family, target_modules=BOTH_SIDES)
     _from_base(found, lambda name: "visual" not in name)
     return found
 
 
 @broken("unslothai/unsloth/issues/1352", "not-merged", "vision 4", ("qwen2_vl", "qwen3_vl"))
 def vision_tower_left_out(shop: Workshop, family: str) -> Arguments:
-    found = with_merge(shop, family, target_modules=_BOTH_SIDES)
+    found = with_merge(shop, family, target_modules=BOTH_SIDES)
     _from_base(found, lambda name: "visual" in name)
     return found
 

@@ -6,9 +6,7 @@ from typing import Any
 
 from .broken import broken
 from .healthy import healthy
-from .making import ADAPTER, FAMILIES, Arguments, Workshop, retensor, with_adapter, with_edits
-
-_BOTH_SIDES = r".*(visual|language_model).*\.(q_proj|v_proj|qkv)"
+from .making import ADAPTER, BOTH_SIDES, FAMILIES, Arguments, Workshop, retensor, with_adapter, with_edits
 
 
 @broken("tloen/alpaca-lora/issues/357", "adapter-zero", "B is 0 in 21, A in 0", FAMILIES)
@@ -28,7 +26,7 @@ def gathered_by_nobody(shop: Workshop, family: str) -> Arguments:
 @broken("huggingface/peft/issues/2880", "modules-zero", "vision 4 of 4", FAMILIES)
 def tower_without_gradients(shop: Workshop, family: str) -> Arguments:
     """Reentrant checkpointing cut the vision tower's gradients off."""
-    found = with_adapter(shop, family, target_modules=_BOTH_SIDES)
+    found = with_adapter(shop, family, target_modules=BOTH_SIDES)
 
     def untrained(name: str, tensor: Any) -> dict[str, Any]:
         return {name: tensor * 0 if "visual" in name and "lora_B" in name else tensor}
