@@ -98,5 +98,5 @@ def test_a_model_that_cannot_reply_says_so_in_the_report(processor, samples):
 def test_images_that_cannot_be_drawn_are_said(samples):
     probes = ProbeReplies()
     probes._ask("t", {"qvl_lora_model": None, "qvl_processor": None, "qvl_image_samples": samples})
-    assert {FULL, *probes.found[0].failed} == {FULL, NF4, ADAPTED, IMAGES}
+    assert set(probes.found[0].failed) == {NF4, ADAPTED, IMAGES}  # nobody asked in full precision
     assert probes.found[0].images == ()

@@ -33,5 +33,7 @@ def test_each_fault_was_named_by_its_check_and_by_all_that_the_matrix_has():
 
 
 def test_nothing_changed_where_nothing_had():
-    for seed, settings in TOLD.get("seeds", {}).items():
+    if "seeds" not in TOLD:
+        pytest.skip("no run is recorded against itself yet: python tools/compare_runs.py seeds")
+    for seed, settings in TOLD["seeds"].items():
         assert [told["changes"] for told in settings.values() if told["changes"]] == [], seed
