@@ -151,6 +151,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_one_record_whole(tmp_pa
         process = subprocess.Popen([sys.executable, "-c", writes, str(file)])
         before = file.stat().st_mtime_ns if file.exists() else 0
         while not file.exists() or file.stat().st_mtime_ns == before:
+            assert process.poll() is None
             time.sleep(0.001)
         time.sleep(delay)
         process.kill()
