@@ -118,20 +118,17 @@ def load_lora(folder: Path) -> dict[str, Any]:
     """``model`` and ``processor``: a 4-bit base with a fresh adapter."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import AutoModelForImageTextToText
 
+    from pytest_qvl.models.quantized import usual_quantization
     from pytest_qvl.models.sources.embedded import embedded_model_dir
     from pytest_qvl.models.sources.processors import load_processor
 
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
     base = AutoModelForImageTextToText.from_pretrained(
-        embedded_model_dir(), quantization_config=quantization, dtype=torch.float32, device_map="cpu"
+        embedded_model_dir(),
+        quantization_config=usual_quantization(torch.float32),
+        dtype=torch.float32,
+        device_map="cpu",
     )
     base.requires_grad_(False)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=ADAPTED, task_type="CAUSAL_LM")).eval()
