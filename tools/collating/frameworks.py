@@ -35,6 +35,7 @@ class Framework:
         empty: Modules that it imports at its top for audio only and of which the index has CUDA builds only: an empty
             module stands in for each.
         environ: Set while it runs.
+        module: What has to be importable to run it; empty where it is `name`.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Framework:
     bare: tuple[str, ...] = ()
     empty: tuple[str, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
+    module: str = ""
 
 
 _FRAMEWORKS = (
@@ -54,6 +56,7 @@ _FRAMEWORKS = (
         "unsloth_zoo",
         ("unsloth_zoo==2026.10.9", "transformers==5.17.0"),
         environ={"UNSLOTH_ZOO_DISABLE_GPU_INIT": "1"},
+        module="unsloth_zoo",
     ),
     Framework("swift", "ms-swift", "ms-swift", ("ms-swift==4.6.0", "qwen-vl-utils==0.0.14")),
     Framework(
@@ -127,6 +130,7 @@ _FRAMEWORKS = (
             "torchdata",
         ),
         bare=("nemo-automodel==0.7.0",),
+        module="nemo_automodel",
     ),
 )
 FRAMEWORKS: Mapping[str, Framework] = MappingProxyType({each.name: each for each in _FRAMEWORKS})

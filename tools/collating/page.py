@@ -32,18 +32,6 @@ plain rows do not have.
 """
 
 
-# What a reproducer has to be able to import; where that is missing, the tests of the page skip it and say so.
-PACKAGES = {
-    "axolotl": "axolotl",
-    "llamafactory": "llamafactory",
-    "maestro": "maestro",
-    "nemo": "nemo_automodel",
-    "swift": "swift",
-    "trl": "trl",
-    "unsloth": "unsloth_zoo",
-}
-
-
 def page(records: Iterable[Mapping[str, Any]]) -> str:
     """The whole page."""
     given = list(records)
@@ -137,7 +125,9 @@ def _reds(records: list[Mapping[str, Any]]) -> Iterable[str]:
             yield f"{comment}\n\n"
         shown = next(cell for cell in cells if "reproducer" in cell)
         raised = shown["raised"].partition(":")[0]
-        yield f"<!-- block: slow; needs {PACKAGES[record['framework']]}; raises {raised} -->\n"
+        framework = FRAMEWORKS[record["framework"]]
+        # Where the module is missing, the tests of the page skip the reproducer and say so.
+        yield f"<!-- block: slow; needs {framework.module or framework.name}; raises {raised} -->\n"
         yield f"```python\n{shown['reproducer']}```\n\nraises `{shown['raised']}`\n\n"
 
 
