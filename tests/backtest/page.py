@@ -12,24 +12,26 @@ if TYPE_CHECKING:
 
 HEAD = """# Backtest on history
 
-Releases of Transformers that had a real bug, each beside one that does not, from the package index: the named check has to flag
-the one, in words that point at the cause and with the release that fixes it, and to pass on the other. {pairs} pairs of {bugs} bugs:
-**{flagged} of {pairs} bad releases flagged, {green} of {pairs} good ones green**.
+Releases of Transformers with a real bug, each beside one without it, from the package index: the named check has to flag the one, in
+words that point at the cause, and to pass on the other. {pairs} pairs of {bugs} bugs: **{flagged} of {pairs} bad releases flagged,
+{green} of {pairs} good ones green** ([record](records/backtest.json)). Bugs of PEFT and bitsandbytes that were looked at are
+[not seen](#bugs-that-no-check-sees) or [cannot be shown](#bugs-that-cannot-be-shown-here), and count nowhere.
 
 <!-- block: network {environments} environments -->
 ```console
 pip install uv
-python -m tests.backtest --index https://download.pytorch.org/whl/cpu
+python -m tests.backtest --again --index https://download.pytorch.org/whl/cpu
 ```
 
 from the repository's root makes each environment with uv (a base once, releases laid over it, deleted afterwards), runs the cases on
 the CPU in float32 on the embedded model or a small random one of the family (`tests/backtest/scenarios.py`), and writes
-`docs/records/backtest.json` and this page. It ends with 1 where a pair is not as it should be. `--only TEXT` runs some of them.
-CI runs it every night. What is known of the bugs is data of the package, which every session that uses a model
-looks up for what is installed ([known defects](releases.md#known-defects)).
+`docs/records/backtest.json` and this page. It exits with 1 where a pair is not as it should be. `--only TEXT` runs some of them;
+without `--again` those that the record has as they should be are not run. CI runs all of them every night. The bugs are listed in
+the package, and every session that uses a model looks up what is installed ([known defects](releases.md#known-defects)); a failure
+names the release that fixes it, where there is one (`tests/backtest/test_pairs.py`).
 
-Several releases of one bug, and the same bug in the classes of two families, are pairs of their own: each was run. The release that a
-range of versions says to be fine is the first one without the bug that was released; "good" is the one that was run.
+Several releases with one bug, and the same bug in the classes of two families, are pairs of their own: each was run. "Good" is the
+release that was run; the first one without the bug, which is what a failure names, may be an earlier one.
 
 """
 
