@@ -5,7 +5,7 @@ Every parser takes the text and the folder that relative paths start from, and r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -155,17 +155,20 @@ def parse_known_failures(text: str, folder: Path) -> KnownFailures:
     return read_known_failures(text, folder)
 
 
-def names_in(file: Path | None) -> set[str]:
-    """What a file of pytest's settings sets; pytest itself gives a setting by its name only."""
-    if file is None:
+def names_in(file: Path | None, prefix: str) -> set[str]:
+    """Which settings of that prefix a file of pytest's sets; pytest itself gives a setting by its name only."""
+    if file is None or prefix not in (text := file.read_text(encoding="utf-8")):  # most projects: nothing to parse
         return set()
+    names: Iterable[str]
     if file.suffix != ".toml":
         from iniconfig import IniConfig
 
-        sections = IniConfig(str(file)).sections
-        return {name for section in ("pytest", "tool:pytest") for name in sections.get(section, ())}
-    import tomllib
+        sections = IniConfig(str(file), data=text).sections
+        names = [name for section in ("pytest", "tool:pytest") for name in sections.get(section, ())]
+    else:
+        import tomllib
 
-    data = tomllib.loads(file.read_text(encoding="utf-8"))
-    table = data.get("tool", {}).get("pytest", {}) | data.get("pytest", {})
-    return {*table, *table.get("ini_options", ())}
+        data = tomllib.loads(text)
+        table = data.get("tool", {}).get("pytest", {}) | data.get("pytest", {})
+        names = [*table, *table.get("ini_options", ())]
+    return {name for name in names if name.startswith(prefix)}

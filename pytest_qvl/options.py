@@ -283,9 +283,7 @@ def read_settings(config: pytest.Config) -> Settings:
 def _refuse_unknown(config: pytest.Config) -> None:
     """Settings in the ini file that nobody knows: pytest only warns, and ends in an internal error under ``error``."""
     names = [setting.name for setting in SETTINGS]
-    for name in names_in(config.inipath):
-        if not name.startswith("qvl_") or name in names:
-            continue
+    for name in sorted(names_in(config.inipath, "qvl_").difference(names)):
         try:
             config.getini(name)  # another plugin's
         except ValueError:

@@ -98,6 +98,14 @@ def test_every_setting_is_heard_from_everybody(pytester, settings, places, name,
     assert chosen.source(name.removeprefix("qvl_")) == source
 
 
+@pytest.mark.parametrize("file", ["pytest.ini", "setup.cfg", "pyproject.toml", "pytest.toml"])
+def test_a_setting_that_does_not_exist_is_refused_by_the_file_that_has_it(pytester, settings, file):
+    section = {"setup.cfg": "tool:pytest", "pyproject.toml": "tool.pytest"}.get(file, "pytest")
+    (pytester.path / file).write_text(f'[{section}]\nqvl_seed = "1"\nqvl_devise = "cpu"\n# qvl_cart\n')
+    with pytest.raises(pytest.UsageError, match=rf"^qvl_devise \(.*{file}\): .*; did you mean qvl_device\?$"):
+        settings()
+
+
 def test_defaults_are_not_shown_but_for_the_model(settings):
     assert settings().described() == ["model embedded (default)"]
 
