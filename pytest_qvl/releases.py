@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 THIS = "pytest-qvl"
 PAGE = "docs/releases.md"
 STACK = ("transformers", "peft", "bitsandbytes", "torch", "accelerate")
-_TITLES = {"transformers": "Transformers", "peft": "PEFT", "trl": "TRL"}
+_TITLES = {"transformers": "Transformers", "peft": "PEFT"}
 
 
 @dataclass(frozen=True)
@@ -163,15 +163,12 @@ def _mended(defect: Defect) -> str:
     """The release without this defect, and the first one without any that every session meets, where that is later."""
     if not defect.fixed_in:
         return "no release has it fixed yet"
-    return f"fixed in {_first_sound(defect)}"
-
-
-def _first_sound(defect: Defect) -> str:
     sound = defect.fixed_in
     always = [d for d in DEFECTS if d.package == defect.package and not d.met]
     while others := [d.fixed_in for d in always if _within(sound, d.versions)]:
         sound = others[0]
-    return sound if sound == defect.fixed_in else f"{defect.fixed_in} (take {sound}: until then there is another)"
+    later = f" (take {sound}: until then there is another)" if sound != defect.fixed_in else ""
+    return f"fixed in {defect.fixed_in}{later}"
 
 
 def out_of_range() -> str:
