@@ -121,8 +121,8 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
         refuse_without_effect(settings)
         shared = stash[LEAKS_KEY].watch.making
         subjects = config.pluginmanager.get_plugin("qvl-subjects")
-        given = settings.fault, settings, stash[DEVICE_KEY].default_dtype, shared, results
-        fault = Faulted(*given, subjects=subjects)
+        dtype = stash[DEVICE_KEY].default_dtype
+        fault = Faulted(settings.fault, settings, dtype, shared, results, subjects=subjects)
         register(fault, "qvl-fault")
 
 
