@@ -209,10 +209,6 @@ class DryRunStage:
 
         return {kv_cache_name(parts): FollowedCache(config=source.config.get_text_config())}
 
-    def checkpoint_arguments(self) -> dict[str, Any]:
-        """Recompute under the recorder's rules."""
-        return {"context_fn": self._recorder.for_recomputation}
-
     def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The same under the recorder's rules."""
         return self._recorder.recomputed(function)

@@ -113,12 +113,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             following.counting = before
 
-    def for_recomputation(self) -> tuple[Any, Any]:
-        """The ``context_fn`` of a checkpoint: torch switches function modes off during backward."""
-        return nullcontext(), _PythonCalls(self)
-
     def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same for a checkpoint that takes no ``context_fn``: ``function`` under these rules in backward."""
+        """``function`` under these rules in backward too, where torch switches function modes off."""
 
         def run(*args: Any) -> Any:
             with nullcontext() if torch._C._current_graph_task_id() == -1 else _PythonCalls(self):

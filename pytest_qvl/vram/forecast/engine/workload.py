@@ -62,11 +62,8 @@ class Stage(Protocol):
     def generation_arguments(self, parts: Parts, source: Source) -> dict[str, Any]:
         """What this stage adds to the arguments of ``generate``."""
 
-    def checkpoint_arguments(self) -> dict[str, Any]:
-        """What this stage adds to the arguments of ``torch.utils.checkpoint``."""
-
     def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What a reentrant checkpoint is to run in place of ``function``."""
+        """What a checkpoint is to run in place of ``function``."""
 
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
         """The optimizer called ``name`` in Transformers' ``TrainingArguments``, over ``parameters``."""
@@ -92,11 +89,9 @@ class Stage(Protocol):
 
 def prepare_training(parts: Parts, request: Request, stage: Stage) -> None:
     """Set up checkpointing and the hooks that make inputs require gradients, as ``request`` wants them."""
-    if request.gradient_checkpointing and is_reentrant(request):
-        enable_checkpointing(parts.base, {"use_reentrant": True})
+    if request.gradient_checkpointing:
+        enable_checkpointing(parts.base, {"use_reentrant": is_reentrant(request)})
         _recompute(parts.base, stage)
-    elif request.gradient_checkpointing:
-        enable_checkpointing(parts.base, {"use_reentrant": False, **stage.checkpoint_arguments()})
     if request.gradient_checkpointing or request.keeps_vision_hook:
         parts.base.enable_input_require_grads()
     if not request.keeps_vision_hook:
@@ -114,7 +109,7 @@ def is_reentrant(request: Request) -> bool:
 
 
 def _recompute(base: Any, stage: Stage) -> None:
-    """Let the stage run what a reentrant checkpoint, which takes no ``context_fn``, recomputes."""
+    """Let the stage run what is checkpointed: a reentrant checkpoint takes no ``context_fn``."""
     for module in base.modules():
         checkpoint = getattr(module, "_gradient_checkpointing_func", None)
         if checkpoint is not None:
@@ -123,7 +118,7 @@ def _recompute(base: Any, stage: Stage) -> None:
 
 def _checkpoint(checkpoint: Any, stage: Stage, function: Any, *args: Any) -> Any:
     with warnings.catch_warnings():
-        # True of a vision tower that is not back-propagated through, and so meant.
+        # Of a reentrant one. True of a vision tower that is not back-propagated through, and so meant.
         warnings.filterwarnings("ignore", message="None of the inputs have requires_grad")
         return checkpoint(stage.recomputed(function), *args)
 

@@ -184,12 +184,8 @@ class MeterStage:
         """No arguments: the model makes its own cache."""
         return {}
 
-    def checkpoint_arguments(self) -> dict[str, Any]:
-        """No arguments: recomputation needs no recorder here."""
-        return {}
-
     def recomputed(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function itself."""
+        """The function itself: recomputation needs no recorder here."""
         return function
 
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
