@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from pytest_qvl.vram.forecast.engine.repeats import NotRepeatingError
+from pytest_qvl.vram.forecast.engine.repeats import NotRepeatingError, missing_after
 from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, Event, is_own, over_within
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ class Attention:
                 raise NotRepeatingError("a chunk changes what is not its own")
         elif self._stands_for[key].steps != steps:
             raise NotRepeatingError("chunks of one length do different things")
-        for missing in self._missing_after(backward, position):
+        for missing in missing_after(self.runs, position, backward):
             self._write(backward, missing)
 
     def _steps(self, backward: bool, position: int, events: list[Event]) -> tuple[list[Event], list[_Step]]:
@@ -210,15 +210,6 @@ class Attention:
         of |= {number: (not backward, nth) for nth, number in enumerate(self._numbers[backward, position])}
         own = [event for event in events if event[1] in of and event[0] in (ALLOC, FREE)]
         return own, [(code, *of[number], size, kind) for code, number, size, kind in own]
-
-    def _missing_after(self, backward: bool, position: int) -> range:
-        """The chunks that do not run between this one and the next that does."""
-        for before, after in pairwise(self.runs):
-            if not backward and before == position:
-                return range(before + 1, after)
-            if backward and after == position:
-                return range(after - 1, before, -1)
-        return range(0)
 
     def _write(self, backward: bool, position: int) -> None:
         stand_in = self._stands_for[backward, self._lengths[position]]

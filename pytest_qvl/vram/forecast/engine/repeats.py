@@ -21,7 +21,7 @@ from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor, Storage
 from pytest_qvl.vram.forecast.engine.trace import ALLOC, FREE, RELABEL, is_own, over_within, without_collector
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator, Sequence
 
     from pytest_qvl.vram.forecast.engine.recorder import Recorder
     from pytest_qvl.vram.forecast.engine.towers import Tower
@@ -196,6 +196,20 @@ def _segments(
         yield segment, events[begin:end]
 
 
+def missing_after(runs: Sequence[int], position: int, backward: bool) -> range:
+    """What did not run between the one at ``position`` and the next that did, in the order of forward or backward.
+
+    Args:
+        runs: Positions of what ran, in order.
+        position: One of them.
+        backward: Whether the next is the one before it.
+    """
+    rank = runs.index(position)
+    if backward:
+        return range(position - 1, runs[rank - 1], -1) if rank else range(0)
+    return range(position + 1, runs[rank + 1]) if rank + 1 < len(runs) else range(0)
+
+
 # What an allocation is: of which segment, and the how-manieth of its allocations.
 Made = tuple[Segment, int]
 
@@ -238,16 +252,9 @@ class _Writing:
         for segment, events in segments:
             self._write_run(segment, events)
             if segment is not None:
-                for layer in self._missing_after(segment):
+                for layer in missing_after(self._towers[segment.tower].runs, segment.layer, segment.backward):
                     self._write_missing(segment._replace(layer=layer))
         self._check()
-
-    def _missing_after(self, segment: Segment) -> Iterable[int]:
-        """The layers that did not run between this one and the next that did."""
-        runs, rank = self._towers[segment.tower].runs, self._ranks[segment.tower][segment.layer]
-        if segment.backward:
-            return range(segment.layer - 1, runs[rank - 1], -1) if rank else ()
-        return range(segment.layer + 1, runs[rank + 1]) if rank + 1 < len(runs) else ()
 
     def _write_run(self, segment: Segment | None, events: list[Event]) -> None:
         for event in events:
