@@ -48,7 +48,8 @@ class Evaluation:
             left = self._predicted(batch) if runs else self._left_out(batch)
             left = self._kept(*left)
             if self._goes_to_host(number):
-                self._to_host()
+                if not self._request.batch_eval_metrics:  # which keep no logits, and leave losses where they are
+                    self._to_host()
                 batch = left = None
                 self._trainer.stage.empty_cache()
         self._to_host()
@@ -94,7 +95,6 @@ class Evaluation:
         return self._request.batch_eval_metrics or bool(steps and number % steps == 0)
 
     def _to_host(self) -> None:
-        """Nothing of what was kept stays on the device (``to_cpu_and_numpy``); losses stay with batch metrics."""
-        containers = (self._logits, self._labels) if self._request.batch_eval_metrics else ()
-        for container in containers or (self._losses, self._logits, self._labels):
+        """Nothing of what was kept stays on the device (``to_cpu_and_numpy``)."""
+        for container in (self._losses, self._logits, self._labels):
             container.tensors = None

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 # ``TOKEN_CHUNK_SIZE`` and ``_CHUNKED_LOGPROB_CHUNK_SIZE``: tokens and vocabulary of one tile of logits.
 TOKENS, VOCABULARY = 4096, 32768
-# What ``ForCausalLMLoss`` and TRL leave out.
 
 
 class FusedHead:
