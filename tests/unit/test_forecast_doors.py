@@ -131,6 +131,8 @@ def test_an_sft_config_is_known_by_its_own_settings(training_arguments: Any) -> 
             "deepspeed={'zero_optimization': {}}, which is not forecast: it spreads",
         ),
         ({"packing": True}, "packing=True, which is not forecast: packed rows"),
+        ({"eval_packing": True}, "eval_packing=True, which is not forecast: packed rows"),
+        ({"torch_compile_backend": "inductor"}, "torch_compile_backend='inductor', which is not forecast: a compiled"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1, which is not forecast: its loss keeps"),
         ({"freeze_head": True}, "freeze_head=True, which is not forecast: it is no setting whose memory"),
         ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=\['inputs'\], which is not forecast"),
@@ -294,6 +296,13 @@ def test_what_decides_which_layers_are_adapted_is_given_to_peft(tmp_path: Path) 
     )
     assert some == 2 * 2 * 4 * 2 * width
     assert more == some + 2 * 4 * 2 * width
+
+
+def test_the_first_layer_alone_and_tied_weights_are_asked_for_too(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    settings = {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": 0, "ensure_weight_tying": True}
+    file.write_text(json.dumps({**settings, "exclude_modules": [], "rank_pattern": {}, "bias": "none"}))
+    assert from_lora(str(tmp_path))["lora_options"] == (("layers_to_transform", 0), ("ensure_weight_tying", True))
 
 
 def test_several_sizes_beside_a_number_of_images_are_refused() -> None:

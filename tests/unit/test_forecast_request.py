@@ -59,6 +59,11 @@ def test_samples_take_the_place_of_one_size_for_all() -> None:
         ({"base_bits": 8}, "base_bits is 8: the forecast does not follow the products of LLM.int8"),
         ({"base_bits": 16, "checkpoint": "nf4"}, "one saved in NF4 has 4 bits"),
         ({"compute_metrics": True}, "compute_metrics is True and evaluation is 0"),
+        ({"evaluation_batches": 9}, "evaluation_batches is 9 and evaluation is 0: say how many samples"),
+        (
+            {"preprocess_logits": "argmax", "evaluation": 2},
+            "preprocess_logits is 'argmax' and compute_metrics is False",
+        ),
         ({"preprocess_logits": "topk"}, "preprocess_logits is 'topk': known are , argmax"),
         ({"fused_loss": True}, "fused_loss is True: the forecast does not follow Liger"),
         ({"samples": (Sample(((0, 28),), 9),)}, "image 0x28 has no pixels"),

@@ -18,7 +18,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 # Values that ask for nothing, whatever the setting is.
-_OFF: tuple[Any, ...] = (None, False, "", [], {}, ())
+_OFF: tuple[Any, ...] = (None, False, "", [], {}, (), set())
 
 # Settings of a trainer that are read into a request, and those that only count beside one of them.
 TAKEN = _names(
@@ -26,8 +26,7 @@ TAKEN = _names(
     per_device_train_batch_size gradient_accumulation_steps optim gradient_checkpointing gradient_checkpointing_kwargs
     bf16 fp16 eval_strategy evaluation_strategy per_device_eval_batch_size use_liger_kernel liger_kernel_config
     eval_accumulation_steps eval_do_concat_batches batch_eval_metrics prediction_loss_only
-    fsdp_config packing_strategy max_length pad_to_multiple_of torch_compile_backend torch_compile_mode
-    dataset_text_field
+    fsdp_config packing_strategy max_length pad_to_multiple_of dataset_text_field
     """
 )
 # How long, how fast, what is logged, saved, shuffled and prepared: nothing of it is on the card.
@@ -49,7 +48,7 @@ NEUTRAL = _names(
     train_sampling_strategy group_by_length length_column_name skip_memory_metrics local_rank ddp_backend ddp_timeout
     ray_scope tpu_num_cores tpu_metrics_debug fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap fp16_opt_level
     fp16_backend use_legacy_prediction_loop trust_remote_code chat_template_path dataset_kwargs dataset_num_proc
-    eos_token pad_token truncation_mode shuffle_dataset eval_packing router_aux_loss_coef
+    eos_token pad_token truncation_mode shuffle_dataset router_aux_loss_coef
     mixed_precision distributed_state deepspeed_plugin fsdp_plugin_args xla_fsdp_config hf_deepspeed_config
     """
 )
@@ -60,11 +59,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "parallelism_config": ((), "it spreads what a single card holds"),
     "mp_parameters": ((), "it spreads what a single card holds"),
     "torch_compile": ((), "a compiled step makes other tensors"),
+    "torch_compile_backend": ((), "a compiled step makes other tensors"),
+    "torch_compile_mode": ((), "a compiled step makes other tensors"),
     "torchdynamo": ((), "a compiled step makes other tensors"),
     "jit_mode_eval": ((), "a compiled model makes other tensors"),
     "use_ipex": ((), "it puts other kernels in place"),
     "half_precision_backend": (("auto", "cuda_amp", "cpu_amp"), "only torch's own autocast is followed"),
     "packing": ((), "packed rows have no length of their own"),
+    "eval_packing": ((), "packed rows have no length of their own"),
     "padding_free": ((), "rows without padding have no length of their own"),
     "activation_offloading": ((), "activations are kept in host memory"),
     "activation_checkpointing": ((), "only gradient_checkpointing is followed"),
@@ -104,14 +106,14 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 LORA_TAKEN = _names(
     """
     r target_modules lora_dropout use_dora modules_to_save trainable_token_indices
-    exclude_modules layers_to_transform layers_pattern rank_pattern bias lora_bias
+    exclude_modules layers_to_transform layers_pattern rank_pattern bias lora_bias ensure_weight_tying
     """
 )
 LORA_NEUTRAL = _names(
     """
     task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode lora_alpha
     fan_in_fan_out use_rslora alpha_pattern megatron_core qalora_group_size loftq_config eva_config corda_config
-    lora_ga_config ensure_weight_tying
+    lora_ga_config
     """
 )
 LORA_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -148,16 +150,16 @@ def refuse_unknown(
         ValueError: Names the setting and its value.
     """
     for name, value in settings.items():
-        if name in known or name.startswith("_") or _is_one_of(value, _OFF):
+        if name in known or name.startswith("_") or asks_for_nothing(value):
             continue
         harmless, why = refused.get(
             name, ((), "it is no setting whose memory the forecast knows; leave it out if it moves none")
         )
-        if not _is_one_of(value, harmless):
+        if not asks_for_nothing(value, harmless):
             raise ValueError(f"{where} has {name}={value!r}, which is not forecast: {why}")
 
 
-def _is_one_of(value: Any, values: Collection[Any]) -> bool:
-    """Whether it is equal to one of them: 0 is no ``False``, and 1 no ``True``."""
+def asks_for_nothing(value: Any, harmless: Collection[Any] = ()) -> bool:
+    """Whether it is one of a setting's harmless values, or of those that are for every setting: 0 is no ``False``."""
     plain = vars(value) if is_dataclass(value) else getattr(value, "value", value)
-    return any(plain == one and isinstance(plain, bool) == isinstance(one, bool) for one in values)
+    return any(plain == one and isinstance(plain, bool) == isinstance(one, bool) for one in (*_OFF, *harmless))

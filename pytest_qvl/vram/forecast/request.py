@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pytest_qvl.vram.forecast.known_settings import asks_for_nothing
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -48,14 +50,15 @@ _NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
 DTYPE_OF: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
-# Settings of ``LoraConfig`` that PEFT is given as they are, with their values where nobody asks.
-_LORA_OPTIONS: dict[str, object] = {
-    "exclude_modules": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
-    "rank_pattern": {},
-    "bias": "none",
-    "lora_bias": False,
+# Settings of ``LoraConfig`` that PEFT is given as they are, with values that ask for nothing beside the usual ones.
+_LORA_OPTIONS: dict[str, tuple[str, ...]] = {
+    "exclude_modules": (),
+    "layers_to_transform": (),
+    "layers_pattern": (),
+    "rank_pattern": (),
+    "bias": ("none",),
+    "lora_bias": (),
+    "ensure_weight_tying": (),
 }
 
 
@@ -75,7 +78,9 @@ class Sample:
 def lora_options(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Those settings of a ``LoraConfig`` that :attr:`Request.lora_options` takes and that ask for something."""
     found = {name: settings.get(name) for name in _LORA_OPTIONS}
-    return tuple((name, _plain(value)) for name, value in found.items() if value and value != _LORA_OPTIONS[name])
+    return tuple(
+        (name, _plain(value)) for name, value in found.items() if not asks_for_nothing(value, _LORA_OPTIONS[name])
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -147,7 +152,8 @@ class Request:
         lora_dropout: Dropout of the adapter's inputs.
         use_dora: Whether the adapter is DoRA.
         lora_options: Other settings of ``LoraConfig`` by name, which PEFT is given as they are: ``exclude_modules``,
-            ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``bias`` and ``lora_bias``.
+            ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``bias``, ``lora_bias`` and
+            ``ensure_weight_tying``.
         modules_to_save: Names of modules trained whole beside the adapter, as in ``LoraConfig``.
         trainable_tokens: How many rows of the input embeddings are trained (``trainable_token_indices``).
         base_bits: 4 for NF4, 8 for ``LLM.int8()``, 16 for no quantization.
@@ -268,8 +274,16 @@ class Request:
                 "trainer is 'trl' and autocasts to float16: SFTTrainer keeps the adapter of a quantized model in "
                 "bfloat16, whose gradients torch's GradScaler cannot unscale; use precision='bf16'"
             )
-        if self.compute_metrics and not self.evaluation:
-            raise ValueError("compute_metrics is True and evaluation is 0: say how many samples a batch of it has")
+        for name, unsaid in (("compute_metrics", False), ("evaluation_batches", 1)):
+            if getattr(self, name) != unsaid and not self.evaluation:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} and evaluation is 0: say how many samples a batch of it has"
+                )
+        if self.preprocess_logits and not self.compute_metrics:
+            raise ValueError(
+                f"preprocess_logits is {self.preprocess_logits!r} and compute_metrics is False: without metrics a "
+                "trainer keeps no logits"
+            )
         if self.trainer == "unsloth":
             raise ValueError(
                 "trainer is 'unsloth': the forecast follows Transformers' and PEFT's own code, which Unsloth replaces "
