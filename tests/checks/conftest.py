@@ -78,6 +78,14 @@ def processor(tiny_dir: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def config(tiny_dir: Path) -> Any:
+    """The embedded checkpoint's configuration; shared, so leave it as it was found."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(tiny_dir)
+
+
+@pytest.fixture(scope="session")
 def lora_config() -> LoraConfigFactory:
     from peft import LoraConfig
 

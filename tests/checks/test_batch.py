@@ -32,11 +32,6 @@ SKILLS = ("colour", "nth_colour", "text", "side")
 
 
 @pytest.fixture(scope="module")
-def config(tiny_dir: Path) -> Any:
-    return AutoConfig.from_pretrained(tiny_dir)
-
-
-@pytest.fixture(scope="module")
 def samples() -> list[Sample]:
     """One image, three images, none, one of another size."""
     made = {sample.skill: sample for sample in scenes(0, 1, cell=14)}

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig
 
 from pytest_qvl import checks
 from pytest_qvl.checks.batches.findings import findings_of, unjudged_of
@@ -18,7 +17,6 @@ from pytest_qvl.samples import make_batch, scenes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.samples import Sample
@@ -26,11 +24,6 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 Array = np.ndarray[Any, Any]
 UNJUDGED = "brightness of pixel_values"
-
-
-@pytest.fixture(scope="module")
-def config(tiny_dir: Path) -> Any:
-    return AutoConfig.from_pretrained(tiny_dir)
 
 
 @pytest.fixture(scope="module")

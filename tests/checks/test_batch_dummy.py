@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, Qwen2_5_VLModel
+from transformers import Qwen2_5_VLModel
 
 from pytest_qvl import checks
 from pytest_qvl.checks.batches.findings import findings_of
@@ -21,7 +21,6 @@ from pytest_qvl.samples import make_batch, scenes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from pytest_qvl.samples import Sample
 
@@ -49,8 +48,7 @@ def text_with_a_dummy(processor: Any, config: Any) -> tuple[Any, list[Sample]]:
     return made, texts
 
 
-def test_positions_of_a_batch_of_text_with_a_dummy_image_are_judged(processor: Any, tiny_dir: Path) -> None:
-    config = AutoConfig.from_pretrained(tiny_dir)
+def test_positions_of_a_batch_of_text_with_a_dummy_image_are_judged(processor: Any, config: Any) -> None:
     made, _ = text_with_a_dummy(processor, config)
     evidence = checks.batch(made, processor, config)
     assert {figure.name: figure.value for figure in evidence.figures}["position ids"] == 3 * int(
@@ -59,9 +57,8 @@ def test_positions_of_a_batch_of_text_with_a_dummy_image_are_judged(processor: A
 
 
 @pytest.mark.parametrize("filled", [False, True])
-def test_a_dummy_image_is_no_image_of_a_sample(processor: Any, tiny_dir: Path, filled: bool) -> None:
+def test_a_dummy_image_is_no_image_of_a_sample(processor: Any, config: Any, filled: bool) -> None:
     """A filled buffer in its pixels harms nobody: no token sees them."""
-    config = AutoConfig.from_pretrained(tiny_dir)
     made, texts = text_with_a_dummy(processor, config)
     if filled:
         made["pixel_values"] = torch.zeros_like(made["pixel_values"])
@@ -95,9 +92,8 @@ def found(*judged: Any) -> set[str]:
 @pytest.mark.parametrize("skills", [("text", "text"), ("colour", "text")], ids=["text", "mixed"])
 @pytest.mark.parametrize("compared", [False, True])
 def test_a_dummy_image_inside_of_a_text_row_is_no_fault(
-    processor: Any, tiny_dir: Path, skills: Sequence[str], compared: bool
+    processor: Any, config: Any, skills: Sequence[str], compared: bool
 ) -> None:
-    config = AutoConfig.from_pretrained(tiny_dir)
     batch, rows = with_dummies_inside(processor, config, skills)
     evidence = checks.batch(batch, processor, config, rows if compared else None)
     assert any("images that no token attends to: dummies" in note for note in evidence.notes)
@@ -121,24 +117,21 @@ def _learned(batch: Batch, place: int) -> None:
     ],
 )
 def test_what_teaches_by_an_image_inside_of_a_row_is_no_dummy(
-    processor: Any, tiny_dir: Path, change: Callable[[Batch, int], None], where: int, kinds: set[str]
+    processor: Any, config: Any, change: Callable[[Batch, int], None], where: int, kinds: set[str]
 ) -> None:
-    config = AutoConfig.from_pretrained(tiny_dir)
     batch, rows = with_dummies_inside(processor, config, ("text", "text"))
     places = (batch["input_ids"][0] == config.image_token_id).nonzero().flatten().tolist()
     change(batch, {-1: places[-1] + 1, 0: places[0], 1: places[-1] + 2}[where])
     assert found(batch, processor, config, rows) >= kinds
 
 
-def test_an_image_with_something_in_it_is_hidden_by_a_wrong_mask(processor: Any, tiny_dir: Path) -> None:
-    config = AutoConfig.from_pretrained(tiny_dir)
+def test_an_image_with_something_in_it_is_hidden_by_a_wrong_mask(processor: Any, config: Any) -> None:
     drawn = scenes(0, 1, ["colour"], cell=14)[0].images[0]
     batch, _ = with_dummies_inside(processor, config, ("text", "text"), drawn)
     assert found(batch, processor, config) == {"text-not-attended"}
 
 
-def test_a_white_image_of_its_own_is_missing_where_it_is_hidden(processor: Any, tiny_dir: Path) -> None:
-    config = AutoConfig.from_pretrained(tiny_dir)
+def test_a_white_image_of_its_own_is_missing_where_it_is_hidden(processor: Any, config: Any) -> None:
     batch, rows = with_dummies_inside(processor, config, ("text", "text"))
     own = [replace(row, images=(Image.new("RGB", (56, 56), "white"),)) for row in rows]
     assert found(batch, processor, config, own) == {"images-missing"}
@@ -146,10 +139,9 @@ def test_a_white_image_of_its_own_is_missing_where_it_is_hidden(processor: Any, 
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_an_image_behind_a_dummy_has_the_positions_of_its_own_grid(
-    processor: Any, tiny_dir: Path, positions: bool
+    processor: Any, config: Any, positions: bool
 ) -> None:
     """As ``get_rope_index`` makes them, they are those of the dummy's grid: of as many tokens here, so in silence."""
-    config = AutoConfig.from_pretrained(tiny_dir)
     batch, rows = with_dummies_inside(processor, config, ("text", "colour"), Image.new("RGB", (112, 28)))
     ids, merge = VisionIds(config.image_token_id, config.video_token_id), config.vision_config.spatial_merge_size
     right = mrope_oracle(batch["input_ids"], batch["attention_mask"], batch["image_grid_thw"][1:], ids, merge)
@@ -164,8 +156,7 @@ def test_an_image_behind_a_dummy_has_the_positions_of_its_own_grid(
     assert not torch.equal(made[:, 1], right[:, 1])
 
 
-def test_positions_of_rows_that_attend_to_nothing_are_not_judged(processor: Any, tiny_dir: Path) -> None:
-    config = AutoConfig.from_pretrained(tiny_dir)
+def test_positions_of_rows_that_attend_to_nothing_are_not_judged(processor: Any, config: Any) -> None:
     batch: Batch = make_batch(processor, scenes(0, 2, ["text"], cell=14), padding_side="right", answers=True)
     batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
     batch["position_ids"] = torch.zeros_like(batch["input_ids"]).expand(3, -1, -1)
