@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_qvl.models.backends import one_line
 from pytest_qvl.report.process_results import SeenProbe
 from pytest_qvl.session.findings import target_name
 
@@ -29,7 +30,7 @@ IMAGES = "images"  # beside the precisions, in what failed
 SHOWN = 6
 SIDE = 360  # pixels of the longer side of a shown image
 NEW_TOKENS = 32
-LONGEST = 200  # characters of an exception's message
+LONGEST = 200  # characters of an exception in a line
 LARGE = 60_000  # bytes, above which a photograph is stored as JPEG
 
 
@@ -86,7 +87,7 @@ def _asked(model: Any, processor: Any, samples: Sequence[Sample], *, adapted: bo
     try:
         return _Asked(replies_of(model, processor, chosen(samples), adapted=adapted))
     except Exception as error:
-        return _Asked(failed=_in_a_line(error))
+        return _Asked(failed=one_line(error)[:LONGEST])
 
 
 def _drawn(sample: Sample, processor: Any) -> tuple[tuple[str, ...], str]:
@@ -94,13 +95,7 @@ def _drawn(sample: Sample, processor: Any) -> tuple[tuple[str, ...], str]:
     try:
         return tuple(data_uri(with_grid(image, processor)) for image in sample.images), ""
     except Exception as error:
-        return (), _in_a_line(error)
-
-
-def _in_a_line(error: Exception) -> str:
-    """An exception's class and the beginning of its first line."""
-    first = next(iter(str(error).splitlines()), "")[:LONGEST]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+        return (), one_line(error)[:LONGEST]
 
 
 def chosen(samples: Sequence[Sample]) -> list[Sample]:
