@@ -20,7 +20,7 @@ def sign_test(one_way: int, other_way: int) -> float:
     """Two-sided p-value of so many flips each way, exact: McNemar's test where the flips are of the same samples."""
     flips = one_way + other_way
     larger = max(one_way, other_way)
-    return min(1.0, 2 * math.fsum(math.comb(flips, k) for k in range(larger, flips + 1)) / 2.0**flips)
+    return min(1.0, 2 * sum(math.comb(flips, k) for k in range(larger, flips + 1)) / (1 << flips))
 
 
 def flips(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[int, int, str]:

@@ -171,6 +171,12 @@ def test_the_sign_test_is_exact(one_way, other_way, chance):
     assert sign_test(one_way, other_way) == pytest.approx(chance, rel=1e-12)
 
 
+def test_the_sign_test_takes_more_flips_than_a_float_can_count():
+    assert sign_test(1100, 10) < 1e-300
+    assert sign_test(600, 600) == 1
+    assert sign_test(560, 490) == pytest.approx(0.033, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
