@@ -5,10 +5,12 @@ Usage::
     python tools/compare_runs.py faults             # a healthy run against one with each fault of FAULTS
     python tools/compare_runs.py seeds --seeds 20   # a run against itself, and on another instruction set, per seed
 
-Each writes its part of ``docs/records/compare-embedded-cpu.json`` as it goes and goes on where it was. Exit code 1: the
-fault's own check is not named, one that the fault matrix names is missing, or anything changed though nothing had. More
-checks than the matrix names may be: the matrix asks for what is beyond a limit, a comparison for a quarter of it, and
-in a run the fault stays from one test to the next.
+Each writes its part of ``docs/records/compare-embedded-cpu.json`` as it goes. What is there already is not run again,
+also after a check has changed: delete its entry, or the file, first.
+
+Exit code 1: the fault's own check is not named, one that the fault matrix names is missing, or anything changed though
+nothing had. More checks than the matrix names may be: the matrix asks for what is beyond a limit, a comparison for a
+quarter of it, and in a run the fault stays from one test to the next.
 
 Runs are the suite's own, with its real command line; in ``faults`` they share the healthy model and its reference.
 """
@@ -78,7 +80,7 @@ OF_SEEDS = ("--qvl-samples", "2", "-k", "not checkpointing and not gradient_arit
 
 
 def of_faults(names: list[str]) -> bool:
-    """Compare a healthy run with one for each fault; whether all regressions are the matrix's."""
+    """Compare a healthy run with one for each fault; whether each names its own check and all that the matrix does."""
     matrix = json.loads(MATRIX.read_text(encoding="utf-8"))["rows"]
     _share_the_healthy_model()
     told = _load().get("faults", {})
@@ -187,7 +189,6 @@ if __name__ == "__main__":
     parser.add_argument("--first", type=int, default=0, metavar="N", help="the first seed (default: 0)")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["again", "least instruction set"])
     given = parser.parse_args()
-    of_one = (
-        of_faults(given.only) if given.part == "faults" else of_seeds(range(given.first, given.seeds), given.settings)
-    )
-    sys.exit(not of_one)
+    seeds = range(given.first, given.seeds)
+    good = of_faults(given.only) if given.part == "faults" else of_seeds(seeds, given.settings)
+    sys.exit(not good)
