@@ -6,7 +6,7 @@ __version__: str
 def __getattr__(name: str) -> str:
     """``__version__``, as the package was installed: that of the last tag, and commits since."""
     if name == "__version__":
-        from pytest_qvl.releases import installed
+        from pytest_qvl.releases import THIS, installed
 
-        return installed("pytest-qvl") or "0+unknown"
+        return installed(THIS) or "0+unknown"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
