@@ -136,6 +136,7 @@ def test_an_sft_config_is_known_by_its_own_settings(training_arguments: Any) -> 
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1, which is not forecast: its loss keeps"),
         ({"freeze_head": True}, "freeze_head=True, which is not forecast: it is no setting whose memory"),
         ({"include_for_metrics": ["inputs"]}, r"include_for_metrics=\['inputs'\], which is not forecast"),
+        ({"per_device_train_batch_size": "8"}, r"batch is '8': it must be a whole number \(settings were read from"),
         ({"num_generations": 8}, "of a trainer with a reference or generations"),
         (
             {"gradient_checkpointing_kwargs": {"determinism_check": "none"}},

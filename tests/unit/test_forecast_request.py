@@ -59,6 +59,7 @@ def test_samples_take_the_place_of_one_size_for_all() -> None:
         ({"base_bits": 8}, "base_bits is 8: the forecast does not follow the products of LLM.int8"),
         ({"base_bits": 16, "checkpoint": "nf4"}, "one saved in NF4 has 4 bits"),
         ({"compute_metrics": True}, "compute_metrics is True and evaluation is 0"),
+        ({"max_length": "512"}, "max_length is '512': it must be a whole number"),
         ({"evaluation_batches": 9}, "evaluation_batches is 9 and evaluation is 0: say how many samples"),
         (
             {"preprocess_logits": "argmax", "evaluation": 2},

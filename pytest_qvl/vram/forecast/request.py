@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_qvl.vram.forecast.known_settings import asks_for_nothing
@@ -59,6 +60,14 @@ _LORA_OPTIONS: dict[str, tuple[str, ...]] = {
     "bias": ("none",),
     "lora_bias": (),
     "ensure_weight_tying": (),
+}
+
+
+# Whole numbers, and the least that each may be.
+_LEAST = {
+    **dict.fromkeys(("images", "batch", "accumulation", "evaluation_batches", "pad_to_multiple_of", "max_length"), 1),
+    **dict.fromkeys(("lora_r", "generate", "evaluation", "generate_in_training", "trainable_tokens"), 0),
+    "eval_accumulation_steps": 0,
 }
 
 
@@ -208,13 +217,8 @@ class Request:
         Raises:
             ValueError: Names the field, what it was and what it may be.
         """
+        self._check_counts()
         self._check_samples()
-        least_of = {"images": 1, "batch": 1, "accumulation": 1, "evaluation_batches": 1, "pad_to_multiple_of": 1}
-        others = ("lora_r", "generate", "evaluation", "generate_in_training", "trainable_tokens")
-        for name in (*least_of, *others, "eval_accumulation_steps"):
-            value, least = getattr(self, name), least_of.get(name, 0)
-            if value < least:
-                raise ValueError(f"{name} is {value}: it must be at least {least}")
         choices: dict[str, tuple[object, ...]] = {
             "optimizer": OPTIMIZERS,
             "compute_dtype": DTYPES,
@@ -236,6 +240,16 @@ class Request:
         if self.autocast is not None and self.precision is not None and self.autocast == self._is_pure:
             raise ValueError(f"precision {self.precision!r} and autocast={self.autocast} contradict each other")
         self._check_followed()
+
+    def _check_counts(self) -> None:
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if name == "max_length" and value is None:
+                continue
+            if not isinstance(value, Integral):
+                raise ValueError(f"{name} is {value!r}: it must be a whole number")
+            if value < least:
+                raise ValueError(f"{name} is {value}: it must be at least {least}")
 
     def _check_targets(self) -> None:
         targets = self.lora_targets
