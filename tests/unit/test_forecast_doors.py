@@ -268,6 +268,8 @@ def test_what_an_evaluation_keeps_is_read(training_arguments: Any) -> None:
     request = asked.request
     assert (request.evaluation, request.evaluation_batches, request.eval_accumulation_steps) == (8, 9, 4)
     assert request.keeps_logits
+    assert "--evaluation-batches 1" in _ask("--from-trainer", file, "--compute-metrics").assumed
+    assert "--evaluation-batches 1" not in _ask("--from-trainer", file).assumed
     assert not request.eval_do_concat_batches
     assert not _ask(
         "--from-trainer", training_arguments(eval_strategy="steps"), "--evaluation-batches", "9"

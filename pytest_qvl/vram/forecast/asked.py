@@ -72,7 +72,7 @@ def _assumed(request: Request, fields: dict[str, Any], card: Card | None) -> tup
     if not request.lora_r:
         return ()
     found = []
-    for name in OPEN:
+    for name in (*OPEN, "evaluation_batches") if request.keeps_logits else OPEN:
         option, value = f"--{name.replace('_', '-')}", getattr(request, name)
         if name in fields:
             continue
