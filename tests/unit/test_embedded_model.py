@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -168,6 +169,17 @@ def test_it_generates_whole_answers_and_stops(model: Any, processor: Any) -> Non
         if not text.startswith(probe.answer + "<|im_end|>")
     ]
     assert len(wrong) <= 1, wrong
+
+
+@pytest.mark.parametrize("name", ["train_embedded", "evaluate_embedded"])
+def test_the_scripts_know_the_package_as_it_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they import from it is there: they are run by hand, and the test that runs one is slow."""
+    folder = Path(__file__).resolve().parents[2] / "fixtures"
+    if not folder.is_dir():
+        pytest.skip("not in a checkout")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    importlib.import_module(name)
 
 
 @pytest.mark.slow
