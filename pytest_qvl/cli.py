@@ -2,12 +2,16 @@
 
 Each subcommand is added by one function and sets ``run`` to one that takes the parsed options and returns the
 exit code. Invalid input (a ``ValueError``) and a file that cannot be read or written (an ``OSError``) become one line
-on stderr and exit code 2, as for a mistyped option.
+on stderr and exit code 2, as for a mistyped option. Where nobody reads stdout any more, as behind ``| head``, a command
+ends without a word, and with the exit code of one that SIGPIPE ended.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 import sys
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -50,12 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         code: int = options.run(options)
+        print(end="", flush=True)  # here, where what cannot be written is one line
     except (ValueError, OSError) as error:  # a disk that fills up while the work is done
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the interpreter's own last flush
+            return 128 + signal.SIGPIPE
         from pytest_qvl.records.compare_output import one_line
 
         print(one_line(f"pytest-qvl {options.command}: error: {error}"), file=sys.stderr)
         return 2
     return code
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, and not one to a process of our own that broke."""
+    stdout = select.poll()
+    stdout.register(sys.stdout, 0)
+    return bool(stdout.poll(0))
 
 
 if __name__ == "__main__":
