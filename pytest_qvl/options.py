@@ -281,9 +281,12 @@ def read_settings(config: pytest.Config) -> Settings:
 
 
 def _refuse_unknown(config: pytest.Config) -> None:
-    """Settings in the ini file that nobody knows: pytest only warns, and ends in an internal error under ``error``."""
+    """Settings of the ini file or ``-o`` that nobody knows: pytest warns of the first, and is silent on the second."""
     names = [setting.name for setting in SETTINGS]
-    for name in sorted(names_in(config.inipath, "qvl_").difference(names)):
+    found = dict.fromkeys(names_in(config.inipath, "qvl_"), str(config.inipath))
+    overrides = (text.partition("=")[0].strip() for text in config.getoption("override_ini") or ())
+    found |= {name: OVERRIDE for name in overrides if name.startswith("qvl_")}
+    for name in sorted(found.keys() - set(names)):
         try:
             config.getini(name)  # another plugin's
         except ValueError:
@@ -291,7 +294,7 @@ def _refuse_unknown(config: pytest.Config) -> None:
 
             near = get_close_matches(name, names, 1)
             meant = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-            raise pytest.UsageError(f"{name} ({config.inipath}): pytest-qvl has no such setting; {meant}") from None
+            raise pytest.UsageError(f"{name} ({found[name]}): pytest-qvl has no such setting; {meant}") from None
 
 
 def backends_before_conftests(config: pytest.Config) -> tuple[str, ...]:

@@ -108,6 +108,8 @@ def test_help_names_every_flag_with_its_ini_and_environment(pytester):
         ([], {}, "qvl_backend = ['vllm']", "qvl_backend (pyproject.toml): 'vllm' is not one of transformers*"),
         ([], {}, "qvl_compute_dtype = 'int8'", "qvl_compute_dtype (pyproject.toml): 'int8' is not one of auto*"),
         ([], {}, "qvl_devise = 'cpu'", "qvl_devise (*pyproject.toml): pytest-qvl has no *; did you mean qvl_device?"),
+        (["-o", "qvl_devise=cpu"], {}, "", "qvl_devise (-o): pytest-qvl has no *; did you mean qvl_device?"),
+        ([], {"PYTEST_ADDOPTS": "-o qvl_devise=cpu"}, "", "qvl_devise (-o): *; did you mean qvl_device?"),
         ([], {}, "qvl_samples = 1", "qvl_samples (pyproject.toml): 1 is below the smallest value 2"),
         ([], {}, "qvl_samples = 'few'", "qvl_samples (pyproject.toml): *expects an int*; give a whole number"),
         ([], {}, "qvl_model = 'embedded'", "qvl_model (pyproject.toml): *expects a list*; give a list (in TOML: *"),
