@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 THIS = "pytest-qvl"
-PAGE = "docs/releases.md"
 STACK = ("transformers", "peft", "bitsandbytes", "torch", "accelerate")
 _TITLES = {"transformers": "Transformers", "peft": "PEFT"}
 
@@ -149,7 +148,7 @@ def defects_where_met() -> list[str]:
     for defect, version in _installed_defects():
         if defect.met:
             lines.setdefault(f"{_title(defect.package)} {version}", []).append(f"{defect.met}: {defect.what}")
-    return [f"{name}, known to go wrong with {'; with '.join(found)} ({PAGE})" for name, found in lines.items()]
+    return [f"{name}, known to go wrong with {'; with '.join(found)}" for name, found in lines.items()]
 
 
 def _installed_defects() -> Iterator[tuple[Defect, str]]:

@@ -51,7 +51,7 @@ def test_what_needs_something_special_is_one_line_for_each_package(pytester, run
     result.stdout.fnmatch_lines(
         [
             "qvl: Transformers 5.3.0, known to go wrong with a Trainer that accumulates gradients: Accelerate divides by*; with "
-            "llm_int8_skip_modules: entries are matched from the start of*",
+            "llm_int8_skip_modules: entries are matched from the start of *, silently; with an adapter saved before *, or crashes",
         ]
     )
     result.stdout.no_fnmatch_line("*5.3.0 has this defect: Accelerate*")
