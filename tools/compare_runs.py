@@ -5,30 +5,42 @@ Usage::
     python tools/compare_runs.py faults             # a healthy run against one with each fault of FAULTS
     python tools/compare_runs.py seeds --seeds 20   # a run against itself, and on another instruction set, per seed
 
-Each writes its part of ``docs/records/compare-embedded-cpu.json`` as it goes. What is there already is not run again,
-also after a check has changed: delete its entry, or the file, first.
+Each writes its part of ``docs/records/compare-embedded-cpu.json`` as it goes, and runs again what was made with other
+checks or faults than today's. ``--jobs 16 --seconds 480`` runs sixteen at once and starts none that would not end
+within eight minutes, going by those before it; the next call goes on from there. ``seeds`` keeps its runs in a file
+beside the record, or in ``--part``, until all are there.
 
-Exit code 1: the fault's own check is not named, one that the fault matrix names is missing, or anything changed though
-nothing had. More checks than the matrix names may be: the matrix asks for what is beyond a limit, a comparison for a
-quarter of it, and in a run the fault stays from one test to the next.
+Exit code 1: the fault's own check is not named, one that the fault matrix names is missing, anything changed though
+nothing had, a run of a seed was red, or some are still to run. More checks than the matrix names may be: the matrix
+asks for what is beyond a limit, a comparison for a quarter of it, and in a run the fault stays from one test to the
+next.
 
-Runs are the suite's own, with its real command line; in ``faults`` they share the healthy model and its reference.
+Runs are the suite's own, with its real command line; in ``faults`` those of one process share the healthy model and its
+reference.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from pytest_qvl.faults.matrix.freshness import deciding_definitions, definitions_digest
+from pytest_qvl.faults.matrix.journal import JsonLines, partial_file
 from pytest_qvl.records.compare import Comparison, compare
-from pytest_qvl.records.stored import read_record
+from pytest_qvl.records.stored import read_record, verdicts
 
 RECORDS = Path(__file__).resolve().parents[1] / "docs" / "records"
 RESULT = RECORDS / "compare-embedded-cpu.json"
@@ -71,37 +83,72 @@ QUICK = (
 SUITE = ("-q", "-p", "no:cacheprovider", "--pyargs", "pytest_qvl.suite", "--qvl-device", "cpu")
 SAMPLES = ("--qvl-samples", "3")  # per skill, as the faults' own setup has them
 # What computes differently, and no bug: torch's and oneDNN's least instruction set, and two threads.
+BASE = "base"
 SETTINGS: dict[str, dict[str, str]] = {
+    BASE: {},
     "again": {},
     "least instruction set": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"},
     "two threads": {"OMP_NUM_THREADS": "2"},
 }
+RED = ("BROKEN", "error")
 OF_SEEDS = ("--qvl-samples", "2", "-k", "not checkpointing and not gradient_arithmetic and not image_isolation")
 
 
-def of_faults(names: list[str]) -> bool:
+def of_faults(names: list[str], jobs: int, seconds: float) -> bool:
     """Compare a healthy run with one for each fault; whether each names its own check and all that the matrix does."""
-    matrix = json.loads(MATRIX.read_text(encoding="utf-8"))["rows"]
-    _share_the_healthy_model()
-    told = _load().get("faults", {})
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        healthy = None
-        for name in (one for one in names if one not in told):
-            healthy = healthy or _run(Path("healthy.json"), *SAMPLES)
-            outcomes = matrix[name]["outcomes"]
-            expected = {check for check, outcome in outcomes.items() if outcome not in ("pass", "cannot judge")}
-            chosen = " or ".join(f"test_{check}" for check in sorted({*QUICK, *expected, FAULTS[name]}))
-            damaged = _run(Path(f"{name}.json"), *SAMPLES, "--qvl-fault", name, "-k", chosen)
-            told[name] = _judged(compare(healthy, damaged), FAULTS[name], expected)
+    told = {name: one for name, one in _load().get("faults", {}).items() if one["definitions"] == _definitions(name)}
+    missing = [(name,) for name in names if name not in told]
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _share_the_healthy_model) as pool:
+        for (name,), found in _in_time(pool, jobs, seconds, _of_fault, missing):
+            told[name] = found
             print(name, told[name], flush=True)
-            _save("faults", told)
+            _save("faults", {name: told[name] for name in FAULTS if name in told})
     exact = sum(set(one["regressions"]) == set(one["matrix"]) for one in told.values())
     first = sum(one["first"] and not one["missing"] for one in told.values())
     print(
         f"of {len(told)}: {exact} by exactly the checks of the matrix, {first} by their own check first and all others"
     )
-    return all(not one["missing"] and one["check"] in one["regressions"] for one in told.values())
+    named = all(not one["missing"] and one["check"] in one["regressions"] for one in told.values())
+    return named and all(name in told for name in names)
+
+
+def _of_fault(name: str) -> dict[str, Any]:
+    outcomes = json.loads(MATRIX.read_text(encoding="utf-8"))["rows"][name]["outcomes"]
+    expected = {check for check, outcome in outcomes.items() if outcome not in ("pass", "cannot judge")}
+    chosen = " or ".join(f"test_{check}" for check in sorted({*QUICK, *expected, FAULTS[name]}))
+    found = compare(_healthy(), _run(*SAMPLES, "--qvl-fault", name, "-k", chosen))
+    return {"definitions": _definitions(name), **_judged(found, FAULTS[name], expected)}
+
+
+@cache
+def _healthy() -> dict[str, Any]:
+    return _run(*SAMPLES)
+
+
+def _definitions(name: str) -> list[str | None]:
+    """Digests of what decides how a run with the fault ends: all but single faults, and the fault's own function."""
+    now = deciding_definitions()
+    return [now.common, now.faults.get(name)]
+
+
+def _in_time(
+    pool: Executor, jobs: int, seconds: float, work: Callable[..., Any], tasks: list[tuple[Any, ...]]
+) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Tasks with their results as they end; none is started that would end too late if it takes as long as the last."""
+    begun, lasted, waiting = time.monotonic(), deque([0.0], jobs), deque(tasks)
+    running: dict[Future[Any], tuple[tuple[Any, ...], float]] = {}
+    while True:
+        while waiting and len(running) < jobs and time.monotonic() - begun + max(lasted) <= seconds:
+            task = waiting.popleft()
+            running[pool.submit(work, *task)] = (task, time.monotonic())
+        if not running:
+            break
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            task, started = running.pop(future)
+            lasted.append(time.monotonic() - started)
+            yield task, future.result()
+    if waiting:
+        print(f"{len(waiting)} left for the next call: not started, they would not have ended in time", flush=True)
 
 
 def _judged(found: Comparison, check: str, expected: set[str]) -> dict[str, Any]:
@@ -135,42 +182,69 @@ def _share_the_healthy_model() -> None:
     faults.healthy_case = cache(faults.healthy_case)
 
 
-def _run(file: Path, *arguments: str) -> dict[str, Any]:
+def _run(*arguments: str) -> dict[str, Any]:
     import pytest
 
-    status = pytest.main([*SUITE, "--no-header", "--tb=no", "--qvl-record", str(file.resolve()), *arguments])
-    if status not in (0, 1):
-        raise SystemExit(f"pytest {' '.join(arguments)}: exit status {status}")
-    return read_record(file)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "record.json"
+        os.chdir(folder)
+        status = pytest.main([*SUITE, "--no-header", "--tb=no", "--qvl-record", str(file), *arguments])
+        if status not in (0, 1):
+            raise SystemExit(f"pytest {' '.join(arguments)}: exit status {status}")
+        return read_record(file)
 
 
-def of_seeds(seeds: range, settings: list[str]) -> bool:
+def of_seeds(seeds: range, settings: list[str], jobs: int, seconds: float, part: Path) -> bool:
     """Compare a run of each seed with one more in each setting; whether nothing changed anywhere."""
-    told = _load().get("seeds", {})
-    for seed in seeds:
-        missing = [name for name in settings if name not in told.get(str(seed), {})]
-        if not missing:
-            continue
-        base = _run_apart(seed, {})
-        for name in missing:
-            found = compare(base, _run_apart(seed, SETTINGS[name]))
-            said = {"verdict": found.verdict, "differs": found.versions, "changes": [str(one) for one in found.changes]}
-            told = _load().get("seeds", {})  # another process may have its own seeds
-            told.setdefault(str(seed), {})[name] = said
-            print(seed, name, said, flush=True)
-            _save("seeds", told)
-    return not any(one["changes"] for by_setting in told.values() for one in by_setting.values())
+    journal = JsonLines(part, {"arguments": [*SUITE, *OF_SEEDS], "definitions": definitions_digest()})
+    runs = {(one["seed"], one["setting"]): one["record"] for one in journal.kept}
+    wanted = [(seed, name) for seed in seeds for name in (BASE, *settings)]
+    with ThreadPoolExecutor(jobs) as pool:
+        missing = [one for one in wanted if one not in runs]
+        for (seed, name), record in _in_time(pool, jobs, seconds, _run_apart, missing):
+            if record is not None:
+                runs[seed, name] = record
+                journal.write({"seed": seed, "setting": name, "record": record})
+    told: dict[str, dict[str, Any]] = {}
+    for seed, name in wanted:
+        if name != BASE and {(seed, BASE), (seed, name)} <= runs.keys():
+            told.setdefault(str(seed), {})[name] = _unchanged(runs[seed, BASE], runs[seed, name])
+            print(seed, name, told[str(seed)][name], flush=True)
+    if told:
+        _save("seeds", {"definitions": definitions_digest(), "settings": settings, "by_seed": told})
+    if not runs.keys() >= set(wanted):
+        return False
+    part.unlink()
+    return not any(one["changes"] or one["red"] for by_setting in told.values() for one in by_setting.values())
 
 
-def _run_apart(seed: int, variables: dict[str, str]) -> dict[str, Any]:
+def _unchanged(base: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """What differs, and what is broken or failed in either run: two red ones may be equal."""
+    found = compare(base, record)
+    red = {key[1]: one.says for each in (base, record) for key, one in verdicts(each).items() if one.state in RED}
+    return {
+        "cpu": record["machine"]["cpu"],
+        "features": record["machine"]["features"],
+        "verdict": found.verdict,
+        "differs": found.versions,
+        "changes": [str(one) for one in found.changes],
+        "red": red,
+    }
+
+
+def _run_apart(seed: int, setting: str) -> dict[str, Any] | None:
+    """The record of a run in a process of its own, less pictures and times; without one ``None``, and what it said."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "record.json"
         arguments = [*SUITE, "--tb=short", "--qvl-record", str(file), "--qvl-seed", str(seed), *OF_SEEDS]
-        environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
-        done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=folder, env=environment, check=False)
-        if done.returncode != 0:
-            raise SystemExit(f"seed {seed}: the run is not green (exit status {done.returncode})")
-        return read_record(file)
+        variables = {"OMP_NUM_THREADS": "1", **os.environ, **SETTINGS[setting]}
+        command = [sys.executable, "-m", "pytest", *arguments]
+        done = subprocess.run(command, cwd=folder, env=variables, check=False, capture_output=True, text=True)
+        print(f"seed {seed}, {setting}: exit status {done.returncode}", flush=True)
+        if done.returncode not in (0, 1) or not file.exists():
+            print(f"{done.stdout[-3000:]}{done.stderr[-3000:]}", flush=True)
+            return None
+        return {**read_record(file), "probes": [], "seconds_by_test": []}
 
 
 def _load() -> dict[str, Any]:
@@ -183,12 +257,19 @@ def _save(part: str, told: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("faults", "seeds"))
+    parser.add_argument("kind", choices=("faults", "seeds"))
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT")
     parser.add_argument("--seeds", type=int, default=20, metavar="N", help="seeds 0 to N - 1 (default: 20)")
-    parser.add_argument("--first", type=int, default=0, metavar="N", help="the first seed (default: 0)")
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["again", "least instruction set"])
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS)[1:], default=["again", "least instruction set"])
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="start none that would end later")
+    parser.add_argument("--part", type=Path, default=partial_file(RESULT), metavar="FILE", help="runs of seeds so far")
     given = parser.parse_args()
-    seeds = range(given.first, given.seeds)
-    good = of_faults(given.only) if given.part == "faults" else of_seeds(seeds, given.settings)
+    try:
+        if given.kind == "faults":
+            good = of_faults(given.only, given.jobs, given.seconds)
+        else:
+            good = of_seeds(range(given.seeds), given.settings, given.jobs, given.seconds, given.part)
+    except ValueError as error:  # a part of other checks
+        parser.error(str(error))
     sys.exit(not good)

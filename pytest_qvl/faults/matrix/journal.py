@@ -68,7 +68,7 @@ class JsonLines:
         text = path.read_text(encoding="utf-8")
         first, *lines = text.splitlines() or [""]
         if _parsed(first) != head:
-            raise ValueError(f"{path} holds the results of another run ({first}): remove it, or give another --out")
+            raise ValueError(f"{path} holds the results of another run ({first}): remove it, or name another file")
         for number, line in enumerate(lines, start=2):
             kept = _parsed(line)
             if kept is not None:
