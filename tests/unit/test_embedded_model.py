@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -180,20 +179,3 @@ def test_the_scripts_know_the_package_as_it_is(name: str, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, name, raising=False)
     importlib.import_module(name)
-
-
-@pytest.mark.slow
-def test_the_training_script_writes_a_complete_checkpoint(tmp_path: Path) -> None:
-    """Also runs its own comparison of the training short cuts with the stock model."""
-    script = Path(__file__).resolve().parents[2] / "fixtures" / "train_embedded.py"
-    if not script.is_file():
-        pytest.skip("not in a checkout")
-    command = [sys.executable, str(script), "--out", str(tmp_path), "--steps", "2", "--tower-steps", "1"]
-    subprocess.run([*command, "--batch", "4", "--workers", "0", "--device", "cpu"], check=True, capture_output=True)
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert model(**make_batch(load_processor(tmp_path), scenes(0, 1), answers=True)).loss.isfinite()
-    for name in ("tokenizer.json", "config.json", "preprocessor_config.json", "generation_config.json"):
-        shipped = embedded_model_dir() / name
-        assert (tmp_path / name).read_bytes() == shipped.read_bytes(), f"{name} is not what the script writes"
