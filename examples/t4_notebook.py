@@ -23,10 +23,10 @@
 # %% [markdown]
 # ## Install
 #
-# Until the first release is on PyPI, install from a checkout of the repository instead.
+# From a clone of the repository beside this notebook. From the first release on, by name: `pytest-qvl[unsloth]`.
 
 # %% tags=["install"]
-# %pip install -q "pytest-qvl[unsloth]"
+# %pip install -q "./pytest-qvl[unsloth]"
 
 # %% [markdown]
 # ## What is judged
