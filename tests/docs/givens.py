@@ -61,12 +61,13 @@ def _save_adapter(model: Any, folder: Path, base: str) -> None:
     from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config = LoraConfig(r=RANK, target_modules=ADAPTED, task_type="CAUSAL_LM", base_model_name_or_path=base)
+    config = LoraConfig(r=RANK, target_modules=ADAPTED, task_type="CAUSAL_LM")
     state = get_peft_model_state_dict(get_peft_model(model, config), save_embedding_layers=False)
     draw = torch.Generator().manual_seed(0)
     drawn = {name: 0.01 * torch.randn(tensor.shape, generator=draw) for name, tensor in state.items()}
     (folder / "out" / "checkpoint-500").mkdir(parents=True)
     save_file(drawn, folder / "out" / "checkpoint-500" / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.base_model_name_or_path = base  # PEFT wrote the model's own name there, which one without weights has not
     config.inference_mode = True
     config.save_pretrained(folder / "out" / "checkpoint-500")
 
