@@ -50,8 +50,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code (2 for invalid input)."""
+    """Run the command; returns the exit code (2 for invalid input).
+
+    Args:
+        arguments: By default those of the process, which then does nothing else.
+    """
     options = parser().parse_args(arguments)
+    options.own_process = arguments is None
     try:
         code: int = options.run(options)
         print(end="", flush=True)  # here, where what cannot be written is one line

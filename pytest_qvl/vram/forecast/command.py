@@ -6,6 +6,7 @@ import argparse
 import gc
 import json
 import logging
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from pytest_qvl.figures import require_matplotlib
 from pytest_qvl.outputs import check_file
 from pytest_qvl.vram.forecast.asked import ask
 from pytest_qvl.vram.forecast.changes import cheapest
-from pytest_qvl.vram.forecast.imports import without_compiler
+from pytest_qvl.vram.forecast.imports import only_what_runs
 from pytest_qvl.vram.forecast.options import add_options
 
 if TYPE_CHECKING:
@@ -51,15 +52,15 @@ def run_forecast(options: argparse.Namespace) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     gc.disable()  # what is imported now stays: looking through it again and again takes a fifth of the time
     try:
-        with without_compiler():
+        with only_what_runs() if options.own_process else nullcontext():
             import bitsandbytes  # noqa: F401
-        import peft  # noqa: F401
-        from transformers import AutoModelForImageTextToText  # noqa: F401
-        from transformers.utils import logging as transformers_logging
+            import peft  # noqa: F401
+            from transformers import AutoModelForImageTextToText  # noqa: F401
+            from transformers.utils import logging as transformers_logging
 
-        import pytest_qvl.vram.forecast.output.answer
-        import pytest_qvl.vram.forecast.output.timeline
-        import pytest_qvl.vram.forecast.run
+            import pytest_qvl.vram.forecast.output.answer
+            import pytest_qvl.vram.forecast.output.timeline
+            import pytest_qvl.vram.forecast.run
     finally:
         gc.freeze()
         gc.enable()
