@@ -17,7 +17,7 @@ from pytest_qvl.vram.forecast import Forecast, Request
 from pytest_qvl.vram.forecast.changes import Change, candidates, cheapest, render_changes
 from pytest_qvl.vram.forecast.engine.trace import Failure, PhaseBytes
 from pytest_qvl.vram.forecast.output.answer import Answer
-from pytest_qvl.vram.forecast.result import Largest, Verdict
+from pytest_qvl.vram.forecast.result import Largest, Refused, Verdict
 from pytest_qvl.vram.forecast.run import Forecaster, make_forecaster
 from pytest_qvl.vram.units import MiB
 
@@ -143,7 +143,8 @@ def test_all_that_a_forecast_can_say_fits_the_schema() -> None:
     refused = _found(Request(batch=4), 2000 * MiB)
     fits = _found(Request(), 900 * MiB)
     change = Change("--batch 1 --accumulation 4", "time", fits)
-    for largest in (Largest("batch", fits, refused=refused), Largest("image", None, refused=refused), None):
+    larger = Refused(refused.request, refused.visual_tokens)
+    for largest in (Largest("batch", fits, refused=larger), Largest("image", None, refused=larger), None):
         data = _as_plain(refused, ("--trainer hf",), largest=largest, changes=[change])
         jsonschema.validate(data, SCHEMA)
         assert data["changes"][0]["fits"] is True

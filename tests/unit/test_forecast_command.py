@@ -73,9 +73,12 @@ def test_the_largest_that_fits_is_confirmed_and_the_next_refused(dimension: Any)
     assert found.forecast is not None
     assert found.refused is not None
     assert found.forecast.verdict is not None
-    assert found.refused.verdict is not None
     assert found.forecast.verdict.fits
-    assert not found.refused.verdict.fits
+    assert found.forecast == forecaster.forecast(found.forecast.request, inference=False, timeline=False)
+    refused = forecaster.forecast(found.refused.request, inference=False, timeline=False)
+    assert refused.visual_tokens == found.refused.visual_tokens
+    assert refused.verdict is not None
+    assert not refused.verdict.fits
     assert not found.bounded
     if dimension == "batch":
         assert (found.forecast.request.batch, found.refused.request.batch) == (3, 4)

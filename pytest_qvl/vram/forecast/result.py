@@ -135,6 +135,19 @@ class Forecast:
 
 
 @dataclass(frozen=True)
+class Refused:
+    """What was tried and does not fit.
+
+    Attributes:
+        request: All of it.
+        visual_tokens: Visual tokens per sample.
+    """
+
+    request: Request
+    visual_tokens: int
+
+
+@dataclass(frozen=True)
 class Largest:
     """The largest image or batch found to fit the card.
 
@@ -149,4 +162,4 @@ class Largest:
     dimension: Dimension
     forecast: Forecast | None
     bounded: bool = False
-    refused: Forecast | None = None
+    refused: Refused | None = None

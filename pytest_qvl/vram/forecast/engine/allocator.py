@@ -86,12 +86,14 @@ class CachingAllocator:
     Attributes:
         allocated: Bytes in blocks handed out (``torch.cuda.memory_allocated``).
         reserved: Bytes in segments held (``torch.cuda.memory_reserved``).
+        met_limit: Whether the limit was met, and what could be given back was.
     """
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit
         self.allocated = 0
         self.reserved = 0
+        self.met_limit = False
         self._next_address = 0
         # Keys of free blocks, sorted: the allocator takes the smallest that fits, the lowest address among equals.
         self._small: list[int] = []
@@ -159,6 +161,7 @@ class CachingAllocator:
     def _new_segment(self, rounded: int, pool: list[int]) -> Block:
         size = segment_size(rounded)
         if self.limit is not None and self.reserved + size > self.limit:
+            self.met_limit = True
             self.empty_cache()
             if self.reserved + size > self.limit:
                 raise CardFullError(rounded)

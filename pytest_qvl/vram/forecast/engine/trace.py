@@ -161,6 +161,19 @@ class AllocationTrace:
         """The events of a step once more: its allocations are over, so that they can have the same numbers."""
         self.events += step.events
 
+    def most_alive(self) -> int:
+        """Most bytes that are alive at once: no allocator can do with less."""
+        sizes = [0] * self._allocations
+        alive = most = 0
+        for code, number, size, _ in self.events:
+            if code == ALLOC:
+                sizes[number] = size
+                alive += size
+                most = max(most, alive)
+            elif code == FREE:
+                alive -= sizes[number]
+        return most
+
     def _phase_index(self, name: str) -> int:
         if name not in self.phases:
             self.phases.append(name)
@@ -215,10 +228,12 @@ class Replay:
     Attributes:
         phases: Bytes per phase, in order of first appearance.
         failure: Where it ran out of memory under the limit; ``None`` if it fitted.
+        met_limit: Whether cached segments had to be given back for the limit: without one, the phases differ.
     """
 
     phases: dict[str, PhaseBytes]
     failure: Failure | None = None
+    met_limit: bool = False
 
 
 Watcher = Callable[[str, tuple[int, ...]], None]
@@ -305,4 +320,4 @@ def _replay(
     now.end_allocated = allocator.allocated
     for name, phase in phases.items():
         phase.by_kind = dict(zip(KINDS, highest[name], strict=True))
-    return Replay(phases, failure)
+    return Replay(phases, failure, allocator.met_limit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.vram.forecast.changes import Change, render_changes
@@ -56,7 +56,7 @@ class Answer:
             data["largest"] = {
                 "dimension": self.largest.dimension,
                 "request": self.largest.forecast and self.largest.forecast.as_dict()["request"],
-                "refused": self.largest.refused and self.largest.refused.as_dict()["request"],
+                "refused": self.largest.refused and asdict(self.largest.refused.request),
                 "bounded": self.largest.bounded,
             }
         if self.changes is not None:

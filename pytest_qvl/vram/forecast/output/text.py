@@ -10,7 +10,7 @@ from pytest_qvl.vram.units import MiB, format_bytes
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.request import Request, Sample
-    from pytest_qvl.vram.forecast.result import Forecast, Largest, Verdict
+    from pytest_qvl.vram.forecast.result import Forecast, Largest, Refused, Verdict
 
 TRAINERS = {
     "hf": "transformers.Trainer",
@@ -142,7 +142,7 @@ def _largest(largest: Largest) -> str:
     return f"{found} (no larger one was tried)"
 
 
-def _name(largest: Largest, forecast: Forecast) -> str:
+def _name(largest: Largest, forecast: Forecast | Refused) -> str:
     request: Request = forecast.request
     if largest.dimension == "batch":
         return str(request.batch)
