@@ -15,8 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from pytest_qvl.records.base import DECISIVE
 from pytest_qvl.records.stored import read_record
+from pytest_qvl.releases import THIS
 
 FOLDER = Path(__file__).resolve().parents[1] / "pytest_qvl" / "records" / "shipped"
 REPORTS = ("qvl_record", "qvl_html", "qvl_compare")
@@ -43,6 +46,8 @@ def reference(record: dict[str, Any]) -> dict[str, Any]:
     """
     if record["exit_status"] != 0:
         raise SystemExit(f"the run ended with exit status {record['exit_status']}: a reference is of a green run")
+    packages = record["environment"]["packages"]
+    release = Version(packages[THIS]).base_version  # not the commit that a development version names
     checks = [{**one, "notes": [], "table": None} if "notes" in one else one for one in record["checks"]]
     configuration = [one for one in record["configuration"] if one["name"] not in REPORTS]
     return {
@@ -50,7 +55,12 @@ def reference(record: dict[str, Any]) -> dict[str, Any]:
         "command": ["pytest", *SUITE],
         "settings": [line for line in record["settings"] if not line.startswith(("record ", "html ", "compare "))],
         "configuration": configuration,
-        "environment": {**record["environment"], "commit": None, "variables": {}},
+        "environment": {
+            **record["environment"],
+            "packages": {**packages, THIS: release},
+            "commit": None,
+            "variables": {},
+        },
         "checks": checks,
         "probes": [],
         "seconds_by_test": [],
