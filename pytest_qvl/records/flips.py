@@ -37,7 +37,7 @@ def flips(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[int, int, str
         return lost, gained, f"{lost} lost and {gained} gained of the same {len(same)} samples"
     before, after = ({kind: list(found.values()).count(kind) for kind in ("lost", "gained")} for found in (old, new))
     lost, gained = after["lost"] + before["gained"], after["gained"] + before["lost"]
-    return lost, gained, f"{lost} flips for worse and {gained} for better, each run against its own reference"
+    return lost, gained, f"flips: {lost} for worse and {gained} for better, each run against its own reference"
 
 
 def right_answers(answers: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import show
+from pytest_qvl.preflight.findings import counted
 from pytest_qvl.promises import PROMISES, promise_number
 from pytest_qvl.records.explain import faults_of, links
 from pytest_qvl.records.remedies import REMEDIES
@@ -198,7 +199,7 @@ def _sentence(record: dict[str, Any], shown: Sequence[Target], failures: Sequenc
     parts = [f"{states['kept']} of {states.total()} promises kept"] if states else []
     parts += [f"{states[state]} {state}" for state in ORDER if states[state] and state != "kept"]
     outside = sum(not failure.check for failure in failures)
-    parts += [f"{outside} other failures"] if outside else []
+    parts += [counted(outside, "other failure")] if outside else []
     tests = ", ".join(f"{count} {outcome}" for outcome, count in record["tests"].items()) or "no test ran"
     return f"{', '.join(parts) or 'no promise was looked at'}. Tests: {tests}, in {record['seconds']:.0f} s."
 

@@ -198,7 +198,7 @@ def test_answers_to_the_same_samples_are_compared_sample_by_sample(record, old, 
 
 def test_answers_to_other_samples_are_compared_by_each_runs_own_reference(record):
     gained, lost = answered(record, "r" * 57 + "g" * 3), answered(record, "r" * 57 + "l" * 3, first=100)
-    said = "6 flips for worse and 0 for better, each run against its own reference (p = 0.031)"
+    said = "flips: 6 for worse and 0 for better, each run against its own reference (p = 0.031)"
     assert answers_told(gained, lost) == [("worse", "answers", said)]
     assert answers_told(answered(record, "r" * 57 + "l" * 3), lost) == []
     shifted = answered(record, "r" * 54 + "l" * 16, first=10)
