@@ -7,13 +7,14 @@ import re
 import runpy
 from copy import deepcopy
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 
 import jsonschema
 import pytest
 
 from pytest_qvl.cli import main
-from pytest_qvl.records.base import base_record, shipped_records
+from pytest_qvl.records.base import DECISIVE, base_record, shipped_records
 from pytest_qvl.records.compare import compare
 from pytest_qvl.records.stored import RecordError, read_record, verdicts
 from pytest_qvl.suite import SUITE_VERSION
@@ -33,7 +34,9 @@ def test_references_are_green_valid_and_say_nothing_of_where_they_were_made(ship
         jsonschema.Draft202012Validator(SCHEMA).validate(record)
         assert (record["exit_status"], record["suite"], record["environment"]["commit"]) == (0, SUITE_VERSION, None)
         assert not [word for word in json.dumps(record).split('"') if word.startswith("/")]
-        assert {one.state for one in verdicts(record).values()} == {"kept", "not judged"}
+        judged = verdicts(record).values()
+        assert {one.state for one in judged} == {"kept", "not judged"}
+        assert [one.check for one in judged if one.answers], "made by code that did not record answers"
 
 
 def test_the_suite_still_has_every_test_of_a_reference(shipped):
@@ -45,7 +48,7 @@ def test_the_suite_still_has_every_test_of_a_reference(shipped):
 
 
 def test_a_reference_is_the_nearest_by_versions(shipped, monkeypatch):
-    old, new = deepcopy(shipped[0]), deepcopy(shipped[0])
+    old, new = deepcopy(shipped[-1]), deepcopy(shipped[-1])
     old["environment"]["packages"]["transformers"] = "4.57.6"
     monkeypatch.setattr("pytest_qvl.records.base.shipped_records", lambda _: [old, new])
     run = deepcopy(old)
@@ -81,6 +84,14 @@ def test_without_a_reference_of_the_same_version_the_nearest_counts(shipped, mon
     run = deepcopy(shipped[0])
     run["environment"]["packages"]["transformers"] = version
     assert base_record("shipped", run)["environment"]["packages"]["transformers"] == nearest
+
+
+def test_what_an_upgrade_changed_is_said_and_is_no_regression(shipped):
+    """Each with the next: all are green, so nothing that is held to a limit may have got worse."""
+    for old, new in pairwise(shipped):
+        found = compare(old, new)
+        assert found.regressions == ()
+        assert [line.split(" ")[0] for line in found.versions if line.split(" ")[0] in DECISIVE]
 
 
 def test_a_reference_is_named_by_a_version(shipped, capsys):
