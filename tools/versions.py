@@ -189,9 +189,6 @@ OPEN = """
 
 {} have no record here: every night they run in CI, where a red one is a bug.
 
-- `py311-lowest` and `py311-bnb049` were run and are **red**, by a false alarm: the CPU code of bitsandbytes 0.49.0 to
-  0.49.2 writes -1 over the first entry, -0.993, of the table of double quantization, and `quantization_census` takes it
-  for another table than that of its type. From 0.50.0 on the table stays as it is. All else passes there.
 - torch is declared from 2.6 on. What was run is 2.13.0 on the CPU (this table) and 2.11 on GPUs
   ([records](records/README.md)): other releases, and builds for other Pythons, come with CUDA in the package index.
 - torchvision's builds there want torch's for CUDA; with that for the CPU they cannot be imported.

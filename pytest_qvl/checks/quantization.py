@@ -251,8 +251,8 @@ def _judge_packing(
         foreign,
         else_say=lambda off: (
             f"{group}: {off} quantized linears look their values up in another table than that of their type (first: "
-            f"{foreign[0]}): quant_map or nested_quant_map of the checkpoint was exchanged, or cast to another dtype; "
-            "quantize its 16-bit base again"
+            f"{foreign[0]}): quant_map or nested_quant_map of the checkpoint was exchanged, cast to another dtype, or "
+            "saved by bitsandbytes 0.49 on the CPU, which writes -1 over entry 0; quantize its 16-bit base again"
         ),
     )
 

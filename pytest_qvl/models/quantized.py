@@ -196,11 +196,15 @@ def with_foreign_tables(parts: Parts) -> list[str]:
 
 
 def _has_own_tables(quant: Any) -> bool:
+    import torch
+
     tables = [(quant.code, quant.quant_type), *([(quant.state2.code, "dynamic")] if quant.nested else [])]
-    for held, kind in tables:
-        usual = _table(kind)
-        if held.shape != usual.shape or float((held.detach().cpu().float() - usual).abs().max()) > _TABLE_ROUNDINGS:
-            return False
+    for code, kind in tables:
+        held, usual = code.detach().cpu().float(), _table(kind)
+        if held.shape != usual.shape or float((held - usual).abs().max()) > _TABLE_ROUNDINGS:
+            left = _left_by_quantizing() if kind == "dynamic" else None
+            if left is None or not torch.equal(held, left):
+                return False
     return True
 
 
@@ -213,6 +217,23 @@ def _table(kind: str) -> torch.Tensor:
         functional.create_dynamic_map() if kind == "dynamic" else functional.get_4bit_type(kind, device="cpu")
     )
     return table.float()
+
+
+@cache
+def _left_by_quantizing() -> torch.Tensor | None:
+    """The table of 8 bits that the installed release leaves after it quantized on the CPU, if it is 0.49's.
+
+    Before it looks for the nearest values, ``cquantize_blockwise_cpu_fp32`` of bitsandbytes 0.49.0 to 0.49.2 writes -1
+    over the first entry (-0.993) of the table that it is given, which is the one that all later states are copies of.
+    What it quantizes fits the table that it leaves. ``None`` from 0.50 on, which leaves the table as it is.
+    """
+    import torch
+    from bitsandbytes import functional
+
+    left, known = _table("dynamic").clone(), _table("dynamic").clone()
+    known[0] = -1.0
+    functional.quantize_blockwise(torch.ones(1, device="cpu"), code=left, blocksize=256)
+    return left if torch.equal(left, known) else None
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype) -> int:

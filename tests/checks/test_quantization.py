@@ -7,12 +7,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 from pytest_qvl.checks.quantization import QuantizationPolicy, quantization_census
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
+from pytest_qvl.checks.weights import weights_as_stored
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import make_batch, scenes
@@ -193,9 +196,40 @@ def test_values_of_another_type_under_the_name_of_nf4(fresh_model: Any) -> None:
         f"language: 1 of 28 quantized linears look their values up in another table than that of their type (first: {LAYER}"
     )
     quant.code, quant.state2.code = healthy, healthy_nested.bfloat16().float()
-    assert "nested_quant_map of the checkpoint was exchanged, or cast to another dtype" in refused(model)
-    quant.state2.code = healthy_nested * (1 + 2**-23)
+    assert "nested_quant_map of the checkpoint was exchanged, cast to another dtype, or saved" in refused(model)
+    quant.state2.code = bnb.functional.create_dynamic_map() * (1 + 2**-23)
     assert quantization_census(model).ok
+
+
+def test_the_table_that_bitsandbytes_0_49_leaves_on_the_cpu(fresh_model: Any) -> None:
+    """Entry 0 of the 8-bit table is -1 there, before anything is quantized with it; from 0.50 on nothing leaves it so."""
+    model = fresh_model()
+    quant = anatomy(model).base.get_submodule(LAYER).weight.quant_state
+    usual = bnb.functional.create_dynamic_map()
+    if Version(bnb.__version__) < Version("0.50"):
+        assert (quant.state2.code != usual).nonzero().flatten().tolist() == [0]
+        assert quantization_census(model).ok
+        assert weights_as_stored(model).ok
+    else:
+        assert torch.equal(quant.state2.code, usual)
+        quant.state2.code = altered(usual, 0, -1.0)
+        assert "or saved by bitsandbytes 0.49" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"), [(0, -0.9999), (0, -1.01), (0, 1.0), (1, -1.0), (127, 0.01), (254, 1.0), (255, -1.0)]
+)
+def test_any_other_entry_that_was_altered(fresh_model: Any, entry: int, value: float) -> None:
+    model = fresh_model()
+    quant = anatomy(model).base.get_submodule(LAYER).weight.quant_state
+    quant.state2.code = altered(quant.state2.code, entry, value)
+    assert f"(first: {LAYER}): quant_map or nested_quant_map" in refused(model)
+
+
+def altered(table: torch.Tensor, entry: int, value: float) -> torch.Tensor:
+    table = table.clone()
+    table[entry] = value
+    return table
 
 
 def test_types_that_are_mixed(fresh_model: Any) -> None:
