@@ -6,8 +6,9 @@ one half. docs/ci.md says how often chance alone is taken for a change.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
+
+from pytest_qvl.checks.support.binomial import tail
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,9 +19,7 @@ RIGHT = ("right", "gained")
 
 def sign_test(one_way: int, other_way: int) -> float:
     """Two-sided p-value of so many flips each way, exact: McNemar's test where the flips are of the same samples."""
-    flips = one_way + other_way
-    larger = max(one_way, other_way)
-    return min(1.0, 2 * sum(math.comb(flips, k) for k in range(larger, flips + 1)) / (1 << flips))
+    return min(1.0, 2 * tail(max(one_way, other_way), one_way + other_way, 0.5))
 
 
 def flips(old: Mapping[str, str], new: Mapping[str, str]) -> tuple[int, int, str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from pytest_qvl.checks.support.binomial import largest_by_chance, tail
+from pytest_qvl.checks.support.binomial import largest_by_chance, smallest_by_chance, tail
 from pytest_qvl.checks.support.noise_floor import NoiseFloor, noise_floor, rows_apart
 from pytest_qvl.checks.support.reference import Reference, record_reference
 from pytest_qvl.checks.support.scoring import answer_logits, chunks, says, scored_columns
@@ -225,3 +227,32 @@ def test_binomial_tail() -> None:
     assert largest_by_chance(70, 0.02, 1e-4) == 8 - (tail(8, 70, 0.02) <= 1e-4)
     assert largest_by_chance(0, 0.02, 1e-4) == 0
     assert largest_by_chance(4, 1.0, 1e-4) == 4
+    assert [tail(k, 3, 0.0) for k in (0, 1, 3, 4)] == [1, 0, 0, 0]
+    assert [tail(k, 3, 1.0) for k in (0, 1, 3, 4)] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.5, 0.7])
+def test_binomial_tail_is_rounded_once(rate: float) -> None:
+    exact = Fraction(rate)
+    chances = [math.comb(40, k) * exact**k * (1 - exact) ** (40 - k) for k in range(41)]
+    assert [tail(k, 40, rate) for k in range(42)] == [float(sum(chances[k:])) for k in range(42)]
+
+
+@pytest.mark.parametrize("rate", [1 / 64, 0.5, 0.75])
+def test_binomial_limits_of_five_thousand_trials(rate: float) -> None:
+    """Against logarithms of the gamma function: a coefficient of so many trials is no float."""
+    chances = [
+        math.exp(
+            math.lgamma(5001)
+            - math.lgamma(k + 1)
+            - math.lgamma(5001 - k)
+            + k * math.log(rate)
+            + (5000 - k) * math.log1p(-rate)
+        )
+        for k in range(5001)
+    ]
+    beyond = round(5000 * rate + 3 * math.sqrt(5000 * rate * (1 - rate)))
+    assert tail(beyond, 5000, rate) == pytest.approx(math.fsum(chances[beyond:]), rel=1e-9)
+    most, least = largest_by_chance(5000, rate, 1e-4), smallest_by_chance(5000, rate, 1e-4)
+    assert math.fsum(chances[most + 1 :]) <= 1e-4 < math.fsum(chances[most:])
+    assert math.fsum(chances[:least]) <= 1e-4 < math.fsum(chances[: least + 1])
