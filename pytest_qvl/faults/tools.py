@@ -68,6 +68,30 @@ def after(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[No
 
 
 @contextmanager
+def rows_scored(parts: Any) -> Iterator[list[int]]:
+    """How many rows are being scored, in a list of one: a forward in eval mode, not in ``generate()``; 0 elsewhere."""
+    base, original = parts.base, parts.base.generate
+    generating, rows = [0], [0]
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        generating[0] += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            generating[0] -= 1
+
+    def note(module: Any, _args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        rows[0] = 0 if ids is None or generating[0] or module.training else len(ids)
+
+    def forget(_module: Any, _args: Any, _output: Any) -> None:
+        rows[0] = 0
+
+    with attribute(base, "generate", generate), before([parts.core], note), after([parts.core], forget):
+        yield rows
+
+
+@contextmanager
 def while_running(modules: Sequence[nn.Module], name: str, value: Callable[[Any], Any]) -> Iterator[None]:
     """Give modules another attribute for the length of each call: what a kernel does that does not read it.
 

@@ -314,6 +314,21 @@ def _padding(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "pixels-normalised-twice",
+    "Inside the tower, pixels are taken back to 0 to 1 and normalised once more: each is off by roundings.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("what modules hand on", "patch_embed is not given the pixels that the tower is given"),
+)
+def _normalised_twice(case: Case) -> Iterator[None]:
+    def again(_module: Any, args: Any, kwargs: Any) -> Any:
+        return ((args[0] * 0.27 + 0.48 - 0.48) / 0.27, *args[1:]), kwargs
+
+    with before([anatomy(case.model).patch_embed], again):
+        yield
+
+
+@fault(
     "merger-gelu-approximated",
     "The merger's GELU is the tanh approximation; the checkpoint was trained with the exact one.",
     target="model",

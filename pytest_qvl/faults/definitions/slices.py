@@ -1,6 +1,6 @@
 """What is cut into slices, or made smaller to save memory, on its way into the tower or out of it.
 
-Every module computes right on what it is given, so that arithmetic of layers sees none of these.
+Every module computes right on what it is given, or where `layer_arithmetic` looks, which sees none of these.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.definitions.routing import features_regrouped
-from pytest_qvl.faults.tools import before
+from pytest_qvl.faults.tools import before, rows_scored
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ def _exchanged_at_joints(parts: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 @fault(
     "patches-embedded-in-slices",
-    "The patches of several rows are embedded in slices of 32 visual tokens; where two meet, two groups change places.",
+    "Where rows are scored in a batch (a forward in eval mode, not generate()), patches are embedded in slices of 32 "
+    "visual tokens; where two meet, two groups change places.",
     target="model",
     check="visual_token_order",
     expected_words=("is made of the patches of visual token", "visual tokens are wrong"),
@@ -87,21 +88,13 @@ def _exchanged_at_joints(parts: Any, pixels: torch.Tensor) -> torch.Tensor:
 )
 def _embedded_in_slices(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
+    with rows_scored(parts) as rows:
 
-    sliced = [False]
+        def exchange(_module: Any, args: Any, kwargs: Any) -> Any:
+            return ((_exchanged_at_joints(parts, args[0]), *args[1:]), kwargs) if rows[0] > 1 else None
 
-    def note(_module: Any, _args: Any, kwargs: Any) -> None:
-        ids, pixels = kwargs.get("input_ids"), kwargs.get("pixel_values")
-        sliced[0] = ids is not None and len(ids) > 1 and pixels is not None
-
-    def exchange(_module: Any, args: Any, kwargs: Any) -> Any:
-        if not sliced[0]:
-            return None
-        sliced[0] = False  # the tower may be called by itself next, without rows
-        return (_exchanged_at_joints(parts, args[0]), *args[1:]), kwargs
-
-    with before([parts.core], note), before([parts.patch_embed], exchange):
-        yield
+        with before([parts.patch_embed], exchange):
+            yield
 
 
 @fault(

@@ -46,6 +46,7 @@ class Tower:
         self._eager = vision._attn_implementation == "eager"
         self._theta = vision_theta(parts)
         self._laid: patches.Patches | None = None
+        self._given: torch.Tensor | None = None
         self._before: torch.Tensor | None = None
         # Qwen3-VL's learned positions.
         self._table: torch.Tensor | None = getattr(getattr(parts.vision_tower, "pos_embed", None), "weight", None)
@@ -68,6 +69,7 @@ class Tower:
     def _begin(self, args: Any, kwargs: Any) -> None:
         grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         self._laid = patches.patches([tuple(grid) for grid in grids.tolist()], self._merge, self._window)
+        self._given = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
         self._before = None
 
     def _order(self, device: torch.device) -> torch.Tensor:
@@ -77,7 +79,10 @@ class Tower:
         return torch.tensor(self._laid.order, device=device)
 
     def _judge_patches(self, call: Call) -> None:
-        judge_patch_embedding(self._tally, f"{self._parts.roots['vision']}.patch_embed", call)
+        name = f"{self._parts.roots['vision']}.patch_embed"
+        if self._given is not None:
+            self._tally.handed_on(name, call.given, self._given, "is not given the pixels that the tower is given")
+        judge_patch_embedding(self._tally, name, call)
         order = self._order(call.made.device)
         grouped = call.made.reshape(len(order), -1, call.made.shape[-1])
         self._before = grouped[order].flatten(0, 1)
@@ -108,7 +113,7 @@ class Tower:
             words = "does not return the merger's visual tokens in the order of the images' rows"
             self._tally.handed_on(self._parts.roots["vision"], vision_features(call.output).detach(), merged, words)
         self._flow.forget((merger, self._parts.vision_tower))
-        self._before = None
+        self._given = self._before = None
 
     def _judge_attention(self, block: Layer, call: Call) -> None:
         flow, tally, name = self._flow, self._tally, f"{block.name}.attn"
