@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import after, attribute, before, on_first
+from pytest_qvl.faults.tools import after, attribute, before, on_first, rows_scored
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
@@ -84,9 +84,14 @@ def _both_ways(case: Case) -> Iterator[None]:
 
 @contextmanager
 def _faintly_masked(
-    parts: Any, block: int, sizes_seen: Callable[[list[int]], list[int]], when: Callable[[int], bool]
+    parts: Any,
+    block: int,
+    sizes_seen: Callable[[list[int]], list[int]],
+    when: Callable[[int], bool],
+    *,
+    mask: float = MASK,
 ) -> Iterator[None]:
-    """Let through e^-5 of a mean over patches that should be masked, as a mask of -5 does in the place of -inf.
+    """Let through e^mask of a mean over patches that should be masked, as `mask` does in the place of -inf.
 
     It goes in before the attention's last linear.
 
@@ -95,6 +100,7 @@ def _faintly_masked(
         block: Which vision block.
         sizes_seen: Makes the sizes of the groups of patches that see each other so, from the sizes of the images.
         when: Whether it happens, from the number of images.
+        mask: What is added to their scores.
     """
     import torch
 
@@ -107,7 +113,7 @@ def _faintly_masked(
     def leak(_module: Any, args: Any, kwargs: Any) -> Any:
         if not sizes:
             return None
-        mixed = [group + math.exp(MASK) * group.float().mean(dim=0) for group in args[0].split(sizes)]
+        mixed = [group + math.exp(mask) * group.float().mean(dim=0) for group in args[0].split(sizes)]
         return (torch.cat(mixed).to(args[0].dtype), *args[1:]), kwargs
 
     attention: Any = parts.blocks[block].attn
@@ -118,33 +124,25 @@ def _faintly_masked(
 @fault(
     "scored-images-leak-into-each-other",
     "Where rows are scored in a batch (a forward in eval mode, not generate()), the other images are masked with -5 "
-    "instead of minus infinity in one vision block.",
+    "(in float32 -10) instead of minus infinity in one vision block.",
     target="model",
     check="image_isolation",
     expected_words=("it must move its own visual tokens only; does vision attention mix images?",),
     source="EvolvingLMMs-Lab/lmms-eval#648, Blaizzy/mlx-vlm#704",
 )
 def _scored(case: Case) -> Iterator[None]:
+    import torch
+
     parts = anatomy(case.model)
-    base, original = parts.base, parts.base.generate
-    generating, rows = [0], [0]
-
-    def generate(*args: Any, **kwargs: Any) -> Any:
-        generating[0] += 1
-        try:
-            return original(*args, **kwargs)
-        finally:
-            generating[0] -= 1
-
-    def note(module: Any, _args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids")
-        rows[0] = 0 if ids is None or generating[0] or module.training else len(ids)
-
-    def forget(_module: Any, _args: Any, _output: Any) -> None:
-        rows[0] = 0
-
-    scored = _faintly_masked(parts, len(parts.blocks) - 1, lambda sizes: [sum(sizes)], lambda _: rows[0] > 1)
-    with attribute(base, "generate", generate), before([parts.core], note), after([parts.core], forget), scored:
+    tower: Any = parts.vision_tower
+    # In 16 bits -10 changes nothing that rounding keeps; in float32 -5 changes what the cache is held to as well.
+    mask = -10.0 if tower.dtype is torch.float32 else MASK
+    with (
+        rows_scored(parts) as rows,
+        _faintly_masked(
+            parts, len(parts.blocks) - 1, lambda sizes: [sum(sizes)], lambda _images: rows[0] > 1, mask=mask
+        ),
+    ):
         yield
 
 
