@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLModel
 from pytest_qvl import checks
 from pytest_qvl.checks.batches.findings import findings_of
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
-from pytest_qvl.evidence import CheckFailed
+from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.samples import make_batch, scenes
 
 if TYPE_CHECKING:
@@ -161,3 +161,31 @@ def test_positions_of_rows_that_attend_to_nothing_are_not_judged(processor: Any,
     batch["attention_mask"] = torch.zeros_like(batch["attention_mask"])
     batch["position_ids"] = torch.zeros_like(batch["input_ids"]).expand(3, -1, -1)
     assert "text-not-attended" in found(batch, processor, config)
+
+
+@pytest.mark.parametrize("skills", [("text", "text"), ("colour", "text")], ids=["text", "mixed"])
+def test_a_dummy_image_is_no_fault_of_placeholders_either(
+    fresh_model: Any, processor: Any, config: Any, skills: Sequence[str]
+) -> None:
+    model = fresh_model(quantized=False)
+    batch, _ = with_dummies_inside(processor, config, skills)
+    assert checks.validate_batch(model, batch) == []
+    assert checks.placeholder_counts(model, batch).ok
+    with pytest.raises(CannotJudge, match="is a dummy that the attention_mask hides"):
+        checks.causality(model, batch)
+    assert checks.validate_batch(model, text_with_a_dummy(processor, config)[0]) == []
+
+
+@pytest.mark.parametrize(("change", "where"), [(_attended, -1), (_attended, 0), (_learned, 0), (_learned, 1)])
+def test_a_hidden_image_that_is_no_dummy_is_a_fault_of_placeholders_too(
+    fresh_model: Any, processor: Any, config: Any, change: Callable[[Batch, int], None], where: int
+) -> None:
+    batch, _ = with_dummies_inside(processor, config, ("text", "text"))
+    places = (batch["input_ids"][0] == config.image_token_id).nonzero().flatten().tolist()
+    change(batch, {-1: places[-1] + 1, 0: places[0], 1: places[-1] + 2}[where])
+    problems = checks.validate_batch(fresh_model(quantized=False), batch)
+    assert any("a placeholder that the attention_mask hides" in problem for problem in problems)
+    drawn, _ = with_dummies_inside(processor, config, ("text", "text"), scenes(0, 1, ["colour"], cell=14)[0].images[0])
+    assert (
+        "a placeholder that the attention_mask hides" in checks.validate_batch(fresh_model(quantized=False), drawn)[0]
+    )

@@ -442,10 +442,10 @@ def test_grid_missing_or_promising_other_pixels(model: Any, batch: Batch) -> Non
     )
 
 
-def test_placeholders_under_padding(model: Any, batch: Batch) -> None:
+def test_placeholders_that_are_hidden(model: Any, batch: Batch) -> None:
     row, token = first_placeholder(model, batch, 2)
     batch["attention_mask"][row, token] = 0
-    with pytest.raises(CheckFailed, match=rf"row {row}, token {token}: a placeholder under padding"):
+    with pytest.raises(CheckFailed, match=rf"row {row}, token {token}: a placeholder that the attention_mask hides"):
         placeholder_counts(model, batch)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.support.placeholders import show_grid, visual_tokens
+from pytest_qvl.checks.support.placeholders import of_one_colour, show_grid, visual_tokens
 from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
@@ -72,9 +72,8 @@ def _is_harmless(view: View, layout: Layout, number: int, run: slice) -> bool:
 def _is_of_one_colour(view: View, layout: Layout, number: int) -> bool:
     start = sum(t * h * w for t, h, w in layout.grids[:number])
     t, h, w = layout.grids[number]
-    pixels = view.batch[layout.kind.pixels][start : start + t * h * w].detach()
-    channels = pixels.reshape(len(pixels), int(view.known.config.vision_config.in_channels), -1)
-    return bool((channels == channels[:1, :, :1]).all())
+    pixels = view.batch[layout.kind.pixels][start : start + t * h * w]
+    return of_one_colour(pixels, int(view.known.config.vision_config.in_channels))
 
 
 def judge_dealt(view: View, findings: Findings, layout: Layout, hidden: frozenset[int]) -> None:

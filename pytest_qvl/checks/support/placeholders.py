@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.releases import installed, is_before
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -128,13 +129,18 @@ def spans(parts: Parts, batch: Mapping[str, Any]) -> list[Span]:
 
     Raises:
         ValueError: The batch is malformed; :func:`validate_batch` lists everything that is wrong.
-        CannotJudge: The batch holds a video or no image.
+        CannotJudge: The batch holds a video, no image, or a dummy image.
     """
     found, problems = _match(parts, batch)
     if problems:
         raise InputError(f"the batch is malformed: {problems[0]}")
     if not found:
         raise CannotJudge("the batch has no image; give at least one sample with an image")
+    if hidden := dummies(parts, batch, found):
+        raise CannotJudge(
+            f"{hidden[0]} is a dummy that the attention_mask hides: pytest_qvl.checks.batch judges such a batch; give "
+            "one without dummies here"
+        )
     return found
 
 
@@ -178,16 +184,60 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
         problems += value_problems(pixels)
         problems += _width_problems(parts, pixels)
         problems += _pixel_problems(pixels, grids, parts.merge_size)
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.shape == ids.shape:
-        hidden = ((ids == parts.image_token_id) & (mask.cpu() == 0)).nonzero().tolist()
-        if hidden:
-            problems.append(
-                f"row {hidden[0][0]}, token {hidden[0][1]}: a placeholder under padding "
-                f"({len(hidden)} in the batch); its visual token is never attended to"
-            )
     found, mismatches = _assign(runs, grids, parts.merge_size)
-    return found, problems + mismatches + _type_problems(parts, batch)
+    problems += mismatches
+    if attended(batch).shape == ids.shape:
+        problems += _hidden_problems(ids, attended(batch), parts, () if problems else dummies(parts, batch, found))
+    return found, problems + _type_problems(parts, batch)
+
+
+def _hidden_problems(ids: torch.Tensor, mask: torch.Tensor, parts: Parts, hidden_well: Sequence[Span]) -> list[str]:
+    hidden = (ids == parts.image_token_id) & ~mask.cpu()
+    for span in hidden_well:
+        hidden[span.row, span.start : span.stop] = False
+    places = hidden.nonzero().tolist()
+    if not places:
+        return []
+    row, token = places[0]
+    return [
+        f"row {row}, token {token}: a placeholder that the attention_mask hides ({len(places)} in the batch); its "
+        "visual token is never attended to"
+    ]
+
+
+def dummies(parts: Parts, batch: Mapping[str, Any], found: Sequence[Span]) -> list[Span]:
+    """Images that are there for the vision tower alone, as trainings that shard it need one in every step.
+
+    Such an image is hidden whole, with both vision tokens around it, in a row that attends to no other; nothing is
+    learned of it, nor by its end. Inside of the row's text all of its pixels are of one colour: another image may be a
+    real one under a wrong mask. :func:`pytest_qvl.checks.batch` judges what dummies do to positions.
+    """
+    import torch
+
+    ids, mask = batch["input_ids"], attended(batch)
+    vision = torch.isin(ids, torch.tensor(parts.vision_token_ids, device=ids.device))
+    labels = batch.get("labels")
+    sizes = [math.prod(grid) for grid in _grids(batch)]
+    made = []
+    for span in found:
+        whole, row = slice(span.start - 1, span.stop + 1), span.row
+        if whole.start < 0 or whole.stop > ids.shape[1] or bool((vision[row] & mask[row]).any()):
+            continue
+        learned = labels is not None and bool((labels[row, whole.start : whole.stop + 1] != IGNORED).any())
+        if learned or bool(mask[row, whole].any()) or not bool(vision[row, whole].all()):
+            continue
+        first = sum(sizes[: span.image])
+        pixels = batch["pixel_values"][first : first + sizes[span.image]]
+        behind = not bool(mask[row, span.stop :].any()) and bool(mask[row].any())
+        if behind or of_one_colour(pixels, int(parts.config.vision_config.in_channels)):
+            made.append(span)
+    return made
+
+
+def of_one_colour(pixels: torch.Tensor, channels: int) -> bool:
+    """Whether all pixels of an image are the same: ``(patches, values per patch)``."""
+    values = pixels.detach().reshape(len(pixels), channels, -1)
+    return bool((values == values[:1, :, :1]).all())
 
 
 def _grids(batch: Mapping[str, Any]) -> list[Grid]:
