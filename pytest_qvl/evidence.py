@@ -137,6 +137,11 @@ class Evidence:
         return not self.problems
 
     @property
+    def state(self) -> str:
+        """``"kept"`` or ``"BROKEN"``, as every report says it."""
+        return "kept" if self.ok else "BROKEN"
+
+    @property
     def worst(self) -> Figure | None:
         """The figure nearest to (or beyond) its limit."""
         return max(self.figures, key=lambda f: f.utilisation, default=None)

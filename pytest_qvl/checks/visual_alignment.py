@@ -32,6 +32,8 @@ COLUMNS = (
     *(f"margin {ablation}" for ablation in ABLATIONS),
 )
 
+NET_LOST = "answers lost less gained"
+ADAPTER_ON = "adapter on: "  # before the names of figures that a trained adapter changes
 ANSWERS = "answers"  # in the data of the evidence: what pytest_qvl.report.record writes
 
 
@@ -150,17 +152,17 @@ def _judge_trained(judge: Judge, run: Run, limits: AlignmentLimits) -> Measured:
         with adapters_disabled(run.parts):
             _judge_all(judge, run, measure(run), limits, "adapter off: ")
     now = measure(run)
-    if not _judge_finite(judge, run, now, "adapter on: "):
+    if not _judge_finite(judge, run, now, ADAPTER_ON):
         return now
     for ablation in ABLATIONS:
-        _judge_margins(judge, run, now, None, ablation=ablation, prefix="adapter on: ")
-    _judge_accuracy(judge, _skills(run, now), None, run.reference, "adapter on: ")
+        _judge_margins(judge, run, now, None, ablation=ablation, prefix=ADAPTER_ON)
+    _judge_accuracy(judge, _skills(run, now), None, run.reference, ADAPTER_ON)
     judge.note(
         "the adapter has learned something: its margins are reported, and judged only against limits of your own"
     )
     decisive = decisive_ablation(run.samples, run.reference)
     if decisive is None:
-        judge.note("adapter on: not judged, full precision does not tell swapped images from the true ones")
+        judge.note(f"{ADAPTER_ON}not judged, full precision does not tell swapped images from the true ones")
         return now
     judge_looking(judge, run, now, decisive, limits)
     return now
@@ -277,7 +279,7 @@ def _judge_accuracy(
     judge.report(f"{prefix}right answers", total.now)
     judge.report(f"{prefix}right answers of the reference", total.before)
     if limits is None:
-        judge.report(f"{prefix}answers lost less gained", total.net_lost)
+        judge.report(f"{prefix}{NET_LOST}", total.net_lost)
         return
     level = limits.false_alarm / (len(judged) + 1)
     for name, skill in {"": total, **judged}.items():
@@ -286,7 +288,7 @@ def _judge_accuracy(
         if name and skill.net_lost <= limit:
             continue  # only broken skills get a figure of their own; the table has them all
         judge.at_most(
-            f"{prefix}answers lost less gained{f' ({name})' if name else ''}",
+            f"{prefix}{NET_LOST}{f' ({name})' if name else ''}",
             skill.net_lost,
             limit,
             else_say=f"{prefix}{f'skill {name!r}: ' if name else ''}{skill.now} of {skill.asked} answers are right, "

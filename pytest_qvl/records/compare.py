@@ -13,6 +13,7 @@ from itertools import zip_longest
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
+from pytest_qvl.checks.visual_alignment import ADAPTER_ON, NET_LOST
 from pytest_qvl.evidence import show
 from pytest_qvl.promises import promise_number
 from pytest_qvl.records.flips import LEVEL, flips, right_answers, sign_test
@@ -44,7 +45,7 @@ HEADROOM = 0.5
 # Net number of probes that flip where nobody knows which: sign_test(k, 0) is 0.03 for six, 0.06 for five.
 FLIPS = 6
 # Counts of flips that are compared sample by sample where both records have the answers.
-FLIPPED = ("answers lost less gained", "adapter on: answers lost less gained")
+FLIPPED = (NET_LOST, f"{ADAPTER_ON}{NET_LOST}")
 # Figures that may be anywhere within their limit by chance: a training stops at the first loss below it, and the limit
 # of a derivative is five standard deviations of what rounding does to it.
 CHANCE = ("smallest loss within", "derivative of the worst layer")

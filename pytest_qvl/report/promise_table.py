@@ -74,12 +74,11 @@ def _write_table(terminal: Any, target: str, results: TargetResults, stopped: bo
 def _measured(found: Sequence[Evidence], verbosity: int) -> Iterator[str]:
     """On ``-v`` what each check measured nearest to its limit, on ``-vv`` every figure of it."""
     for evidence in found if verbosity > 0 else ():
-        state = "kept" if evidence.ok else "BROKEN"
         figures = evidence.figures if verbosity > 1 else [evidence.worst] if evidence.worst else []
         if len(figures) == 1:
-            yield f"{INDENT}{evidence.check}: {state}: {figures[0]}"
+            yield f"{INDENT}{evidence.check}: {evidence.state}: {figures[0]}"
             continue
-        yield f"{INDENT}{evidence.check}: {state}"
+        yield f"{INDENT}{evidence.check}: {evidence.state}"
         yield from (f"{INDENT}{MORE}{figure}" for figure in figures)
 
 

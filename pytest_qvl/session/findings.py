@@ -123,8 +123,7 @@ def attach(item: pytest.Item, report: pytest.TestReport) -> None:
 
 def _said(evidence: Evidence) -> str:
     """State and weakest figure of a verdict, for those who read JUnit's properties."""
-    state = "kept" if evidence.ok else "BROKEN"
-    return printable(f"{state}: {evidence.worst}" if evidence.worst else state)
+    return printable(f"{evidence.state}: {evidence.worst}" if evidence.worst else evidence.state)
 
 
 def _point_to_explanations(report: pytest.TestReport, finding: Finding) -> None:
