@@ -35,6 +35,8 @@ USUAL = Request(
     gradient_checkpointing=False,
     checkpoint="synthetic",
 )
+# An image with a video, and two videos; one has an odd number of frames.
+VIDEOS = (Sample(((112, 112),), 30, ((5, 56, 84),)), Sample((), 50, ((4, 84, 56), (2, 56, 56))))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -109,6 +111,11 @@ def most_live_bytes(trace: AllocationTrace) -> int:
     [
         pytest.param({"accumulation": 2}, marks=pytest.mark.slow),
         {"gradient_checkpointing": True, "samples": (Sample(((112, 112),), 60), Sample(((56, 56), (56, 84)), 30))},
+        pytest.param(
+            {"samples": VIDEOS},
+            marks=pytest.mark.slow,
+            id="videos",
+        ),
         pytest.param({"reentrant": True, "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16-pure"}, marks=pytest.mark.slow),
         pytest.param({"evaluation": 4, "evaluation_batches": 6, "compute_metrics": True}, marks=pytest.mark.slow),
@@ -138,7 +145,12 @@ def test_a_step_takes_the_bytes_of_the_real_trainers(changes: dict[str, Any]) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_dora": True}, {"reentrant": True, "gradient_checkpointing": True}],
+    [
+        {},
+        {"use_dora": True},
+        {"reentrant": True, "gradient_checkpointing": True},
+        {"samples": VIDEOS},
+    ],
     ids=lambda changes: next(iter(changes), "usual"),
 )
 def test_a_forecast_takes_the_bytes_of_the_real_trainer(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pytest_qvl.vram.forecast import Request, Sample
+from pytest_qvl.vram.forecast.source import find_source
 from pytest_qvl.vram.forecast.validation.predictions import Case
 
 
@@ -69,6 +70,8 @@ def test_samples_take_the_place_of_one_size_for_all() -> None:
         ({"fused_loss": True}, "fused_loss is True: the forecast does not follow Liger"),
         ({"samples": (Sample(((0, 28),), 9),)}, "image 0x28 has no pixels"),
         ({"samples": (Sample(((28, 28),), 3),)}, "tokens is 3"),
+        ({"samples": (Sample((), 9, ((0, 28, 28),)),)}, "video 0x28x28 has no pixels"),
+        ({"samples": (Sample(((28, 28),), 5, ((2, 28, 28),)),)}, "tokens is 5: each of 1 images and 1 videos needs"),
     ],
 )
 def test_what_describes_no_run_is_refused_in_one_sentence(settings: dict[str, Any], complaint: str) -> None:
@@ -89,3 +92,17 @@ def test_a_scaler_is_there_for_float16() -> None:
     assert not Request(precision="fp16-pure").scales_loss
     with pytest.raises(ValueError, match="GradScaler cannot unscale"):
         Request(trainer="trl", precision="fp16")
+
+
+def test_a_video_is_cut_frame_by_frame_and_two_frames_are_one_step() -> None:
+    source = find_source("qwen2.5-vl-7b")
+    sample = Sample(((280, 140),), 40, ((5, 280, 140), (2, 56, 84)))
+    assert source.grids(sample) == [(1, 20, 10), (3, 20, 10), (1, 4, 6)]
+    assert source.lengths(sample, None) == (50 + 150 + 6, 40)
+    with pytest.raises(ValueError, match="max_length is 210 and a sample has 206 visual tokens"):
+        source.lengths(sample, 210)
+
+
+def test_videos_with_times_between_their_frames_are_refused() -> None:
+    with pytest.raises(ValueError, match="a sample of qwen3-vl-2b has a video: the forecast follows those of Qwen2-VL"):
+        find_source("qwen3-vl-2b").grids(Sample((), 40, ((4, 64, 64),)))

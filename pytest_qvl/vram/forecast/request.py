@@ -77,11 +77,14 @@ class Sample:
 
     Attributes:
         images: Height and width of each of its images in pixels, before the processor resizes them.
-        tokens: Text tokens, the markers around images included; visual tokens come on top.
+        tokens: Text tokens, the markers around images and videos included; visual tokens come on top.
+        videos: Frames, height and width of each of its videos: the frames that are sampled, and their pixels before the
+            processor resizes them. They come behind the images.
     """
 
     images: tuple[tuple[int, int], ...]
     tokens: int
+    videos: tuple[tuple[int, int, int], ...] = ()
 
 
 def lora_options(settings: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
@@ -271,10 +274,16 @@ class Request:
             for height, width in sample.images:
                 if height < 1 or width < 1:
                     raise ValueError(f"image {height}x{width} has no pixels: both sides must be at least 1")
-            if sample.tokens < 2 * len(sample.images) + 2:
+            for frames, height, width in sample.videos:
+                if min(frames, height, width) < 1:
+                    raise ValueError(
+                        f"video {frames}x{height}x{width} has no pixels: frames, height and width must be at least 1"
+                    )
+            if sample.tokens < 2 * (len(sample.images) + len(sample.videos)) + 2:
+                many = f"{len(sample.images)} images" + (f" and {len(sample.videos)} videos" if sample.videos else "")
                 raise ValueError(
-                    f"tokens is {sample.tokens}: each of {len(sample.images)} images needs two marker tokens, and a "
-                    "sample one token at its start and end"
+                    f"tokens is {sample.tokens}: each of {many} needs two marker tokens, and a sample one token at its "
+                    "start and end"
                 )
 
     def _check_followed(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from pytest_qvl.vram.forecast.runnable import absurd_size, why_not_runnable
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.request import Sample
+
+# Model types whose processor puts all placeholders of a video beside each other; Qwen3-VL's writes times between them.
+_VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,27 @@ class Source:
     config: Any
     sizes: ImageSizes
 
+    def grids(self, sample: Sample) -> list[tuple[int, int, int]]:
+        """The patch grids (time, rows, columns) of a sample's images, then of its videos.
+
+        A frame of a video is cut as an image of its size, and every ``temporal_patch_size`` frames are one step in time
+        (the last frame is repeated to fill it).
+
+        Raises:
+            ValueError: A size that the processor refuses; a video of a family that marks each frame's time.
+        """
+        if sample.videos and self.config.model_type not in _VIDEO_FAMILIES:
+            raise ValueError(
+                f"a sample of {self.label} has a video: the forecast follows those of Qwen2-VL and Qwen2.5-VL, whose "
+                "frames have no text between them"
+            )
+        images = [self.sizes.grid(*image) for image in sample.images]
+        return images + [self._video_grid(*video) for video in sample.videos]
+
+    def _video_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        _, rows, columns = self.sizes.grid(height, width)
+        return -(-frames // self.sizes.temporal_patch_size), rows, columns
+
     def lengths(self, sample: Sample, most: int | None) -> tuple[int, int]:
         """Visual and text tokens of a sample.
 
@@ -39,12 +64,12 @@ class Source:
             most: Tokens that a trainer cuts it to (``max_length``); ``None`` for no limit.
 
         Raises:
-            ValueError: Its images alone have more, so that the trainer fails.
+            ValueError: Its images and videos alone have more, so that the trainer fails.
         """
-        visual = sum(self.sizes.visual_tokens(*image) for image in sample.images)
+        visual = sum(prod(grid) // self.sizes.merge_size**2 for grid in self.grids(sample))
         if most is None or visual + sample.tokens <= most:
             return visual, sample.tokens
-        if most < visual + 2 * len(sample.images) + 2:
+        if most < visual + 2 * (len(sample.images) + len(sample.videos)) + 2:
             raise ValueError(
                 f"max_length is {most} and a sample has {visual} visual tokens: the trainer would cut them off and "
                 "fail; take a larger max_length, None for no limit, or smaller images"

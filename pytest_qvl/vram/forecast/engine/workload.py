@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.source import Source
 
 
+# What a video's tokens are in ``mm_token_type_ids``.
+_VIDEO = 2
+
+
 class Stage(Protocol):
     """Where the workload runs.
 
@@ -252,18 +256,21 @@ def model_inputs(
     """Model inputs of ``request``: token ids, masks and grids, and images.
 
     ``input_ids``, ``attention_mask``, ``mm_token_type_ids``: (batch, sequence) int64, shorter samples padded on the
-    right or left; ``pixel_values``: (patches of all images, values per patch); ``image_grid_thw``: (images, 3) int64.
+    right or left; ``pixel_values``: (patches of all images, values per patch); ``image_grid_thw``: (images, 3) int64;
+    the same of videos, and ``second_per_grid_ts``: (videos,) float32.
     Without what this Transformers does not know (4.x has no ``mm_token_type_ids``).
     """
     vision = source.config.vision_config
     samples = request.batch_of_samples
-    grids = [[source.sizes.grid(*image) for image in sample.images] for sample in samples]
+    grids = [source.grids(sample) for sample in samples]
+    pictures = [len(sample.images) for sample in samples]
     texts = [source.lengths(sample, request.max_length)[1] for sample in samples]
-    rows = [_token_ids(parts, source, text, own) for text, own in zip(texts, grids, strict=True)]
+    rows = [_token_ids(parts, source, *sample) for sample in zip(texts, grids, pictures, strict=True)]
     longest = max(map(len, rows))
     if not pad_left:
         longest = -(-longest // request.pad_to_multiple_of) * request.pad_to_multiple_of
-    every = [grid for own in grids for grid in own]
+    images = [grid for own, count in zip(grids, pictures, strict=True) for grid in own[:count]]
+    videos = [grid for own, count in zip(grids, pictures, strict=True) for grid in own[count:]]
     values = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
     with stage.labelled("inputs"):
         paddings = [[0] * (longest - len(row)) for row in rows]
@@ -277,20 +284,29 @@ def model_inputs(
             "attention_mask": mask,
             "mm_token_type_ids": (input_ids == parts.image_token_id).long(),
         }
-        if every:
-            shape = (sum(prod(grid) for grid in every), values)
-            inputs["pixel_values"] = stage.pixels(shape, getattr(torch, request.pixel_dtype))
-            inputs["image_grid_thw"] = stage.place(torch.tensor(every))
+        if videos:
+            inputs["mm_token_type_ids"][input_ids == parts.video_token_id] = _VIDEO
+        for every, pixels, grid_thw in (
+            (images, "pixel_values", "image_grid_thw"),
+            (videos, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if every:
+                shape = (sum(prod(grid) for grid in every), values)
+                inputs[pixels] = stage.pixels(shape, getattr(torch, request.pixel_dtype))
+                inputs[grid_thw] = stage.place(torch.tensor(every))
+        if videos:
+            inputs["second_per_grid_ts"] = stage.place(torch.ones(len(videos)))
     known = inspect.signature(type(parts.base).forward).parameters
     return {name: tensor for name, tensor in inputs.items() if name in known}
 
 
-def _token_ids(parts: Parts, source: Source, tokens: int, grids: list[tuple[int, int, int]]) -> list[int]:
-    """One sample: half of its text, its images between their markers, and the other half."""
+def _token_ids(parts: Parts, source: Source, tokens: int, grids: list[tuple[int, int, int]], images: int) -> list[int]:
+    """One sample: half of its text, its images and videos between their markers, and the other half."""
     config = source.config
     text = tokens - 2 * len(grids)
     ids = [0] * (text - text // 2)
-    for grid in grids:
+    for number, grid in enumerate(grids):
+        placeholder = parts.image_token_id if number < images else parts.video_token_id
         visual = prod(grid) // parts.merge_size**2
-        ids += [config.vision_start_token_id, *[parts.image_token_id] * visual, config.vision_end_token_id]
+        ids += [config.vision_start_token_id, *[placeholder] * visual, config.vision_end_token_id]
     return ids + [0] * (text // 2)

@@ -47,7 +47,9 @@ def _asked(forecast: Forecast) -> str:
     if len(kinds) > 1:
         samples = f"{len(request.batch_of_samples)} samples padded to the longest: {tokens}"
     else:
-        samples = f"batch {len(request.batch_of_samples)}, images {_images(kinds[0])}: {tokens} each"
+        shown = f"images {_images(kinds[0])}" if kinds[0].images or not kinds[0].videos else ""
+        shown = ", ".join(filter(None, [shown, *(f"video of {_video(*video)}" for video in kinds[0].videos)]))
+        samples = f"batch {len(request.batch_of_samples)}, {shown}: {tokens} each"
     updates = f", {request.accumulation} batches per update" if request.accumulation > 1 else ""
     base = (
         f"NF4 with nested statistics, rest {request.compute_dtype}" if request.base_bits == 4 else request.compute_dtype
@@ -79,6 +81,10 @@ def _images(sample: Sample) -> str:
     if len(set(sizes)) <= 1:
         return f"{len(sizes)} x {sizes[0]}" if sizes else "none"
     return " + ".join(sizes)
+
+
+def _video(frames: int, height: int, width: int) -> str:
+    return f"{frames} frames of {height}x{width}"
 
 
 def _table(forecast: Forecast) -> str:

@@ -71,8 +71,13 @@ def request_of(entry: dict[str, Any]) -> Request:
     fields = {"trainer": "loop", **entry["request"]}
     for name in _TUPLES & fields.keys():
         fields[name] = _as_tuples(fields[name])
-    fields["samples"] = tuple(Sample(_as_tuples(s["images"]), s["tokens"]) for s in fields.get("samples", ()))
+    fields["samples"] = tuple(_sample(s) for s in fields.get("samples", ()))
     return Request(**fields)
+
+
+def _sample(entry: dict[str, Any]) -> Sample:
+    """One sample; what entries of earlier releases do not name had no videos."""
+    return Sample(_as_tuples(entry["images"]), entry["tokens"], _as_tuples(entry.get("videos", [])))
 
 
 def _as_tuples(value: Any) -> Any:

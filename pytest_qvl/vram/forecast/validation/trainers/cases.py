@@ -102,13 +102,19 @@ _SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"evaluation": 2, "evaluation_batches": 4, "compute_metrics": True, "preprocess_logits": "argmax"},
     ),
     ("qwen3-vl-2b", {"trainer": "trl", "evaluation": 2, "evaluation_batches": 5, "compute_metrics": True}),
+    ("qwen2.5-vl-3b", {"samples": (Sample((), 180, ((16, 364, 644),)),)}),
+    ("qwen2.5-vl-3b", {"samples": (Sample((), 120, ((8, 448, 448),)),) * 2, "gradient_checkpointing": False}),
+    ("qwen2.5-vl-3b", {"samples": (Sample(((448, 336),), 150, ((7, 252, 448),)), Sample(((560, 560),), 60))}),
+    ("qwen2.5-vl-7b", {"samples": (Sample((), 240, ((24, 308, 532),)),), "optimizer": "adamw_torch_fused"}),
+    ("qwen2.5-vl-7b", {"samples": (Sample((), 90, ((12, 392, 392),)),) * 2, "trainer": "trl"}),
 )
 
 
 def settings_cases() -> list[Request]:
-    """The cases of DoRA, reentrant checkpointing and evaluations with metrics."""
+    """The cases of DoRA, reentrant checkpointing, evaluations with metrics, and videos."""
     usual = {fields["model"]: fields for fields in map(_alike, reversed(_ROWS)) if fields["gradient_checkpointing"]}
-    return [Request(**{**usual[model], **changes}) for model, changes in _SETTINGS]
+    bare = {model: _without_shapes(fields) for model, fields in usual.items()}
+    return [Request(**{**(bare if "samples" in changes else usual)[model], **changes}) for model, changes in _SETTINGS]
 
 
 def cases() -> list[Request]:
@@ -134,13 +140,17 @@ def _request(fields: dict[str, Any]) -> Request | str:
 def _fields() -> list[dict[str, Any]]:
     alike = [_alike(row) for row in _ROWS]
     usual = {fields["model"]: fields for fields in reversed(alike) if fields["gradient_checkpointing"]}
-    shapes = ("image", "images", "batch", "tokens")
-    bare = {model: {k: v for k, v in fields.items() if k not in shapes} for model, fields in usual.items()}
+    bare = {model: _without_shapes(fields) for model, fields in usual.items()}
     mixed = [{**bare[model], "trainer": trainer, "samples": samples} for model, trainer, samples in _MIXED]
     upcast = [{**usual[model], "kbit_upcast": True} for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b", "qwen3-vl-4b")]
     unhooked = [{**usual[model], "vision_hook": False} for model in ("qwen2.5-vl-3b", "qwen2.5-vl-7b")]
     others = [{**usual[model], **changes} for model, changes in _OTHERS]
     return [*alike, *mixed, *upcast, *unhooked, *others]
+
+
+def _without_shapes(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without those whose place samples take."""
+    return {name: value for name, value in fields.items() if name not in {"image", "images", "batch", "tokens"}}
 
 
 def _alike(row: Row) -> dict[str, Any]:
@@ -192,4 +202,5 @@ def _images(sample: Sample) -> str:
     sizes = list(dict.fromkeys(sample.images))
     if len(sizes) == 1 and len(sample.images) > 1:
         return f"{len(sample.images)}*{sizes[0][0]}x{sizes[0][1]}"
-    return ",".join(f"{height}x{width}" for height, width in sample.images)
+    videos = [f"video{frames}x{height}x{width}" for frames, height, width in sample.videos]
+    return ",".join([*(f"{height}x{width}" for height, width in sample.images), *videos])
