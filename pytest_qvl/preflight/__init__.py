@@ -57,7 +57,8 @@ def preflight(
     """Judge a base model and an adapter from their files; see :mod:`pytest_qvl.preflight`.
 
     Args:
-        base: Released name (``"qwen2.5-vl-7b"``), folder, or hub id, of which only small files are fetched.
+        base: Released name (``"qwen2.5-vl-7b"``), folder, or hub id, of which only small files and headers
+            are fetched.
         adapter: Folder that ``PeftModel.save_pretrained`` wrote.
         merged: Folder of a checkpoint into which the adapter is said to be merged.
         runtime: What will load the adapter: ``"transformers"``, ``"unsloth"`` or ``"vllm"``.

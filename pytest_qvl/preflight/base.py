@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import (
@@ -22,7 +23,7 @@ from pytest_qvl.models.sources.model_source import (
 )
 from pytest_qvl.models.sources.released import hub_id, released_names
 from pytest_qvl.preflight.files.folder import Folder
-from pytest_qvl.preflight.files.headers import INDEX, Tensor, read_headers
+from pytest_qvl.preflight.files.headers import INDEX, Tensor, named_shards, read_headers
 from pytest_qvl.preflight.findings import neutral
 from pytest_qvl.preflight.refusals import BrokenFileError, RefusedError, SettingError, UnsafeFileError
 
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
     from pytest_qvl.models.anatomy import Parts
 
-# What is fetched of a model on the hub: nothing with weights, nothing that can run.
+# What is fetched of a model on the hub beside config.json and headers: nothing with weights, nothing that can run.
 SMALL_FILES = (
+    INDEX,
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
@@ -47,6 +49,7 @@ _CODE = frozenset({"auto_map", "custom_pipelines"})
 _CODE_ENDS = ("_implementation", "_implementation_internal")
 EDITED = "config.json was edited, or belongs to another model"
 PUT_BACK = "put back the config.json that the weights were saved with"
+_UNREAD = "its weight files are not read (question 0)"
 _DROPPED = frozenset({"quantization_config", "torch_dtype", "dtype"})
 
 
@@ -60,6 +63,7 @@ class Base:
         fields: Content of its ``config.json``.
         folder: Where its files are; ``None`` for a built-in configuration.
         tensors: Its tensors by the headers of its files; empty where there are none to read.
+        headers: The same of files that stayed on the hub, whose values cannot be read; empty where ``tensors`` is not.
         note: What a reader should know about where this came from; empty for nothing.
         released: Its name in ``released.json``, where that is what was given.
         unread: Why its weight files were not read although they are there; ``None`` if they were.
@@ -70,6 +74,7 @@ class Base:
     fields: Mapping[str, Any]
     folder: Folder | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    headers: Mapping[str, Tensor] = field(default_factory=dict)
     note: str = ""
     released: str = ""
     unread: ModelSourceError | None = None
@@ -78,6 +83,11 @@ class Base:
     def family(self) -> str:
         """``model_type`` of its configuration."""
         return str(self.fields["model_type"])
+
+    @property
+    def described(self) -> Mapping[str, Tensor]:
+        """Its tensors by the headers of its files, wherever these are."""
+        return self.tensors or self.headers
 
     @property
     def quantization(self) -> dict[str, Any] | None:
@@ -173,10 +183,9 @@ def _of_folder(folder: Folder, label: str, name: str) -> Base:
     fields = folder.json("config.json")
     _refuse_foreign(fields, label)
     try:
-        tensors = read_headers(folder)
+        return Base(label, name, fields, folder, read_headers(folder))
     except RefusedError as error:
-        return Base(label, name, fields, folder, note="its weight files are not read (question 0)", unread=error)
-    return Base(label, name, fields, folder, tensors)
+        return Base(label, name, fields, folder, note=_UNREAD, unread=error)
 
 
 def _without_config(folder: Folder, label: str) -> ModelSourceError:
@@ -241,8 +250,26 @@ def _of_hub(source: ModelSource) -> Base:
     snapshot = Folder(Path(cached_file(source.location, "config.json", **options)).parent)
     fields = snapshot.json("config.json")
     _refuse_foreign(fields, str(source))
-    tensors = read_headers(snapshot) if snapshot.has("model.safetensors") else {}
-    return Base(source.location, source.location, fields, snapshot, tensors)
+    named = Base(source.location, source.location, fields, snapshot)
+    try:
+        if _has_weights(snapshot):
+            return replace(named, tensors=read_headers(snapshot))
+        if options["local_files_only"]:
+            return replace(named, note="its weights are not in the local cache, and the hub is not asked")
+        from pytest_qvl.preflight.hub_headers import fetch_headers
+
+        return replace(named, headers=fetch_headers(source.location, snapshot.path.name, snapshot))
+    except CannotJudge as reason:
+        return replace(named, note=str(reason))
+    except RefusedError as error:
+        return replace(named, note=_UNREAD, unread=error)
+
+
+def _has_weights(snapshot: Folder) -> bool:
+    """Whether all weight files of a model on the hub have been downloaded before."""
+    if not snapshot.has(INDEX):
+        return snapshot.has("model.safetensors")
+    return all(map(snapshot.has, named_shards(snapshot)))
 
 
 @contextmanager

@@ -89,8 +89,12 @@ class Packed:
                 yield f"its {name} is {self.parts[name].dtype} and not {dtype}"
 
 
-def packed_weights(tensors: Mapping[str, Tensor]) -> dict[str, Packed]:
+def packed_weights(tensors: Mapping[str, Tensor], *, with_states: bool = True) -> dict[str, Packed]:
     """Every 4-bit weight of a checkpoint that has a state, by module.
+
+    Args:
+        tensors: By the names in its files.
+        with_states: Whether to read the states; they are data, which are not at hand where only headers are.
 
     Raises:
         UnsafeFileError: A state is larger than any real one.
@@ -102,7 +106,7 @@ def packed_weights(tensors: Mapping[str, Tensor]) -> dict[str, Packed]:
         if mark:
             parts = {part: tensors[f"{weight}.{part}"] for part in STATISTICS if f"{weight}.{part}" in tensors}
             module = in_todays_layout(weight).removesuffix(".weight")
-            found[module] = Packed(module, kind, tensors.get(weight), parts, _read(tensor))
+            found[module] = Packed(module, kind, tensors.get(weight), parts, _read(tensor) if with_states else {})
     return found
 
 

@@ -110,9 +110,11 @@ def _read(asked: Asked) -> tuple[list[Finding], Subject | None]:
 def _readable_base(base: Base) -> Finding:
     if base.unread is not None:
         return refused(_FILES, base.unread, "base")
-    files = {tensor.file for tensor in base.tensors.values()}
-    line = f"{base.label}: {len(base.tensors)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}"
-    if not base.tensors:
+    files = {tensor.file for tensor in base.described.values()}
+    line = f"{base.label}: {len(base.described)} tensors in {len(files)} file{'s' if len(files) > 1 else ''}"
+    if base.headers:
+        line += " by their headers; the weights stay on the hub"
+    if not base.described:
         line = f"{base.label}: {base.note or 'configuration only, no weight files'}"
     return Finding(_FILES, "base-files", "green", line)
 

@@ -55,9 +55,8 @@ class Folder:
             UnsafeFileError: The name or a link leads out of the folder, or to something that is no regular file.
             BrokenFileError: There is no such file.
         """
+        self.refuse_name(name)
         said = f"{neutral(repr(name), 200)} in {neutral(str(self.path))}"
-        if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
-            raise UnsafeFileError(f"{said} leads out of the folder; it is not opened")
         file = self.path / name
         try:
             real = file.resolve(strict=True)
@@ -70,6 +69,16 @@ class Folder:
         if not real.is_file():
             raise UnsafeFileError(f"{said} is no regular file; it is not opened")
         return file
+
+    def refuse_name(self, name: str) -> None:
+        """Refuse a file's name that leads out of the folder, whether there is such a file or not.
+
+        Raises:
+            UnsafeFileError: It does.
+        """
+        if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
+            said = f"{neutral(repr(name), 200)} in {neutral(str(self.path))}"
+            raise UnsafeFileError(f"{said} leads out of the folder; it is not opened")
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object of bounded size.

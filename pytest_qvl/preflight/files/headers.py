@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def read_header(folder: Folder, name: str) -> dict[str, Tensor]:
         except ModelSourceError as error:
             raise broken(error) from None
         raise BrokenFileError(f"{said} is empty")
-    found = _tensors(_entries(content, said), file, 8 + length, said)
+    found = checked_tensors(_entries(content, said), file, 8 + length, said)
     end = max((tensor.end for tensor in found.values()), default=8 + length)
     if end != size:
         raise BrokenFileError(f"{said} is corrupt: {size:,} bytes on disk, {end:,} by its header")
@@ -110,8 +111,6 @@ def _entries(content: bytes, said: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise BrokenFileError(f"{said} is corrupt: its header is no JSON object")
     found.pop("__metadata__", None)
-    if len(found) > MOST_TENSORS:
-        raise UnsafeFileError(f"{said} names {len(found):,} tensors, which no real file does; it is not read")
     return found
 
 
@@ -127,7 +126,21 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _tensors(entries: dict[str, Any], file: Path, start: int, said: str) -> dict[str, Tensor]:
+def checked_tensors(entries: dict[str, Any], file: Path, start: int, said: str) -> dict[str, Tensor]:
+    """The tensors that a header's entries describe.
+
+    Args:
+        entries: By name, without the metadata.
+        file: The file that they are of.
+        start: Where in it the data begin.
+        said: What to call it.
+
+    Raises:
+        UnsafeFileError: They say what cannot be.
+        BrokenFileError: An entry lacks something.
+    """
+    if len(entries) > MOST_TENSORS:
+        raise UnsafeFileError(f"{said} names {len(entries):,} tensors, which no real file does; it is not read")
     found = {name: _tensor(name, entry, file, start, said) for name, entry in entries.items()}
     expected = start
     for tensor in sorted(found.values(), key=lambda each: (each.begin, each.end)):
@@ -176,6 +189,19 @@ def weight_file_names(folder: Folder) -> list[str]:
             "model.safetensors, so from_pretrained finds no weights",
             cause="the index was not copied or uploaded with the shards", fix=f"put {INDEX} back, or save it again",
         )  # fmt: skip
+    shards = named_shards(folder)
+    for shard in shards:
+        folder.file(shard)
+    return shards
+
+
+def named_shards(folder: Folder) -> list[str]:
+    """The files that an index names, whether they are there or not.
+
+    Raises:
+        UnsafeFileError: It names a file outside the folder, or more files than any real one.
+        BrokenFileError: It is missing or not readable.
+    """
     weight_map = folder.json(INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise BrokenFileError(f"{INDEX} in {neutral(str(folder))} has no weight_map")
@@ -183,7 +209,7 @@ def weight_file_names(folder: Folder) -> list[str]:
     if len(shards) > MOST_SHARDS:
         raise UnsafeFileError(f"{INDEX} in {neutral(str(folder))} names {len(shards):,} files; it is not followed")
     for shard in shards:
-        folder.file(shard)
+        folder.refuse_name(shard)
     return shards
 
 
@@ -194,10 +220,18 @@ def read_headers(folder: Folder) -> dict[str, Tensor]:
         UnsafeFileError: See :func:`read_header` and :func:`weight_file_names`; or two files hold one tensor.
         BrokenFileError: See there.
     """
+    return joined((read_header(folder, name) for name in weight_file_names(folder)), neutral(str(folder)))
+
+
+def joined(headers: Iterable[dict[str, Tensor]], said: str) -> dict[str, Tensor]:
+    """The tensors of all files of a checkpoint.
+
+    Raises:
+        UnsafeFileError: Two files hold one tensor.
+    """
     found: dict[str, Tensor] = {}
-    for name in weight_file_names(folder):
-        tensors = read_header(folder, name)
+    for tensors in headers:
         if twice := sorted(found.keys() & tensors.keys()):
-            raise UnsafeFileError(f"two files of {neutral(str(folder))} hold {neutral(twice[0], 160)}")
+            raise UnsafeFileError(f"two files of {said} hold {neutral(twice[0], 160)}")
         found |= tensors
     return found

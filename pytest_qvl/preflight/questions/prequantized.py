@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
@@ -16,14 +18,18 @@ from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS
 from pytest_qvl.preflight.findings import Finding, neutral, some
 from pytest_qvl.preflight.heads import has_own_head, tied_over
+from pytest_qvl.preflight.hub_headers import write_headers
 from pytest_qvl.preflight.packed import CONFIGURATION_LOST, Packed, packed_weights, without_state
 from pytest_qvl.preflight.questions.base_values import values
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
 from pytest_qvl.preflight.refusals import split_fix
 from pytest_qvl.preflight.timing import patience
+from pytest_qvl.preflight.weights import Weights
 from pytest_qvl.vram.forecast.runnable import why_not_runnable
 
 if TYPE_CHECKING:
+    from pytest_qvl.models.sources.loading import LoadingReport
+    from pytest_qvl.preflight.files.folder import Folder
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 5
@@ -36,9 +42,9 @@ def answer(subject: Subject) -> Iterator[Finding]:
     """Completeness of the base's files; states, statistics and skip list of one that was saved in 4 bits."""
     base = subject.base
     yield from _runs(subject)
-    if not base.tensors or base.folder is None:
+    if not base.described or base.folder is None:
         raise CannotJudge(f"{base.label} has no weight files at hand: {base.note or 'configuration only'}")
-    report = compared_with(subject.parts.base, base.folder.path, "the base")
+    report = _compared(subject, base.folder)
     for problem in report.problems:
         said, fix = split_fix(problem)
         yield _red(
@@ -46,8 +52,17 @@ def answer(subject: Subject) -> Iterator[Finding]:
             fix=fix or "give the config.json that the weights were saved with, or download the base again",
         )  # fmt: skip
     if not report.problems:
-        yield Finding(NUMBER, "complete", "green", f"all {len(base.tensors)} tensors of {base.label} have their place")
-    yield from values(subject)
+        yield Finding(
+            NUMBER, "complete", "green", f"all {len(base.described)} tensors of {base.label} have their place"
+        )
+    if base.tensors:
+        yield from values(subject)
+    else:
+        yield Finding(
+            NUMBER, "values-not-fetched", "not judged",
+            f"only headers of {base.label} were fetched: its values (NaN, zeros, the states of 4-bit weights, a head "
+            "that is not the embeddings) are judged in a folder (`hf download`)",
+        )  # fmt: skip
     head, table = (f"{subject.parts.roots[name]}.weight" for name in ("lm_head", "embeddings"))
     if has_tied_head(subject.parts) and has_own_head(subject.weights, head, table):
         yield tied_over(NUMBER, subject, "the base")
@@ -55,19 +70,31 @@ def answer(subject: Subject) -> Iterator[Finding]:
         yield from _packed_without_configuration(subject)
         yield from _integers_without_configuration(subject)
         return
-    packed = packed_weights(base.tensors)
-    wrong = [*_settings(subject, base.quantization, packed), *_states(subject, packed), *_places(subject, packed)]
+    packed = packed_weights(base.described, with_states=bool(base.tensors))
+    wrong = [*_settings(subject, base.quantization, packed), *_lost(subject, packed), *_places(subject, packed)]
+    if base.tensors:
+        wrong += _states(subject, packed)
     yield from wrong
     if not wrong:
-        kinds = Counter((each.kind, each.state.get("blocksize"), each.nested) for each in packed.values())
+        sizes = {name: f"block size {each.state['blocksize']}, " if each.state else "" for name, each in packed.items()}
+        kinds = Counter((each.kind, sizes[name], each.nested) for name, each in packed.items())
         said = ", ".join(
-            f"{count} of {kind}, block size {size}, {'double' if nested else 'single'} quantization"
+            f"{count} of {kind}, {size}{'double' if nested else 'single'} quantization"
             for (kind, size, nested), count in kinds.items()
         )
         yield Finding(
             NUMBER, "states", "green", f"{len(packed)} weights in 4 bits with their states: {said}",
             keeps_green=pytest_line(subject),
         )  # fmt: skip
+
+
+def _compared(subject: Subject, folder: Folder) -> LoadingReport:
+    """The model's tensors against the headers, which of a model on the hub are put into a file first."""
+    if not subject.base.headers:
+        return compared_with(subject.parts.base, folder.path, "the base")
+    with TemporaryDirectory() as made:
+        write_headers(subject.base.headers, Path(made))
+        return compared_with(subject.parts.base, Path(made), "the base")
 
 
 def _runs(subject: Subject) -> Iterator[Finding]:
@@ -83,7 +110,8 @@ def _runs(subject: Subject) -> Iterator[Finding]:
 
 
 def _packed_without_configuration(subject: Subject) -> Iterator[Finding]:
-    packed = [*packed_weights(subject.base.tensors), *without_state(subject.base.tensors)]
+    described = subject.base.described
+    packed = [*packed_weights(described, with_states=False), *without_state(described)]
     if packed:
         yield _red(
             subject, "configuration-lost",
@@ -95,10 +123,10 @@ def _packed_without_configuration(subject: Subject) -> Iterator[Finding]:
 
 def _integers_without_configuration(subject: Subject) -> Iterator[Finding]:
     """Parameters that are stored as whole numbers, or as floating point of 8 bits, and nothing says by which scale."""
-    weights = subject.weights
+    weights = Weights(subject.base.described)
     names = [name for name, _ in subject.parts.base.named_parameters() if name in weights]
     odd = [name for name in names if weights[name].dtype not in FLOATS and not weights.is_packed(name)]
-    if odd and not without_state(subject.base.tensors):
+    if odd and not without_state(subject.base.described):
         yield _red(
             subject, "odd-dtype",
             f"{len(odd)} tensors of the base are stored as {', '.join(sorted({weights[n].dtype for n in odd}))} "
@@ -143,9 +171,9 @@ def _settings(subject: Subject, saved: Mapping[str, Any], packed: Mapping[str, P
         )  # fmt: skip
 
 
-def _states(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]:
-    """Each weight's state and statistics against its data and the model's shape."""
-    lost = without_state(subject.base.tensors)
+def _lost(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """Weights in 4 bits that have no state."""
+    lost = without_state(subject.base.described)
     if lost or not packed:
         yield _red(
             subject, "states-missing",
@@ -153,6 +181,10 @@ def _states(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]
             cause="the folder was saved by something that does not keep what bitsandbytes needs to unpack a weight",
             fix=_AGAIN,
         )  # fmt: skip
+
+
+def _states(subject: Subject, packed: Mapping[str, Packed]) -> Iterator[Finding]:
+    """Each weight's state and statistics against its data and the model's shape."""
     shapes = {
         name: (module.out_features, module.in_features)
         for name, module in subject.parts.named_linears()
