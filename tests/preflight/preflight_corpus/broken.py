@@ -239,7 +239,7 @@ def base_of_another_generation(shop: Workshop, family: str) -> Arguments:
     return with_edits(shop, family, base_model_name_or_path="Qwen/Qwen2-VL-7B-Instruct")
 
 
-@broken("", "alpha-zero", "multiplied by zero", ("qwen2_vl",))
+@broken("invergent-ai/surogate/issues/173", "alpha-zero", "multiplied by zero", ("qwen2_vl",))
 def alpha_is_zero(shop: Workshop, family: str) -> Arguments:
     return with_edits(shop, family, lora_alpha=0)
 

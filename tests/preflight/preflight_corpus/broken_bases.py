@@ -72,14 +72,14 @@ def statistics_cast_to_sixteen_bits(shop: Workshop, family: str) -> Arguments:
     return {"base": folder}
 
 
-@broken("", "incomplete", "lacks", FAMILIES)
+@broken("hiyouga/LlamaFactory/issues/7837", "incomplete", "lacks", FAMILIES)
 def shard_not_uploaded(shop: Workshop, family: str) -> Arguments:
     folder = shop.copy(shop.base(family))
     drop(folder / WEIGHTS, lambda name: ".layers.2.mlp." in name)
     return {"base": folder}
 
 
-@broken("", "incomplete", "lm_head", ("qwen2_5_vl",))
+@broken("modelscope/ms-swift/issues/9753", "incomplete", "lm_head", ("qwen2_5_vl",))
 def head_not_saved(shop: Workshop, family: str) -> Arguments:
     folder = shop.copy(shop.base(family))
     drop(folder / WEIGHTS, lambda name: name.startswith("lm_head"))

@@ -47,7 +47,7 @@ def limit_that_does_nothing(shop: Workshop, family: str) -> Arguments:
     return found
 
 
-@broken("", "limits-impossible", "least must not be above most")
+@broken("QwenLM/Qwen3-VL/issues/1083", "limits-impossible", "least must not be above most")
 def limits_swapped(shop: Workshop, family: str) -> Arguments:
     found = with_processor(shop, family)
     edit(found["adapter"] / "preprocessor_config.json", min_pixels=12845056, max_pixels=3136)
@@ -97,7 +97,7 @@ def end_of_replies_forgotten(shop: Workshop, family: str) -> Arguments:
     return found
 
 
-@broken("", "drawn-replies", "differ from run to run")
+@broken("QwenLM/Qwen-VL/issues/43", "drawn-replies", "differ from run to run")
 def replies_drawn_at_random(shop: Workshop, family: str) -> Arguments:
     found = with_processor(shop, family)
     edit(found["adapter"] / "generation_config.json", temperature=0.7)

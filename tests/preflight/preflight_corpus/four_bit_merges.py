@@ -16,7 +16,7 @@ def _faint(shop: Workshop, family: str, **lora: Any) -> dict[str, Any]:
     return found
 
 
-@broken("", "merge-lost-most", "packs the sum into NF4 again", ("qwen2_5_vl", "qwen3_vl"))
+@broken("ARahim3/mlx-tune/issues/15", "merge-lost-most", "packs the sum into NF4 again", ("qwen2_5_vl", "qwen3_vl"))
 def merged_into_the_four_bit_model(shop: Workshop, family: str) -> Arguments:
     found = _faint(shop, family)
     return {**found, "merged": shop.merged_in_four_bits(found["base"], found["adapter"])}

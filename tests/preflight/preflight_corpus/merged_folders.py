@@ -25,7 +25,7 @@ def _with(shop: Workshop, family: str, name: str, factor: float) -> Arguments:
     return found
 
 
-@broken("", "configuration-differs", "rope_theta is ", ("qwen2_5_vl", "qwen3_vl"))
+@broken("Open-Athena/MarinFold/pull/184", "configuration-differs", "rope_theta is ", ("qwen2_5_vl", "qwen3_vl"))
 def rotary_base_of_another_model(shop: Workshop, family: str) -> Arguments:
     return _with(shop, family, "rope_theta", 0.1)
 
@@ -45,7 +45,7 @@ def heads_of_another_tower(shop: Workshop, family: str) -> Arguments:
     return _with(shop, family, "num_heads", 0.5)
 
 
-@broken("", "configuration-quantized", "taken over from a 4-bit base", ("qwen2_5_vl",))
+@broken("unslothai/unsloth/issues/1601", "configuration-quantized", "taken over from a 4-bit base", ("qwen2_5_vl",))
 def quantization_of_the_base_left_in(shop: Workshop, family: str) -> Arguments:
     found = with_merge(shop, family)
     saved = json.loads((shop.packed(family) / "config.json").read_text(encoding="utf-8"))
@@ -73,7 +73,9 @@ def limits_swapped_in_the_merge(shop: Workshop, family: str) -> Arguments:
     return found
 
 
-@broken("", "no-image-processor", "the processor of the merged checkpoint", ("qwen2_vl",))
+@broken(
+    "NVIDIA-NeMo/Automodel/issues/3256", "no-image-processor", "the processor of the merged checkpoint", ("qwen2_vl",)
+)
 def only_the_tokenizer_beside_the_merge(shop: Workshop, family: str) -> Arguments:
     found = _with_processor(shop, family)
     (found["merged"] / "preprocessor_config.json").unlink()
@@ -94,7 +96,7 @@ def index_of_the_merge_lost(shop: Workshop, family: str) -> Arguments:
     return found
 
 
-@broken("", "base-unreadable", "the index was not copied", ("qwen2_vl",))
+@broken("shuaijiang/Ke-Omni-R/issues/4", "base-unreadable", "the index was not copied", ("qwen2_vl",))
 def index_of_the_base_lost(shop: Workshop, family: str) -> Arguments:
     base = shop.copy(shop.base(family))
     in_shards(base, index=False)

@@ -135,7 +135,7 @@ def skip_list_that_is_a_text(shop: Workshop, family: str) -> Arguments:
     return {"base": folder}
 
 
-@broken("", "magnitude-left-out", "without DoRA's magnitudes", ("qwen2_vl",))
+@broken("unslothai/unsloth-zoo/pull/828", "magnitude-left-out", "without DoRA's magnitudes", ("qwen2_vl",))
 def dora_merged_as_plain_lora(shop: Workshop, family: str) -> Arguments:
     found = with_adapter(shop, family, use_dora=True)
     plain = shop.copy(found["adapter"])
@@ -197,7 +197,7 @@ def template_with_turns_exchanged(shop: Workshop, family: str) -> Arguments:
     return _template_with(shop, family, "{% for message in messages %}", "{% for message in messages %}<|im_end|>")
 
 
-@broken("", "no-generation-prompt", "which the model then has to write", ("qwen2_vl",))
+@broken("instructlab/training/pull/232", "no-generation-prompt", "which the model then has to write", ("qwen2_vl",))
 def template_without_a_generation_prompt(shop: Workshop, family: str) -> Arguments:
     return _template_with(shop, family, "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", "")
 
@@ -246,14 +246,19 @@ def matrices_swapped(shop: Workshop, family: str) -> Arguments:
     return found
 
 
-@broken("", "swapped-pair", "transposed", ("qwen2_vl",))
+@broken("osaurus-ai/vmlx-swift/pull/320", "swapped-pair", "transposed", ("qwen2_vl",))
 def matrices_transposed(shop: Workshop, family: str) -> Arguments:
     found = with_adapter(shop, family)
     retensor(found["adapter"] / ADAPTER, lambda name, tensor: {name: tensor.T.contiguous()})
     return found
 
 
-@broken("", "other-rows", "the vocabulary was resized for the training", ("qwen2_5_vl", "qwen3_vl"))
+@broken(
+    "huggingface/peft/issues/1457",
+    "other-rows",
+    "the vocabulary was resized for the training",
+    ("qwen2_5_vl", "qwen3_vl"),
+)
 def vocabulary_resized_for_the_training(shop: Workshop, family: str) -> Arguments:
     lora = {"modules_to_save": ["lm_head"]} if family == "qwen3_vl" else {"target_modules": ["q_proj", "embed_tokens"]}
     trained_on = shop.base(family, vocabulary=464)
