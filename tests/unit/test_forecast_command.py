@@ -252,3 +252,22 @@ def test_the_command_refuses_malformed_sizes(image: str, capsys: pytest.CaptureF
         main(["forecast", f"--image={image}"])
     assert left.value.code == 2
     assert "is not a size like 1024x768" in capsys.readouterr().err
+
+
+def test_the_command_forecasts_a_video(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["forecast", "--model", EMBEDDED, "--tokens", "20", "--video", "5x56x84", "4x56x56"]
+    assert main([*command, "--json"]) == 0
+    (sample,) = json.loads(capsys.readouterr().out)["request"]["samples"]
+    assert sample == {"images": [], "tokens": 20, "videos": [[5, 56, 84], [4, 56, 56]]}
+    assert main([*command, "--image", "56x56", "--batch", "2"]) == 0
+    assert (
+        "batch 2, images 1 x 56x56, video of 5 frames of 56x84, video of 4 frames of 56x56: 30 visual + 20 text"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("video", ["10", "10x10", "axbxc"])
+def test_the_command_refuses_what_is_no_video(video: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["forecast", "--model", EMBEDDED, "--video", video])
+    assert f"{video!r} is no video like 16x364x644" in capsys.readouterr().err

@@ -90,6 +90,27 @@ def test_plain_text_and_given_tokens(read: Any) -> None:
     assert read({"image": "a.png"}, model="qwen2.5-vl-7b", tokens=77).rows[0].sample.tokens == 77
 
 
+FRAMES = ["deep/c.png"] * 5
+WATCHED = [{"type": "video"}, CHAT[0]["content"][1]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": WATCHED}, CHAT[1]], "video": FRAMES},
+        {"messages": [{"role": "user", "content": [{"type": "video", "video": FRAMES}, WATCHED[1]]}, CHAT[1]]},
+        {"conversations": [{**TURNS[0], "value": "<video>How many cats are there?"}, TURNS[1]], "videos": [FRAMES]},
+        {"messages": [{"role": "user", "content": "How many cats are there?"}, CHAT[1]], "videos": [FRAMES]},
+    ],
+    ids=["messages", "videos in messages", "conversations", "videos without a place"],
+)
+def test_a_list_of_frames_is_a_video(read: Any, row: dict[str, Any]) -> None:
+    """Five frames are three steps of four tokens, and the text has as many tokens as beside an image."""
+    (found,), (image,) = read(row).rows, read({"messages": CHAT, "image": "b.jpg"}).rows
+    assert found.sample == Sample((), image.sample.tokens, ((5, 56, 56),))
+    assert found.visual == 12
+
+
 @pytest.mark.parametrize(
     ("row", "complaint"),
     [
@@ -101,9 +122,12 @@ def test_plain_text_and_given_tokens(read: Any) -> None:
         ),
         ({"text": "x", "image": "https://x.org/a.png"}, "has the image 'https://x.org/a.png', which is no path"),
         ({"text": "x", "image": "none.png"}, "none.png' cannot be read"),
-        ({"text": "x", "video": "a.mp4"}, "has a video: the forecast follows images only"),
-        ({"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]}, "has a video"),
-        ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}]}, "has a video"),
+        ({"text": "x", "video": "a.mp4"}, "has the video 'a.mp4', which is not read here: give the images of its"),
+        ({"text": "x", "videos": [["a.png"], []]}, r"has the video '\[\]', which is not read"),
+        ({"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]}, "has the video 'a.mp4'"),
+        ({"conversations": [{"from": "human", "value": "<video>\nWhat?"}]}, "has 0 videos and a place for 1"),
+        ({"messages": CHAT, "image": "a.png", "video": ["a.png"]}, "has 1 videos and a place for 0"),
+        ({"text": "x", "video": ["a.png", "b.jpg"]}, "has a video with frames of 112x224 and 300x200: all frames"),
         ({"messages": CHAT, "images": ["a.png", "b.jpg"]}, "has 2 images and a place for 1"),
     ],
 )
@@ -190,4 +214,5 @@ def test_the_command_forecasts_the_worst_batch_beside_the_usual_ones(
 
 def test_image_sizes_beside_a_dataset_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["forecast", "--model", EMBEDDED, "--dataset", str(folder), "--images", "2"]) == 2
-    assert "--image and --images beside --dataset: its images have sizes of their own" in capsys.readouterr().err
+    assert "--image, --images and --video beside --dataset: its images and videos have" in capsys.readouterr().err
+    assert main(["forecast", "--model", EMBEDDED, "--dataset", str(folder), "--video", "4x56x56"]) == 2

@@ -51,8 +51,10 @@ def ask(options: argparse.Namespace) -> Asked:
     if options.from_trainer is not None:
         fields |= from_trainer(options.from_trainer)
     said = said_by(options)
-    if options.dataset is not None and {"image", "images"} & said.keys():
-        raise ValueError("--image and --images beside --dataset: its images have sizes of their own")
+    if options.dataset is not None and {"image", "images", "videos"} & said.keys():
+        raise ValueError(
+            "--image, --images and --video beside --dataset: its images and videos have sizes of their own"
+        )
     fields |= said
     compute_dtype = options.compute_dtype or DTYPE_OF.get(fields.get("precision", "").removesuffix("-pure"))
     if fields.get("precision") == "pure":

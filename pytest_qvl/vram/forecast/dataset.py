@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Batches drawn to say what the usual one is; their quantiles are those of all batches within a few per cent.
 DRAWN_BATCHES = 2000
+_PLACE = re.compile("<(image|video)>")
 _WRITERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _TEXT_KEYS = (("text",), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("prompt",))
 
@@ -124,8 +126,9 @@ def read_dataset(where: Path, source: Source, model: str, tokens: int | None) ->
     """The samples of a folder of images (one each) or of a JSONL file.
 
     A row of a JSONL has its images as ``image`` or ``images`` (paths, from the file's folder on) or in the messages,
-    and its text as ``messages``, ``conversations`` (LLaVA's) or plain: ``text``, ``prompt`` and ``completion``,
-    ``question`` and ``answer``, ``instruction`` and ``output``.
+    its videos as ``video`` (a list of the images of its sampled frames), ``videos`` (several such lists) or in the
+    messages, and its text as ``messages``, ``conversations`` (LLaVA's) or plain: ``text``, ``prompt`` and
+    ``completion``, ``question`` and ``answer``, ``instruction`` and ``output``.
 
     Args:
         where: The folder or file.
@@ -134,19 +137,20 @@ def read_dataset(where: Path, source: Source, model: str, tokens: int | None) ->
         tokens: Text tokens of every row; ``None`` for those of its text.
 
     Raises:
-        ValueError: No images; a row or image that cannot be read; text without a tokenizer to count it; a video.
+        ValueError: No images; a row or image that cannot be read; text without a tokenizer to count it; a video that is
+            a file, or whose frames differ in size.
     """
     if where.is_dir():
         files = sorted(file for file in where.rglob("*") if file.suffix.lower() in IMAGE_FILES)
         text = Request.tokens if tokens is None else tokens
-        rows = [_row(str(file.relative_to(where)), [file], text, source.sizes) for file in files]
+        rows = [_row(str(file.relative_to(where)), [file], [], text, source) for file in files]
     elif where.is_file():
         count = None if tokens is not None else _Counter(model, where)
         rows = []
         for name, row in _lines(where):
-            images = _images(row, where, name)
-            text = tokens if count is None else count(row, len(images), name)  # type: ignore[assignment]
-            rows.append(_row(name, images, text, source.sizes))
+            images, videos = _images(row, where, name), _videos(row, where, name)
+            text = tokens if count is None else count(row, len(images), len(videos), name)  # type: ignore[assignment]
+            rows.append(_row(name, images, videos, text, source))
     else:
         raise ValueError(f"dataset {str(where)!r} is neither a folder of images nor a JSONL file")
     if not rows:
@@ -155,13 +159,23 @@ def read_dataset(where: Path, source: Source, model: str, tokens: int | None) ->
     return Dataset(str(where), tuple(rows))
 
 
-def _row(name: str, images: Sequence[Path], tokens: int, sizes: ImageSizes) -> Row:
+def _row(name: str, images: Sequence[Path], videos: Sequence[Sequence[Path]], tokens: int, source: Source) -> Row:
     measured = tuple(_size(image) for image in images)
-    sample = Sample(measured, max(tokens, 2 * len(measured) + 2))
+    frames = tuple(_frames(video, name) for video in videos)
+    sample = Sample(measured, max(tokens, 2 * (len(measured) + len(frames)) + 2), frames)
     try:
-        return Row(name, sample, sum(sizes.visual_tokens(*size) for size in measured))
+        return Row(name, sample, source.lengths(sample, None)[0])
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def _frames(video: Sequence[Path], name: str) -> tuple[int, int, int]:
+    """How many frames, and their height and width."""
+    sizes = sorted({_size(frame) for frame in video})
+    if len(sizes) > 1:
+        shown = " and ".join(f"{height}x{width}" for height, width in sizes[:2])
+        raise ValueError(f"{name} has a video with frames of {shown}: all frames of one must have one size")
+    return len(video), *sizes[0]
 
 
 def _size(image: Path) -> tuple[int, int]:
@@ -193,25 +207,40 @@ def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def _images(row: dict[str, Any], file: Path, name: str) -> list[Path]:
     """The images of a row, wherever it names them."""
     parts = [part for message in row.get("messages") or [] for part in _parts(message)]
-    if _has_video(row, parts):
-        raise ValueError(f"{name} has a video: the forecast follows images only")
     given = row.get("images") or row.get("image") or []
     given = list(given) if isinstance(given, list) else [given]
     if not given:
         given = [part.get("image") or part.get("path") or part.get("url") for part in parts if _is_image(part)]
+    return _paths(given, file, name)
+
+
+def _paths(given: Sequence[Any], file: Path, name: str) -> list[Path]:
+    """Paths of images, from the JSONL's folder on."""
     for image in given:
-        if not isinstance(image, str) or "://" in image or image.startswith("data:"):
+        path = image.removeprefix("file://") if isinstance(image, str) else ""
+        if not path or "://" in path or path.startswith("data:"):
             raise ValueError(f"{name} has the image {str(image)[:60]!r}, which is no path of a file")
-    return [file.parent / image for image in given]
+    return [file.parent / image.removeprefix("file://") for image in given]
 
 
-def _has_video(row: dict[str, Any], parts: list[dict[str, Any]]) -> bool:
-    """Whether a row names a video, itself, in a message or by a place in its text."""
+def _videos(row: dict[str, Any], file: Path, name: str) -> list[list[Path]]:
+    """The frames of a row's videos, wherever it names them."""
+    parts = [part for message in row.get("messages") or [] for part in _parts(message)]
+    given = row.get("videos") or ([row["video"]] if row.get("video") else [])
+    if not given:
+        given = [part.get("video") or part.get("path") or part.get("url") for part in parts if _is_video(part)]
     turns = [*(row.get("messages") or []), *(row.get("conversations") or [])]
     texts = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict)]
-    placed = any(isinstance(text, str) and "<video>" in text for text in texts)
-    named = any(part.get("type") == "video" or part.get("video") for part in parts)
-    return bool(row.get("video") or row.get("videos")) or named or placed
+    places = sum(text.count("<video>") for text in texts if isinstance(text, str))
+    if places > len(given):
+        raise ValueError(f"{name} has {len(given)} videos and a place for {places}")
+    for video in given:
+        if not isinstance(video, list) or not video:
+            raise ValueError(
+                f"{name} has the video {str(video)[:60]!r}, which is not read here: give the images of its sampled "
+                'frames as a list, such as {"video": ["frame1.jpg", "frame2.jpg"]}'
+            )
+    return [_paths(video, file, name) for video in given]
 
 
 def _parts(message: Any) -> list[dict[str, Any]]:
@@ -221,6 +250,10 @@ def _parts(message: Any) -> list[dict[str, Any]]:
 
 def _is_image(part: dict[str, Any]) -> bool:
     return part.get("type") == "image" or bool(part.get("image"))
+
+
+def _is_video(part: dict[str, Any]) -> bool:
+    return part.get("type") == "video" or bool(part.get("video"))
 
 
 class _Counter:
@@ -237,9 +270,9 @@ class _Counter:
             )
         self._processor = load_processor(model)
 
-    def __call__(self, row: dict[str, Any], images: int, name: str) -> int:
-        """Text tokens of a row, the markers around its images included."""
-        messages = _messages(row, images)
+    def __call__(self, row: dict[str, Any], images: int, videos: int, name: str) -> int:
+        """Text tokens of a row, the markers around its images and videos included."""
+        messages = _messages(row, images, videos)
         tokenizer = self._processor.tokenizer
         if messages is None:
             keys = next((keys for keys in _TEXT_KEYS if all(isinstance(row.get(key), str) for key in keys)), None)
@@ -248,17 +281,21 @@ class _Counter:
                     f"{name} has no text: known are messages, conversations and "
                     f"{', '.join(' with '.join(keys) for keys in _TEXT_KEYS)}"
                 )
-            text = "".join(row[key] for key in keys).replace("<image>", "")
-            return len(tokenizer(text)["input_ids"]) + 2 * images
+            text = "".join(row[key] for key in keys).replace("<image>", "").replace("<video>", "")
+            return len(tokenizer(text)["input_ids"]) + 2 * (images + videos)
         text = self._processor.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text)["input_ids"]
-        placeholders = ids.count(tokenizer.convert_tokens_to_ids(self._processor.image_token))
-        if placeholders != images:
-            raise ValueError(f"{name} has {images} images and a place for {placeholders}")
-        return len(ids) - int(placeholders)
+        for what, given, token in (
+            ("images", images, self._processor.image_token),
+            ("videos", videos, self._processor.video_token),
+        ):
+            placeholders = ids.count(tokenizer.convert_tokens_to_ids(token))
+            if placeholders != given:
+                raise ValueError(f"{name} has {given} {what} and a place for {placeholders}")
+        return len(ids) - images - videos
 
 
-def _messages(row: dict[str, Any], images: int) -> list[dict[str, Any]] | None:
+def _messages(row: dict[str, Any], images: int, videos: int) -> list[dict[str, Any]] | None:
     """Messages of a row in the form that chat templates take; ``None`` where it has plain text."""
     if isinstance(row.get("messages"), list):
         messages = [dict(message) for message in row["messages"]]
@@ -269,25 +306,24 @@ def _messages(row: dict[str, Any], images: int) -> list[dict[str, Any]] | None:
         ]
     else:
         return None
-    marked = [message for message in messages if "<image>" in str(message.get("content"))]
-    placed = any(_is_image(part) for message in messages for part in _parts(message))
+    marked = [message for message in messages if _PLACE.search(str(message.get("content")))]
+    placed = any(_is_image(part) or _is_video(part) for message in messages for part in _parts(message))
     for message in marked if not placed else ():
         message["content"] = _split(message["content"])
-    if not placed and not marked and images and messages:
+    if not placed and not marked and images + videos and messages:
         first = messages[0]
-        first["content"] = [{"type": "image"}] * images + [{"type": "text", "text": first["content"]}]
+        seen = [{"type": "image"}] * images + [{"type": "video"}] * videos
+        first["content"] = [*seen, {"type": "text", "text": first["content"]}]
     return messages
 
 
 def _split(content: Any) -> Any:
-    """Text with ``<image>`` in it as parts."""
+    """Text with ``<image>`` and ``<video>`` in it as parts."""
     if not isinstance(content, str):
         return content
-    parts: list[dict[str, str]] = []
-    for i, text in enumerate(content.split("<image>")):
-        parts += [{"type": "image"}] if i else []
-        parts += [{"type": "text", "text": text}] if text else []
-    return parts
+    pieces = _PLACE.split(content)  # text, then in turn what is placed and text
+    parts = [{"type": piece} if i % 2 else {"type": "text", "text": piece} for i, piece in enumerate(pieces)]
+    return [part for part in parts if part.get("text") != ""]
 
 
 def _hold_to_processor(rows: Sequence[Row], sizes: ImageSizes, model: str) -> None:

@@ -17,6 +17,7 @@ from pytest_qvl.vram.forecast.request import (
     PRECISIONS,
     PREPROCESS_LOGITS,
     TRAINERS,
+    Request,
     Sample,
     is_pattern,
 )
@@ -53,6 +54,15 @@ def _add_what(group: _Group) -> None:
         default=unsaid,
         metavar="HxW",
         help="image size in pixels (default: 1024x1024); several for a sample with one image of each size",
+    )
+    group.add_argument(
+        "--video",
+        type=_video,
+        nargs="+",
+        default=unsaid,
+        metavar="FxHxW",
+        help="sampled frames of a video and their size, in place of --image unless that is given too; several for a "
+        "sample with each",
     )
     group.add_argument("--images", type=int, default=unsaid, metavar="N", help="images per sample (default: 1)")
     group.add_argument("--batch", type=int, default=unsaid, metavar="N", help="samples per step (default: 1)")
@@ -209,22 +219,34 @@ def said_by(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--images {said['images']} beside {len(sizes)} sizes of --image: each size is one image")
     if sizes:
         said["image"] = sizes[0] if len(sizes) == 1 else tuple(sizes)
+    if hasattr(options, "video"):
+        said["videos"] = tuple(options.video)
     return said
 
 
 def with_samples(fields: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Fields of a request whose ``image`` may be several sizes: the batch is then of samples with an image of each.
+    """Fields of a request, of which ``image`` may be several sizes, and ``videos`` is none: they become samples.
 
     Args:
         fields: As :func:`said_by` gives them.
         tokens: Text tokens of a sample, if the fields do not say.
     """
-    sizes = fields.get("image")
-    if sizes is None or isinstance(sizes[0], int):
+    sizes, videos = fields.get("image"), fields.get("videos", ())
+    if (sizes is None or isinstance(sizes[0], int)) and not videos:
         return fields
-    alike = Sample(sizes, fields.get("tokens", tokens))
-    others = {name: value for name, value in fields.items() if name not in {"image", "images", "batch", "tokens"}}
+    if sizes is None or isinstance(sizes[0], int):
+        sizes = (sizes or Request.image,) * fields.get("images", 0 if sizes is None else 1)
+    alike = Sample(sizes, fields.get("tokens", tokens), videos)
+    gone = {"image", "images", "videos", "batch", "tokens"}
+    others = {name: value for name, value in fields.items() if name not in gone}
     return {**others, "samples": (alike,) * fields.get("batch", 1)}
+
+
+def _video(text: str) -> tuple[int, int, int]:
+    match = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})x([0-9]{1,6})", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no video like 16x364x644 (frames x height x width)")
+    return int(match[1]), int(match[2]), int(match[3])
 
 
 def _image(text: str) -> tuple[int, int]:
