@@ -84,11 +84,11 @@ def preflight(
         _path(adapter),
         _path(merged),
         runtime,
-        None if skip is None else tuple(skip),
-        lora if isinstance(lora, Mapping) else _path(lora),
-        _path(processor),
-        card,
-        policy,
+        skip=None if skip is None else tuple(skip),
+        lora=lora if isinstance(lora, Mapping) else _path(lora),
+        processor=_path(processor),
+        card=card,
+        policy=policy,
     )
     return run_preflight(asked)
 

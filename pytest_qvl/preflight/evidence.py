@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
-from pytest_qvl.preflight import preflight
+from pytest_qvl.preflight.run import run_preflight
 from pytest_qvl.preflight.skip_rules import DEFAULT
+from pytest_qvl.preflight.subject import Asked
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
@@ -24,7 +25,18 @@ def judge_by_files(
     """See :func:`pytest_qvl.preflight.require_green`."""
     skip = getattr(quantization_config, "llm_int8_skip_modules", None)
     lora = None if adapter is not None or lora_config is None else lora_config.to_dict()
-    return verdict(preflight(model, adapter, lora=lora, skip=list(DEFAULT if skip is None else skip), policy=policy))
+    return verdict(
+        run_preflight(
+            Asked(
+                str(model),
+                None if adapter is None else Path(adapter),
+                skip=tuple(DEFAULT if skip is None else skip),
+                skip_from="the quantization configuration",
+                lora=lora,
+                policy=policy,
+            )
+        )
+    )
 
 
 def verdict(report: Report) -> Evidence:

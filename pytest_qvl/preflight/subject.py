@@ -41,6 +41,7 @@ class Asked:
         merged: Folder of a checkpoint into which the adapter is said to be merged.
         runtime: What will load the adapter.
         skip: ``llm_int8_skip_modules`` of the quantization; ``None`` for that of the base, or this package's default.
+        skip_from: Who gave it, in words.
         lora: Fields of ``peft.LoraConfig``, or a JSON file with them, of an adapter that is still to be made; with an
             adapter, what was asked for when it was made.
         processor: Folder of the processor that will be used, where it is not beside the adapter.
@@ -53,6 +54,7 @@ class Asked:
     merged: Path | None = None
     runtime: Runtime = "transformers"
     skip: tuple[str, ...] | None = None
+    skip_from: str = "--skip"
     lora: Path | Mapping[str, Any] | None = None
     processor: Path | None = None
     card: str | None = None
@@ -189,7 +191,7 @@ class Subject:
             SettingError: What the base was saved with is no list of names.
         """
         if self.asked.skip is not None:
-            return self.asked.skip, "--skip"
+            return self.asked.skip, self.asked.skip_from
         saved = self.base.quantization
         if saved is not None:
             return self.saved_skip, "the config.json of the base"

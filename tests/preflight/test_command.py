@@ -236,7 +236,7 @@ def test_the_suite_fails_with_cause_and_fix(shop):
     assert require_green(base, None, leaking, usual, policy=AdapterPolicy(("language", "vision"))).ok
     with pytest.raises(CheckFailed, match=r"vision 4.*match by name.*--adapter-policy language,vision"):
         require_green(base, None, leaking, usual)
-    with pytest.raises(CheckFailed, match="no entry of the list keeps vision"):
+    with pytest.raises(CheckFailed, match="from the quantization configuration; no entry of the list keeps vision"):
         require_green(base, None, None, BitsAndBytesConfig(load_in_4bit=True))
 
 
