@@ -23,7 +23,7 @@ from pytest_qvl.session.gpu_access import GpuAccess
 from pytest_qvl.session.gpu_errors import GpuFailures
 from pytest_qvl.session.header import simulated_card
 from pytest_qvl.session.installed import Installed
-from pytest_qvl.session.interrupts import Interrupts
+from pytest_qvl.session.interrupts import Interrupts, UntilWritten
 from pytest_qvl.session.keys import (
     ACCESS_KEY,
     CONSOLE_KEY,
@@ -108,9 +108,11 @@ def register_plugins(config: pytest.Config, settings: Settings, *, writes_record
     register(PhaseNumbers(stash[METER_KEY]), "qvl-vram-numbers")
     register(GpuFailures(stash[ACCESS_KEY], stash[METER_KEY]), "qvl-gpu-failures")
     register(stash[SESSION_VERDICTS_KEY], "qvl-session-results")
-    register(Interrupts(stash[CONSOLE_KEY].announce), "qvl-interrupts")
+    interrupts = Interrupts(stash[CONSOLE_KEY].announce)
+    register(interrupts, "qvl-interrupts")
     if writes_record:
         _register_reports(config, settings)
+    register(UntilWritten(interrupts), "qvl-until-written")
     if settings.require_gpu:
         from pytest_qvl.session.require_gpu import GpuRequired
 

@@ -4,8 +4,8 @@ A KeyboardInterrupt in the middle of an import does not always arrive: it is swa
 leaves a half-imported module to every later test, or ends the process in torch's C++ code. One that comes while
 fixtures are torn down and the summary is written is a traceback without either. So signals are noted when they come: an
 import that is under way comes to its end first, a run goes on no longer than its current phase, and one that is ending
-ends in peace: it reports the interrupt, tears fixtures down and writes its summary. Ctrl-C twice meanwhile ends the
-process at once, as the signal does by default: without a traceback of pytest's own inner life.
+ends in peace: it reports the interrupt, tears fixtures down and writes its summary and record. Ctrl-C twice meanwhile
+ends the process at once, as the signal does by default: without a traceback of pytest's own inner life.
 
 Imports no torch.
 """
@@ -47,6 +47,7 @@ class Interrupts:
         self._process = 0
         self._tearing_down = False  # the fixtures of a test, or the whole session
         self._ending = False  # no test runs any more
+        self._until = "fixtures are torn down"  # then a run that is ending stops
         self._deferred = False  # until an import has come to its end
         self._awaited: set[signal.Signals] = set()
         self.caught = ""
@@ -92,7 +93,7 @@ class Interrupts:
         finally:
             if self.caught:
                 session.exitstatus = pytest.ExitCode.INTERRUPTED
-            self._uninstall()
+            self.caught, self._until = "", "its reports are written"
 
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -106,7 +107,8 @@ class Interrupts:
                 signal.signal(number, self._handle)
         _installed[:] = [self]
 
-    def _uninstall(self) -> None:
+    def uninstall(self) -> None:
+        """Leave the signals to whoever had them before."""
         for number, before in self._before.items():
             if signal.getsignal(number) == self._handle:
                 signal.signal(number, before)
@@ -142,7 +144,7 @@ class Interrupts:
         if again:
             raise KeyboardInterrupt(came.name)
         if self._tearing_down:
-            self._say(f"{came.name}: the run stops when fixtures are torn down; once more to stop at once")
+            self._say(f"{came.name}: the run stops when {self._until}; once more to stop at once")
             return
         if _importing(frame):
             self._say(f"{came.name}: the run stops when an import has come to its end; once more to stop at once")
@@ -165,6 +167,27 @@ class Interrupts:
         timer = threading.Timer(LOOK_AGAIN_S, come_again)
         timer.daemon = True
         timer.start()
+
+
+class UntilWritten:
+    """Keeps signals from what is written at the end of a run; register it after all that writes.
+
+    The exit status that the record has is settled by then: a signal that comes so late does not change it.
+
+    Args:
+        interrupts: Handles the signals.
+    """
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+        """Let signals through again when all is written."""
+        try:
+            return (yield)
+        finally:
+            self._interrupts.uninstall()
 
 
 def _before_fork() -> None:

@@ -15,6 +15,7 @@ backend's process by ``processes.child``, which sends it on. ``pytest_sessionfin
 8. ``_pytest.terminal``: the summary, in the order of ``report.terminal``
 9. ``pytest_qvl.session.interrupts``: says if a signal came meanwhile
 10. ``pytest_qvl.report.record``: writes the page, which is one too, then the record with the exit status of the process
+11. ``pytest_qvl.session.interrupts``: lets signals through again
 """
 
 from __future__ import annotations

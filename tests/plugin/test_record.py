@@ -168,6 +168,27 @@ def test_a_signal_leaves_a_whole_record(pytester, run_apart, number, status):
     assert [path.name for path in pytester.path.iterdir() if "record.json" in path.name] == ["record.json"]
 
 
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_that_comes_while_the_record_is_written_does_not_lose_it(pytester, run_apart, number):
+    pytester.makeconftest(
+        f"""
+    import os, signal
+    real = os.fsync
+    def fsync(file):
+        os.fsync = real
+        signal.raise_signal(signal.{number})
+        real(file)
+    os.fsync = fsync
+    """
+    )
+    pytester.makepyfile("def test_it(qvl_backend): pass")
+    result = run_apart("--qvl-record", "record.json", "--qvl-device", "cpu")
+    result.stdout.fnmatch_lines(
+        [f"qvl: {number}: the run stops when its reports are written; once more to stop at once"]
+    )
+    assert (result.ret, record(pytester)["exit_status"]) == (0, 0)
+
+
 def test_runs_that_write_one_record_at_a_time_leave_one_of_theirs(tmp_path):
     data = [{"run": number, "more": list(range(2000))} for number in range(16)]
     with ThreadPoolExecutor(8) as pool:
