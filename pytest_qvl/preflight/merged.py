@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_qvl.preflight.files.values import pieces, read_into
+from pytest_qvl.preflight.files.values import Reader, pieces
 from pytest_qvl.preflight.rounding import BLOCK, half_step
 
 if TYPE_CHECKING:
@@ -235,31 +236,35 @@ def prove(update: Update, factors: Factors, base: Place, merged: Place) -> Proof
     desk = _Desk(step, columns)
     totals = torch.zeros(5, dtype=torch.float64)
     outside = 0
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        size = stop - start
-        weight = desk.read(base, start, stop, desk.weight)
-        stored = read_into(desk.raw, merged.tensor, start * columns, stop * columns).view(size, columns)
-        change = torch.sub(desk.values[:size].copy_(stored), weight, out=desk.change[:size])
-        if factors.magnitude is None:
-            rest = desk.rest[:size]
-            torch.addmm(change, factors.left[start:stop], factors.right, alpha=-factors.scaling, out=rest)
-            squared = 0.0  # of the whole, below
-        else:
-            rest = change - (update_rows := factors.rows(weight, start))
-            squared = squares(update_rows)
-        limit = limits_of(stored, coarse, added[start:stop], dora=factors.magnitude is not None, out=desk.limit[:size])
-        if base.weights.is_packed(base.name):
-            limit += half_step(weight.to(coarse))  # unpacked to that dtype before the sum
-        if factors.taken:
-            limit += _taken_limits(factors, weight, start, coarse)
-        sums = [squares(change), squares(rest), squared, squares(limit)]
-        over = rest.abs_().sub_(limit)
-        worst, bad = float(over.amax()), 0
-        if not worst <= 0:  # NaN is outside too
-            outside += over.numel() - int((over <= 0).sum())
-            bad = 0 if math.isfinite(worst) else int((~torch.isfinite(stored)).sum())
-        totals += torch.tensor([*sums, bad], dtype=torch.float64)
+    packed = base.weights.is_packed(base.name)
+    with Reader(merged.tensor) as after, nullcontext() if packed else Reader(base.tensor) as before:
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            size = stop - start
+            weight = base.rows(start, stop) if before is None else desk.read(before, start, stop)
+            stored = after.into(desk.raw, start * columns, stop * columns).view(size, columns)
+            change = torch.sub(desk.values[:size].copy_(stored), weight, out=desk.change[:size])
+            if factors.magnitude is None:
+                rest = desk.rest[:size]
+                torch.addmm(change, factors.left[start:stop], factors.right, alpha=-factors.scaling, out=rest)
+                squared = 0.0  # of the whole, below
+            else:
+                rest = change - (update_rows := factors.rows(weight, start))
+                squared = squares(update_rows)
+            limit = limits_of(
+                stored, coarse, added[start:stop], dora=factors.magnitude is not None, out=desk.limit[:size]
+            )
+            if packed:
+                limit += half_step(weight.to(coarse))  # unpacked to that dtype before the sum
+            if factors.taken:
+                limit += _taken_limits(factors, weight, start, coarse)
+            sums = [squares(change), squares(rest), squared, squares(limit)]
+            over = rest.abs_().sub_(limit)
+            worst, bad = float(over.amax()), 0
+            if not worst <= 0:  # NaN is outside too
+                outside += over.numel() - int((over <= 0).sum())
+                bad = 0 if math.isfinite(worst) else int((~torch.isfinite(stored)).sum())
+            totals += torch.tensor([*sums, bad], dtype=torch.float64)
     base.weights.close(base.name)
     dd, ee, uu, limits, bad = totals.tolist()
     uu = uu if factors.magnitude is not None else factors.squared_norm
@@ -276,13 +281,12 @@ class _Desk:
         self.raw = torch.empty(rows * columns * 8, dtype=torch.uint8)
         self.weight, self.values, self.change, self.rest, self.limit = torch.empty(5, rows, columns)
 
-    def read(self, place: Place, start: int, stop: int, into: torch.Tensor) -> torch.Tensor:
-        """Rows of a tensor in float32."""
-        if place.weights.is_packed(place.name):
-            return place.rows(start, stop)
-        columns = into.shape[1]
-        stored = read_into(self.raw, place.tensor, start * columns, stop * columns)
-        return into[: stop - start].copy_(stored.view(-1, columns))
+    def read(self, reader: Reader, start: int, stop: int) -> torch.Tensor:
+        """Rows of the base's weight in float32."""
+        columns = self.weight.shape[1]
+        stored = reader.into(self.raw, start * columns, stop * columns)
+        weight: torch.Tensor = self.weight[: stop - start].copy_(stored.view(-1, columns))
+        return weight
 
 
 def limits_of(

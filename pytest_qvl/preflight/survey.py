@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.preflight.rounding import BLOCK, Estimate, Loss, Sums, ratio, sums, through_nf4
+from pytest_qvl.preflight.timing import each_in_a_thread
 
 if TYPE_CHECKING:
     import torch
@@ -58,18 +59,22 @@ def survey(subject: Subject) -> dict[str, Surveyed]:
     Raises:
         ModelSourceError: A file has become shorter, or a quantization state is not what bitsandbytes writes.
     """
-    import torch
+    weights, forecast = subject.weights, subject.asked.merged is None
 
-    found, forecast = {}, subject.asked.merged is None
-    with torch.no_grad():
-        for module, update in subject.updates.pairs.items():
-            name = weight_name(subject, module)
-            weights = subject.weights
-            here = name and weights.is_numeric(name) and weights.shape(name) == update.shape
-            if here and not update.not_at_hand:
-                found[module] = _of_weight(weights, name, update, update.factors(), forecast=forecast)
-                weights.close(name)
-    return found
+    def look(place: tuple[str, Update]) -> Surveyed:
+        name, update = place
+        surveyed = _of_weight(weights, name, update, update.factors(), forecast=forecast)
+        weights.close(name)
+        return surveyed
+
+    names = {module: weight_name(subject, module) for module in subject.updates.pairs}
+    here = [
+        (names[module], update)
+        for module, update in subject.updates.pairs.items()
+        if (name := names[module]) and weights.is_numeric(name) and weights.shape(name) == update.shape
+        if not update.not_at_hand
+    ]
+    return {surveyed.module: surveyed for surveyed in each_in_a_thread(look, here)}
 
 
 def weight_name(subject: Subject, module: str) -> str:

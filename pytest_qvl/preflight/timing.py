@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from pytest_qvl.preflight.refusals import UnsafeFileError
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+MOST_THREADS = 4  # each holds a few MiB
 PATIENCE_S = 20.0  # the slowest step that is timed, PEFT on a 7B model, takes about one
 
 
@@ -40,6 +45,19 @@ def patience(what: str, seconds: float | None = None) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def each_in_a_thread(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """The results of tensor work on large files, in order: torch and the system let go of the interpreter meanwhile."""
+    import torch
+
+    def alone(item: _Item) -> _Result:
+        torch.set_num_threads(1)  # of this thread
+        with torch.no_grad():
+            return work(item)
+
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+        yield from threads.map(alone, items)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from pytest_qvl.preflight.files.values import FLOATS, pieces
 from pytest_qvl.preflight.findings import Finding, counted, some
 from pytest_qvl.preflight.merged import same_values
 from pytest_qvl.preflight.starts import CONVERT
-from pytest_qvl.preflight.timing import one_thread
+from pytest_qvl.preflight.timing import each_in_a_thread, one_thread
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.files.headers import Tensor
@@ -140,7 +140,8 @@ def _integers(subject: Subject) -> Iterator[Finding]:
 
 def _judged(subject: Subject) -> Iterator[Finding]:
     updates = subject.updates
-    looked = {name: vitals(tensor) for name, tensor in _tensors(subject).items()}
+    tensors = _tensors(subject)
+    looked = dict(zip(tensors, each_in_a_thread(vitals, tensors.values()), strict=True))
     wrong = [*_not_finite(subject, looked), *_dead(subject, looked), *_untouched(subject)]
     yield from wrong
     broken = {name for name, each in looked.items() if each.bad}
@@ -268,7 +269,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _size(subject: Subject, sound: Sequence[Update], *, green: bool) -> Iterator[Finding]:
     if not sound:
         return
-    ranks = [_effective(update) for update in sound]
+    ranks = list(each_in_a_thread(_effective, sound))
     ranked = f"effective rank {statistics.median(ranks):.1f} of {_ranks(sound)} (smallest {min(ranks):.1f})"
     surveyed = list(subject.survey.values()) if subject.weights else []
     surveyed = [each for each in surveyed if math.isfinite(each.strength.value)]

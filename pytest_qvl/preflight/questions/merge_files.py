@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight import naming
@@ -16,6 +16,7 @@ from pytest_qvl.preflight.files.values import FLOATS, dtype_of, read_whole
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.merged import Place, Same, compare, outside_cells
 from pytest_qvl.preflight.survey import weight_name
+from pytest_qvl.preflight.timing import each_in_a_thread
 from pytest_qvl.preflight.weights import Weights
 
 if TYPE_CHECKING:
@@ -207,37 +208,40 @@ class Rest:
         case = self.case
         adapted = {name for name, module in case.touched.items() if name in (module, f"{module}.weight")}
         adapted |= {*case.odd, *(f"{module}.{end}" for module in case.unread for end in ("weight", "bias"))}
-        for name in [*case.expected, *([case.head] if case.was_tied and case.head in case.there else [])]:
-            if name in case.there and name not in adapted and not _is_head_update(case, name):
-                self._compare(name)
+        others = [
+            name
+            for name in [*case.expected, *([case.head] if case.was_tied and case.head in case.there else [])]
+            if name in case.there and name not in adapted and not _is_head_update(case, name)
+        ]
+        for name, (found, kind) in zip(others, each_in_a_thread(self._compared, others), strict=True):
+            if found is None:
+                self.reshaped.append(name)
+            elif kind == "copy":
+                (self.copies if found.changed == found.cast else self.lost).append(name)
+            elif kind == "packed" and not found.changed:
+                self.unpacked.append(name)
+            else:
+                self._file(found)
 
-    def _compare(self, name: str) -> None:
+    def _compared(self, name: str) -> tuple[Same | None, Literal["copy", "packed", ""]]:
+        """How a tensor compares, or ``None`` where the shapes differ; whether with a trained copy, or one in 4 bits."""
         subject, there = self.case.subject, self.case.there
         copy = subject.updates.copies.get(name)
         source = copy or subject.weights[name if name in subject.weights else self.case.embeddings]
         if copy is None and subject.weights.is_packed(name) != there.is_packed(name):
-            self._compare_unpacked(name)
-            return
+            return self._compared_unpacked(name), "packed"
         if source.shape != there[name].shape:
-            self.reshaped.append(name)
-            return
+            return None, ""
         through = dtype_of(subject.weights[name]) if copy is not None and name in subject.weights else None
-        found = compare(name, source, there[name], self._token_rows(name), through)
-        if copy is not None:
-            (self.copies if found.changed == found.cast else self.lost).append(name)
-        else:
-            self._file(found)
+        return compare(name, source, there[name], self._token_rows(name), through), "" if copy is None else "copy"
 
-    def _compare_unpacked(self, name: str) -> None:
+    def _compared_unpacked(self, name: str) -> Same | None:
         """Of two, one of them in 4 bits: is the other what it was packed from, or what it is unpacked to?"""
         places = Place(self.case.subject.weights, name), Place(self.case.there, name)
         packed, other = places if places[0].weights.is_packed(name) else places[::-1]
         if packed.weights.shape(name) != other.weights.shape(name):
-            self.reshaped.append(name)
-        elif outside := outside_cells(None, packed, other):
-            self.changed.append(Same(name, math.prod(packed.weights.shape(name)), False, outside))
-        else:
-            self.unpacked.append(name)
+            return None
+        return Same(name, math.prod(packed.weights.shape(name)), False, outside_cells(None, packed, other))
 
     def _file(self, found: Same) -> None:
         if found.bytes_equal:

@@ -6,9 +6,7 @@ Names and shapes by the headers, then every value (:mod:`pytest_qvl.preflight.me
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +32,7 @@ from pytest_qvl.preflight.questions.merge_settings import head_of, settings_of
 from pytest_qvl.preflight.questions.packed_proof import in_four_bits
 from pytest_qvl.preflight.starts import CONVERT
 from pytest_qvl.preflight.survey import weight_name
+from pytest_qvl.preflight.timing import each_in_a_thread
 from pytest_qvl.preflight.updates import BiasUpdate
 from pytest_qvl.preflight.weights import Weights
 
@@ -42,7 +41,6 @@ if TYPE_CHECKING:
     from pytest_qvl.preflight.updates import Update
 
 NUMBER = 7
-MOST_THREADS = 4  # each holds a few MiB
 
 
 def judge(subject: Subject) -> Iterator[Finding]:
@@ -137,17 +135,15 @@ def _adapted(case: Case, rest: Rest, work: _Work, *, spotless: bool) -> Iterator
 
 
 def _proofs(work: _Work) -> Iterator[_Judged]:
-    """Every adapted weight that both checkpoints have, one to a thread: torch lets go of the interpreter meanwhile."""
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-        for (update, places), proof in zip(work.compared, threads.map(_prove, work.compared), strict=True):
-            yield _Judged(update, proof, _verdict_of(update, proof, places), places)
+    """Every adapted weight that both checkpoints have."""
+    for (update, places), proof in zip(work.compared, each_in_a_thread(_prove, work.compared), strict=True):
+        yield _Judged(update, proof, _verdict_of(update, proof, places), places)
 
 
 def _prove(work: tuple[Update, tuple[Place, Place]]) -> Proof:
     import torch
 
     update, places = work
-    torch.set_num_threads(1)  # of this thread
     with torch.no_grad():
         return prove(update, update.factors(), *places)
 
