@@ -1,7 +1,8 @@
 """Question 3 for vLLM and Unsloth: what their loaders make of the adapter, by their rules; neither is needed.
 
 Sources: ``vllm/lora/utils.py`` (``parse_fine_tuned_lora_name``), ``vllm/lora/peft_helper.py``,
-``vllm/lora/lora_model.py``, and ``hf_to_vllm_mapper`` of the three families in ``vllm/model_executor/models``.
+``vllm/lora/lora_model.py``, and ``hf_to_vllm_mapper`` of the three families in ``vllm/model_executor/models``, as of
+vLLM 0.33.0; ``unsloth/models/loader.py`` as of Unsloth 2026.10.9.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from packaging.version import Version
+
 from pytest_qvl.preflight.commands import red
 from pytest_qvl.preflight.findings import Finding, some
 from pytest_qvl.preflight.naming import Key
 from pytest_qvl.preflight.starts import taking
+from pytest_qvl.releases import installed
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.loading import Loaded
@@ -30,6 +34,8 @@ _NEW = (
     ("lm_head.", "language_model.lm_head."),
 )
 _OLD = ("model.", "language_model.model.")  # names of before Transformers 4.52
+_NOT_SERVED = ("lora_bias", "layer_replication", "alora_invocation_tokens", "use_bdlora", "use_qalora")
+_PATTERNS_SINCE = Version("0.32.0")
 _MOST_RANK = 16  # ``max_lora_rank`` by default
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _TOWER = "https://github.com/vllm-project/vllm/issues/23796"
@@ -92,6 +98,24 @@ def unsloth(subject: Subject) -> Finding:
     )
 
 
+def _patterns(subject: Subject) -> Iterator[Finding]:
+    """Ranks and alphas of their own, which vLLM before 0.32 takes no notice of."""
+    named = [name for name in ("rank_pattern", "alpha_pattern") if getattr(subject.lora, name)]
+    version = installed("vllm")
+    if not named or (version and Version(version) >= _PATTERNS_SINCE):
+        return
+    line = f"{' and '.join(named)} of this adapter: vLLM before {_PATTERNS_SINCE} takes one rank and one alpha for all "
+    fix = f"serve with vLLM {_PATTERNS_SINCE} or newer, or merge the adapter"
+    if version:
+        yield _red(
+            subject, "vllm-patterns", f"{line}modules, and {version} is installed",
+            cause="it scales the modules that they name wrongly, without a word", fix=fix,
+        )  # fmt: skip
+    else:
+        yield Finding(NUMBER, "vllm-patterns", "not judged", f"{line}modules, and which vLLM will serve is not known",
+                      fix=fix)  # fmt: skip
+
+
 def _is_plain(key: Key) -> bool:
     return not key.adapter and not key.kohya and not key.wrapped and key.prefixes <= 1
 
@@ -103,8 +127,7 @@ def _unsupported(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
         "use_dora": config.use_dora,
         "modules_to_save": config.modules_to_save,
         f"bias={config.bias!r}": config.bias != "none",
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
+        **{name: getattr(config, name, None) for name in _NOT_SERVED},
         f"init_lora_weights={init!r} (which takes a part out of the base)": taking(init) is not None,
     }
     if refused := [name for name, value in asked.items() if value]:
@@ -112,9 +135,10 @@ def _unsupported(subject: Subject, loaded: Loaded) -> Iterator[Finding]:
             subject,
             "vllm-unsupported",
             f"vLLM does not serve {', '.join(refused)} of this adapter",
-            cause="its loader knows plain LoRA and rsLoRA with one rank and one alpha",
+            cause="its loader knows plain LoRA and rsLoRA",
             fix="merge the adapter into the base and serve that",
         )
+    yield from _patterns(subject)
     ranks = [shape[0] for text, shape in loaded.shapes.items() if loaded.keys[text].part == "lora_A"]
     if ranks and max(ranks) > _MOST_RANK:
         enough = next((rank for rank in _RANKS if rank >= max(ranks)), max(ranks))
