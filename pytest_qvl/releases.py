@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 THIS = "pytest-qvl"
 STACK = ("transformers", "peft", "bitsandbytes", "torch", "accelerate")
-_TITLES = {"transformers": "Transformers", "peft": "PEFT"}
+_TITLES = {"transformers": "Transformers", "peft": "PEFT", "trl": "TRL", "unsloth_zoo": "Unsloth Zoo"}
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,69 @@ DEFECTS = (
         "https://github.com/huggingface/transformers/pull/46766",
         ("adapter_roundtrip",),
         "an adapter saved before 4.52",
+    ),
+    Defect(
+        "transformers",
+        ">=5.4",
+        "its vision part stays as initialised, in later releases all of it",
+        "",
+        "https://github.com/illuin-tech/colpali/issues/424",
+        ("adapter_roundtrip",),
+        "PeftModel.from_pretrained on an adapter saved before 4.52",
+    ),
+    Defect(
+        "peft",
+        ">=0.18,<0.20",
+        "saving the one writes the other into its file, too",
+        "0.20.0",
+        "https://github.com/huggingface/peft/pull/3282",
+        ("adapter_roundtrip",),
+        "two adapters, the name of one part of the other's",
+    ),
+    Defect(
+        "peft",
+        ">=0.18,<0.21",
+        "the one that is trained is frozen, too",
+        "0.21.0",
+        "https://github.com/huggingface/peft/issues/3487",
+        ("adapter_census",),
+        "an adapter loaded for inference beside one that is trained",
+    ),
+    Defect(
+        "trl",
+        ">=0.22,<0.29.1",
+        "mm_token_type_ids keep the prompt's length",
+        "0.29.1",
+        "https://github.com/huggingface/trl/pull/5178",
+        ("batch",),
+        "SFT on prompts with images and their completions",
+    ),
+    Defect(
+        "trl",
+        "==0.29.0",
+        "mm_token_type_ids keep the prompt's length, and do not reach the model",
+        "0.29.1",
+        "https://github.com/huggingface/trl/pull/5279",
+        ("batch",),
+        "DPO on prompts with images",
+    ),
+    Defect(
+        "unsloth_zoo",
+        ">=2025.9.3,<2025.9.14",
+        "a completion is rendered by itself, so that the header of its turn is learned",
+        "2025.11.1",
+        "https://github.com/unslothai/unsloth-zoo/pull/342",
+        ("batch",),
+        "completion_only_loss of UnslothVisionDataCollator",
+    ),
+    Defect(
+        "unsloth_zoo",
+        ">=2025.9.3,<2026.6.3",
+        "mm_token_type_ids keep the prompt's length",
+        "2026.6.3",
+        "https://github.com/unslothai/unsloth-zoo/pull/756",
+        ("batch",),
+        "UnslothVisionDataCollator on prompts with images and their completions",
     ),
 )
 

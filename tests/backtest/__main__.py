@@ -3,8 +3,8 @@
 Usage: ``python -m tests.backtest [--only TEXT] [--envs DIR] [--base NAME=PYTHON]`` from the repository's root, with uv
 on PATH. A base environment is made once; each environment is some releases laid over it (``uv pip install --target
 --no-deps``), hard links out of uv's cache, and deleted afterwards. No GPU, no weights. The record
-docs/records/backtest.json is written after each environment, and the page docs/backtest.md at the end. ``--page``
-writes the page alone. Exit code 1 where a bad release was not flagged as it should be, or a good one was not green.
+docs/records/backtest.json is written after each environment, the page docs/backtest.md and the table of known defects in
+docs/releases.md at the end; ``--page`` writes those alone. Exit code 1 where a bad release was not flagged as it should be, or a good one was not green.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import sys
 from pathlib import Path
 
 from pytest_qvl.outputs import replace_file
-from tests.backtest.page import page
+from tests.backtest.page import page, with_defects
 from tests.backtest.pairs import BASES, PAIRS, Environment, Pair
 from tests.backtest.record import Record, as_it_should_be, flagged, green, key
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = ROOT / "docs" / "records" / "backtest.json"
 PAGE = ROOT / "docs" / "backtest.md"
+RELEASES = ROOT / "docs" / "releases.md"
+MADE_OF = "qvl-base.txt"  # the requirements that a base environment was made of
 
 
 def main() -> int:
@@ -34,7 +36,7 @@ def main() -> int:
     parser.add_argument("--envs", type=Path, default=Path.home() / ".cache/pytest-qvl/backtest", metavar="DIR")
     parser.add_argument("--base", action="append", default=[], metavar="NAME=PYTHON", help="use this, make none")
     parser.add_argument("--index", metavar="URL", help="searched too: https://download.pytorch.org/whl/cpu")
-    parser.add_argument("--page", action="store_true", help="run nothing, write the page from the record")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the pages from the record")
     parser.add_argument("--again", action="store_true", help="run also what the record has as it should be")
     given = parser.parse_args()
     pairs = [pair for pair in PAIRS if given.only in pair.name]
@@ -45,6 +47,7 @@ def main() -> int:
         record = {name: outcome for name, outcome in record.items() if name in kept}
         _write_record(record)
     _write(PAGE, page(record))
+    _write(RELEASES, with_defects(RELEASES.read_text(encoding="utf-8")))
     return int(any(not as_it_should_be(pair, record) for pair in pairs))
 
 
@@ -95,13 +98,14 @@ def _outcomes(environment: Environment, names: list[str], python: str, envs: Pat
 
 
 def _base(name: str, envs: Path, index: str | None) -> str:
-    """The Python of a base environment, made where it is missing."""
+    """The Python of a base environment, made where it is missing or was made of something else."""
     folder = envs / f"base-{name}"
-    python = folder / "bin" / "python"
-    if not python.is_file():
-        subprocess.run([_uv(), "venv", "-q", "--python", sys.executable, str(folder)], check=True)
+    python, mark, requirements = folder / "bin" / "python", folder / MADE_OF, "\n".join(BASES[name])
+    if not mark.is_file() or mark.read_text(encoding="utf-8") != requirements:
+        subprocess.run([_uv(), "venv", "-q", "--clear", "--python", sys.executable, str(folder)], check=True)
         more = ["--extra-index-url", index, "--index-strategy", "unsafe-best-match"] if index else []
         subprocess.run([_uv(), "pip", "install", "-q", "--python", str(python), *more, *BASES[name]], check=True)
+        mark.write_text(requirements, encoding="utf-8")
     return str(python)
 
 

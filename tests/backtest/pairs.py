@@ -6,13 +6,17 @@ Plain data; the bugs themselves (what, where reported, fixed in) are :data:`pyte
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
+_COMMON = (
+    *("torch==2.13.0", "transformers==5.17.0", "peft==0.21.2", "bitsandbytes==0.50.2", "accelerate==1.15.0"),
+    *("pillow", "nvidia-ml-py", "pytest", "jinja2"),
+    *("requests", "datasets"),  # for an older huggingface_hub, TRL and Unsloth Zoo
+)
 # What every environment starts from; a release is laid over it. The index has CUDA builds of a later torch.
 BASES = {
-    "models": (
-        *("torch==2.13.0", "transformers==5.17.0", "peft==0.21.2", "bitsandbytes==0.50.2", "accelerate==1.15.0"),
-        *("pillow", "nvidia-ml-py", "pytest", "jinja2"),
-    ),
+    "models": _COMMON,
+    "torchvision": (*_COMMON, "torchvision==0.28.0"),  # which changes what Transformers' processors are made of
 }
 
 
@@ -29,6 +33,7 @@ class Pair:
         words: Of the check's message on the bad one, pointing at the cause.
         thread: Where the bug was reported; that of its entry in ``DEFECTS``.
         base: A name of :data:`BASES`.
+        beside: Releases of other packages that both environments have in place of the base's.
     """
 
     scenario: str
@@ -39,6 +44,7 @@ class Pair:
     words: str
     thread: str
     base: str = "models"
+    beside: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -47,8 +53,9 @@ class Pair:
 
     def environment(self, release: str) -> Environment:
         """That of one of the two."""
-        own = (f"{self.package}=={release}", *(_needs(release) if self.package == "transformers" else ()))
-        return Environment(self.base, tuple(sorted(own)))
+        named = (f"{self.package}=={release}", *self.beside)
+        needs = (_needs(each.removeprefix(_AN_OLD)) for each in named if each.startswith(_AN_OLD))
+        return Environment(self.base, tuple(sorted({*named, *chain(*needs)})))
 
 
 @dataclass(frozen=True)
@@ -67,12 +74,21 @@ def _needs(release: str) -> tuple[str, ...]:
     return ("tokenizers<0.23",) if minor < 10 else ()
 
 
-_TF = "https://github.com/huggingface/transformers/"
+_AN_OLD = "transformers=="
+_GITHUB = "https://github.com/"
+_TF = f"{_GITHUB}huggingface/transformers/"
 
 
 def _transformers(scenario: str, check: str, bad: str, good: str, words: str, thread: str) -> tuple[Pair, ...]:
     """One for each bad release."""
-    return tuple(Pair(scenario, check, "transformers", each, good, words, _TF + thread) for each in bad.split())
+    address = thread if thread.startswith(_GITHUB) else _TF + thread
+    return tuple(Pair(scenario, check, "transformers", each, good, words, address) for each in bad.split())
+
+
+def _peft(scenario: str, check: str, bad: str, good: str, words: str, thread: str) -> tuple[Pair, ...]:
+    """One for each bad release."""
+    address = f"{_GITHUB}huggingface/peft/{thread}"
+    return tuple(Pair(scenario, check, "peft", each, good, words, address) for each in bad.split())
 
 
 _DECODED = ("padding tokens on the left): t is 12, should be 23", "issues/41180")
@@ -81,6 +97,17 @@ _LEFT_BEHIND = ("forward on text only after generate() on images crashed", "issu
 _DIVIDED = ("its accelerator divides by 3 once more", "issues/45305")
 _REENTRANT = ("reentrant checkpointing drops the gradient where no input requires grad", "issues/41993")
 _UNMAPPED = "this release does not map the old name"
+_OF_THE_OTHER = (
+    "tensors of what was saved have no place in the model, so what they hold is lost: "
+    "model.language_model.layers.0.mlp.down_proj.lora_A.default_2"
+)
+_FROZEN = (
+    "no adapter parameter requires grad: the adapter was loaded for inference (is_trainable=False) or switched off"
+)
+_UNPADDED = "the collator cut or padded input_ids and not mm_token_type_ids"
+_HEADER = "learned tokens of the assistant turn's header"
+# The processors of Transformers 4 make no mm_token_type_ids, which releases of that time do not collate.
+_OF_ITS_TIME = ("transformers==4.57.6", "datasets<4.5")
 
 PAIRS: tuple[Pair, ...] = (
     *_transformers("decode_left_padded", "decode_positions", "4.54.1 4.55.4 4.56.2", "4.57.6", *_DECODED),
@@ -116,8 +143,41 @@ PAIRS: tuple[Pair, ...] = (
         "pull/42455",
     ),
     *_transformers("old_adapter_by_transformers", "adapter_roundtrip", "5.2.0", "5.7.0", _UNMAPPED, "pull/46766"),
+    *_transformers(
+        "old_adapter_by_peft",
+        "adapter_roundtrip",
+        "5.4.0 5.7.0 5.24.0",
+        "5.3.0",
+        _UNMAPPED,
+        f"{_GITHUB}illuin-tech/colpali/issues/424",
+    ),
     *_transformers("vision_reentrant", "training_step", "4.57.6", "5.0.0", *_REENTRANT),
     *_transformers("vision_reentrant_qwen2", "training_step", "4.57.6", "5.0.0", *_REENTRANT),
+    *_peft("two_adapters", "adapter_roundtrip", "0.18.1 0.19.1", "0.20.0", _OF_THE_OTHER, "pull/3282"),
+    *_peft("adapter_beside_a_reference", "adapter_census", "0.19.1 0.20.0", "0.21.0", _FROZEN, "issues/3487"),
+    Pair("trl_completion", "batch", "trl", "0.29.0", "0.29.1", _UNPADDED, f"{_GITHUB}huggingface/trl/pull/5178"),
+    Pair("trl_preference", "batch", "trl", "0.29.0", "0.29.1", _UNPADDED, f"{_GITHUB}huggingface/trl/pull/5279"),
+    Pair(
+        "unsloth_completion",
+        "batch",
+        "unsloth_zoo",
+        "2025.9.13",
+        "2025.11.1",
+        _HEADER,
+        f"{_GITHUB}unslothai/unsloth-zoo/pull/342",
+        "torchvision",
+        _OF_ITS_TIME,
+    ),
+    Pair(
+        "unsloth_completion",
+        "batch",
+        "unsloth_zoo",
+        "2026.6.2",
+        "2026.6.3",
+        _UNPADDED,
+        f"{_GITHUB}unslothai/unsloth-zoo/pull/756",
+        "torchvision",
+    ),
 )
 
 
@@ -181,10 +241,28 @@ OUTSIDE: tuple[Left, ...] = (
         "in the CUDA kernel",
     ),
     Left(
+        "`model.to('cuda')` after a forward on a CPU with AVX-512 takes the weights along as they were packed for it "
+        "([bitsandbytes#2078](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/2078))",
+        "bitsandbytes >=0.49",
+        "needs both",
+    ),
+    Left(
+        "8-bit checkpoints generate nonsense "
+        "([bitsandbytes#1775](https://github.com/bitsandbytes-foundation/bitsandbytes/issues/1775))",
+        "bitsandbytes 0.48.0",
+        "`quantization_census` takes no 8-bit weights, whatever the release",
+    ),
+    Left(
         "DoRA on 4-bit layers, `layers_to_transform=0` with a pattern, token ids trained in a head "
         "([peft#2820](https://github.com/huggingface/peft/pull/2820), [#3425](https://github.com/huggingface/peft/pull/3425), "
         "[#2863](https://github.com/huggingface/peft/pull/2863))",
         "peft <0.18, <0.21, <0.18",
         "`get_peft_model` raises, before there is anything to check",
+    ),
+    Left(
+        "`SFTTrainer` freezes the adapter of a 4-bit model that PEFT wrapped before "
+        "([trl#4081](https://github.com/huggingface/trl/pull/4081))",
+        "trl >=0.22,<0.23.1",
+        "it takes 4-bit weights on a CPU for sharded ones, and leaves those alone",
     ),
 )

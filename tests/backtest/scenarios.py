@@ -1,19 +1,24 @@
 """What is built in an environment, and the check that is called on it; each function is a scenario of :mod:`pairs`.
 
 A scenario returns where the check passes, and lets its ``CheckFailed`` out. All in float32 on the CPU, on the embedded
-model or a small random one of another family.
+model or a small random one of another family, with the embedded model's processor.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from contextlib import contextmanager
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from pytest_qvl.samples import Sample
 
 # A regular expression for the language backbone and, beside it, the vision blocks.
 WITH_VISION = (
@@ -216,3 +221,124 @@ def old_adapter_by_transformers() -> Any:
         model = embedded()
         model.load_adapter(folder)
         return adapter_roundtrip(model, folder)
+
+
+@scenario
+def old_adapter_by_peft() -> Any:
+    from peft import PeftModel
+
+    from pytest_qvl.checks import adapter_roundtrip
+
+    with tempfile.TemporaryDirectory() as folder:
+        _old_adapter(folder)
+        return adapter_roundtrip(PeftModel.from_pretrained(embedded(), folder).eval(), folder)
+
+
+# --- PEFT: more than one adapter ----------------------------------------------------------------------------------
+
+
+@scenario
+def two_adapters() -> Any:
+    """The name of the one that is saved, "default", is part of the other's."""
+    from pytest_qvl.checks import adapter_roundtrip
+    from pytest_qvl.faults.case import lora_config
+
+    model = adapted(embedded())
+    model.add_adapter("default_2", lora_config())
+    return adapter_roundtrip(model)
+
+
+@scenario
+def adapter_beside_a_reference() -> Any:
+    """One that is trained further, beside a frozen copy of it that says what it was, as in DPO and GRPO."""
+    from peft import PeftModel
+
+    from pytest_qvl.checks import adapter_census
+    from pytest_qvl.faults.case import lora_config
+
+    with tempfile.TemporaryDirectory() as folder:
+        adapted(embedded(quantized=False), init_lora_weights=False).save_pretrained(folder)
+        model = PeftModel.from_pretrained(embedded(), folder, is_trainable=True)
+        model.load_adapter(folder, "reference", is_trainable=False)
+        return adapter_census(model, lora_config())
+
+
+# --- Collators: a prompt with images, and its completion ------------------------------------------------------------
+
+
+def _turns(sample: Sample, *, images: bool = False) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Prompt and completion of a sample in the layout of Transformers, the images themselves in it or only places."""
+    shown = [{"type": "image", "image": image} if images else {"type": "image"} for image in sample.images]
+    asked = {"role": "user", "content": [*shown, {"type": "text", "text": sample.question}]}
+    answered = {"role": "assistant", "content": [{"type": "text", "text": sample.answer}]}
+    return [asked], [answered]
+
+
+def _judged(made: Any, samples: list[Sample], *, training: bool = True) -> Any:
+    from pytest_qvl.checks import batch as judge
+
+    given = []
+    for sample in samples:
+        prompt, completion = _turns(sample)
+        given.append({"messages": [*prompt, *completion], "images": [*sample.images]})
+    return judge(made, processor(), embedded(quantized=False), given, training=training)
+
+
+def _rows(skills: str) -> list[Sample]:
+    from pytest_qvl.samples import scenes
+
+    return scenes(3, 1, skills.split())
+
+
+@scenario
+def trl_completion() -> Any:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    collate = DataCollatorForVisionLanguageModeling(processor(), completion_only_loss=True)
+    samples = _rows("side colour nth_colour")
+    rows = []
+    for sample in samples:
+        prompt, completion = _turns(sample)
+        rows.append({"images": [*sample.images], "prompt": prompt, "completion": completion})
+    return _judged(collate(rows), samples)
+
+
+@scenario
+def trl_preference() -> Any:
+    """Rows of DPO: all chosen answers, then all rejected ones."""
+    from dataclasses import replace
+
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    samples = _rows("side colour nth_colour")
+    rejected = [replace(sample, answer="none") for sample in samples]
+    rows = []
+    for sample, worse in zip(samples, rejected, strict=True):
+        prompt, chosen = _turns(sample)
+        rows.append({"images": [*sample.images], "prompt": prompt, "chosen": chosen, "rejected": _turns(worse)[1]})
+    made = DataCollatorForVisionPreference(processor())(rows)
+    return _judged(made, [*samples, *rejected], training=False)
+
+
+def _unsloth_collator() -> Any:
+    """The collator's class. Its package's own start asks for a GPU in most releases, and is left out in all."""
+    from tools.collating.shim import declare_operators
+
+    declare_operators()
+    found = find_spec("unsloth_zoo")
+    assert found is not None
+    assert found.submodule_search_locations is not None
+    package = ModuleType("unsloth_zoo")
+    package.__path__ = [*found.submodule_search_locations]
+    sys.modules["unsloth_zoo"] = package
+    from unsloth_zoo.vision_utils import UnslothVisionDataCollator
+
+    return UnslothVisionDataCollator
+
+
+@scenario
+def unsloth_completion() -> Any:
+    collate = _unsloth_collator()(embedded(quantized=False), processor(), completion_only_loss=True)
+    samples = _rows("side text nth_colour")
+    rows = [dict(zip(("prompt", "completion"), _turns(sample, images=True), strict=True)) for sample in samples]
+    return _judged(collate(rows), samples)

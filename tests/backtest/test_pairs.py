@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 
 from pytest_qvl import checks, releases
 from pytest_qvl.evidence import CheckFailed, Judge
-from tests.backtest.page import page
+from tests.backtest.page import page, with_defects
 from tests.backtest.pairs import BASES, PAIRS, Pair
 from tests.backtest.record import as_it_should_be, defect_of
 from tests.backtest.scenarios import SCENARIOS
@@ -67,6 +67,11 @@ def test_the_page_is_what_the_record_gives() -> None:
     assert (ROOT / "docs/backtest.md").read_text(encoding="utf-8") == page(RECORD), (
         "run: python -m tests.backtest --page"
     )
+
+
+def test_the_table_of_known_defects_is_that_of_the_package() -> None:
+    text = (ROOT / "docs/releases.md").read_text(encoding="utf-8")
+    assert text == with_defects(text), "run: python -m tests.backtest --page"
 
 
 def test_every_shipped_defect_was_run() -> None:

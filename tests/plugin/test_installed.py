@@ -58,6 +58,34 @@ def test_what_needs_something_special_is_one_line_for_each_package(pytester, run
     run_light("-q").stdout.no_fnmatch_line("*known to go wrong*")
 
 
+@pytest.mark.parametrize(
+    ("package", "version", "says"),
+    [
+        (
+            "peft",
+            "0.19.1",
+            "PEFT 0.19.1, known to go wrong with two adapters, the name of one part of the other's: saving the*",
+        ),
+        (
+            "trl",
+            "0.29.0",
+            "TRL 0.29.0, known to go wrong with SFT on prompts with images and their completions: mm_token_*",
+        ),
+        (
+            "unsloth_zoo",
+            "2026.6.2",
+            "Unsloth Zoo 2026.6.2, known to go wrong with UnslothVisionDataCollator on prompts with*",
+        ),
+    ],
+)
+def test_packages_around_the_model_are_told_too(pytester, run_light, have, package, version, says):
+    have(**{package: version})
+    pytester.makepyfile(USES_A_MODEL)
+    result = run_light()
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines([f"qvl: {says}"])
+
+
 def test_a_failure_names_what_has_to_be_used_to_meet_a_defect(have):
     have(transformers="5.3.0")
     judge = Judge("quantization_census", "promise")
