@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +37,8 @@ class Evaluation:
         self._losses, self._logits, self._labels = (
             EvalLoopContainer(request.eval_do_concat_batches, padding_index=-100) for _ in range(3)
         )
-        self._sizes: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._leaves: list[Any] = []  # of what a batch left: shape and dtype of tensors, and everything else
+        self._structure: Any = None
 
     def run(self) -> None:
         """Every batch; what one leaves is there until the next one has its own, as in ``evaluation_loop``."""
@@ -61,7 +63,10 @@ class Evaluation:
                 return self._trainer.loss(batch).detach().mean(), None, None
             labels = batch["labels"].detach()
             loss, logits = self._trainer.loss_and_logits(batch)
-            self._sizes = [(tuple(tensor.shape), tensor.dtype) for tensor in logits]
+            leaves, self._structure = tree_flatten(logits)
+            self._leaves = [
+                (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+            ]
             return loss.detach().mean(), logits, labels
 
     def _left_out(self, batch: dict[str, Any]) -> tuple[Any, ...]:
@@ -70,11 +75,16 @@ class Evaluation:
         loss = stage.place(torch.zeros(()))
         if not self._request.keeps_logits:
             return loss, None, None
-        logits = tuple(
-            stage.pixels(shape, dtype) if dtype.is_floating_point else stage.place(torch.zeros(shape, dtype=dtype))
-            for shape, dtype in self._sizes
-        )
-        return loss, logits, batch["labels"].detach()
+
+        def left(leaf: Any) -> Any:
+            if not isinstance(leaf, tuple):
+                return leaf
+            shape, dtype = leaf
+            if dtype.is_floating_point:
+                return stage.pixels(shape, dtype)
+            return stage.place(torch.zeros(shape, dtype=dtype))
+
+        return loss, tree_unflatten(map(left, self._leaves), self._structure), batch["labels"].detach()
 
     def _kept(self, loss: torch.Tensor, logits: Any, labels: Any) -> tuple[Any, ...]:
         """What is left of a batch, after metrics got or the containers kept it."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.fused_head import FusedHead
 
@@ -66,11 +67,17 @@ class Loop:
             loss: torch.Tensor = self.parts.wrapped(**batch).loss
         return loss
 
-    def loss_and_logits(self, batch: dict[str, Any]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """The loss of one batch, and all else that the model returns (``Trainer.prediction_step``)."""
+    def loss_and_logits(self, batch: dict[str, Any]) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        """The loss of one batch, and all else that the model returns (``Trainer.prediction_step``).
+
+        Of Transformers 5.24 that is what the vision tower returned too.
+        """
+        from transformers.trainer_pt_utils import nested_detach
+
         outputs = self.outputs(**batch)
-        ignored = {"loss", *getattr(self.parts.wrapped.config, "keys_to_ignore_at_inference", ["past_key_values"])}
-        return outputs["loss"], tuple(tensor.detach() for name, tensor in outputs.items() if name not in ignored)
+        usual = [kv_cache_name(self.parts)]  # which Transformers 5.24 calls otherwise than those before it
+        ignored = {"loss", *getattr(self.parts.wrapped.config, "keys_to_ignore_at_inference", usual)}
+        return outputs["loss"], nested_detach(tuple(kept for name, kept in outputs.items() if name not in ignored))
 
     def outputs(self, **batch: Any) -> Any:
         """What the model returns."""

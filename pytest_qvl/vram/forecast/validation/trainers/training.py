@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
@@ -185,6 +185,9 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
 def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[str, Any]:
     """Arguments as people write them."""
     dtype = request.autocast_dtype
+    known = {field.name for field in fields(TrainingArguments)}
+    # Its name since Transformers 5.23, and before.
+    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
     evaluates: dict[str, Any] = {}
     if request.evaluation:
         evaluates = {
@@ -205,8 +208,8 @@ def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[s
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "optim": request.optimizer,
-        "gradient_checkpointing": request.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": is_reentrant(request)},
+        checkpointing: request.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": is_reentrant(request)},
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
@@ -244,7 +247,7 @@ def _rows(arguments: dict[str, Any]) -> int:
 
 
 def _hf_trainer(model: Any, request: Request, source: Source, arguments: dict[str, Any], watch: Any) -> Any:
-    from transformers import Trainer, TrainingArguments
+    from transformers import Trainer
 
     return Trainer(
         model=model,
