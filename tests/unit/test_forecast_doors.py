@@ -282,6 +282,23 @@ def test_reentrant_checkpointing_is_read_and_left_to_the_trainer_where_nobody_sa
     assert "reentrant" not in from_trainer(training_arguments())
 
 
+def test_checkpointing_has_another_name_since_transformers_5_23(training_arguments: Any) -> None:
+    """The new name goes first, and says the same as the old one wherever both are saved."""
+    old = {"gradient_checkpointing": None, "gradient_checkpointing_kwargs": None}
+    said = from_trainer(
+        training_arguments(
+            **old, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    )
+    assert said["gradient_checkpointing"] is True
+    assert said["reentrant"] is False
+    assert not from_trainer(training_arguments(activation_checkpointing=False))["gradient_checkpointing"]
+    with pytest.raises(
+        ValueError, match=r"activation_checkpointing_kwargs=\{'every_n_layers': 2\}, which is not forecast"
+    ):
+        from_trainer(training_arguments(activation_checkpointing_kwargs={"every_n_layers": 2}))
+
+
 def test_what_decides_which_layers_are_adapted_is_given_to_peft(tmp_path: Path) -> None:
     """Two layers of all, one matrix of them with another rank, none of the MLPs."""
     from peft import LoraConfig

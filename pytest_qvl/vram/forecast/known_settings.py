@@ -24,6 +24,7 @@ _OFF: tuple[Any, ...] = (None, False, "", [], {}, (), set())
 TAKEN = _names(
     """
     per_device_train_batch_size gradient_accumulation_steps optim gradient_checkpointing gradient_checkpointing_kwargs
+    activation_checkpointing activation_checkpointing_kwargs
     bf16 fp16 eval_strategy evaluation_strategy per_device_eval_batch_size use_liger_kernel liger_kernel_config
     eval_accumulation_steps eval_do_concat_batches batch_eval_metrics prediction_loss_only
     fsdp_config packing_strategy max_length pad_to_multiple_of dataset_text_field
@@ -69,7 +70,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_packing": ((), "packed rows have no length of their own"),
     "padding_free": ((), "rows without padding have no length of their own"),
     "activation_offloading": ((), "activations are kept in host memory"),
-    "activation_checkpointing": ((), "only gradient_checkpointing is followed"),
     "neftune_noise_alpha": ((), "the noise is a second copy of the embeddings"),
     "fp16_full_eval": ((), "it casts the model"),
     "bf16_full_eval": ((), "it casts the model"),
@@ -95,7 +95,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "ddp_static_graph": ((), "several cards are not followed"),
     "per_gpu_train_batch_size": ((), "it is an old name; say per_device_train_batch_size"),
     "per_gpu_eval_batch_size": ((), "it is an old name; say per_device_eval_batch_size"),
-    "activation_checkpointing_kwargs": ((), "only gradient_checkpointing is followed"),
     "model_init_kwargs": ((), "how the model is loaded is said by --checkpoint, --base-bits and --compute-dtype"),
     "assistant_only_loss": ((), "every token is taken to be learnt, and fewer make TRL's head smaller"),
     "completion_only_loss": ((), "every token is taken to be learnt, and fewer make TRL's head smaller"),

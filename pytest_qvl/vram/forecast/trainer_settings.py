@@ -24,7 +24,7 @@ from pytest_qvl.vram.forecast.known_settings import (
 from pytest_qvl.vram.forecast.request import lora_options
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
 TO_JSON = "Path('training_args.json').write_text(args.to_json_string())"
 # First bytes of a pickle (protocol 2 and above) and of the zip archive that torch.save writes.
@@ -47,18 +47,19 @@ def from_trainer(where: str) -> dict[str, Any]:
     if "num_generations" in settings or "ref_model_init_kwargs" in settings:
         raise ValueError(f"{where} is of a trainer with a reference or generations, which the forecast does not follow")
     refuse_unknown(where, settings, REFUSED, TAKEN | NEUTRAL)
-    recomputation = settings.get("gradient_checkpointing_kwargs")
+    checkpoints, _ = _checkpointing(settings, "")
+    recomputation, name = _checkpointing(settings, "_kwargs")
     if recomputation is not None and set(recomputation) != {"use_reentrant"}:
         raise ValueError(
-            f"{where} has gradient_checkpointing_kwargs={recomputation!r}, which is not forecast: of its settings only "
-            "use_reentrant is followed, and is to be named"
+            f"{where} has {name}={recomputation!r}, which is not forecast: of its settings only use_reentrant is "
+            "followed, and is to be named"
         )
     found = {
         "trainer": kind or ("trl" if "dataset_text_field" in settings else "hf"),
         "batch": settings["per_device_train_batch_size"],
         "accumulation": settings.get("gradient_accumulation_steps", 1),
         "optimizer": _plain(settings.get("optim", "adamw_torch_fused")),
-        "gradient_checkpointing": bool(settings.get("gradient_checkpointing", False)),
+        "gradient_checkpointing": bool(checkpoints),
         "precision": "bf16" if settings.get("bf16") else "fp16" if settings.get("fp16") else "pure",
     }
     if "dataset_text_field" in settings:
@@ -77,6 +78,12 @@ def from_trainer(where: str) -> dict[str, Any]:
     if settings.get("use_liger_kernel"):
         found["fused_loss"] = True
     return found
+
+
+def _checkpointing(settings: Mapping[str, Any], of: str) -> tuple[Any, str]:
+    """A setting of checkpointing, and its name: the new one of Transformers 5.23 is asked first, as there."""
+    names = (f"activation_checkpointing{of}", f"gradient_checkpointing{of}")
+    return next(((settings[name], name) for name in names if settings.get(name) is not None), (None, names[1]))
 
 
 def from_lora(where: str) -> dict[str, Any]:
