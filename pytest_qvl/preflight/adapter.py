@@ -62,6 +62,12 @@ class Adapter:
         """
         from peft import LoraConfig
 
+        if self.folder is None and (foreign := sorted(self.fields.keys() - LoraConfig.__dataclass_fields__.keys())):
+            raise SettingError(
+                f"{self.label} has {neutral(', '.join(foreign), 200)}, which peft.LoraConfig does not know",
+                cause="a name is mistyped, or it is another release's or another tool's",
+                fix="write the fields of peft.LoraConfig: r, lora_alpha, target_modules and others",
+            )
         known = {name for name in LoraConfig.__dataclass_fields__ if name not in _NOT_FOR_STRANGERS}
         fields = {key: value for key, value in self.fields.items() if key in known}
         # How A and B start decides nothing of where they are, and some starts need the base's values.
@@ -132,7 +138,15 @@ def find_adapter(path: Path) -> Adapter:
             cause="its weights were not saved, or not copied or downloaded with its configuration",
             fix="save the adapter again with PeftModel.save_pretrained, or copy the file beside its configuration",
         )
-    return Adapter(label, fields, folder, read_header(folder, ADAPTER_FILE))
+    tensors = read_header(folder, ADAPTER_FILE)
+    if not tensors:
+        raise BrokenFileError(
+            f"{ADAPTER_FILE} in {neutral(str(path))} holds no tensor",
+            cause="what saved it gathered nothing (DeepSpeed's ZeRO-3 keeps matrices in parts), or found no adapter",
+            fix="save the adapter again with its weights gathered (stage3_gather_16bit_weights_on_model_save), or turn "
+            "the training's global_step folder into one with zero_to_fp32.py",
+        )
+    return Adapter(label, fields, folder, tensors)
 
 
 def _check_method(kind: Any, label: str) -> None:
@@ -169,8 +183,10 @@ def attach(parts: Parts, config: Any) -> Any:
     """
     import copy
 
+    import torch
     from peft import PeftModel
 
-    with warnings.catch_warnings():
+    # PEFT makes each matrix in memory before it drops its data: of a rank of millions that alone is too much.
+    with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
         return PeftModel(parts.base, copy.deepcopy(config), low_cpu_mem_usage=True)

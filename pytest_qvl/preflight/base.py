@@ -208,6 +208,13 @@ def _refuse_foreign(fields: Mapping[str, Any], label: str) -> None:
         )
     if not isinstance(fields.get("vision_config"), dict):
         raise ModelSourceError(f"config.json of {neutral(label)} has no vision_config, so it describes no vision tower")
+    quantization = fields.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise SettingError(
+            f"quantization_config in config.json of {neutral(label)} is {neutral(repr(quantization), 80)} and no table",
+            cause=EDITED,
+            fix=PUT_BACK,
+        )
     check_stored_quantization(dict(fields), neutral(label))
     _refuse_absurd(fields, label)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.preflight.findings import NOT_TESTED, OWN_ERROR
 from pytest_qvl.preflight.run import run_preflight
 from pytest_qvl.preflight.skip_rules import DEFAULT
 from pytest_qvl.preflight.subject import Asked
@@ -47,7 +48,8 @@ def verdict(report: Report) -> Evidence:
         CannotJudge: What was given is of a kind that this package does not test.
     """
     if report.state == "not judged":
-        raise CannotJudge(next(finding.line for finding in report.not_judged))
+        why = [finding.line for finding in report.not_judged if finding.name in (NOT_TESTED, OWN_ERROR)]
+        raise CannotJudge((why or [finding.line for finding in report.not_judged])[0])
     judge = Judge("preflight", "by their files, base, adapter and processor belong together")
     for state, count in report.counts().items():
         judge.report(f"{state} findings", count)

@@ -11,6 +11,7 @@ State = Literal["green", "red", "not judged"]
 STATES: tuple[State, ...] = ("red", "not judged", "green")
 VERSION = 1
 NOT_TESTED = "other-method"  # name of the finding that the artefact as a whole was not judged
+OWN_ERROR = "own-error"  # of a question that broke off: what it would have said nobody knows
 _LONGEST = 1200  # characters of one sentence; names that strangers chose may be as long as they like
 
 
@@ -131,7 +132,7 @@ class Report:
         states = {finding.state for finding in self.findings}
         if "red" in states:
             return "red"
-        judged = "green" in states and not any(finding.name == NOT_TESTED for finding in self.findings)
+        judged = "green" in states and not any(finding.name in (NOT_TESTED, OWN_ERROR) for finding in self.findings)
         return "green" if judged else "not judged"
 
     def counts(self) -> dict[State, int]:

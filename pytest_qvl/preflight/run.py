@@ -10,7 +10,7 @@ from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.preflight.adapter import Adapter, find_adapter, planned_adapter
 from pytest_qvl.preflight.base import Base, find_base, quiet
 from pytest_qvl.preflight.files.folder import MiB
-from pytest_qvl.preflight.findings import NOT_TESTED, Finding, Report, neutral
+from pytest_qvl.preflight.findings import NOT_TESTED, OWN_ERROR, Finding, Report, neutral
 from pytest_qvl.preflight.questions import QUESTIONS, Question
 from pytest_qvl.preflight.refusals import RefusedError, refused
 from pytest_qvl.preflight.subject import RUNTIMES, Asked, Subject
@@ -136,7 +136,7 @@ def _answers(question: Question, subject: Subject) -> Iterator[Finding]:
     except Exception as error:  # a defect of this package, or of a library that a broken file has led astray
         yield Finding(
             question.number,
-            "not-judged",
+            OWN_ERROR,
             "not judged",
             f"this question met an error of its own: {type(error).__name__}: {neutral(error, 300)}",
         )

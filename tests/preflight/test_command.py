@@ -13,12 +13,13 @@ from preflight_corpus import Workshop
 from preflight_corpus.making import CONFIG, edit
 
 from pytest_qvl.cli import main
-from pytest_qvl.evidence import CheckFailed
+from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.sources import hub
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.preflight import preflight, require_green
+from pytest_qvl.preflight.evidence import verdict
 from pytest_qvl.preflight.questions import QUESTIONS
 
 EMBEDDED = str(embedded_model_dir())
@@ -244,3 +245,63 @@ def test_messages_of_other_packages_are_as_they_were(shop):
     before = {name: logging.getLogger(name).level for name in ("bitsandbytes", "transformers")}
     preflight(shop.base("qwen2_5_vl"))
     assert {name: logging.getLogger(name).level for name in before} == before
+
+
+def test_an_adapter_file_without_tensors_is_red(shop):
+    from safetensors.torch import save_file
+
+    adapter = shop.adapter("qwen2_vl")
+    save_file({}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})  # DeepSpeed#7900
+    report = preflight(shop.base("qwen2_vl"), adapter)
+    assert [finding.name for finding in report.red] == ["adapter-unreadable"]
+    assert "holds no tensor" in report.red[0].line
+    assert "ZeRO-3" in report.red[0].cause
+
+
+def test_a_rank_of_millions_takes_no_memory(shop):
+    import resource
+
+    adapter = shop.adapter("qwen2_5_vl")
+    edit(adapter / CONFIG, rank_pattern={"q_proj": 10**9})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    report = preflight(shop.base("qwen2_5_vl"), adapter)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
+    assert "other-rank" in {finding.name for finding in report.red}
+
+
+def test_a_matrix_that_is_a_number_is_named(shop):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    adapter = shop.adapter("qwen2_5_vl")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = next(name for name in tensors if "q_proj.lora_A" in name)
+    save_file({**tensors, name: torch.tensor(1.0)}, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    report = preflight(shop.base("qwen2_5_vl"), adapter)
+    assert report.state == "red"
+    assert "own-error" not in {finding.name for finding in report}
+
+
+def test_a_question_that_breaks_off_is_not_green(shop, monkeypatch):
+    from pytest_qvl.preflight.questions import targets
+
+    def broken(subject):
+        raise ZeroDivisionError("of its own")
+
+    monkeypatch.setattr(targets, "answer", broken)
+    report = preflight(shop.base("qwen2_5_vl"), shop.adapter("qwen2_5_vl"))
+    assert report.state == "not judged"
+    with pytest.raises(CannotJudge, match="error of its own: ZeroDivisionError"):
+        verdict(report)
+
+
+def test_a_plan_with_a_mistyped_field_is_red(shop):
+    report = preflight(shop.base("qwen2_5_vl"), lora={"rank": 8, "target_modules": ["q_proj"]})
+    assert {finding.name for finding in report.red} == {"bad-setting"}
+    assert "has rank, which peft.LoraConfig does not know" in report.red[0].line
+
+
+def test_a_quantization_that_is_a_text_is_red(shop):
+    folder = shop.copy(shop.base("qwen2_vl"))
+    edit(folder / "config.json", quantization_config="nf4")
+    assert [finding.name for finding in preflight(folder).red] == ["base-bad-setting"]

@@ -64,6 +64,7 @@ def test_a_header_that_says_what_cannot_be_is_refused(tmp_path, header, data, wo
         ({"w": entry()}, bytes(17), "is corrupt"),
         (b"{not json", b"", "is corrupt"),
         (b"[1]", b"", "no JSON object"),
+        (b'{"\\ud800":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}', b"", "is no text"),
         ({"w": {"dtype": "F32"}}, b"", "lacks dtype, shape or data_offsets"),
     ],
 )

@@ -154,6 +154,8 @@ def _tensor(name: str, entry: Any, file: Path, start: int, said: str) -> Tensor:
     if len(name) > LONGEST_NAME:
         raise UnsafeFileError(f"{said} has a tensor whose name has {len(name):,} characters; it is not read")
     tensor = f"{said}: the header's entry for {neutral(name, 160)}"
+    if any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise BrokenFileError(f"{said} is corrupt: the name {neutral(name, 160)} is no text")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):

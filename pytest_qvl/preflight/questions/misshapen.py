@@ -90,6 +90,6 @@ def _released_that_fit(loaded: Loaded, texts: Sequence[str]) -> list[str]:
     """Names of releases whose language backbone is as wide as the A matrices of these keys."""
     ends = ("q_proj", "k_proj", "gate_proj")
     fitting = [text for text in texts if loaded.keys[text].part == "lora_A" and loaded.keys[text].tail.endswith(ends)]
-    widths = {loaded.shapes[text][-1] for text in fitting}
+    widths = {loaded.shapes[text][-1] for text in fitting if loaded.shapes[text]}
     configs = ((name, released_config(name)) for name in (released_names() if widths else ()))
     return [name for name, config in configs if {config.get_text_config().hidden_size} == widths]
