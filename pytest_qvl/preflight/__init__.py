@@ -58,7 +58,7 @@ def preflight(
 
     Args:
         base: Released name (``"qwen2.5-vl-7b"``), folder, or hub id, of which only small files and headers
-            are fetched.
+            are fetched; or the folder of an adapter alone, which names a hub id.
         adapter: Folder that ``PeftModel.save_pretrained`` wrote.
         merged: Folder of a checkpoint into which the adapter is said to be merged.
         runtime: What will load the adapter: ``"transformers"``, ``"unsloth"`` or ``"vllm"``.

@@ -26,7 +26,11 @@ def add_preflight(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "something is, such as a file that is broken or missing there; 2: it cannot be judged, because what "
         "was given is not there or is something else (no such folder, another family, another method than LoRA).",
     )
-    parser.add_argument("base", metavar="BASE", help="released name (qwen2.5-vl-7b), folder, or hub id")
+    parser.add_argument(
+        "base",
+        metavar="BASE",
+        help="released name (qwen2.5-vl-7b), folder, or hub id; or an adapter's folder alone, which names its base",
+    )
     parser.add_argument("adapter", metavar="ADAPTER", nargs="?", type=Path, help="folder of a saved adapter")
     parser.add_argument("--merged", type=Path, metavar="FOLDER", help="a checkpoint that is said to hold the adapter")
     parser.add_argument("--for", dest="runtime", choices=RUNTIMES, default="transformers", help="what will load it")

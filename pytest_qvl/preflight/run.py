@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.models.sources.model_source import ModelSourceError
+from pytest_qvl.models.sources.model_source import ADAPTER_CONFIG, ModelSourceError
 from pytest_qvl.preflight.adapter import Adapter, find_adapter, planned_adapter
 from pytest_qvl.preflight.base import Base, find_base, quiet
-from pytest_qvl.preflight.files.folder import MiB
+from pytest_qvl.preflight.files.folder import Folder, MiB
 from pytest_qvl.preflight.findings import NOT_TESTED, OWN_ERROR, Finding, Report, neutral
 from pytest_qvl.preflight.questions import QUESTIONS, Question
 from pytest_qvl.preflight.refusals import RefusedError, refused
@@ -17,11 +21,13 @@ from pytest_qvl.preflight.subject import RUNTIMES, Asked, Subject
 from pytest_qvl.releases import STACK, installed
 
 _FILES = 0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def run_preflight(asked: Asked) -> Report:
     """See :func:`pytest_qvl.preflight.preflight`."""
     begun = time.perf_counter()
+    asked = _with_named_base(asked)
     _check(asked)
     findings, subject = _read(asked)
     if subject is not None:
@@ -46,6 +52,24 @@ def _once(found: Iterable[Finding], said: Sequence[Finding]) -> list[Finding]:
         else each
         for each in found
     ]
+
+
+def _with_named_base(asked: Asked) -> Asked:
+    """Where the only thing given is an adapter: on the base that it names on the hub.
+
+    Raises:
+        ModelSourceError: It names none, or a folder; what a stranger's file names on this machine is not opened.
+    """
+    path = Path(asked.base).expanduser()
+    if asked.adapter is not None or not (path / ADAPTER_CONFIG).is_file() or (path / "config.json").exists():
+        return asked
+    named = Folder(path).json(ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not _HUB_ID.fullmatch(named):
+        raise ModelSourceError(
+            f"the adapter {neutral(repr(asked.base))} names the base {neutral(repr(named), 200)}, which is no hub id: "
+            f"give the base first, `pytest-qvl preflight BASE {neutral(shlex.quote(asked.base))}`"
+        )
+    return replace(asked, base=f"hub:{named}", adapter=path)
 
 
 def _check(asked: Asked) -> None:

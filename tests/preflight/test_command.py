@@ -87,7 +87,7 @@ def test_a_folder_of_another_kind_is_invalid_input(shop, capsys):
     (output := shop.root / "output").mkdir()
     shop.copy(adapter).rename(output / "checkpoint-4")
     for arguments, words in (
-        ([adapter], "holds an adapter"),
+        ([adapter], "which is no hub id: give the base first"),
         ([base, adapter, "--merged", adapter], "holds an adapter"),
         ([base, output], "checkpoint-4', one level down"),
         ([base, output / "checkpoint-4"], ""),

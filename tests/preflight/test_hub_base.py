@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from preflight_corpus import Workshop
-from preflight_corpus.making import edit
+from preflight_corpus.making import CONFIG, edit
 
 from pytest_qvl.models.sources import hub
 from pytest_qvl.preflight import preflight
@@ -137,6 +137,13 @@ def test_only_small_files_and_headers_are_fetched(served, sharded):
     assert names == ["complete", "values-not-fetched"]
     assert "by their headers; the weights stay on the hub" in report.of(0)[0].line
     assert "the processor of the base" in report.of(6)[0].line
+
+
+def test_an_adapter_alone_is_judged_on_the_base_that_it_names(served, shop):
+    adapter = shop.adapter("qwen2_5_vl")
+    edit(adapter / CONFIG, base_model_name_or_path="somebody/model")
+    report = preflight(adapter)
+    assert (report.state, report.base, report.adapter) == ("green", "somebody/model", str(adapter))
 
 
 def test_headers_tell_what_does_not_fit(served):
