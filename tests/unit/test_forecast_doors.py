@@ -34,12 +34,14 @@ def training_arguments(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A file that real training arguments were saved in, changed as asked."""
     from transformers import TrainingArguments
 
+    from pytest_qvl.vram.forecast.validation.trainers.training import checkpointing_argument
+
     folder = tmp_path_factory.mktemp("arguments")
     plain = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=4,
-        gradient_checkpointing=True,
+        **{checkpointing_argument(): True},
         optim="paged_adamw_32bit",
         report_to="none",
         use_cpu=True,

@@ -182,12 +182,16 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
     return (value for value in values if isinstance(value, torch.Tensor))
 
 
+def checkpointing_argument() -> str:
+    """What ``TrainingArguments`` calls gradient checkpointing: since Transformers 5.23 ``activation_checkpointing``."""
+    known = {field.name for field in fields(TrainingArguments)}
+    return next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
+
+
 def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[str, Any]:
     """Arguments as people write them."""
     dtype = request.autocast_dtype
-    known = {field.name for field in fields(TrainingArguments)}
-    # Its name since Transformers 5.23, and before.
-    checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
+    checkpointing = checkpointing_argument()
     evaluates: dict[str, Any] = {}
     if request.evaluation:
         evaluates = {
