@@ -194,11 +194,12 @@ def test_the_table_goes_between_the_marks_of_a_page_and_is_checked_there(tmp_pat
     assert "| +1.01% |" in page.read_text()
 
 
-def test_the_committed_page_has_the_table_of_the_committed_records() -> None:
+@pytest.mark.parametrize(("kind", "page"), [("trainer", "forecast.md"), ("settings", "records/forecast-settings.md")])
+def test_the_committed_page_has_the_table_of_the_committed_records(kind: str, page: str) -> None:
     docs = Path(__file__).parents[2] / "docs"
-    records = sorted((docs / "records").glob("h200-forecast-trainer-measured-*.json"))
+    records = sorted((docs / "records").glob(f"h200-forecast-{kind}-measured-*.json"))
     assert records
-    command = [docs / "records" / "forecast-trainer-predictions.json", *records, "--write", docs / "forecast.md"]
+    command = [docs / "records" / f"forecast-{kind}-predictions.json", *records, "--write", docs / page]
     assert table.main([*map(str, command), "--check"]) == 0
 
 
