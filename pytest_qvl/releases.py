@@ -39,6 +39,11 @@ class Defect:
     checks: tuple[str, ...]
     met: str = ""
 
+    @property
+    def summary(self) -> str:
+        """What goes wrong, behind what has to be used to meet it."""
+        return f"{self.met}: {self.what}" if self.met else self.what
+
 
 # Run at both ends: the last broken release turns these checks red, the first one without the defect does not.
 DEFECTS = (
@@ -210,7 +215,7 @@ def defects_where_met() -> list[str]:
     lines: dict[str, list[str]] = {}
     for defect, version in _installed_defects():
         if defect.met:
-            lines.setdefault(f"{_title(defect.package)} {version}", []).append(f"{defect.met}: {defect.what}")
+            lines.setdefault(f"{_title(defect.package)} {version}", []).append(defect.summary)
     return [f"{name}, known to go wrong with {'; with '.join(found)}" for name, found in lines.items()]
 
 

@@ -137,7 +137,7 @@ def _check(check: Declared) -> Iterator[str]:
     yield from (f"**Usual cause.** {remedy.cause}", "", f"**What to do first.** {remedy.fix}", "")
     for defect in DEFECTS:
         if check.name in defect.checks:
-            yield f"**Known defect.** {defect.package} {defect.versions}: {defect.what} ([thread]({defect.thread}))."
+            yield f"**Known defect.** {defect.package} {defect.versions}: {defect.summary} ([thread]({defect.thread}))."
             yield ""
     found = faults_of(check.name)
     if found:

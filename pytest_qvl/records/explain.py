@@ -74,7 +74,7 @@ def _defects(name: str) -> Iterator[str]:
     if known:
         yield "known defects of releases:"
         for defect in known:
-            yield f"  {defect.package} {defect.versions}: {defect.what} ({defect.thread})"
+            yield f"  {defect.package} {defect.versions}: {defect.summary} ({defect.thread})"
         yield ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from pytest_qvl.releases import DEFECTS, Defect
+from pytest_qvl.releases import DEFECTS
 from tests.backtest.pairs import OUTSIDE, PAIRS, UNSEEN, Pair
 from tests.backtest.record import Record, defect_of, flagged, green, outcome
 
@@ -60,7 +60,7 @@ def page(record: Record) -> str:
 def with_defects(text: str) -> str:
     """docs/releases.md with the table of the shipped defects."""
     rows = [
-        f"| {defect.package} {defect.versions} | {_what(defect)} ([thread]({defect.thread})) "
+        f"| {defect.package} {defect.versions} | {defect.summary} ([thread]({defect.thread})) "
         f"| {defect.fixed_in or 'none yet'} | {', '.join(f'`{check}`' for check in defect.checks)} |\n"
         for defect in DEFECTS
     ]
@@ -68,10 +68,6 @@ def with_defects(text: str) -> str:
     made, found = _TABLE.subn(lambda _: table, text)
     assert found == 1, "docs/releases.md has no table of known defects"
     return made
-
-
-def _what(defect: Defect) -> str:
-    return f"{defect.met}: {defect.what}" if defect.met else defect.what
 
 
 def _table(record: Record) -> Iterable[str]:
@@ -92,7 +88,7 @@ def _row(pair: Pair, record: Record) -> str:
     )
     good = "green" if green(pair, record) else f"**{outcome(pair, pair.good, record).get('verdict', 'not run')}**"
     return (
-        f"| [{_what(defect)}]({defect.thread}){family} | {pair.package} {pair.bad} | {bad} | {pair.words} "
+        f"| [{defect.summary}]({defect.thread}){family} | {pair.package} {pair.bad} | {bad} | {pair.words} "
         f"| {pair.good}: {good} |\n"
     )
 

@@ -160,6 +160,5 @@ def test_every_entry_names_checks_that_exist_and_releases_that_are_ordered():
         assert {*defect.checks} <= {*checks.__all__}
         assert not defect.fixed_in or not SpecifierSet(defect.versions).contains(defect.fixed_in)
         assert defect.thread.startswith("https://github.com/")
-        what = f"{defect.met}: {defect.what}" if defect.met else defect.what
-        row = f"| {defect.package} {defect.versions} | {what} ([thread]({defect.thread})) | {defect.fixed_in or 'none yet'} |"
+        row = f"| {defect.package} {defect.versions} | {defect.summary} ([thread]({defect.thread})) | {defect.fixed_in or 'none yet'} |"
         assert row in page
