@@ -136,6 +136,15 @@ DEFECTS = (
     ),
     Defect(
         "transformers",
+        ">=4.57,<5.0",
+        "it is ignored where the checkpoint gives its limits as size, and larger images stay as they are",
+        "5.0.0",
+        "https://github.com/huggingface/transformers/issues/41955",
+        ("image_preprocessing",),
+        "max_pixels without min_pixels, when a processor is loaded beside torchvision",
+    ),
+    Defect(
+        "transformers",
         ">=5.4",
         "its vision part stays as initialised, in later releases all of it",
         "",

@@ -134,6 +134,16 @@ PAIRS: tuple[Pair, ...] = (
         "issues/45325",
     ),
     *_transformers("trainer_accumulates_qwen2", "loss_arithmetic", "5.3.0 5.4.0", "5.5.4", *_DIVIDED),
+    Pair(
+        "limit_of_pixels",
+        "image_preprocessing",
+        "transformers",
+        "4.57.6",
+        "5.0.0",
+        "max_pixels is 6,272 and size['longest_edge'] 12,845,056, and only one of both counts",
+        f"{_TF}issues/41955",
+        "torchvision",
+    ),
     *_transformers(
         "skipped_by_short_name",
         "quantization_census",
@@ -228,11 +238,6 @@ OUTSIDE: tuple[Left, ...] = (
         "([#36009](https://github.com/huggingface/transformers/issues/36009))",
         "transformers <4.49",
         "refuses 4-bit layers on a CPU, as all before 4.53 do",
-    ),
-    Left(
-        "`max_pixels` is accepted and ignored ([#41955](https://github.com/huggingface/transformers/issues/41955))",
-        "transformers 4.57.1",
-        "in the image processor that needs torchvision, which the index has for CUDA only",
     ),
     Left(
         "NF4 packs bits of the neighbour into a byte "

@@ -6,6 +6,8 @@ model or a small random one of another family, with the embedded model's process
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -136,6 +138,24 @@ _of_each_family("decode_left_padded", _decode_left_padded)
 _of_each_family("text_after_images", _text_after_images)
 _of_each_family("positions", _positions)
 _of_each_family("without_mask", _without_mask)
+
+
+@scenario
+def limit_of_pixels() -> Any:
+    """A checkpoint whose processor names its limits by ``size`` alone, as Qwen3-VL's do, loaded with an upper one."""
+    from pytest_qvl.checks import image_preprocessing
+    from pytest_qvl.models.sources.embedded import embedded_model_dir
+    from pytest_qvl.models.sources.processors import PREPROCESSOR_FILE, load_processor
+
+    _declare_torchvision()
+    with tempfile.TemporaryDirectory() as name:
+        folder = shutil.copytree(embedded_model_dir(), Path(name) / "checkpoint")
+        file = folder / PREPROCESSOR_FILE
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings["size"] = {"shortest_edge": settings.pop("min_pixels"), "longest_edge": settings.pop("max_pixels")}
+        file.write_text(json.dumps(settings), encoding="utf-8")
+        limited = load_processor(folder, max_pixels=8 * 28**2)
+        return image_preprocessing(embedded(quantized=False), limited, _rows("side colour nth_colour"))
 
 
 # --- Transformers: training ---------------------------------------------------------------------------------------
@@ -320,11 +340,16 @@ def trl_preference() -> Any:
     return _judged(made, [*samples, *rejected], training=False)
 
 
-def _unsloth_collator() -> Any:
-    """The collator's class. Its package's own start asks for a GPU in most releases, and is left out in all."""
+def _declare_torchvision() -> None:
+    """Let torchvision be imported, also where it was built for CUDA and torch was not."""
     from tools.collating.shim import declare_operators
 
     declare_operators()
+
+
+def _unsloth_collator() -> Any:
+    """The collator's class. Its package's own start asks for a GPU in most releases, and is left out in all."""
+    _declare_torchvision()
     found = find_spec("unsloth_zoo")
     assert found is not None
     assert found.submodule_search_locations is not None
