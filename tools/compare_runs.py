@@ -8,7 +8,7 @@ Usage::
 Each writes its part of ``docs/records/compare-embedded-cpu.json`` as it goes, and runs again what was made with other
 checks or faults than today's. ``--jobs 16 --seconds 480`` runs sixteen at once and starts none that would not end
 within eight minutes, going by those before it; the next call goes on from there. ``seeds`` keeps its runs in a file
-beside the record, or in ``--part``, until all are there.
+beside the record, or in ``--part``, until all are there and nothing changed.
 
 Exit code 1: the fault's own check is not named, one that the fault matrix names is missing (but see BY_ORDER), anything
 changed though nothing had, a run of a seed was red, or some are still to run. More checks than the matrix names may be:
@@ -222,8 +222,10 @@ def of_seeds(seeds: range, settings: list[str], jobs: int, seconds: float, part:
         _save("seeds", {"definitions": definitions_digest(), "settings": settings, "by_seed": told})
     if not runs.keys() >= set(wanted):
         return False
+    if any(one["changes"] or one["red"] for by_setting in told.values() for one in by_setting.values()):
+        return False  # the part stays, for whoever looks why
     part.unlink()
-    return not any(one["changes"] or one["red"] for by_setting in told.values() for one in by_setting.values())
+    return True
 
 
 def _unchanged(base: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
