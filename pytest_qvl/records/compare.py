@@ -46,9 +46,15 @@ HEADROOM = 0.5
 FLIPS = 6
 # Counts of flips that are compared sample by sample where both records have the answers.
 FLIPPED = (NET_LOST, f"{ADAPTER_ON}{NET_LOST}")
-# Figures that may be anywhere within their limit by chance: a training stops at the first loss below it, and the limit
-# of a derivative is five standard deviations of what rounding does to it.
-CHANCE = ("smallest loss within", "derivative of the worst layer")
+# Figures that may be anywhere within their limit by chance: a training stops at the first loss below it, and the limits
+# of a derivative and of a logit computed in two ways are multiples of what rounding does to them.
+CHANCE = (
+    "smallest loss within",
+    "derivative of the worst layer",
+    "alone against batch",
+    "generation with cache against plain forward",
+    "generation without cache against plain forward",
+)
 # What caching allocators round to from one release to the next (2 MiB blocks), and the share that is beyond it.
 GIB_APART, GIB_SHARE = 64 / 1024, 0.02
 STOPPED = {2: "interrupted", 3: "ended by an internal error", 4: "refused for its command line"}
