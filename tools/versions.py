@@ -190,7 +190,8 @@ OPEN = """
 {} have no record here: every night they run in CI, where a red one is a bug.
 
 - torch is declared from 2.6 on. What was run is 2.13.0 on the CPU (this table) and 2.11 on GPUs
-  ([records](records/README.md)): other releases, and builds for other Pythons, come with CUDA in the package index.
+  ([records](records/README.md)): other releases come with CUDA in the package index, and so does 2.13.0 for Python
+  3.12, 3.13 and 3.14 (CUDA 13, cuDNN, NCCL and Triton, several gigabytes).
 - torchvision's builds there want torch's for CUDA; with that for the CPU they cannot be imported.
 """
 
