@@ -316,6 +316,7 @@ def test_a_step_is_repeated_without_what_stays_of_it() -> None:
     assert found["states"].peak_allocated == found["update"].peak_allocated
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="with a CUDA build something else imports the compiler")
 def test_a_process_that_forecasts_imports_nothing_that_it_does_not_run() -> None:
     code = (
         "from pytest_qvl.vram.forecast.imports import only_what_runs\n"
