@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.request import Sample
 
 # Model types whose processor puts all placeholders of a video beside each other; Qwen3-VL's writes times between them.
-_VIDEO_FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+_VIDEO_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.video_time != "words")
 
 
 @dataclass(frozen=True)
