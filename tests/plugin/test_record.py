@@ -160,6 +160,8 @@ def test_a_pipe_is_not_replaced(pytester, run_light):
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 2), ("SIGTERM", 2), ("SIGKILL", -9)])
 def test_a_signal_leaves_a_whole_record(pytester, run_apart, number, status):
     """Of a run that is stopped, a record with its exit status; of one that is killed, the old one."""
+    # A shell's background job ignores SIGINT.
+    pytester.makeconftest("import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)")
     pytester.makepyfile(f"import os, signal\ndef test_it(qvl_backend): os.kill(os.getpid(), signal.{number})")
     (pytester.path / "record.json").write_text(OLD)
     assert run_apart("--qvl-record", "record.json", "--qvl-device", "cpu").ret == status
@@ -173,6 +175,7 @@ def test_a_signal_that_comes_while_the_record_is_written_does_not_lose_it(pytest
     pytester.makeconftest(
         f"""
     import os, signal
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
     real = os.fsync
     def fsync(file):
         os.fsync = real
