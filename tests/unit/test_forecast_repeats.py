@@ -84,7 +84,6 @@ QUICK = ("qwen2_5_vl", "hf")
         pytest.param(family, setting, marks=[] if (family, setting) == QUICK else pytest.mark.slow)
         for family in FAMILIES
         for setting in SETTINGS
-        if (family, setting) != ("qwen3_vl", "videos")  # refused
     ],
 )
 def test_the_trace_is_that_of_all_layers(family: str, setting: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_qvl.vram.forecast import Request, Sample
 from pytest_qvl.vram.forecast.source import find_source
 from pytest_qvl.vram.forecast.validation.predictions import Case
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,37 @@ def test_a_video_is_cut_frame_by_frame_and_two_frames_are_one_step() -> None:
         source.lengths(sample, 210)
 
 
-def test_videos_with_times_between_their_frames_are_refused() -> None:
-    with pytest.raises(ValueError, match="a sample of qwen3-vl-2b has a video: the forecast follows those of Qwen2-VL"):
-        find_source("qwen3-vl-2b").grids(Sample((), 40, ((4, 64, 64),)))
+def test_frames_of_qwen3_vl_stand_behind_their_times() -> None:
+    """Each step in time: ``<``, digits, ``.``, a digit, `` seconds``, ``>`` and two markers."""
+    source = find_source("qwen3-vl-2b")
+    sample = Sample((), 40, ((25, 128, 192),))
+    assert source.grids(sample) == [(13, 8, 12)]
+    assert source.lengths(sample, None) == (13 * 24, 40 + 10 * 8 + 3 * 9)
+    with pytest.raises(ValueError, match="max_length is 400 and a sample has 312 visual tokens"):
+        source.lengths(sample, 400)
+    with pytest.raises(ValueError, match="video 1x64x64: the processor refuses fewer than 2 frames"):
+        source.grids(Sample((), 40, ((1, 64, 64),)))
+
+
+@pytest.mark.parametrize("capped", [False, True])
+@pytest.mark.parametrize("video", [(2, 20, 300), (16, 1080, 1920), (7, 720, 1280), (768, 480, 854), (4, 33, 33)])
+def test_all_frames_of_qwen3_vl_share_their_pixels(video: tuple[int, int, int], capped: bool) -> None:
+    """Transformers' own arithmetic, with the sizes of the released checkpoints and the cap of its processor."""
+    module = pytest.importorskip("transformers.models.qwen3_vl.video_processing_qwen3_vl")
+    frames, height, width = video
+    least, most = 4096, 25165824
+    if capped:
+        most = max(min(768 * 32 * 32, most // frames), int(least * 1.05)) * frames
+    rows, columns = module.smart_resize(frames, height, width, 2, 32, least, most)
+    sizes = replace(find_source("qwen3-vl-8b").videos, capped=capped)
+    assert sizes.grid(*video) == (-(-frames // 2), rows // 16, columns // 16)
+
+
+def test_a_folder_says_how_its_videos_are_cut(tmp_path: Path) -> None:
+    """Of 600 frames each may have 128,000 * 0.9 * 28 * 28 * 2 / 600 pixels where the folder asks for the cap."""
+    (tmp_path / "config.json").write_text(find_source("qwen2.5-vl-7b").config.to_json_string(use_diff=False))
+    assert find_source(str(tmp_path)).grids(Sample((), 9, ((600, 700, 700),)))[0][1:] == (50, 50)
+    settings = {"size": {"shortest_edge": 3136, "longest_edge": 9999999}, "cap_pixels_per_frame": True}
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps(settings))
+    assert find_source(str(tmp_path)).grids(Sample((), 9, ((600, 700, 700),)))[0][1:] == (38, 38)
+    assert find_source(str(tmp_path)).grids(Sample((), 9, ((4, 700, 700),)))[0][1:] == (50, 50)

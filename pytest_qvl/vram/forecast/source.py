@@ -13,12 +13,10 @@ from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource
 from pytest_qvl.models.sources.released import ImageSizes, hub_id, image_sizes, released_config, released_names
 from pytest_qvl.vram.forecast.runnable import absurd_size, why_not_runnable
+from pytest_qvl.vram.forecast.videos import VideoSizes, video_sizes
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.request import Sample
-
-# Model types whose processor puts all placeholders of a video beside each other; Qwen3-VL's writes times between them.
-_VIDEO_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.video_time != "words")
 
 
 @dataclass(frozen=True)
@@ -29,35 +27,26 @@ class Source:
         label: What to call it.
         config: The Transformers configuration.
         sizes: What its processor does with image sizes.
+        videos: What it does with videos.
     """
 
     label: str
     config: Any
     sizes: ImageSizes
+    videos: VideoSizes
 
     def grids(self, sample: Sample) -> list[tuple[int, int, int]]:
         """The patch grids (time, rows, columns) of a sample's images, then of its videos.
 
-        A frame of a video is cut as an image of its size, and every ``temporal_patch_size`` frames are one step in time
-        (the last frame is repeated to fill it).
+        Every ``temporal_patch_size`` frames of a video are one step in time.
 
         Raises:
-            ValueError: A size that the processor refuses; a video of a family that marks each frame's time.
+            ValueError: A size that the processor refuses.
         """
-        if sample.videos and self.config.model_type not in _VIDEO_FAMILIES:
-            raise ValueError(
-                f"a sample of {self.label} has a video: the forecast follows those of Qwen2-VL and Qwen2.5-VL, whose "
-                "frames have no text between them"
-            )
-        images = [self.sizes.grid(*image) for image in sample.images]
-        return images + [self._video_grid(*video) for video in sample.videos]
-
-    def _video_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
-        _, rows, columns = self.sizes.grid(height, width)
-        return -(-frames // self.sizes.temporal_patch_size), rows, columns
+        return [*(self.sizes.grid(*image) for image in sample.images), *(self.videos.grid(*v) for v in sample.videos)]
 
     def lengths(self, sample: Sample, most: int | None) -> tuple[int, int]:
-        """Visual and text tokens of a sample.
+        """Visual and text tokens of a sample, the times between a video's frames and their markers among the text.
 
         Args:
             sample: One sample.
@@ -66,10 +55,12 @@ class Source:
         Raises:
             ValueError: Its images and videos alone have more, so that the trainer fails.
         """
-        visual = sum(prod(grid) // self.sizes.merge_size**2 for grid in self.grids(sample))
-        if most is None or visual + sample.tokens <= most:
-            return visual, sample.tokens
-        if most < visual + 2 * (len(sample.images) + len(sample.videos)) + 2:
+        grids = self.grids(sample)
+        visual = sum(prod(grid) // self.sizes.merge_size**2 for grid in grids)
+        times = sum(sum(self.videos.times(time)) for time, _, _ in grids[len(sample.images) :])
+        if most is None or visual + times + sample.tokens <= most:
+            return visual, times + sample.tokens
+        if most < visual + times + 2 * (len(sample.images) + len(sample.videos)) + 2:
             raise ValueError(
                 f"max_length is {most} and a sample has {visual} visual tokens: the trainer would cut them off and "
                 "fail; take a larger max_length, None for no limit, or smaller images"
@@ -85,7 +76,7 @@ def find_source(model: str) -> Source:
             run.
     """
     if model in released_names():
-        return Source(model, released_config(model), image_sizes(model))
+        return _source(model, released_config(model), image_sizes(model))
     file = Path(model).expanduser() / "config.json"
     if not file.is_file():
         raise ValueError(
@@ -109,7 +100,11 @@ def find_source(model: str) -> Source:
     config = _config(file)
     if said := why_not_runnable(config):
         raise ValueError(f"{file} describes a model that cannot run: {said}")
-    return Source(file.parent.resolve().name, config, _folder_sizes(file.parent, config))
+    return _source(file.parent.resolve().name, config, _folder_sizes(file.parent, config), file.parent)
+
+
+def _source(label: str, config: Any, sizes: ImageSizes, folder: Path | None = None) -> Source:
+    return Source(label, config, sizes, video_sizes(config.model_type, sizes, folder))
 
 
 def _config(file: Path) -> Any:
@@ -145,7 +140,7 @@ def find_weights_source(weights: ModelSource) -> Source:
 
 def source_of(config: Any, label: str) -> Source:
     """A source for a configuration at hand, with the image sizes of its family's released processor."""
-    return Source(label, config, image_sizes(FAMILIES[config.model_type].typical))
+    return _source(label, config, image_sizes(FAMILIES[config.model_type].typical))
 
 
 def _folder_sizes(folder: Path, config: Any) -> ImageSizes:

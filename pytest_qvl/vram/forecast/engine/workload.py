@@ -301,12 +301,21 @@ def model_inputs(
 
 
 def _token_ids(parts: Parts, source: Source, tokens: int, grids: list[tuple[int, int, int]], images: int) -> list[int]:
-    """One sample: half of its text, its images and videos between their markers, and the other half."""
-    config = source.config
-    text = tokens - 2 * len(grids)
+    """One sample: half of its text, its images and videos between their markers, and the other half.
+
+    Where each step in time of a video stands behind its time, it has markers of its own between those of the video.
+    """
+    start, end = source.config.vision_start_token_id, source.config.vision_end_token_id
+    times = [source.videos.times(grid[0]) if number >= images else [] for number, grid in enumerate(grids)]
+    text = tokens - 2 * len(grids) - sum(map(sum, times))
     ids = [0] * (text - text // 2)
-    for number, grid in enumerate(grids):
+    for number, (grid, own) in enumerate(zip(grids, times, strict=True)):
         placeholder = parts.image_token_id if number < images else parts.video_token_id
         visual = prod(grid) // parts.merge_size**2
-        ids += [config.vision_start_token_id, *[placeholder] * visual, config.vision_end_token_id]
+        if not own:
+            ids += [start, *[placeholder] * visual, end]
+            continue
+        of_step = [start, *[placeholder] * (visual // len(own)), end]
+        # The video's own markers as text: what looks for a video's beginning looks at what follows a marker.
+        ids += [0, *(token for before in own for token in [*[0] * (before - 2), *of_step]), 0]
     return ids + [0] * (text // 2)
