@@ -65,8 +65,8 @@ def image_preprocessing(model: Any, processor: Any, samples: Sequence[Sample]) -
 
     Limits: grids are exact. Values of an image that is not resized differ by eight roundings of float32 at most. Where
     it is resized, by two steps of 8 bits more: Pillow and torch round to 8 bits after each of two passes, where a tie
-    may go either way, and the second pass multiplies one step by 1.25 before it rounds again. Which pass comes first
-    depends on the release. An implementation that rounds once is allowed one step, against the same arithmetic.
+    may go either way, and the second pass multiplies one step by 1.27 at most before it rounds again. Which pass comes
+    first depends on the release. An implementation that rounds once is allowed one step, against the same arithmetic.
 
     Args:
         model: Qwen-VL model, wrapped or not; only its configuration is read.

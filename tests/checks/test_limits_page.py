@@ -56,7 +56,7 @@ def test_the_table_is_read() -> None:
 @pytest.mark.parametrize(("name", "value", "section"), ROWS, ids=[name for name, *_ in ROWS])
 def test_a_number_of_the_table_is_that_of_the_code(name: str, value: str, section: str) -> None:
     parts = name.split(".")
-    depth = 2 if parts[0] in ("support", "oracles") else 1
+    depth = 2 if parts[0] in ("support", "batches", "oracles") else 1
     package = "pytest_qvl" if parts[0] == "oracles" else "pytest_qvl.checks"
     module = importlib.import_module(f"{package}.{'.'.join(parts[:depth])}")
     assert reduce(getattr, parts[depth:], module) == float(value)

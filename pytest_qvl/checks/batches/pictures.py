@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-# Pixels that were rescaled twice are 0 to 1 of 255, and bfloat16 moves a value next to black by less than one more.
+# Pixels that were rescaled twice are at most 1 + OVERSHOOT = 1.45 of 255; bfloat16 adds 0.28 (docs/limits.md#batches).
 DARK = 2
 
 

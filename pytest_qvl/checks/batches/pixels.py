@@ -23,6 +23,8 @@ HALF: Constants = ((0.5,) * 3, (0.5,) * 3)
 PATCHES = 32
 # Eight roundings of float32 of a value below 4 (docs/limits.md#batches).
 ARITHMETIC = 8 * 2.0**-24 * 4
+# How far beyond either end of a source's range bicubic resizing goes (docs/limits.md#bicubic-resizing).
+OVERSHOOT = (1.375**2 - 1) / 2
 TWICE = (
     "pixels that were 0 to 1 already were rescaled by 1/255 once more: give the processor 8-bit images, or "
     "do_rescale=False"
@@ -71,7 +73,7 @@ def _judge_constants(view: View, findings: Findings, layout: Layout, pixels: tor
 
     The processor resizes to 8 bits and normalises then, so each value is one of 256 per channel. Where all are whole
     steps by other constants and not by these, those are what they were normalised with. Values that are no whole steps
-    by any constants were resized or augmented in floating point, and only their range is judged.
+    by any constants were resized or augmented in floating point, and only their range is judged: they may overshoot.
     """
     chosen, owners = _chosen(layout, pixels)
     seen = [place for place, owner in enumerate(owners) if owner not in layout.not_attended(view)]
@@ -169,11 +171,11 @@ def _fits(values: torch.Tensor, constants: Constants, dtype: torch.dtype) -> boo
 
 
 def _outside(values: torch.Tensor, constants: Constants, dtype: torch.dtype) -> bool:
-    """Whether some value is beyond black or white by these constants, by a step and its last place."""
+    """Whether some value is beyond black or white by these constants, by overshoot, a step and its last place."""
     import torch
 
     steps = _steps(values, constants)
-    slack = 1 + 255 * max(constants[1]) * values.abs() * torch.finfo(dtype).eps
+    slack = 255 * OVERSHOOT + 1 + 255 * max(constants[1]) * values.abs() * torch.finfo(dtype).eps
     return bool(((steps < -slack) | (steps > 255 + slack)).any())
 
 
@@ -223,10 +225,11 @@ def _judge_blank(
 def _judge_dark(findings: Findings, layout: Layout, levels: int, images: int) -> None:
     """Images that are black to within one step: what is left of pixels from 0 to 1 that are rescaled by 1/255 again.
 
-    Rounding keeps order, so all values of such pixels lie between what 0 and 1 of 255 are normalised to, each rounded
-    to the dtype. A real image between the two has just these two values in a channel (a black frame with noise), or
-    one, if it is black. More than two are not made of 8 bits; two may be of a real image, and are held to its sample
-    where there is one. Several images of a batch are never all of them next to black, as they are never all blank.
+    Rounding keeps order, so all values of such pixels lie between what 0 and 1 of 255 are normalised to, less and plus
+    what resizing overshoots, each rounded to the dtype. A real image in between has just the values of 0 and 1 in a
+    channel (a black frame with noise), or one, if it is black. More than two are not made of 8 bits; two may be of a
+    real image, and are held to its sample where there is one. Several images of a batch are never all of them next to
+    black, as they are never all blank.
     """
     if levels == 2 and images == 1:
         findings.unjudged[dark(layout)] = (
@@ -239,7 +242,7 @@ def _judge_dark(findings: Findings, layout: Layout, levels: int, images: int) ->
         None,
         None,
         found=f"every value of {layout.kind.pixels} is within one step of 8 bits of black, "
-        + ("and some lie inside of that step" if levels > 2 else f"in all {images} {layout.kind.noun}s"),
+        + ("and some are no whole step" if levels > 2 else f"in all {images} {layout.kind.noun}s"),
         expected="values from black to white, about -2.2 to 2.2",
         cause=TWICE,
     )
@@ -251,12 +254,12 @@ def dark(layout: Layout) -> str:
 
 
 def _levels_next_to_black(values: torch.Tensor, own: Constants, dtype: torch.dtype) -> int:
-    """How many values a channel has at most; 0 where some value is not between 0 and 1 of 255."""
+    """How many values a channel has at most; 0 where some value is not between 0 and 1 of 255, and their overshoot."""
     import torch
 
     mean, deviation = _by_channel(own)
-    low = ((0 - mean) / deviation - ARITHMETIC).to(dtype).double()
-    high = ((1 / 255 - mean) / deviation + ARITHMETIC).to(dtype).double()
+    low = ((-OVERSHOOT / 255 - mean) / deviation - ARITHMETIC).to(dtype).double()
+    high = (((1 + OVERSHOOT) / 255 - mean) / deviation + ARITHMETIC).to(dtype).double()
     if not bool(((low <= values) & (values <= high)).all()):
         return 0
     # Eighths of a step: the same value is not counted twice for how its last place was rounded.

@@ -75,8 +75,9 @@ def drawn(width: int, height: int) -> Array:
 def image(width: int, height: int) -> Image:
     """:func:`drawn` as an image; the one that is resized with half the contrast, around 128.
 
-    A cubic filter overshoots by at most 1.25 per pass, so that none of its two passes has to cut a value off at 0 or
-    255 (``64 * 1.25**2 = 100 < 127``). Where one does, results depend on which pass comes first by more than rounding.
+    A cubic filter widens contrast by at most 1.27 per pass (docs/limits.md#bicubic-resizing), so that none of its two
+    has to cut a value off at 0 or 255 (``64 * 1.27**2 = 103 < 127``). Where one does, results depend on which pass
+    comes first by more than rounding.
     """
     from PIL import Image as Pillow
 

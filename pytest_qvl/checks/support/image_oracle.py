@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 KEYS = -0.5
 # Two passes of 8 bits: the first may round a tie the other way, which the second multiplies by the sum of its
-# weights' sizes (1.25 for a cubic with a = -0.5) before it rounds once more.
+# weights' sizes (1.27 at most, docs/limits.md#bicubic-resizing) before it rounds once more.
 STEPS_IN_8_BITS = 2
 FLOAT32_UNIT = 2.0**-24
 
