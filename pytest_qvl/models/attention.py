@@ -74,5 +74,6 @@ def _by_heads(
     at_once = max(1, SCORES_AT_ONCE // (rows * shared * length * key.shape[2]))
     if at_once >= groups:
         return eager(module, query, key, value, *rest, **named)
-    pieces = zip(query.split(at_once * shared, 1), key.split(at_once, 1), value.split(at_once, 1), strict=True)
+    sizes = (query, at_once * shared), (key, at_once), (value, at_once)
+    pieces = zip(*(torch.split(states, size, dim=1) for states, size in sizes), strict=True)
     return torch.cat([eager(module, *piece, *rest, **named)[0] for piece in pieces], dim=2), None
