@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.bitwise import bits_of, differs
+from pytest_qvl.checks.support.deepstack import DeepStack, deepstack_tapped
 from pytest_qvl.checks.support.not_finite import require_finite
 from pytest_qvl.checks.support.placeholders import (
     attended,
@@ -78,12 +79,17 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     what the language backbone received. All visual tokens of the batch must differ from one another,
     or a wrong order would look right: a plain image makes one visual token many times over.
 
+    Where the tower has DeepStack (Qwen3-VL), each of its mergers is held to the vision block that it belongs to, and
+    what stands between the first layers of the backbone to the sum of what the layer returned and what the layer's
+    merger made, at the placeholders, and to what the layer returned everywhere else.
+
     Args:
         model: Qwen-VL model, wrapped or not.
         batch: What the processor returned, any padding side, rows without an image allowed.
 
     Raises:
-        CheckFailed: Names row and token, and what stands there instead, or the first patch whose pixels are others.
+        CheckFailed: Names row and token, and what stands there or is added instead, or the first patch whose pixels
+            are others.
         CannotJudge: No image in the batch, or visual tokens that equal each other (``sample.noise(seed)``
             makes images whose visual tokens all differ).
         ValueError: The batch is malformed.
@@ -95,7 +101,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     found = spans(parts, inputs)
     ids, mask = inputs["input_ids"], attended(inputs)
     with preserved(model, training=False), torch.no_grad():
-        with tapped(parts) as tap:
+        with tapped(parts) as tap, deepstack_tapped(parts) as deepstack:
             parts.wrapped(**inputs, logits_to_keep=1)
         text = parts.embeddings(ids)
     _judge_pixels(judge, parts, found, inputs["pixel_values"], [call.pixel_values for call in tap.vision])
@@ -126,6 +132,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
             0,
             else_say=_scatter_sentence(found, bad, seen, text, features) if bad else "",
         )
+    DeepStack(judge, parts, deepstack, found, places, mask).hold()
     return judge.verdict()
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:peft")
-DEEPSTACK = [name for name, fault in catalogue().items() if "DeepStack" in fault.requires]
+DEEPSTACK = [n for n, f in catalogue().items() if "DeepStack" in f.requires and f.check == "layer_arithmetic"]
 
 
 @pytest.fixture(scope="module", params=["qwen3_vl", pytest.param("qwen2_vl", marks=pytest.mark.slow)])

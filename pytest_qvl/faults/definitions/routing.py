@@ -389,3 +389,87 @@ def _merger_mixes(case: Case) -> Iterator[None]:
 
     with before([anatomy(case.model).merger], shift):
         yield
+
+
+def _tower(case: Case) -> Any:
+    return anatomy(case.model).vision_tower
+
+
+@fault(
+    "deepstack-never-computed",
+    "deepstack_visual_indexes lie beyond the tower's depth: no merger runs, and nothing is added.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("DeepStack's merger 0 makes no features", "deepstack_visual_indexes"),
+    source="huggingface/trl#5779",
+    requires=("DeepStack",),
+)
+def _deepstack_never(case: Case) -> Iterator[None]:
+    tower, depth = _tower(case), len(anatomy(case.model).blocks)
+    beyond = [depth + index for index in tower.deepstack_visual_indexes]
+    config = anatomy(case.model).config.vision_config
+    with attribute(tower, "deepstack_visual_indexes", beyond), attribute(config, "deepstack_visual_indexes", beyond):
+        yield
+
+
+@fault(
+    "deepstack-computed-and-not-added",
+    "A patched backbone takes the features of the DeepStack mergers and adds none.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("behind layer 0, at row", "the feature of DeepStack's merger 0 is due and nothing is added"),
+    requires=("DeepStack",),
+)
+def _deepstack_not_added(case: Case) -> Iterator[None]:
+    backbone: Any = anatomy(case.model).language_backbone
+    with attribute(backbone, "_deepstack_process", lambda hidden, _places, _features: hidden):
+        yield
+
+
+@fault(
+    "deepstack-one-token-late",
+    "The features of the DeepStack mergers are added one token to the right of their placeholders.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("behind layer 0, at row", "is due and nothing is added"),
+    requires=("DeepStack",),
+)
+def _deepstack_late(case: Case) -> Iterator[None]:
+    def shift(_module: Any, args: Any, kwargs: Any) -> Any:
+        places = kwargs.get("visual_pos_masks")
+        return args, kwargs if places is None else {**kwargs, "visual_pos_masks": places.roll(1, dims=1)}
+
+    with before([anatomy(case.model).language_backbone], shift):
+        yield
+
+
+@fault(
+    "deepstack-of-another-image",
+    "The features of the DeepStack mergers are dealt out from the last visual token to the first.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("the feature of DeepStack's merger 0 is due and what merger 0 made of visual token", "is added"),
+    requires=("DeepStack",),
+)
+def _deepstack_reversed(case: Case) -> Iterator[None]:
+    def reverse(_module: Any, args: Any, kwargs: Any) -> Any:
+        features = kwargs.get("deepstack_visual_embeds")
+        return args, kwargs if not features else {**kwargs, "deepstack_visual_embeds": [f.flip(0) for f in features]}
+
+    with before([anatomy(case.model).language_backbone], reverse):
+        yield
+
+
+@fault(
+    "deepstack-of-the-next-block",
+    "The DeepStack mergers are given what the next block returned: indexes are counted from 1.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("DeepStack's merger 0 is given that of block", "instead of what block"),
+    requires=("DeepStack",),
+)
+def _deepstack_next_block(case: Case) -> Iterator[None]:
+    tower = _tower(case)
+    last = len(anatomy(case.model).blocks) - 1
+    with attribute(tower, "deepstack_visual_indexes", [min(i + 1, last) for i in tower.deepstack_visual_indexes]):
+        yield
