@@ -64,7 +64,7 @@ def _model(name: Any) -> dict[str, Any]:
 
     source = parse_model(name)
     digest = folder_digest(Path(source.location)) if source.kind in ("embedded", "local") else None
-    return {"model": source.kind if source.kind == "embedded" else source.label, "digest": digest}
+    return {"model": source.label, "digest": digest}
 
 
 def _adapter(folder: Any) -> dict[str, Any]:

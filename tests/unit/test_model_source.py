@@ -8,6 +8,8 @@ import struct
 
 import pytest
 
+from pytest_qvl.models.sources import embedded
+from pytest_qvl.models.sources.digests import known_digest
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.model_source import (
     ModelSource,
@@ -35,6 +37,26 @@ def test_the_embedded_model():
     assert source == ModelSource("embedded", str(embedded_model_dir()))
     assert (str(source), source.label, source.pretrained) == ("embedded", "embedded", str(embedded_model_dir()))
     assert source.has_knowledge
+
+
+def test_the_first_embedded_model_by_its_name():
+    assert parse_model("embedded:qwen2.5-vl") == parse_model("embedded")
+
+
+def test_another_embedded_model(tmp_path, monkeypatch):
+    shutil.copytree(embedded_model_dir(), tmp_path / "fixtures" / "embedded-qwen9-vl")
+    monkeypatch.setattr(embedded, "_PACKAGE", tmp_path / "pytest_qvl")
+    monkeypatch.setattr(embedded, "EMBEDDED_SHA256", {"qwen9-vl": "0" * 64})
+    source = parse_model("embedded:qwen9-vl")
+    assert source == ModelSource("embedded", str(tmp_path / "fixtures" / "embedded-qwen9-vl"))
+    assert (str(source), source.label) == ("embedded:qwen9-vl", "embedded-qwen9-vl")
+    assert parse_model(str(source)) == source
+    assert known_digest(tmp_path / "fixtures" / "embedded-qwen9-vl" / "model.safetensors") == "0" * 64
+
+
+def test_an_embedded_model_that_does_not_exist():
+    with pytest.raises(ModelSourceError, match=r"no embedded model is called 'qwen9-vl'; known: qwen2\.5-vl"):
+        parse_model("embedded:qwen9-vl")
 
 
 @pytest.mark.parametrize("text", ["out/merged", "./out/merged", "local:out/merged"])

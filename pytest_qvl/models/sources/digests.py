@@ -1,4 +1,4 @@
-"""Weight files whose content is known: the embedded model's, and those of the Hugging Face hub's cache."""
+"""Weight files whose content is known: the embedded models', and those of the Hugging Face hub's cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from pytest_qvl.models.sources.embedded import EMBEDDED_SHA256, embedded_model_dir
+from pytest_qvl.models.sources.embedded import embedded_digest
 from pytest_qvl.models.sources.model_source import weight_files
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def known_digest(file: Path) -> str | None:
     real = file.resolve()
     if real.parent.name == "blobs" and _BLOB.fullmatch(real.name):
         return real.name
-    return EMBEDDED_SHA256 if real.parent == embedded_model_dir().resolve() else None
+    return embedded_digest(real.parent)
 
 
 def altered_files(folder: Path) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pytest_qvl.models.families import FAMILIES
-from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.embedded import FIRST, embedded_model_dir, embedded_names
 
 Kind = Literal["embedded", "local", "hub", "synthetic"]
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
@@ -57,13 +57,13 @@ class ModelSource:
 
     def __str__(self) -> str:
         if self.kind == "embedded":
-            return self.kind
+            return self.label.replace("-", ":", 1)
         return f"{self.kind}:{self.location}" + (f"@{self.revision}" if self.revision else "")
 
     @property
     def label(self) -> str:
-        """Short enough for a test id: ``embedded``, ``Qwen2.5-VL-7B-Instruct``, ``qwen2.5-vl-7b``."""
-        return self.kind if self.kind == "embedded" else Path(self.location).name or self.location
+        """Short enough for a test id: ``embedded``, ``embedded-qwen3-vl``, ``Qwen2.5-VL-7B-Instruct``."""
+        return Path(self.location).name or self.location
 
     @property
     def has_knowledge(self) -> bool:
@@ -88,8 +88,8 @@ def parse_model(text: str | os.PathLike[str], relative_to: Path | None = None) -
     A folder is opened as far as it is cheap: configuration, processor files, the header of every weight file.
 
     Args:
-        text: ``embedded``, a folder, a hub id with or without ``@revision``, or one with its kind in front
-            (``local:``, ``hub:``, ``synthetic:``).
+        text: ``embedded``, ``embedded:NAME``, a folder, a hub id with or without ``@revision``, or one with its kind
+            in front (``local:``, ``hub:``, ``synthetic:``).
         relative_to: Where relative folders start from; by default the current directory.
 
     Raises:
@@ -98,9 +98,9 @@ def parse_model(text: str | os.PathLike[str], relative_to: Path | None = None) -
     if not isinstance(text, str | os.PathLike):
         raise ModelSourceError(f"model {text!r} is of type {type(text).__name__}, not a name or folder; {_HELP}")
     text = os.fspath(text).strip()
-    if text == "embedded":
-        return ModelSource("embedded", str(embedded_model_dir()))
     prefix, colon, rest = text.partition(":")
+    if prefix == "embedded":
+        return ModelSource("embedded", str(_embedded(rest if colon else FIRST, text)))
     if colon and prefix == "synthetic":
         return ModelSource("synthetic", _released(rest, text))
     if colon and prefix == "hub":
@@ -125,6 +125,13 @@ def _hub_source(name: str, text: str) -> ModelSource:
     if match is None:
         raise ModelSourceError(f"model {text!r}: a hub id has the form owner/name; {_HELP}")
     return ModelSource("hub", match[1], match[2])
+
+
+def _embedded(name: str, text: str) -> Path:
+    if name not in embedded_names():
+        known = ", ".join(embedded_names())
+        raise ModelSourceError(f"model {text!r}: no embedded model is called {name!r}; known: {known}")
+    return embedded_model_dir(name)
 
 
 def _released(name: str, text: str) -> str:
