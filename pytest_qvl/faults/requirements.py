@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytest_qvl.checks.support.golden_data import GOLDEN_FILE
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.layers import family_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -55,7 +56,7 @@ def _sections_in_the_module(case: Case) -> bool:
     parts = anatomy(case.model)
     sections = getattr(parts.language_backbone.rotary_emb, "mrope_section", ())
     # Where axes take turns, one that asks for more than there are turns gets no more: other sections are the same ones.
-    fits = parts.family != "Qwen3-VL" or 3 * max(sections[1:], default=0) <= sum(sections)
+    fits = not family_of(parts).interleaved or 3 * max(sections[1:], default=0) <= sum(sections)
     return len(set(sections)) > 1 and fits
 
 

@@ -5,15 +5,17 @@ processor is typical of it, a small configuration with all of its features. A ne
 configurations in ``sources/released.json``. Standard library only, because a model's name is checked while pytest
 starts.
 
-Source of class and field names: ``transformers/models/qwen2_vl``, ``qwen2_5_vl`` and ``qwen3_vl``.
+Source of class and field names: ``transformers/models/qwen2_vl``, ``qwen2_5_vl``, ``qwen3_vl`` and ``qwen3_5``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+from pytest_qvl.releases import is_before
 
 SMALL_WIDTH = 128  # hidden size of the small random models' language backbone, which their vision tower writes into
 
@@ -36,6 +38,10 @@ class Family:
         video_time: What its positions count along a video: ``"patches"`` of frames, ``"seconds"`` times the
             configuration's ``tokens_per_second``, or nothing, since each frame stands alone behind its time in words
             (``"words"``).
+        interleaved: Whether the axes of its M-RoPE take turns over the frequencies, instead of a run of them each.
+        zero_centred_norms: Class of those of its norms that scale by ``1 + weight``; empty for none.
+        small_text: Fields of its text configuration in small random models, beside those that all families share.
+        since: The first release of Transformers that has it; empty for every supported one.
     """
 
     model_type: str
@@ -47,6 +53,15 @@ class Family:
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     video_time: str
+    interleaved: bool = False
+    zero_centred_norms: str = ""
+    small_text: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    since: str = ""
+
+    @property
+    def installed(self) -> bool:
+        """Whether the installed Transformers has it."""
+        return not self.since or not is_before("transformers", self.since)
 
 
 def _small(**fields: Any) -> Mapping[str, Any]:
@@ -104,6 +119,42 @@ _ROWS = (
         _HALF,
         _HALF,
         "words",
+        interleaved=True,
+    ),
+    Family(
+        "qwen3_5",
+        "Qwen3.5",
+        "Qwen3_5Config",
+        "Qwen3VLProcessor",
+        "qwen3.5-9b",
+        _small(
+            patch_size=16,
+            hidden_size=64,
+            intermediate_size=128,
+            out_hidden_size=SMALL_WIDTH,
+            num_position_embeddings=256,
+        ),
+        _HALF,
+        _HALF,
+        "words",
+        interleaved=True,
+        zero_centred_norms="Qwen3_5RMSNorm",
+        small_text=_small(
+            layer_types=["linear_attention", "linear_attention", "full_attention"],
+            head_dim=64,
+            linear_key_head_dim=32,
+            linear_num_key_heads=2,
+            linear_value_head_dim=32,
+            linear_num_value_heads=4,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10_000.0,
+                "mrope_section": [3, 3, 2],
+                "mrope_interleaved": True,
+                "partial_rotary_factor": 0.25,
+            },
+        ),
+        since="5.2",
     ),
 )
 FAMILIES: Mapping[str, Family] = MappingProxyType({row.model_type: row for row in _ROWS})

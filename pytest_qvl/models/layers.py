@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import TOWER
+from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.families import Family
 
 # Of every norm in the tower and its mergers; no configuration has a field for it.
 VISION_EPS = 1e-6
 # Base of the tower's rotary embedding in every release; configurations of older Transformers have no field for it.
 VISION_THETA = 10_000.0
+# The linear-attention mixer of Qwen3.5 in its layer, and the linears that its input goes through.
+MIXER, MIXER_INPUTS = "linear_attn", ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,11 @@ class Layer:
         number: Its place, from 0.
         module: The layer.
         norms: Before attention and before the MLP.
-        attention: The attention.
-        inputs: ``(q, k, v)``, or one linear that makes all three.
+        attention: The attention, or the linear-attention mixer in its place (Qwen3.5).
+        attends: Whether it is attention over keys and values.
+        inputs: ``(q, k, v)``, or one linear that makes all three; all that a mixer's input goes through.
         output: The linear behind the attention.
-        head_norms: Norms of queries and keys (Qwen3-VL), or empty.
+        head_norms: Norms of queries and keys (from Qwen3-VL on), or empty.
         mlp: The MLP.
     """
 
@@ -63,6 +68,7 @@ class Layer:
     output: Any
     head_norms: tuple[Any, ...]
     mlp: Mlp
+    attends: bool = True
 
     @property
     def parts(self) -> tuple[Any, ...]:
@@ -99,33 +105,32 @@ class Rope:
         kind: ``"default"``, or how context is extended (``"yarn"``).
         sections: Frequencies per axis: time, height, width.
         interleaved: Whether the axes take turns.
+        share: Of each head's width that is turned; the rest of it knows no position.
     """
 
     theta: float
     kind: str
     sections: tuple[int, ...]
     interleaved: bool
+    share: float = 1.0
 
 
 def language_layers(parts: Parts) -> list[Layer]:
     """Every layer of the language backbone, in order."""
     root, found = parts.roots["language"], []
     for number, layer in enumerate(parts.language_backbone.layers):
-        name, attention = f"{root}.layers.{number}", layer.self_attn
+        name = f"{root}.layers.{number}"
+        norms = (layer.input_layernorm, layer.post_attention_layernorm)
+        mlp = _mlp(f"{name}.mlp", layer.mlp, parts.text_config.hidden_act)
+        if not hasattr(layer, "self_attn"):
+            mixer = getattr(layer, MIXER)
+            inputs = tuple(getattr(mixer, key) for key in MIXER_INPUTS)
+            found.append(Layer(name, number, layer, norms, mixer, inputs, mixer.out_proj, (), mlp, attends=False))
+            continue
+        attention = layer.self_attn
         head_norms = tuple(getattr(attention, key) for key in ("q_norm", "k_norm") if hasattr(attention, key))
-        found.append(
-            Layer(
-                name,
-                number,
-                layer,
-                (layer.input_layernorm, layer.post_attention_layernorm),
-                attention,
-                (attention.q_proj, attention.k_proj, attention.v_proj),
-                attention.o_proj,
-                head_norms,
-                _mlp(f"{name}.mlp", layer.mlp, parts.text_config.hidden_act),
-            )
-        )
+        inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
+        found.append(Layer(name, number, layer, norms, attention, inputs, attention.o_proj, head_norms, mlp))
     return found
 
 
@@ -182,8 +187,19 @@ def rope_of(parts: Parts) -> Rope:
         float(scaling["rope_theta"] if theta is None else theta),
         "default" if kind == "mrope" else kind,
         tuple(scaling["mrope_section"]),
-        parts.family == "Qwen3-VL",
+        family_of(parts).interleaved,
+        float(scaling.get("partial_rotary_factor", getattr(config, "partial_rotary_factor", None) or 1.0)),
     )
+
+
+def family_of(parts: Parts) -> Family:
+    """The row of the model's family."""
+    return FAMILIES[parts.config.model_type]
+
+
+def centred_on_zero(parts: Parts, module: Any) -> bool:
+    """Whether a norm scales by one more than its weight, so that weights of zero leave what it normed as it is."""
+    return type(module).__name__ == family_of(parts).zero_centred_norms
 
 
 def vision_theta(parts: Parts) -> float:
@@ -202,7 +218,8 @@ def has_bias(parts: Parts, name: str) -> bool | None:
         return True
     if group == "language" and last in ("q_proj", "k_proj", "v_proj", "o_proj"):
         declared = getattr(parts.text_config, "attention_bias", None)
-        if parts.family == "Qwen3-VL":
+        attentions = (layer.self_attn for layer in parts.language_backbone.layers if hasattr(layer, "self_attn"))
+        if any(hasattr(attention, "q_norm") for attention in attentions):  # from Qwen3 on
             return bool(declared)
         return last != "o_proj"
     return None

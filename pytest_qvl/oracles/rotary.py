@@ -85,6 +85,14 @@ def vision_angles(positions: torch.Tensor, head_dim: int, theta: float = 10_000.
     return (positions.double()[..., None] * steps).flatten(-2)
 
 
+def rotated_in_part(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """:func:`rotated`, of as much of the width as there are angles for; the rest stays as it is (Qwen3.5)."""
+    import torch
+
+    width = cosines.shape[-1]
+    return torch.cat((rotated(x[..., :width], cosines, sines), x[..., width:]), dim=-1)
+
+
 def rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
     """``x * cos + rotate_half(x) * sin`` in the dtype that the three have together, each operation rounded to it."""
     import torch

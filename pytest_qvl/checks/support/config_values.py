@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import TOWER
-from pytest_qvl.models.layers import VISION_EPS, VISION_THETA
+from pytest_qvl.models.layers import MIXER, VISION_EPS, VISION_THETA, centred_on_zero
 from pytest_qvl.models.sources.loading import has_tied_head
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def _hold_epsilon(report: ConfigReport, parts: Parts, facts: Facts, name: str, m
     import torch
 
     epsilon = getattr(module, "variance_epsilon", None)
-    if epsilon is None and isinstance(module, torch.nn.LayerNorm):
+    if epsilon is None and (isinstance(module, torch.nn.LayerNorm) or centred_on_zero(parts, module)):
         epsilon = module.eps
     group = parts.group_of(name)
     if group in TOWER:
@@ -161,7 +161,10 @@ def _hold_epsilon(report: ConfigReport, parts: Parts, facts: Facts, name: str, m
 
 
 def _hold_attention(report: ConfigReport, facts: Facts, where: str, layer: Any) -> None:
-    attention = layer.self_attn
+    attention = getattr(layer, "self_attn", None)
+    if attention is None:  # a layer of Qwen3.5's with a linear-attention mixer
+        _hold_mixer(report, facts, f"{where}.{MIXER}", getattr(layer, MIXER))
+        return
     number = int(where.rpartition(".")[2])
     size, heads, groups = facts.head_dim, facts.text("num_attention_heads"), facts.text("num_key_value_heads")
     wanted = {
@@ -180,6 +183,20 @@ def _hold_attention(report: ConfigReport, facts: Facts, where: str, layer: Any) 
         report.problems.append(f"{where}.self_attn.sliding_window is {attention.sliding_window} instead of None")
 
 
+def _hold_mixer(report: ConfigReport, facts: Facts, where: str, mixer: Any) -> None:
+    wanted = {
+        "num_v_heads": facts.text("linear_num_value_heads"),
+        "num_k_heads": facts.text("linear_num_key_heads"),
+        "head_v_dim": facts.text("linear_value_head_dim"),
+        "head_k_dim": facts.text("linear_key_head_dim"),
+        "conv_kernel_size": facts.text("linear_conv_kernel_dim"),
+        "layer_idx": int(where.split(".")[-2]),
+        "activation": facts.text("hidden_act"),
+    }
+    for name, value in wanted.items():
+        report.hold(f"{where}.{name}", getattr(mixer, name, None), value)
+
+
 def _hold_rotary(report: ConfigReport, parts: Parts, facts: Facts) -> None:
     rotary = getattr(parts.language_backbone, "rotary_emb", None)
     name = f"{parts.roots['language']}.rotary_emb"
@@ -188,7 +205,8 @@ def _hold_rotary(report: ConfigReport, parts: Parts, facts: Facts) -> None:
         report.hold(f"{name}: attention_scaling", getattr(rotary, "attention_scaling", None), 1.0)
         theta, size = facts.rope("rope_theta"), facts.head_dim
         if theta and size:
-            _hold_frequencies(report, name, rotary, float(theta), size)
+            share = facts.rope("partial_rotary_factor") or 1.0
+            _hold_frequencies(report, name, rotary, float(theta), int(size * share))
     else:
         report.notes.append(f"frequencies of the rotary embedding are not judged: its kind is {facts.rope_kind!r}")
     size = facts.vision_head_dim

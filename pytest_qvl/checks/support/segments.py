@@ -11,6 +11,7 @@ from pytest_qvl.checks.support.activations import leaves, outputs
 from pytest_qvl.checks.support.cross_entropy import token_losses
 from pytest_qvl.checks.support.rounding import a_last_place_off, last_place_noise
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.layers import MIXER
 from pytest_qvl.models.training import without_dropout
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
-BRANCHES = ("self_attn", "mlp")
+BRANCHES = (("self_attn", MIXER), ("mlp",))  # one of each
 
 
 class Segment(Protocol):
@@ -153,6 +154,10 @@ class Layers:
         return {each for each, count in seen.items() if count > 1}
 
 
+def _branch(layer: Any, names: tuple[str, ...]) -> Any:
+    return next((getattr(layer, name) for name in names if hasattr(layer, name)), None)
+
+
 def _trained(module: nn.Module, name: str, shared: set[int]) -> dict[str, nn.Parameter]:
     return {
         f"{name}.{key}": parameter
@@ -247,7 +252,7 @@ class Layer:
         """What comes out, in float64; where the layer is a sum, without the rounding of that."""
         import torch
 
-        with torch.no_grad(), outputs([getattr(self.module, name, None) for name in BRANCHES]) as added:
+        with torch.no_grad(), outputs([_branch(self.module, names) for names in BRANCHES]) as added:
             out = self._called(x).double()
         if self.adds_up is False or len(added) != len(BRANCHES):
             return out

@@ -10,7 +10,7 @@ from pytest_qvl.models.families import FAMILIES, SMALL_WIDTH
 if TYPE_CHECKING:
     import torch
 
-RANDOM_FAMILIES = tuple(sorted(FAMILIES))
+RANDOM_FAMILIES = tuple(sorted(name for name, row in FAMILIES.items() if row.installed))
 
 
 def random_model(
@@ -72,6 +72,11 @@ def random_config(
         "rope_parameters": rope,
         "rope_scaling": {**rope, "type": "mrope"},
     }
+    own = deepcopy(dict(FAMILIES[family].small_text))
+    if kinds := own.pop("layer_types", None):
+        own["layer_types"] = [kinds[number % len(kinds)] for number in range(layers)]
+        del text_config["rope_theta"], text_config["rope_scaling"]
+    text_config |= own
     vision_config: dict[str, Any] = {
         "depth": blocks,
         "num_heads": 2,

@@ -113,7 +113,7 @@ def _load_image_only(source: str, **kwargs: Any) -> Any:
     settings: dict[str, Any] = ProcessorMixin.get_processor_dict(source, **kwargs)[0]
     image_settings: dict[str, Any] = image_processor_class.get_image_processor_dict(source, **kwargs)[0]
     name = settings.get("processor_class") or image_settings.get("processor_class") or DEFAULT.processor_class
-    known = [family.processor_class for family in FAMILIES.values()]
+    known = list(dict.fromkeys(family.processor_class for family in FAMILIES.values()))
     if name not in known:
         raise ValueError(f"{source} is for {name}; this package knows {', '.join(known)}")
     tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.families import FAMILIES, Family
 
 # The processor refuses images more oblong than this (``smart_resize`` in Transformers).
 MAX_ASPECT_RATIO = 200
@@ -87,22 +87,36 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def released_names() -> tuple[str, ...]:
-    """Names of all built-in configurations, such as ``"qwen2.5-vl-7b"``, in alphabetical order."""
-    return tuple(sorted(_models()))
+    """Names of all built-in configurations, such as ``"qwen2.5-vl-7b"``, in alphabetical order.
+
+    Those of families that the installed Transformers does not have yet are left out.
+    """
+    return tuple(sorted(name for name, model in _models().items() if _family(model).installed))
+
+
+def _family(model: dict[str, Any]) -> Family:
+    return FAMILIES[model["config"]["model_type"]]
 
 
 def released_config(name: str) -> Any:
     """A fresh Transformers configuration with the values of the released checkpoint.
 
-    A ``Qwen2VLConfig``, ``Qwen2_5_VLConfig`` or ``Qwen3VLConfig``.
+    A ``Qwen2VLConfig``, ``Qwen2_5_VLConfig``, ``Qwen3VLConfig`` or ``Qwen3_5Config``.
 
     Raises:
-        ValueError: No such name; the message lists the known ones.
+        ValueError: No such name, or one that the installed Transformers has no class for; the message lists the known
+            ones.
     """
     import transformers
 
     fields = deepcopy(_model(name)["config"])
-    return getattr(transformers, FAMILIES[fields["model_type"]].config_class).from_dict(fields)
+    family = _family(_model(name))
+    if not family.installed:
+        raise ValueError(
+            f"{name!r} needs Transformers {family.since} or newer for {family.label}; known to this one: "
+            f"{', '.join(released_names())}"
+        )
+    return getattr(transformers, family.config_class).from_dict(fields)
 
 
 def expectations(name: str) -> dict[str, int]:

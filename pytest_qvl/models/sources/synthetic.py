@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
+from pytest_qvl.models.layers import centred_on_zero
 from pytest_qvl.models.sources.loading import LoadingReport, keep_report, wanted_tensors
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 BIAS_STD = 0.02
-RESIDUAL_WRITERS = ("o_proj", "down_proj", "proj", "fc2", "linear_fc2")
+RESIDUAL_WRITERS = ("o_proj", "out_proj", "down_proj", "proj", "fc2", "linear_fc2")
+# A head's memory in a linear-attention mixer: decay rates and steps as its authors start them (Gu and Dao 2023,
+# section 3.6), so that heads forget within a token up to a thousand.
+DECAY, STEP = (1.0, 16.0), (1e-3, 1e-1)
 _KEPT_AS = "_qvl_drawn"
 
 
@@ -177,9 +181,7 @@ def draw_again(parts: Parts, module: nn.Module, name: str, drawn: Drawn) -> torc
     shape = drawn_shape(module, name.rpartition(".")[2])
     values = torch.empty(shape, dtype=drawn.dtype, device=drawn.device)
     if len(shape) == 1:
-        if name.endswith("bias"):
-            return values.normal_(0.0, BIAS_STD, generator=generator)
-        return values.fill_(1.0)  # normalisation gains
+        return _drawn_vector(parts, module, name.rpartition(".")[2], values, generator)
     if isinstance(module, nn.Embedding) and not parts.config.tie_word_embeddings:
         return values.normal_(0.0, 1.0, generator=generator)
     std = 1.0 / math.sqrt(math.prod(shape[1:]))
@@ -188,6 +190,20 @@ def draw_again(parts: Parts, module: nn.Module, name: str, drawn: Drawn) -> torc
         depth = len(parts.blocks) if in_vision else parts.text_config.num_hidden_layers
         std /= math.sqrt(2 * depth)
     return values.normal_(0.0, std, generator=generator)
+
+
+def _drawn_vector(
+    parts: Parts, module: nn.Module, key: str, values: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """Biases, normalisation gains, and what the heads of a linear-attention mixer remember, into `values`."""
+    if key == "A_log":
+        return values.uniform_(*DECAY, generator=generator).log_()
+    if key == "dt_bias":  # softplus of it is the step
+        low, high = (math.log(each) for each in STEP)
+        return values.uniform_(low, high, generator=generator).exp_().expm1_().log_()
+    if key.endswith("bias"):
+        return values.normal_(0.0, BIAS_STD, generator=generator)
+    return values.fill_(0.0 if centred_on_zero(parts, module) else 1.0)
 
 
 def _store(module: nn.Module, key: str, parameter: Any, values: torch.Tensor, device: torch.device) -> nn.Parameter:

@@ -1,7 +1,8 @@
 """A processor for synthetic weights: real classes, real special-token ids, nothing downloaded.
 
-The released tokenizers put their special tokens at ids 151643 and above. Here the 256 byte tokens come first and
-unreachable fillers take the rest, so that every text still encodes, byte by byte, and every special id is the real one.
+The released tokenizers put their special tokens at ids 151643 and above, those of Qwen3.5 at 248044 and above, in one
+order. Here the 256 byte tokens come first and unreachable fillers take the rest, so that every text still encodes, byte
+by byte, and every special id is the real one.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from pytest_qvl.models.sources.model_source import ModelSource, ModelSourceError
 from pytest_qvl.models.sources.processors import load_processor
 from pytest_qvl.models.sources.released import image_sizes, released_config
 
-FIRST_SPECIAL = 151643
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -105,7 +105,8 @@ def write_processor(folder: Path, name: str) -> None:
 
     config = released_config(name)
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    for i in range(len(vocabulary), FIRST_SPECIAL):
+    first_special = config.image_token_id - SPECIAL_TOKENS.index("<|image_pad|>")
+    for i in range(len(vocabulary), first_special):
         vocabulary[f"<filler {i}>"] = i
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

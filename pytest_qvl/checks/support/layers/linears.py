@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.layers.copies import place_of
 from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.anatomy import TOWER
-from pytest_qvl.models.layers import VISION_EPS, has_bias
+from pytest_qvl.models.layers import VISION_EPS, centred_on_zero, has_bias
 from pytest_qvl.oracles import elementary, nf4
 from pytest_qvl.oracles.bounds import unit
 
@@ -137,38 +137,45 @@ def judge_code_book(tally: Tally, name: str, module: Any) -> None:
     tally.same(BOOK, name, state.code.float(), expected, f"has another number than the paper at {first}")
 
 
-def _normed(module: Any, x: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:
+def gain_of(parts: Parts, norm: Any) -> torch.Tensor:
+    """What a norm multiplies by."""
+    weight: torch.Tensor = norm.weight.detach()
+    return 1 + weight.float() if centred_on_zero(parts, norm) else weight
+
+
+def _normed(parts: Parts, module: Any, x: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:
     """What an RMS norm, or a layer norm, which has a bias, makes of x."""
-    weight, bias = module.weight.detach(), getattr(module, "bias", None)
+    weight, bias = gain_of(parts, module), getattr(module, "bias", None)
     if bias is None:
         return elementary.rms_norm(x, weight, eps, dtype)
     return elementary.layer_norm(x, weight, bias.detach(), eps, dtype)
 
 
-def judge_norm(tally: Tally, name: str, call: Call, eps: float) -> None:
+def judge_norm(tally: Tally, parts: Parts, name: str, call: Call) -> None:
     """An RMS or layer norm on its own input."""
-    tally.hold(NORM, name, call.made, _normed(call.module, call.given, eps, call.made.dtype))
+    eps = norm_epsilon(parts, name)
+    tally.hold(NORM, name, call.made, _normed(parts, call.module, call.given, eps, call.made.dtype))
 
 
-def judge_epsilon(tally: Tally, name: str, module: Any, like: torch.Tensor, eps: float) -> None:
+def judge_epsilon(tally: Tally, parts: Parts, name: str, module: Any, like: torch.Tensor) -> None:
     """The eps of a norm, by what it makes of numbers as small: of ``±sqrt(eps)`` it halves the power.
 
     On the activations of a model eps is far below their variance, and a wrong one is lost in 16-bit rounding.
     """
     import torch
 
-    width = like.shape[-1]
+    width, eps = like.shape[-1], norm_epsilon(parts, name)
     signs = 1 - 2 * (torch.arange(width, device=like.device) % 2)
     x = (signs * eps**0.5).to(like.dtype)[None]
     got = module(x).detach()
 
     def words() -> str:
         shift = 0.0 if getattr(module, "bias", None) is None else module.bias.detach().float()
-        gains = (got.float() - shift).abs() / module.weight.detach().float().abs()
+        gains = (got.float() - shift).abs() / gain_of(parts, module).float().abs()
         found = float((x.float().square() * (gains**-2 - 1)).nanmedian())
         return f"computes as with eps {found:.2g}, not {eps:g}"
 
-    tally.hold(EPSILON, name, got, _normed(module, x, eps, got.dtype), words)
+    tally.hold(EPSILON, name, got, _normed(parts, module, x, eps, got.dtype), words)
 
 
 def norm_epsilon(parts: Parts, name: str) -> float:

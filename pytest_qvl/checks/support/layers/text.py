@@ -9,11 +9,11 @@ from pytest_qvl.checks.support.layers.compose import FUSED, RESIDUAL, judge_mlp,
 from pytest_qvl.checks.support.layers.scores import other_scaling
 from pytest_qvl.checks.support.layers.tally import HANDED_ON, error_over_limit, multiple
 from pytest_qvl.checks.support.layers.turns import Turns
-from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, mergers
+from pytest_qvl.models.layers import MIXER, cached_layer, head_sizes, language_layers, mergers, rope_of
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import attention as oracle
 from pytest_qvl.oracles import elementary, rotary
-from pytest_qvl.oracles.bounds import Claim, underflow, unit
+from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, Claim, underflow, unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +45,7 @@ class Text:
     def __init__(self, parts: Parts, tally: Tally, flow: Flow, attended: torch.Tensor) -> None:
         self._parts, self._tally, self._flow, self._attended = parts, tally, flow, attended
         self._heads, _key_heads, self._width = head_sizes(parts)
+        self._share = rope_of(parts).share
         self._turns = Turns(parts, tally)
         self._history: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._before: torch.Tensor | None = None
@@ -59,7 +60,8 @@ class Text:
         flow.watch(backbone.rotary_emb, self._turns.judge)
         for layer in language_layers(self._parts):
             flow.record(layer.parts)
-            flow.watch(layer.attention, partial(self._judge_attention, layer))
+            judge = self._judge_attention if layer.attends else self._judge_mixer
+            flow.watch(layer.attention, partial(judge, layer))
             flow.watch(layer.mlp.module, partial(judge_mlp, self._tally, flow, layer.mlp))
             flow.watch(layer.module, partial(self._judge_layer, layer))
         flow.watch(backbone.norm, self._judge_end)
@@ -140,7 +142,7 @@ class Text:
             tally.handed_on(name, got, made, "is given other rotary positions than the backbone's")
         query, key, value = self._projected(layer, name)
         cosines, sines = (self._turns.combined(each)[:, None] for each in turns)
-        query, new = rotary.rotated(query, cosines, sines), rotary.rotated(key, cosines, sines)
+        query, new = rotary.rotated_in_part(query, cosines, sines), rotary.rotated_in_part(key, cosines, sines)
         held = kv_cache_in(call.kwargs)
         keys, values = (new, value) if held is None else self._extended(layer.number, new, value)
         cache = None if held is None else cached_layer(held, layer.number)
@@ -154,10 +156,38 @@ class Text:
         if layer.attention.training and getattr(self._parts.text_config, "attention_dropout", 0.0):
             tally.leave_out("attention drops weights in training", name)
             claims = iter(())
-        for row, (looked, attend) in enumerate(claims):
+        gate = self._gate(layer)
+        for row, (looked, plain) in enumerate(claims):
+            attend = plain if gate is None else partial(_gated, plain, gate[row][:, looked])
             part, claim = got[row][:, looked], attend(width**-0.5)
             tally.hold(ATTENTION, name, part, claim, partial(_words, part, claim, attend, width**-0.5))
         flow.forget((*layer.inputs, layer.output, *layer.head_norms))
+
+    def _judge_mixer(self, layer: Layer, call: Call) -> None:
+        """What a linear-attention mixer gives its linears and returns; what it computes between them is not judged."""
+        flow, tally, name = self._flow, self._tally, f"{layer.name}.{MIXER}"
+        if not flow.seen((*layer.inputs, layer.output)):
+            tally.leave_out(FUSED, name)
+        else:
+            given = call.given
+            if not bool(self._attended.all()) and given.shape[:2] == self._attended.shape:
+                given = given * self._attended.to(given.device)[..., None]  # padding enters no state
+            for linear in layer.inputs:
+                words = "does not give its own input, padding zeroed, to its linears"
+                tally.handed_on(name, flow.given_to(linear), given, words)
+            tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what out_proj does")
+            tally.leave_out("there is no oracle of the convolution, the recurrence and the gated norm", name)
+        flow.forget((*layer.inputs, layer.output))
+
+    def _gate(self, layer: Layer) -> torch.Tensor | None:
+        """What a layer multiplies its attention by, ``(rows, heads, length, width)``; None for a family without."""
+        import torch
+
+        joint = self._flow.made_by(layer.inputs[0])
+        if joint.shape[-1] == self._heads * self._width:
+            return None
+        split = joint.view(*joint.shape[:-1], self._heads, 2 * self._width)
+        return torch.sigmoid(split[..., self._width :]).transpose(1, 2)
 
     def _projected(self, layer: Layer, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values by head, ``(rows, heads, length, width)``, after their norms."""
@@ -165,6 +195,8 @@ class Text:
         for place, linear in enumerate(layer.inputs):
             joint = self._flow.made_by(linear)
             split = joint.view(*joint.shape[:-1], -1, self._width)
+            if place == 0 and joint.shape[-1] != self._heads * self._width:  # each head's query, then its gate
+                split = joint.view(*joint.shape[:-1], self._heads, 2 * self._width)[..., : self._width]
             if place < len(layer.head_norms):
                 norm = layer.head_norms[place]
                 self._tally.handed_on(name, self._flow.given_to(norm), split, "norms something else than q or k")
@@ -193,7 +225,9 @@ class Text:
             tally.fail(CACHE, name, f"holds keys of {cache.keys.shape[-2]} tokens after {keys.shape[2]}")
             return False
         single = keys.float()
-        partner = torch.cat(single.chunk(2, dim=-1)[::-1], dim=-1)
+        turned = int(single.shape[-1] * self._share)
+        partner = torch.zeros_like(single)
+        partner[..., :turned] = torch.cat(single[..., :turned].chunk(2, dim=-1)[::-1], dim=-1)
         limit = 3 * unit(keys.dtype) * (single.abs() + partner.abs()) + underflow(keys.dtype)
         tally.hold(CACHE, name, cache.keys, Claim(single, limit), partial(_stale, cache.keys, keys, "keys"))
         tally.same(CACHE, name, cache.values, values, _stale(cache.values, values, "values"))
@@ -225,6 +259,14 @@ class Text:
                 return oracle.attention(*given, scaling, eager=self._eager, inexact=inexact)
 
             yield seen, attend
+
+
+def _gated(attend: Attend, gate: torch.Tensor, scaling: float, **looks: bool) -> Claim:
+    """What attention gives, times a gate in its own dtype: gate and product are rounded once each."""
+    plain, factor = attend(scaling, **looks), gate.float()
+    value = plain.value * factor
+    rounding = 2 * unit(gate.dtype) * (value.abs() + plain.limit * factor) + FUNCTION * SINGLE * plain.value.abs()
+    return Claim(value, plain.limit * factor + rounding + underflow(gate.dtype))
 
 
 def _words(got: torch.Tensor, claim: Claim, attend: Attend, scaling: float) -> str:

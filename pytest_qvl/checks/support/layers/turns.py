@@ -40,7 +40,7 @@ class Turns:
     def __init__(self, parts: Parts, tally: Tally) -> None:
         self._parts, self._tally, self._rope = parts, tally, rope_of(parts)
         axes = rotary.axis_of_each_frequency(self._rope.sections, interleaved=self._rope.interleaved)
-        self._axes = axes if len(axes) == head_sizes(parts)[2] // 2 else None
+        self._axes = axes if len(axes) == int(head_sizes(parts)[2] * self._rope.share) // 2 else None
         self.made: tuple[torch.Tensor, ...] = ()
 
     @property

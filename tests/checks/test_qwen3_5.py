@@ -1,0 +1,146 @@
+"""What only Qwen3.5 has: linear-attention layers, gated attention, partial rotation, norms centred on zero."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from pytest_qvl.checks import CheckFailed, QuantizationPolicy, adapter_census, layer_arithmetic, mrope_positions
+from pytest_qvl.faults.case import Case, load, lora_config
+from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
+from pytest_qvl.faults.subject import embedded
+from pytest_qvl.faults.tools import after, attribute, before, values
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import language_layers, rope_of
+from pytest_qvl.models.quantized import usual_quantization
+from pytest_qvl.samples import scenes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*:UserWarning:peft"),
+    pytest.mark.skipif("qwen3_5" not in RANDOM_FAMILIES, reason="Transformers has no Qwen3.5 yet"),
+]
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def _base(dtype: str) -> Any:
+    kind = getattr(torch, dtype)
+    return random_model("qwen3_5", seed=0, dtype=kind, quantization_config=usual_quantization(kind))
+
+
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def case(processor: Any, request: pytest.FixtureRequest) -> Iterator[Case]:
+    """A random model with two linear-attention layers before one of full attention, and padded rows."""
+    from peft import get_peft_model
+
+    dtype = request.param
+    base, config = _base(dtype), lora_config()
+    unrecorded: Any = None
+    rows, policy = scenes(3, 1, ["side", "text"]), QuantizationPolicy(compute_dtype=dtype)
+    with attribute(processor.image_processor, "patch_size", base.config.vision_config.patch_size):
+        model = get_peft_model(base, config).eval()
+        yield Case(model, processor, config, policy, rows, rows, unrecorded, load, embedded(dtype))
+
+
+def _judge(case: Case) -> Any:
+    return layer_arithmetic(case.model, case.batch(), case.lora_config)
+
+
+def _attention(case: Case) -> Any:
+    return language_layers(anatomy(case.model))[-1].attention
+
+
+def test_a_healthy_model_passes_and_what_was_left_out_is_said(case: Case) -> None:
+    evidence = _judge(case)
+    assert evidence.table is not None
+    operations = {str(name) for name, *_ in evidence.table.rows}
+    assert operations >= {"attention", "key-value cache", "rotary embedding", "norm", "4-bit product", "LoRA"}
+    assert [note for note in evidence.notes if "no oracle of the convolution" in note]
+    assert len(evidence.notes) == 1, evidence.notes
+
+
+def test_the_layers_are_told_apart(case: Case) -> None:
+    layers = language_layers(anatomy(case.model))
+    assert [layer.attends for layer in layers] == [False, False, True]
+    assert [len(layer.inputs) for layer in layers] == [4, 4, 3]
+    assert rope_of(anatomy(case.model)).share == 0.25
+
+
+def test_an_attention_without_its_gate_is_named(case: Case) -> None:
+    """A kernel that leaves the gate out returns what attention gives: the gate is taken out of o_proj's input again."""
+    attention = _attention(case)
+    gates: list[torch.Tensor] = []
+
+    def keep(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        split = output.view(*output.shape[:-1], -1, 2 * attention.head_dim)
+        gates.append(torch.sigmoid(split[..., attention.head_dim :]).flatten(-2))
+
+    def ungated(_module: Any, args: Any, kwargs: Any) -> Any:
+        return (args[0] / gates[-1], *args[1:]), kwargs
+
+    with after([attention.q_proj], keep), before([attention.o_proj], ungated), pytest.raises(CheckFailed) as failure:
+        _judge(case)
+    assert "attention: model.language_model.layers.2.self_attn" in str(failure.value)
+
+
+def test_norms_are_centred_on_zero(case: Case) -> None:
+    norm = language_layers(anatomy(case.model))[0].norms[0]
+    with values(norm.weight, lambda weight: weight + 0.5):
+        _judge(case)
+    plain = type(norm).forward
+
+    def without_one(x: torch.Tensor) -> torch.Tensor:
+        return plain(norm, x) - norm._norm(x.float()).type_as(x)
+
+    with attribute(norm, "forward", without_one), pytest.raises(CheckFailed, match=r"norm: model.*input_layernorm"):
+        _judge(case)
+
+
+def test_a_rotation_over_the_whole_head_is_named(case: Case) -> None:
+    rotary: Any = anatomy(case.model).language_backbone.rotary_emb
+    with values(rotary.inv_freq, lambda own: own.pow(0.25)), pytest.raises(CheckFailed, match="rotary embedding: "):
+        _judge(case)
+
+
+def test_padding_that_enters_a_mixer_is_named(case: Case) -> None:
+    mixers = [layer.attention for layer in language_layers(anatomy(case.model)) if not layer.attends]
+
+    def unmasked(_module: Any, args: Any, kwargs: Any) -> Any:
+        return args, {**kwargs, "attention_mask": None}
+
+    with before(mixers, unmasked), pytest.raises(CheckFailed) as failure:
+        _judge(case)
+    assert "linear_attn does not give its own input, padding zeroed, to its linears" in str(failure.value)
+
+
+def test_what_a_mixer_returns_is_held(case: Case) -> None:
+    mixer = language_layers(anatomy(case.model))[1].attention
+    with after([mixer], lambda _m, _a, output: 1.01 * output), pytest.raises(CheckFailed) as failure:
+        _judge(case)
+    assert "layers.1.linear_attn does not return what out_proj does" in str(failure.value)
+
+
+def test_positions_are_those_of_the_oracle(case: Case) -> None:
+    mrope_positions(case.model, case.batch())
+
+
+def test_the_usual_adapter_is_on_every_linear_of_the_text(case: Case) -> None:
+    evidence = adapter_census(case.model, case.lora_config)
+    assert evidence.notes == ()
+    assert evidence.table is not None
+    linears = [n for n, _ in anatomy(case.model).named_linears() if anatomy(case.model).group_of(n) == "language"]
+    assert {row[0]: row[2] for row in evidence.table.rows}["language"] == len(linears) == 2 * 8 + 7
+
+
+def test_what_seven_names_leave_out_is_named() -> None:
+    from peft import get_peft_model
+
+    config = lora_config(target_modules=SEVEN)
+    evidence = adapter_census(get_peft_model(_base("float32"), config), config)
+    (note,) = evidence.notes
+    assert "2 of 3 layers mix tokens by linear attention without an adapter on it: 10 linears of" in note
+    assert "model.language_model.layers.0.linear_attn" in note
