@@ -45,6 +45,7 @@ FAMILIES = {
     "disk": "adapters on disk",
     "layers": "arithmetic of layers",
     "cache": "arithmetic of layers",
+    "recurrent": "linear attention",
     "logits": "arithmetic of layers",
     "lora": "arithmetic of adapters",
     "library": "library and files, before any reference",

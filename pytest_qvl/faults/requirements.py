@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pytest_qvl.checks.support.golden_data import GOLDEN_FILE
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.families import FAMILIES
-from pytest_qvl.models.layers import family_of
+from pytest_qvl.models.layers import family_of, language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,6 +22,7 @@ Requirement = Literal[
     "gated vision MLP",
     "mrope sections in the module",
     "DeepStack",
+    "linear attention",
     "checkpoint file",
     "golden record",
     "biases of q, k and v",
@@ -64,6 +65,10 @@ def _deepstack(case: Case) -> bool:
     return hasattr(anatomy(case.model).vision_tower, "deepstack_merger_list")
 
 
+def _linear_attention(case: Case) -> bool:
+    return any(not layer.attends for layer in language_layers(anatomy(case.model)))
+
+
 def _checkpoint_file(case: Case) -> bool:
     source = case.subject.source
     return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
@@ -74,7 +79,8 @@ def _golden_record(case: Case) -> bool:
 
 
 def _attention_biases(case: Case) -> bool:
-    return anatomy(case.model).language_backbone.layers[0].self_attn.q_proj.bias is not None
+    attending = (layer for layer in language_layers(anatomy(case.model)) if layer.attends)
+    return next(attending).inputs[0].bias is not None
 
 
 def _clip(case: Case) -> bool:
@@ -99,6 +105,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
         "needs a rotary module that keeps sections, which differ and fit; releases before 5.17 leave them to attention",
     ),
     "DeepStack": (_deepstack, "needs DeepStack and learned positions in the tower: only Qwen3-VL has them"),
+    "linear attention": (_linear_attention, "needs layers of linear attention: only Qwen3.5 has them"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),

@@ -6,10 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.compose import FUSED, RESIDUAL, judge_mlp, judge_residuals
+from pytest_qvl.checks.support.layers.mixers import Mixers
 from pytest_qvl.checks.support.layers.scores import other_scaling
 from pytest_qvl.checks.support.layers.tally import HANDED_ON, error_over_limit, multiple
 from pytest_qvl.checks.support.layers.turns import Turns
-from pytest_qvl.models.layers import MIXER, cached_layer, head_sizes, language_layers, mergers, rope_of
+from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, mergers, rope_of
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import attention as oracle
 from pytest_qvl.oracles import elementary, rotary
@@ -47,6 +48,7 @@ class Text:
         self._heads, _key_heads, self._width = head_sizes(parts)
         self._share = rope_of(parts).share
         self._turns = Turns(parts, tally)
+        self._mixers = Mixers(parts, tally, flow, attended)
         self._history: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._before: torch.Tensor | None = None
         self._between: tuple[Any, Any] = None, ()
@@ -60,16 +62,20 @@ class Text:
         flow.watch(backbone.rotary_emb, self._turns.judge)
         for layer in language_layers(self._parts):
             flow.record(layer.parts)
-            judge = self._judge_attention if layer.attends else self._judge_mixer
-            flow.watch(layer.attention, partial(judge, layer))
+            if layer.attends:
+                flow.watch(layer.attention, partial(self._judge_attention, layer))
+            else:
+                self._mixers.watch(layer)
+                flow.watch(layer.attention, partial(self._mixers.judge, layer))
             flow.watch(layer.mlp.module, partial(judge_mlp, self._tally, flow, layer.mlp))
             flow.watch(layer.module, partial(self._judge_layer, layer))
         flow.watch(backbone.norm, self._judge_end)
         flow.watch(self._parts.lm_head, self._judge_head)
 
     def restart(self) -> None:
-        """Forget the keys and values of the sequence so far."""
+        """Forget the keys, values and states of the sequence so far."""
         self._history.clear()
+        self._mixers.restart()
 
     def _judge_layer(self, layer: Layer, call: Call) -> None:
         if self._before is not None:
@@ -162,22 +168,6 @@ class Text:
             part, claim = got[row][:, looked], attend(width**-0.5)
             tally.hold(ATTENTION, name, part, claim, partial(_words, part, claim, attend, width**-0.5))
         flow.forget((*layer.inputs, layer.output, *layer.head_norms))
-
-    def _judge_mixer(self, layer: Layer, call: Call) -> None:
-        """What a linear-attention mixer gives its linears and returns; what it computes between them is not judged."""
-        flow, tally, name = self._flow, self._tally, f"{layer.name}.{MIXER}"
-        if not flow.seen((*layer.inputs, layer.output)):
-            tally.leave_out(FUSED, name)
-        else:
-            given = call.given
-            if not bool(self._attended.all()) and given.shape[:2] == self._attended.shape:
-                given = given * self._attended.to(given.device)[..., None]  # padding enters no state
-            for linear in layer.inputs:
-                words = "does not give its own input, padding zeroed, to its linears"
-                tally.handed_on(name, flow.given_to(linear), given, words)
-            tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what out_proj does")
-            tally.leave_out("there is no oracle of the convolution, the recurrence and the gated norm", name)
-        flow.forget((*layer.inputs, layer.output))
 
     def _gate(self, layer: Layer) -> torch.Tensor | None:
         """What a layer multiplies its attention by, ``(rows, heads, length, width)``; None for a family without."""

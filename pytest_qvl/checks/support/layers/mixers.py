@@ -1,0 +1,218 @@
+"""Linear attention of the language backbone (Qwen3.5): convolution, gates, recurrence, and what is kept of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.layers.compose import FUSED
+from pytest_qvl.models.layers import MIXER
+from pytest_qvl.oracles import delta, elementary
+from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, TAIL, Claim, underflow, unit
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_qvl.checks.support.layers.flow import Call, Flow
+    from pytest_qvl.checks.support.layers.tally import Tally
+    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.layers import Layer
+
+RECURRENCE, GATED_NORM = "gated delta rule", "gated norm"
+# Equal computations in float32 that rounding is learned from: token by token, and by chunks of these sizes. 64 is that
+# of FLA's kernels and of Transformers' own.
+CHUNKS = (0, 16, 32, 64)
+# Of each of them, with every rounding moved at random.
+RUNS = 4
+
+
+@dataclass
+class _State:
+    """What a layer keeps from one call to the next.
+
+    Attributes:
+        tail: The last inputs of the convolution.
+        exact: S in float64.
+        rounded: S of each float32 computation.
+    """
+
+    tail: torch.Tensor
+    exact: torch.Tensor
+    rounded: list[torch.Tensor]
+
+
+class Mixers:
+    """Judges linear-attention mixers while they run.
+
+    What a mixer hands to its norm is held to the recurrence in float64, on what its own projections gave, with the
+    state that the earlier calls have to have left. How far a healthy one may be off is learned from sixteen runs in
+    float32: in four orders of computing (:data:`CHUNKS`), with each number that is rounded moved by up to half a step
+    of its dtype, by the last places that a function may be off (:data:`~.bounds.FUNCTION`), and each logarithm of a
+    decay by half a step of the sum that kernels keep of them over a chunk. The sum of so many independent errors
+    exceeds :data:`~.bounds.TAIL` of its standard deviations once in 4e17 (see :mod:`pytest_qvl.oracles.bounds`). These
+    are taken over the runs and the width of a head, relative to each number and the head's mean, since some errors
+    scale a whole head and some do not. Sixteen runs find less than half of one once in a thousand times, so that no
+    token's counts for less than the mean of its head's.
+
+    Args:
+        parts: The model.
+        tally: Where findings go.
+        flow: What modules are given and make.
+        attended: ``(rows, length)`` bool: which tokens of the prompt are no padding.
+    """
+
+    def __init__(self, parts: Parts, tally: Tally, flow: Flow, attended: torch.Tensor) -> None:
+        self._parts, self._tally, self._flow, self._attended = parts, tally, flow, attended
+        self._states: dict[int, _State] = {}
+        self._gates: dict[int, torch.Tensor] = {}
+
+    def restart(self) -> None:
+        """Forget the sequence so far."""
+        self._states.clear()
+
+    def watch(self, layer: Layer) -> None:
+        """Put a hook on the norm of a mixer."""
+
+        def keep_gate(call: Call) -> None:
+            gate = call.kwargs.get("gate", call.positional[1] if len(call.positional) > 1 else None)
+            if gate is not None:
+                self._gates[layer.number] = gate.detach()
+
+        self._flow.watch(layer.attention.norm, keep_gate)
+
+    def judge(self, layer: Layer, call: Call) -> None:
+        """One call of a mixer."""
+        flow, tally, name = self._flow, self._tally, f"{layer.name}.{MIXER}"
+        mixer: Any = layer.attention
+        modules = (*layer.inputs, mixer.norm, layer.output)
+        if not flow.seen(modules) or layer.number not in self._gates:
+            tally.leave_out(FUSED, name)
+        else:
+            self._judge_handing_on(layer, call, name)
+            self._judge_recurrence(layer, name)
+            self._judge_norm(layer, name)
+        flow.forget(modules)
+        self._gates.pop(layer.number, None)
+
+    def _judge_handing_on(self, layer: Layer, call: Call, name: str) -> None:
+        flow, tally = self._flow, self._tally
+        given = call.given
+        if not bool(self._attended.all()) and given.shape[:2] == self._attended.shape:
+            given = given * self._attended.to(given.device)[..., None]  # padding enters no state
+        for linear in layer.inputs:
+            words = "does not give its own input, padding zeroed, to its linears"
+            tally.handed_on(name, flow.given_to(linear), given, words)
+        normed = flow.made_by(layer.attention.norm)
+        words = "does not give what its norm returned to out_proj"
+        tally.handed_on(name, flow.given_to(layer.output).flatten(), normed.flatten(), words)
+        gate = flow.made_by(layer.inputs[1])
+        words = "does not gate its norm by in_proj_z"
+        tally.handed_on(name, self._gates[layer.number].flatten(), gate.flatten(), words)
+        tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what out_proj does")
+
+    def _judge_recurrence(self, layer: Layer, name: str) -> None:
+        import torch
+
+        mixer, flow = layer.attention, self._flow
+        joint, _gate, share, rate = (flow.made_by(linear) for linear in layer.inputs)
+        heads, width = mixer.num_v_heads, mixer.head_v_dim
+        state = self._states.get(layer.number) or self._fresh(mixer, joint)
+        generator = torch.Generator(joint.device).manual_seed(layer.number)
+        tokens = _tokens(mixer, joint, state.tail, share, rate)
+        read, exact = delta.recurrent(tokens, state.exact)
+        size = read.abs() + read.square().mean(dim=-1, keepdim=True).sqrt() + underflow(torch.float32)
+        spread, rounded = torch.zeros_like(read[..., :1]), []
+        for number, before in enumerate(state.rounded):
+            moved = _tokens(mixer, joint, state.tail, share, rate, generator=generator)
+            single = delta.Tokens(*(each.float() for each in moved))
+            chunk = CHUNKS[number % len(CHUNKS)]
+            out, after = delta.chunked(single, before, chunk) if chunk else delta.recurrent(single, before)
+            spread += ((out.double() - read) / size).square().mean(dim=-1, keepdim=True)
+            rounded.append(after)
+        found = spread / len(state.rounded)
+        deviation = torch.maximum(found, found.mean(dim=1, keepdim=True)).sqrt() * size
+        got = flow.given_to(mixer.norm).view(*joint.shape[:2], heads, width)
+        value = read.float()
+        limit = (TAIL * deviation).float() + unit(got.dtype) * value.abs() + underflow(got.dtype)
+        self._tally.hold(RECURRENCE, name, got, Claim(value, limit))
+        tail = torch.cat((state.tail, joint), dim=1)[:, joint.shape[1] :]
+        self._states[layer.number] = _State(tail, exact, rounded)
+
+    def _fresh(self, mixer: Any, joint: torch.Tensor) -> _State:
+        import torch
+
+        shape = (joint.shape[0], mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
+        empty = torch.zeros(shape, dtype=torch.float64, device=joint.device)
+        tail = joint.new_zeros(joint.shape[0], mixer.conv_kernel_size - 1, joint.shape[2])
+        return _State(tail, empty, [empty.float() for _ in range(RUNS * len(CHUNKS))])
+
+    def _judge_norm(self, layer: Layer, name: str) -> None:
+        """``w norm(x) silu(z)``, x and its gain rounded to the dtype, the gate in float32, the product rounded."""
+        norm, flow = layer.attention.norm, self._flow
+        x, got, gate = flow.given_to(norm), flow.made_by(norm), self._gates[layer.number].float()
+        eps = float(self._parts.text_config.rms_norm_eps)
+        plain = elementary.rms_norm(x, norm.weight.detach(), eps, got.dtype)
+        factor = delta.silu(gate)
+        value = plain.value * factor
+        limit = plain.limit * factor.abs() + 2 * FUNCTION * SINGLE * plain.value.abs() * gate.abs()
+        limit = limit + (unit(got.dtype) + 2 * SINGLE) * value.abs() + underflow(got.dtype)
+        self._tally.hold(GATED_NORM, f"{name}.norm", got, Claim(value, limit))
+
+
+def _tokens(
+    mixer: Any,
+    joint: torch.Tensor,
+    tail: torch.Tensor,
+    share: torch.Tensor,
+    rate: torch.Tensor,
+    *,
+    generator: torch.Generator | None = None,
+) -> delta.Tokens:
+    """What the heads are given, in float64; with a generator, as numbers that roundings have moved.
+
+    Args:
+        mixer: The mixer.
+        joint: What ``in_proj_qkv`` gave, ``(rows, length, channels)``.
+        tail: What it gave for the tokens before, as many as the convolution reaches back.
+        share: What ``in_proj_b`` gave, ``(rows, length, heads)``.
+        rate: What ``in_proj_a`` gave, ditto.
+        generator: Where the movements come from.
+    """
+    import torch
+
+    def rounded(x: torch.Tensor, dtype: torch.dtype, places: int = 1) -> torch.Tensor:
+        if generator is None:
+            return x
+        moves = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
+        return x * (1 + (unit(dtype) + (places - 1) * SINGLE) * (2 * moves - 1))
+
+    dtype, single = joint.dtype, torch.float32
+    kernel, keys, repeats = mixer.conv1d.weight.detach().squeeze(1), 2 * mixer.key_dim, mixer.num_v_heads
+    mixed = rounded(delta.convolved(joint, tail, kernel), dtype, kernel.shape[1])
+    mixed = rounded(delta.silu(mixed), dtype, FUNCTION)
+    apart = mixed[..., :keys].reshape(*mixed.shape[:2], -1, mixer.head_k_dim)
+    query, key = rounded(delta.of_unit_length(apart), single, FUNCTION).chunk(2, dim=2)
+    query, key = (each.repeat_interleave(repeats // mixer.num_k_heads, dim=2) for each in (query, key))
+    decay = delta.decays(rate, mixer.A_log.detach(), mixer.dt_bias.detach())
+    return delta.Tokens(
+        delta.scaled(query),
+        key,
+        mixed[..., keys:].reshape(*mixed.shape[:2], -1, mixer.head_v_dim),
+        rounded(decay, single, 2 * FUNCTION) + _summed(decay, generator),
+        rounded(torch.sigmoid(share.double()), share.dtype, FUNCTION),
+    )
+
+
+def _summed(decay: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor | float:
+    """What a float32 sum of logarithms over a chunk does to each: half a step of the sum up to there, at random.
+
+    In order, such a sum is that of terms that are off by the rounding of the sum at each of them.
+    """
+    import torch
+
+    if generator is None:
+        return 0.0
+    total = decay.abs().cumsum(dim=1)
+    total[:, max(CHUNKS) :] -= total[:, : -max(CHUNKS)].clone()
+    moves = torch.rand(decay.shape, generator=generator, device=decay.device, dtype=torch.float64)
+    return SINGLE * total * (2 * moves - 1)
