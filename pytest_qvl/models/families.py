@@ -41,6 +41,7 @@ class Family:
         interleaved: Whether the axes of its M-RoPE take turns over the frequencies, instead of a run of them each.
         zero_centred_norms: Class of those of its norms that scale by ``1 + weight``; empty for none.
         small_text: Fields of its text configuration in small random models, beside those that all families share.
+        samples: Whether the ``generation_config.json`` of its releases draws replies at random, and not in name only.
         since: The first release of Transformers that has it; empty for every supported one.
     """
 
@@ -56,6 +57,7 @@ class Family:
     interleaved: bool = False
     zero_centred_norms: str = ""
     small_text: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    samples: bool = False
     since: str = ""
 
     @property
@@ -120,6 +122,7 @@ _ROWS = (
         _HALF,
         "words",
         interleaved=True,
+        samples=True,
     ),
     Family(
         "qwen3_5",
@@ -138,6 +141,7 @@ _ROWS = (
         _HALF,
         "words",
         interleaved=True,
+        samples=True,
         zero_centred_norms="Qwen3_5RMSNorm",
         small_text=_small(
             layer_types=["linear_attention", "linear_attention", "full_attention"],

@@ -36,8 +36,14 @@ def messages(sample: Sample) -> list[dict[str, Any]]:
 
 
 def prompt(processor: Any, sample: Sample) -> str:
-    """The prompt's text up to where the answer begins; one placeholder per image, not yet expanded."""
-    text: str = processor.apply_chat_template(messages(sample), tokenize=False, add_generation_prompt=True)
+    """The prompt's text up to where the answer begins; one placeholder per image, not yet expanded.
+
+    A template that lets the model think first (Qwen3.5) is asked not to: the answer follows an empty thought.
+    """
+    template = getattr(processor, "chat_template", None)
+    several = template.values() if isinstance(template, dict) else [template]
+    options = {"enable_thinking": False} if any("enable_thinking" in (each or "") for each in several) else {}
+    text: str = processor.apply_chat_template(messages(sample), tokenize=False, add_generation_prompt=True, **options)
     return text
 
 

@@ -222,6 +222,22 @@ def test_the_thinking_template_does_not_think_unless_asked(folder: Callable[[str
     assert processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True) == expected
 
 
+def test_samples_are_asked_without_a_thought_where_the_template_thinks_by_itself(
+    folder: Callable[[str], Path], files: Any
+) -> None:
+    """As that of Qwen3.5-4B and above does; labels are the answer's alone."""
+    processor = load_processor(folder("qwen3.5"))
+    own = "enable_thinking is defined and enable_thinking is true"
+    processor.chat_template = processor.chat_template.replace(own, "enable_thinking is not defined or enable_thinking")
+    (sample,) = scenes(1, 1, ["shape"], cell=files.RECIPES["qwen3.5"].cell)
+    asked = processor.apply_chat_template([QUESTION], tokenize=False, add_generation_prompt=True)
+    assert asked.endswith("assistant\n<think>\n")
+    batch = make_batch(processor, [sample], answers=True)
+    text = processor.tokenizer.decode(batch["input_ids"][0])
+    assert text.endswith(f"<|im_start|>assistant\n<think>\n\n</think>\n\n{sample.answer}<|im_end|>")
+    assert processor.tokenizer.decode(batch["labels"][batch["labels"] >= 0]) == f"{sample.answer}<|im_end|>"
+
+
 @pytest.mark.parametrize("side", [5, 12, 48])
 def test_learned_places_are_those_of_transformers(training: Any, side: int) -> None:
     vision_utils = pytest.importorskip("transformers.vision_utils")

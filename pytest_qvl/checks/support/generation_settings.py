@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.samples.batch import answer_ids
 
 if TYPE_CHECKING:
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
     from pytest_qvl.samples import Sample
 
 GREEDY_TEMPERATURE = 0.06  # at most so much is argmax in effect (docs/limits.md#generation-as-found)
-# What the released checkpoints of a family are meant to do; those of the others are greedy in effect.
-SAMPLING_FAMILIES = ("qwen3_vl",)
+# What the released checkpoints of a family are meant to do; those of the others are greedy in effect. Mixtures of
+# experts are named like their family's dense models ("qwen3_vl_moe").
+SAMPLING_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.samples)
 # Settings that change replies in ways that only generating shows, with the values at which they do nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
