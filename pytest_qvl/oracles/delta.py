@@ -37,7 +37,7 @@ class Tokens(NamedTuple):
 
 
 def convolved(x: torch.Tensor, tail: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Each channel's sum of its last values, the newest times the last weight; float64.
+    """Each channel's sum of its last values, the newest times the last weight; ``(rows, length, channels)`` float64.
 
     Args:
         x: ``(rows, length, channels)``.
@@ -89,6 +89,26 @@ def recurrent(tokens: Tokens, state: torch.Tensor) -> tuple[torch.Tensor, torch.
         state = state + key[..., None] * (tokens.share[:, at, :, None] * missing)[..., None, :]
         read.append((state * query[..., None]).sum(dim=-2))
     return torch.stack(read, dim=1), state
+
+
+def held(tokens: Tokens, before: torch.Tensor) -> torch.Tensor:
+    """How much of the values a state holds after each token, ``(rows, length, heads, value width)``.
+
+    Their sizes, each times its share and what is left of it, corrections left aside: in no direction does S have more
+    than a few times that, and errors are shares of it.
+
+    Args:
+        tokens: All in the dtype that is computed in.
+        before: The same before the first token, ``(rows, heads, value width)``.
+    """
+    import torch
+
+    amounts = []
+    for at in range(tokens.value.shape[1]):
+        written = tokens.share[:, at, :, None] * tokens.value[:, at].abs()
+        before = before * tokens.decay[:, at].exp()[..., None] + written
+        amounts.append(before)
+    return torch.stack(amounts, dim=1)
 
 
 def chunked(tokens: Tokens, state: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

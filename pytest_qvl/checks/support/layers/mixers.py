@@ -33,11 +33,13 @@ class _State:
     Attributes:
         tail: The last inputs of the convolution.
         exact: S in float64.
+        held: How much of the values S holds, ``(rows, heads, value width)`` (:func:`~pytest_qvl.oracles.delta.held`).
         rounded: S of each float32 computation.
     """
 
     tail: torch.Tensor
     exact: torch.Tensor
+    held: torch.Tensor
     rounded: list[torch.Tensor]
 
 
@@ -50,8 +52,8 @@ class Mixers:
     of its dtype, by the last places that a function may be off (:data:`~.bounds.FUNCTION`), and each logarithm of a
     decay by half a step of the sum that kernels keep of them over a chunk. The sum of so many independent errors
     exceeds :data:`~.bounds.TAIL` of its standard deviations once in 4e17 (see :mod:`pytest_qvl.oracles.bounds`). These
-    are taken over the runs and the width of a head, relative to each number and the head's mean, since some errors
-    scale a whole head and some do not. Sixteen runs find less than half of one once in a thousand times, so that no
+    are taken over the runs and the width of a head, relative to how much of the values the state holds, since what is
+    read may be a small difference of them. Sixteen runs find less than half of one once in a thousand times, so that no
     token's counts for less than the mean of its head's.
 
     Args:
@@ -120,7 +122,8 @@ class Mixers:
         generator = torch.Generator(joint.device).manual_seed(layer.number)
         tokens = _tokens(mixer, joint, state.tail, share, rate)
         read, exact = delta.recurrent(tokens, state.exact)
-        size = read.abs() + read.square().mean(dim=-1, keepdim=True).sqrt() + underflow(torch.float32)
+        held = delta.held(tokens, state.held)
+        size = read.abs() + held * tokens.query.norm(dim=-1, keepdim=True) + underflow(torch.float32)
         spread, rounded = torch.zeros_like(read[..., :1]), []
         for number, before in enumerate(state.rounded):
             moved = _tokens(mixer, joint, state.tail, share, rate, generator=generator)
@@ -136,7 +139,7 @@ class Mixers:
         limit = (TAIL * deviation).float() + unit(got.dtype) * value.abs() + underflow(got.dtype)
         self._tally.hold(RECURRENCE, name, got, Claim(value, limit))
         tail = torch.cat((state.tail, joint), dim=1)[:, joint.shape[1] :]
-        self._states[layer.number] = _State(tail, exact, rounded)
+        self._states[layer.number] = _State(tail, exact, held[:, -1], rounded)
 
     def _fresh(self, mixer: Any, joint: torch.Tensor) -> _State:
         import torch
@@ -144,7 +147,7 @@ class Mixers:
         shape = (joint.shape[0], mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
         empty = torch.zeros(shape, dtype=torch.float64, device=joint.device)
         tail = joint.new_zeros(joint.shape[0], mixer.conv_kernel_size - 1, joint.shape[2])
-        return _State(tail, empty, [empty.float() for _ in range(RUNS * len(CHUNKS))])
+        return _State(tail, empty, empty[:, :, 0], [empty.float() for _ in range(RUNS * len(CHUNKS))])
 
     def _judge_norm(self, layer: Layer, name: str) -> None:
         """``w norm(x) silu(z)``, x and its gain rounded to the dtype, the gate in float32, the product rounded."""
@@ -188,7 +191,10 @@ def _tokens(
 
     dtype, single = joint.dtype, torch.float32
     kernel, keys, repeats = mixer.conv1d.weight.detach().squeeze(1), 2 * mixer.key_dim, mixer.num_v_heads
-    mixed = rounded(delta.convolved(joint, tail, kernel), dtype, kernel.shape[1])
+    mixed = rounded(delta.convolved(joint, tail, kernel), dtype)
+    if generator is not None:  # the sum's own rounding is a share of its terms, which may cancel
+        terms = delta.convolved(joint.abs(), tail.abs(), kernel.abs())
+        mixed = mixed + (rounded(terms, single, kernel.shape[1]) - terms)
     mixed = rounded(delta.silu(mixed), dtype, FUNCTION)
     apart = mixed[..., :keys].reshape(*mixed.shape[:2], -1, mixer.head_k_dim)
     query, key = rounded(delta.of_unit_length(apart), single, FUNCTION).chunk(2, dim=2)
