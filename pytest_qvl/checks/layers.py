@@ -24,6 +24,7 @@ from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapter_configs, base_modules
 from pytest_qvl.models.anatomy import TOWER, anatomy
 from pytest_qvl.models.layers import vision_theta
+from pytest_qvl.models.mixer_kernels import PYTORCH, mixer_kernels
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions
 
@@ -87,9 +88,22 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
         judge.report("base of the tower's rotary embedding", vision_theta(parts))
     else:
         judge.note("the vision tower was not judged: the batch has no image")
+    _report_kernels(judge, parts)
     tally.report(judge)
     rows = [(name, op.judged, op.worst) for name, op in tally.operations.items()]
     return judge.verdict(("operation", "comparisons", "largest error / limit"), rows)
+
+
+def _report_kernels(judge: Judge, parts: Parts) -> None:
+    """Say what computed linear attention: a package that is missing is replaced without a word but a warning."""
+    kernels = mixer_kernels(parts)
+    for what, package in kernels.items():
+        judge.report(f"linear attention, {what}, computed by", package)
+    if PYTORCH in kernels.values() and parts.device.type == "cuda":
+        judge.note(
+            "linear attention ran in Transformers' PyTorch code, which is right and an order of magnitude slower than "
+            "kernels: install flash-linear-attention and causal-conv1d (huggingface/transformers#48718)"
+        )
 
 
 def _require_data(parts: Parts) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,7 +17,9 @@ from pytest_qvl.faults.subject import embedded
 from pytest_qvl.faults.tools import after, attribute, values
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.layers import language_layers, rope_of
+from pytest_qvl.models.mixer_kernels import mixer_kernels
 from pytest_qvl.models.quantized import usual_quantization
+from pytest_qvl.releases import is_before
 from pytest_qvl.samples import scenes
 
 if TYPE_CHECKING:
@@ -59,6 +63,29 @@ def test_a_healthy_model_passes_and_nothing_is_left_out(case: Case) -> None:
     assert operations >= {"attention", "key-value cache", "rotary embedding", "norm", "4-bit product", "LoRA"}
     assert operations >= {"gated delta rule", "gated norm"}
     assert evidence.notes == ()
+
+
+def test_the_evidence_says_what_computed_linear_attention(case: Case) -> None:
+    figures = {figure.name: figure.value for figure in _judge(case).figures}
+    said = {name: value for name, value in figures.items() if name.startswith("linear attention")}
+    assert len(said) == 4
+    chosen = mixer_kernels(anatomy(case.model))
+    assert set(said.values()) == set(chosen.values())
+    if find_spec("fla") is None and not is_before("transformers", "5.17"):
+        assert chosen["prompts"] == chosen["single tokens"] == "PyTorch"
+
+
+def test_a_kernel_of_another_package_is_told_by_its_module(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = sys.modules[type(language_layers(anatomy(case.model))[0].attention).__module__]
+
+    def implementation() -> None:
+        """Stands for one of a package."""
+
+    implementation.__module__ = "fla.ops.gated_delta_rule"
+    monkeypatch.setattr(home, "torch_chunk_gated_delta_rule", lambda: implementation())
+    monkeypatch.setattr(home, "causal_conv1d_fn", print)
+    chosen = mixer_kernels(anatomy(case.model))
+    assert (chosen["prompts"], chosen["convolution of prompts"]) == ("fla", "not known")
 
 
 def test_the_layers_are_told_apart(case: Case) -> None:
