@@ -125,7 +125,7 @@ def unwrap(model: Any) -> Any:
 
 
 def anatomy(model: Any) -> Parts:
-    """Name the parts of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, bare or wrapped.
+    """Name the parts of a Qwen2-VL, Qwen2.5-VL, Qwen3-VL or Qwen3.5 model, bare or wrapped.
 
     Raises:
         UnknownModelError: The object is no such model.

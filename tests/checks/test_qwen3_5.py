@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from pytest_qvl.checks import CheckFailed, QuantizationPolicy, adapter_census, layer_arithmetic, mrope_positions
+from pytest_qvl.checks import (
+    CannotJudge,
+    CheckFailed,
+    QuantizationPolicy,
+    adapter_census,
+    layer_arithmetic,
+    mrope_positions,
+    packing_isolation,
+)
+from pytest_qvl.checks.support import packing
+from pytest_qvl.checks.support.noise_floor import noise_floor
+from pytest_qvl.checks.support.packing import pack
 from pytest_qvl.faults.case import Case, apply, load, lora_config
 from pytest_qvl.faults.catalogue import catalogue, find
 from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
@@ -121,6 +132,24 @@ def test_what_a_mixer_returns_is_held(case: Case) -> None:
     with after([mixer], lambda _m, _a, output: 1.01 * output), pytest.raises(CheckFailed) as failure:
         _judge(case)
     assert "layers.1.linear_attn does not return what out_proj does" in str(failure.value)
+
+
+def test_packing_by_positions_is_not_judged_unless_somebody_packs(case: Case) -> None:
+    batch = case.batch(padding_side="right", answers=True)
+    with pytest.raises(CannotJudge, match=r"would not part the samples for linear attention \(Qwen3.5\)"):
+        pack(anatomy(case.model), batch)
+
+
+def test_samples_that_somebody_packed_leak_through_the_state(
+    case: Case, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers' own code reads no cu_seq_lens (ms-swift#9618, huggingface/transformers#46093)."""
+    batch = case.batch(padding_side="right", answers=True)
+    monkeypatch.setattr(packing, "language_layers", lambda _parts: [])
+    packed = pack(anatomy(case.model), batch)
+    floor: Any = noise_floor(case.model.get_base_model(), processor, case.rows)
+    with pytest.raises(CheckFailed, match="has other logits than alone"):
+        packing_isolation(case.model, packed, floor)
 
 
 def test_positions_are_those_of_the_oracle(case: Case) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.evidence import CannotJudge, InputError
+from pytest_qvl.models.layers import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -93,9 +94,18 @@ def pack(parts: Parts, batch: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         parts: The model that it is for.
         batch: What the processor or a collator made, padded on either side, with labels or without.
+
+    Raises:
+        CannotJudge: The batch holds a video, or the model has linear attention, whose state runs through all that
+            stands in a row: positions part attention only (modelscope/ms-swift#9618).
     """
     import torch
 
+    if any(not layer.attends for layer in language_layers(parts)):
+        raise CannotJudge(
+            "the batch is not packed, and packing it here by positions would not part the samples for linear attention "
+            f"({parts.family}); a batch that your collator packed, with cu_seq_lens for kernels that read it, is judged"
+        )
     if bool((batch["input_ids"] == parts.video_token_id).any()):
         raise CannotJudge("videos are not packed here: their time is known to the collator that made them")
     mask = attended(batch).cpu()
