@@ -41,6 +41,7 @@ class Family:
         interleaved: Whether the axes of its M-RoPE take turns over the frequencies, instead of a run of them each.
         zero_centred_norms: Class of those of its norms that scale by ``1 + weight``; empty for none.
         small_text: Fields of its text configuration in small random models, beside those that all families share.
+        embedded: The embedded model of it (``embedded:NAME``); empty for none.
         samples: Whether the ``generation_config.json`` of its releases draws replies at random, and not in name only.
         since: The first release of Transformers that has it; empty for every supported one.
     """
@@ -57,6 +58,7 @@ class Family:
     interleaved: bool = False
     zero_centred_norms: str = ""
     small_text: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    embedded: str = ""
     samples: bool = False
     since: str = ""
 
@@ -103,6 +105,7 @@ _ROWS = (
         _CLIP_MEAN,
         _CLIP_STD,
         "seconds",
+        embedded="qwen2.5-vl",
     ),
     Family(
         "qwen3_vl",
@@ -122,6 +125,7 @@ _ROWS = (
         _HALF,
         "words",
         interleaved=True,
+        embedded="qwen3-vl",
         samples=True,
     ),
     Family(
@@ -141,6 +145,7 @@ _ROWS = (
         _HALF,
         "words",
         interleaved=True,
+        embedded="qwen3.5",
         samples=True,
         zero_centred_norms="Qwen3_5RMSNorm",
         small_text=_small(

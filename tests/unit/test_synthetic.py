@@ -114,3 +114,15 @@ def test_the_processor_has_the_released_special_ids() -> None:
     assert ids == {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|image_pad|>": 151655}
     text = "What colour is the shape?"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_thinking_family_has_its_own_tokens_and_template() -> None:
+    processor, config = synthetic_processor("qwen3.5-9b"), released_config("qwen3.5-9b")
+    token = processor.tokenizer.convert_tokens_to_ids
+    assert token("<|endoftext|>") == config.text_config.eos_token_id
+    assert token("<|vision_start|>") == config.vision_start_token_id
+    assert (token("<|image_pad|>"), token("<|video_pad|>")) == (config.image_token_id, config.video_token_id)
+    assert (token("<think>"), token("</think>")) == (248068, 248069)
+    batch = make_batch(processor, scenes(0, 1)[:1], answers=True)
+    assert "<think>\n\n</think>\n\n" in processor.tokenizer.decode(batch["input_ids"][0])
+    assert (processor.image_processor.size.shortest_edge, processor.image_processor.patch_size) == (65536, 16)

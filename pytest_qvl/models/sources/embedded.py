@@ -8,7 +8,11 @@ from types import MappingProxyType
 
 # The embedded models by the name behind ``embedded:``, with the SHA-256 of each one's ``model.safetensors``.
 EMBEDDED_SHA256: Mapping[str, str] = MappingProxyType(
-    {"qwen2.5-vl": "fe8d0faea6c67519b71aa3be00004c61ac0a82415850b6869779cf60fabe9ccc"}
+    {
+        "qwen2.5-vl": "fe8d0faea6c67519b71aa3be00004c61ac0a82415850b6869779cf60fabe9ccc",
+        "qwen3-vl": "f48daab5d61ef6e4a01d0dd8aef6806baddb0b0a13cdb19c9ab6bccb0f5c326d",
+        "qwen3.5": "9b839c89e6cc156cea786d90f0fcb39d62fff0ae4d26b74cae8b161627d77b77",
+    }
 )
 # The one that is meant where none is named.
 FIRST = "qwen2.5-vl"

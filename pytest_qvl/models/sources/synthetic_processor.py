@@ -15,7 +15,7 @@ from typing import Any
 
 from pytest_qvl.models.backends import one_line
 from pytest_qvl.models.families import FAMILIES
-from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.embedded import FIRST, embedded_model_dir
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource, ModelSourceError
 from pytest_qvl.models.sources.processors import load_processor
@@ -116,25 +116,29 @@ def write_processor(folder: Path, name: str) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    embedded = embedded_model_dir()
+    family = FAMILIES[config.model_type]
+    embedded = embedded_model_dir(family.embedded or FIRST)
     settings = json.loads((embedded / "tokenizer_config.json").read_text(encoding="utf-8"))
-    settings.pop("added_tokens_decoder", None)
+    added = [(entry["content"], entry["special"]) for entry in settings.pop("added_tokens_decoder").values()]
+    if family.embedded in ("", FIRST):  # which has none of boxes
+        added = [(text, True) for text in SPECIAL_TOKENS]
+    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text, special in added])
+    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _write(folder / "tokenizer_config.json", settings)
-    template = embedded / "chat_template.json"
+    (template,) = embedded.glob("chat_template.*")
     (folder / template.name).write_bytes(template.read_bytes())
     vision, sizes = config.vision_config, image_sizes(name)
-    images = json.loads((embedded / "preprocessor_config.json").read_text(encoding="utf-8"))
+    # The first one's, whose limits have names of their own; those of a release go in their place.
+    images = json.loads((embedded_model_dir() / "preprocessor_config.json").read_text(encoding="utf-8"))
     images |= {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
-        "image_mean": list(FAMILIES[config.model_type].image_mean),
-        "image_std": list(FAMILIES[config.model_type].image_std),
+        "image_mean": list(family.image_mean),
+        "image_std": list(family.image_std),
         "merge_size": vision.spatial_merge_size,
         "min_pixels": sizes.min_pixels,
         "max_pixels": sizes.max_pixels,
-        "processor_class": FAMILIES[config.model_type].processor_class,
+        "processor_class": family.processor_class,
     }
     _write(folder / "preprocessor_config.json", images)
 
