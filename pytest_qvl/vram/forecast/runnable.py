@@ -77,8 +77,10 @@ def _settings_at_fault(config: Any) -> Iterator[str]:
     if not isinstance(theta, int | float) or not theta > 0:
         yield f"rope_theta is {theta}, and positions are powers of it: it has to be above 0"
     sections = rope.get("mrope_section")
-    if sections is not None and sum(sections) != head // 2:
-        yield f"mrope_section {sections} adds up to {sum(sections)}, and has to be {head // 2}, half of a head's {head}"
+    turned = int(head * rope.get("partial_rotary_factor", 1.0))
+    if sections is not None and sum(sections) != turned // 2:
+        of = f"a head's {head}" if turned == head else f"the {turned} of a head's {head} that are turned"
+        yield f"mrope_section {sections} adds up to {sum(sections)}, and has to be {turned // 2}, half of {of}"
     window = getattr(vision, "window_size", None)
     cell = vision.patch_size * vision.spatial_merge_size
     if window is not None and window < cell:
