@@ -248,15 +248,22 @@ def _idle_entries(placement: Placement, config: Any) -> Iterator[Finding]:
 
 
 def _bare_layers(placement: Placement, config: Any) -> Iterator[Finding]:
-    """Layers of the language backbone that get fewer adapters than their siblings, without having been left out."""
-    count = placement.subject.parts.text_config.num_hidden_layers
+    """Layers of the language backbone that get fewer adapters than their siblings, without having been left out.
+
+    Those of linear attention have other linears than those of full attention: each is held to its own.
+    """
+    parts = placement.subject.parts
+    count = parts.text_config.num_hidden_layers
     have: dict[int, set[str]] = {index: set() for index in range(count)}
-    for name in placement.of("language"):
-        if found := _LAYER.search(name):
-            have[int(found[1])].add(name[found.end() :])
+    own: dict[int, set[str]] = {index: set() for index in range(count)}
+    linears = [name for name, _ in parts.named_linears() if parts.group_of(name) == "language"]
+    for kept, names in ((have, placement.of("language")), (own, linears)):
+        for name in names:
+            if found := _LAYER.search(name):
+                kept[int(found[1])].add(name[found.end() :])
     whole = set().union(*have.values())
     bare = [index for index, ends in have.items() if not ends]
-    uneven = [index for index, ends in have.items() if ends and ends != whole]
+    uneven = [index for index, ends in have.items() if ends and whole & own[index] - ends]
     if not whole or not (bare or uneven) or config.layers_to_transform not in (None, []):
         return
     missing = f"layers {numbers(bare)} get none" if bare else f"layers {numbers(uneven)} get fewer than the others"
