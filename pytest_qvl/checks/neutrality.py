@@ -168,7 +168,7 @@ class _Probe:
         torch.manual_seed(_SEED)
         self._parts.core.rope_deltas = None
         logits: torch.Tensor = run(**self._inputs[number], use_cache=False).logits
-        return logits.cpu()
+        return logits
 
     def _bare(self, number: int, mode: str) -> torch.Tensor:
         self._slot.detach()
@@ -197,7 +197,8 @@ class _Probe:
 
     def _reference(self, mode: str, number: int) -> torch.Tensor:
         if (mode, number) not in self._base:
-            first, second = self._bare(number, mode), self._bare(number, mode)
+            first = self._bare(number, mode).cpu()
+            second = self._bare(number, mode)
             if not _same(first, second):
                 raise CannotJudge(
                     f"two forwards of the base model alone ({mode} mode, batch {number}) differ by up to "
@@ -215,7 +216,7 @@ class _Probe:
         if same:
             judge.equal(name, 0.0, 0.0, else_say="")
             return
-        differ = int((base != logits).sum())
+        differ = sum(int((one != other).sum()) for one, other in _by_rows(base, logits))
         judge.equal(
             name,
             _largest(base, logits) or float("nan"),
@@ -259,11 +260,21 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equality of every element; NaN equals NaN, and zeros are equal whatever their sign."""
     import torch
 
-    return a.dtype == b.dtype and bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
+    return a.dtype == b.dtype and all(
+        bool(((one == other) | (torch.isnan(one) & torch.isnan(other))).all()) for one, other in _by_rows(a, b)
+    )
 
 
 def _largest(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.float() - b.float()).abs().max())
+    import torch
+
+    return float(torch.stack([(one.float() - other.float()).abs().max() for one, other in _by_rows(a, b)]).max())
+
+
+def _by_rows(kept: torch.Tensor, logits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Row by row on the device of the second: logits are as many as a vocabulary has words, for every token."""
+    for one, other in zip(kept, logits, strict=True):
+        yield one.to(other.device), other
 
 
 def _enable(parts: Parts) -> None:

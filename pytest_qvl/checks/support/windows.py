@@ -164,6 +164,7 @@ class _Again:
     changed: torch.Tensor
     moved: dict[int, int] = field(default_factory=dict)
     unsteady: bool = False
+    _drawn: dict[torch.Size, torch.Tensor] = field(default_factory=dict)
     _given: dict[int, tuple[Any, Any]] = field(default_factory=dict)
     _inside: bool = False
 
@@ -198,7 +199,7 @@ class _Again:
         others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
         self._inside = True
         try:
-            noise = _noise_like(hidden)
+            noise = self._noise_like(hidden)
             once, twice = (_hidden(module(noise, *args[1:], **others)) for _ in range(2))
             other = _hidden(module(torch.where(self.changed[:, None], -noise, noise), *args[1:], **others))
         finally:
@@ -206,13 +207,15 @@ class _Again:
         self.unsteady |= bool(differs(once, twice).any())
         self.moved[id(module)] = int((differs(once, other) & ~self.changed).sum())
 
+    def _noise_like(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Gaussian noise of the same shape and root mean square; drawn once, since a CPU draws millions of numbers."""
+        import torch
 
-def _noise_like(hidden: torch.Tensor) -> torch.Tensor:
-    """Gaussian noise of the same shape and root mean square, the same in every call."""
-    import torch
-
-    noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
-    return (noise.to(hidden.device) * hidden.float().pow(2).mean().sqrt()).to(hidden.dtype)
+        if hidden.shape not in self._drawn:
+            drawn = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0))
+            self._drawn[hidden.shape] = drawn.to(hidden.device)
+        noise = self._drawn[hidden.shape].to(hidden.device)
+        return (noise * hidden.float().pow(2).mean().sqrt()).to(hidden.dtype)
 
 
 def _hidden(output: Any) -> torch.Tensor:
