@@ -12,6 +12,7 @@ from pytest_qvl.checks.support.layers.adapters import Adapters
 from pytest_qvl.checks.support.layers.copies import place_of, resting, trained_copies
 from pytest_qvl.checks.support.layers.exact import exact_products
 from pytest_qvl.checks.support.layers.flow import Flow
+from pytest_qvl.checks.support.layers.mixers import CHUNKS
 from pytest_qvl.checks.support.layers.recomputed import judge_recomputation
 from pytest_qvl.checks.support.layers.returned import Returned
 from pytest_qvl.checks.support.layers.tally import Tally
@@ -23,7 +24,7 @@ from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.adapters import adapter_configs, base_modules
 from pytest_qvl.models.anatomy import TOWER, anatomy
-from pytest_qvl.models.layers import vision_theta
+from pytest_qvl.models.layers import language_layers, vision_theta
 from pytest_qvl.models.mixer_kernels import PYTORCH, mixer_kernels
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 # Calls of a generation whose linears are judged: prefill and the first step; all later steps are the second again.
 FULLY_JUDGED = 2
+# Linear attention hands its state on from one chunk of tokens to the next: a row of two chunks and a bit shows it.
+SEVERAL_CHUNKS = 2 * max(CHUNKS) + 2
 
 
 @check(promise=12)
@@ -48,7 +51,8 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
     second model and no recorded reference is needed: a model that was damaged before anything was recorded is judged
     the same. B of every adapter is random for that time, and put back bitwise. Copies that are trained in full
     (``modules_to_save``) are judged in place of the modules whose work they do, and the logits that the model returns
-    are its head's, bitwise.
+    are its head's, bitwise. Where the backbone has linear attention (Qwen3.5) and no row of the batch has 130 tokens,
+    two chunks of its kernels and two tokens more, a row of the batch's text goes through one forward more.
 
     Every limit is the rounding of the operation itself, from its dtype and number of terms: see
     docs/limits.md#layer-arithmetic and the oracles' docstrings. The figures are error over limit.
@@ -116,7 +120,10 @@ def _require_data(parts: Parts) -> None:
 
 
 def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally) -> None:
-    """Generate eight tokens, then one forward in train mode, and its head again in eval mode, judging every module."""
+    """Generate eight tokens, then one forward in train mode, and its head again in eval mode, judging every module.
+
+    At the end a row of several chunks, if linear attention was given none so far.
+    """
     import torch
     from transformers import GenerationConfig
 
@@ -148,7 +155,26 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
         model(**inputs, use_cache=False, logits_to_keep=1)
         model.eval()
         returned.call_again(inputs)
+        if (row := _row_of_several_chunks(parts, inputs)) is not None:
+            text.restart(attended(row).bool())
+            forget_positions(parts)
+            modules.restart(f" (in a row of {SEVERAL_CHUNKS} tokens)")
+            model(**row, use_cache=False, logits_to_keep=1)
         modules.note_uncalled(with_image="pixel_values" in inputs)
+
+
+def _row_of_several_chunks(parts: Parts, inputs: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """One row of text, ``(1, 130)`` int64, from that of the batch; None where it is needless or there is no text."""
+    import torch
+
+    mask = attended(inputs).bool()
+    if all(layer.attends for layer in language_layers(parts)) or int(mask.sum(dim=1).max()) >= SEVERAL_CHUNKS:
+        return None
+    ids = inputs["input_ids"][mask]
+    ids = ids[~torch.isin(ids, torch.tensor(parts.vision_token_ids, device=ids.device))]
+    if not len(ids):
+        return None
+    return {"input_ids": ids.repeat(SEVERAL_CHUNKS // len(ids) + 1)[None, :SEVERAL_CHUNKS]}
 
 
 class _Modules:

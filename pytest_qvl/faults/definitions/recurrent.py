@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 RULE = "gated delta rule: model.language_model.layers.0.linear_attn"
 CHUNKED, STEPWISE = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 CONVOLUTION, CONVOLUTION_STEP = "causal_conv1d_fn", "causal_conv1d_update"
+CHUNK = 64
 
 
 def _mixers(case: Case) -> list[Any]:
@@ -90,6 +91,32 @@ def _other_row(case: Case) -> Iterator[None]:
         return own(*args, initial_state=None if initial_state is None else initial_state.roll(1, 0), **kwargs)
 
     with _function(case, STEPWISE, roll):
+        yield
+
+
+@fault(
+    "state-lost-between-chunks",
+    "In a prompt of more than 64 tokens, each chunk of 64 begins with an empty state.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE, "from token 64 on"),
+    requires=("linear attention",),
+)
+def _lost_between_chunks(case: Case) -> Iterator[None]:
+    import torch
+
+    def apart(own: Any, *tokens: torch.Tensor, g: Any, beta: Any, initial_state: Any = None, **kwargs: Any) -> Any:
+        read, state = [], initial_state
+        for start in range(0, g.shape[1], CHUNK):
+            part = slice(start, start + CHUNK)
+            out, after = own(
+                *(each[:, part] for each in tokens), g=g[:, part], beta=beta[:, part], initial_state=state, **kwargs
+            )
+            read.append(out)
+            state = None
+        return torch.cat(read, dim=1), after
+
+    with _function(case, CHUNKED, apart):
         yield
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.compose import FUSED
+from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.layers import MIXER
 from pytest_qvl.oracles import delta, elementary
 from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, TAIL, Claim, underflow, unit
@@ -68,8 +70,9 @@ class Mixers:
         self._states: dict[int, _State] = {}
         self._gates: dict[int, torch.Tensor] = {}
 
-    def restart(self) -> None:
-        """Forget the sequence so far."""
+    def restart(self, attended: torch.Tensor) -> None:
+        """Forget the sequence so far, and take which tokens of the next prompt are no padding."""
+        self._attended = attended
         self._states.clear()
 
     def watch(self, layer: Layer) -> None:
@@ -137,7 +140,8 @@ class Mixers:
         got = flow.given_to(mixer.norm).view(*joint.shape[:2], heads, width)
         value = read.float()
         limit = (TAIL * deviation).float() + unit(got.dtype) * value.abs() + underflow(got.dtype)
-        self._tally.hold(RECURRENCE, name, got, Claim(value, limit))
+        claim = Claim(value, limit)
+        self._tally.hold(RECURRENCE, name, got, claim, partial(_words, got, claim))
         tail = torch.cat((state.tail, joint), dim=1)[:, joint.shape[1] :]
         self._states[layer.number] = _State(tail, exact, held[:, -1], rounded)
 
@@ -160,6 +164,13 @@ class Mixers:
         limit = plain.limit * factor.abs() + 2 * FUNCTION * SINGLE * plain.value.abs() * gate.abs()
         limit = limit + (unit(got.dtype) + 2 * SINGLE) * value.abs() + underflow(got.dtype)
         self._tally.hold(GATED_NORM, f"{name}.norm", got, Claim(value, limit))
+
+
+def _words(got: torch.Tensor, claim: Claim) -> str:
+    """What is wrong with what was read, ``(rows, length, heads, width)``, and from where on if the first is right."""
+    wrong = ~((got.float() - claim.value).abs() <= claim.limit)
+    first = int(wrong.transpose(0, 1).flatten(1).any(dim=1).nonzero()[0])
+    return multiple(got, claim.value) + (f" from token {first} on" if first else "")
 
 
 def _tokens(

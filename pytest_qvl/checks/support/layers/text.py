@@ -72,10 +72,12 @@ class Text:
         flow.watch(backbone.norm, self._judge_end)
         flow.watch(self._parts.lm_head, self._judge_head)
 
-    def restart(self) -> None:
-        """Forget the keys, values and states of the sequence so far."""
+    def restart(self, attended: torch.Tensor | None = None) -> None:
+        """Forget the keys, values and states of the sequence so far; other prompts follow if `attended` is given."""
+        if attended is not None:
+            self._attended = attended
         self._history.clear()
-        self._mixers.restart()
+        self._mixers.restart(self._attended)
 
     def _judge_layer(self, layer: Layer, call: Call) -> None:
         if self._before is not None:
