@@ -56,6 +56,6 @@ def pytest_sessionstart():
 
 
 def pytest_collection_finish():
-    """Each run that a test starts ends with five garbage collections, which would look at all of torch each time."""
+    """Models, meters and inner runs look for garbage hundreds of times: not in all of torch and pytest each time."""
     gc.collect()
     gc.freeze()

@@ -342,3 +342,4 @@ def test_functions_that_were_set_aside_are_found(places: Places) -> None:
     gc.freeze()
     files = {site.file: {site.line} for site in places.sites}
     assert {site.file for site in sites_of(files)} == set(files)
+    assert gc.get_freeze_count(), "and are set aside again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -178,6 +179,17 @@ def test_several_requests_of_one_forecaster_do_not_disturb_each_other() -> None:
     forecaster.forecast(Request(model=EMBEDDED, image=(448, 448), tokens=40, lora_r=8, batch=2))
     again = forecaster.forecast(request)
     assert [p.peak_allocated for p in again.phases] == [p.peak_allocated for p in first.phases]
+
+
+@pytest.mark.parametrize("set_aside", [True, False])
+def test_what_the_caller_set_aside_from_the_garbage_collector_stays_so(set_aside: bool) -> None:
+    was = gc.get_freeze_count()
+    gc.freeze() if set_aside else gc.unfreeze()
+    _small(image=(56, 56))
+    try:
+        assert bool(gc.get_freeze_count()) == set_aside
+    finally:
+        gc.freeze() if was else gc.unfreeze()
 
 
 def test_without_an_adapter_there_is_no_training_step(tmp_path: Path) -> None:

@@ -200,8 +200,13 @@ def _source(file: str) -> str:
 @cache
 def _functions(file: str) -> list[FunctionType]:
     """The live functions of a file, whatever decorators have wrapped them in."""
+    set_aside = bool(gc.get_freeze_count())
     gc.unfreeze()  # what somebody set aside (gc.freeze) is not among the objects
-    return [one for one in gc.get_objects() if type(one) is FunctionType and one.__code__.co_filename == file]
+    try:
+        return [one for one in gc.get_objects() if type(one) is FunctionType and one.__code__.co_filename == file]
+    finally:
+        if set_aside:
+            gc.freeze()
 
 
 def _expressions(tree: ast.Module) -> Iterator[tuple[tuple[int, str], Any, int]]:

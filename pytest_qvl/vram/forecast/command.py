@@ -62,7 +62,8 @@ def run_forecast(options: argparse.Namespace) -> int:
             import pytest_qvl.vram.forecast.output.timeline
             import pytest_qvl.vram.forecast.run
     finally:
-        gc.freeze()
+        if options.own_process:
+            gc.freeze()
         gc.enable()
     transformers_logging.set_verbosity_error()
     answer = _answer(options, asked)

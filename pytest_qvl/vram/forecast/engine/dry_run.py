@@ -145,7 +145,13 @@ class DryRun:
 
 @contextmanager
 def _model_set_aside() -> Iterator[None]:
-    """Garbage is looked for among what is made inside, not in a million objects of models and modules each time."""
+    """Garbage is looked for among what is made inside, not in a million objects of models and modules each time.
+
+    What the caller set aside stays so: a freeze cannot be undone in part.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield
