@@ -52,7 +52,7 @@ def attention(
         query: ``(heads, queries, width)``, rotated, in the dtype of the kernel.
         key: ``(key heads, keys, width)``; each serves ``heads / key heads`` neighbouring query heads.
         value: The same shape.
-        allowed: ``(queries, keys)`` bool; None for all. A query that may look at nothing gets 0.
+        allowed: ``(queries, keys)`` bool, or so for each head; None for all. A query that may look at nothing gets 0.
         scaling: Of the scores.
         eager: Whether scores are rounded to the dtype on their way (fused kernels keep them in float32).
         inexact: Relative error that queries and keys may have together, for kernels whose rotation is not known
@@ -76,7 +76,8 @@ def attention(
         if inexact:
             error = error + inexact * abs(scaling) * (q.abs() @ k.abs().mT)
         if allowed is not None:
-            scores = scores.masked_fill(~allowed[some], -torch.inf)
+            looked = allowed[some] if allowed.dim() == 2 else allowed[mine, some]
+            scores = scores.masked_fill(~looked, -torch.inf)
         weights = scores.softmax(dim=-1).nan_to_num(0.0)
         off = weights * (error.clamp_max(50).expm1() + 4 * FUNCTION * SINGLE)
         made, mass = weights @ v, weights @ v.abs()

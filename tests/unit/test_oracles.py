@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from pytest_qvl.checks.support.layers import text
 from pytest_qvl.oracles import attention, elementary, lora, nf4, patches, rotary
 from pytest_qvl.oracles.bounds import Claim, summed, unit
 
@@ -179,3 +181,17 @@ def test_attention_in_slices_is_attention(monkeypatch: pytest.MonkeyPatch) -> No
     sliced = attention.attention(query, key, value, allowed, 0.25, eager=False)
     for one, other in zip(whole, sliced, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("at_once", [1, 2**24])
+def test_rows_of_a_decode_step_are_more_heads(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(text, "KEYS_AT_ONCE", at_once)
+    query, keys, values = noise(3, 6, 1, 16), noise(3, 2, 30, 16, seed=1), noise(3, 2, 30, 16, seed=2)
+    allowed = noise(3, 1, 30, seed=3) > 0
+    attend = partial(attention.attention, scaling=0.25, eager=False)
+    claims = list(text._one_query_a_row(query, keys, values, allowed, attend))
+    for row, claim in enumerate(claims):
+        alone = attend(query[row], keys[row], values[row], allowed[row])
+        assert all(map(torch.equal, claim, alone))
+    assert len(claims) == 3
+    assert not list(text._one_query_a_row(query[:, :, :0], keys, values, allowed[:, :0], attend))

@@ -149,7 +149,8 @@ def error_over_limit(got: torch.Tensor, claim: Claim) -> float:
     if not got.numel():
         return 0.0
     error = (got.float() - claim.value).abs()
-    return float((error / claim.limit).where(error != 0, 0.0).nan_to_num(math.inf, posinf=math.inf).max())
+    largest = float((error / claim.limit).where(error != 0, 0.0).max())
+    return math.inf if math.isnan(largest) else largest
 
 
 def factor(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     Attend = Callable[..., Claim]
 
+KEYS_AT_ONCE = 2**24
+"""Keys, one for each query head, that decode steps hold in float32 at a time: 64 MiB."""
 ATTENTION, CACHE = "attention", "key-value cache"
 # Of the largest number, how far rounding to 8 bits leads at most, about; in words only.
 COARSE = 0.07
@@ -241,16 +243,35 @@ class Text:
         sliding = kinds is not None and kinds[layer.number] == "sliding_attention"
         allowed = oracle.causal(attended, queries, self._parts.text_config.sliding_window if sliding else None)
         every = oracle.causal(torch.ones_like(attended), queries)
+        attention = partial(oracle.attention, eager=self._eager, inexact=inexact)
+        right = query.shape[-1] ** -0.5
+        steps = list(_one_query_a_row(query, keys, values, allowed, partial(attention, scaling=right)))
         for row, seen in enumerate(attended[:, tokens - queries :]):
 
             def attend(
                 scaling: float, *, everyone: bool = False, later: bool = False, row: int = row, seen: Any = seen
             ) -> Claim:
+                if steps and scaling == right and not everyone and not later:
+                    return steps[row]
                 looked = every[row] if everyone else attended[row].expand_as(every[row]) if later else allowed[row]
-                given = query[row][:, seen], keys[row], values[row], looked[seen]
-                return oracle.attention(*given, scaling, eager=self._eager, inexact=inexact)
+                return attention(query[row][:, seen], keys[row], values[row], looked[seen], scaling)
 
             yield seen, attend
+
+
+def _one_query_a_row(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, allowed: torch.Tensor, attend: Attend
+) -> Iterator[Claim]:
+    """What attention has to give each row in a decode step, in which rows are so many heads more; else nothing."""
+    import torch
+
+    if not query.shape[2] == 1 < keys.shape[2]:
+        return
+    heads = query.shape[1]
+    at_once = max(1, KEYS_AT_ONCE // (heads * keys[0, 0].numel()))
+    for some in zip(*(torch.split(each, at_once) for each in (query, keys, values, allowed)), strict=True):
+        claim = attend(*(each.flatten(0, 1) for each in some[:3]), some[3].repeat_interleave(heads, dim=0))
+        yield from map(Claim, *(each.view(-1, heads, *each.shape[1:]) for each in claim))
 
 
 def _gated(attend: Attend, gate: torch.Tensor, scaling: float, **looks: bool) -> Claim:
