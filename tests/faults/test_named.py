@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 from pytest_qvl.faults import apply, catalogue, healthy_case
 from pytest_qvl.faults.catalogue import FAMILIES, find
@@ -24,6 +25,9 @@ from pytest_qvl.faults.matrix.healthy import (
 from pytest_qvl.faults.matrix.panel import PASS, UNDECIDED, all_checks, judge, judge_all, smoke
 from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.sizes import EMBEDDED, sizes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:UserWarning:peft"),
@@ -50,8 +54,6 @@ def found() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def case(found: dict[str, Any], pytestconfig: pytest.Config) -> Any:
     """In float32, which every CPU multiplies in hardware; with ``--slow`` in bfloat16, as on the committed page."""
-    import torch
-
     torch.set_num_threads(1)
     case = healthy_case(dtype="bfloat16" if pytestconfig.getoption("slow") else "float32")
     found["state"] = state(case)
@@ -81,6 +83,37 @@ def test_fault_is_caught_by_the_named_check(case: Any, name: str) -> None:
     assert verdict.noticed, f"{fault.check} does not notice {name}: {verdict}"
     for words in fault.words():
         assert words in verdict.message
+
+
+def _measured(case: Any, check: str) -> list[Any]:
+    """What a check measures rounding in (docs/limits.md#own-rounding): inputs of plain forwards."""
+    if check == "generation_cache_invariance":
+        return [case.batch()]
+    if check == "gradient_arithmetic":
+        return [case.batch(padding_side="right", answers=True)]
+    return [case.batch([sample]) for sample in case.rows]
+
+
+def _logits(case: Any, inputs: Sequence[Any]) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return [case.model(**each, use_cache=False).logits for each in inputs]
+
+
+HELD_TO_OWN_ROUNDING = (
+    *("packing_isolation", "generation_batch_invariance", "generation_cache_invariance"),
+    "gradient_arithmetic",
+)
+
+
+@pytest.mark.parametrize("name", [f.name for f in catalogue().values() if f.check in HELD_TO_OWN_ROUNDING])
+def test_a_fault_is_not_in_what_its_own_limit_is_measured_in(case: Any, name: str) -> None:
+    """Else it may widen the limit: rounding to few levels answers a last place with a whole level."""
+    inputs = _measured(case, find(name).check)
+    right = _logits(case, inputs)
+    with apply(name, case) as damaged:
+        found = _logits(damaged, inputs)
+    for number, (ours, theirs) in enumerate(zip(found, right, strict=True)):
+        assert torch.equal(ours, theirs), number
 
 
 def test_expected_words_count_the_embedded_models_layers(case: Any) -> None:

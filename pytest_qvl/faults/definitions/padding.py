@@ -116,21 +116,19 @@ def _rows_joined(case: Case) -> Iterator[None]:
 
 @fault(
     "batch-dependent-scale",
-    "A layer is scaled by statistics of the whole batch, as dynamic quantization per tensor does.",
+    "The last norm adds up the squares of all rows of a batch: each is scaled down by those beside it.",
     target="model",
     check="generation_batch_invariance",
     expected_words=("alone against batch: logits differ by", "depends on the rows beside it"),
     source="QwenLM/Qwen3-VL#1956",
 )
 def _batch_scale(case: Case) -> Iterator[None]:
-    def scale(_module: Any, _args: Any, output: Any) -> Any:
-        def change(hidden: torch.Tensor) -> torch.Tensor:
-            step = hidden.abs().amax() / 8
-            return (hidden / step).round() * step
+    def scale(_module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+        squares: torch.Tensor = args[0].float().square().sum(dim=-1, keepdim=True)
+        share = squares / squares.sum(dim=0)
+        return (output.float() * share.sqrt()).to(output.dtype)
 
-        return on_first(output, change)
-
-    with after([anatomy(case.model).language_backbone.layers[1]], scale):
+    with after([anatomy(case.model).language_backbone.norm], scale):
         yield
 
 
