@@ -174,7 +174,7 @@ class NoiseCollector:
     ) -> float:
         with context:
             other = answer_logits(self._parts, inputs)
-        difference = float((other.logits - base.logits).abs().max())
+        difference = float((other.logits - base.logits).abs_().max())
         if not math.isfinite(difference):
             raise CannotJudge(f"no noise floor: logits are not finite ({name}); if float16 overflows, use bfloat16")
         return difference
