@@ -51,7 +51,7 @@ def other_attention(parts: Parts) -> Iterator[None]:
 
 @contextmanager
 def _few_heads_at_once(parts: Parts) -> Iterator[None]:
-    homes = [sys.modules[name] for name in {type(module).__module__ for module in parts.base.modules()}]
+    homes = [sys.modules.get(name) for name in {type(module).__module__ for module in parts.base.modules()}]
     whole = {home: getattr(home, EAGER) for home in homes if hasattr(home, EAGER)}
     for home, eager in whole.items():
         setattr(home, EAGER, partial(_by_heads, eager))
