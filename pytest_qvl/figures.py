@@ -13,11 +13,12 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.releases import install_extra
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-INSTALL = "pip install 'pytest-qvl[plots]'"
 # What a figure is laid out in: its units are those of the browser that shows it.
 PIXELS_PER_INCH = 96
 _STYLE = {
@@ -39,7 +40,7 @@ def require_matplotlib(option: str) -> None:
         ValueError: matplotlib is not installed.
     """
     if find_spec("matplotlib") is None:
-        raise ValueError(f"{option} draws a figure, and matplotlib is not installed: {INSTALL}")
+        raise ValueError(f"{option} draws a figure, and matplotlib is not installed: {install_extra('plots')}")
 
 
 @contextmanager

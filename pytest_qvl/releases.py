@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from packaging.requirements import Requirement
+
 THIS = "pytest-qvl"
 STACK = ("transformers", "peft", "bitsandbytes", "torch", "accelerate")
 _TITLES = {"transformers": "Transformers", "peft": "PEFT", "trl": "TRL", "unsloth_zoo": "Unsloth Zoo"}
@@ -286,8 +288,23 @@ def is_before(package: str, version: str) -> bool:
     return found is not None and _within(found, f"<{version}")
 
 
-def _requirements() -> Iterator[tuple[str, str]]:
-    """Packages of the stack with their ranges, as this package's metadata has them."""
+def install_extra(extra: str) -> str:
+    """The command that installs what an extra of this package adds, by the names of those packages themselves.
+
+    So it works wherever this package came from.
+    """
+    wanted = [
+        f"'{requirement.name}{requirement.specifier}'"
+        for requirement in _metadata()
+        if requirement.marker is not None
+        and requirement.marker.evaluate({"extra": extra})
+        and not requirement.marker.evaluate({"extra": ""})
+    ]
+    return f"pip install {' '.join(wanted)}" if wanted else f"install what {THIS}'s extra {extra!r} lists"
+
+
+def _metadata() -> Iterator[Requirement]:
+    """The requirements of this package, those of its extras included."""
     from importlib.metadata import PackageNotFoundError, requires
 
     from packaging.requirements import Requirement
@@ -296,7 +313,12 @@ def _requirements() -> Iterator[tuple[str, str]]:
         texts = requires(THIS) or []
     except PackageNotFoundError:  # run from a source tree that was not installed
         texts = []
-    for requirement in map(Requirement, texts):
+    yield from map(Requirement, texts)
+
+
+def _requirements() -> Iterator[tuple[str, str]]:
+    """Packages of the stack with their ranges, as this package's metadata has them."""
+    for requirement in _metadata():
         if requirement.name in STACK and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
             yield requirement.name, str(requirement.specifier)
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SHOWN_WITHOUT_THREAD = 6
 _ARGUMENTS = re.compile(r"^(?:Args|Returns|Raises|Yields|Attributes):$", re.MULTILINE)
+_PAGE = re.compile(r"`*docs/([\w-]+)\.md(?:#([\w-]+))?`*")
 _THREAD = re.compile(r"([\w.-]+/[\w.-]+)#(\d+)")
 
 
@@ -36,7 +37,7 @@ def explain(name: str) -> str:
     first, method = docstring(check)
     promise = PROMISES[check.promise - 1]
     lines = [f"{check.name}: {first}", f"promise {promise.number}: {promise.title}", ""]
-    lines += [method, ""] if method else []
+    lines += [_PAGE.sub(_titled, method), ""] if method else []
     remedy = REMEDIES[check.name]
     lines += ["usual cause:", f"  {remedy.cause}", "what to do first:", f"  {remedy.fix}", ""]
     lines += [*_defects(check.name), *_faults(check.name)]
@@ -66,6 +67,13 @@ def docstring(check: Declared) -> tuple[str, str]:
     found = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == check.name)
     first, _, rest = inspect.cleandoc(ast.get_docstring(found) or "").partition("\n")
     return first, _ARGUMENTS.split(rest, maxsplit=1)[0].strip()
+
+
+def _titled(page: re.Match[str]) -> str:
+    """A page of the documentation and a heading by their words: an installed package has no ``docs/``."""
+    title, anchor = page.groups()
+    section = f', "{anchor.replace("-", " ")}"' if anchor else ""
+    return f"the documentation's {title.capitalize()}{section}"
 
 
 def _defects(name: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pytest_qvl.releases import install_extra
 from pytest_qvl.samples.sample import Sample
 from pytest_qvl.samples.sizes import MOST_CELLS
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from pytest_qvl.samples.sizes import ProbeSizes
 
-EXTRA = "pip install 'pytest-qvl[photos]'"
 SIDE = 448
 
 # Photograph: file and box (left, top, right, bottom) in px that is cut out and scaled to a square; the boxes are
@@ -74,13 +74,14 @@ def _photos(side: int) -> dict[str, Image]:
 
     spec = find_spec("skimage")
     if spec is None or spec.origin is None:
-        raise RuntimeError(f"photo_samples needs the photographs of scikit-image: {EXTRA}")
+        raise RuntimeError(f"photo_samples needs the photographs of scikit-image: {install_extra('photos')}")
     folder = Path(spec.origin).parent / "data"
     photos = {}
     for name, (file, box) in PHOTOS.items():
         path = folder / file
         if not path.is_file():
-            raise RuntimeError(f"scikit-image at {folder} has no {file}; reinstall it: {EXTRA}")
+            again = f"{install_extra('photos')} --force-reinstall"
+            raise RuntimeError(f"scikit-image at {folder} has no {file}; reinstall it: {again}")
         with Image.open(path) as image:
             photos[name] = image.convert("RGB").crop(box).resize((side, side))
     return photos

@@ -130,9 +130,7 @@ def test_pages_without_matplotlib_are_refused_before_the_work(
     monkeypatch.delattr("pytest_qvl.faults.matrix.runner.run")
     assert main(["faults", *work, "--docs", str(tmp_path / "docs")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(
-        "error: --docs draws a figure, and matplotlib is not installed: pip install 'pytest-qvl[plots]'"
-    )
+    assert line.endswith("error: --docs draws a figure, and matplotlib is not installed: pip install 'matplotlib>=3.9'")
     assert not (tmp_path / "docs").exists()
 
 

@@ -24,7 +24,8 @@ def test_every_check_has_a_remedy_and_no_other_has():
 def test_every_check_is_explained(name):
     text = explain(name)
     first, method = docstring(declared()[name])
-    assert first and method and first in text and method in text
+    assert first and method and first in text and method.partition("docs/")[0].rstrip("`") in text
+    assert ".md" not in text, "a file that no wheel has"
     assert PROMISES[declared()[name].promise - 1].title in text
     assert "Args:" not in text
     assert REMEDIES[name].fix in text
@@ -32,6 +33,11 @@ def test_every_check_is_explained(name):
         assert fault.name in text
         for link in links(fault.source) if fault.source else ():
             assert link in text
+
+
+def test_limits_are_found_by_the_heading_that_derives_them():
+    assert '(the documentation\'s Limits, "own rounding")' in explain("generation_batch_invariance")
+    assert "derived in the documentation's Limits\n" in explain("alignment")
 
 
 def test_releases_with_a_known_defect_are_named():

@@ -220,7 +220,7 @@ def test_a_timeline_without_matplotlib_is_refused_before_the_work(
     assert main(_command("--timeline", str(tmp_path / "step.svg"))) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(
-        "error: --timeline draws a figure, and matplotlib is not installed: pip install 'pytest-qvl[plots]'"
+        "error: --timeline draws a figure, and matplotlib is not installed: pip install 'matplotlib>=3.9'"
     )
 
 

@@ -20,12 +20,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.releases import install_extra
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pytest_qvl.gpu.lease import Lease
 
-INSTALL = "pip install 'pytest-qvl[unsloth]'"
 OLDEST = "2026.10.9"
 PATCHED = ("transformers", "peft", "trl")
 # Those of Unsloth's requirements that decide whether it works with what is installed.
@@ -44,18 +45,18 @@ def problem() -> str:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    found, zoo = _version("unsloth"), _version("unsloth_zoo")
+    found, zoo, mend = _version("unsloth"), _version("unsloth_zoo"), install_extra("unsloth")
     if found is None or zoo is None or find_spec("unsloth") is None:
-        return f"backend 'unsloth' needs Unsloth, which is not installed; {INSTALL}"
+        return f"backend 'unsloth' needs Unsloth, which is not installed; {mend}"
     if Version(found) < Version(OLDEST):
-        return f"Unsloth {found} is older than {OLDEST}, the oldest that backend 'unsloth' knows; {INSTALL} --upgrade"
+        return f"Unsloth {found} is older than {OLDEST}, the oldest that backend 'unsloth' knows; {mend}"
     for needed in map(Requirement, requires("unsloth") or ()):
         if needed.name not in DECISIVE or (needed.marker and not needed.marker.evaluate({"extra": ""})):
             continue
         installed = _version(needed.name)
         if installed is None or not needed.specifier.contains(installed, prereleases=True):
             there = "none is" if installed is None else f"{installed} is"
-            return f"Unsloth {found} needs {needed.name}{needed.specifier}, and {there} installed; {INSTALL}"
+            return f"Unsloth {found} needs {needed.name}{needed.specifier}, and {there} installed; {mend}"
     return ""
 
 
