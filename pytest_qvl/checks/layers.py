@@ -28,6 +28,7 @@ from pytest_qvl.models.layers import language_layers, vision_theta
 from pytest_qvl.models.mixer_kernels import PYTORCH, mixer_kernels
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions
+from pytest_qvl.models.training import checkpointing, is_checkpointing
 
 if TYPE_CHECKING:
     import torch
@@ -45,11 +46,11 @@ SEVERAL_CHUNKS = 2 * max(CHUNKS) + 2
 def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: Any = None) -> Evidence:
     """Every linear, norm, attention, rotary embedding, MLP and adapter computes what its definition says.
 
-    The batch goes through ``generate`` for eight forced tokens, and once more through a forward in train mode. Each
-    module's input and output are held, as it runs, to an independent reference on that very input
-    (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen where logits hide it. No
-    second model and no recorded reference is needed: a model that was damaged before anything was recorded is judged
-    the same. B of every adapter is random for that time, and put back bitwise. Copies that are trained in full
+    The batch goes through ``generate`` for eight forced tokens, and through a forward in train mode, without and with
+    gradient checkpointing. Each module's input and output are held, as it runs, to an independent reference on that
+    very input (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen where logits hide
+    it. No second model and no recorded reference is needed: a model that was damaged before anything was recorded is
+    judged the same. B of every adapter is random for that time, and put back bitwise. Copies that are trained in full
     (``modules_to_save``) are judged in place of the modules whose work they do, and the logits that the model returns
     are its head's, bitwise. Where the backbone has linear attention (Qwen3.5) and no row of the batch has 130 tokens,
     two chunks of its kernels and two tokens more, a row of the batch's text goes through one forward more.
@@ -122,7 +123,8 @@ def _require_data(parts: Parts) -> None:
 def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally) -> None:
     """Generate eight tokens, then one forward in train mode, and its head again in eval mode, judging every module.
 
-    At the end a row of several chunks, if linear attention was given none so far.
+    Then the same forward with gradient checkpointing, which calls layers in a way of its own, but for its linears; at
+    the end a row of several chunks, if linear attention was given none so far.
     """
     import torch
     from transformers import GenerationConfig
@@ -155,6 +157,14 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
         model(**inputs, use_cache=False, logits_to_keep=1)
         model.eval()
         returned.call_again(inputs)
+        if not is_checkpointing(parts):
+            text.restart()
+            forget_positions(parts)
+            modules.restart(" (in train mode, checkpointed)", linears_too=False)
+            with checkpointing(parts, enabled=True):
+                model.train()
+                model(**inputs, use_cache=False, logits_to_keep=1)
+                model.eval()
         if (row := _row_of_several_chunks(parts, inputs)) is not None:
             text.restart(attended(row).bool())
             forget_positions(parts)
@@ -197,9 +207,9 @@ class _Modules:
         step = f" (decode step {self._calls - 1})" if self._calls > 1 else ""
         self._tally.phase = self._suffix or step
 
-    def restart(self, suffix: str) -> None:
+    def restart(self, suffix: str, *, linears_too: bool = True) -> None:
         """Another forward begins, which messages call so."""
-        self._calls, self._suffix = 0, suffix
+        self._calls, self._suffix = 0 if linears_too else FULLY_JUDGED, suffix
         self._tally.phase = suffix
 
     def watch(self) -> None:

@@ -314,6 +314,24 @@ def _padding(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "mask-lost-when-checkpointed",
+    "Where gradient checkpointing calls it, one attention of the language backbone is not given the attention mask.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(f"attention: {PLACE}.self_attn attends to padding too (in train mode, checkpointed)",),
+)
+def _padding_when_checkpointed(case: Case) -> Iterator[None]:
+    layer = language_layers(anatomy(case.model))[1]
+
+    def unmasked(_module: Any, args: Any, kwargs: Any) -> Any:
+        lost = layer.module.training and layer.module.gradient_checkpointing
+        return args, {**kwargs, "attention_mask": None} if lost else kwargs
+
+    with before([layer.attention], unmasked):
+        yield
+
+
+@fault(
     "pixels-normalised-twice",
     "Inside the tower, pixels are taken back to 0 to 1 and normalised once more: each is off by roundings.",
     target="model",
@@ -382,7 +400,10 @@ def _deepstack_exchanged(case: Case) -> Iterator[None]:
     "Behind the first layers the features of the DeepStack mergers are added twice.",
     target="model",
     check="layer_arithmetic",
-    expected_words=("residual sum: model.language_model.layers.1",),
+    expected_words=(
+        "residual sum: model.language_model.layers.1 is not given what layer 0 returned plus the features of "
+        "DeepStack's merger 0",
+    ),
     requires=("DeepStack",),
 )
 def _deepstack_twice(case: Case) -> Iterator[None]:

@@ -125,7 +125,8 @@ class Text:
         places = places.to(given.device)
         self._tally.handed_on(name, given[~places], made[~places], words)
         claim = elementary.added(made[places], features[number].to(made))
-        self._tally.hold(RESIDUAL, name, given[places], claim)
+        sum_of = f"is not given what layer {number} returned plus the features of DeepStack's merger {number}"
+        self._tally.hold(RESIDUAL, name, given[places], claim, lambda: sum_of)
 
     def _judge_head(self, call: Call) -> None:
         """The head is given the last norm's output, of all tokens or the last ones."""

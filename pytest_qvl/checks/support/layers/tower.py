@@ -92,7 +92,8 @@ class Tower:
             assert self._laid is not None
             embedded, table = (each.detach().to(call.given.device) for each in (self._before, self._table))
             claim = patches.with_learned_positions(embedded, table, self._laid.relative)
-            self._tally.hold("learned positions", block.name, call.given, claim)
+            words = "is not given each patch plus its learned position, between the corners of the table bilinearly"
+            self._tally.hold("learned positions", block.name, call.given, claim, lambda: words)
         elif self._before is not None:
             words = "is not given what the block before it returned"
             if block.number == 0:
