@@ -151,6 +151,8 @@ def record_reference(
             held against itself it could not fail.
         CannotJudge: The noise floor could not be measured, because logits are not finite for instance.
     """
+    import torch
+
     require_samples(samples)
     parts = anatomy(model)
     quantized = [state for state in linear_states(parts) if state.is_quantized]
@@ -175,6 +177,7 @@ def record_reference(
         for scored in score(parts, processor, samples):
             noise.take(scored.batch, scored.true)
             probes |= _probes(scored, tower_output(parts, scored.batch))
+            torch.cuda.empty_cache()  # the next group has other shapes, and full precision leaves least room for gaps
         response = ulp_response(parts, processor, samples)
         reference = Reference(source, probes, noise.floor(), str(dtype_name(_vision_dtype(parts))), response)
         if not reference.has_knowledge:  # nothing asks for its replies, and each would run to its last token
