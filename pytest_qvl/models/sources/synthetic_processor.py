@@ -21,22 +21,18 @@ from pytest_qvl.models.sources.model_source import ModelSource, ModelSourceError
 from pytest_qvl.models.sources.processors import load_processor
 from pytest_qvl.models.sources.released import image_sizes, released_config
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
+# Added tokens in the order of their released ids: from 151643 on in Qwen2 to Qwen3, from 248044 on in Qwen3.5.
+TURNS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+BOXES = (
     "<|object_ref_start|>",
     "<|object_ref_end|>",
     "<|box_start|>",
     "<|box_end|>",
     "<|quad_start|>",
     "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
 )
+VISION = ("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+SPECIAL_TOKENS = (*TURNS, *BOXES, *VISION)
 
 
 @cache
