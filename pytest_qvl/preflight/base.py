@@ -25,6 +25,7 @@ from pytest_qvl.models.sources.released import hub_id, released_names
 from pytest_qvl.preflight.files.folder import Folder
 from pytest_qvl.preflight.files.headers import INDEX, Tensor, named_shards, read_headers
 from pytest_qvl.preflight.findings import neutral
+from pytest_qvl.preflight.hub_sizes import refuse_large
 from pytest_qvl.preflight.refusals import BrokenFileError, RefusedError, SettingError, UnsafeFileError
 
 if TYPE_CHECKING:
@@ -241,6 +242,7 @@ def _of_hub(source: ModelSource) -> Base:
 
     Raises:
         ModelSourceError: It is not in the cache and the hub does not answer, and it is none of the built-in releases.
+        UnsafeFileError: One of its small files is larger than any real one; nothing is fetched.
     """
     known = {hub_id(name): name for name in released_names()}
     try:
@@ -251,6 +253,8 @@ def _of_hub(source: ModelSource) -> Base:
         raise
     from transformers.utils.hub import cached_file
 
+    if not options["local_files_only"]:
+        refuse_large(source, ("config.json", *SMALL_FILES))
     fetch = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     for name in SMALL_FILES:
         cached_file(source.location, name, **fetch, **options)

@@ -18,6 +18,7 @@ from preflight_corpus.making import CONFIG, edit
 from pytest_qvl.models.sources import hub
 from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.base import SMALL_FILES
+from pytest_qvl.preflight.files.folder import limit_of
 from pytest_qvl.preflight.files.headers import INDEX
 
 
@@ -145,6 +146,21 @@ def test_an_adapter_alone_is_judged_on_the_base_that_it_names(served, shop):
     edit(adapter / CONFIG, base_model_name_or_path="somebody/model")
     report = preflight(adapter)
     assert (report.state, report.base, report.adapter) == ("green", "somebody/model", str(adapter))
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", INDEX]
+)
+def test_a_file_beyond_its_limit_is_not_fetched(served, name):
+    (served.folder / name).touch()
+    os.truncate(served.folder / name, limit_of(name) + 1)
+    report = preflight("somebody/model")
+    assert [finding.name for finding in report.red] == ["base-unsafe"]
+    assert f"{name!r} of somebody/model on the hub has more than" in report.red[0].line
+    assert not served.sent
+    os.truncate(served.folder / name, limit_of(name))  # zeros, which no file is made of
+    preflight("somebody/model")
+    assert served.sent[name] == limit_of(name)
 
 
 def test_headers_tell_what_does_not_fit(served):

@@ -20,6 +20,19 @@ PICKLED = re.compile(r"(adapter_model|pytorch_model|consolidated|model)[\w.-]*\.
 _SNAPSHOT = "snapshots"
 
 
+def limit_of(name: str) -> int:
+    """The most bytes that a small file of that name may have."""
+    return JSON_LIMITS.get(name, JSON_LIMIT) if name.endswith(".json") else TEXT_LIMIT
+
+
+def too_large(name: str, where: str) -> UnsafeFileError:
+    """What is raised for a small file beyond its limit, which is not read."""
+    return UnsafeFileError(
+        f"{neutral(repr(name))} {where} has more than {limit_of(name) / MiB:g} MiB, which no real file of that name "
+        "has; it is not read"
+    )
+
+
 class Folder:
     """A folder whose files are looked at.
 
@@ -87,7 +100,7 @@ class Folder:
             UnsafeFileError: See :meth:`file`; or the file is larger than any real one, or nested without end.
             BrokenFileError: There is no such file, or it is no JSON object.
         """
-        return _as_object(self._bytes(name, JSON_LIMITS.get(name, JSON_LIMIT)), name, self.path)
+        return _as_object(self._bytes(name), name, self.path)
 
     def text(self, name: str) -> str:
         """A text file of bounded size, such as ``chat_template.jinja``; it is never rendered.
@@ -96,7 +109,7 @@ class Folder:
             UnsafeFileError: See :meth:`json`.
             BrokenFileError: There is no such file.
         """
-        return self._bytes(name, TEXT_LIMIT).decode("utf-8", errors="backslashreplace")
+        return self._bytes(name).decode("utf-8", errors="backslashreplace")
 
     def optional_json(self, name: str) -> dict[str, Any] | None:
         """As :meth:`json`; ``None`` if there is no such file."""
@@ -106,14 +119,12 @@ class Folder:
         """Names of weight files in formats that can run code when they are read."""
         return sorted(entry.name for entry in self.path.iterdir() if PICKLED.fullmatch(entry.name))
 
-    def _bytes(self, name: str, limit: int) -> bytes:
+    def _bytes(self, name: str) -> bytes:
+        limit = limit_of(name)
         with self.file(name).open("rb") as stream:
             content = stream.read(limit + 1)
         if len(content) > limit:
-            raise UnsafeFileError(
-                f"{neutral(repr(name))} in {neutral(str(self.path))} has more than {limit / MiB:g} MiB, which no real "
-                "file of that name has; it is not read"
-            )
+            raise too_large(name, f"in {neutral(str(self.path))}")
         return content
 
 
