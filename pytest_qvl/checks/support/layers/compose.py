@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pytest_qvl.oracles.bounds import Claim
 
 MLP, RESIDUAL = "activation in an MLP", "residual sum"
-ELEMENTS = 2**22
-"""Activations that are held in float32 at a time: 16 MiB."""
+ELEMENTS = 2**24
+"""Activations that are held in float32 at a time: 64 MiB; with less, a GPU waits for its next call."""
 FUSED = "a fused kernel runs in place of its modules"
 _LAST = "does not return what its last linear does"
 
