@@ -41,6 +41,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reentrant": {"reentrant": True},
     "padded": {"samples": (Sample(((56, 56),), 30), Sample(((28, 56), (56, 84)), 20))},
     "videos": {"samples": (Sample(((56, 84),), 30, ((5, 84, 140),)), Sample((), 40, ((8, 56, 56), (2, 28, 56))))},
+    "unsloth": {"trainer": "unsloth", "accumulation": 2, "evaluation": 2},
+    "unsloth, not compiled": {"trainer": "unsloth", "compiled": False, "generate": 2},
+    "8 bits": {"base_bits": 8, "checkpoint": "16bit"},
+    "ddp": {"ddp": True},
     "several images, no flash attention": {"images": 3, "batch": 2, "capability": (7, 5), "compute_dtype": "float16"},
 }
 

@@ -67,6 +67,12 @@ def candidates(forecast: Forecast) -> Iterator[Candidate]:
             "nothing: the frozen vision tower needs no gradients; take its make_inputs_require_grads hook off",
             {"vision_hook": False},
         )
+    if request.base_bits == 8 and request.gradient_checkpointing and not request.reentrant:
+        yield Candidate(
+            "--reentrant",
+            "nothing: checkpoints with use_reentrant=True let go of the inputs that 8-bit products keep",
+            {"reentrant": True},
+        )
     if request.optimizer != "paged_adamw_8bit":
         yield Candidate(
             "--optimizer paged_adamw_8bit",

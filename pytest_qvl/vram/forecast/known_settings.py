@@ -27,7 +27,7 @@ TAKEN = _names(
     activation_checkpointing activation_checkpointing_kwargs
     bf16 fp16 eval_strategy evaluation_strategy per_device_eval_batch_size use_liger_kernel liger_kernel_config
     eval_accumulation_steps eval_do_concat_batches batch_eval_metrics prediction_loss_only
-    fsdp_config packing_strategy max_length pad_to_multiple_of dataset_text_field
+    ddp_bucket_cap_mb fsdp_config packing_strategy max_length pad_to_multiple_of dataset_text_field
     """
 )
 # How long, how fast, what is logged, saved, shuffled and prepared: nothing of it is on the card.
@@ -47,8 +47,9 @@ NEUTRAL = _names(
     dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns label_names
     train_sampling_strategy group_by_length length_column_name skip_memory_metrics local_rank ddp_backend ddp_timeout
-    ray_scope tpu_num_cores tpu_metrics_debug fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap fp16_opt_level
-    fp16_backend use_legacy_prediction_loop trust_remote_code chat_template_path dataset_kwargs dataset_num_proc
+    ddp_broadcast_buffers ray_scope tpu_num_cores tpu_metrics_debug fsdp_min_num_params
+    fsdp_transformer_layer_cls_to_wrap fp16_opt_level fp16_backend use_legacy_prediction_loop trust_remote_code
+    chat_template_path dataset_kwargs dataset_num_proc
     eos_token pad_token truncation_mode shuffle_dataset router_aux_loss_coef
     mixed_precision distributed_state deepspeed_plugin fsdp_plugin_args xla_fsdp_config hf_deepspeed_config
     """
@@ -89,10 +90,8 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "optim_args": ((), "they may change what the optimizer keeps"),
     "optim_target_modules": ((), "they belong to optimizers that are not followed"),
     "adafactor": ((), "it is an old name; say optim='adafactor'"),
-    "ddp_find_unused_parameters": ((), "several cards are not followed"),
-    "ddp_bucket_cap_mb": ((), "several cards are not followed"),
-    "ddp_broadcast_buffers": ((), "several cards are not followed"),
-    "ddp_static_graph": ((), "several cards are not followed"),
+    "ddp_find_unused_parameters": ((True,), "of several cards only the trainers' own way is followed"),
+    "ddp_static_graph": ((), "of several cards only the trainers' own way is followed"),
     "per_gpu_train_batch_size": ((), "it is an old name; say per_device_train_batch_size"),
     "per_gpu_eval_batch_size": ((), "it is an old name; say per_device_eval_batch_size"),
     "model_init_kwargs": ((), "how the model is loaded is said by --checkpoint, --base-bits and --compute-dtype"),

@@ -28,7 +28,7 @@ _FIELDS = (
     *("model", "images", "batch", "tokens", "generate", "lora_r", "optimizer", "gradient_checkpointing"),
     *("reentrant", "kbit_upcast", "vision_hook", "checkpoint", "trainer", "precision", "accumulation", "evaluation"),
     *("evaluation_batches", "compute_metrics", "preprocess_logits", "eval_accumulation_steps", "batch_eval_metrics"),
-    *("max_length", "pad_to_multiple_of"),
+    *("max_length", "pad_to_multiple_of", "compiled", "ddp", "ddp_bucket_cap_mb"),
     *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "fused_loss"),
 )
 _Group = argparse._ArgumentGroup
@@ -161,6 +161,18 @@ def _add_how(group: _Group) -> None:
     group.add_argument("--use-dora", action=switch, default=unsaid, help="DoRA instead of LoRA")
     group.add_argument("--modules-to-save", nargs="+", default=unsaid, metavar="NAME", help="modules trained whole")
     group.add_argument("--trainable-tokens", type=int, default=unsaid, metavar="N", help="trained rows of embeddings")
+    group.add_argument(
+        "--compiled",
+        action=switch,
+        default=unsaid,
+        help="whether Unsloth compiles (default: yes; no: UNSLOTH_COMPILE_DISABLE=1)",
+    )
+    group.add_argument(
+        "--ddp", action=switch, default=unsaid, help="on each of several cards, under DistributedDataParallel"
+    )
+    group.add_argument(
+        "--ddp-bucket-cap-mb", type=int, default=unsaid, metavar="N", help="MiB of a bucket of gradients (default: 25)"
+    )
     group.add_argument("--base-bits", type=int, choices=BASE_BITS, default=unsaid, help="of the base (default: 4)")
     group.add_argument("--fused-loss", action=switch, default=unsaid, help="Liger's fused linear cross-entropy")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default=unsaid, help="default: paged_adamw_8bit")

@@ -39,13 +39,16 @@ LORA_TARGETS = ("language", "all-linear")
 _PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")  # what a regular expression has, and no module's name
 # What is known and not followed: field, value, why.
 _NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
-    ("base_bits", 8, "the forecast does not follow the products of LLM.int8(); known are 4 and 16"),
     (
         "fused_loss",
         True,
         "the forecast does not follow Liger, whose Triton kernels replace norms, rotations and MLPs too; use False, or "
         "trainer='trl', whose own fused head it follows",
     ),
+)
+# Settings that Unsloth's own code serves, where the forecast follows no other value than the usual one.
+_NOT_BY_UNSLOTH = (
+    *("base_bits", "use_dora", "modules_to_save", "trainable_tokens", "kbit_upcast", "compute_metrics", "lora_options"),
 )
 # What autocast of a precision computes in.
 DTYPE_OF: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
@@ -66,6 +69,7 @@ _LORA_OPTIONS: dict[str, tuple[str, ...]] = {
 # Whole numbers, and the least that each may be.
 _LEAST = {
     **dict.fromkeys(("images", "batch", "accumulation", "evaluation_batches", "pad_to_multiple_of", "max_length"), 1),
+    "ddp_bucket_cap_mb": 1,
     **dict.fromkeys(("lora_r", "generate", "evaluation", "generate_in_training", "trainable_tokens"), 0),
     "eval_accumulation_steps": 0,
 }
@@ -129,7 +133,7 @@ class Request:
         compute_dtype: Dtype of 4-bit products and of everything that is not quantized.
         vision_hook: Whether the vision patch embed keeps the hook that ``gradient_checkpointing_enable`` of
             Transformers 5 puts on it, so that the frozen vision tower is back-propagated through. ``None`` for what
-            ``trainer`` does: with checkpointing a trainer leaves it on, a loop takes it off.
+            ``trainer`` does: with checkpointing a trainer leaves it on, Unsloth always, a loop takes it off.
         kbit_upcast: Whether ``prepare_model_for_kbit_training`` raised all 16-bit parameters to fp32.
         autocast: Whether forward and loss of a loop run under autocast to ``compute_dtype``; ``None`` for what
             ``precision`` and ``trainer`` say.
@@ -140,6 +144,8 @@ class Request:
         checkpoint: Whether a 16-bit checkpoint is quantized while it loads, one saved in NF4 is loaded, or random
             weights are drawn layer by layer (``synthetic:`` models).
         capability: CUDA compute capability, which decides attention kernels and library workspaces.
+        device_bytes: All memory that torch sees of the card, by which Unsloth chooses its loss; ``None`` for a card of
+            more than 24.5 GiB.
         trainer: Who runs the steps: Transformers' ``Trainer`` (``"hf"``), TRL's ``SFTTrainer`` (``"trl"``), Unsloth's
             (``"unsloth"``) or a plain loop over ``model(**batch).loss`` (``"loop"``).
         precision: ``"bf16"`` and ``"fp16"`` are autocast, as by ``TrainingArguments(bf16=True)``, the second with a
@@ -169,6 +175,10 @@ class Request:
         modules_to_save: Names of modules trained whole beside the adapter, as in ``LoraConfig``.
         trainable_tokens: How many rows of the input embeddings are trained (``trainable_token_indices``).
         base_bits: 4 for NF4, 8 for ``LLM.int8()``, 16 for no quantization.
+        compiled: Whether Unsloth compiles layers, as it does unless ``UNSLOTH_COMPILE_DISABLE`` is 1; no other trainer
+            does.
+        ddp: Whether the trainer wraps the model in ``DistributedDataParallel``, as it does on each of several cards.
+        ddp_bucket_cap_mb: MiB of a bucket of gradients then; ``None`` for torch's 25, and a first one of 1.
         fused_loss: Whether Liger's fused linear cross-entropy takes the place of head and loss.
     """
 
@@ -189,6 +199,7 @@ class Request:
     all_logits: bool = False
     checkpoint: Checkpoint = "16bit"
     capability: tuple[int, int] = (9, 0)
+    device_bytes: int | None = None
     trainer: Trainer = "hf"
     precision: Precision | None = None
     accumulation: int = 1
@@ -201,6 +212,9 @@ class Request:
     modules_to_save: tuple[str, ...] = ()
     trainable_tokens: int = 0
     base_bits: int = 4
+    compiled: bool = True
+    ddp: bool = False
+    ddp_bucket_cap_mb: int | None = None
     fused_loss: bool = False
     lora_options: tuple[tuple[str, Any], ...] = ()
     reentrant: bool | None = None
@@ -247,7 +261,7 @@ class Request:
     def _check_counts(self) -> None:
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if name == "max_length" and value is None:
+            if name in {"max_length", "ddp_bucket_cap_mb"} and value is None:
                 continue
             if not isinstance(value, Integral):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number")
@@ -290,8 +304,12 @@ class Request:
         for name, value, why in _NOT_FOLLOWED:
             if getattr(self, name) == value:
                 raise ValueError(f"{name} is {value!r}: {why}")
-        if self.base_bits == 16 and self.checkpoint == "nf4":
-            raise ValueError("checkpoint is 'nf4' and base_bits is 16: one saved in NF4 has 4 bits")
+        if self.base_bits != 4 and self.checkpoint == "nf4":
+            raise ValueError(f"checkpoint is 'nf4' and base_bits is {self.base_bits}: one saved in NF4 has 4 bits")
+        if self.base_bits == 8 and self.use_dora:
+            raise ValueError(
+                "use_dora is True and base_bits is 8: DoRA's norm of an 8-bit weight is not followed; use 4 or 16"
+            )
         if self.adapter_in_bfloat16 and self.autocast_dtype == "float16":
             raise ValueError(
                 "trainer is 'trl' and autocasts to float16: SFTTrainer keeps the adapter of a quantized model in "
@@ -302,15 +320,37 @@ class Request:
                 raise ValueError(
                     f"{name} is {getattr(self, name)} and evaluation is 0: say how many samples a batch of it has"
                 )
+        if self.ddp and self.trainer not in {"hf", "trl"}:
+            raise ValueError(f"ddp is True and trainer is {self.trainer!r}: it is followed by the trainers hf and trl")
         if self.preprocess_logits and not self.compute_metrics:
             raise ValueError(
                 f"preprocess_logits is {self.preprocess_logits!r} and compute_metrics is False: without metrics a "
                 "trainer keeps no logits"
             )
         if self.trainer == "unsloth":
+            self._check_unsloth()
+        elif not self.compiled:
             raise ValueError(
-                "trainer is 'unsloth': the forecast follows Transformers' and PEFT's own code, which Unsloth replaces "
-                "by its own; known are hf, trl and loop"
+                f"compiled is False and trainer is {self.trainer!r}: only Unsloth compiles; leave it unsaid"
+            )
+
+    def _check_unsloth(self) -> None:
+        """Refuse what Unsloth replaces by code that is not followed, or does not do."""
+        for name in _NOT_BY_UNSLOTH:
+            value, unsaid = getattr(self, name), getattr(Request, name)
+            if value != unsaid:
+                raise ValueError(
+                    f"{name} is {value!r} and trainer is 'unsloth', whose own code for it is not followed: leave it at "
+                    f"{unsaid!r}, or use another trainer"
+                )
+        if self.reentrant is False:
+            raise ValueError(
+                "reentrant is False and trainer is 'unsloth', whose checkpoints always are: leave it unsaid"
+            )
+        if self.autocast_dtype is None:
+            raise ValueError(
+                f"precision is {self.precision!r} and trainer is 'unsloth', which trains an adapter under autocast: "
+                "use 'bf16' or 'fp16'"
             )
 
     @property
@@ -338,7 +378,7 @@ class Request:
     @property
     def standing_alone(self) -> Request:
         """The same without a trainer, as for inference before it trains."""
-        return replace(self, trainer="loop", precision=None)
+        return replace(self, trainer="loop", precision=None, ddp=False, compiled=True)
 
     @property
     def scales_loss(self) -> bool:
@@ -355,7 +395,7 @@ class Request:
     def keeps_vision_hook(self) -> bool:
         """Whether the hook on the vision patch embed stays, where this Transformers puts one."""
         if self.vision_hook is None:
-            return self.gradient_checkpointing and self.trainer != "loop"
+            return self.trainer == "unsloth" or (self.gradient_checkpointing and self.trainer != "loop")
         return self.vision_hook
 
     @property

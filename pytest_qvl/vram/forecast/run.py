@@ -359,7 +359,7 @@ def make_forecaster(request: Request, card: str | Card | None, compute_dtype: st
     """A forecaster, and ``request`` completed with what the card decides: compute dtype and kernels.
 
     Args:
-        request: What to forecast; its ``compute_dtype`` and ``capability`` are replaced.
+        request: What to forecast; its ``compute_dtype``, ``capability`` and ``device_bytes`` are replaced.
         card: The card to judge; ``None`` for none.
         compute_dtype: ``None`` for bfloat16 where the card has it, else float16.
 
@@ -373,5 +373,10 @@ def make_forecaster(request: Request, card: str | Card | None, compute_dtype: st
         request = replace(request, compute_dtype=compute_dtype or "bfloat16")  # type: ignore[arg-type]
     else:
         dtype = dtype_for(known, compute_dtype or "auto")
-        request = replace(request, compute_dtype=dtype, capability=known.compute_capability)  # type: ignore[arg-type]
+        request = replace(
+            request,
+            compute_dtype=dtype,  # type: ignore[arg-type]
+            capability=known.compute_capability,
+            device_bytes=known.usable_bytes,
+        )
     return Forecaster(request, known), request

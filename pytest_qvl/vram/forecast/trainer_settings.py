@@ -75,6 +75,8 @@ def from_trainer(where: str) -> dict[str, Any]:
         found["prediction_loss_only"] = bool(settings.get("prediction_loss_only"))
     if recomputation is not None:
         found["reentrant"] = bool(recomputation["use_reentrant"])
+    if settings.get("ddp_bucket_cap_mb"):
+        found["ddp_bucket_cap_mb"] = settings["ddp_bucket_cap_mb"]
     if settings.get("use_liger_kernel"):
         found["fused_loss"] = True
     return found

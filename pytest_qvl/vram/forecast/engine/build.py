@@ -19,6 +19,7 @@ from torch import nn
 
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+from pytest_qvl.vram.forecast.engine import int8
 from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor
 from pytest_qvl.vram.forecast.engine.recorder import Recorder
 
@@ -51,20 +52,22 @@ class Recipe:
     """How a model is quantized and adapted.
 
     Attributes:
-        quantized: Names of the linears in 4 bits; ``None`` for every one of the language backbone.
-        nested: Whether the statistics of their blocks are quantized too.
+        quantized: Names of the linears in few bits; ``None`` for every one of the language backbone.
+        nested: Whether the statistics of 4-bit blocks are quantized too.
+        bits: 4 for NF4, 8 for ``LLM.int8()``.
         lora: A ``peft.LoraConfig``; ``None`` for the rank that is asked for on every language linear.
         adapter_in_float32: Whether PEFT keeps the adapter in float32 (its default) or in the base model's dtype.
     """
 
     quantized: frozenset[str] | None = None
     nested: bool = True
+    bits: int = 4
     lora: Any = None
     adapter_in_float32: bool = True
 
 
 def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder: Recorder, recipe: Recipe) -> Any:
-    """The frozen base model in eval mode: 4-bit linears as the recipe wants them, the rest in ``dtype``.
+    """The frozen base model in eval mode: linears in few bits as the recipe wants them, the rest in ``dtype``.
 
     From a checkpoint, memory is used as ``from_pretrained`` uses it: one allocation of the expected total, given back
     at once (``caching_allocator_warmup``), then the tensors in natural order of their names
@@ -82,6 +85,9 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
     packed: dict[str, Any] = {}
 
     def arrive(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        if name in quantized and recipe.bits == 8:
+            whole, packed[name.removesuffix(".weight")] = int8.pack(parameter, recorder)
+            return whole
         if name in quantized:
             whole, packed[name.removesuffix(".weight")] = _pack(parameter, checkpoint, recorder, recipe.nested)
             return whole
@@ -92,24 +98,31 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
         if checkpoint == "synthetic":
             _arrive_in_module_order(model, arrive, made, recorder)
         else:
-            _arrive_as_from_pretrained(model, arrive, quantized, recorder)
-    for name, weight in packed.items():
+            _arrive_as_from_pretrained(model, arrive, quantized, recorder, recipe.bits)
+    for name, found in packed.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _linear_4bit(quantized[f"{name}.weight"], weight, dtype))
+        linear = quantized[f"{name}.weight"]
+        if recipe.bits == 8:
+            found.bias = linear.bias
+        layer = found if recipe.bits == 8 else _linear_4bit(linear, found, dtype)
+        setattr(model.get_submodule(parent), child, layer)
     for module in model.modules():
         for name, own in list(module._parameters.items()):
             if own is not None and id(own) in made:
                 module._parameters[name] = made[id(own)]
-    model.is_loaded_in_4bit = bool(quantized)
+    model.is_loaded_in_4bit = bool(quantized) and recipe.bits == 4
+    model.is_loaded_in_8bit = bool(quantized) and recipe.bits == 8
     keep_quantized_weights_in_place(model)
     model.requires_grad_(False)
     model.eval()
     return model
 
 
-def _arrive_as_from_pretrained(model: Any, arrive: Any, quantized: Any, recorder: Recorder) -> None:
+def _arrive_as_from_pretrained(model: Any, arrive: Any, quantized: Any, recorder: Recorder, bits: int) -> None:
     parameters = sorted(model.named_parameters(), key=lambda item: _natural(item[0]))
-    expected = sum(p.numel() // 2 if name in quantized else p.numel() * p.element_size() for name, p in parameters)
+    expected = sum(
+        p.numel() * bits // 8 if name in quantized else p.numel() * p.element_size() for name, p in parameters
+    )
     recorder.trace.free(recorder.trace.alloc(expected, "weights"))
     for name, parameter in parameters:
         arrive(name, parameter)

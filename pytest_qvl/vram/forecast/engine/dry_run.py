@@ -47,7 +47,9 @@ class DryRun:
     """
 
     def __init__(self, request: Request, source: Source, recipe: Recipe | None = None) -> None:
-        recipe = recipe or (Recipe() if request.base_bits == 4 else Recipe(quantized=frozenset()))
+        recipe = recipe or (
+            Recipe(quantized=frozenset()) if request.base_bits == 16 else Recipe(bits=request.base_bits)
+        )
         self.source = source
         trace = AllocationTrace()
         device = Device(request.capability)

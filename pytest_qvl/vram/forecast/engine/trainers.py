@@ -1,4 +1,4 @@
-"""What a trainer does in a training step, beyond ``model(**batch).loss.backward()``: a loop, Transformers' and TRL's.
+"""What a trainer does in a training step, beyond ``model(**batch).loss.backward()``.
 
 Followed from source: ``transformers/trainer.py`` (``_run_epoch``, ``training_step``, ``compute_loss``),
 ``accelerate/accelerator.py`` (``prepare_model``, ``clip_grad_norm_``) and ``trl/trainer/sft_trainer.py``
@@ -14,7 +14,9 @@ import torch
 
 from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine import ddp
 from pytest_qvl.vram.forecast.engine.fused_head import FusedHead
+from pytest_qvl.vram.forecast.engine.unsloth import SMALL_CARD, Offloading, UnslothHead, compiled_layers, lora_forwards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -102,14 +104,14 @@ class HuggingFace(Loop):
             config.use_cache = before
 
     def outputs(self, **batch: Any) -> Any:
-        """What the prepared model returns: under autocast its 16-bit outputs in fp32."""
-        with self.autocast():
-            outputs = self.parts.wrapped(**batch)
-        if self.request.autocast_dtype is None:
-            return outputs
+        """What the prepared model returns: under autocast its 16-bit outputs in fp32, copies of them under DDP."""
         from accelerate.utils.operations import convert_to_fp32
 
-        return convert_to_fp32(outputs)
+        with self.autocast():
+            outputs = self.parts.wrapped(**batch)
+        if self.request.autocast_dtype is not None:
+            outputs = convert_to_fp32(outputs)
+        return ddp.copied(outputs) if self.request.ddp else outputs
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """``Trainer.compute_loss``: the outputs live until it returns."""
@@ -155,7 +157,39 @@ class TRL(HuggingFace):
         return loss, (outputs["logits"],)
 
 
-TRAINERS: dict[str, type[Loop]] = {"loop": Loop, "hf": HuggingFace, "trl": TRL}
+class Unsloth(HuggingFace):
+    """TRL's ``SFTTrainer`` as Unsloth (2026.10.9) makes it, on the model that its ``get_peft_model`` returns."""
+
+    def __init__(self, parts: Parts, request: Request, stage: Stage) -> None:
+        super().__init__(parts, request, stage)
+        self._offloading = Offloading(parts, stage)
+
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """From an empty cache, with its checkpoints, its LoRA layers and its loss in place."""
+        base, request = self.parts.base, self.request
+        small = request.device_bytes is not None and request.device_bytes <= SMALL_CARD
+        head = UnslothHead(
+            self.parts, lambda: self.enter(phases.LOSS), small_card=small and request.capability >= (8, 0)
+        )
+        checkpoints = self._offloading.installed() if request.gradient_checkpointing else nullcontext()
+        compiled = compiled_layers(self.parts) if request.compiled else nullcontext()
+        with super().prepared(), checkpoints, lora_forwards(), compiled:
+            self.stage.empty_cache()
+            base.forward = head.forward
+            try:
+                yield
+            finally:
+                del base.forward
+
+    def loss(self, batch: dict[str, Any]) -> torch.Tensor:
+        """As ever, once there are buffers for what checkpoints give away."""
+        if self.request.gradient_checkpointing and torch.is_grad_enabled():
+            self._offloading.begin(batch, vision=self.request.keeps_vision_hook)
+        return super().loss(batch)
+
+
+TRAINERS: dict[str, type[Loop]] = {"loop": Loop, "hf": HuggingFace, "trl": TRL, "unsloth": Unsloth}
 
 
 class Steps:

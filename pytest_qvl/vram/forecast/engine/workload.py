@@ -22,6 +22,7 @@ from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.renamed import enable_checkpointing
 from pytest_qvl.samples.batch import IGNORED
 from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine import ddp
 from pytest_qvl.vram.forecast.engine.evaluation import Evaluation
 from pytest_qvl.vram.forecast.engine.trainers import TRAINERS, Loop, Steps, autocast
 
@@ -108,7 +109,7 @@ def is_reentrant(request: Request) -> bool:
     Where nobody says, ``PreTrainedModel.gradient_checkpointing_enable`` of Transformers 4 asks for it.
     """
     if request.reentrant is None:
-        return request.trainer == "hf" and transformers.__version__.startswith("4.")
+        return request.trainer == "unsloth" or (request.trainer == "hf" and transformers.__version__.startswith("4."))
     return request.reentrant
 
 
@@ -176,6 +177,11 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     trained = [p for p in parts.wrapped.parameters() if p.requires_grad]
     with stage.labelled("optimizer"):
         step.optimizer = optimizer = stage.optimizer(request.optimizer, trained)
+    reduced: list[torch.Tensor] = []
+    if request.ddp:
+        ddp.synchronized(parts.wrapped)
+        with stage.labelled("gradients"):
+            reduced = ddp.buckets(trained, request.ddp_bucket_cap_mb)
     with trainer.prepared():
         if trainer.fetches_ahead:
             _two_steps(step, parts, stage)
@@ -198,6 +204,7 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
             own = stage.generation_arguments(parts, source)
             _generate(parts.wrapped, {**prompt, **own}, request.generate_in_training)
         parts.core.rope_deltas = None
+    del reduced  # until here, as under DDP
 
 
 def with_labels(batch: dict[str, Any], request: Request) -> dict[str, Any]:

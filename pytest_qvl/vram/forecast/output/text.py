@@ -51,9 +51,8 @@ def _asked(forecast: Forecast) -> str:
         shown = ", ".join(filter(None, [shown, *(f"video of {_video(*video)}" for video in kinds[0].videos)]))
         samples = f"batch {len(request.batch_of_samples)}, {shown}: {tokens} each"
     updates = f", {request.accumulation} batches per update" if request.accumulation > 1 else ""
-    base = (
-        f"NF4 with nested statistics, rest {request.compute_dtype}" if request.base_bits == 4 else request.compute_dtype
-    )
+    packed = {4: "NF4 with nested statistics, rest ", 8: "LLM.int8(), rest "}
+    base = packed.get(request.base_bits, "") + request.compute_dtype
     return f"{forecast.label}: {base}; {training}\n{samples}{updates}"
 
 
@@ -65,7 +64,7 @@ def _training(request: Request) -> str:
     autocast = f"{request.autocast_dtype} autocast" if request.autocast_dtype else "without autocast"
     options = [
         f"{'DoRA' if request.use_dora else 'LoRA'} r={request.lora_r} ({adapter}, {where})",
-        TRAINERS[request.trainer],
+        TRAINERS[request.trainer] + ("" if request.compiled else ", not compiled"),
         autocast,
         request.optimizer,
     ]
@@ -73,6 +72,7 @@ def _training(request: Request) -> str:
     options.append(f"{kind}gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing")
     options += ["vision hook left on"] if request.keeps_vision_hook else []
     options += ["fp32 upcast"] if request.kbit_upcast else []
+    options += ["DDP"] if request.ddp else []
     return ", ".join(options)
 
 

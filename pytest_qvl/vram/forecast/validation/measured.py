@@ -15,6 +15,7 @@ from pytest_qvl.models.quantized import keep_quantized_weights_in_place, usual_q
 from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.build import asked_lora
+from pytest_qvl.vram.forecast.engine.int8 import THRESHOLD
 from pytest_qvl.vram.forecast.engine.trainers import adapter_in_bfloat16
 from pytest_qvl.vram.forecast.engine.workload import infer, prepare_training, train
 from pytest_qvl.vram.forecast.source import find_source
@@ -95,10 +96,37 @@ def measure(request: Request, meter: Meter, device: str = "cuda", *, inference: 
 def frozen_base(request: Request, source: Source, device: str) -> Any:
     """The quantized base model that ``request`` names, with random weights, none of them trainable."""
     dtype = getattr(torch, request.compute_dtype)
-    model = build_synthetic(source.config, usual_quantization(dtype), device, dtype)
+    quantization = usual_quantization(dtype) if request.base_bits == 4 else None
+    model = build_synthetic(source.config, quantization, device, dtype)
+    if request.base_bits == 8:
+        _to_8_bits(model)
     keep_quantized_weights_in_place(model)
     model.requires_grad_(False)
+    model.is_loaded_in_4bit, model.is_loaded_in_8bit = request.base_bits == 4, request.base_bits == 8  # PEFT, TRL ask
     return model
+
+
+def _to_8_bits(model: Any) -> None:
+    """Every language linear as ``BitsAndBytesConfig(load_in_8bit=True)`` makes it."""
+    import bitsandbytes as bnb
+
+    parts = anatomy(model)
+    for name, linear in list(parts.named_linears()):
+        if parts.group_of(name) != "language":
+            continue
+        values, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.data.to(torch.float16))
+        layer = bnb.nn.Linear8bitLt(
+            linear.in_features,
+            linear.out_features,
+            bias=linear.bias is not None,
+            has_fp16_weights=False,
+            threshold=THRESHOLD,
+            device="meta",
+        )
+        layer.weight = bnb.nn.Int8Params(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=scales)
+        layer.bias = linear.bias
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer)
 
 
 def _run(request: Request, stage: MeterStage, *, inference: bool) -> None:

@@ -108,13 +108,53 @@ _SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen2.5-vl-7b", {"samples": (Sample((), 240, ((24, 308, 532),)),), "optimizer": "adamw_torch_fused"}),
     ("qwen2.5-vl-7b", {"samples": (Sample((), 90, ((12, 392, 392),)),) * 2, "trainer": "trl"}),
 )
+_UNSLOTH: dict[str, Any] = {"trainer": "unsloth", "checkpoint": "nf4"}
+# What came after those: Unsloth's trainer, 8-bit bases, DDP, and videos of Qwen3-VL.
+_KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("qwen2.5-vl-3b", _UNSLOTH),
+    ("qwen2.5-vl-3b", {**_UNSLOTH, "compiled": False}),
+    ("qwen2.5-vl-3b", {**_UNSLOTH, "batch": 4}),
+    ("qwen2.5-vl-3b", {**_UNSLOTH, "compiled": False, "image": (560, 560), "gradient_checkpointing": False}),
+    (
+        "qwen2.5-vl-3b",
+        {
+            **{**_UNSLOTH, "compiled": False, "image": (644, 448), "images": 2, "batch": 2},
+            **{"lora_r": 64, "optimizer": "adamw_8bit", "accumulation": 4},
+        },
+    ),
+    (
+        "qwen2.5-vl-3b",
+        {
+            **{**_UNSLOTH, "compiled": False},
+            "samples": (Sample(((756, 560),), 90), Sample(((448, 448), (336, 504)), 260)),
+        },
+    ),
+    ("qwen2.5-vl-3b", {"base_bits": 8}),
+    ("qwen2.5-vl-3b", {"base_bits": 8, "reentrant": True}),
+    ("qwen2.5-vl-3b", {"base_bits": 8, "trainer": "trl", "batch": 2, "image": (560, 560)}),
+    ("qwen2.5-vl-3b", {"base_bits": 8, "gradient_checkpointing": False, "image": (560, 420)}),
+    ("qwen3-vl-2b", {"base_bits": 8, "optimizer": "adamw_8bit"}),
+    ("qwen2.5-vl-3b", {"ddp": True, "lora_r": 64, "optimizer": "adamw_torch"}),
+    ("qwen2.5-vl-3b", {"ddp": True, "trainer": "trl", "lora_r": 128, "accumulation": 4}),
+    ("qwen3-vl-2b", {"samples": (Sample((), 180, ((16, 352, 640),)),)}),
+    ("qwen3-vl-2b", {"samples": (Sample(((448, 320),), 100, ((9, 448, 448),)), Sample((), 60, ((4, 640, 480),)))}),
+)
 
 
 def settings_cases() -> list[Request]:
     """The cases of DoRA, reentrant checkpointing, evaluations with metrics, and videos."""
+    return _changed(_SETTINGS)
+
+
+def kinds_cases() -> list[Request]:
+    """The cases of Unsloth's trainer, 8-bit bases, DDP, and videos of Qwen3-VL."""
+    return _changed(_KINDS)
+
+
+def _changed(cases: tuple[tuple[str, dict[str, Any]], ...]) -> list[Request]:
     usual = {fields["model"]: fields for fields in map(_alike, reversed(_ROWS)) if fields["gradient_checkpointing"]}
     bare = {model: _without_shapes(fields) for model, fields in usual.items()}
-    return [Request(**{**(bare if "samples" in changes else usual)[model], **changes}) for model, changes in _SETTINGS]
+    return [Request(**{**(bare if "samples" in changes else usual)[model], **changes}) for model, changes in cases]
 
 
 def cases() -> list[Request]:
@@ -192,6 +232,9 @@ def name_of(request: Request) -> str:
     words += [request.preprocess_logits] if request.preprocess_logits else []
     words += [f"host{request.eval_accumulation_steps}"] if request.eval_accumulation_steps else []
     words += ["dora"] if request.use_dora else []
+    words += ["8bit"] if request.base_bits == 8 else []
+    words += [] if request.compiled else ["not compiled"]
+    words += ["ddp"] if request.ddp else []
     words += ["reentrant"] if request.reentrant else []
     words += ["upcast"] if request.kbit_upcast else []
     words += ["unhooked"] if request.gradient_checkpointing and request.vision_hook is False else []

@@ -25,16 +25,21 @@ from pytest_qvl.vram.forecast.validation.trainers.cases import MEASURED, PREDICT
 from pytest_qvl.vram.units import MiB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from pytest_qvl.vram.forecast.request import Request
 
-PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "datasets")
+PACKAGES = (
+    *("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "datasets"),
+    *("unsloth", "unsloth_zoo"),
+)
 # Nearer than this to the edge of a card, by the forecast, the training is run under the card's cap.
 EDGE = 0.15
 # What may stay allocated after a case: more means that it left something behind, and the model is built anew.
 LEFT = MiB
 CUDA_BROKEN = 3
+# What ``torchrun --nproc-per-node 1`` says: the trainers wrap a model in DDP for it.
+ONE_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
 
 
 @dataclass
@@ -142,13 +147,16 @@ class Bench:
     def _model(self, request: Request) -> _Built:
         from pytest_qvl.vram.forecast.source import find_source
         from pytest_qvl.vram.forecast.validation.measured import frozen_base
+        from pytest_qvl.vram.forecast.validation.trainers.training import unsloth_base
 
         if self._built is not None:
             return self._built
         self._settle()  # whoever dropped a model before held it until its training returned
         source, baseline = find_source(request.model), self._allocated()
-        base = frozen_base(request, source, self._device)
-        base.is_loaded_in_4bit = True  # as from_pretrained says; SFTTrainer asks
+        if request.trainer == "unsloth":
+            base = unsloth_base(request, self._device)
+        else:
+            base = frozen_base(request, source, self._device)
         if request.kbit_upcast:
             from peft import prepare_model_for_kbit_training
 
@@ -168,9 +176,10 @@ class Bench:
             return {}
         left = self._allocated() - self._built.resident
         out_of_memory = isinstance(error, torch.OutOfMemoryError)
-        if abs(left) > LEFT or (error is not None and not out_of_memory):
+        unsloth = "unsloth" in sys.modules  # which changes the model for good
+        if unsloth or abs(left) > LEFT or (error is not None and not out_of_memory):
             self._built = None
-        return {"left_behind": left} if abs(left) > LEFT else {}
+        return {"left_behind": left} if abs(left) > LEFT and not unsloth else {}
 
     def _settle(self) -> None:
         """Without garbage, library workspaces and cached memory."""
@@ -187,14 +196,15 @@ class Bench:
         return torch.cuda.memory_allocated() if self._device == "cuda" else 0
 
 
-def kind_of(request: Request) -> tuple[str, str, bool]:
-    """What requests must share for one model to serve them."""
-    return request.model, request.compute_dtype, request.kbit_upcast
+def kind_of(request: Request) -> Hashable:
+    """What requests must share for one model in one process to serve them; nothing serves Unsloth twice."""
+    alone = request if request.trainer == "unsloth" else None
+    return request.model, request.compute_dtype, request.kbit_upcast, request.base_bits, request.ddp, alone
 
 
 def by_kind(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The entries that one model can serve together, kinds in the order of their first entry."""
-    kinds: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    kinds: dict[Hashable, list[dict[str, Any]]] = {}
     for entry in entries:
         kinds.setdefault(kind_of(request_of(entry)), []).append(entry)
     return list(kinds.values())
@@ -287,6 +297,11 @@ def main(arguments: list[str]) -> int:
 
 def _measure(entries: Sequence[dict[str, Any]], record: dict[str, Any], options: argparse.Namespace) -> None:
     """Measure cases of one kind and keep each in the record; exits if CUDA broke."""
+    request = request_of(entries[0])
+    if request.trainer == "unsloth":
+        start_unsloth(compiled=request.compiled)
+    if request.ddp:
+        os.environ.update(ONE_OF_ONE, MASTER_PORT=str(_free_port()))
     bench = Bench(options.device, options.steps)
     with _quiet():
         for entry in entries:
@@ -296,6 +311,26 @@ def _measure(entries: Sequence[dict[str, Any]], record: dict[str, Any], options:
             print(_line(entry, found), flush=True)
             if not _works(options.device):
                 sys.exit(CUDA_BROKEN)
+
+
+def start_unsloth(*, compiled: bool) -> None:
+    """Import Unsloth before what it patches, with the code that it generates in a folder of this process."""
+    from pytest_qvl.models.backends.unsloth_start import let_compiled_code_be, quiet, use_own_compile_folder
+
+    os.environ["UNSLOTH_COMPILE_DISABLE"] = str(int(not compiled))
+    os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+    use_own_compile_folder()
+    with quiet():
+        __import__("unsloth")
+        let_compiled_code_be()
+
+
+def _free_port() -> int:
+    import socket
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def _begin(path: Path, predictions: str, device: str) -> dict[str, Any]:

@@ -17,7 +17,15 @@ from pytest_qvl.vram.cards import card as find_card
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.request import Request
 from pytest_qvl.vram.forecast.validation.records import as_plain, peaks, read_record, versions, write_record
-from pytest_qvl.vram.forecast.validation.trainers.cases import CARDS, PREDICTED, cases, name_of, refused, settings_cases
+from pytest_qvl.vram.forecast.validation.trainers.cases import (
+    CARDS,
+    PREDICTED,
+    cases,
+    kinds_cases,
+    name_of,
+    refused,
+    settings_cases,
+)
 from pytest_qvl.vram.units import MiB
 
 PACKAGES = ("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl")
@@ -68,9 +76,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="forecast these cases again, keep the others")
     parser.add_argument("--resume", action="store_true", help="keep what the file has, forecast what it lacks")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes")
-    parser.add_argument("--settings", action="store_true", help="the cases of settings that came later")
+    later = parser.add_mutually_exclusive_group()
+    later.add_argument("--settings", action="store_const", dest="cases", const=settings_cases, default=cases)
+    later.add_argument("--kinds", action="store_const", dest="cases", const=kinds_cases)
     options = parser.parse_args(arguments)
-    requests = {name_of(request): request for request in (settings_cases() if options.settings else cases())}
+    requests = {name_of(request): request for request in options.cases()}
     wanted = [request for name, request in requests.items() if re.search(options.only, name)]
     entries: dict[str, dict[str, Any]] = {}
     if (options.only or options.resume) and options.file.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,8 +124,8 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
     """Attach the adapter, train for ``steps`` updates, and take everything off again.
 
     Args:
-        base: The quantized model without adapter; it is left as it was.
-        request: What to run; ``trainer`` is ``"hf"`` or ``"trl"``.
+        base: The quantized model without adapter; it is left as it was, but by Unsloth.
+        request: What to run; ``trainer`` is ``"hf"``, ``"trl"`` or ``"unsloth"``.
         source: The model's configuration.
         device: ``"cuda"`` or ``"cpu"``; peaks are read on CUDA only.
         steps: Updates with optimizer states; a float16 loss scale that is too large leaves out earlier ones.
@@ -137,16 +138,18 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
 
     trained = Trained()
     with _as_it_was(base), tempfile.TemporaryDirectory(prefix="qvl-trainer-") as folder:
-        model = get_peft_model(base, asked_lora(anatomy(base), request))
+        config = asked_lora(anatomy(base), request)
+        by_unsloth = request.trainer == "unsloth"
+        model = _unsloth_peft_model(base, config, request) if by_unsloth else get_peft_model(base, config)
         parts = anatomy(model)
-        if request.gradient_checkpointing and is_reentrant(request):
+        if request.gradient_checkpointing and is_reentrant(request) and not by_unsloth:
             parts.base.enable_input_require_grads()  # Transformers 5 does it by itself, 4 trains nothing without
         hooks = _follow(parts, trained)
         watch = _Watch(request, parts, steps, trained)
         arguments = _arguments(request, folder, device, steps)
         trainer = None
         try:
-            make = _sft_trainer if request.trainer == "trl" else _hf_trainer
+            make = _hf_trainer if request.trainer == "hf" else _sft_trainer
             trainer = make(model, request, source, arguments, watch)
             trainer.remove_callback(PrinterCallback)
             trained.peaks.enter(phases.TRAIN_VISION)
@@ -157,8 +160,39 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
                 hook.remove()
             if trainer is not None:
                 _forget(trainer)
-            model.unload()
+            if not by_unsloth:
+                model.unload()
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
     return trained
+
+
+def unsloth_base(request: Request, device: str) -> Any:
+    """The model as ``FastVisionModel.from_pretrained`` loads it from a folder in NF4 with random weights.
+
+    Unsloth has been imported before everything that it patches.
+    """
+    from pytest_qvl.models.backends import LoadRequest
+    from pytest_qvl.models.quantized import usual_quantization
+    from pytest_qvl.models.sources.model_source import parse_model
+
+    quantization = usual_quantization(getattr(torch, request.compute_dtype))
+    source = parse_model(f"synthetic:{request.model}")
+    return _unsloth(request).load(LoadRequest(source, quantization, device, request.compute_dtype))
+
+
+def _unsloth(request: Request) -> Any:
+    from pytest_qvl.models.backends.unsloth import UnslothBackend
+
+    backend = UnslothBackend()
+    backend.checkpointing = "unsloth" if request.gradient_checkpointing else False
+    return backend
+
+
+def _unsloth_peft_model(base: Any, config: Any, request: Request) -> Any:
+    """The adapter by ``FastVisionModel.get_peft_model``, whose hooks stay, as in a user's script."""
+    fast: Any = import_module("unsloth").FastVisionModel
+    return fast.get_peft_model(base, **_unsloth(request).flags(config))
 
 
 def _follow(parts: Parts, trained: Trained) -> list[Any]:
