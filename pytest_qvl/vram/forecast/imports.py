@@ -19,7 +19,7 @@ _UNUSED = ("scipy", "sklearn")
 
 @contextmanager
 def only_what_runs() -> Iterator[None]:
-    """Libraries imported inside find neither a compiler nor processes to shard over, nor what is optional.
+    """Libraries imported inside compile nothing, and find no processes to shard over, nor what is optional.
 
     What they found stays so for the life of the process: only for one that does nothing but forecast.
     """
