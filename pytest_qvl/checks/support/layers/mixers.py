@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_qvl.checks.support.layers.compose import FUSED
 from pytest_qvl.checks.support.layers.tally import multiple
@@ -36,7 +36,7 @@ class _State:
         tail: The last inputs of the convolution.
         exact: S in float64.
         held: How much of the values S holds, ``(rows, heads, value width)`` (:func:`~pytest_qvl.oracles.delta.held`).
-        rounded: S of each float32 computation.
+        rounded: S of each float32 computation: by chunk size, those of :data:`RUNS` behind each other as rows.
     """
 
     tail: torch.Tensor
@@ -123,19 +123,20 @@ class Mixers:
         heads, width = mixer.num_v_heads, mixer.head_v_dim
         state = self._states.get(layer.number) or self._fresh(mixer, joint)
         generator = torch.Generator(joint.device).manual_seed(layer.number)
-        tokens = _tokens(mixer, joint, state.tail, share, rate)
+        sums = _Sums.of(mixer, joint, state.tail, share, rate)
+        tokens = _tokens(mixer, sums)
         read, exact = delta.recurrent(tokens, state.exact)
         held = delta.held(tokens, state.held)
         size = read.abs() + held * tokens.query.norm(dim=-1, keepdim=True) + underflow(torch.float32)
         spread, rounded = torch.zeros_like(read[..., :1]), []
-        for number, before in enumerate(state.rounded):
-            moved = _tokens(mixer, joint, state.tail, share, rate, generator=generator)
-            single = delta.Tokens(*(each.float() for each in moved))
-            chunk = CHUNKS[number % len(CHUNKS)]
+        for chunk, before in zip(CHUNKS, state.rounded, strict=True):
+            runs = [[each.float() for each in _tokens(mixer, sums, generator=generator)] for _ in range(RUNS)]
+            single = delta.Tokens(*(torch.cat(each) for each in zip(*runs, strict=True)))
             out, after = delta.chunked(single, before, chunk) if chunk else delta.recurrent(single, before)
-            spread += ((out.double() - read) / size).square().mean(dim=-1, keepdim=True)
+            off = (out.reshape(RUNS, *read.shape).double() - read) / size
+            spread += off.square().mean(dim=-1, keepdim=True).sum(dim=0)
             rounded.append(after)
-        found = spread / len(state.rounded)
+        found = spread / (RUNS * len(CHUNKS))
         deviation = torch.maximum(found, found.mean(dim=1, keepdim=True)).sqrt() * size
         got = flow.given_to(mixer.norm).view(*joint.shape[:2], heads, width)
         value = read.float()
@@ -151,7 +152,7 @@ class Mixers:
         shape = (joint.shape[0], mixer.num_v_heads, mixer.head_k_dim, mixer.head_v_dim)
         empty = torch.zeros(shape, dtype=torch.float64, device=joint.device)
         tail = joint.new_zeros(joint.shape[0], mixer.conv_kernel_size - 1, joint.shape[2])
-        return _State(tail, empty, empty[:, :, 0], [empty.float() for _ in range(RUNS * len(CHUNKS))])
+        return _State(tail, empty, empty[:, :, 0], [empty.float().repeat(RUNS, 1, 1, 1) for _ in CHUNKS])
 
     def _judge_norm(self, layer: Layer, name: str) -> None:
         """``w norm(x) silu(z)``, x and its gain rounded to the dtype, the gate in float32, the product rounded."""
@@ -173,25 +174,48 @@ def _words(got: torch.Tensor, claim: Claim) -> str:
     return multiple(got, claim.value) + (f" from token {first} on" if first else "")
 
 
-def _tokens(
-    mixer: Any,
-    joint: torch.Tensor,
-    tail: torch.Tensor,
-    share: torch.Tensor,
-    rate: torch.Tensor,
-    *,
-    generator: torch.Generator | None = None,
-) -> delta.Tokens:
-    """What the heads are given, in float64; with a generator, as numbers that roundings have moved.
+class _Sums(NamedTuple):
+    """What a mixer makes of its projections before anything is rounded, in float64.
 
-    Args:
-        mixer: The mixer.
-        joint: What ``in_proj_qkv`` gave, ``(rows, length, channels)``.
-        tail: What it gave for the tokens before, as many as the convolution reaches back.
-        share: What ``in_proj_b`` gave, ``(rows, length, heads)``.
-        rate: What ``in_proj_a`` gave, ditto.
-        generator: Where the movements come from.
+    Attributes:
+        mixed: The convolution's sums, ``(rows, length, channels)``.
+        terms: The same of sizes: what the roundings of a sum are a share of, whose terms may cancel.
+        decay: Logarithms, ``(rows, length, heads)``.
+        share: Ditto, from 0 to 1.
+        dtypes: Of what ``in_proj_qkv`` and ``in_proj_b`` gave.
     """
+
+    mixed: torch.Tensor
+    terms: torch.Tensor
+    decay: torch.Tensor
+    share: torch.Tensor
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    @classmethod
+    def of(cls, mixer: Any, joint: torch.Tensor, tail: torch.Tensor, share: torch.Tensor, rate: torch.Tensor) -> _Sums:
+        """Of one call.
+
+        Args:
+            mixer: The mixer.
+            joint: What ``in_proj_qkv`` gave, ``(rows, length, channels)``.
+            tail: What it gave for the tokens before, as many as the convolution reaches back.
+            share: What ``in_proj_b`` gave, ``(rows, length, heads)``.
+            rate: What ``in_proj_a`` gave, ditto.
+        """
+        import torch
+
+        kernel = mixer.conv1d.weight.detach().squeeze(1)
+        return cls(
+            delta.convolved(joint, tail, kernel),
+            delta.convolved(joint.abs(), tail.abs(), kernel.abs()),
+            delta.decays(rate, mixer.A_log.detach(), mixer.dt_bias.detach()),
+            torch.sigmoid(share.double()),
+            (joint.dtype, share.dtype),
+        )
+
+
+def _tokens(mixer: Any, sums: _Sums, *, generator: torch.Generator | None = None) -> delta.Tokens:
+    """What the heads are given, in float64; with a generator, as numbers that its roundings have moved."""
     import torch
 
     def rounded(x: torch.Tensor, dtype: torch.dtype, places: int = 1) -> torch.Tensor:
@@ -200,23 +224,21 @@ def _tokens(
         moves = torch.rand(x.shape, generator=generator, device=x.device, dtype=torch.float64)
         return x * (1 + (unit(dtype) + (places - 1) * SINGLE) * (2 * moves - 1))
 
-    dtype, single = joint.dtype, torch.float32
-    kernel, keys, repeats = mixer.conv1d.weight.detach().squeeze(1), 2 * mixer.key_dim, mixer.num_v_heads
-    mixed = rounded(delta.convolved(joint, tail, kernel), dtype)
-    if generator is not None:  # the sum's own rounding is a share of its terms, which may cancel
-        terms = delta.convolved(joint.abs(), tail.abs(), kernel.abs())
-        mixed = mixed + (rounded(terms, single, kernel.shape[1]) - terms)
+    single, keys, repeats = torch.float32, 2 * mixer.key_dim, mixer.num_v_heads
+    dtype, share_dtype = sums.dtypes
+    mixed = rounded(sums.mixed, dtype)
+    if generator is not None:
+        mixed = mixed + (rounded(sums.terms, single, mixer.conv_kernel_size) - sums.terms)
     mixed = rounded(delta.silu(mixed), dtype, FUNCTION)
     apart = mixed[..., :keys].reshape(*mixed.shape[:2], -1, mixer.head_k_dim)
     query, key = rounded(delta.of_unit_length(apart), single, FUNCTION).chunk(2, dim=2)
     query, key = (each.repeat_interleave(repeats // mixer.num_k_heads, dim=2) for each in (query, key))
-    decay = delta.decays(rate, mixer.A_log.detach(), mixer.dt_bias.detach())
     return delta.Tokens(
         delta.scaled(query),
         key,
         mixed[..., keys:].reshape(*mixed.shape[:2], -1, mixer.head_v_dim),
-        rounded(decay, single, 2 * FUNCTION) + _summed(decay, generator),
-        rounded(torch.sigmoid(share.double()), share.dtype, FUNCTION),
+        rounded(sums.decay, single, 2 * FUNCTION) + _summed(sums.decay, generator),
+        rounded(sums.share, share_dtype, FUNCTION),
     )
 
 
