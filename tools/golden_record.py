@@ -1,12 +1,13 @@
 """Record what the installed releases make of the golden record's inputs, or confirm the record with other releases.
 
-Usage: ``python tools/golden_record.py`` after the embedded model was trained anew or the probes changed, and then, in
-an environment of each other set of releases, ``python tools/golden_record.py --confirm``. Everything runs in float32 on
-the CPU.
+Usage: ``python tools/golden_record.py [NAME]`` after an embedded model (the first one if none is named) was trained
+anew or the probes changed, and then, in an environment of each other set of releases, ``python tools/golden_record.py
+[NAME] --confirm``. Everything runs in float32 on the CPU.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 from importlib.metadata import version
@@ -26,12 +27,14 @@ from pytest_qvl.checks.support.golden_data import (
     observed,
     places,
     places_kept,
+    recipe_of,
 )
 from pytest_qvl.checks.support.rounding import last_place_noise
 from pytest_qvl.checks.support.tower import DriftsSeen, row_drift
 from pytest_qvl.faults.case import load
+from pytest_qvl.faults.subject import Subject
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.embedded import FIRST, embedded_model_dir, embedded_names
 from pytest_qvl.models.sources.processors import load_processor
 from pytest_qvl.samples import make_batch
 
@@ -39,13 +42,15 @@ PACKAGES = ("transformers", "torch", "bitsandbytes", "pillow")
 DRAWS = 8  # of last-place noise
 
 
-def recorded() -> Golden:
-    """The record of the embedded model, with the installed releases."""
-    processor = load_processor(embedded_model_dir())
-    models = {"full": load(dtype="float32", quantized=False, lora=None), "nf4": load(dtype="float32", lora=None)}
-    probes, images, typed = [], [_image(processor, size) for size in sizes()], False
+def recorded(name: str) -> Golden:
+    """The record of an embedded model, with the installed releases."""
+    processor = load_processor(embedded_model_dir(name))
+    models = {kind: loaded(name, quantized=kind == "nf4") for kind in ("full", "nf4")}
+    recipe = recipe_of(anatomy(models["full"]))
+    sizes = [*dict.fromkeys(size for probe in PROBES for size in probe.sizes(recipe)), RESIZED]
+    probes, images, typed = [], [_image(processor, size) for size in sizes], False
     for probe in PROBES:
-        batch = make_batch(processor, [probe.sample()])
+        batch = make_batch(processor, [probe.sample(recipe)])
         typed = "mm_token_type_ids" in batch
         probes.append({"input_ids": batch["input_ids"][0].tolist(), "grids": batch["image_grid_thw"].tolist()})
     found = {kind: _stages(model, probes, typed=typed) for kind, model in models.items()}
@@ -55,9 +60,9 @@ def recorded() -> Golden:
     return Golden(versions(), [], probes, images, stages)
 
 
-def sizes() -> list[tuple[int, int]]:
-    """Every image of the record, the resized one last."""
-    return [*dict.fromkeys(size for probe in PROBES for size in probe.sizes), RESIZED]
+def loaded(name: str, *, quantized: bool) -> Any:
+    """An embedded model in float32, in NF4 or not, without an adapter."""
+    return load(subject=Subject.of(f"embedded:{name}", dtype="float32"), quantized=quantized, lora=None)
 
 
 def versions() -> dict[str, str]:
@@ -100,25 +105,29 @@ def _stages(model: Any, probes: list[dict[str, Any]], *, typed: bool) -> dict[st
     return made
 
 
-def confirmed(golden: Golden) -> Golden:
+def confirmed(golden: Golden, name: str) -> Golden:
     """The same with the installed releases among those that confirmed it, if they do."""
-    processor = load_processor(embedded_model_dir())
+    processor = load_processor(embedded_model_dir(name))
     for quantized in (False, True):
-        print(golden_record(load(dtype="float32", quantized=quantized, lora=None), processor).table)
+        print(golden_record(loaded(name, quantized=quantized), processor).table)
     known = [golden.recorded_with, *golden.confirmed_with]
     return golden if versions() in known else replace(golden, confirmed_with=[*golden.confirmed_with, versions()])
 
 
 def main() -> None:
-    """Write the record of the embedded model."""
-    folder = embedded_model_dir()
-    if "--confirm" in sys.argv[1:]:
+    """Write the record of an embedded model."""
+    parser = argparse.ArgumentParser(description="Write or confirm the golden record of an embedded model.")
+    parser.add_argument("name", nargs="?", default=FIRST, choices=embedded_names())
+    parser.add_argument("--confirm", action="store_true", help="hold the installed releases to the record there")
+    asked = parser.parse_args()
+    folder = embedded_model_dir(asked.name)
+    if asked.confirm:
         golden = Golden.read(folder)
         if golden is None:
             sys.exit(f"{folder / GOLDEN_FILE} is missing: run this without --confirm")
-        confirmed(golden).write(folder)
+        confirmed(golden, asked.name).write(folder)
     else:
-        recorded().write(folder)
+        recorded(asked.name).write(folder)
     print(f"wrote {folder / GOLDEN_FILE}")
 
 

@@ -99,7 +99,7 @@ def _record(parts: Parts) -> Golden:
     golden = None if folder is None else Golden.read(folder)
     if golden is None:
         raise CannotJudge(
-            f"no golden record ({GOLDEN_FILE}) lies beside this checkpoint: one ships with the embedded model, which "
+            f"no golden record ({GOLDEN_FILE}) lies beside this checkpoint: one ships with each embedded model, which "
             "shows whether the installed libraries are right (--qvl-model embedded)"
         )
     return golden
@@ -125,8 +125,9 @@ def _versions(packages: dict[str, str]) -> str:
 def _judge_processor(judge: Judge, parts: Parts, processor: Any, golden: Golden) -> bool:
     """Hold token ids, grids and pixels; returns whether this release makes ``mm_token_type_ids``."""
     wrong, typed = [], False
+    recipe = recipe_of(parts)
     for probe, said in zip(PROBES, golden.probes, strict=True):
-        batch = make_batch(processor, [probe.sample()])
+        batch = make_batch(processor, [probe.sample(recipe)])
         typed = typed or "mm_token_type_ids" in batch
         ids, grids = batch["input_ids"][0].tolist(), batch["image_grid_thw"].tolist()
         if ids != said["input_ids"]:

@@ -21,6 +21,7 @@ Requirement = Literal[
     "window attention",
     "gated vision MLP",
     "mrope sections in the module",
+    "axes in runs",
     "DeepStack",
     "linear attention",
     "checkpoint file",
@@ -59,6 +60,10 @@ def _sections_in_the_module(case: Case) -> bool:
     # Where axes take turns, one that asks for more than there are turns gets no more: other sections are the same ones.
     fits = not family_of(parts).interleaved or 3 * max(sections[1:], default=0) <= sum(sections)
     return len(set(sections)) > 1 and fits
+
+
+def _axes_in_runs(case: Case) -> bool:
+    return not family_of(anatomy(case.model)).interleaved
 
 
 def _deepstack(case: Case) -> bool:
@@ -104,13 +109,17 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
         _sections_in_the_module,
         "needs a rotary module that keeps sections, which differ and fit; releases before 5.17 leave them to attention",
     ),
+    "axes in runs": (
+        _axes_in_runs,
+        "needs axes of M-RoPE in runs: where they take turns, sections in the reverse order are the same ones",
+    ),
     "DeepStack": (_deepstack, "needs DeepStack and learned positions in the tower: only Qwen3-VL has them"),
     "linear attention": (_linear_attention, "needs layers of linear attention: only Qwen3.5 has them"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
     "time of videos": (_time, "needs videos laid out by seconds: only Qwen2.5-VL lays them out so"),
-    "golden record": (_golden_record, "needs a golden record beside the checkpoint: the embedded model has one"),
+    "golden record": (_golden_record, "needs a golden record beside the checkpoint: embedded models have one"),
     "CPU": (_on("cpu"), "CPU only"),
     "CUDA": (_on("cuda"), "CUDA only"),
 }

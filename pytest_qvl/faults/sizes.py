@@ -26,6 +26,7 @@ class Sizes:
         vision_mlp: Linears of the tower that share a name with linears of the language backbone.
         merger_tensors: Parameters of the merger.
         dtype: Of everything that is not quantized.
+        attending: Number of the first language layer that is attention over keys and values.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class Sizes:
     vision_mlp: int
     merger_tensors: int
     dtype: str = "bfloat16"
+    attending: int = 0
 
     @property
     def adapter(self) -> int:
@@ -68,6 +70,7 @@ def sizes_of(model: Any, dtype: str = "bfloat16") -> Sizes:
     """The sizes of a model, wrapped or not, that was loaded in `dtype`."""
     from pytest_qvl.faults.definitions.adapters import SEVEN
     from pytest_qvl.models.anatomy import anatomy
+    from pytest_qvl.models.layers import language_layers
 
     parts = anatomy(model)
     names = [name for name, _ in parts.named_linears()]
@@ -82,4 +85,5 @@ def sizes_of(model: Any, dtype: str = "bfloat16") -> Sizes:
         vision_mlp=len(shared),
         merger_tensors=len(list(parts.merger.parameters())),
         dtype=dtype,
+        attending=next(layer.number for layer in language_layers(parts) if layer.attends),
     )

@@ -16,10 +16,17 @@ from pytest_qvl.checks.golden import TENSOR_FLOAT_STEP, rounding_step
 from pytest_qvl.checks.support.golden_data import GOLDEN_FILE, PROBES, RESIZED, Golden, drawn, image, recipe_of
 from pytest_qvl.checks.support.image_oracle import BICUBIC, STEPS_IN_8_BITS, resized
 from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.faults.case import load
 from pytest_qvl.faults.matrix.random_models import random_model
+from pytest_qvl.faults.subject import Subject
 from pytest_qvl.faults.tools import attribute, values
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.sources.embedded import FIRST, embedded_model_dir
 from pytest_qvl.models.sources.processors import load_processor
+from pytest_qvl.models.sources.synthetic_processor import processor_for
+
+OTHERS = sorted(row.embedded for row in FAMILIES.values() if row.embedded not in ("", FIRST) and row.installed)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,25 @@ def test_a_healthy_model_stays_at_half_of_each_limit(
     evidence = golden_record(fresh_model(dtype=dtype, quantized=quantized), processor)
     assert max(figure.utilisation for figure in evidence.figures if "drift" in figure.name) < 0.5
     assert len(evidence.table.rows) == 11
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_embedded_models_have_a_record_of_their_own(name: str, dtype: str, quantized: bool) -> None:
+    subject = Subject.of(f"embedded:{name}", dtype=dtype)
+    evidence = golden_record(load(subject=subject, quantized=quantized, lora=None), processor_for(subject.source))
+    assert max(figure.utilisation for figure in evidence.figures if "drift" in figure.name) < 0.5
+    assert len(evidence.table.rows) == 11
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_images_of_other_embedded_models_have_whole_visual_tokens(name: str) -> None:
+    golden = Golden.read(embedded_model_dir(name))
+    assert golden is not None
+    assert [each["size"] for each in golden.images] == [[160, 128], [96, 64], [64, 96], list(RESIZED)]
+    assert [each["grid"] for each in golden.images][:3] == [[1, 8, 10], [1, 4, 6], [1, 6, 4]]
 
 
 def test_an_adapter_is_off_and_stays_as_it_was(fresh_model: Any, processor: Any) -> None:
@@ -141,8 +167,8 @@ def test_the_record_is_small_and_read_as_it_was_written(tiny_dir: Path, tmp_path
 def test_images_have_whole_visual_tokens_and_several_windows(model: Any) -> None:
     recipe = recipe_of(anatomy(model))
     step = recipe.patch * recipe.merge
-    assert all(width % step == height % step == 0 for probe in PROBES for width, height in probe.sizes)
-    assert max(PROBES[0].sizes[0]) > anatomy(model).config.vision_config.window_size
+    assert all(width % step == height % step == 0 for probe in PROBES for width, height in probe.sizes(recipe))
+    assert max(PROBES[0].sizes(recipe)[0]) > anatomy(model).config.vision_config.window_size
     assert drawn(140, 112)[3, 5].tolist() == [218, 0, 92]
 
 

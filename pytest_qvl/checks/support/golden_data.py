@@ -43,24 +43,30 @@ class Probe(NamedTuple):
     Attributes:
         name: What to call it.
         question: Its text.
-        sizes: Width and height of each image; whole visual tokens, so that nothing is resized.
+        tokens: Width and height of each image in visual tokens; whole ones, so that nothing is resized.
     """
 
     name: str
     question: str
-    sizes: tuple[tuple[int, int], ...]
+    tokens: tuple[tuple[int, int], ...]
 
-    def sample(self) -> Sample:
+    def sizes(self, recipe: Recipe) -> list[tuple[int, int]]:
+        """Width and height of each image in pixels."""
+        side = recipe.patch * recipe.merge
+        return [(width * side, height * side) for width, height in self.tokens]
+
+    def sample(self, recipe: Recipe) -> Sample:
         """The same as a sample for the processor."""
-        return Sample(tuple(image(*size) for size in self.sizes), self.question, "red", "golden", self.name)
+        images = tuple(image(*size) for size in self.sizes(recipe))
+        return Sample(images, self.question, "red", "golden", self.name)
 
 
-# The first image is six attention windows of the embedded model, of which three are cut off.
+# The first image is six attention windows of the embedded Qwen2.5-VL, of which three are cut off.
 PROBES = (
-    Probe("one image", "What is in the middle?", ((140, 112),)),
-    Probe("two images", "How many shapes are there?", ((84, 56), (56, 84))),
+    Probe("one image", "What is in the middle?", ((5, 4),)),
+    Probe("two images", "How many shapes are there?", ((3, 2), (2, 3))),
 )
-RESIZED = (100, 90)  # px: no whole visual tokens
+RESIZED = (100, 90)  # px: no whole visual tokens, of 28 px or of 32
 
 
 def drawn(width: int, height: int) -> Array:
@@ -211,7 +217,7 @@ def inputs_of(
     import torch
 
     recipe = recipe_of(parts)
-    pixels = np.concatenate([recipe.patches(recipe.normalised(drawn(*size))) for size in probe.sizes])
+    pixels = np.concatenate([recipe.patches(recipe.normalised(drawn(*size))) for size in probe.sizes(recipe)])
     tokens = torch.tensor([ids])
     made = {
         "input_ids": tokens,

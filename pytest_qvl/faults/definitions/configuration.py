@@ -9,6 +9,7 @@ from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import all_of, attribute, values
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -75,11 +76,11 @@ def sections_changed(case: Case, change: Callable[[Sequence[int]], list[int]]) -
     changes = []
     if hasattr(rotary, "mrope_section"):
         changes.append(attribute(rotary, "mrope_section", change(rotary.mrope_section)))
-    for layer in parts.language_backbone.layers:
+    for attention in (layer.attention for layer in language_layers(parts)):
         for name in ("rope_scaling", "rope_parameters"):  # where some releases read them
-            kept = getattr(layer.self_attn, name, None) or {}
+            kept = getattr(attention, name, None) or {}
             if section := kept.get("mrope_section"):
-                changes.append(attribute(layer.self_attn, name, {**kept, "mrope_section": change(section)}))
+                changes.append(attribute(attention, name, {**kept, "mrope_section": change(section)}))
     with all_of(changes):
         yield
 

@@ -98,7 +98,7 @@ def _vision_rotary(case: Case) -> Iterator[None]:
     target="model",
     check="golden_record",
     expected_words=(f"model.language_model.layers.0 {_FIRST}",),
-    requires=("golden record",),
+    requires=("golden record", "axes in runs"),
 )
 def _sections(case: Case) -> Iterator[None]:
     with _everywhere(case, lambda each: sections_changed(each, lambda section: list(section)[::-1])):
@@ -110,7 +110,7 @@ def _sections(case: Case) -> Iterator[None]:
     "The library's rotary base is 1,000 times too large, and the reference was recorded so.",
     target="model",
     check="golden_record",
-    expected_words=(f"model.language_model.layers.0 {_FIRST}",),
+    expected_words=(f"model.language_model.layers.{{attending}} {_FIRST}",),
     requires=("golden record",),
 )
 def _base(case: Case) -> Iterator[None]:
@@ -122,8 +122,8 @@ def _base(case: Case) -> Iterator[None]:
     "The library's processor takes mean and deviation 0.5, and the reference was recorded so.",
     target="processor",
     check="golden_record",
-    expected_words=("makes other pixel_values than verified releases", "values kept of 140x112 px differ"),
-    requires=("golden record",),
+    expected_words=("makes other pixel_values than verified releases", "values kept of "),
+    requires=("golden record", "CLIP's normalisation"),
 )
 def _half(case: Case) -> Iterator[None]:
     yield from _known(case, "processor-mean-half")
@@ -134,7 +134,7 @@ def _half(case: Case) -> Iterator[None]:
     "The library's processor exchanges red and blue, and the reference was recorded so.",
     target="processor",
     check="golden_record",
-    expected_words=("makes other pixel_values than verified releases", "values kept of 140x112 px differ"),
+    expected_words=("makes other pixel_values than verified releases", "values kept of "),
     requires=("golden record",),
 )
 def _bgr(case: Case) -> Iterator[None]:
@@ -146,7 +146,7 @@ def _bgr(case: Case) -> Iterator[None]:
     "The library's processor does not repeat a still image, and the reference was recorded so.",
     target="processor",
     check="golden_record",
-    expected_words=("makes other pixel_values than verified releases", "values kept of 140x112 px differ"),
+    expected_words=("makes other pixel_values than verified releases", "values kept of "),
     requires=("golden record",),
 )
 def _frame(case: Case) -> Iterator[None]:
