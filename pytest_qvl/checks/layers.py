@@ -42,6 +42,10 @@ FULLY_JUDGED = 2
 SEVERAL_CHUNKS = 2 * max(CHUNKS) + 2
 
 
+# Of the tokens that were generated, where they go on behind the state that they left.
+PIECES = 2
+
+
 @check(promise=12)
 def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: Any = None) -> Evidence:
     """Every linear, norm, attention, rotary embedding, MLP and adapter computes what its definition says.
@@ -51,6 +55,14 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
     very input (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen where logits hide
     it. No second model and no recorded reference is needed: a model that was damaged before anything was recorded is
     judged the same. B of every adapter is random for that time, and put back bitwise. Copies that are trained in full
+
+
+    The batch goes through ``generate`` for eight forced tokens, and once more through a forward in train mode; where
+    layers keep a state (linear attention), the eight then go on behind it in two pieces, as a prompt that is prefilled
+    in pieces does. Each module's input and output are held, as it runs, to an independent reference on that very input
+    (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen where logits hide it. No
+    second model and no recorded reference is needed: a model that was damaged before anything was recorded is judged
+    the same. B of every adapter is random for that time, and put back bitwise. Copies that are trained in full
     (``modules_to_save``) are judged in place of the modules whose work they do, and the logits that the model returns
     are its head's, bitwise. Where the backbone has linear attention (Qwen3.5) and no row of the batch has 130 tokens,
     two chunks of its kernels and two tokens more, a row of the batch's text goes through one forward more.
@@ -148,8 +160,11 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
             pad_token_id=0,
             suppress_tokens=list(parts.vision_token_ids),
             use_cache=True,
+            return_dict_in_generate=True,
         )
-        model.generate(**inputs, generation_config=config)
+        made = model.generate(**inputs, generation_config=config)
+        if any(not layer.attends for layer in language_layers(parts)):
+            _go_on(parts, inputs, made, modules)
         text.restart()
         forget_positions(parts)
         modules.restart(" (in train mode)")
@@ -185,6 +200,29 @@ def _row_of_several_chunks(parts: Parts, inputs: dict[str, Any]) -> dict[str, to
     if not len(ids):
         return None
     return {"input_ids": ids.repeat(SEVERAL_CHUNKS // len(ids) + 1)[None, :SEVERAL_CHUNKS]}
+
+
+def _go_on(parts: Parts, inputs: dict[str, Any], made: Any, modules: _Modules) -> None:
+    """Give the model the tokens that it generated again, several at a time, behind the state that they left.
+
+    Neither ``generate`` nor training does that, and code for several tokens that begins with an empty state passes
+    both; pieces of a long prompt and a further turn behind a kept cache are what it spoils. The second piece reads the
+    state that the first one has to have written.
+    """
+    import torch
+
+    cache, new = made.past_key_values, made.sequences[:, inputs["input_ids"].shape[1] :]
+    mask = attended(inputs).long()
+    mask = torch.cat((mask, mask.new_ones(len(mask), cache.get_seq_length() - mask.shape[1])), dim=1)
+    for number, piece in enumerate(new.split(STEPS // PIECES, dim=1), 1):
+        modules.restart(f" (piece {number} behind a state)")
+        mask = torch.cat((mask, mask.new_ones(piece.shape)), dim=1)
+        positions = (mask.long().cumsum(dim=1) - 1)[:, -piece.shape[1] :].expand(3, -1, -1)
+        if parts.core.rope_deltas is not None:
+            positions = positions + parts.core.rope_deltas.to(positions.device)
+        wrapped: Any = parts.wrapped
+        given = {"input_ids": piece, "attention_mask": mask, "position_ids": positions}
+        wrapped(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 class _Modules:

@@ -203,7 +203,7 @@ def test_what_is_shared_between_configurations_changes_no_logit(subject: Any, sc
     samples = scenes(3, 1, ["colour", "nth_shape", "text"], cell=32)
     batch = {name: torch.from_numpy(array) for name, array in script.rendered((folder, samples)).items()}
     assert batch.pop("noise").shape == batch["pixel_values"].shape
-    outputs = script.Outputs(subject, {**batch, "position_ids": script.stock_positions(subject.model, batch)})
+    outputs = subject.outputs(batch)
     configured = script.configurations(list(subject.groups))
     calls = []
     handle = subject.model.model.visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))

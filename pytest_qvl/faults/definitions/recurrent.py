@@ -137,6 +137,63 @@ def _stale_convolution(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "state-lost-between-pieces",
+    "Several tokens at once behind a state begin with an empty one: only single tokens go on with what is kept.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE, "(piece 1 behind a state)"),
+    source="huggingface/transformers#45513",
+    requires=("linear attention",),
+)
+def _lost_between_pieces(case: Case) -> Iterator[None]:
+    with _function(case, CHUNKED, lambda own, *args, **kwargs: own(*args, **{**kwargs, "initial_state": None})):
+        yield
+
+
+@fault(
+    "state-of-a-piece-not-kept",
+    "Several tokens at once read the state and do not write it: what follows goes on from before them.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE, "(piece 2 behind a state)"),
+    requires=("linear attention",),
+)
+def _piece_not_kept(case: Case) -> Iterator[None]:
+    def forgets(own: Any, *args: Any, initial_state: Any = None, **kwargs: Any) -> Any:
+        made, after = own(*args, initial_state=initial_state, **kwargs)
+        return made, after if initial_state is None else initial_state
+
+    with _function(case, CHUNKED, forgets):
+        yield
+
+
+@fault(
+    "convolution-lost-between-pieces",
+    "Several tokens at once behind a state see zeros where the convolution reaches back to the tokens before them.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE, "(piece 1 behind a state)"),
+    source="huggingface/transformers#45513",
+    requires=("linear attention",),
+)
+def _convolution_between_pieces(case: Case) -> Iterator[None]:
+    lengths: list[int] = []
+
+    def note(_module: Any, args: Any, kwargs: Any) -> Any:
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        lengths[:] = [hidden.shape[1]]
+        return args, kwargs
+
+    def forgets(own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        x = x.clone()
+        x[..., : x.shape[-1] - lengths[0]] = 0
+        return own(x, *args, **kwargs)
+
+    with before(_mixers(case), note), _function(case, CONVOLUTION, forgets):
+        yield
+
+
+@fault(
     "convolution-left-out",
     "Linear attention activates what its projection gives, without the convolution before.",
     target="model",
