@@ -2,13 +2,15 @@
 
     python tests/gpu/overhead.py --model synthetic:qwen2.5-vl-7b --out overhead.json
     python tests/gpu/overhead.py --model embedded --device cpu --out overhead.json
+    python tests/gpu/overhead.py --since docs/records/h100-overhead-qwen2.5-vl-7b.json --out overhead.json
 
 Three processes, one after the other on the same machine: the suite with a tape of every model call that its checks make
 (:mod:`overhead_spy`; its time is not taken); a bare script (this file with ``--bare``), which imports the same libraries,
 loads the same model and replays the tape, forwards, generates, backward passes, optimizer steps and the full-precision
 reference, and nothing else; and the suite again, timed. The ratios are the suite's seconds over the script's, imports
 included on both sides, and the suite's peak VRAM over the script's, each with and without the reference pass. The table
-says where the suite's seconds went, test by test.
+says where the suite's seconds went, test by test. With ``--since``, tests that an earlier result of this script does not
+have are told apart: how long they take, and the ratio of all others over their own bare calls.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ def main():
     parser.add_argument("--model", default="synthetic:qwen2.5-vl-7b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--since", type=Path, metavar="JSON", help="an earlier result: tests that it lacks are newer")
     parser.add_argument("--bare", type=Path, metavar="TAPE", help="replay this tape and write seconds to --out")
     options = parser.parse_args()
     if options.bare:
@@ -44,7 +47,8 @@ def main():
         script = timed([sys.executable, __file__, "--bare", tape, "--out", tape.with_suffix(".json"), *model(options)])
         script |= json.loads(tape.with_suffix(".json").read_text())
         print(f"2 of 3, the bare script: {script['seconds']:.1f} s, {script['stages']}, {script['peaks']}", flush=True)
-        result = compared(suite(options, Path(folder), {}), script)
+        earlier = options.since and json.loads(options.since.read_text())
+        result = compared(suite(options, Path(folder), {}), script, earlier)
     print(told(result))
     return write(options.out, {"model": options.model, "device": options.device, **result})
 
@@ -92,7 +96,7 @@ def bare(source, device, tape):
     """Load the model as the suite does, and make the calls on the tape with it; seconds and peaks by stage."""
     from overhead_spy import import_stack
 
-    seconds, peaks = {}, {}
+    seconds, peaks, by_test = {}, {}, {}
 
     @contextlib.contextmanager
     def stage(name):
@@ -133,7 +137,7 @@ def bare(source, device, tape):
     if any(call["stage"] == "reference" for call in calls):
         with stage("reference"):
             full = load(None)
-            replay(full, [call for call in calls if call["stage"] == "reference"], tensors)
+            replay(full, [call for call in calls if call["stage"] == "reference"], tensors, {})
             del full
             gc.collect()
         if device == "cuda":
@@ -144,16 +148,16 @@ def bare(source, device, tape):
     with stage("load"):
         base = load(config)
     with stage("base model"):
-        replay(base, plain, tensors)
+        replay(base, plain, tensors, by_test)
     with stage("with adapter"):
         lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, bias="none", target_modules=LANGUAGE_ONLY)
         wrapped = get_peft_model(base, lora)
-        replay(wrapped, [call for call in quantized[first:] if call.get("adapted", True)], tensors)
+        replay(wrapped, [call for call in quantized[first:] if call.get("adapted", True)], tensors, by_test)
     counts = {}
     for call in calls:
         name = f"{call['stage']}: {call['kind']}"
         counts[name] = counts.get(name, 0) + 1
-    return {"stages": seconds, "peaks": peaks, "calls": counts}
+    return {"stages": seconds, "peaks": peaks, "calls": counts, "seconds_by_test": by_test}
 
 
 def torch_cuda():
@@ -162,7 +166,7 @@ def torch_cuda():
     return torch.cuda
 
 
-def replay(model, calls, tensors):
+def replay(model, calls, tensors, by_test):
     import torch
     from transformers import GenerationConfig
 
@@ -176,6 +180,7 @@ def replay(model, calls, tensors):
     last = None
     for call in calls:
         kind = call["kind"]
+        switched(by_test, call["test"])
         if kind == "backward":
             if last is not None and last.requires_grad:
                 last.backward()
@@ -201,12 +206,26 @@ def replay(model, calls, tensors):
         refused = contextlib.suppress(Exception) if call.get("raised") else contextlib.nullcontext()
         with torch.set_grad_enabled(call["grad"]), checkpointing(parts, call["checkpointing"]), refused:
             last = getattr(work(**inputs), "loss", None)
+    switched(by_test, "")
+
+
+def switched(by_test, test):
+    """Calls of another test begin; what ran since the last time it did was the test's before."""
+    now, began = by_test.pop("now", ("", 0.0))
+    if test != now:
+        if torch_cuda().is_initialized():
+            torch_cuda().synchronize()
+        if now:
+            by_test[now] = by_test.get(now, 0.0) + time.perf_counter() - began
+        began = time.perf_counter()
+    if test:
+        by_test["now"] = test, began
 
 
 # ---- the comparison --------------------------------------------------------------------------------------
 
 
-def compared(whole, script):
+def compared(whole, script, earlier=None):
     """Ratios of the timed suite over the bare script, with and without the reference pass, and the table."""
     record = whole.pop("record")
     reference = script["stages"].get("reference", 0.0)
@@ -223,6 +242,7 @@ def compared(whole, script):
         "ratio_with_reference": whole["seconds"] / script["seconds"],
         "ratio_without_reference": (whole["seconds"] - whole["reference"]) / (script["seconds"] - reference),
         "ratio_of_cpu_seconds": whole["cpu_seconds"] / script["cpu_seconds"],
+        **(newer(earlier, whole, script, tests) if earlier else {}),
         "vram": vram,
         "suite": {key: whole[key] for key in ("seconds", "cpu_seconds", "imports", "reference")},
         "script": script,
@@ -231,6 +251,20 @@ def compared(whole, script):
         "environment": record["environment"],
         "tests": record["tests"],
     }
+
+
+def newer(earlier, whole, script, tests):
+    """What the tests take that an earlier result lacks, and the ratio of the others over the calls of their own."""
+    known = {function(test) for test in earlier["seconds_by_test"]}
+    suite = sum(total(test) for test in tests if function(test) not in known)
+    bare = sum(seconds for name, seconds in script["seconds_by_test"].items() if name not in known)
+    names = sorted({function(test) for test in tests} - known)
+    ratio = (whole["seconds"] - suite) / (script["seconds"] - bare)
+    return {"ratio_of_earlier_tests": ratio, "newer_tests": {"names": names, "suite": suite, "script": bare}}
+
+
+def function(test):
+    return test["test"].partition("[")[0]
 
 
 def total(test):
@@ -248,6 +282,12 @@ def told(result):
         f"{suite['cpu_seconds']:.1f} s over {script['cpu_seconds']:.1f} s, ratio {result['ratio_of_cpu_seconds']:.2f}"
     )
     lines.append(f"CPU time, reference included (says more on a busy machine without a GPU): {ratio}")
+    if "newer_tests" in result:
+        told_newer = result["newer_tests"]
+        lines.append(
+            f"{len(told_newer['names'])} newer tests {told_newer['suite']:.1f} s, their calls alone "
+            f"{told_newer['script']:.1f} s; ratio of the others {result['ratio_of_earlier_tests']:.2f}"
+        )
     for name, values in result["vram"].items():
         sizes = f"{values['suite'] / GIB:.2f} GiB over {values['script'] / GIB:.2f} GiB"
         lines.append(f"peak VRAM {name}: {sizes}, ratio {values['ratio']:.3f}")

@@ -60,6 +60,12 @@ def pytest_fixture_setup(fixturedef, request):
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    if Tape.running:
+        Tape.running.test = getattr(item, "originalname", item.name)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session):
     meter = _meter(session.config)
     usage = {"after_reference": meter.end(after_reference[0]).as_dict()} if after_reference else {}
@@ -90,6 +96,7 @@ class Tape:
         self.calls = []
         self.tensors = {}
         self.stage = "quantized"
+        self.test = ""
         self._inside = 0
 
     def attach(self):
@@ -107,7 +114,10 @@ class Tape:
             outer.generate = self._spied("generate", outer.generate)
             core.get_image_features = self._spied("vision", core.get_image_features)
         torch.Tensor.backward = self._spied("backward", torch.Tensor.backward)
-        register_optimizer_step_post_hook(lambda *_: self.calls.append({"kind": "step", "stage": self.stage}))
+        register_optimizer_step_post_hook(lambda *_: self.calls.append(self._call("step")))
+
+    def _call(self, kind):
+        return {"kind": kind, "stage": self.stage, "test": self.test}
 
     def _spied(self, kind, original):
         @functools.wraps(original)
@@ -134,7 +144,7 @@ class Tape:
     def _note(self, kind, model, args, kwargs):
         import torch
 
-        note = {"kind": kind, "stage": self.stage}
+        note = self._call(kind)
         if _without_data([model] if kind == "backward" else model.parameters()):
             return None  # a dry run of the forecast
         if kind != "backward":

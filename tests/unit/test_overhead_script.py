@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,3 +59,22 @@ def test_without_cuda_no_ratio_of_memory_is_made_up(overhead):
     cpu = whole()
     cpu["vram"] = {"all": {"allocated": 0, "reserved": 0, "reason": "no CUDA"}}
     assert overhead.compared(cpu, {**script(), "peaks": {}})["vram"] == {}
+
+
+def test_newer_tests_are_told_apart(overhead):
+    suite = whole()
+    suite["record"]["seconds_by_test"][1]["test"] = "long[m-cuda]"
+    bare = {**script(), "seconds_by_test": {"short": 1.0, "long": 4.0}}
+    result = overhead.compared(suite, bare, {"seconds_by_test": [{"test": "short[m-cuda]"}]})
+    assert result["newer_tests"] == {"names": ["long"], "suite": 14.0, "script": 4.0}
+    assert result["ratio_of_earlier_tests"] == (30 - 14) / (20 - 4)
+    assert "1 newer tests 14.0 s, their calls alone 4.0 s; ratio of the others 1.00" in overhead.told(result)
+
+
+def test_seconds_of_calls_go_to_the_test_that_made_them(overhead, monkeypatch):
+    clock = iter([1.0, 3.0, 3.0, 7.0, 7.0, 8.0, 8.0])
+    monkeypatch.setattr(overhead, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    spent = {}
+    for test in ("one", "one", "other", "one", ""):
+        overhead.switched(spent, test)
+    assert spent == {"one": 2.0 + 1.0, "other": 4.0}
