@@ -7,6 +7,7 @@ from ``fresh_model(...)``; ``lora_model`` is shared and has to be left as it was
 from __future__ import annotations
 
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
@@ -95,6 +96,20 @@ def lora_config() -> LoraConfigFactory:
     return make
 
 
+def copied(model: Any) -> Any:
+    """A model without adapter that shares nothing with this one, as if it was loaded."""
+    from bitsandbytes.nn import Linear4bit
+
+    model = deepcopy(model)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # Transformers' mark of what was loaded
+    for module in model.modules():
+        if isinstance(module, Linear4bit) and module.quant_state is not None:
+            # The copy that bitsandbytes makes of a weight knows the first one's module.
+            module.weight.module, module.weight.quant_state = module, module.quant_state
+    return model
+
+
 @pytest.fixture(scope="session")
 def fresh_model(tiny_dir: Path, lora_config: LoraConfigFactory) -> ModelFactory:
     import torch
@@ -102,6 +117,8 @@ def fresh_model(tiny_dir: Path, lora_config: LoraConfigFactory) -> ModelFactory:
     from transformers import BitsAndBytesConfig, Qwen2_5_VLForConditionalGeneration
 
     from pytest_qvl.models.quantized import keep_quantized_weights_in_place
+
+    loaded: dict[str, Any] = {}  # by settings: a copy takes a quarter of the time
 
     def load(
         *,
@@ -121,12 +138,15 @@ def fresh_model(tiny_dir: Path, lora_config: LoraConfigFactory) -> ModelFactory:
             "llm_int8_skip_modules": None if skip is None else list(skip),
             **quantization,
         }
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            tiny_dir,
-            quantization_config=BitsAndBytesConfig(**settings) if quantized else None,
-            dtype=getattr(torch, dtype),
-            attn_implementation="sdpa",
-        )
+        key = repr((dtype, settings if quantized else None))
+        if key not in loaded:
+            loaded[key] = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+                tiny_dir,
+                quantization_config=BitsAndBytesConfig(**settings) if quantized else None,
+                dtype=getattr(torch, dtype),
+                attn_implementation="sdpa",
+            )
+        model = copied(loaded[key])
         if in_place:
             keep_quantized_weights_in_place(model)
         model.requires_grad_(False)
