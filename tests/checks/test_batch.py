@@ -314,6 +314,8 @@ def _parts(config: Any) -> Any:
         image_token_id=config.image_token_id,
         video_token_id=config.video_token_id,
         merge_size=config.vision_config.spatial_merge_size,
+        roots={"language": "language_model"},
+        language_backbone=SimpleNamespace(layers=()),  # none of linear attention
     )
 
 
