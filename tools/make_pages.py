@@ -1,10 +1,10 @@
 """Write every page and figure that is made from code and records: run it after records or declarations changed.
 
-Usage: ``python tools/make_pages.py``, with the extra ``plots``. It makes docs/faults.md, docs/faults.svg and
+Usage: ``python tools/make_pages.py``, with the extra ``test``. It makes docs/faults.md, docs/faults.svg and
 docs/faults-by-model.md from docs/records/faults-*.json, docs/mutations.md from docs/records/mutations-*.json if one is
 there, the tables of docs/checks.md (that of healthy variations from
-docs/records/healthy-cpu.json, if it is there), diagram and table of docs/fixtures.md, and docs/forecast.svg (half a
-minute: a forecast of a 7B model).
+docs/records/healthy-cpu.json, if it is there), diagram and table of docs/fixtures.md, docs/qlora-on-qwen3.5.md and
+the cards' tables from docs/records/nf4-groups-*.json, and docs/forecast.svg (half a minute: a forecast of a 7B model).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pytest_qvl.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TABLES = ("check_tables.py", "fixture_tables.py")
+TABLES = ("check_tables.py", "fixture_tables.py", "nf4_page.py")
 
 
 def commands() -> list[list[str]]:
