@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 FULLY_JUDGED = 2
 # Linear attention hands its state on from one chunk of tokens to the next: a row of two chunks and a bit shows it.
 SEVERAL_CHUNKS = 2 * max(CHUNKS) + 2
-
-
 # Of the tokens that were generated, where they go on behind the state that they left.
 PIECES = 2
 
@@ -51,21 +49,14 @@ def layer_arithmetic(model: Any, batch: dict[str, torch.Tensor], lora_config: An
     """Every linear, norm, attention, rotary embedding, MLP and adapter computes what its definition says.
 
     The batch goes through ``generate`` for eight forced tokens, and through a forward in train mode, without and with
-    gradient checkpointing. Each module's input and output are held, as it runs, to an independent reference on that
-    very input (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen where logits hide
-    it. No second model and no recorded reference is needed: a model that was damaged before anything was recorded is
-    judged the same. B of every adapter is random for that time, and put back bitwise. Copies that are trained in full
-
-
-    The batch goes through ``generate`` for eight forced tokens, and once more through a forward in train mode; where
-    layers keep a state (linear attention), the eight then go on behind it in two pieces, as a prompt that is prefilled
-    in pieces does. Each module's input and output are held, as it runs, to an independent reference on that very input
-    (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen where logits hide it. No
-    second model and no recorded reference is needed: a model that was damaged before anything was recorded is judged
-    the same. B of every adapter is random for that time, and put back bitwise. Copies that are trained in full
-    (``modules_to_save``) are judged in place of the modules whose work they do, and the logits that the model returns
-    are its head's, bitwise. Where the backbone has linear attention (Qwen3.5) and no row of the batch has 130 tokens,
-    two chunks of its kernels and two tokens more, a row of the batch's text goes through one forward more.
+    gradient checkpointing; where layers keep a state (linear attention), the eight first go on behind it in two pieces,
+    as a prompt that is prefilled in pieces does. Each module's input and output are held, as it runs, to an independent
+    reference on that very input (:mod:`pytest_qvl.oracles`): errors do not accumulate, so that 1 % in one layer is seen
+    where logits hide it. No second model and no recorded reference is needed: a model that was damaged before anything
+    was recorded is judged the same. B of every adapter is random for that time, and put back bitwise. Copies that are
+    trained in full (``modules_to_save``) are judged in place of the modules whose work they do, and the logits that the
+    model returns are its head's, bitwise. Where the backbone has linear attention (Qwen3.5) and no row of the batch has
+    130 tokens, two chunks of its kernels and two tokens more, a row of the batch's text goes through one forward more.
 
     Every limit is the rounding of the operation itself, from its dtype and number of terms: see
     docs/limits.md#layer-arithmetic and the oracles' docstrings. The figures are error over limit.
@@ -135,8 +126,9 @@ def _require_data(parts: Parts) -> None:
 def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally) -> None:
     """Generate eight tokens, then one forward in train mode, and its head again in eval mode, judging every module.
 
-    Then the same forward with gradient checkpointing, which calls layers in a way of its own, but for its linears; at
-    the end a row of several chunks, if linear attention was given none so far.
+    Where layers keep a state, the eight go on behind it before that. After it comes the same forward with gradient
+    checkpointing, which calls layers in a way of its own, but for its linears; at the end a row of several chunks, if
+    linear attention was given none so far.
     """
     import torch
     from transformers import GenerationConfig
