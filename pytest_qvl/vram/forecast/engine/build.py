@@ -24,7 +24,7 @@ from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor
 from pytest_qvl.vram.forecast.engine.recorder import Recorder
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pytest_qvl.vram.forecast.request import Checkpoint, Optimizer, Request
 
@@ -47,7 +47,7 @@ _TORCH_OPTIMIZERS: dict[str, Any] = {
 _NAMED = type("Params4bit", (), {})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How a model is quantized and adapted.
 
@@ -81,15 +81,18 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
         for name, module in parts.named_linears()
         if (parts.group_of(name) == "language" if recipe.quantized is None else name in recipe.quantized)
     }
+    pack: Callable[[torch.Tensor], tuple[torch.Tensor, Any]]
+    if recipe.bits == 8:
+        pack, layer_of = partial(int8.pack, recorder=recorder), int8.layer_of
+    else:
+        pack = partial(_pack, checkpoint=checkpoint, recorder=recorder, nested=recipe.nested)
+        layer_of = partial(_linear_4bit, dtype=dtype)
     made: dict[int, nn.Parameter] = {}
     packed: dict[str, Any] = {}
 
     def arrive(name: str, parameter: torch.Tensor) -> torch.Tensor:
-        if name in quantized and recipe.bits == 8:
-            whole, packed[name.removesuffix(".weight")] = int8.pack(parameter, recorder)
-            return whole
         if name in quantized:
-            whole, packed[name.removesuffix(".weight")] = _pack(parameter, checkpoint, recorder, recipe.nested)
+            whole, packed[name.removesuffix(".weight")] = pack(parameter)
             return whole
         made[id(parameter)] = nn.Parameter(recorder.dataless(tuple(parameter.shape), parameter.dtype))
         return made[id(parameter)]
@@ -99,13 +102,9 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
             _arrive_in_module_order(model, arrive, made, recorder)
         else:
             _arrive_as_from_pretrained(model, arrive, quantized, recorder, recipe.bits)
-    for name, found in packed.items():
+    for name, weight in packed.items():
         parent, _, child = name.rpartition(".")
-        linear = quantized[f"{name}.weight"]
-        if recipe.bits == 8:
-            found.bias = linear.bias
-        layer = found if recipe.bits == 8 else _linear_4bit(linear, found, dtype)
-        setattr(model.get_submodule(parent), child, layer)
+        setattr(model.get_submodule(parent), child, layer_of(quantized[f"{name}.weight"], weight))
     for module in model.modules():
         for name, own in list(module._parameters.items()):
             if own is not None and id(own) in made:

@@ -10,7 +10,7 @@ Source: ``bitsandbytes/autograd/_functions.py`` (``MatMul8bitLt``), ``bitsandbyt
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
@@ -23,8 +23,22 @@ if TYPE_CHECKING:
 THRESHOLD = 6.0
 
 
+class Packed(NamedTuple):
+    """A weight of (rows, columns) in 8 bits.
+
+    Attributes:
+        weight: The layer's parameter.
+        values: The int8 values in it.
+        scales: Of each row, float32.
+    """
+
+    weight: nn.Parameter
+    values: torch.Tensor
+    scales: torch.Tensor
+
+
 class Linear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
-    """bitsandbytes' layer, whose weights are made by :func:`pack`."""
+    """bitsandbytes' layer, made by :func:`layer_of`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The product with the 8-bit weight."""
@@ -32,15 +46,20 @@ class Linear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
         return out
 
 
-def pack(parameter: torch.Tensor, recorder: Recorder) -> tuple[torch.Tensor, Any]:
-    """A weight as it arrived in 16 bits, and its layer without a bias, which has it in 8 (``Int8Params._quantize``)."""
+def pack(parameter: torch.Tensor, recorder: Recorder) -> tuple[torch.Tensor, Packed]:
+    """A weight as it arrived in 16 bits, and its values and scales in 8 (``Int8Params._quantize``)."""
     whole = recorder.dataless(tuple(parameter.shape), parameter.dtype)
     values, scales, _ = _quantized(whole.to(torch.float16), threshold=0.0)
-    rows, columns = parameter.shape
+    return whole, Packed(nn.Parameter(values, requires_grad=False), values, scales)
+
+
+def layer_of(linear: Any, packed: Packed) -> Linear8bit:
+    """The layer in place of a 16-bit one, with what :func:`pack` made of its weight."""
+    rows, columns = packed.values.shape
     layer = Linear8bit(columns, rows, bias=False, has_fp16_weights=False, threshold=THRESHOLD, device="meta")
-    layer.weight = nn.Parameter(values, requires_grad=False)
-    layer.state.CB, layer.state.SCB = values, scales
-    return whole, layer
+    layer.weight, layer.bias = packed.weight, linear.bias
+    layer.state.CB, layer.state.SCB = packed.values, packed.scales
+    return layer
 
 
 def _quantized(x: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

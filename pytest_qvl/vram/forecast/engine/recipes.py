@@ -58,7 +58,11 @@ def recipe_from_configs(config: Any, quantization_config: Any, lora_config: Any)
     quantizer = AutoHfQuantizer.from_config(quantization_config, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"})
     quantized = frozenset(name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit))
-    return Recipe(quantized, bool(quantization_config.bnb_4bit_use_double_quant), lora=_followed(lora_config))
+    return Recipe(
+        quantized=quantized,
+        nested=bool(quantization_config.bnb_4bit_use_double_quant),
+        lora=_followed(lora_config),
+    )
 
 
 def recipe_from_model(model: Any) -> tuple[Request, Source, Recipe]:
