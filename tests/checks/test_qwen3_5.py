@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pytest_qvl.checks import (
     CannotJudge,
@@ -17,6 +18,7 @@ from pytest_qvl.checks import (
     layer_arithmetic,
     mrope_positions,
     packing_isolation,
+    weights_as_stored,
 )
 from pytest_qvl.checks.support import packing
 from pytest_qvl.checks.support.noise_floor import noise_floor
@@ -35,6 +37,7 @@ from pytest_qvl.samples import scenes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*:UserWarning:peft"),
@@ -162,6 +165,18 @@ def test_the_usual_adapter_is_on_every_linear_of_the_text(case: Case) -> None:
     assert evidence.table is not None
     linears = [n for n, _ in anatomy(case.model).named_linears() if anatomy(case.model).group_of(n) == "language"]
     assert {row[0]: row[2] for row in evidence.table.rows}["language"] == len(linears) == 2 * 8 + 7
+
+
+def test_weights_of_multi_token_prediction_are_left_out_on_purpose(tmp_path: Path) -> None:
+    """Releases hold them, and Transformers has no place for them (``_keys_to_ignore_on_load_unexpected``)."""
+    model = random_model("qwen3_5", seed=0, dtype=torch.bfloat16, quantization_config=None)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "mtp.fc.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    assert weights_as_stored(model, tmp_path).ok
+    save_file({**tensors, "mpt.fc.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckFailed, match="mpt.fc.weight"):
+        weights_as_stored(model, tmp_path)
 
 
 def test_what_seven_names_leave_out_is_named() -> None:

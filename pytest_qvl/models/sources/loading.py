@@ -193,7 +193,7 @@ def _report(
     return LoadingReport(
         what,
         tuple(sorted(wanted - names - _tied(parts, names))),
-        tuple(sorted(name for name in names - wanted if not _harmless(name))),
+        tuple(sorted(name for name in names - wanted if not (_harmless(name) or _left_out(parts, name)))),
         tuple(mismatched),
         folder,
     )
@@ -207,6 +207,12 @@ def _fits(stored: StoredTensor, wanted: Shape) -> bool:
 
 def _harmless(name: str) -> bool:
     return _COMPUTED.search(name) is not None or _QUANT_STATE.search(name) is not None
+
+
+def _left_out(parts: Parts, name: str) -> bool:
+    """Whether the model's class leaves a tensor out on purpose, as Qwen3.5's does multi-token prediction."""
+    patterns = getattr(parts.base, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def in_todays_layout(name: str) -> str:
