@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.quantized import base_tensors, keep_quantized_weights_in_place, usual_quantization
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.synthetic import build_synthetic
@@ -37,6 +38,10 @@ USUAL = Request(
 )
 # An image with a video, and two videos; one has an odd number of frames.
 VIDEOS = (Sample(((112, 112),), 30, ((5, 56, 84),)), Sample((), 50, ((4, 84, 56), (2, 56, 56))))
+# Linear attention, in Transformers' PyTorch code where its kernels are not installed.
+QWEN3_5 = str(embedded_model_dir("qwen3.5"))
+WITH_QWEN3_5 = pytest.mark.skipif(not FAMILIES["qwen3_5"].installed, reason="this Transformers has no Qwen3.5")
+PADDED = (Sample(((112, 112),), 60), Sample(((56, 56), (56, 84)), 30))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -110,7 +115,7 @@ def most_live_bytes(trace: AllocationTrace) -> int:
     "changes",
     [
         pytest.param({"accumulation": 2}, marks=pytest.mark.slow),
-        {"gradient_checkpointing": True, "samples": (Sample(((112, 112),), 60), Sample(((56, 56), (56, 84)), 30))},
+        {"gradient_checkpointing": True, "samples": PADDED},
         pytest.param(
             {"samples": VIDEOS},
             marks=pytest.mark.slow,
@@ -150,8 +155,10 @@ def test_a_step_takes_the_bytes_of_the_real_trainers(changes: dict[str, Any]) ->
         {"use_dora": True},
         {"reentrant": True, "gradient_checkpointing": True},
         {"samples": VIDEOS},
+        pytest.param({"model": QWEN3_5}, marks=WITH_QWEN3_5),
+        pytest.param({"model": QWEN3_5, "gradient_checkpointing": True, "samples": PADDED}, marks=WITH_QWEN3_5),
     ],
-    ids=lambda changes: next(iter(changes), "usual"),
+    ids=lambda changes: "-".join(changes) or "usual",
 )
 def test_a_forecast_takes_the_bytes_of_the_real_trainer(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch

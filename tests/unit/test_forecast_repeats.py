@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pytest_qvl.faults.matrix.random_models import random_config
+from pytest_qvl.models.families import FAMILIES as KNOWN
 from pytest_qvl.vram.forecast import Request, Sample
 from pytest_qvl.vram.forecast.engine import kernels, repeats
 from pytest_qvl.vram.forecast.engine.chunks import Attention, Chunks
@@ -30,7 +31,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_vl": {},
     "qwen2_5_vl": {"fullatt_block_indexes": [3, 7, 11]},
     "qwen3_vl": {"deepstack_visual_indexes": [3, 6]},
+    "qwen3_5": {},
 }
+# More than the usual nine where one layer in three is of another kind.
+LAYERS = {"qwen3_5": 15}
+WITH_QWEN3_5 = pytest.mark.skipif(not KNOWN["qwen3_5"].installed, reason="this Transformers has no Qwen3.5")
 # Every kind of run: checkpointed and kept, both trainers and a loop, a cache that grows, gradients that are kept.
 SETTINGS: dict[str, dict[str, Any]] = {
     "hf": {},
@@ -51,7 +56,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def built(family: str, **changes: Any) -> tuple[DryRun, Request]:
     request = replace(SMALL, **changes)
-    return DryRun(request, source_of(random_config(family, layers=9, blocks=12, vision=FAMILIES[family]), "x")), request
+    config = random_config(family, layers=LAYERS.get(family, 9), blocks=12, vision=FAMILIES[family])
+    return DryRun(request, source_of(config, "x")), request
 
 
 def ordered(trace: AllocationTrace) -> list[Any]:
@@ -88,6 +94,7 @@ QUICK = ("qwen2_5_vl", "hf")
         pytest.param(family, setting, marks=[] if (family, setting) == QUICK else pytest.mark.slow)
         for family in FAMILIES
         for setting in SETTINGS
+        if KNOWN[family].installed
     ],
 )
 def test_the_trace_is_that_of_all_layers(family: str, setting: str) -> None:
@@ -111,6 +118,10 @@ def test_the_trace_is_that_of_all_layers(family: str, setting: str) -> None:
         ("qwen2-vl-7b", {"gradient_checkpointing": False, "optimizer": "adafactor", "accumulation": 2}),
         ("qwen2.5-vl-7b", {"image": (1316, 924), "images": 2, "gradient_checkpointing": False, "vision_hook": True}),
         ("qwen3-vl-8b", {"lora_targets": "all-linear", "lora_dropout": 0.05, "optimizer": "sgd"}),
+        pytest.param("qwen3.5-9b", {}, marks=WITH_QWEN3_5),
+        pytest.param(
+            "qwen3.5-9b", {"gradient_checkpointing": False, "trainer": "loop", "generate": 3}, marks=WITH_QWEN3_5
+        ),
     ],
 )
 def test_the_trace_is_that_of_all_layers_of_released_models(model: str, changes: dict[str, Any]) -> None:

@@ -140,6 +140,30 @@ _KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen3-vl-2b", {"samples": (Sample(((448, 320),), 100, ((9, 448, 448),)), Sample((), 60, ((4, 640, 480),)))}),
 )
 
+# The largest dense models of Qwen3.5 and Qwen3-VL that people train on one card, in a file of their own: rows, samples
+# that differ, and a video. Linear attention is Transformers' PyTorch code, as on a machine without its kernels.
+_FAMILIES: tuple[Row, ...] = (
+    ("qwen3.5-9b", "hf", "bf16", 1, ((1024, 1024),), 256, 16, "paged_adamw_8bit", 1, True),
+    ("qwen3.5-9b", "hf", "bf16", 1, ((448, 448),), 100, 16, "adamw_torch", 1, False),
+    ("qwen3.5-9b", "hf", "bf16", 2, ((512, 768), (640, 480)), 150, 64, "adamw_8bit", 4, True),
+    ("qwen3.5-9b", "trl", "bf16", 4, ((640, 640),), 180, 32, "adamw_torch_fused", 1, True),
+)
+_FAMILIES_MIXED: tuple[tuple[str, str, tuple[Sample, ...]], ...] = (
+    ("qwen3.5-9b", "hf", (Sample(((896, 672),), 120), Sample(((512, 512), (448, 320)), 300))),
+    ("qwen3-vl-8b", "hf", (Sample((), 180, ((16, 352, 640),)), Sample(((640, 640),), 90))),
+)
+
+
+def families_cases() -> list[Request]:
+    """The cases of Qwen3.5-9B, and one of Qwen3-VL-8B with a video beside an image."""
+    alike = [_alike(row) for row in _FAMILIES]
+    usual = {"qwen3.5-9b": alike[0], "qwen3-vl-8b": {**alike[0], "model": "qwen3-vl-8b"}}
+    mixed = [
+        {**_without_shapes(usual[model]), "trainer": trainer, "samples": samples}
+        for model, trainer, samples in _FAMILIES_MIXED
+    ]
+    return [Request(**fields) for fields in (*alike, *mixed)]
+
 
 def settings_cases() -> list[Request]:
     """The cases of DoRA, reentrant checkpointing, evaluations with metrics, and videos."""
