@@ -127,7 +127,7 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
     """Generate eight tokens, then one forward in train mode, and its head again in eval mode, judging every module.
 
     Where layers keep a state, the eight go on behind it before that. After it comes the same forward with gradient
-    checkpointing, which calls layers in a way of its own, but for its linears; at the end a row of several chunks, if
+    checkpointing, or without where the model has it on, but for its linears; at the end a row of several chunks, if
     linear attention was given none so far.
     """
     import torch
@@ -157,26 +157,24 @@ def _run(parts: Parts, inputs: dict[str, Any], adapters: Adapters, tally: Tally)
         made = model.generate(**inputs, generation_config=config)
         if any(not layer.attends for layer in language_layers(parts)):
             _go_on(parts, inputs, made, modules)
-        text.restart()
-        forget_positions(parts)
-        modules.restart(" (in train mode)")
-        model.train()
-        model(**inputs, use_cache=False, logits_to_keep=1)
-        model.eval()
+
+        def forward(given: dict[str, Any], phase: str, *, training: bool = True, linears_too: bool = True) -> None:
+            text.restart(attended(given).bool())
+            forget_positions(parts)
+            modules.restart(f" ({phase})", linears_too=linears_too)
+            model.train(training)
+            model(**given, use_cache=False, logits_to_keep=1)
+            model.eval()
+
+        forward(inputs, "in train mode")
         returned.call_again(inputs)
-        if not is_checkpointing(parts):
-            text.restart()
-            forget_positions(parts)
-            modules.restart(" (in train mode, checkpointed)", linears_too=False)
-            with checkpointing(parts, enabled=True):
-                model.train()
-                model(**inputs, use_cache=False, logits_to_keep=1)
-                model.eval()
+        # The other way of the two calls layers in a way of its own, and shows what the first forward left behind.
+        other = not is_checkpointing(parts)
+        with checkpointing(parts, enabled=other):
+            phase = f"in train mode, {'' if other else 'not '}checkpointed"
+            forward(inputs, phase, linears_too=False)
         if (row := _row_of_several_chunks(parts, inputs)) is not None:
-            text.restart(attended(row).bool())
-            forget_positions(parts)
-            modules.restart(f" (in a row of {SEVERAL_CHUNKS} tokens)")
-            model(**row, use_cache=False, logits_to_keep=1)
+            forward(row, f"in a row of {SEVERAL_CHUNKS} tokens", training=False)
         modules.note_uncalled(with_image="pixel_values" in inputs)
 
 
@@ -251,7 +249,7 @@ class _Modules:
                 self._waiting.add(name)
                 linears.judge_code_book(self._tally, name, module)
                 self._flow.watch(module, partial(self._linear, name))
-            elif isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm"):
+            elif linears.is_norm(self._parts, place_of(name)):
                 self._flow.watch(module, partial(self._norm, name))
             elif place_of(name) == self._parts.roots["embeddings"] and isinstance(module, nn.Embedding):
                 self._waiting.add(name)

@@ -24,6 +24,7 @@ Requirement = Literal[
     "axes in runs",
     "DeepStack",
     "linear attention",
+    "norms of q and k",
     "checkpoint file",
     "golden record",
     "biases of q, k and v",
@@ -74,6 +75,10 @@ def _linear_attention(case: Case) -> bool:
     return any(not layer.attends for layer in language_layers(anatomy(case.model)))
 
 
+def _head_norms(case: Case) -> bool:
+    return any(layer.head_norms for layer in language_layers(anatomy(case.model)))
+
+
 def _checkpoint_file(case: Case) -> bool:
     source = case.subject.source
     return source.kind in ("embedded", "local") and (Path(source.location) / "model.safetensors").is_file()
@@ -115,6 +120,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     ),
     "DeepStack": (_deepstack, "needs DeepStack and learned positions in the tower: only Qwen3-VL has them"),
     "linear attention": (_linear_attention, "needs layers of linear attention: only Qwen3.5 has them"),
+    "norms of q and k": (_head_norms, "needs norms of queries and keys: attention has them from Qwen3 on"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),

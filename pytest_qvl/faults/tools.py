@@ -116,6 +116,20 @@ def while_running(modules: Sequence[nn.Module], name: str, value: Callable[[Any]
 
 
 @contextmanager
+def replaced_while_running(module: nn.Module, name: str, stand_in: Any) -> Iterator[None]:
+    """Have a module find something else in the place of one of its submodules while it runs, and only then."""
+
+    def enter(module: Any, _args: Any, _kwargs: Any) -> None:
+        object.__setattr__(module, name, stand_in)
+
+    def leave(module: Any, _args: Any, _output: Any) -> None:
+        object.__delattr__(module, name)
+
+    with before([module], enter), after([module], leave):
+        yield
+
+
+@contextmanager
 def _removed(handles: Sequence[Any]) -> Iterator[None]:
     try:
         yield

@@ -40,6 +40,7 @@ def attention(
     *,
     eager: bool,
     inexact: float = 0.0,
+    apart: float = 0.0,
 ) -> Claim:
     """``softmax(scaling * q k') v``, ``(heads, queries, width)``.
 
@@ -57,6 +58,7 @@ def attention(
         eager: Whether scores are rounded to the dtype on their way (fused kernels keep them in float32).
         inexact: Relative error that queries and keys may have together, for kernels whose rotation is not known
             bitwise.
+        apart: The same relative to ``|q||k|``, for those whose norms are not known bitwise either.
     """
     import torch
 
@@ -73,6 +75,8 @@ def attention(
         scores = q @ k.mT * scaling
         size = torch.linalg.vector_norm(q, dim=-1)[..., None] * torch.linalg.vector_norm(k, dim=-1)[:, None]
         error = 2 * summed(q.shape[-1]) * abs(scaling) * size + ((2 * u if eager else 0) + 4 * SINGLE) * scores.abs()
+        if apart:
+            error = error + apart * abs(scaling) * size
         if inexact:
             error = error + inexact * abs(scaling) * (q.abs() @ k.abs().mT)
         if allowed is not None:

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")
+# The steepest of them is GELU, where its second derivative is 0, at sqrt(2): 1.1290; 1.1 for those of a sigmoid.
+STEEPEST = 1.13
 
 
 def linear(
@@ -53,6 +55,36 @@ def linear(
     return Claim(product, limit)
 
 
+def linear_behind(before: Claim, weight: torch.Tensor, bias: torch.Tensor | None) -> Claim:
+    """:func:`linear`, in the dtype of the weight, of an input that is known to its own limit only.
+
+    Limit: that of the product at the input's value; what the input is off by times the weights' sizes; of its share in
+    the sums and roundings as much again as :func:`linear` takes.
+    """
+    import torch
+
+    at, sizes = linear(before.value, weight, bias, weight.dtype), weight.float().abs()
+    spread = before.limit @ sizes.T
+    lengths = torch.linalg.vector_norm(before.limit, dim=-1)[:, None] * torch.linalg.vector_norm(sizes, dim=-1)
+    more = (1 + 2 * unit(weight.dtype)) * spread + 2 * summed(weight.shape[1]) * lengths
+    return Claim(at.value, at.limit + more)
+
+
+def activation_behind(name: str, before: Claim, dtype: torch.dtype) -> Claim:
+    """:func:`activation` of an input that is known to its own limit only, rounded to `dtype` once.
+
+    Limit: :data:`STEEPEST` times that of the input; one rounding; the function's last places, as of what may have
+    gone in.
+    """
+    value = activation(name, before.value).value
+    spread = STEEPEST * before.limit
+    steps = 2 if name == "quick_gelu" else 1
+    size = before.value.abs() + before.limit
+    slope = 2 * 1.702 / 4 * size.square() * unit(dtype) if steps > 1 else 0.0
+    limit = spread + steps * unit(dtype) * (value.abs() + spread) + 2 * FUNCTION * SINGLE * size + slope
+    return Claim(value, limit + underflow(dtype))
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:
     """``w * round(x / sqrt(mean(x**2) + eps))`` (Zhang and Sennrich 2019).
 
@@ -65,6 +97,26 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dty
     value = weight.float() * normed
     relative = unit(x.dtype) + unit(dtype) + summed(x.shape[-1]) + 8 * SINGLE
     return Claim(value, relative * value.abs() + underflow(dtype) * (1 + weight.float().abs()))
+
+
+def rms_norm_behind(before: Claim, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:
+    """:func:`rms_norm` of an input that is known to its own limit only, in interval arithmetic.
+
+    The root lies between those of the smallest and the largest squares that the limits leave room for, and so does each
+    element over it.
+    """
+    import torch
+
+    at, sizes = rms_norm(before.value, weight, eps, dtype), before.value.abs()
+    low, high = (sizes - before.limit).clamp_min(0.0), sizes + before.limit
+    least, most = ((each.square().mean(dim=-1, keepdim=True) + eps).sqrt() for each in (low, high))
+    own = sizes / (sizes.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    lowest = torch.where(sizes > before.limit, low / most, (sizes - before.limit) / least)
+    spread = torch.maximum(high / least - own, own - lowest) * weight.float().abs()
+    relative = 2 * unit(dtype) + summed(sizes.shape[-1]) + 8 * SINGLE
+    return Claim(
+        at.value, spread + relative * (at.value.abs() + spread) + underflow(dtype) * (1 + weight.float().abs())
+    )
 
 
 def layer_norm(

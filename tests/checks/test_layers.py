@@ -20,11 +20,11 @@ from pytest_qvl.faults.catalogue import catalogue, find
 from pytest_qvl.faults.definitions.adapters import another_adapter
 from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.subject import embedded
-from pytest_qvl.faults.tools import after, attribute
+from pytest_qvl.faults.tools import after, all_of, attribute, replaced_while_running
 from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers, original_module
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.attention import other_attention
-from pytest_qvl.models.layers import language_layers, vision_blocks
+from pytest_qvl.models.layers import language_layers, mergers, vision_blocks
 
 if TYPE_CHECKING:
     from pytest_qvl.evidence import Evidence
@@ -178,6 +178,47 @@ def test_every_fault_of_these_families_is_this_check_s() -> None:
     families = ("arithmetic of layers", "arithmetic of adapters")
     assert {f.check for f in catalogue().values() if f.family in families} == {"layer_arithmetic"}
     assert set(QUICK) <= set(catalogue())
+
+
+def test_norms_that_a_kernel_computes_from_their_weights_are_judged_and_pass(case: Case) -> None:
+    """Unsloth's kernels take weights, and call no module."""
+    from torch.nn.functional import gelu, linear
+
+    parts = anatomy(case.model)
+    merger = next(mergers(parts))
+
+    def merged(x: torch.Tensor) -> torch.Tensor:
+        normed = merger.norm.forward(x.view(-1, x.shape[-1])).view(-1, merger.first.in_features)
+        inner = gelu(linear(normed, merger.first.weight, merger.first.bias))
+        return linear(inner, merger.second.weight, merger.second.bias)
+
+    places = [(parts.language_backbone, "norm")]
+    places += [
+        (layer.module, name)
+        for layer in language_layers(parts)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    ]
+    places += [(block.module, name) for block in vision_blocks(parts) for name in ("norm1", "norm2")]
+    changes = [replaced_while_running(module, name, getattr(module, name).forward) for module, name in places]
+    with all_of([*changes, attribute(merger.module, "forward", merged)]):
+        evidence = layer_arithmetic(case.model, case.batch())
+    assert len(evidence.notes) == 1
+    assert "merger.mlp.0 and 1 more (its module is never called" in evidence.notes[0]
+    assert 1e-4 < worst(evidence)["norm"] <= 1
+    assert worst(evidence)["merger as a whole"] <= 1
+
+
+def test_norms_of_another_class_are_judged_alike(case: Case) -> None:
+    norms = [norm for layer in language_layers(anatomy(case.model)) for norm in layer.norms]
+    own = type(norms[0])
+    before = worst(layer_arithmetic(case.model, case.batch()))
+    try:
+        for norm in norms:
+            norm.__class__ = type("NormOfAKernelPackage", (own,), {})
+        assert worst(layer_arithmetic(case.model, case.batch())) == before
+    finally:
+        for norm in norms:
+            norm.__class__ = own
 
 
 @pytest.mark.parametrize("times", [1 + 1e-4, *slow(1 - 1e-3)])

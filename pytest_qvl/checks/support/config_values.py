@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import TOWER
-from pytest_qvl.models.layers import MIXER, VISION_EPS, VISION_THETA, centred_on_zero
+from pytest_qvl.models.layers import MIXER, VISION_EPS, VISION_THETA
 from pytest_qvl.models.sources.loading import has_tied_head
 
 if TYPE_CHECKING:
@@ -148,11 +148,7 @@ def _numbered(modules: Mapping[str, Any], root: str, kind: str) -> Iterator[tupl
 
 
 def _hold_epsilon(report: ConfigReport, parts: Parts, facts: Facts, name: str, module: Any) -> None:
-    import torch
-
-    epsilon = getattr(module, "variance_epsilon", None)
-    if epsilon is None and (isinstance(module, torch.nn.LayerNorm) or centred_on_zero(parts, module)):
-        epsilon = module.eps
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     group = parts.group_of(name)
     if group in TOWER:
         report.hold(f"{name}: epsilon", epsilon, VISION_EPS)

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import after, all_of, attribute, before, on_first, while_running
+from pytest_qvl.faults.tools import (
+    after,
+    all_of,
+    attribute,
+    before,
+    on_first,
+    replaced_while_running,
+    while_running,
+)
 from pytest_qvl.models.adapters import original_module
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.layers import language_layers, vision_blocks
+from pytest_qvl.models.layers import language_layers, mergers, vision_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,8 +24,10 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_qvl.faults.case import Case
+    from pytest_qvl.models.layers import Merger
 
 PLACE = "model.language_model.layers.1"
+UNCALLED = "its module is never called, and what goes on is not what it has to return"
 
 
 def product_times(case: Case, times: float) -> Any:
@@ -429,3 +439,163 @@ def _learned_positions(case: Case) -> Iterator[None]:
     tower: Any = anatomy(case.model).vision_tower
     with after([tower.pos_embed], lambda _m, _a, output: 0 * output):
         yield
+
+
+def _without_norm(merger: Merger) -> Any:
+    from torch.nn.functional import gelu
+
+    def forward(x: torch.Tensor) -> Any:
+        return merger.second(gelu(merger.first(x.reshape(-1, merger.first.in_features))))
+
+    return attribute(merger.module, "forward", forward)
+
+
+@fault(
+    "merger-norm-left-out",
+    "The merger's forward was written anew, and does not call its norm.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("norm: model.visual.merger.", UNCALLED),
+)
+def _merger_norm(case: Case) -> Iterator[None]:
+    with all_of([_without_norm(each) for each in mergers(anatomy(case.model)) if each.name.endswith(".merger")]):
+        yield
+
+
+@fault(
+    "deepstack-norm-left-out",
+    "The forward of the DeepStack mergers was written anew, and does not call their norms.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("norm: model.visual.deepstack_merger_list.0.norm", UNCALLED),
+    requires=("DeepStack",),
+)
+def _deepstack_norm(case: Case) -> Iterator[None]:
+    with all_of([_without_norm(each) for each in mergers(anatomy(case.model)) if not each.name.endswith(".merger")]):
+        yield
+
+
+@fault(
+    "merger-kernel-without-norm",
+    "A fused kernel computes the merger from its weights, without any of its modules and without its norm.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(
+        "merger as a whole: model.visual.merger does not return second(gelu(first(norm(x)))) of its own input",
+    ),
+)
+def _merger_kernel(case: Case) -> Iterator[None]:
+    from torch.nn.functional import gelu, linear
+
+    merger = next(mergers(anatomy(case.model)))
+    first, second = merger.first, merger.second
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        inner = gelu(linear(x.reshape(-1, first.in_features), first.weight, first.bias))
+        return linear(inner, second.weight, second.bias)
+
+    with attribute(merger.module, "forward", forward):
+        yield
+
+
+@fault(
+    "input-norm-left-out",
+    "One layer of the language backbone gives its input to attention as it is: it does not call its norm.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(f"norm: {PLACE}.input_layernorm", UNCALLED),
+)
+def _input_norm(case: Case) -> Iterator[None]:
+    layer = language_layers(anatomy(case.model))[1].module
+    with replaced_while_running(layer, "input_layernorm", lambda x: x):
+        yield
+
+
+@fault(
+    "mlp-norm-left-out",
+    "One block of the vision tower does not call the norm before its MLP.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("norm: model.visual.blocks.1.norm2", UNCALLED),
+)
+def _mlp_norm(case: Case) -> Iterator[None]:
+    with replaced_while_running(vision_blocks(anatomy(case.model))[1].module, "norm2", lambda x: x):
+        yield
+
+
+@fault(
+    "last-norm-left-out",
+    "The language backbone returns what its last layer does: it does not call its norm.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("norm: model.language_model.norm", UNCALLED),
+)
+def _last_norm(case: Case) -> Iterator[None]:
+    with replaced_while_running(anatomy(case.model).language_backbone, "norm", lambda x: x):
+        yield
+
+
+@fault(
+    "query-norms-left-out",
+    "Attention was written anew, and does not call the norms of queries and keys.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("attention: model.language_model.layers.", "the modules that norm them are never called"),
+    requires=("norms of q and k",),
+)
+def _query_norms(case: Case) -> Iterator[None]:
+    attending = [layer for layer in language_layers(anatomy(case.model)) if layer.head_norms]
+    places = [(layer.attention, name) for layer in attending for name in ("q_norm", "k_norm")]
+    with all_of([replaced_while_running(attention, name, lambda x: x) for attention, name in places]):
+        yield
+
+
+@fault(
+    "last-layer-not-run-in-training",
+    "In training the language backbone leaves out its last layer.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("what modules hand on: model.language_model.layers.", "is never called", "(in train mode)"),
+)
+def _last_layer(case: Case) -> Iterator[None]:
+    backbone = anatomy(case.model).language_backbone
+
+    def enter(_module: Any, _args: Any, _kwargs: Any) -> None:
+        if backbone.training:
+            object.__setattr__(backbone, "layers", backbone.layers[:-1])
+
+    def leave(_module: Any, _args: Any, _output: Any) -> None:
+        vars(backbone).pop("layers", None)
+
+    with before([backbone], enter), after([backbone], leave):
+        yield
+
+
+@fault(
+    "norm-kernel-eps",
+    "A kernel package has put a class of its own in place of the language backbone's norms: ten times their eps.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("eps of a norm: model.language_model.layers.0.input_layernorm computes as with eps",),
+)
+def _norm_kernel(case: Case) -> Iterator[None]:
+    norms = [original_module(norm) for layer in language_layers(anatomy(case.model)) for norm in layer.norms]
+    own = type(norms[0])
+    name = "variance_epsilon" if hasattr(norms[0], "variance_epsilon") else "eps"
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        kept = getattr(self, name)
+        setattr(self, name, 10 * kept)
+        try:
+            return own.forward(self, x)
+        finally:
+            setattr(self, name, kept)
+
+    kernel = type("NormOfAKernelPackage", (own,), {"forward": forward})
+    try:
+        for norm in norms:
+            norm.__class__ = kernel
+        yield
+    finally:
+        for norm in norms:
+            norm.__class__ = own

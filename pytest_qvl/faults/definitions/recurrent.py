@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import after, all_of, attribute, before, while_running
+from pytest_qvl.faults.tools import after, all_of, attribute, before, replaced_while_running, while_running
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.layers import language_layers
 
@@ -310,4 +310,54 @@ def _gain(case: Case) -> Iterator[None]:
 
     norms = [norm for layer in language_layers(anatomy(case.model)) for norm in (*layer.norms, *layer.head_norms)]
     with all_of([attribute(norm, "forward", plain(norm)) for norm in norms]):
+        yield
+
+
+@fault(
+    "gated-norm-left-out",
+    "Linear attention was written anew: it gates what it has read and does not call its norm.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(
+        "gated norm: model.language_model.layers.0.linear_attn.norm",
+        "its module is never called, and what goes on is not what it has to return",
+    ),
+    requires=("linear attention",),
+)
+def _no_norm(case: Case) -> Iterator[None]:
+    from torch.nn.functional import silu
+
+    def gated(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return (x.float() * silu(gate.float())).to(x.dtype)
+
+    with all_of([replaced_while_running(mixer, "norm", gated) for mixer in _mixers(case)]):
+        yield
+
+
+@fault(
+    "state-kept-in-training",
+    "In training linear attention goes on with the state that the step before left, of another batch.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE, "begins with the state that the forward before left", "(in train mode, checkpointed)"),
+    requires=("linear attention",),
+)
+def _kept_in_training(case: Case) -> Iterator[None]:
+    mixers = _mixers(case)
+    kept: dict[tuple[int, int], torch.Tensor] = {}
+    running = [0]
+
+    def note(module: Any, args: Any, kwargs: Any) -> Any:
+        running[0] = id(module)
+        return args, kwargs
+
+    def keeps(own: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not mixers[0].training:
+            return own(query, *args, **kwargs)
+        place = running[0], len(query)
+        made, after = own(query, *args, **{**kwargs, "initial_state": kept.get(place), "output_final_state": True})
+        kept[place] = after.detach()
+        return made, None
+
+    with before(mixers, note), _function(case, CHUNKED, keeps):
         yield

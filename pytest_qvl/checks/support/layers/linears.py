@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.layers.copies import place_of
 from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.anatomy import TOWER
-from pytest_qvl.models.layers import VISION_EPS, centred_on_zero, has_bias
+from pytest_qvl.models.layers import VISION_EPS, family_of, has_bias
 from pytest_qvl.oracles import elementary, nf4
 from pytest_qvl.oracles.bounds import unit
 
@@ -28,6 +28,11 @@ ELEMENTS = 2**24
 FEW_ROWS = 32
 """Rows for which bitsandbytes may take a kernel without tensor cores, where the length of a row is a multiple of 64."""
 PRODUCT_4BIT, PRODUCT_16BIT = "4-bit product", "linear product"
+# Names of norms in layers, blocks and mergers; their class says nothing, as kernel packages put their own there.
+TEXT_NORMS, TOWER_NORMS = (
+    ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"),
+    ("norm1", "norm2", "norm", "ln_q"),
+)
 BIAS, BOOK, NORM, EPSILON, EMBEDDING = "bias", "NF4 code book", "norm", "eps of a norm", "embedding"
 
 
@@ -138,15 +143,32 @@ def judge_code_book(tally: Tally, name: str, module: Any) -> None:
     tally.same(BOOK, name, state.code.float(), expected, f"has another number than the paper at {first}")
 
 
-def gain_of(parts: Parts, norm: Any) -> torch.Tensor:
-    """What a norm multiplies by."""
+def is_norm(parts: Parts, place: str) -> bool:
+    """Whether a norm without a gate stands in a place of the model, by dotted name."""
+    last = place.rpartition(".")[2]
+    if parts.group_of(place) in TOWER:
+        return last in TOWER_NORMS
+    return place == f"{parts.roots['language']}.norm" or (parts.group_of(place) == "language" and last in TEXT_NORMS)
+
+
+def gain_of(parts: Parts, place: str, norm: Any) -> torch.Tensor:
+    """What a norm in a place multiplies by; those of a family's language backbone may be centred on zero."""
     weight: torch.Tensor = norm.weight.detach()
-    return 1 + weight.float() if centred_on_zero(parts, norm) else weight
+    centred = bool(family_of(parts).zero_centred_norms) and parts.group_of(place) == "language"
+    return 1 + weight.float() if centred else weight
 
 
-def _normed(parts: Parts, module: Any, x: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:
-    """What an RMS norm, or a layer norm, which has a bias, makes of x."""
-    weight, bias = gain_of(parts, module), getattr(module, "bias", None)
+def normed(parts: Parts, place: str, module: Any, x: torch.Tensor, dtype: torch.dtype) -> Claim:
+    """What an RMS norm, or a layer norm, which has a bias, makes of x.
+
+    Args:
+        parts: The model.
+        place: Dotted name of the norm, or of a module around it.
+        module: The norm.
+        x: Its input.
+        dtype: Of what it returns.
+    """
+    weight, bias, eps = gain_of(parts, place, module), getattr(module, "bias", None), norm_epsilon(parts, place)
     if bias is None:
         return elementary.rms_norm(x, weight, eps, dtype)
     return elementary.layer_norm(x, weight, bias.detach(), eps, dtype)
@@ -154,8 +176,7 @@ def _normed(parts: Parts, module: Any, x: torch.Tensor, eps: float, dtype: torch
 
 def judge_norm(tally: Tally, parts: Parts, name: str, call: Call) -> None:
     """An RMS or layer norm on its own input."""
-    eps = norm_epsilon(parts, name)
-    tally.hold(NORM, name, call.made, _normed(parts, call.module, call.given, eps, call.made.dtype))
+    tally.hold(NORM, name, call.made, normed(parts, place_of(name), call.module, call.given, call.made.dtype))
 
 
 def judge_epsilon(tally: Tally, parts: Parts, name: str, module: Any, like: torch.Tensor) -> None:
@@ -165,18 +186,19 @@ def judge_epsilon(tally: Tally, parts: Parts, name: str, module: Any, like: torc
     """
     import torch
 
-    width, eps = like.shape[-1], norm_epsilon(parts, name)
+    place = place_of(name)
+    width, eps = like.shape[-1], norm_epsilon(parts, place)
     signs = 1 - 2 * (torch.arange(width, device=like.device) % 2)
     x = (signs * eps**0.5).to(like.dtype)[None]
     got = module(x).detach()
 
     def words() -> str:
         shift = 0.0 if getattr(module, "bias", None) is None else module.bias.detach().float()
-        gains = (got.float() - shift).abs() / gain_of(parts, module).float().abs()
+        gains = (got.float() - shift).abs() / gain_of(parts, place, module).float().abs()
         found = float((x.float().square() * (gains**-2 - 1)).nanmedian())
         return f"computes as with eps {found:.2g}, not {eps:g}"
 
-    tally.hold(EPSILON, name, got, _normed(parts, module, x, eps, got.dtype), words)
+    tally.hold(EPSILON, name, got, normed(parts, place, module, x, got.dtype), words)
 
 
 def norm_epsilon(parts: Parts, name: str) -> float:

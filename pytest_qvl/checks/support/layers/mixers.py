@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pytest_qvl.checks.support.layers.compose import FUSED
+from pytest_qvl.checks.support.layers.compose import FUSED, UNCALLED
 from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.models.layers import MIXER
 from pytest_qvl.oracles import delta, elementary
@@ -26,6 +26,10 @@ RECURRENCE, GATED_NORM = "gated delta rule", "gated norm"
 CHUNKS = (0, 16, 32, 64)
 # Of each of them, with every rounding moved at random.
 RUNS = 4
+
+
+# How much nearer to another result what was read has to be to be called that; in words only.
+NEARER = 0.02
 
 
 @dataclass
@@ -68,12 +72,16 @@ class Mixers:
     def __init__(self, parts: Parts, tally: Tally, flow: Flow, attended: torch.Tensor) -> None:
         self._parts, self._tally, self._flow, self._attended = parts, tally, flow, attended
         self._states: dict[int, _State] = {}
+        # Of the forward before, and what the heads were given last: in words only.
+        self._before: dict[int, _State] = {}
+        self._begun: dict[int, delta.Tokens] = {}
+        self._eps = float(parts.text_config.rms_norm_eps)
         self._gates: dict[int, torch.Tensor] = {}
 
     def restart(self, attended: torch.Tensor) -> None:
         """Forget the sequence so far, and take which tokens of the next prompt are no padding."""
         self._attended = attended
-        self._states.clear()
+        self._before, self._states = self._states, {}
 
     def watch(self, layer: Layer) -> None:
         """Put a hook on the norm of a mixer."""
@@ -89,17 +97,23 @@ class Mixers:
         """One call of a mixer."""
         flow, tally, name = self._flow, self._tally, f"{layer.name}.{MIXER}"
         mixer: Any = layer.attention
-        modules = (*layer.inputs, mixer.norm, layer.output)
-        if not flow.seen(modules) or layer.number not in self._gates:
+        modules = (*layer.inputs, layer.output)
+        if not flow.seen(modules):
             tally.leave_out(FUSED, name)
         else:
-            self._judge_handing_on(layer, call, name)
-            self._judge_recurrence(layer, name)
-            self._judge_norm(layer, name)
-        flow.forget(modules)
+            is_normed = flow.seen((mixer.norm,)) and layer.number in self._gates
+            self._judge_handing_on(layer, call, name, is_normed=is_normed)
+            claim = self._read(layer)
+            if is_normed:
+                got = flow.given_to(mixer.norm).view(claim.value.shape)
+                tally.hold(RECURRENCE, name, got, claim, partial(self._words, layer, got, claim))
+                self._judge_norm(layer, name)
+            else:
+                self._judge_norm_uncalled(layer, name, claim)
+        flow.forget((*modules, mixer.norm))
         self._gates.pop(layer.number, None)
 
-    def _judge_handing_on(self, layer: Layer, call: Call, name: str) -> None:
+    def _judge_handing_on(self, layer: Layer, call: Call, name: str, *, is_normed: bool) -> None:
         flow, tally = self._flow, self._tally
         given = call.given
         if not bool(self._attended.all()) and given.shape[:2] == self._attended.shape:
@@ -107,20 +121,21 @@ class Mixers:
         for linear in layer.inputs:
             words = "does not give its own input, padding zeroed, to its linears"
             tally.handed_on(name, flow.given_to(linear), given, words)
-        normed = flow.made_by(layer.attention.norm)
-        words = "does not give what its norm returned to out_proj"
-        tally.handed_on(name, flow.given_to(layer.output).flatten(), normed.flatten(), words)
-        gate = flow.made_by(layer.inputs[1])
-        words = "does not gate its norm by in_proj_z"
-        tally.handed_on(name, self._gates[layer.number].flatten(), gate.flatten(), words)
+        if is_normed:
+            normed = flow.made_by(layer.attention.norm)
+            words = "does not give what its norm returned to out_proj"
+            tally.handed_on(name, flow.given_to(layer.output).flatten(), normed.flatten(), words)
+            gate = flow.made_by(layer.inputs[1])
+            words = "does not gate its norm by in_proj_z"
+            tally.handed_on(name, self._gates[layer.number].flatten(), gate.flatten(), words)
         tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what out_proj does")
 
-    def _judge_recurrence(self, layer: Layer, name: str) -> None:
+    def _read(self, layer: Layer) -> Claim:
+        """What a mixer has to read, ``(rows, length, heads, value width)``; its state is that behind it afterwards."""
         import torch
 
         mixer, flow = layer.attention, self._flow
         joint, _gate, share, rate = (flow.made_by(linear) for linear in layer.inputs)
-        heads, width = mixer.num_v_heads, mixer.head_v_dim
         state = self._states.get(layer.number) or self._fresh(mixer, joint)
         generator = torch.Generator(joint.device).manual_seed(layer.number)
         sums = _Sums.of(mixer, joint, state.tail, share, rate)
@@ -138,13 +153,12 @@ class Mixers:
             rounded.append(after)
         found = spread / (RUNS * len(CHUNKS))
         deviation = torch.maximum(found, found.mean(dim=1, keepdim=True)).sqrt() * size
-        got = flow.given_to(mixer.norm).view(*joint.shape[:2], heads, width)
         value = read.float()
-        limit = (TAIL * deviation).float() + unit(got.dtype) * value.abs() + underflow(got.dtype)
-        claim = Claim(value, limit)
-        self._tally.hold(RECURRENCE, name, got, claim, partial(_words, got, claim))
+        limit = (TAIL * deviation).float() + unit(joint.dtype) * value.abs() + underflow(joint.dtype)
         tail = torch.cat((state.tail, joint), dim=1)[:, joint.shape[1] :]
         self._states[layer.number] = _State(tail, exact, held[:, -1], rounded)
+        self._begun[layer.number] = tokens
+        return Claim(value, limit)
 
     def _fresh(self, mixer: Any, joint: torch.Tensor) -> _State:
         import torch
@@ -158,13 +172,34 @@ class Mixers:
         """``w norm(x) silu(z)``, x and its gain rounded to the dtype, the gate in float32, the product rounded."""
         norm, flow = layer.attention.norm, self._flow
         x, got, gate = flow.given_to(norm), flow.made_by(norm), self._gates[layer.number].float()
-        eps = float(self._parts.text_config.rms_norm_eps)
-        plain = elementary.rms_norm(x, norm.weight.detach(), eps, got.dtype)
-        factor = delta.silu(gate)
-        value = plain.value * factor
-        limit = plain.limit * factor.abs() + 2 * FUNCTION * SINGLE * plain.value.abs() * gate.abs()
-        limit = limit + (unit(got.dtype) + 2 * SINGLE) * value.abs() + underflow(got.dtype)
-        self._tally.hold(GATED_NORM, f"{name}.norm", got, Claim(value, limit))
+        plain = elementary.rms_norm(x, norm.weight.detach(), self._eps, got.dtype)
+        self._tally.hold(GATED_NORM, f"{name}.norm", got, _gated(plain, gate, got.dtype))
+
+    def _judge_norm_uncalled(self, layer: Layer, name: str, read: Claim) -> None:
+        """The same, of what the mixer has to have read: its norm has not run as a module, and says not what it was."""
+        norm, flow = layer.attention.norm, self._flow
+        got, gate = (
+            each.reshape(read.value.shape) for each in (flow.given_to(layer.output), flow.made_by(layer.inputs[1]))
+        )
+        plain = elementary.rms_norm_behind(read, norm.weight.detach(), self._eps, got.dtype)
+        claim = _gated(plain, gate.float(), got.dtype)
+        self._tally.hold(GATED_NORM, f"{name}.norm", got, claim, lambda: UNCALLED)
+
+    def _words(self, layer: Layer, got: torch.Tensor, claim: Claim) -> str:
+        before = self._before.get(layer.number)
+        if before is not None and before.exact.shape[0] == len(got):
+            read, _state = delta.recurrent(self._begun[layer.number], before.exact)
+            if float((got.float() - read.float()).norm()) <= NEARER * float((got.float() - claim.value).norm()):
+                return "begins with the state that the forward before left: it is kept from one batch to the next"
+        return _words(got, claim)
+
+
+def _gated(plain: Claim, gate: torch.Tensor, dtype: torch.dtype) -> Claim:
+    """What a norm gives, times SiLU of a gate in float32, rounded to `dtype`."""
+    factor = delta.silu(gate)
+    value = plain.value * factor
+    limit = plain.limit * factor.abs() + 2 * FUNCTION * SINGLE * plain.value.abs() * gate.abs()
+    return Claim(value, limit + (unit(dtype) + 2 * SINGLE) * (value.abs() + limit) + underflow(dtype))
 
 
 def _words(got: torch.Tensor, claim: Claim) -> str:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.layers.compose import FUSED, RESIDUAL, judge_mlp, judge_residuals
+from pytest_qvl.checks.support.layers.compose import (
+    FUSED,
+    RESIDUAL,
+    judge_mlp,
+    judge_norm_uncalled,
+    judge_order,
+    judge_residuals,
+)
+from pytest_qvl.checks.support.layers.linears import normed
 from pytest_qvl.checks.support.layers.mixers import Mixers
 from pytest_qvl.checks.support.layers.scores import other_scaling
 from pytest_qvl.checks.support.layers.tally import HANDED_ON, error_over_limit, multiple
@@ -14,7 +22,7 @@ from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, 
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import attention as oracle
 from pytest_qvl.oracles import elementary, rotary
-from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, Claim, underflow, unit
+from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, Claim, summed, underflow, unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +61,7 @@ class Text:
         self._mixers = Mixers(parts, tally, flow, attended)
         self._history: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._before: torch.Tensor | None = None
+        self._next, self._count = 0, len(parts.language_backbone.layers)
         self._between: tuple[Any, Any] = None, ()
         self._eager = parts.text_config._attn_implementation == "eager"
         self._deep = [merger.module for merger in mergers(parts) if merger.module is not parts.merger]
@@ -84,7 +93,9 @@ class Text:
     def _judge_layer(self, layer: Layer, call: Call) -> None:
         if self._before is not None:
             self._judge_handed_on(layer.name, call.given, self._before, layer.number - 1)
-        judge_residuals(self._tally, self._flow, layer)
+        judge_order(self._tally, layer, self._next)
+        self._next = layer.number + 1
+        judge_residuals(self._tally, self._parts, self._flow, layer)
         # Transformers 4 adds the features in place.
         added_to = self._between[0] is not None and layer.number < len(self._between[1])
         self._before = call.made.clone() if added_to else call.made
@@ -92,13 +103,16 @@ class Text:
 
     def _judge_end(self, call: Call) -> None:
         """The last norm is given what the last layer returned."""
+        root = self._parts.roots["language"]
+        if 0 < self._next < self._count:
+            self._tally.fail(HANDED_ON, f"{root}.layers.{self._next}", "is never called, as if it were not there")
         if self._before is not None:
-            last = len(self._parts.language_backbone.layers) - 1
-            self._judge_handed_on(f"{self._parts.roots['language']}.norm", call.given, self._before, last)
+            self._judge_handed_on(f"{root}.norm", call.given, self._before, self._count - 1)
         self._before = None
 
     def _begin(self, _args: Any, kwargs: Any) -> None:
-        self._before = kwargs.get("inputs_embeds")
+        self._before, self._next = kwargs.get("inputs_embeds"), 0
+        self._flow.forget((self._parts.language_backbone.norm,))
         self._between = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds") or ()
         if self._deep and self._flow.seen(self._deep):
             self._judge_deepstack(self._between[1])
@@ -130,11 +144,14 @@ class Text:
 
     def _judge_head(self, call: Call) -> None:
         """The head is given the last norm's output, of all tokens or the last ones."""
-        norm = self._parts.language_backbone.norm
+        norm, name, behind = self._parts.language_backbone.norm, self._parts.roots["lm_head"], -call.given.shape[1]
         if self._flow.seen((norm,)):
-            last = self._flow.made_by(norm)[:, -call.given.shape[1] :]
-            name = self._parts.roots["lm_head"]
+            last = self._flow.made_by(norm)[:, behind:]
             self._tally.handed_on(name, call.given, last, "is not given what the last norm returned")
+        elif self._before is not None and self._next == self._count:
+            root, last = self._parts.roots["language"], self._before[:, behind:].to(call.given.device)
+            judge_norm_uncalled(self._tally, self._parts, f"{root}.norm", norm, x=last, got=call.given)
+            self._before = None
 
     def _judge_attention(self, layer: Layer, call: Call) -> None:
         flow, tally, name = self._flow, self._tally, f"{layer.name}.self_attn"
@@ -152,6 +169,7 @@ class Text:
         for got, made in zip(turns, self._turns.made, strict=True):
             tally.handed_on(name, got, made, "is given other rotary positions than the backbone's")
         query, key, value = self._projected(layer, name)
+        loose = self._unnormed(layer, query.dtype)
         cosines, sines = (self._turns.combined(each)[:, None] for each in turns)
         query, new = rotary.rotated_in_part(query, cosines, sines), rotary.rotated_in_part(key, cosines, sines)
         held = kv_cache_in(call.kwargs)
@@ -159,9 +177,11 @@ class Text:
         cache = None if held is None else cached_layer(held, layer.number)
         if held is not None and cache is None:
             tally.leave_out(f"the keys and values in a {type(held).__name__} of this kind", name)
-        exact = cache is None or self._judge_cache(name, cache, keys, values)
+        exact = cache is None or self._judge_cache(name, cache, keys, values, loose)
         # Where a kernel rotates in another way than operation by operation, queries are known to as much as keys are.
-        claims = self._claims(layer, query, keys, values, 0.0 if exact else 6 * unit(query.dtype))
+        rotated, normed_too = 6 * unit(query.dtype), 4 * (3 * unit(query.dtype) + loose)  # sums of two elements of each
+        inexact = (0.0, normed_too) if loose else (0.0 if exact else rotated, 0.0)
+        claims = self._claims(layer, query, keys, values, inexact)
         rows, _heads, queries, width = query.shape
         got = flow.given_to(layer.output).view(rows, queries, self._heads, width).transpose(1, 2)
         if layer.attention.training and getattr(self._parts.text_config, "attention_dropout", 0.0):
@@ -171,7 +191,8 @@ class Text:
         for row, (looked, plain) in enumerate(claims):
             attend = plain if gate is None else partial(_gated, plain, gate[row][:, looked])
             part, claim = got[row][:, looked], attend(width**-0.5)
-            tally.hold(ATTENTION, name, part, claim, partial(_words, part, claim, attend, width**-0.5))
+            words = partial(_words, part, claim, attend, width**-0.5)
+            tally.hold(ATTENTION, name, part, claim, _unnormed_words if loose else words)
         flow.forget((*layer.inputs, layer.output, *layer.head_norms))
 
     def _gate(self, layer: Layer) -> torch.Tensor | None:
@@ -194,10 +215,22 @@ class Text:
                 split = joint.view(*joint.shape[:-1], self._heads, 2 * self._width)[..., : self._width]
             if place < len(layer.head_norms):
                 norm = layer.head_norms[place]
-                self._tally.handed_on(name, self._flow.given_to(norm), split, "norms something else than q or k")
-                split = self._flow.made_by(norm).view(split.shape)
+                if self._flow.seen((norm,)):
+                    self._tally.handed_on(name, self._flow.given_to(norm), split, "norms something else than q or k")
+                    split = self._flow.made_by(norm).view(split.shape)
+                else:
+                    split = normed(self._parts, name, norm, split, split.dtype).value.to(split.dtype)
             made.append(split.transpose(1, 2))
         return made[0], made[1], made[2]
+
+    def _unnormed(self, layer: Layer, dtype: torch.dtype) -> float:
+        """How far keys and queries may be off, relative to their elements, whose norms did not run as modules.
+
+        As :func:`~.elementary.rms_norm` says, and one rounding of what it claims.
+        """
+        if self._flow.seen(layer.head_norms):
+            return 0.0
+        return 3 * unit(dtype) + summed(self._width) + 8 * SINGLE
 
     def _extended(self, number: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -208,10 +241,11 @@ class Text:
         self._history[number] = key, value
         return key, value
 
-    def _judge_cache(self, name: str, cache: Any, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    def _judge_cache(self, name: str, cache: Any, keys: torch.Tensor, values: torch.Tensor, loose: float) -> bool:
         """Whether the cache holds the keys and values of every token so far; returns whether the keys agree bitwise.
 
-        Limit: each key is the sum of two products, three roundings in its dtype; values are handed on as they are.
+        Limit: each key is the sum of two products, three roundings in its dtype, and `loose` before them where its norm
+        did not run as a module; values are handed on as they are.
         """
         import torch
 
@@ -223,13 +257,14 @@ class Text:
         turned = int(single.shape[-1] * self._share)
         partner = torch.zeros_like(single)
         partner[..., :turned] = torch.cat(single[..., :turned].chunk(2, dim=-1)[::-1], dim=-1)
-        limit = 3 * unit(keys.dtype) * (single.abs() + partner.abs()) + underflow(keys.dtype)
-        tally.hold(CACHE, name, cache.keys, Claim(single, limit), partial(_stale, cache.keys, keys, "keys"))
+        limit = (3 * unit(keys.dtype) + loose) * (single.abs() + partner.abs()) + underflow(keys.dtype)
+        words = partial(_stale, cache.keys, keys, "keys")
+        tally.hold(CACHE, name, cache.keys, Claim(single, limit), _unnormed_words if loose else words)
         tally.same(CACHE, name, cache.values, values, _stale(cache.values, values, "values"))
         return bool(torch.equal(cache.keys, keys))
 
     def _claims(
-        self, layer: Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inexact: float
+        self, layer: Layer, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, inexact: tuple[float, float]
     ) -> Iterator[tuple[torch.Tensor, Attend]]:
         """Per row which queries are no padding, and what attention has to give them: ``attend(scaling)``.
 
@@ -244,7 +279,7 @@ class Text:
         sliding = kinds is not None and kinds[layer.number] == "sliding_attention"
         allowed = oracle.causal(attended, queries, self._parts.text_config.sliding_window if sliding else None)
         every = oracle.causal(torch.ones_like(attended), queries)
-        attention = partial(oracle.attention, eager=self._eager, inexact=inexact)
+        attention = partial(oracle.attention, eager=self._eager, inexact=inexact[0], apart=inexact[1])
         right = query.shape[-1] ** -0.5
         steps = list(_one_query_a_row(query, keys, values, allowed, partial(attention, scaling=right)))
         for row, seen in enumerate(attended[:, tokens - queries :]):
@@ -258,6 +293,10 @@ class Text:
                 return attention(query[row][:, seen], keys[row], values[row], looked[seen], scaling)
 
             yield seen, attend
+
+
+def _unnormed_words() -> str:
+    return "is not that of normed queries and keys: the modules that norm them are never called"
 
 
 def _one_query_a_row(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.layers.compose import FUSED, judge_merger, judge_mlp, judge_residuals
+from pytest_qvl.checks.support.layers.compose import FUSED, judge_merger, judge_mlp, judge_order, judge_residuals
 from pytest_qvl.checks.support.layers.linears import judge_patch_embedding
 from pytest_qvl.checks.support.layers.scores import other_scaling
-from pytest_qvl.checks.support.layers.tally import error_over_limit, multiple
+from pytest_qvl.checks.support.layers.tally import HANDED_ON, error_over_limit, multiple
 from pytest_qvl.models.layers import mergers, vision_blocks, vision_theta
 from pytest_qvl.models.taps import vision_features
 from pytest_qvl.oracles import attention as oracle
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.support.layers.flow import Call, Flow
     from pytest_qvl.checks.support.layers.tally import Tally
     from pytest_qvl.models.anatomy import Parts
-    from pytest_qvl.models.layers import Layer
+    from pytest_qvl.models.layers import Layer, Merger
 
 ROTARY, ATTENTION = "vision rotary embedding", "vision attention"
 
@@ -48,6 +48,7 @@ class Tower:
         self._laid: patches.Patches | None = None
         self._given: torch.Tensor | None = None
         self._before: torch.Tensor | None = None
+        self._next, self._count = 0, len(parts.blocks)
         # Qwen3-VL's learned positions.
         self._table: torch.Tensor | None = getattr(getattr(parts.vision_tower, "pos_embed", None), "weight", None)
 
@@ -63,14 +64,14 @@ class Tower:
             flow.watch(block.module, partial(self._judge_block, block))
         for merger in mergers(self._parts):
             flow.record((merger.norm, merger.first, merger.second))
-            flow.watch(merger.module, partial(judge_merger, self._tally, flow, merger))
+            flow.watch(merger.module, partial(self._judge_merger, merger))
         flow.watch(tower, self._judge_end)
 
     def _begin(self, args: Any, kwargs: Any) -> None:
         grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         self._laid = patches.patches([tuple(grid) for grid in grids.tolist()], self._merge, self._window)
         self._given = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).detach()
-        self._before = None
+        self._before, self._next = None, 0
 
     def _order(self, device: torch.device) -> torch.Tensor:
         import torch
@@ -99,20 +100,32 @@ class Tower:
             if block.number == 0:
                 words = "is not given the patches in the order of the windows, row by row"
             self._tally.handed_on(block.name, call.given, self._before, words)
-        judge_residuals(self._tally, self._flow, block)
+        judge_order(self._tally, block, self._next)
+        self._next = block.number + 1
+        judge_residuals(self._tally, self._parts, self._flow, block)
         self._before = call.made
         self._flow.forget((block.module,))
+
+    def _judge_merger(self, merger: Merger, call: Call) -> None:
+        if merger.module is self._parts.merger and self._before is not None and self._next == self._count:
+            words = "is not given what the last block returned"
+            self._tally.handed_on(merger.name, call.given.flatten(), self._before.flatten(), words)
+        judge_merger(self._tally, self._parts, self._flow, merger, call)
 
     def _judge_end(self, call: Call) -> None:
         """Visual tokens leave the tower in the order in which the processor sent their patches."""
         import torch
 
-        merger = self._parts.merger
-        if self._flow.seen((merger,)):
+        merger, name = self._parts.merger, self._parts.roots["vision"]
+        if 0 < self._next < self._count:
+            self._tally.fail(HANDED_ON, f"{name}.blocks.{self._next}", "is never called, as if it were not there")
+        if not self._flow.seen((merger,)):
+            self._tally.leave_out(FUSED, self._parts.roots["merger"])
+        else:
             merged = self._flow.made_by(merger)
             merged = merged[torch.argsort(self._order(merged.device))]
             words = "does not return the merger's visual tokens in the order of the images' rows"
-            self._tally.handed_on(self._parts.roots["vision"], vision_features(call.output).detach(), merged, words)
+            self._tally.handed_on(name, vision_features(call.output).detach(), merged, words)
         self._flow.forget((merger, self._parts.vision_tower))
         self._given = self._before = None
 
