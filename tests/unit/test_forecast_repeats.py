@@ -122,6 +122,7 @@ def test_the_trace_is_that_of_all_layers(family: str, setting: str) -> None:
         pytest.param(
             "qwen3.5-9b", {"gradient_checkpointing": False, "trainer": "loop", "generate": 3}, marks=WITH_QWEN3_5
         ),
+        pytest.param("qwen3.5-9b", {**KEPT, "linear_attention": "fla+causal-conv1d"}, marks=WITH_QWEN3_5),
     ],
 )
 def test_the_trace_is_that_of_all_layers_of_released_models(model: str, changes: dict[str, Any]) -> None:

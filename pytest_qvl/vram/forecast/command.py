@@ -100,9 +100,10 @@ def _answer(options: argparse.Namespace, asked: Asked) -> Answer:
     forecast = forecaster.forecast(request, timeline=options.timeline is not None)
     searches = asked.card is not None and not request.samples and options.largest != "none"
     found = largest(forecaster, forecast, options.largest) if searches else None
+    unsaid = forecast.linear_attention and not hasattr(options, "linear_attention")
     return Answer(
         forecast,
-        asked.assumed,
+        (*asked.assumed, *([f"--linear-attention {request.linear_attention}"] if unsaid else [])),
         None if dataset is None else forecast_batches(dataset, forecast, forecaster),
         found,
         _changes(options, forecaster, forecast, found),

@@ -12,6 +12,7 @@ from pytest_qvl.vram.forecast.request import (
     BASE_BITS,
     CHECKPOINTS,
     DTYPES,
+    LINEAR_ATTENTIONS,
     LORA_TARGETS,
     OPTIMIZERS,
     PRECISIONS,
@@ -28,7 +29,7 @@ _FIELDS = (
     *("model", "images", "batch", "tokens", "generate", "lora_r", "optimizer", "gradient_checkpointing"),
     *("reentrant", "kbit_upcast", "vision_hook", "checkpoint", "trainer", "precision", "accumulation", "evaluation"),
     *("evaluation_batches", "compute_metrics", "preprocess_logits", "eval_accumulation_steps", "batch_eval_metrics"),
-    *("max_length", "pad_to_multiple_of", "compiled", "ddp", "ddp_bucket_cap_mb"),
+    *("max_length", "pad_to_multiple_of", "compiled", "ddp", "ddp_bucket_cap_mb", "linear_attention"),
     *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "fused_loss"),
 )
 _Group = argparse._ArgumentGroup
@@ -184,6 +185,12 @@ def _add_how(group: _Group) -> None:
         action=switch,
         default=unsaid,
         help="whether checkpointing is reentrant, as use_reentrant says (default: as the trainer has it)",
+    )
+    group.add_argument(
+        "--linear-attention",
+        choices=LINEAR_ATTENTIONS,
+        default=unsaid,
+        help="what computes it in Qwen3.5: Transformers' PyTorch code (default), or the kernels that are installed",
     )
     group.add_argument("--compute-dtype", choices=DTYPES, help="default: bfloat16 where the card has it, else float16")
     group.add_argument("--kbit-upcast", action=switch, default=unsaid, help="after prepare_model_for_kbit_training")

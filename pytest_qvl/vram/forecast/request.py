@@ -26,11 +26,13 @@ Dtype = Literal["bfloat16", "float16"]
 Checkpoint = Literal["16bit", "nf4", "synthetic"]
 Trainer = Literal["hf", "trl", "unsloth", "loop"]
 Precision = Literal["bf16", "fp16", "bf16-pure", "fp16-pure"]
+LinearAttention = Literal["torch", "fla", "fla+causal-conv1d"]
 PreprocessLogits = Literal["", "argmax"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 CHECKPOINTS: tuple[Checkpoint, ...] = get_args(Checkpoint)
 PREPROCESS_LOGITS: tuple[PreprocessLogits, ...] = get_args(PreprocessLogits)
+LINEAR_ATTENTIONS: tuple[LinearAttention, ...] = get_args(LinearAttention)
 TRAINERS: tuple[Trainer, ...] = get_args(Trainer)
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 BASE_BITS = (4, 8, 16)
@@ -179,6 +181,9 @@ class Request:
             does.
         ddp: Whether the trainer wraps the model in ``DistributedDataParallel``, as it does on each of several cards.
         ddp_bucket_cap_mb: MiB of a bucket of gradients then; ``None`` for torch's 25, and a first one of 1.
+        linear_attention: What computes the linear attention of Qwen3.5: Transformers' PyTorch code (``"torch"``), the
+            kernels of flash-linear-attention (``"fla"``), or with them those of causal-conv1d for the convolution
+            (``"fla+causal-conv1d"``). Other models have none.
         fused_loss: Whether Liger's fused linear cross-entropy takes the place of head and loss.
     """
 
@@ -227,6 +232,7 @@ class Request:
     prediction_loss_only: bool = False
     max_length: int | None = None
     pad_to_multiple_of: int = 1
+    linear_attention: LinearAttention = "torch"
 
     def __post_init__(self) -> None:
         """Refuse values that describe no run, and runs that the forecast does not follow.
@@ -245,6 +251,7 @@ class Request:
             "precision": (None, *PRECISIONS),
             "base_bits": BASE_BITS,
             "preprocess_logits": PREPROCESS_LOGITS,
+            "linear_attention": LINEAR_ATTENTIONS,
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:

@@ -69,6 +69,7 @@ class Forecast:
         phases: Every phase, in order.
         timeline: Live bytes over one training step; empty without training.
         verdict: The answer for a card, if one was named.
+        linear_attention: Whether the model has some, so that ``request.linear_attention`` decides memory.
     """
 
     request: Request
@@ -79,6 +80,7 @@ class Forecast:
     phases: tuple[PhaseBytes, ...]
     timeline: Timeline = field(default=Timeline(), repr=False)
     verdict: Verdict | None = None
+    linear_attention: bool = False
 
     def phase(self, name: str) -> PhaseBytes:
         """The phase called ``name`` (see :mod:`pytest_qvl.vram.forecast.phases`).

@@ -124,6 +124,7 @@ class Forecaster:
             phases=tuple(found.values()),
             timeline=Timeline(tuple(p for p, _ in points), tuple(v for _, v in points)),
             verdict=verdict,
+            linear_attention=self.source.linear_attention,
         )
 
     def on_card(self, trace: AllocationTrace) -> Replay | None:

@@ -45,13 +45,17 @@ def why_not_runnable(config: Any) -> str:
     """
     import torch
 
+    from pytest_qvl.models.anatomy import anatomy
+    from pytest_qvl.vram.forecast.engine.linear_attention import linear_attention_by
+
     if said := next(_settings_at_fault(config), ""):
         return said
     try:
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             model = _shallow(config)
-            states = model.model(**_inputs(model, config), use_cache=False)[0]
+            with linear_attention_by(anatomy(model), "torch", (0, 0)):  # kernels that are installed need CUDA
+                states = model.model(**_inputs(model, config), use_cache=False)[0]
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         return f"its forward pass fails with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
     if not bool(torch.isfinite(states).all()):

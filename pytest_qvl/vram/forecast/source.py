@@ -35,6 +35,11 @@ class Source:
     sizes: ImageSizes
     videos: VideoSizes
 
+    @property
+    def linear_attention(self) -> bool:
+        """Whether some layers have linear attention."""
+        return "linear_attention" in (getattr(self.config.get_text_config(), "layer_types", None) or ())
+
     def grids(self, sample: Sample) -> list[tuple[int, int, int]]:
         """The patch grids (time, rows, columns) of a sample's images, then of its videos.
 

@@ -13,6 +13,7 @@ from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.build import Recipe, attach_lora, build_base, follow_gradients, make_optimizer
 from pytest_qvl.vram.forecast.engine.kernels import Device
+from pytest_qvl.vram.forecast.engine.linear_attention import installed, linear_attention_by
 from pytest_qvl.vram.forecast.engine.recorder import Recorder
 from pytest_qvl.vram.forecast.engine.repeats import NotRepeatingError, Repeats
 from pytest_qvl.vram.forecast.engine.towers import towers
@@ -72,6 +73,7 @@ class DryRun:
                 with self._recorder, self._recorder.labelled("adapters"):
                     adapter_in_bfloat16(model)
         self._parts = anatomy(model)
+        self._capability = request.capability
         if request.lora_r:
             prepare_training(self._parts, request, self._stage)
             follow_gradients(self._parts, self._recorder)
@@ -97,7 +99,8 @@ class DryRun:
         trace = self._begin()
         self._stage.repeats = repeats = Repeats(shortened, self._recorder)
         attentions: list[Any] = [block.attn for block in self._parts.blocks] if shortened else []
-        with _model_set_aside(), self._recorder, self._recorder.chunks.shortened(attentions):
+        mixers = linear_attention_by(self._parts, request.linear_attention, self._capability)
+        with _model_set_aside(), mixers, self._recorder, self._recorder.chunks.shortened(attentions):
             if inference:
                 with repeats.shortened():
                     infer(self._parts, request, self.source, self._stage)
@@ -114,6 +117,8 @@ class DryRun:
     ) -> AllocationTrace:
         """Run somebody else's work on batches of the same shapes and return what it did to device memory.
 
+        Linear attention is by what is installed, as that work has it on real tensors.
+
         Each piece of work is a phase of its own that begins as one of the meter's does: without garbage, library
         workspaces and cached memory.
 
@@ -122,7 +127,8 @@ class DryRun:
             work_of: Given the model's parts and the batches, pieces of work by name.
         """
         trace = self._begin()
-        with _model_set_aside(), self._recorder:
+        mixers = linear_attention_by(self._parts, installed(self._parts), self._capability)
+        with _model_set_aside(), mixers, self._recorder:
             with self._recorder.labelled("inputs"):
                 placed = [{name: self._input(tensor) for name, tensor in batch.items()} for batch in batches]
             for name, work in work_of(self._parts, *placed).items():

@@ -20,6 +20,13 @@ TRAINERS = {
 }
 
 
+LINEAR_ATTENTION = {
+    "torch": "Transformers' PyTorch code",
+    "fla": "fla's kernels, its convolution by PyTorch",
+    "fla+causal-conv1d": "the kernels of fla and causal-conv1d",
+}
+
+
 def render(forecast: Forecast, largest: Largest | None = None, assumed: tuple[str, ...] = ()) -> str:
     """The whole answer: what was asked, a row per phase, the peak, the verdict.
 
@@ -53,7 +60,8 @@ def _asked(forecast: Forecast) -> str:
     updates = f", {request.accumulation} batches per update" if request.accumulation > 1 else ""
     packed = {4: "NF4 with nested statistics, rest ", 8: "LLM.int8(), rest "}
     base = packed.get(request.base_bits, "") + request.compute_dtype
-    return f"{forecast.label}: {base}; {training}\n{samples}{updates}"
+    mixers = f"\nlinear attention by {LINEAR_ATTENTION[request.linear_attention]}" if forecast.linear_attention else ""
+    return f"{forecast.label}: {base}; {training}\n{samples}{updates}{mixers}"
 
 
 def _training(request: Request) -> str:

@@ -259,6 +259,7 @@ def name_of(request: Request) -> str:
     words += ["8bit"] if request.base_bits == 8 else []
     words += [] if request.compiled else ["not compiled"]
     words += ["ddp"] if request.ddp else []
+    words += [] if request.linear_attention == "torch" else [request.linear_attention]
     words += ["reentrant"] if request.reentrant else []
     words += ["upcast"] if request.kbit_upcast else []
     words += ["unhooked"] if request.gradient_checkpointing and request.vision_hook is False else []
