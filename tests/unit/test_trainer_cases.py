@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Request, phases
@@ -25,6 +26,7 @@ from pytest_qvl.vram.forecast.validation.trainers.cases import (
     refused,
     settings_cases,
 )
+from pytest_qvl.vram.forecast.validation.trainers.training import unsloth_flags
 
 EMBEDDED = str(embedded_model_dir())
 MIB = 1 << 20
@@ -32,7 +34,7 @@ MIB = 1 << 20
 
 def _small(**changes: Any) -> Request:
     plain = {"image": (112, 112), "tokens": 40, "lora_r": 8, "precision": "bf16", "optimizer": "adamw_torch"}
-    return Request(model=EMBEDDED, checkpoint="synthetic", **{**plain, **changes})
+    return Request(model=EMBEDDED, **{"checkpoint": "synthetic", **plain, **changes})
 
 
 def _entry(request: Request, allocated: int = 1000 * MIB, reserved: int = 1200 * MIB) -> dict[str, Any]:
@@ -118,6 +120,35 @@ def test_the_real_trainer_runs_cases_one_after_the_other_on_one_model(tmp_path: 
     before = record.read_bytes()
     assert measure.main([str(predictions), str(record), "--device", "cpu"]) == 1  # goes on with nothing left to do
     assert record.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_case_under_ddp_is_trained_by_two_processes(tmp_path: Path) -> None:
+    predictions, record = _predictions(tmp_path, _small(ddp=True, accumulation=2)), tmp_path / "record.json"
+    assert measure.main([str(predictions), str(record), "--device", "cpu", "--steps", "2"]) == 0
+    (case,) = read_record(record, MEASURED)["cases"]
+    assert (case["status"], case["ddp"], case["updates"]) == ("measured", "gloo, 2 processes", 2)
+
+
+@pytest.mark.slow
+def test_a_training_without_ddp_is_not_measured_as_one_with_it() -> None:
+    """As the trainers train where there is one process."""
+    found = measure.Bench("cpu", 1).run(_entry(_small(ddp=True)))
+    assert found["status"] == "failed"
+    assert "the trainer trained a PeftModel, not in DistributedDataParallel" in found["error"]
+
+
+def test_unsloth_is_asked_for_language_linears_by_its_flags_and_not_by_whole_names() -> None:
+    """It finds none of ``model.language_model.layers.0.mlp.up_proj`` among names like ``up_proj``."""
+    request = _small(trainer="unsloth", checkpoint="nf4")
+    names = [f"model.language_model.layers.{layer}.mlp.up_proj" for layer in range(2)]
+    flags = unsloth_flags(LoraConfig(r=8, lora_alpha=8, target_modules=names), request)
+    assert flags["target_modules"] is None
+    assert (flags["finetune_vision_layers"], flags["finetune_language_layers"]) == (False, True)
+    assert (flags["r"], flags["use_gradient_checkpointing"]) == (8, "unsloth")
+    some = replace(request, lora_targets=("q_proj", "v_proj"), gradient_checkpointing=False)
+    flags = unsloth_flags(LoraConfig(target_modules=list(some.lora_targets)), some)
+    assert (flags["target_modules"], flags["use_gradient_checkpointing"]) == (["q_proj", "v_proj"], False)
 
 
 def test_a_record_of_other_predictions_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -38,8 +38,10 @@ EDGE = 0.15
 # What may stay allocated after a case: more means that it left something behind, and the model is built anew.
 LEFT = MiB
 CUDA_BROKEN = 3
-# What ``torchrun --nproc-per-node 1`` says: the trainers wrap a model in DDP for it.
-ONE_OF_ONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+# Seconds that another process of DDP has to end once the first has.
+PATIENCE = 60
+# Of a case under DDP: accelerate wraps no model in it for one process alone.
+PROCESSES = 2
 
 
 @dataclass
@@ -65,10 +67,11 @@ class Bench:
     Args:
         device: ``"cuda"``, or ``"cpu"`` to see that the cases run.
         steps: Updates of each training.
+        ddp_backend: By what the processes of DDP speak; ``None`` for what the trainers take.
     """
 
-    def __init__(self, device: str, steps: int) -> None:
-        self._device, self._steps = device, steps
+    def __init__(self, device: str, steps: int, ddp_backend: str | None = None) -> None:
+        self._device, self._steps, self._ddp_backend = device, steps, ddp_backend
         self._built: _Built | None = None
 
     def run(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +97,9 @@ class Bench:
             built = self._model(request)
             self._settle()
             with pinned_attention(request.capability):
-                trained = train_with_trainer(built.base, request, built.source, self._device, steps)
+                trained = train_with_trainer(
+                    built.base, request, built.source, self._device, steps, ddp_backend=self._ddp_backend
+                )
         except torch.OutOfMemoryError as error:
             return {"status": "out of memory", "error": _sentence(error), **self._after(error)}
         except Exception as error:
@@ -118,6 +123,7 @@ class Bench:
             "updates": trained.updates,
             "losses": trained.losses,
             "vision_backward": trained.vision_backward,
+            **({"ddp": trained.ddp} if trained.ddp else {}),
             **self._after(None),
         }
 
@@ -131,9 +137,11 @@ class Bench:
         near = abs(forecast / available - 1) <= EDGE
         # What is reserved without a cap may be given back under one; what is allocated may not.
         sure = found["reserved"] <= available or found["allocated"] > available
-        if sure and not near:
+        if sure and (request.ddp or not near):
             return {"ran": False, "fits": found["reserved"] <= available}
         total = torch.cuda.mem_get_info()[1]
+        if request.ddp:
+            return {"ran": False, "fits": None, "why": "the processes of DDP are not trained under a cap"}
         if available > total:
             return {"ran": False, "fits": None, "why": f"this GPU has {total} bytes, less than the card leaves"}
         torch.cuda.set_per_process_memory_fraction(available / total)
@@ -197,9 +205,9 @@ class Bench:
 
 
 def kind_of(request: Request) -> Hashable:
-    """What requests must share for one model in one process to serve them; nothing serves Unsloth twice."""
-    alone = request if request.trainer == "unsloth" else None
-    return request.model, request.compute_dtype, request.kbit_upcast, request.base_bits, request.ddp, alone
+    """What requests must share for one model in one process to serve them; nothing serves Unsloth or DDP twice."""
+    alone = request if request.trainer == "unsloth" or request.ddp else None
+    return request.model, request.compute_dtype, request.kbit_upcast, request.base_bits, alone
 
 
 def by_kind(entries: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -274,38 +282,80 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--again", action="store_true", help="run what failed before again")
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-
-    if options.device == "cuda" and torch.cuda.device_count() != 1:
-        parser.error(f"{torch.cuda.device_count()} GPUs are visible: set CUDA_VISIBLE_DEVICES to one")
+    gpus = _visible_gpus() if options.device == "cuda" else []
+    if options.device == "cuda" and not 1 <= len(gpus) <= PROCESSES:
+        parser.error(f"{len(gpus)} GPUs are visible: set CUDA_VISIBLE_DEVICES to one, or to two for DDP by NCCL")
     entries = read_record(options.predictions, PREDICTED)["cases"]
     wanted = [entry for entry in in_shard(entries, options.shard) if re.search(options.only, entry["name"])]
     record = _begin(options.record, digest(options.predictions), options.device)
     done = {e["name"] for e in record["cases"] if e["status"] != "failed" or not options.again}
     left = [entry for entry in wanted if entry["name"] not in done]
     for of_kind in by_kind(left):
-        # A process for each: libraries keep parts of the last model (its embedding), and memory stays reserved around.
-        child = get_context("spawn").Process(target=_measure, args=(of_kind, record, options))
-        child.start()
-        child.join()
+        exitcode = _in_processes(of_kind, record, options, gpus)
         record = read_record(options.record, MEASURED) if options.record.is_file() else record
-        if child.exitcode:
+        if exitcode:
             print("CUDA is broken or the process died: start the command again to go on", flush=True)
             return CUDA_BROKEN
     return int(any(e["status"] == "failed" for e in record["cases"]))
 
 
-def _measure(entries: Sequence[dict[str, Any]], record: dict[str, Any], options: argparse.Namespace) -> None:
-    """Measure cases of one kind and keep each in the record; exits if CUDA broke."""
+def _visible_gpus() -> list[str]:
+    """As ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _in_processes(
+    entries: Sequence[dict[str, Any]], record: dict[str, Any], options: argparse.Namespace, gpus: list[str]
+) -> int:
+    """Measure cases of one kind in a process of their own, with another beside it for DDP; what the first ends with.
+
+    A process for each kind, since libraries keep parts of the last model (its embedding), and memory stays reserved
+    around.
+    """
+    count = PROCESSES if request_of(entries[0]).ddp else 1
+    rest = options, (gpus, _free_port())
+    children = [
+        get_context("spawn").Process(target=_measure, args=(rank, entries, record, *rest)) for rank in range(count)
+    ]
+    for child in children:
+        child.start()
+    first, *others = children
+    first.join()
+    for other in others:
+        other.join(PATIENCE)
+        other.terminate()
+        other.join()
+    return first.exitcode or 0
+
+
+def _measure(
+    rank: int,
+    entries: Sequence[dict[str, Any]],
+    record: dict[str, Any],
+    options: argparse.Namespace,
+    machine: tuple[list[str], int],
+) -> None:
+    """Measure cases of one kind, of which the first process keeps each in the record; exits if CUDA broke."""
     request = request_of(entries[0])
+    gpus, port = machine
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[rank % len(gpus)]
+    if request.ddp:
+        # Each is alone on a machine of one GPU, as it sees it.
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(PROCESSES), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if request.trainer == "unsloth":
         start_unsloth(compiled=request.compiled)
-    if request.ddp:
-        os.environ.update(ONE_OF_ONE, MASTER_PORT=str(_free_port()))
-    bench = Bench(options.device, options.steps)
+    # NCCL refuses two processes on one GPU.
+    bench = Bench(options.device, options.steps, ddp_backend="gloo" if len(gpus) == 1 else None)
     with _quiet():
         for entry in entries:
             found = bench.run(entry)
+            if rank:
+                continue
             record["cases"] = [*(e for e in record["cases"] if e["name"] != entry["name"]), found]
             write_record(options.record, record)
             print(_line(entry, found), flush=True)

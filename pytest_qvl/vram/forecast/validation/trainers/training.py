@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.vram.forecast import phases
@@ -58,12 +60,14 @@ class Trained:
         updates: Optimizer steps after which the optimizer had states.
         losses: As the trainer logged them.
         vision_backward: Whether the vision tower's output required gradients.
+        ddp: By what the processes of ``DistributedDataParallel`` spoke, and how many there were; empty without it.
     """
 
     peaks: Peaks = field(default_factory=Peaks)
     updates: int = 0
     losses: list[float] = field(default_factory=list)
     vision_backward: bool = False
+    ddp: str = ""
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -120,7 +124,9 @@ class OnHost:
         return torch.zeros(shape, dtype=dtype)
 
 
-def train_with_trainer(base: Any, request: Request, source: Source, device: str, steps: int = 3) -> Trained:
+def train_with_trainer(
+    base: Any, request: Request, source: Source, device: str, steps: int = 3, *, ddp_backend: str | None = None
+) -> Trained:
     """Attach the adapter, train for ``steps`` updates, and take everything off again.
 
     Args:
@@ -129,8 +135,10 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
         source: The model's configuration.
         device: ``"cuda"`` or ``"cpu"``; peaks are read on CUDA only.
         steps: Updates with optimizer states; a float16 loss scale that is too large leaves out earlier ones.
+        ddp_backend: By what the processes of DDP speak; ``None`` for what the trainers take (NCCL on CUDA).
 
     Raises:
+        RuntimeError: The request is for DDP and the trainer trained without.
         torch.OutOfMemoryError: It does not fit.
         ImportError: TRL or datasets are not installed and the request wants them.
     """
@@ -146,7 +154,7 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
             parts.base.enable_input_require_grads()  # Transformers 5 does it by itself, 4 trains nothing without
         hooks = _follow(parts, trained)
         watch = _Watch(request, parts, steps, trained)
-        arguments = _arguments(request, folder, device, steps)
+        arguments = _arguments(request, folder, device, steps) | _several_processes(request, ddp_backend)
         trainer = None
         try:
             make = _hf_trainer if request.trainer == "hf" else _sft_trainer
@@ -155,6 +163,8 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
             trained.peaks.enter(phases.TRAIN_VISION)
             trainer.train()
             trained.peaks.enter(None)
+            if request.ddp:
+                trained.ddp = _said_by_ddp(trainer.model_wrapped)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -165,6 +175,20 @@ def train_with_trainer(base: Any, request: Request, source: Source, device: str,
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
     return trained
+
+
+def _several_processes(request: Request, backend: str | None) -> dict[str, Any]:
+    """What a trainer is told where it is one of several."""
+    # Seconds: a process that has failed must not keep the others waiting for half an hour.
+    return {"ddp_backend": backend, "ddp_timeout": 300} if request.ddp else {}
+
+
+def _said_by_ddp(wrapped: Any) -> str:
+    """How many processes trained together, and by what they spoke."""
+    if not isinstance(wrapped, torch.nn.parallel.DistributedDataParallel):
+        # As accelerate's `multi_device`, which is false of one process of one.
+        raise RuntimeError(f"the trainer trained a {type(wrapped).__name__}, not in DistributedDataParallel")
+    return f"{torch.distributed.get_backend()}, {torch.distributed.get_world_size()} processes"
 
 
 def unsloth_base(request: Request, device: str) -> Any:
@@ -192,7 +216,19 @@ def _unsloth(request: Request) -> Any:
 def _unsloth_peft_model(base: Any, config: Any, request: Request) -> Any:
     """The adapter by ``FastVisionModel.get_peft_model``, whose hooks stay, as in a user's script."""
     fast: Any = import_module("unsloth").FastVisionModel
-    return fast.get_peft_model(base, **_unsloth(request).flags(config))
+    return fast.get_peft_model(base, **unsloth_flags(config, request))
+
+
+def unsloth_flags(config: Any, request: Request) -> dict[str, Any]:
+    """Arguments of ``get_peft_model`` for an adapter.
+
+    Of a list it compares the last part of each module's name alone, so that whole names choose nothing: every language
+    linear is what its own flags choose.
+    """
+    if request.lora_targets == "language":
+        config = replace(config, target_modules=LANGUAGE_ONLY)
+    flags: dict[str, Any] = _unsloth(request).flags(config)
+    return flags
 
 
 def _follow(parts: Parts, trained: Trained) -> list[Any]:
@@ -281,7 +317,7 @@ def _collator(model: Any, request: Request, source: Source) -> Any:
 
 def _rows(arguments: dict[str, Any]) -> int:
     per_update = arguments["per_device_train_batch_size"] * arguments["gradient_accumulation_steps"]
-    return int(per_update * arguments["max_steps"])
+    return int(per_update * arguments["max_steps"]) * int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _hf_trainer(model: Any, request: Request, source: Source, arguments: dict[str, Any], watch: Any) -> Any:
