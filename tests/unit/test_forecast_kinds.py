@@ -135,6 +135,16 @@ def test_an_8_bit_base_keeps_every_layers_inputs_until_the_step_is_over() -> Non
     assert kept.phase(phases.LOAD).end_allocated > 1.1 * weights
 
 
+def test_a_synthetic_base_in_8_bits_is_there_in_16_first() -> None:
+    """As the validation makes it: what is packed lies beside the whole model, and has half the bytes of what goes."""
+    request = replace(SMALL, checkpoint="synthetic")
+    whole, packed = (made(replace(request, base_bits=bits)).phase(phases.LOAD) for bits in (16, 8))
+    saved = whole.end_allocated - packed.end_allocated
+    assert packed.peak_allocated > whole.end_allocated + saved
+    one_by_one = made(replace(request, base_bits=8, checkpoint="16bit")).phase(phases.LOAD)
+    assert one_by_one.peak_allocated < whole.end_allocated
+
+
 @pytest.fixture
 def processes(tmp_path: Path) -> Iterator[None]:
     """One process that is all there is."""

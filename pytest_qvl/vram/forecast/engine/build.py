@@ -72,7 +72,8 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
     From a checkpoint, memory is used as ``from_pretrained`` uses it: one allocation of the expected total, given back
     at once (``caching_allocator_warmup``), then the tensors in natural order of their names
     (``convert_and_load_state_dict_in_model``). From a 16-bit checkpoint, a 4-bit weight first arrives whole.
-    ``"synthetic"`` is the order of :func:`pytest_qvl.models.sources.synthetic.build_synthetic`.
+    ``"synthetic"`` is the order of :func:`pytest_qvl.models.sources.synthetic.build_synthetic`, and for 8 bits that of
+    :func:`pytest_qvl.vram.forecast.validation.measured.frozen_base`, which packs weights once all are there in 16.
     """
     model = _skeleton(config, dtype)
     parts = anatomy(model)
@@ -89,8 +90,12 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
         layer_of = partial(_linear_4bit, dtype=dtype)
     made: dict[int, nn.Parameter] = {}
     packed: dict[str, Any] = {}
+    whole_first: dict[str, torch.Tensor] = {}
 
     def arrive(name: str, parameter: torch.Tensor) -> torch.Tensor:
+        if name in quantized and recipe.bits == 8 and checkpoint == "synthetic":
+            whole_first[name] = recorder.dataless(tuple(parameter.shape), parameter.dtype)
+            return whole_first[name]
         if name in quantized:
             whole, packed[name.removesuffix(".weight")] = pack(parameter)
             return whole
@@ -100,6 +105,8 @@ def build_base(config: Any, dtype: torch.dtype, checkpoint: Checkpoint, recorder
     with recorder, recorder.labelled("weights"):
         if checkpoint == "synthetic":
             _arrive_in_module_order(model, arrive, made, recorder)
+            packed |= {name.removesuffix(".weight"): int8.packed(whole) for name, whole in whole_first.items()}
+            whole_first.clear()
         else:
             _arrive_as_from_pretrained(model, arrive, quantized, recorder, recipe.bits)
     for name, weight in packed.items():

@@ -49,8 +49,13 @@ class Linear8bit(bnb.nn.Linear8bitLt):  # type: ignore[misc]
 def pack(parameter: torch.Tensor, recorder: Recorder) -> tuple[torch.Tensor, Packed]:
     """A weight as it arrived in 16 bits, and its values and scales in 8 (``Int8Params._quantize``)."""
     whole = recorder.dataless(tuple(parameter.shape), parameter.dtype)
+    return whole, packed(whole)
+
+
+def packed(whole: torch.Tensor) -> Packed:
+    """A weight in 16 bits in 8."""
     values, scales, _ = _quantized(whole.to(torch.float16), threshold=0.0)
-    return whole, Packed(nn.Parameter(values, requires_grad=False), values, scales)
+    return Packed(nn.Parameter(values, requires_grad=False), values, scales)
 
 
 def layer_of(linear: Any, packed: Packed) -> Linear8bit:

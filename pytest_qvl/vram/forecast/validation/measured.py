@@ -107,11 +107,15 @@ def frozen_base(request: Request, source: Source, device: str) -> Any:
 
 
 def _to_8_bits(model: Any) -> None:
-    """Every language linear as ``BitsAndBytesConfig(load_in_8bit=True)`` makes it."""
+    """Every language linear as ``BitsAndBytesConfig(load_in_8bit=True)`` makes it.
+
+    The weights in 16 bits go when the last has been packed: none leaves a hole that depends on the order.
+    """
     import bitsandbytes as bnb
 
     parts = anatomy(model)
-    for name, linear in list(parts.named_linears()):
+    linears = list(parts.named_linears())
+    for name, linear in linears:
         if parts.group_of(name) != "language":
             continue
         values, scales, _ = bnb.functional.int8_vectorwise_quant(linear.weight.data.to(torch.float16))
