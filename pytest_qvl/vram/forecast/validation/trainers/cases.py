@@ -134,6 +134,8 @@ _KINDS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen2.5-vl-3b", {"base_bits": 8, "trainer": "trl", "batch": 2, "image": (560, 560)}),
     ("qwen2.5-vl-3b", {"base_bits": 8, "gradient_checkpointing": False, "image": (560, 420)}),
     ("qwen3-vl-2b", {"base_bits": 8, "optimizer": "adamw_8bit"}),
+    ("qwen3-vl-4b", {"base_bits": 8, "reentrant": True}),
+    ("qwen2.5-vl-7b", {"base_bits": 8, "trainer": "trl", "images": 2, "image": (448, 616)}),
     ("qwen2.5-vl-3b", {"ddp": True, "lora_r": 64, "optimizer": "adamw_torch"}),
     ("qwen2.5-vl-3b", {"ddp": True, "trainer": "trl", "lora_r": 128, "accumulation": 4}),
     ("qwen3-vl-2b", {"samples": (Sample((), 180, ((16, 352, 640),)),)}),
