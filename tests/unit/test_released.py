@@ -51,6 +51,63 @@ def test_no_class_default_is_left_in_place(name: str) -> None:
     assert config.vision_config.out_hidden_size == config.get_text_config().hidden_size
 
 
+# By name: width, MLP, layers, heads, of keys and values, of linear attention's values (0: it has none), tied
+# head; of the vision tower:
+# depth, width, MLP, DeepStack indexes. From the checkpoints' configuration files and model cards.
+FACTS: dict[str, tuple[tuple[int, int, int, int, int, int, bool], tuple[int, int, int, list[int]]]] = {
+    "qwen3-vl-2b": ((2048, 6144, 28, 16, 8, 0, True), (24, 1024, 4096, [5, 11, 17])),
+    "qwen3-vl-4b": ((2560, 9728, 36, 32, 8, 0, True), (24, 1024, 4096, [5, 11, 17])),
+    "qwen3-vl-8b": ((4096, 12288, 36, 32, 8, 0, False), (27, 1152, 4304, [8, 16, 24])),
+    "qwen3.5-0.8b": ((1024, 3584, 24, 8, 2, 16, True), (12, 768, 3072, [])),
+    "qwen3.5-2b": ((2048, 6144, 24, 8, 2, 16, True), (24, 1024, 4096, [])),
+    "qwen3.5-4b": ((2560, 9216, 32, 16, 4, 32, True), (24, 1024, 4096, [])),
+    "qwen3.5-9b": ((4096, 12288, 32, 16, 4, 32, False), (27, 1152, 4304, [])),
+    "qwen3.5-27b": ((5120, 17408, 64, 24, 4, 48, False), (27, 1152, 4304, [])),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in FACTS if name in released_names()])
+def test_the_model_has_the_layers_of_the_release(name: str) -> None:
+    """Weights of the class that is built, not what a configuration says of them."""
+    config = released_config(name)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    model.tie_weights()
+    (width, mlp, depth, heads, keys, of_values, tied), (blocks, vision_width, vision_mlp, deep) = FACTS[name]
+    shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    text = "model.language_model"
+    words, head, gated = (151936, 128, 1) if not of_values else (248320, 256, 2)
+    assert shapes[f"{text}.embed_tokens.weight"] == shapes["lm_head.weight"] == (words, width)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied == config.tie_word_embeddings
+    attends = [index for index in range(depth) if not of_values or index % 4 == 3]
+    for index in range(depth):
+        layer = f"{text}.layers.{index}"
+        assert shapes[f"{layer}.mlp.gate_proj.weight"] == (mlp, width)
+        if index in attends:
+            assert shapes[f"{layer}.self_attn.q_proj.weight"] == (gated * heads * head, width)
+            assert shapes[f"{layer}.self_attn.k_proj.weight"] == (keys * head, width)
+        else:
+            assert shapes[f"{layer}.linear_attn.in_proj_qkv.weight"] == (2 * 16 * 128 + of_values * 128, width)
+            assert shapes[f"{layer}.linear_attn.in_proj_z.weight"] == (of_values * 128, width)
+            assert shapes[f"{layer}.linear_attn.A_log"] == (of_values,)
+            assert shapes[f"{layer}.linear_attn.conv1d.weight"] == (2 * 16 * 128 + of_values * 128, 1, 4)
+    assert f"{text}.layers.{depth}.mlp.gate_proj.weight" not in shapes
+    visual = model.model.visual
+    assert len(visual.blocks) == blocks
+    assert shapes["model.visual.blocks.0.mlp.linear_fc1.weight"] == (vision_mlp, vision_width)
+    assert shapes["model.visual.patch_embed.proj.weight"] == (vision_width, 3, 2, 16, 16)
+    assert shapes["model.visual.pos_embed.weight"] == (2304, vision_width)
+    assert shapes["model.visual.merger.linear_fc2.weight"] == (width, 4 * vision_width)
+    assert len(getattr(visual, "deepstack_merger_list", ())) == len(deep)
+    assert config.vision_config.deepstack_visual_indexes == deep
+    fields = config.get_text_config().to_dict()
+    rope = {"rope_theta": fields.get("rope_theta"), **(fields.get("rope_parameters") or fields["rope_scaling"])}
+    theta, sections, share = (5e6, [24, 20, 20], 1.0) if not of_values else (1e7, [11, 11, 10], 0.25)
+    assert rope["rope_theta"] == theta
+    assert (rope["mrope_section"], rope.get("partial_rotary_factor", 1.0)) == (sections, share)
+    assert rope["mrope_interleaved"]
+
+
 def test_each_call_gives_a_configuration_of_its_own() -> None:
     released_config("qwen2.5-vl-3b").vision_config.depth = 1
     assert released_config("qwen2.5-vl-3b").vision_config.depth == 32
