@@ -90,7 +90,6 @@ def test_a_release_is_of_its_family_whatever_the_family_is_called(monkeypatch, r
     assert other_base({"base_model_name_or_path": SEVEN}, "/models/mine", config).certain
 
 
-@pytest.mark.xfail(strict=True, reason="a release's name without 'vl', Qwen3.5's, is not read yet")
 def test_every_release_names_its_generation():
     assert set(base_names.generations()) == set(FAMILIES)
     for name in released_names():

@@ -14,7 +14,7 @@ from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import base_tensors, keep_quantized_weights_in_place, linear_states
 from pytest_qvl.models.sources import synthetic
 from pytest_qvl.models.sources.released import released_config
-from pytest_qvl.models.sources.synthetic import build_synthetic, draw
+from pytest_qvl.models.sources.synthetic import build_synthetic, draw, generation_config
 from pytest_qvl.models.sources.synthetic_processor import synthetic_processor
 from pytest_qvl.models.taps import tapped
 from pytest_qvl.samples import make_batch, scenes
@@ -114,6 +114,16 @@ def test_the_processor_has_the_released_special_ids() -> None:
     assert ids == {"<|endoftext|>": 151643, "<|im_end|>": 151645, "<|image_pad|>": 151655}
     text = "What colour is the shape?"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl-2b", "qwen2.5-vl-7b", "qwen3-vl-8b", "qwen3.5-9b"])
+def test_generation_stops_where_the_template_ends_a_turn(name: str) -> None:
+    settings, token = (
+        generation_config(released_config(name)),
+        synthetic_processor(name).tokenizer.convert_tokens_to_ids,
+    )
+    assert settings.eos_token_id == [token("<|im_end|>"), token("<|endoftext|>")]
+    assert settings.pad_token_id == token("<|endoftext|>")
 
 
 def test_a_thinking_family_has_its_own_tokens_and_template() -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
 from pytest_qvl.models.layers import centred_on_zero
 from pytest_qvl.models.sources.loading import LoadingReport, keep_report, wanted_tensors
+from pytest_qvl.models.sources.synthetic_processor import TURNS, special_id
 
 if TYPE_CHECKING:
     import torch
@@ -112,13 +113,14 @@ def build_synthetic(config: Any, quantization_config: Any, device: str, dtype: t
 
 
 def generation_config(config: Any) -> Any:
-    """A ``transformers.GenerationConfig``: greedy, with the special ids of the released checkpoint."""
+    """A ``transformers.GenerationConfig``: greedy, with the special ids of the released checkpoint.
+
+    A release stops at the ends of a turn and of a text; the text configuration of Qwen3.5 names the latter alone.
+    """
     from transformers import GenerationConfig
 
-    text = config.get_text_config()
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.bos_token_id
-    )
+    end_of_text, _, end_of_turn = (special_id(config, token) for token in TURNS)
+    return GenerationConfig(bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text)
 
 
 def _fill(model: nn.Module, device: torch.device, dtype: torch.dtype, seed: int) -> None:

@@ -91,6 +91,11 @@ def _unreadable(folder: Path) -> str:
     return ""
 
 
+def special_id(config: Any, token: str) -> int:
+    """The released id of one of :data:`SPECIAL_TOKENS`, by a released configuration."""
+    return int(config.image_token_id) + SPECIAL_TOKENS.index(token) - SPECIAL_TOKENS.index("<|image_pad|>")
+
+
 def write_processor(folder: Path, name: str) -> None:
     """Write the files of :func:`synthetic_processor` into ``folder``.
 
@@ -101,8 +106,7 @@ def write_processor(folder: Path, name: str) -> None:
 
     config = released_config(name)
     vocabulary = {character: i for i, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    first_special = config.image_token_id - SPECIAL_TOKENS.index("<|image_pad|>")
-    for i in range(len(vocabulary), first_special):
+    for i in range(len(vocabulary), special_id(config, SPECIAL_TOKENS[0])):
         vocabulary[f"<filler {i}>"] = i
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
