@@ -10,13 +10,14 @@ from pytest_qvl.checks.batches.dummies import dummies, judge_dealt
 from pytest_qvl.checks.batches.facts import View, facts
 from pytest_qvl.checks.batches.findings import Findings
 from pytest_qvl.checks.batches.ids import judge_ids
-from pytest_qvl.checks.batches.layout import kinds, lay_out
+from pytest_qvl.checks.batches.layout import lay_out
 from pytest_qvl.checks.batches.masks import judge_mask, judge_types
 from pytest_qvl.checks.batches.paired import judge_answers, pair
 from pytest_qvl.checks.batches.pictures import judge_images
 from pytest_qvl.checks.batches.pixels import judge_pixels
 from pytest_qvl.checks.batches.places import judge_packing, judge_positions, judge_time
 from pytest_qvl.checks.registry import check, refuse_no_batch
+from pytest_qvl.checks.support.placeholders import kinds
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def batch(
 def _judge(view: View, findings: Findings) -> tuple[Layout, Layout]:
     """Judge all that needs no samples; returns where images and videos are."""
     judge_ids(view, findings)
-    images, videos = (lay_out(view, findings, kind) for kind in kinds(view.known))
+    images, videos = (lay_out(view, findings, kind) for kind in kinds(view.known.image, view.known.video))
     for layout in (images, videos):
         judge_pixels(view, findings, layout)
     unseen = dummies(view, images)

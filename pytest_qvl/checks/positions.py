@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.batches.facts import facts
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.packing import is_packed, samples_in_rows, tokens_of_samples
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pytest_qvl.models.taps import LanguageCall
 
 
-@check(promise=6)
+@check(promise=6, videos=True)
 def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = False) -> Evidence:
     """Positions of a forward pass equal the oracle at every token that is no padding.
 
@@ -50,7 +51,7 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
 
     Raises:
         CheckFailed: Some id is wrong; names row, token, axis, the id and the right one.
-        CannotJudge: No image in the batch, or the model bypasses its rotary embedding module.
+        CannotJudge: Neither image nor video in the batch, or the model bypasses its rotary embedding module.
         ValueError: The batch is malformed, or has ``position_ids`` of another shape.
     """
     judge = Judge("mrope_positions", "M-RoPE ids of a forward equal the papers' definition")
@@ -66,7 +67,7 @@ def mrope_positions(model: Any, batch: Mapping[str, Any], *, training: bool = Fa
     return judge.verdict()
 
 
-@check(promise=6)
+@check(promise=6, videos=True)
 def decode_positions(model: Any, batch: Mapping[str, Any], *, steps: int = 4) -> Evidence:
     """Positions inside ``generate()`` equal the oracle at prefill, and grow by one with each decode step.
 
@@ -234,6 +235,9 @@ def _expected(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
     if not own:
         return positions
+    known, videos, seconds = facts(parts.base), inputs.get("video_grid_thw"), inputs.get("second_per_grid_ts")
+    if videos is not None and known.frames_apart:
+        videos = [(1, h, w) for t, h, w in videos.tolist() for _ in range(t)]
     # Each sample on a row of its own; what belongs to others is padding there.
     alone = mrope_oracle(
         ids.cpu()[[row for row, _ in own]],
@@ -241,6 +245,9 @@ def _expected(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
         inputs.get("image_grid_thw"),
         VisionIds(parts.image_token_id, parts.video_token_id),
         parts.merge_size,
+        video_grids=videos,
+        seconds_per_grid=None if seconds is None else [float(each) for each in seconds],
+        tokens_per_second=known.tokens_per_second,
     )
     for piece, (row, tokens) in enumerate(own):
         positions[:, row, tokens] = alone[:, piece, tokens]

@@ -58,6 +58,8 @@ TENSORS = (
     "position_ids",
     "pixel_values",
     "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
 )
 BATCH_HELP = "make_batch(processor, samples) and the fixture qvl_batch(samples) return one"
 # Verdicts of their own, told by whoever holds the GPU; and what a warning filter made of a warning is no crash.
@@ -71,6 +73,7 @@ def check(
     promise: int,  # noqa: ARG001 - read from the source, as all that is declared
     needs: tuple[str, ...] = (),
     guarded: bool = True,
+    videos: bool = False,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function one of the public checks; the only place that says which promise it proves and what it needs.
 
@@ -82,6 +85,7 @@ def check(
         needs: Keys of :data:`pytest_qvl.checks.declared.NEEDS`.
         guarded: Whether its arguments and the model's exceptions are looked after (:func:`_guarded`); a check that is
             given no model looks after itself.
+        videos: Whether it judges batches of videos too.
 
     Raises:
         ValueError: A need that nobody knows, or a check with the name of its module: ``pytest_qvl.checks.NAME`` would
@@ -96,19 +100,19 @@ def check(
                 f"the check {name} and its module {function.__module__} have one name, so that importing the module "
                 "hides the check: rename the module"
             )
-        return _guarded(function) if guarded else function
+        return _guarded(function, videos=videos) if guarded else function
 
     return declare
 
 
-def _guarded(function: Callable[P, R]) -> Callable[P, R]:
+def _guarded(function: Callable[P, R], *, videos: bool) -> Callable[P, R]:
     """Look after what a check is given, and after the exceptions of a model under it.
 
     - ``model``: taken out of ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``, which the evidence
       notes.
     - Every batch (a ``BatchFeature``, any other mapping, or a sequence of them) becomes a ``dict`` on the model's
       device, without values that no model takes (strings, images), which the evidence notes.
-    - A batch of videos is not judged, since the checks know images only.
+    - A batch of videos is not judged by a check that knows images only.
     - Gradients are on at the start, whatever the caller has switched off (``no_grad``, ``inference_mode``): a check
       that trains would otherwise find an adapter without gradients.
     - An exception out of the model, its processor or the optimizer becomes :class:`ModelCrashed`, which names the
@@ -126,7 +130,7 @@ def _guarded(function: Callable[P, R]) -> Callable[P, R]:
                 bound = signature.bind(*args, **kwargs)
             except TypeError as error:
                 raise InputTypeError(f"{function.__name__}: {error}") from None
-            arguments = _prepared(function.__name__, bound, notes)
+            arguments = _prepared(function.__name__, bound, notes, videos=videos)
             try:
                 return function(*arguments.args, **arguments.kwargs)
             except _PASSED_ON:
@@ -168,7 +172,9 @@ def _gradients_on() -> Iterator[None]:
         yield
 
 
-def _prepared(check_name: str, arguments: inspect.BoundArguments, notes: list[str]) -> inspect.BoundArguments:
+def _prepared(
+    check_name: str, arguments: inspect.BoundArguments, notes: list[str], *, videos: bool
+) -> inspect.BoundArguments:
     given = arguments.arguments
     if "model" in given:
         inner = unwrapped(given["model"])
@@ -181,10 +187,10 @@ def _prepared(check_name: str, arguments: inspect.BoundArguments, notes: list[st
             named = [(f"{name}[{number}]", each) for number, each in enumerate(value)]
             for where, each in named:
                 refuse_no_batch(check_name, where, each)
-            given[name] = [_batch(given.get("model"), each, notes) for each in value]
+            given[name] = [_batch(given.get("model"), each, notes, videos=videos) for each in value]
         else:
             refuse_no_batch(check_name, name, value)
-            given[name] = _batch(given.get("model"), value, notes)
+            given[name] = _batch(given.get("model"), value, notes, videos=videos)
     if "model" in given and given.get("processor") is not None:
         from pytest_qvl.checks.support.vocabulary import refuse_ids_beyond
         from pytest_qvl.models.anatomy import anatomy
@@ -242,14 +248,14 @@ def _values(batch: Any) -> dict[str, Any]:
     return {name: batch[name] for name in batch.keys()}  # noqa: SIM118 - a mapping need not iterate over its names
 
 
-def _batch(model: Any, batch: Any, notes: list[str]) -> dict[str, Any]:
+def _batch(model: Any, batch: Any, notes: list[str], *, videos: bool) -> dict[str, Any]:
     import torch
 
     from pytest_qvl.checks.support.vocabulary import refuse_ids_beyond
     from pytest_qvl.models.anatomy import anatomy
 
     values = _values(batch)
-    foreign = sorted(name for name, value in values.items() if not _is_model_input(value))
+    foreign = sorted(name for name, value in values.items() if not _is_model_input(name, value))
     if foreign:
         sentence = f"left out of the batch, since no model takes them: {', '.join(foreign)}"
         notes.extend([sentence] if sentence not in notes else [])
@@ -257,8 +263,11 @@ def _batch(model: Any, batch: Any, notes: list[str]) -> dict[str, Any]:
     if model is None:
         return values
     parts = anatomy(model)
-    if values.get("pixel_values_videos") is not None or bool((values["input_ids"] == parts.video_token_id).any()):
-        raise CannotJudge("not judged: video (the batch holds a video; the checks know images only)")
+    holds_video = values.get("pixel_values_videos") is not None or bool(
+        (values["input_ids"] == parts.video_token_id).any()
+    )
+    if holds_video and not videos:
+        raise CannotJudge("not judged: video (the batch holds a video; this check knows images only)")
     refuse_ids_beyond(parts, batch=values)
     return {
         name: _usable(value).to(parts.device) if isinstance(value, torch.Tensor) else value
@@ -271,9 +280,11 @@ def _usable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _is_model_input(value: Any) -> bool:
+def _is_model_input(name: str, value: Any) -> bool:
     import torch
 
+    if name == "second_per_grid_ts" and isinstance(value, list | tuple):  # as a processor returns it without tensors
+        return all(isinstance(each, int | float) for each in value)
     return value is None or isinstance(value, torch.Tensor | bool | int | float)
 
 

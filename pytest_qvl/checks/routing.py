@@ -1,4 +1,4 @@
-"""Placeholder routing: every image's visual tokens stand at its own placeholders.
+"""Placeholder routing: every image's and every video's visual tokens stand at its own placeholders.
 
 Routing moves numbers without computing with them, so every comparison is bitwise. :mod:`isolation
 <pytest_qvl.checks.isolation>` looks at what an image moves from there on, :mod:`pairing
@@ -19,7 +19,9 @@ from pytest_qvl.checks.support.placeholders import (
     attended,
     describe,
     describe_visual,
+    kinds,
     model_inputs,
+    show_grid,
     spans,
     validate_batch,
 )
@@ -37,9 +39,9 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
 
 
-@check(promise=5)
+@check(promise=5, videos=True)
 def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
-    """Each image has as many placeholders as its grid makes visual tokens, neither comes alone.
+    """Each image or video has as many placeholders as its grid makes visual tokens, neither comes alone.
 
     The grid formula: frames x rows x columns of patches, divided by the square of the merge size (Qwen2-VL,
     arXiv:2409.12191, section 2.1). Reads the batch only; see :func:`validate_batch` for all that is looked
@@ -51,33 +53,34 @@ def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
 
     Raises:
         CheckFailed: Names row, image and tokens, and both numbers.
-        CannotJudge: Neither images nor placeholders in the batch, or a video.
+        CannotJudge: Neither images, videos nor placeholders in the batch.
         ValueError: No two-dimensional ``input_ids``.
     """
     judge = Judge("placeholder_counts", "placeholders of each image = visual tokens by the grid formula")
     parts, inputs = anatomy(model), model_inputs(batch)
-    placeholders = int((inputs["input_ids"] == parts.image_token_id).sum())
-    grids = inputs.get("image_grid_thw")
-    images = 0 if grids is None else len(grids)
-    if not placeholders and not images and "pixel_values" not in inputs:
+    both = kinds(parts.image_token_id, parts.video_token_id)
+    placeholders = sum(int((inputs["input_ids"] == kind.placeholder).sum()) for kind in both)
+    grids = {kind.noun: inputs[kind.grids] for kind in both if kind.grids in inputs}
+    if not placeholders and not any(map(len, grids.values())) and not any(kind.pixels in inputs for kind in both):
         raise CannotJudge("the batch has no image; give at least one sample with an image")
     problems = validate_batch(model, batch)
-    promised = 0 if grids is None else int(grids.prod(dim=1).sum()) // parts.merge_size**2
+    promised = sum(int(each.prod(dim=1).sum()) for each in grids.values()) // parts.merge_size**2
     equal = judge.equal("placeholders", placeholders, promised, else_say=problems[0] if problems else "totals differ")
     for problem in problems[0 if equal else 1 :]:
         judge.problem(problem)
-    judge.report("images", images)
+    for noun, each in grids.items():
+        judge.report(f"{noun}s", len(each))
     return judge.verdict()
 
 
-@check(promise=5)
+@check(promise=5, videos=True)
 def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """Each visual token lands bitwise at its own placeholder, and the text's own embeddings everywhere else.
 
-    One forward pass: what the vision tower received against the ``pixel_values`` of the batch (cast to the tower's
-    dtype, as the model does), and what it put out (cast to the dtype of the embeddings, as the model does) against
-    what the language backbone received. All visual tokens of the batch must differ from one another,
-    or a wrong order would look right: a plain image makes one visual token many times over.
+    One forward pass: what the vision tower received against the ``pixel_values`` and ``pixel_values_videos`` of the
+    batch (cast to the tower's dtype, as the model does) and their grids, and what it put out (cast to the dtype of the
+    embeddings, as the model does) against what the language backbone received. All visual tokens of the batch must
+    differ from one another, or a wrong order would look right: a plain image makes one visual token many times over.
 
     Where the tower has DeepStack (Qwen3-VL), each of its mergers is held to the vision block that it belongs to, and
     what stands between the first layers of the backbone to the sum of what the layer returned and what the layer's
@@ -90,8 +93,8 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     Raises:
         CheckFailed: Names row and token, and what stands there or is added instead, or the first patch whose pixels
             are others.
-        CannotJudge: No image in the batch, or visual tokens that equal each other (``sample.noise(seed)``
-            makes images whose visual tokens all differ).
+        CannotJudge: Neither image nor video in the batch, or visual tokens that equal each other
+            (``sample.noise(seed)`` makes images whose visual tokens all differ).
         ValueError: The batch is malformed.
     """
     import torch
@@ -104,10 +107,21 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
         with tapped(parts) as tap, deepstack_tapped(parts) as deepstack:
             parts.wrapped(**inputs, logits_to_keep=1)
         text = parts.embeddings(ids)
-    _judge_pixels(judge, parts, found, inputs["pixel_values"], [call.pixel_values for call in tap.vision])
+    given = [kind for kind in kinds(parts.image_token_id, parts.video_token_id) if inputs.get(kind.pixels) is not None]
+    _judge_pixels(
+        judge,
+        parts,
+        found,
+        torch.cat([inputs[kind.pixels] for kind in given]),
+        [call.pixel_values for call in tap.vision],
+    )
+    _judge_grids(judge, torch.cat([inputs[kind.grids] for kind in given]), [call.grid_thw for call in tap.vision])
     seen = tap.language[0].inputs_embeds
     text = text.to(seen.dtype)
-    places = ids == parts.image_token_id
+    # Where each visual token belongs, in the order in which the tower is called: images, then videos.
+    order = torch.cat([(ids == kind.placeholder).flatten().nonzero().flatten() for kind in given])
+    places = torch.zeros_like(ids, dtype=torch.bool)
+    places.view(-1)[order] = True
     features = torch.cat([call.features for call in tap.vision]) if tap.vision else seen.new_empty(0, seen.shape[-1])
     features = features.to(seen.dtype)
     count = int(places.sum())
@@ -123,7 +137,9 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
             "wrong order could look right; give images with more in them, such as sample.noise(seed)"
         )
     judge.report("visual tokens that differ from each other", distinct)
-    wrong = differs(seen, text.masked_scatter(places.unsqueeze(-1), features)) & mask
+    right = text.clone(memory_format=torch.contiguous_format)
+    right.view(-1, right.shape[-1])[order] = features
+    wrong = differs(seen, right) & mask
     for name, where in (("placeholders", places), ("text tokens", ~places)):
         bad = (wrong & where).nonzero().tolist()
         judge.equal(
@@ -132,7 +148,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
             0,
             else_say=_scatter_sentence(found, bad, seen, text, features) if bad else "",
         )
-    DeepStack(judge, parts, deepstack, found, places, mask).hold()
+    DeepStack(judge, parts, deepstack, found, order, mask).hold()
     return judge.verdict()
 
 
@@ -160,6 +176,21 @@ def _judge_pixels(
             f"{where} first; {len(wrong)} of {len(given)} patches differ, by {apart:.3g} at most"
         )
     judge.equal("patches that reach the tower with other pixels", len(wrong), 0, else_say=sentence)
+
+
+def _judge_grids(judge: Judge, given: torch.Tensor, calls: Sequence[torch.Tensor]) -> None:
+    """Hold the frames that the tower was told of, rows and columns of patches, to those that the model was given."""
+    received, wanted = _frames(calls), _frames([given])
+    sentence = f"the vision tower is told of {len(received)} frames, the batch has {len(wanted)}"
+    if len(received) == len(wanted):
+        pairs = zip(received, wanted, strict=True)
+        frame, (told, grid) = next(((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1]), (0, ("", "")))
+        sentence = f"the vision tower lays frame {frame} of the batch out as {told} patches, its grid says {grid}"
+    judge.equal("the tower is told the grids of the batch", received == wanted, True, else_say=sentence)
+
+
+def _frames(grids: Sequence[torch.Tensor]) -> list[str]:
+    return [show_grid((h, w)) for each in grids for t, h, w in each.tolist() for _ in range(t)]
 
 
 def _scatter_sentence(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.catalogue import find
 from pytest_qvl.faults.subject import Subject, embedded
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.quantized import KEEP_16BIT, usual_quantization
 
 if TYPE_CHECKING:
@@ -87,6 +88,18 @@ class Case:
         for change in self.collators:
             batch = change(batch, given)
         return {name: _moved(tensor, self.subject.device) for name, tensor in batch.items()}
+
+    def clips(self, *, padding_side: PaddingSide = "left", noise: bool = False) -> Batch:
+        """Rows with videos, on its device: collators of images are not asked."""
+        from pytest_qvl.checks.support.sizing import sizes_for
+        from pytest_qvl.samples import clip_batch, scene_clips
+
+        sizes = sizes_for(self.subject.source, self.processor)
+        made = scene_clips(SEED, cell=sizes.clip_cell)
+        if noise:
+            made = [clip.noise(SEED) for clip in made]
+        time = FAMILIES[self.model.config.model_type].video_time
+        return clip_batch(self.processor, made, time=time, padding_side=padding_side, device=self.subject.device)
 
     def long_batch(self) -> Batch:
         """One row of more than 2,000 tokens, as this setup collates it."""

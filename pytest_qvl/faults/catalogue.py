@@ -27,6 +27,7 @@ FAMILIES = {
     "frozen": "frozen weights",
     "routing": "placeholders and routing",
     "slices": "placeholders and routing",
+    "videos": "videos",
     "positions": "positions",
     "padding": "padding and batching",
     "attention": "vision attention",

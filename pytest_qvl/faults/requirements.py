@@ -30,6 +30,7 @@ Requirement = Literal[
     "biases of q, k and v",
     "CLIP's normalisation",
     "time of videos",
+    "times in words",
     "CPU",
     "CUDA",
 ]
@@ -101,6 +102,10 @@ def _time(case: Case) -> bool:
     return hasattr(anatomy(case.model).config.vision_config, "tokens_per_second")
 
 
+def _words(case: Case) -> bool:
+    return family_of(anatomy(case.model)).video_time == "words"
+
+
 def _on(device: str) -> Callable[[Case], bool]:
     return lambda case: case.subject.device == device
 
@@ -125,6 +130,10 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
     "time of videos": (_time, "needs videos laid out by seconds: only Qwen2.5-VL lays them out so"),
+    "times in words": (
+        _words,
+        "needs frames behind their times in words: only Qwen3-VL and Qwen3.5 have them",
+    ),
     "golden record": (_golden_record, "needs a golden record beside the checkpoint: embedded models have one"),
     "CPU": (_on("cpu"), "CPU only"),
     "CUDA": (_on("cuda"), "CUDA only"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from pytest_qvl.releases import is_before
 
@@ -54,7 +54,7 @@ class Family:
     small_vision: Mapping[str, Any]
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
-    video_time: str
+    video_time: Literal["patches", "seconds", "words"]
     interleaved: bool = False
     zero_centred_norms: str = ""
     small_text: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

@@ -1,6 +1,7 @@
 """Images and questions with known answers, and the batches made of them."""
 
 from pytest_qvl.samples.batch import answer_ids, make_batch, prompt
+from pytest_qvl.samples.clips import Clip, clip_batch, scene_clips
 from pytest_qvl.samples.folder import folder_samples
 from pytest_qvl.samples.photos import has_photos, photo_samples
 from pytest_qvl.samples.probes import (
@@ -20,10 +21,12 @@ __all__ = [
     "IMAGE_ORDER_SKILLS",
     "PLACE_SKILLS",
     "TEXT_ONLY_SKILLS",
+    "Clip",
     "ProbeSizes",
     "Sample",
     "answer_ids",
     "attention_window",
+    "clip_batch",
     "first_of_each_skill",
     "folder_samples",
     "has_photos",
@@ -35,6 +38,7 @@ __all__ = [
     "probe_sizes",
     "prompt",
     "row_groups",
+    "scene_clips",
     "scenes",
     "structure_rows",
     "training_rows",

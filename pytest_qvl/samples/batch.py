@@ -30,20 +30,28 @@ def reserved_token(text: str) -> str | None:
 
 def messages(sample: Sample) -> list[dict[str, Any]]:
     """The sample as a one-turn conversation: its images, then its question."""
-    content: list[dict[str, Any]] = [{"type": "image"} for _ in sample.images]
-    content.append({"type": "text", "text": sample.question})
-    return [{"role": "user", "content": content}]
+    return turn(["image"] * len(sample.images), sample.question)
+
+
+def turn(shown: Sequence[str], question: str) -> list[dict[str, Any]]:
+    """A conversation of one turn: what is shown (``image`` or ``video`` each), then the question."""
+    return [{"role": "user", "content": [*({"type": kind} for kind in shown), {"type": "text", "text": question}]}]
 
 
 def prompt(processor: Any, sample: Sample) -> str:
-    """The prompt's text up to where the answer begins; one placeholder per image, not yet expanded.
+    """The prompt's text up to where the answer begins; one placeholder per image, not yet expanded."""
+    return prompt_of(processor, messages(sample))
+
+
+def prompt_of(processor: Any, conversation: list[dict[str, Any]]) -> str:
+    """A conversation's text up to where the next answer begins; one placeholder per image or video, not yet expanded.
 
     A template that lets the model think first (Qwen3.5) is asked not to: the answer follows an empty thought.
     """
     template = getattr(processor, "chat_template", None)
     several = template.values() if isinstance(template, dict) else [template]
     options = {"enable_thinking": False} if any("enable_thinking" in (each or "") for each in several) else {}
-    text: str = processor.apply_chat_template(messages(sample), tokenize=False, add_generation_prompt=True, **options)
+    text: str = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options)
     return text
 
 

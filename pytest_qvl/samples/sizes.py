@@ -47,6 +47,11 @@ class ProbeSizes:
     large_cell: int
     one_size: bool = False
 
+    @property
+    def clip_cell(self) -> int:
+        """The same in videos: two visual tokens per cell or more, so that a frame has several windows per side."""
+        return max(self.row_cell, 2 * self.token)
+
 
 def attention_window(vision_config: Any) -> int | None:
     """Visual tokens per side of an attention window; None where every vision block sees the whole image.

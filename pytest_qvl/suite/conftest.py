@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
 from pytest_qvl import checks
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.options import SETTINGS_KEY
-from pytest_qvl.samples import first_of_each_skill, long_sample, row_groups, structure_rows, training_rows
+from pytest_qvl.samples import (
+    clip_batch,
+    first_of_each_skill,
+    long_sample,
+    row_groups,
+    scene_clips,
+    structure_rows,
+    training_rows,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pytest_qvl.samples import ProbeSizes, Sample
 
 
@@ -45,6 +56,22 @@ def mixed_batches(qvl_batch: Any, row_samples: list[list[Sample]]) -> list[Any]:
 def noise_samples(row_samples: list[list[Sample]]) -> list[list[Sample]]:
     """The same prompts over noise, so that no two visual tokens of a batch are alike."""
     return [[sample.noise(seed=0) for sample in samples] for samples in row_samples]
+
+
+@pytest.fixture
+def video_batch(
+    pytestconfig: pytest.Config, qvl_quantized_model: Any, qvl_processor: Any, qvl_probe_sizes: ProbeSizes
+) -> Callable[[Literal["left", "right"]], Any]:
+    """Makes a batch of two videos over noise, one behind an image, and a row of text, padded on the side that is asked.
+
+    Not made by ``qvl_batch``: a collator for images need not know videos.
+    """
+    seed = pytestconfig.stash[SETTINGS_KEY].seed
+    clips = [clip.noise(seed) for clip in scene_clips(seed, cell=qvl_probe_sizes.clip_cell)]
+    time = FAMILIES[qvl_quantized_model.config.model_type].video_time
+    return lambda side: clip_batch(
+        qvl_processor, clips, time=time, padding_side=side, device=qvl_quantized_model.device
+    )
 
 
 @pytest.fixture(scope="session")

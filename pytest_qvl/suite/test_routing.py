@@ -25,6 +25,18 @@ def test_feature_scatter(qvl_quantized_model: Any, qvl_batch: Any, noise_samples
         checks.feature_scatter(qvl_quantized_model, qvl_batch(samples, padding_side=padding_side))
 
 
+@both_sides
+def test_placeholder_counts_of_videos(qvl_quantized_model: Any, video_batch: Any, padding_side: str) -> None:
+    """As many placeholders per video, or per frame where frames stand apart, as its grid has visual tokens."""
+    checks.placeholder_counts(qvl_quantized_model, video_batch(padding_side))
+
+
+@both_sides
+def test_feature_scatter_of_videos(qvl_quantized_model: Any, video_batch: Any, padding_side: str) -> None:
+    """Each visual token of a video sits bitwise at its own placeholder, beside those of images."""
+    checks.feature_scatter(qvl_quantized_model, video_batch(padding_side))
+
+
 def test_visual_token_order(qvl_quantized_model: Any, mixed_batches: Any) -> None:
     """The vision tower gives its visual tokens back in the order of the patches."""
     for batch in mixed_batches:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.placeholders import fitting, placeholder_runs, show_grid, visual_tokens, why_other
+from pytest_qvl.checks.support.placeholders import (
+    Kind,
+    fitting,
+    placeholder_runs,
+    show_grid,
+    visual_tokens,
+    why_other,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,16 +25,6 @@ if TYPE_CHECKING:
 
 Grid = tuple[int, int, int]
 Run = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Names of one kind of vision input."""
-
-    noun: str
-    pixels: str
-    grids: str
-    placeholder: int
 
 
 @dataclass(frozen=True)
@@ -74,14 +71,6 @@ class Layout:
     def _where(self, there: torch.Tensor) -> frozenset[int]:
         places = zip(self.rows, self.tokens, strict=True)
         return frozenset(number for number, place in enumerate(places) if bool(there[place]))
-
-
-def kinds(known: Facts) -> tuple[Kind, Kind]:
-    """Images and videos."""
-    return (
-        Kind("image", "pixel_values", "image_grid_thw", known.image),
-        Kind("video", "pixel_values_videos", "video_grid_thw", known.video),
-    )
 
 
 def lay_out(view: View, findings: Findings, kind: Kind) -> Layout:

@@ -98,16 +98,17 @@ class DeepStack:
         judge: Where figures and problems go.
         parts: The model.
         tap: Of the pass.
-        found: The images of the batch.
-        places: ``(rows, length)`` bool: placeholders.
-        mask: Ditto: what is no padding.
+        found: The images and videos of the batch.
+        order: ``(visual tokens,)`` int64: the place of each visual token among all ``rows * length`` tokens, in the
+            order in which the mergers make them.
+        mask: ``(rows, length)`` bool: what is no padding.
     """
 
     judge: Judge
     parts: Parts
     tap: DeepStackTap
     found: Sequence[Span]
-    places: torch.Tensor
+    order: torch.Tensor
     mask: torch.Tensor
 
     def hold(self) -> None:
@@ -143,25 +144,28 @@ class DeepStack:
             True,
             else_say=f"DeepStack's merger {number} is given {instead} instead of what block {index} returned",
         )
-        features, count = torch.cat(tap.features[number]), int(self.places.sum())
+        features, count = torch.cat(tap.features[number]), len(self.order)
         if len(features) != count:
             self.judge.problem(f"DeepStack's merger {number} makes {len(features)} features for {count} visual tokens")
             return None
         return features
 
     def _hold_layer(self, number: int, features: dict[int, torch.Tensor]) -> None:
+        import torch
+
         if not self.tap.returned[number] or not self.tap.handed_on[number]:
             self.judge.note(f"layer {number} is not called by itself: what DeepStack adds behind it was not seen")
             return
         returned = self.tap.returned[number][0]
         given = self.tap.handed_on[number][0].to(returned.device)
-        expected, places = returned.clone(), self.places.to(returned.device)
-        expected[places] += features[number].to(expected)
+        expected, order = returned.clone(memory_format=torch.contiguous_format), self.order.to(returned.device)
+        expected.view(-1, expected.shape[-1])[order] += features[number].to(expected)
         bad = (differs(given, expected) & self.mask.to(returned.device)).nonzero().tolist()
         sentence = ""
         if bad:
             row, token = bad[0]
-            due = f"the feature of DeepStack's merger {number} is" if bool(places[row, token]) else "nothing is"
+            visual = row * returned.shape[1] + token in order
+            due = f"the feature of DeepStack's merger {number} is" if visual else "nothing is"
             added = self._added(number, returned[row, token], given[row, token], features)
             sentence = (
                 f"behind layer {number}, at {describe(self.found, row, token)}, {due} due and {added} is added; "

@@ -1,4 +1,4 @@
-"""Where the images of a batch sit among its tokens, and whether batch and images agree at all."""
+"""Where the images and videos of a batch sit among its tokens, and whether batch and pixels agree at all."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.releases import installed, is_before
 from pytest_qvl.samples.batch import IGNORED
 
@@ -17,23 +18,49 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNED = ("attention_mask", "mm_token_type_ids", "labels")
-# A placeholder of an image in mm_token_type_ids (Transformers 5); text is 0.
-IMAGE_TYPE = 1
 LARGEST_PIXEL = 16.0
 Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Span:
-    """The placeholders of one image.
+class Kind:
+    """Names of one kind of vision input.
 
     Attributes:
-        image: Number of the image in the batch (its row of ``image_grid_thw``).
+        noun: ``image`` or ``video``.
+        pixels: Key of its patches in a batch.
+        grids: Key of its grids.
+        placeholder: Its token id.
+        type: What marks its placeholders in ``mm_token_type_ids`` (Transformers 5); text is 0.
+    """
+
+    noun: str
+    pixels: str
+    grids: str
+    placeholder: int
+    type: int
+
+
+def kinds(image: int, video: int) -> tuple[Kind, Kind]:
+    """Images and videos, by the ids of their placeholders, in the order in which a model calls its vision tower."""
+    return (
+        Kind("image", "pixel_values", "image_grid_thw", image, 1),
+        Kind("video", "pixel_values_videos", "video_grid_thw", video, 2),
+    )
+
+
+@dataclass(frozen=True)
+class Span:
+    """The placeholders of one image, of one video, or of one frame where a family writes frames apart.
+
+    Attributes:
+        noun: ``image``, ``video`` or ``video frame``; what is numbered below. A frame is a temporal patch.
+        image: Number in the batch (of an image, its row of ``image_grid_thw``).
         row: Batch row.
-        in_row: Number of the image within its row.
+        in_row: Number within its row.
         start: Token index of its first placeholder, padding counted.
         length: Number of placeholders, which is its number of visual tokens.
-        first: Number of its first visual token within the batch.
+        first: Number of its first visual token within the batch, those of videos behind those of images.
     """
 
     image: int
@@ -42,6 +69,7 @@ class Span:
     start: int
     length: int
     first: int
+    noun: str = "image"
 
     @property
     def stop(self) -> int:
@@ -49,7 +77,7 @@ class Span:
         return self.start + self.length
 
     def __str__(self) -> str:
-        return f"row {self.row}, image {self.in_row}"
+        return f"row {self.row}, {self.noun} {self.in_row}"
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,16 +126,16 @@ def visual_tokens(grid: Sequence[int], merge_size: int) -> int:
 
 
 def show_grid(grid: Sequence[int]) -> str:
-    """``1x8x6``: frames, rows and columns in patches."""
+    """``1x8x6``: frames, rows and columns in patches; without frames ``8x6``."""
     return "x".join(map(str, grid))
 
 
 def validate_batch(model: Any, batch: Mapping[str, Any]) -> list[str]:
-    """What is wrong between the placeholders and the images of a batch, found without running the model.
+    """What is wrong between the placeholders and the images or videos of a batch, found without running the model.
 
     Transformers notices only a wrong total, and nothing at all where ``pixel_values`` are missing or where
     ``TRANSFORMERS_DISABLE_TORCH_CHECK=1`` is set. Here each image's run of placeholders is held to its own
-    grid.
+    grid, each video's to its, or a run a frame where the family writes frames apart.
 
     Args:
         model: The model the batch is for, wrapped or not; only its token ids and merge size are read.
@@ -119,17 +147,16 @@ def validate_batch(model: Any, batch: Mapping[str, Any]) -> list[str]:
 
     Raises:
         ValueError: No two-dimensional ``input_ids``.
-        CannotJudge: The batch holds a video.
     """
     return _match(anatomy(model), batch)[1]
 
 
 def spans(parts: Parts, batch: Mapping[str, Any]) -> list[Span]:
-    """The placeholders of each image, in the order of the images.
+    """The placeholders of each image, in the order of the images, then those of each video.
 
     Raises:
         ValueError: The batch is malformed; :func:`validate_batch` lists everything that is wrong.
-        CannotJudge: The batch holds a video, no image, or a dummy image.
+        CannotJudge: The batch holds neither image nor video, or a dummy image.
     """
     found, problems = _match(parts, batch)
     if problems:
@@ -148,7 +175,7 @@ def describe(found: Sequence[Span], row: int, token: int) -> str:
     """Where a token stands, in words: ``row 2, token 17 (image 1, visual token 3)``."""
     for span in found:
         if span.row == row and span.start <= token < span.stop:
-            return f"row {row}, token {token} (image {span.in_row}, visual token {token - span.start})"
+            return f"row {row}, token {token} ({span.noun} {span.in_row}, visual token {token - span.start})"
     return f"row {row}, token {token} (text)"
 
 
@@ -163,36 +190,41 @@ def describe_visual(found: Sequence[Span], visual: int) -> str:
 def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str]]:
     model_inputs(batch)
     ids = batch["input_ids"].cpu()
-    if batch.get("pixel_values_videos") is not None or bool((ids == parts.video_token_id).any()):
-        raise CannotJudge("routing is judged for images; the batch holds a video")
     problems = _dtype_problems(batch)
     problems += [
         f"{name} has shape {tuple(batch[name].shape)}, input_ids {tuple(ids.shape)}: cut and pad together"
         for name in ALIGNED
         if batch.get(name) is not None and batch[name].shape != ids.shape
     ]
-    runs = placeholder_runs(ids, parts.image_token_id)
-    pixels, grids = batch.get("pixel_values"), _grids(batch)
-    if runs and pixels is None:
-        row, start, length = runs[0]
-        problems.append(
-            f"row {row}, token {start}: {length} placeholders ({sum(run[2] for run in runs)} in all) but no "
-            "pixel_values; the model reads the placeholder's own embedding there and raises nothing"
-        )
-        return [], problems
-    if pixels is not None:
-        problems += value_problems(pixels)
-        problems += _width_problems(parts, pixels)
-        problems += _pixel_problems(pixels, grids, parts.merge_size)
-    found, mismatches = _assign(runs, grids, parts.merge_size)
-    problems += mismatches
+    found: list[Span] = []
+    for kind in kinds(parts.image_token_id, parts.video_token_id):
+        runs, pixels = placeholder_runs(ids, kind.placeholder), batch.get(kind.pixels)
+        if runs and pixels is None:
+            row, start, length = runs[0]
+            problems.append(
+                f"row {row}, token {start}: {length} placeholders ({sum(run[2] for run in runs)} in all) but no "
+                f"{kind.pixels}; the model reads the placeholder's own embedding there and raises nothing"
+            )
+            return [], problems
+        grids = _grids(batch, kind)
+        if pixels is not None:
+            problems += value_problems(pixels, kind.pixels)
+            problems += _width_problems(parts, pixels, kind)
+            problems += _pixel_problems(pixels, grids, parts.merge_size, kind)
+        noun = kind.noun
+        if noun == "video" and FAMILIES[parts.config.model_type].video_time == "words":
+            noun, grids = "video frame", [(1, h, w) for t, h, w in grids for _ in range(t)]
+        first = sum(span.length for span in found)
+        spans_of_kind, mismatches = _assign(runs, grids, parts.merge_size, noun, first)
+        found += spans_of_kind
+        problems += mismatches
     if attended(batch).shape == ids.shape:
         problems += _hidden_problems(ids, attended(batch), parts, () if problems else dummies(parts, batch, found))
     return found, problems + _type_problems(parts, batch)
 
 
 def _hidden_problems(ids: torch.Tensor, mask: torch.Tensor, parts: Parts, hidden_well: Sequence[Span]) -> list[str]:
-    hidden = (ids == parts.image_token_id) & ~mask.cpu()
+    hidden = ((ids == parts.image_token_id) | (ids == parts.video_token_id)) & ~mask.cpu()
     for span in hidden_well:
         hidden[span.row, span.start : span.stop] = False
     places = hidden.nonzero().tolist()
@@ -217,9 +249,12 @@ def dummies(parts: Parts, batch: Mapping[str, Any], found: Sequence[Span]) -> li
     ids, mask = batch["input_ids"], attended(batch)
     vision = torch.isin(ids, torch.tensor(parts.vision_token_ids, device=ids.device))
     labels = batch.get("labels")
-    sizes = [math.prod(grid) for grid in _grids(batch)]
+    images, _ = kinds(parts.image_token_id, parts.video_token_id)
+    sizes = [math.prod(grid) for grid in _grids(batch, images)]
     made = []
     for span in found:
+        if span.noun != images.noun:
+            continue
         whole, row = slice(span.start - 1, span.stop + 1), span.row
         if whole.start < 0 or whole.stop > ids.shape[1] or bool((vision[row] & mask[row]).any()):
             continue
@@ -240,8 +275,8 @@ def of_one_colour(pixels: torch.Tensor, channels: int) -> bool:
     return bool((values == values[:1, :, :1]).all())
 
 
-def _grids(batch: Mapping[str, Any]) -> list[Grid]:
-    grids = batch.get("image_grid_thw")
+def _grids(batch: Mapping[str, Any], kind: Kind) -> list[Grid]:
+    grids = batch.get(kind.grids)
     return [] if grids is None else [(t, h, w) for t, h, w in grids.tolist()]
 
 
@@ -256,20 +291,21 @@ def placeholder_runs(ids: torch.Tensor, placeholder: int) -> list[tuple[int, int
     return runs
 
 
-def value_problems(pixels: torch.Tensor) -> list[str]:
+def value_problems(pixels: torch.Tensor, key: str = "pixel_values") -> list[str]:
     """What no processor's ``pixel_values`` can be: of another kind of number, not finite, or far too large.
 
     No value is above 16 (docs/limits.md#pixel-values). Integers and 8-bit floats have no room for what lies between.
 
     Args:
         pixels: ``(patches, values per patch)``.
+        key: Its name in the batch.
     """
     import torch
 
     name = str(pixels.dtype).removeprefix("torch.")
     if pixels.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         return [
-            f"pixel_values are {name}: the processor makes float32 within about -2.2 to 2.2, of which a cast to {name} "
+            f"{key} are {name}: the processor makes float32 within about -2.2 to 2.2, of which a cast to {name} "
             "leaves next to nothing; cast to float16, bfloat16 or float32 only"
         ]
     # One pass over millions of values: a NaN is the least and the largest of them.
@@ -277,12 +313,12 @@ def value_problems(pixels: torch.Tensor) -> list[str]:
     if not math.isfinite(largest):
         wild = (~pixels.isfinite()).nonzero()
         return [
-            f"pixel_values hold {len(wild):,} values that are NaN or infinite, the first in patch {int(wild[0][0])}, "
+            f"{key} hold {len(wild):,} values that are NaN or infinite, the first in patch {int(wild[0][0])}, "
             "which no image makes: a collator divided by zero, or read memory that was never written"
         ]
     if largest > LARGEST_PIXEL:
         return [
-            f"pixel_values reach {largest:.4g} where the processor makes about -2.2 to 2.2: rescaling (1/255) or "
+            f"{key} reach {largest:.4g} where the processor makes about -2.2 to 2.2: rescaling (1/255) or "
             "normalisation is missing, or a collator undid it"
         ]
     return []
@@ -294,12 +330,14 @@ def _type_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
     ids, mask = batch["input_ids"], attended(batch)
     if types is None or types.shape != ids.shape or mask.shape != ids.shape:
         return []
-    places = ids == parts.image_token_id
-    wrong = (((types == IMAGE_TYPE) != places) & mask).nonzero().tolist()
+    right = sum(
+        kind.type * (ids == kind.placeholder).long() for kind in kinds(parts.image_token_id, parts.video_token_id)
+    )
+    wrong = ((types != right) & mask).nonzero().tolist()
     if not wrong:
         return []
     row, token = wrong[0]
-    what = "a placeholder" if bool(places[row, token]) else "no placeholder"
+    what = "a placeholder" if int(right[row, token]) else "no placeholder"
     return [
         f"row {row}, token {token} is {what} but its mm_token_type_ids is {int(types[row, token])}: the types are "
         f"wrong at {len(wrong)} tokens, so positions will be; were they padded on another side than input_ids?"
@@ -332,11 +370,14 @@ def _places_are_made(batch: Mapping[str, Any]) -> bool:
     """
     asked = batch.get("mm_token_type_ids") is not None or is_before("transformers", "5.3")
     return (
-        asked and bool(_grids(batch)) and batch.get("attention_mask") is not None and batch.get("position_ids") is None
+        asked
+        and any(batch.get(kind.grids) is not None for kind in kinds(0, 0))
+        and batch.get("attention_mask") is not None
+        and batch.get("position_ids") is None
     )
 
 
-def _width_problems(parts: Parts, pixels: torch.Tensor) -> list[str]:
+def _width_problems(parts: Parts, pixels: torch.Tensor, kind: Kind) -> list[str]:
     """Patches of another size than the vision tower takes: the total of patches may fit all the same."""
     vision = parts.config.vision_config
     channels, frames, side = int(vision.in_channels), int(vision.temporal_patch_size), int(vision.patch_size)
@@ -346,33 +387,33 @@ def _width_problems(parts: Parts, pixels: torch.Tensor) -> list[str]:
     cut = math.isqrt(width // (channels * frames))
     guess = f", which is {channels} x {frames} x {cut} x {cut}" if channels * frames * cut**2 == width else ""
     return [
-        f"pixel_values has {width} values per patch{guess}, where the vision tower takes {wanted} ({channels} channels "
-        f"x {frames} frames x {side} x {side} pixels): patch_size or temporal_patch_size of the processor is another "
-        "model's; load the processor from the model's own folder"
+        f"{kind.pixels} has {width} values per patch{guess}, where the vision tower takes {wanted} ({channels} "
+        f"channels x {frames} frames x {side} x {side} pixels): patch_size or temporal_patch_size of the processor is "
+        "another model's; load the processor from the model's own folder"
     ]
 
 
-def _pixel_problems(pixels: torch.Tensor, grids: Sequence[Grid], merge_size: int) -> list[str]:
+def _pixel_problems(pixels: torch.Tensor, grids: Sequence[Grid], merge_size: int, kind: Kind) -> list[str]:
     if pixels.ndim != 2:
         return [
-            f"pixel_values has shape {tuple(pixels.shape)} where the processor makes (patches, values per patch): "
-            "concatenate the images of a batch along the first axis, do not stack them"
+            f"{kind.pixels} has shape {tuple(pixels.shape)} where the processor makes (patches, values per patch): "
+            f"concatenate the {kind.noun}s of a batch along the first axis, do not stack them"
         ]
     if not grids:
-        return [f"pixel_values has {pixels.shape[0]} patches but there is no image_grid_thw"]
+        return [f"{kind.pixels} has {pixels.shape[0]} patches but there is no {kind.grids}"]
     problems = [
-        f"image {number} of the batch: grid {show_grid(grid)} is no multiple of the merge size {merge_size}"
+        f"{kind.noun} {number} of the batch: grid {show_grid(grid)} is no multiple of the merge size {merge_size}"
         for number, grid in enumerate(grids)
         if grid[1] % merge_size or grid[2] % merge_size
     ]
     promised = sum(t * h * w for t, h, w in grids)
     if promised != pixels.shape[0]:
-        problems.append(f"pixel_values has {pixels.shape[0]} patches, the grids of the batch promise {promised}")
+        problems.append(f"{kind.pixels} has {pixels.shape[0]} patches, the grids of the batch promise {promised}")
     return problems
 
 
 def _assign(
-    runs: Sequence[tuple[int, int, int]], grids: Sequence[Grid], merge_size: int
+    runs: Sequence[tuple[int, int, int]], grids: Sequence[Grid], merge_size: int, noun: str, first: int
 ) -> tuple[list[Span], list[str]]:
     """Deal the images out to the runs in order; a run may hold several images that fit it exactly."""
     sizes = [visual_tokens(grid, merge_size) for grid in grids]
@@ -380,28 +421,28 @@ def _assign(
     totals = f"the batch has {placeholders} placeholders for {sum(sizes)} visual tokens"
     found: list[Span] = []
     problems: list[str] = []
-    image, visual = 0, 0
+    image, visual = 0, first
     row_before, in_row = -1, 0
     for row, token, length in runs:
         in_row = in_row if row == row_before else 0
         row_before, start = row, token
-        tokens = f"row {row}, image {in_row}, tokens {start} to {start + length - 1}"
+        tokens = f"row {row}, {noun} {in_row}, tokens {start} to {start + length - 1}"
         if image == len(sizes):
-            problems.append(f"{tokens}: {length} placeholders but no image is left for them; {totals}")
+            problems.append(f"{tokens}: {length} placeholders but no {noun} is left for them; {totals}")
             continue
         filled = fitting(sizes[image:], length)
         if not filled:
             problems.append(
-                f"{tokens}: {length} placeholders, but grid {show_grid(grids[image])} of image {image} of "
+                f"{tokens}: {length} placeholders, but grid {show_grid(grids[image])} of {noun} {image} of "
                 f"the batch makes {sizes[image]} visual tokens; {totals}{why_other(length, grids[image], merge_size)}"
             )
         for size in sizes[image : image + filled]:
-            found.append(Span(image, row, in_row, start, size, visual))
+            found.append(Span(image, row, in_row, start, size, visual, noun))
             image, in_row, start, visual = image + 1, in_row + 1, start + size, visual + size
         if not filled:
             image, in_row, visual = image + 1, in_row + 1, visual + sizes[image]
     if image < len(sizes):
-        left = f"image {image}" if image == len(sizes) - 1 else f"images {image} to {len(sizes) - 1}"
+        left = f"{noun} {image}" if image == len(sizes) - 1 else f"{noun}s {image} to {len(sizes) - 1}"
         problems.append(f"{left} of the batch: pixels but no placeholders; {totals}")
     return found, problems
 

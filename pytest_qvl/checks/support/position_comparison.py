@@ -110,7 +110,8 @@ class PositionComparison:
     def _prompt_sentence(self, seen: torch.Tensor, expected: torch.Tensor, wrong: torch.Tensor) -> str:
         row, token = wrong.any(0).nonzero()[0].tolist()
         axis = int(wrong[:, row, token].nonzero()[0])
-        found = spans(self.parts, self.inputs) if "pixel_values" in self.inputs else []
+        pictured = "pixel_values" in self.inputs or "pixel_values_videos" in self.inputs
+        found = spans(self.parts, self.inputs) if pictured else []
         sentence = (
             f"{self.sequence}{describe(found, row, token)}: {AXES[axis]} is {int(seen[axis, row, token])}, "
             f"should be {int(expected[axis, row, token])}; {int(wrong.any(0).sum())} tokens in "

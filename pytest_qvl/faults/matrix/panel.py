@@ -75,6 +75,16 @@ def _training(case: Case) -> Any:
     return case.batch(padding_side="right", answers=True)
 
 
+def _with_videos(name: str, call: Callable[[Case], Any]) -> Callable[[Case], Any]:
+    """A check on its usual inputs, and on videos over noise, padded on either side."""
+
+    def both(case: Case) -> Any:
+        call(case)
+        return [getattr(checks, name)(case.model, case.clips(padding_side=side, noise=True)) for side in BOTH_SIDES]
+
+    return both
+
+
 def _on_both_sides(name: str, samples: Callable[[Case], Any]) -> Callable[[Case], Any]:
     def call(case: Case) -> Any:
         return [getattr(checks, name)(case.model, case.batch(samples(case), padding_side=side)) for side in BOTH_SIDES]
@@ -138,14 +148,18 @@ _CALLS: dict[str, Callable[[Case], Any]] = {
     "quantization_census": lambda c: checks.quantization_census(c.model, c.policy),
     "adapter_census": lambda c: checks.adapter_census(c.model, c.lora_config, c.optimizer),
     "adapter_roundtrip": lambda c: checks.adapter_roundtrip(c.model, c.adapter_folder),
-    "placeholder_counts": _placeholder_counts,
+    "placeholder_counts": _with_videos("placeholder_counts", _placeholder_counts),
     "causality": _causality,
-    "feature_scatter": _on_both_sides("feature_scatter", lambda c: [sample.noise(seed=0) for sample in c.rows]),
+    "feature_scatter": _with_videos(
+        "feature_scatter", _on_both_sides("feature_scatter", lambda c: [sample.noise(seed=0) for sample in c.rows])
+    ),
     "picture_pairing": lambda c: [
         checks.picture_pairing(c.model, c.processor, c.rows, batch) for batch in (c.batch(), _training(c))
     ],
-    "mrope_positions": _mrope_positions,
-    "decode_positions": lambda c: [checks.decode_positions(c.model, batch) for batch in (c.batch(), c.long_batch())],
+    "mrope_positions": _with_videos("mrope_positions", _mrope_positions),
+    "decode_positions": lambda c: [
+        checks.decode_positions(c.model, batch) for batch in (c.batch(), c.long_batch(), c.clips())
+    ],
     "generation_wellformed": lambda c: checks.generation_wellformed(
         c.model, c.processor, c.probes[:WELLFORMED_PROBES], c.reference
     ),

@@ -26,8 +26,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SIZE = re.compile(r"(?<![a-z0-9])\d+(\.\d+)?[bm](?![a-z0-9])")
 # Endings that name a copy of the same weights in another format.
 _FORMAT = re.compile(r"[-_.](unsloth|bnb|dynamic|4-?bit|8-?bit|nf4|fp4|fp8|bf16|fp16|int4|int8|awq|gptq)$")
-# A release's whole name ("qwen2.5-vl-7b-instruct", "qwen3-vl-30b-a3b-thinking", "qwen3.5-0.8b"), so that no fine-tune is
-# taken for one.
+# A release's whole name ("qwen2.5-vl-7b-instruct", "qwen3-vl-30b-a3b-thinking", "qwen3.5-9b"), so that no fine-tune
+# is taken for one.
 _RELEASE = re.compile(r"(qwen[\d.]*(?:-vl)?)-\d+(?:\.\d+)?b(-a\d+b)?(-instruct|-thinking|-base)?")
 
 

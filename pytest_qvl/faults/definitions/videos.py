@@ -1,0 +1,180 @@
+"""Videos whose frames, times or visual tokens are others than those of the batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import all_of, attribute, before
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.taps import embeddings_changed, positions_changed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    import torch
+
+    from pytest_qvl.faults.case import Case
+
+    Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    Through = Callable[[Any, Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]]
+
+
+def _at_videos(case: Case, through: Through, change: Change) -> AbstractContextManager[None]:
+    """Pass what `through` sees of every prompt with a video through ``change(values, places of video)``."""
+    parts = anatomy(case.model)
+    seen: dict[str, Any] = {}
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        seen["places"] = None if ids is None else ids == parts.video_token_id
+
+    def changed(values: torch.Tensor) -> torch.Tensor:
+        places = seen.get("places")
+        if places is None or not bool(places.any()):
+            return values
+        return change(values.clone(), places)
+
+    return all_of([before([parts.core], note), through(parts, changed)])
+
+
+def _tower_given(case: Case, change: Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]) -> Any:
+    """Pass patches and grids of every call of the vision tower with a video through ``change(patches, grids)``."""
+    tower = anatomy(case.model).vision_tower
+
+    def changed(_module: Any, args: Any, kwargs: Any) -> Any:
+        grids = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+        if not bool((grids[:, 0] > 1).any()):
+            return None
+        patches, grids = change(args[0], grids)
+        return (patches, *args[1:]), {**kwargs, "grid_thw": grids}
+
+    return before([tower], changed)
+
+
+@fault(
+    "video-at-one-time",
+    "All frames of a video have the temporal id of its first.",
+    target="model",
+    check="mrope_positions",
+    expected_words=("(video 0, visual token", "t is"),
+    source="huggingface/transformers#44474, #45325",
+    requires=("time of videos",),
+)
+def _at_one_time(case: Case) -> Iterator[None]:
+    def first(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        for row, shown in enumerate(places):
+            if bool(shown.any()):
+                positions[0, row, shown] = positions[0, row, shown][0].clone()
+        return positions
+
+    with _at_videos(case, positions_changed, first):
+        yield
+
+
+@fault(
+    "video-seconds-not-read",
+    "The model lays every video out as one temporal patch per second, whatever second_per_grid_ts says.",
+    target="model",
+    check="mrope_positions",
+    expected_words=("(video 0, visual token", "t is"),
+    source="huggingface/transformers#48669",
+    requires=("time of videos",),
+)
+def _seconds_not_read(case: Case) -> Iterator[None]:
+    core = anatomy(case.model).core
+    own = core.get_rope_index
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return own(*args, **{**kwargs, "second_per_grid_ts": None})
+
+    with attribute(core, "get_rope_index", plain):
+        yield
+
+
+@fault(
+    "video-time-twice",
+    "Frames stand behind their times in words, and are counted along the temporal axis as well.",
+    target="model",
+    check="mrope_positions",
+    expected_words=("(video frame 1, visual token 0)", "t is"),
+    source="huggingface/transformers#44474",
+    requires=("times in words",),
+)
+def _time_twice(case: Case) -> Iterator[None]:
+    def counted(positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        for row, shown in enumerate(places):
+            starts = shown & ~shown.roll(1)
+            positions[0, row, shown] += (starts.cumsum(0) - 1)[shown]
+        return positions
+
+    with _at_videos(case, positions_changed, counted):
+        yield
+
+
+@fault(
+    "video-tokens-shifted",
+    "The visual tokens of videos stand one placeholder too far on; those of images are right.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("visual token 0) holds visual token", "tokens in"),
+)
+def _shifted(case: Case) -> Iterator[None]:
+    def shift(embeddings: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        embeddings[places] = embeddings[places].roll(1, dims=0)
+        return embeddings
+
+    with _at_videos(case, embeddings_changed, shift):
+        yield
+
+
+@fault(
+    "video-frames-reversed",
+    "The vision tower is given the frames of a video in the reverse order.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("the vision tower receives other pixels than the model was given",),
+)
+def _reversed(case: Case) -> Iterator[None]:
+    def backwards(patches: Any, grids: Any) -> tuple[Any, Any]:
+        import torch
+
+        videos = patches.split(grids.prod(dim=1).tolist())
+        frames = zip(videos, grids[:, 0].tolist(), strict=True)
+        return torch.cat([video.unflatten(0, (t, -1)).flip(0).flatten(0, 1) for video, t in frames]), grids
+
+    with _tower_given(case, backwards):
+        yield
+
+
+@fault(
+    "video-grid-transposed",
+    "The grid of a video says columns and rows: width and height of its frames were exchanged.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("the vision tower lays frame", "its grid says"),
+)
+def _transposed(case: Case) -> Iterator[None]:
+    with _tower_given(case, lambda patches, grids: (patches, grids[:, [0, 2, 1]])):
+        yield
+
+
+@fault(
+    "video-delta-off",
+    "After a prompt with a video the tokens that follow are counted from one place too far on.",
+    target="model",
+    check="decode_positions",
+    expected_words=("rope_deltas of row", "who goes on"),
+    source="huggingface/transformers#41180",
+)
+def _delta_off(case: Case) -> Iterator[None]:
+    core = anatomy(case.model).core
+    own = core.get_rope_index
+
+    def off(*args: Any, **kwargs: Any) -> Any:
+        positions, deltas = own(*args, **kwargs)
+        return positions, deltas if kwargs.get("video_grid_thw") is None else deltas + 1
+
+    with attribute(core, "get_rope_index", off):
+        yield
