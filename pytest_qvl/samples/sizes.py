@@ -49,8 +49,11 @@ class ProbeSizes:
 
     @property
     def clip_cell(self) -> int:
-        """The same in videos: two visual tokens per cell or more, so that a frame has several windows per side."""
-        return max(self.row_cell, 2 * self.token)
+        """The same in videos: three visual tokens per cell or more, so that a frame is wider than its clip is long.
+
+        See :func:`pytest_qvl.samples.scene_clips`.
+        """
+        return max(self.row_cell, 3 * self.token)
 
 
 def attention_window(vision_config: Any) -> int | None:

@@ -84,7 +84,7 @@ def test_a_video_is_not_judged(model: Any, batch: Any) -> None:
     ids = batch["input_ids"].clone()
     ids[ids == anatomy(model).image_token_id] = anatomy(model).video_token_id
     for broken in ({**batch, **video}, {"input_ids": ids}):
-        for name in ("placeholder_counts", "mrope_positions", "greedy_is_argmax", "adapter_neutrality"):
+        for name in ("causality", "position_state", "greedy_is_argmax", "adapter_neutrality"):
             with pytest.raises(CannotJudge, match="not judged: video"):
                 getattr(checks, name)(model, broken)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
 from pytest_qvl.models.layers import centred_on_zero
 from pytest_qvl.models.sources.loading import LoadingReport, keep_report, wanted_tensors
-from pytest_qvl.models.sources.synthetic_processor import TURNS, special_id
+from pytest_qvl.models.sources.synthetic_processor import special_id
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +119,10 @@ def generation_config(config: Any) -> Any:
     """
     from transformers import GenerationConfig
 
-    end_of_text, _, end_of_turn = (special_id(config, token) for token in TURNS)
+    text = config.get_text_config()
+    end_of_text, end_of_turn = text.bos_token_id, text.eos_token_id
+    if end_of_turn == end_of_text:
+        end_of_turn = special_id(config, "<|im_end|>")
     return GenerationConfig(bos_token_id=end_of_text, eos_token_id=[end_of_turn, end_of_text], pad_token_id=end_of_text)
 
 

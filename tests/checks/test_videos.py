@@ -1,0 +1,149 @@
+"""Batches of videos: how they are made, healthy models of every family, and damage that only videos show."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy
+import pytest
+import torch
+from PIL import Image
+
+from pytest_qvl.checks import causality, decode_positions, feature_scatter, mrope_positions, placeholder_counts
+from pytest_qvl.checks.support.placeholders import validate_batch
+from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
+from pytest_qvl.faults.case import Case, apply, healthy_case
+from pytest_qvl.faults.catalogue import catalogue
+from pytest_qvl.faults.matrix.panel import judge
+from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
+from pytest_qvl.faults.requirements import unmet
+from pytest_qvl.faults.tools import attribute
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.sources.processors import has_torchvision
+from pytest_qvl.models.sources.synthetic_processor import synthetic_processor
+from pytest_qvl.samples import Clip, clip_batch, scene_clips
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pytest_qvl.samples.batch import PaddingSide
+
+CELL = 84
+FAULTS = [name for name, fault in catalogue().items() if fault.family == "videos"]
+CHECKS = (placeholder_counts, feature_scatter, mrope_positions)
+
+
+@pytest.fixture(scope="module", params=RANDOM_FAMILIES)
+def pair(processor: Any, request: pytest.FixtureRequest) -> Iterator[tuple[Any, Any]]:
+    """A random model of a family, and a processor for it."""
+    model = random_model(request.param, seed=0, dtype=torch.float32, quantization_config=None)
+    with attribute(processor.image_processor, "patch_size", model.config.vision_config.patch_size):
+        yield model, processor
+
+
+def batch_of(pair: tuple[Any, Any], side: PaddingSide = "left", clips: list[Clip] | None = None) -> Any:
+    model, processor = pair
+    clips = [clip.noise(0) for clip in scene_clips(0, cell=CELL)] if clips is None else clips
+    return clip_batch(processor, clips, time=FAMILIES[model.config.model_type].video_time, padding_side=side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_family_is_healthy(pair: tuple[Any, Any], side: PaddingSide) -> None:
+    model, batch = pair[0], batch_of(pair, side)
+    for check in CHECKS:
+        assert check(model, batch).ok
+    assert validate_batch(model, batch) == []
+    if side == "left":
+        assert decode_positions(model, batch, steps=2).ok
+
+
+def test_a_family_without_its_time_of_videos_is_red(pair: tuple[Any, Any]) -> None:
+    model, batch = pair[0], batch_of(pair)
+    if "second_per_grid_ts" not in batch:
+        pytest.skip("only Qwen2.5-VL reads seconds")
+    listed = {**batch, "second_per_grid_ts": batch["second_per_grid_ts"].tolist()}
+    assert mrope_positions(model, listed).ok, "a processor that returns no tensors gives a list"
+    core = anatomy(model).core
+    own = core.get_rope_index
+    core.get_rope_index = lambda *args, **kwargs: own(*args, **{**kwargs, "second_per_grid_ts": None})
+    try:
+        with pytest.raises(CheckFailed, match=r"\(video 0, visual token \d+\): t is \d+, should be \d+"):
+            mrope_positions(model, batch)
+    finally:
+        del core.get_rope_index
+
+
+def test_what_is_wrong_between_placeholders_and_videos(pair: tuple[Any, Any]) -> None:
+    model, batch = pair[0], batch_of(pair)
+    places = (batch["input_ids"] == model.config.video_token_id).nonzero()
+    fewer = batch["input_ids"].clone()
+    fewer[tuple(places[3])] = fewer[0, -1]
+    broken = {
+        "fewer": ({**batch, "input_ids": fewer}, "placeholders, but grid"),
+        "lost": ({n: v for n, v in batch.items() if "video" not in n}, "but no pixel_values_videos"),
+        "no grids": ({n: v for n, v in batch.items() if n != "video_grid_thw"}, "there is no video_grid_thw"),
+        "black": ({**batch, "pixel_values_videos": batch["pixel_values_videos"].to(torch.uint8)}, "_videos are uint8"),
+        "hidden": ({**batch, "attention_mask": batch["attention_mask"].clone()}, "that the attention_mask hides"),
+    }
+    broken["hidden"][0]["attention_mask"][tuple(places[0])] = 0
+    if "mm_token_type_ids" in batch:
+        types = batch["mm_token_type_ids"].clamp(max=1)
+        broken["types"] = ({**batch, "mm_token_type_ids": types}, "mm_token_type_ids is 1: the types are wrong")
+    for name, (given, words) in broken.items():
+        assert any(words in problem for problem in validate_batch(model, given)), name
+        with pytest.raises((CheckFailed, InputError), match=words):
+            feature_scatter(model, given)
+
+
+def test_a_check_of_images_says_so(pair: tuple[Any, Any]) -> None:
+    with pytest.raises(CannotJudge, match="not judged: video"):
+        causality(pair[0], batch_of(pair))
+
+
+def test_frames_are_joined_two_by_two() -> None:
+    processor = synthetic_processor("qwen2.5-vl-7b")
+    colours = [(0, 0, 0), (255, 255, 255), (255, 0, 0)]
+    frames = tuple(Image.new("RGB", (112, 56), colour) for colour in colours)
+    batch = clip_batch(processor, [Clip((), frames, "What?", "red")], time="patches")
+    assert batch["video_grid_thw"].tolist() == [[2, 4, 8]]
+    first, second = batch["pixel_values_videos"].view(2, 32, 3, 2, 14 * 14).mean(dim=(1, 4))  # channel, frame
+    low, high = first[0]
+    assert low < -1 and high > 1
+    assert torch.equal(second[:, 0], second[:, 1]), "the last frame is repeated"
+    assert second[0, 0] > 1 > -1 > second[1, 0]
+    with pytest.raises(InputError, match="one size, got 112x56, 56x56"):
+        clip_batch(processor, [Clip((), (frames[0], frames[0].resize((56, 56))), "What?", "red")], time="patches")
+    with pytest.raises(InputError, match="at least one clip"):
+        clip_batch(processor, [], time="patches")
+
+
+@pytest.mark.skipif(not has_torchvision(), reason="needs torchvision: the video processors of Transformers do")
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
+def test_a_video_processor_makes_the_same(name: str) -> None:
+    processor = synthetic_processor(name)
+    clip = replace(scene_clips(0, cell=CELL)[0], seconds=1.0)
+    frames = torch.stack([torch.from_numpy(numpy.array(frame)).permute(2, 0, 1) for frame in clip.frames])
+    made = processor.video_processor(
+        videos=[frames], return_tensors="pt", do_sample_frames=False, size=processor.image_processor.size
+    )
+    ours = clip_batch(processor, [clip], time="patches")
+    assert torch.equal(made["video_grid_thw"], ours["video_grid_thw"])
+    assert (made["pixel_values_videos"] - ours["pixel_values_videos"]).abs().max() < 0.02
+
+
+@pytest.fixture(scope="module")
+def case() -> Case:
+    return healthy_case()
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_damage_is_seen(case: Case, name: str) -> None:
+    fault = catalogue()[name]
+    if why := unmet(fault.requires, fault.check, case):
+        pytest.skip(why)
+    with apply(name, case) as damaged:
+        verdict = judge(damaged, fault.check)
+    assert verdict.noticed
+    assert all(word in verdict.message for word in fault.words()), verdict.message
