@@ -16,6 +16,7 @@ from pytest_qvl import checks
 from pytest_qvl.checks.batches.findings import KINDS, findings_of
 from pytest_qvl.checks.batches.rows import some_rows
 from pytest_qvl.checks.support.packing import pack
+from pytest_qvl.checks.support.placeholders import of_one_colour
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.models.sources.model_source import parse_model
 from pytest_qvl.models.sources.released import released_config
@@ -389,3 +390,11 @@ def test_the_frames_of_a_video_stand_apart_in_qwen3_vl_only(released: Any) -> No
         fits = apart == (config.model_type == "qwen3_vl")
         found = kinds(made, processor, config)
         assert ([each for each in found if each != "pixels-blank"] == []) == fits, (found, apart)
+
+
+def test_an_image_of_one_colour_up_to_the_rounding_of_a_resize() -> None:
+    plain = torch.full((4, 12), 0.3) + torch.arange(48).view(4, 12) % 15 * 2.0**-24
+    assert of_one_colour(plain, 3)
+    step = plain.clone()
+    step[1, 2] += 1 / 255 / 0.5  # one step of 8 bits, under the largest deviation
+    assert not of_one_colour(step, 3)

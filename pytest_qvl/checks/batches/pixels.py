@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.support.placeholders import value_problems
+from pytest_qvl.checks.support.placeholders import HALF_A_LEVEL, value_problems
 from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def _judge_blank(
     blank = []
     for number in sorted(set(owners)):
         inside = flat[:, numbers == number].flatten(1)
-        if bool((inside == inside[:, :1]).all()):
+        if bool((inside.amax(dim=1) - inside.amin(dim=1) < HALF_A_LEVEL).all()):
             blank.append((number, inside[:, 0]))
     impossible = [(n, colour) for n, colour in blank if not _fits(colour[None, :, None], own, torch.float32)]
     if impossible and bool((impossible[0][1] == impossible[0][1][0]).all()):

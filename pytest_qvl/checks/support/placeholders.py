@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 ALIGNED = ("attention_mask", "mm_token_type_ids", "labels")
 LARGEST_PIXEL = 16.0
+# Half a step of 8 bits under the largest deviation that a family normalises with (docs/limits.md#pixel-values).
+HALF_A_LEVEL = 0.0039
 Grid = tuple[int, int, int]
 
 
@@ -270,9 +272,9 @@ def dummies(parts: Parts, batch: Mapping[str, Any], found: Sequence[Span]) -> li
 
 
 def of_one_colour(pixels: torch.Tensor, channels: int) -> bool:
-    """Whether all pixels of an image are the same: ``(patches, values per patch)``."""
+    """Whether all pixels of an image ``(patches, values per patch)`` are the same, up to what resizing floats adds."""
     values = pixels.detach().reshape(len(pixels), channels, -1)
-    return bool((values == values[:1, :, :1]).all())
+    return bool((values.amax(dim=(0, 2)) - values.amin(dim=(0, 2)) < HALF_A_LEVEL).all())
 
 
 def _grids(batch: Mapping[str, Any], kind: Kind) -> list[Grid]:
