@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pytest_qvl.models.sources.processors import IMAGE_SETTINGS_FILES
+from pytest_qvl.models.sources.processors import PREPROCESSOR_FILE
+from pytest_qvl.preflight import value_types
 from pytest_qvl.preflight.files.folder import Folder
+from pytest_qvl.preflight.value_types import Wrong, wrong_values
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.json")
+PROCESSOR_FILE = "processor_config.json"
+TOKENIZER_FILE = "tokenizer_config.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILES = (TOKENIZER_FILE, "tokenizer.json", "vocab.json")
 _SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token")
 
 
 @dataclass(frozen=True)
 class ProcessorFiles:
     """What one folder holds beside weights.
+
+    Settings that are :attr:`wrong` are left out of all else.
 
     Attributes:
         folder: The folder.
@@ -25,25 +32,73 @@ class ProcessorFiles:
     folder: Folder
 
     @cached_property
-    def image(self) -> dict[str, Any] | None:
-        """Settings of the image processor; ``None`` if the folder has none."""
-        for name in IMAGE_SETTINGS_FILES:
-            found = self.folder.optional_json(name)
-            if found is not None:
-                inner = found.get("image_processor")
-                found = inner if isinstance(inner, dict) else found
-                if "patch_size" in found or "image_processor_type" in found:
-                    return found
+    def wrong(self) -> tuple[Wrong, ...]:
+        """Every value that its setting cannot have (:mod:`pytest_qvl.preflight.value_types`)."""
+        return (*self.wrong_image, *self._wrong_tokenizer, *self.wrong_generation)
+
+    @cached_property
+    def wrong_image(self) -> tuple[Wrong, ...]:
+        """Those of the processor and its image half."""
+        found = list(wrong_values(PROCESSOR_FILE, self._json(PROCESSOR_FILE), value_types.PROCESSOR))
+        if self._image is not None:
+            file, inside, settings = self._image
+            found += [each for each in wrong_values(file, settings, value_types.IMAGE, inside) if each not in found]
+            if self._class is not None:
+                file, name = self._class
+                found += wrong_values(file, {"processor_class": name}, value_types.PROCESSOR_CLASS)
+        return tuple(found)
+
+    @cached_property
+    def _wrong_tokenizer(self) -> tuple[Wrong, ...]:
+        content = self._json(TOKENIZER_FILE)
+        found = list(wrong_values(TOKENIZER_FILE, content, value_types.TOKENIZER))
+        if not self.folder.has("chat_template.jinja"):
+            found += wrong_values(TOKENIZER_FILE, content, value_types.TEMPLATE)
+        if "added_tokens_decoder" not in content:  # the older files are not read beside it
+            special, added = "special_tokens_map.json", "added_tokens.json"
+            found += wrong_values(special, self._json(special), value_types.SPECIAL_TOKENS)
+            tokens = self._json(added)
+            found += wrong_values(added, tokens, dict.fromkeys(tokens, value_types.TOKEN_ID))
+        return tuple(found)
+
+    @cached_property
+    def wrong_generation(self) -> tuple[Wrong, ...]:
+        """Those of ``generation_config.json``."""
+        return tuple(wrong_values(GENERATION_FILE, self._json(GENERATION_FILE), value_types.GENERATION))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return self.folder.optional_json(name) or {}
+
+    @cached_property
+    def _image(self) -> tuple[str, str, dict[str, Any]] | None:
+        """File of the image processor's settings, the setting there that holds them if one does, and all of them."""
+        inner = self._json(PROCESSOR_FILE).get("image_processor")
+        if inner is not None:
+            return PROCESSOR_FILE, "image_processor", inner if isinstance(inner, dict) else {}
+        for name in (PREPROCESSOR_FILE, PROCESSOR_FILE):
+            found = self._json(name)
+            if "patch_size" in found or "image_processor_type" in found:
+                return name, "", found
         return None
 
     @cached_property
+    def image(self) -> dict[str, Any] | None:
+        """Settings of the image processor; ``None`` if the folder has none."""
+        return None if self._image is None else _without(self._image[2], self.wrong_image, *self._image[:2])
+
+    @cached_property
+    def _class(self) -> tuple[str, Any] | None:
+        """The processor's class as the first file says that says one, and that file, in Transformers' order."""
+        for name in (PROCESSOR_FILE, PREPROCESSOR_FILE, TOKENIZER_FILE):
+            found = self._json(name).get("processor_class")
+            if found is not None:
+                return name, found
+        return None
+
+    @property
     def processor_class(self) -> str:
         """Name of the processor's class; empty if no file says."""
-        for name in IMAGE_SETTINGS_FILES:
-            found = (self.folder.optional_json(name) or {}).get("processor_class")
-            if isinstance(found, str):
-                return found
-        return ""
+        return self._class[1] if self._class is not None and isinstance(self._class[1], str) else ""
 
     @cached_property
     def has_tokenizer(self) -> bool:
@@ -58,26 +113,24 @@ class ProcessorFiles:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Content of ``tokenizer_config.json``; empty if there is none."""
-        return self.folder.optional_json("tokenizer_config.json") or {}
+        return _without(self._json(TOKENIZER_FILE), self._wrong_tokenizer, TOKENIZER_FILE)
 
     @cached_property
     def added(self) -> dict[str, int]:
         """Ids of the tokens that were added to the vocabulary, special ones among them, by their text."""
         found: dict[str, int] = {}
-        for entry in _entries((self.folder.optional_json("tokenizer.json") or {}).get("added_tokens")):
+        for entry in _entries(self._json("tokenizer.json").get("added_tokens")):
             found |= _token(entry.get("content"), entry.get("id"))
-        for text, index in (self.folder.optional_json("added_tokens.json") or {}).items():
+        for text, index in self._json("added_tokens.json").items():
             found |= _token(text, index)
-        decoder = self.settings.get("added_tokens_decoder")
-        for index, entry in decoder.items() if isinstance(decoder, dict) else ():
-            if isinstance(entry, dict) and str(index).isdigit():
-                found |= _token(entry.get("content"), int(index))
+        for index, entry in self.settings.get("added_tokens_decoder", {}).items():
+            found |= _token(entry["content"], int(index))
         return found
 
     @cached_property
     def special(self) -> dict[str, str]:
         """The text of eos, pad and so on, as far as the files say."""
-        values = {**(self.folder.optional_json("special_tokens_map.json") or {}), **self.settings}
+        values = {**self._json("special_tokens_map.json"), **self.settings}
         found = {}
         for name in _SPECIAL:
             value = values.get(name)
@@ -96,7 +149,7 @@ class ProcessorFiles:
         """The chat template; ``None`` if the folder has none."""
         if self.folder.has("chat_template.jinja"):
             return self.folder.text("chat_template.jinja")
-        saved = (self.folder.optional_json("chat_template.json") or {}).get("chat_template")
+        saved = self._json("chat_template.json").get("chat_template")
         for found in (saved, self.settings.get("chat_template")):
             if isinstance(found, str):
                 return found
@@ -108,7 +161,13 @@ class ProcessorFiles:
     @cached_property
     def generation(self) -> dict[str, Any] | None:
         """Content of ``generation_config.json``; ``None`` if there is none."""
-        return self.folder.optional_json("generation_config.json")
+        found = self.folder.optional_json(GENERATION_FILE)
+        return None if found is None else _without(found, self.wrong_generation, GENERATION_FILE)
+
+
+def _without(settings: Mapping[str, Any], wrong: Iterable[Wrong], file: str, inside: str = "") -> dict[str, Any]:
+    names = {each.key for each in wrong if (each.file, each.inside) == (file, inside)}
+    return {key: value for key, value in settings.items() if key not in names}
 
 
 def _entries(value: Any) -> list[Mapping[str, Any]]:
@@ -128,4 +187,6 @@ def pixel_limits(image: Mapping[str, Any]) -> dict[str, list[Any]]:
         "min_pixels": [image.get("min_pixels"), size.get("shortest_edge"), size.get("min_pixels")],
         "max_pixels": [image.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels")],
     }
-    return {name: list(dict.fromkeys(v for v in values if v is not None)) for name, values in found.items()}
+    return {
+        name: list(dict.fromkeys(v for v in values if isinstance(v, int | float))) for name, values in found.items()
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from pytest_qvl.preflight.files.folder import Folder
 from pytest_qvl.preflight.findings import Finding, counted, neutral, some
 from pytest_qvl.preflight.processor_files import ProcessorFiles, pixel_limits
 from pytest_qvl.preflight.templates import END, fault_of
+from pytest_qvl.preflight.value_types import SAMPLING, Wrong, flat
 
 if TYPE_CHECKING:
     from pytest_qvl.preflight.subject import Subject
@@ -34,6 +36,7 @@ _STEPS = ("do_resize", "do_rescale", "do_normalize")
 _SCALE = 1 / 255
 # JSON keeps 17 digits of a float64; two files of one value differ by roundings of its last at most.
 _SAME = 1e-12
+_SHOWN = 4  # wrong values in one sentence
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,12 @@ class Beside:
         """Settings of the image processor that will be used."""
         borrowed = self.base.image if self.loaded_apart and self.base is not None else None
         return self.files.image if self.files.image is not None else borrowed
+
+    @property
+    def wrong(self) -> tuple[Wrong, ...]:
+        """Values that their settings cannot have, in the files that will be used."""
+        borrowed = self.base.wrong_image if self.loaded_apart and self.base is not None else ()
+        return (*self.files.wrong, *borrowed)
 
     @property
     def family(self) -> Family:
@@ -93,7 +102,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
 def _judged(beside: Beside) -> Iterator[Finding]:
     wrong = [
         finding
-        for judge in (_complete, _image, _tokens, _untrained, _template, _generation)
+        for judge in (_types, _complete, _image, _tokens, _untrained, _template, _generation)
         for finding in judge(beside)
     ]
     yield from wrong
@@ -147,6 +156,25 @@ def _notes(beside: Beside) -> Iterator[str]:
         yield f"generation settings that change greedy replies: {some(found)}"
 
 
+def _types(beside: Beside) -> Iterator[Finding]:
+    wrong = beside.wrong
+    if not wrong:
+        return
+    said = [
+        f"{each.inside}{'.' if each.inside else ''}{neutral(each.key, 80)} of {each.file} is "
+        f"{neutral(json.dumps(each.value), 80)} and has to be {each.expected}"
+        for each in wrong[:_SHOWN]
+    ]
+    if len(wrong) > _SHOWN:
+        said.append(f"and {len(wrong) - _SHOWN} more")
+    files = ", ".join(dict.fromkeys(each.file for each in wrong))
+    yield beside.red(
+        "wrong-types", "; ".join(said),
+        cause="Transformers raises an error at such a value, or acts on another one than was meant",
+        fix=f"write what is expected, or {beside.copy(files)}",
+    )  # fmt: skip
+
+
 def _complete(beside: Beside) -> Iterator[Finding]:
     files = beside.files
     if files.has_tokenizer and files.image is None and not beside.loaded_apart:
@@ -186,7 +214,7 @@ def _image(beside: Beside) -> Iterator[Finding]:
     scales = {"image_mean": beside.family.image_mean, "image_std": beside.family.image_std}
     shifted = [name for name, value in scales.items() if name in image and not _same(image[name], value)]
     dark = [name for name in _STEPS if image.get(name) is False]
-    if "rescale_factor" in image and not _same([image["rescale_factor"]], [_SCALE]):
+    if "rescale_factor" in image and not _same(image["rescale_factor"], [_SCALE]):
         dark.append("rescale_factor")
     if shifted or dark:
         said = ", ".join(f"{name} {neutral(image[name], 80)}" for name in [*shifted, *dark])
@@ -206,9 +234,9 @@ def _image(beside: Beside) -> Iterator[Finding]:
 
 
 def _same(value: Any, wanted: Any) -> bool:
-    if not isinstance(value, list | tuple) or len(value) != len(wanted):
-        return False
-    return all(isinstance(v, int | float) and abs(v - w) <= _SAME for v, w in zip(value, wanted, strict=True))
+    """Whether numbers are those that are wanted, one by one; a number alone stands for all."""
+    values = value if isinstance(value, list) else [value] * len(wanted)
+    return len(values) == len(wanted) and all(abs(v - w) <= _SAME for v, w in zip(values, wanted, strict=True))
 
 
 def _limits(beside: Beside, image: Mapping[str, Any]) -> Iterator[Finding]:
@@ -225,11 +253,11 @@ def _limits(beside: Beside, image: Mapping[str, Any]) -> Iterator[Finding]:
     least, most = (values[0] if values else None for values in limits.values())
     sizes = image_sizes(beside.family.typical)
     cell = (sizes.patch_size * sizes.merge_size) ** 2
-    wrong = [v for v in (least, most) if v is not None and (not isinstance(v, int) or isinstance(v, bool) or v < 1)]
+    wrong = [v for v in (least, most) if v is not None and v < 1]
     if wrong or (most is not None and (most < cell or (least is not None and least > most))):
         yield beside.red(
             "limits-impossible", f"min_pixels {neutral(least, 40)}, max_pixels {neutral(most, 40)}",
-            cause="limits are whole numbers of pixels" if wrong else
+            cause="limits are numbers of pixels, 1 or above" if wrong else
             f"an image has at least one visual token of {cell} pixels, and least must not be above most",
             fix=beside.copy("preprocessor_config.json"),
         )  # fmt: skip
@@ -313,18 +341,15 @@ def _generation(beside: Beside) -> Iterator[Finding]:
     settings = beside.files.generation
     if settings is None:
         return
+    wrong = {each.key for each in beside.files.wrong_generation}
     eos = settings.get("eos_token_id")
-    ends = set(eos) if isinstance(eos, list) and all(isinstance(i, int) for i in eos) else {eos}
     end = beside.files.added.get(END, beside.base.added.get(END) if beside.base else None)
-    if end is not None and end not in ends:
+    if end is not None and "eos_token_id" not in wrong and end not in flat(eos):
         yield beside.red(
             "never-ends", f"eos_token_id of generation_config.json is {neutral(eos, 60)}, and {END} is {end}",
             cause="a reply ends with that token, and generate() does not stop at it",
             fix=f"put {end} into eos_token_id",
         )  # fmt: skip
-    try:
-        drawn = at_random(SimpleNamespace(**settings), beside.subject.base.family)
-    except TypeError:
-        drawn = f"its values are no numbers: {neutral(settings, 200)}"
+    drawn = "" if wrong & SAMPLING else at_random(SimpleNamespace(**settings), beside.subject.base.family)
     if drawn:
         yield beside.red("drawn-replies", drawn, cause="answers differ from run to run", fix="do_sample=False")
