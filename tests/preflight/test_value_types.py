@@ -214,6 +214,10 @@ WRONG_LOADS = [
 ]
 
 
+def slow(value):
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 def named(cases):
     """Each setting once without ``--slow``, all its values with it."""
     seen = set()
@@ -507,9 +511,11 @@ def test_wrong_types_are_one_red_line_with_file_value_and_fix(pair, file, change
     assert red.fix == f"write what is expected, or copy {file} of the base into that folder"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("content", ["[]", '"x"', "5", "null", '{"a": 1', "[" * 300 + "]" * 300])
-@pytest.mark.parametrize("file", [TOKENIZER, IMAGE, PROCESSOR, GENERATION, SPECIAL, ADDED, "tokenizer.json"])
+@pytest.mark.parametrize("content", ["[]", *map(slow, ['"x"', "5", "null", '{"a": 1', "[" * 300 + "]" * 300])])
+@pytest.mark.parametrize(
+    "file",
+    [TOKENIZER, *map(slow, [IMAGE, PROCESSOR, GENERATION, SPECIAL, ADDED, "tokenizer.json", "chat_template.json"])],
+)
 def test_a_file_that_is_no_object_is_one_red_line(pair, file, content):
     base, adapter = pair
     (adapter / file).write_text(content, encoding="utf-8")
