@@ -277,6 +277,15 @@ def test_what_auto_processor_cannot_take_is_wrong(sources, tmp_path, file, key, 
     assert outcome(loads, folder) not in (outcome(loads, source), "ImportError")
 
 
+@as_described
+def test_the_class_that_only_the_tokenizer_names_counts_too(sources, tmp_path):
+    nameless = copy(sources["old"], tmp_path / "nameless", preprocessor_config={"processor_class": REMOVED})
+    folder = copy(nameless, tmp_path / "changed", tokenizer_config={"processor_class": 5})
+    (each,) = ProcessorFiles(Folder(folder)).wrong
+    assert (each.file, each.key) == (TOKENIZER, "processor_class")
+    assert outcome(loads, folder) != outcome(loads, nameless)
+
+
 HEALTHY_TOKENS = [
     *((TOKENIZER, "eos_token", value) for value in (END, TOKEN)),
     *((TOKENIZER, "sep_token", value) for value in (None, END)),
@@ -578,3 +587,20 @@ def test_what_makes_no_difference_is_green(shop, file, changed):
     copy_processor(base, adapter)
     write(adapter, file, changed)
     assert {finding.state for finding in answer(subject_of(base, adapter))} == {"green"}
+
+
+def test_every_kind_of_the_tables_is_shown():
+    """Settings that share a kind share what is shown of it."""
+    tables = {
+        TOKENIZER: {**value_types.TOKENIZER, **value_types.TEMPLATE},
+        IMAGE: {**value_types.IMAGE, **value_types.PROCESSOR_CLASS},
+        PROCESSOR: {**value_types.PROCESSOR, **value_types.PROCESSOR_CLASS},
+        SPECIAL: value_types.SPECIAL_TOKENS,
+        GENERATION: value_types.GENERATION,
+    }
+    shown = {(file, key) for file, key, _ in (*WRONG_TOKENS, *WRONG_LEGACY, *WRONG_LOADS)}
+    shown |= {(IMAGE, key) for key, _ in WRONG_IMAGE}
+    shown |= {(GENERATION, key) for key, _ in (*WRONG_GENERATION, ("max_length", "40"))}
+    for file, table in tables.items():
+        kinds = {kind for key, kind in table.items() if (file, key) in shown}
+        assert not [key for key, kind in table.items() if kind not in kinds], file
