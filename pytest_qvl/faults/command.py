@@ -46,7 +46,9 @@ def _add_matrix(parser: argparse.ArgumentParser) -> None:
         "where that may change the outcome; on the embedded model on the CPU also 200 healthy "
         "variations and graded doses (more than an hour of one core)",
     )
-    parser.add_argument("--model", metavar="MODEL", help="with --matrix: as for --qvl-model (default: embedded)")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="with --matrix or --healthy: as for --qvl-model (default: embedded)"
+    )
     parser.add_argument("--device", help="with --matrix: cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", help="with --matrix: bfloat16, float16 or float32 (default: bfloat16)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="with --matrix: these faults only")

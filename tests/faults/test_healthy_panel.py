@@ -102,7 +102,7 @@ class Pretended:
     dies_at: int | None = None
     alarm_at: int | None = None
 
-    def __init__(self, setting: Setting, *, seed: int) -> None:
+    def __init__(self, setting: Setting, *, seed: int, model: str) -> None:
         aten, onednn = ATEN_NAMES.get(setting.aten, "AVX2"), f"Intel {setting.onednn or 'AVX2'}"
         self.setting, self.used = setting, Used(aten, onednn, "", setting.threads)
 
@@ -329,3 +329,10 @@ def test_the_documentation_has_the_figures_of_the_record() -> None:
 def test_nonsense_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
     assert main(["faults", *arguments]) == 2
     assert capsys.readouterr().err == f"pytest-qvl faults: error: {says}\n"
+
+
+def test_variations_of_a_named_model_are_of_it_alone() -> None:
+    of_it, usual = variations(40, "embedded:qwen3.5"), variations(40)
+    assert {one.model for one in of_it} == {"embedded:qwen3.5"} and not any(one.family for one in of_it)
+    assert any(one.family for one in usual) and {one.model for one in usual} == {"embedded"}
+    assert str(of_it[0]).startswith("#0: embedded:qwen3.5, bfloat16")

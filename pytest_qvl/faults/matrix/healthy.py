@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.declared import declared, needing
 from pytest_qvl.faults.case import SEED, healthy_case, load, lora_config
+from pytest_qvl.faults.subject import Subject
 from pytest_qvl.faults.tools import all_of, attribute
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.families import FAMILIES
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pytest_qvl.faults.case import Case
     from pytest_qvl.samples import Sample
 
+DEFAULT = "embedded"  # the model, as for ``--qvl-model``
 DTYPES = ("bfloat16", "float32", "bfloat16", "float16")
 ADAPTERS: dict[str, dict[str, Any]] = {
     "fresh": {},
@@ -34,7 +36,11 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "embeddings adapted": {"target_modules": LANGUAGE_ONLY + r"|.*language_model\.embed_tokens"},
     "attention only": {"target_modules": r".*language_model.*\.(q|v)_proj"},
     "renamed": {},
-    "first layers": {"target_modules": ["q_proj", "v_proj", "o_proj"], "layers_to_transform": [0, 1]},
+    # The first layers of Qwen3.5 are linear attention, whose linears have other names.
+    "first layers": {
+        "target_modules": ["q_proj", "v_proj", "o_proj", "in_proj_qkv", "out_proj"],
+        "layers_to_transform": [0, 1],
+    },
     "dora, rslora, dropout": {"use_dora": True, "use_rslora": True, "lora_dropout": 0.05},
     "copy of the head": {"modules_to_save": ["lm_head"]},
     "token rows": {"trainable_token_indices": [1, 5, 9]},
@@ -82,7 +88,8 @@ class Variation:
         adapter: A key of :data:`ADAPTERS`.
         optimizer: One of :data:`OPTIMIZERS`; ``"derived"`` is the checks' own.
         eager: Eager attention instead of SDPA.
-        family: Random weights of this family (``model_type``), or empty for the embedded model.
+        family: Random weights of this family (``model_type``), or empty for a trained model.
+        model: The trained model, as for ``--qvl-model``.
         prepared: Prepared for k-bit training (16-bit parts become float32), its vision hooks removed.
         checks: Which checks have to pass.
     """
@@ -95,22 +102,28 @@ class Variation:
     family: str
     prepared: bool
     checks: tuple[str, ...]
+    model: str = DEFAULT
 
     def __str__(self) -> str:
-        weights = f"random {self.family}" if self.family else "embedded"
+        weights = f"random {self.family}" if self.family else self.model
         words = [weights, self.dtype, f"{self.adapter} adapter", "eager" if self.eager else "sdpa"]
         words += [self.optimizer] if self.optimizer != OPTIMIZERS[0] else []
         return f"#{self.number}: {', '.join([*words, *(['k-bit prepared'] if self.prepared else [])])}"
 
 
-def variations(count: int) -> list[Variation]:
-    """The first `count` healthy variations; the same ones every time."""
+def variations(count: int, model: str = DEFAULT) -> list[Variation]:
+    """The first `count` healthy variations; the same ones every time.
+
+    Args:
+        count: How many.
+        model: The trained model that they are of, as for ``--qvl-model``. One that is named has no random ones beside.
+    """
     from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES
 
     made = []
     for number in range(count):
         family, knowledge = "", False
-        if number % RANDOM_EVERY == RANDOM_EVERY - 1:
+        if number % RANDOM_EVERY == RANDOM_EVERY - 1 and model == DEFAULT:
             family = RANDOM_FAMILIES[number // RANDOM_EVERY % len(RANDOM_FAMILIES)]
         else:
             knowledge = number % KNOWLEDGE_EVERY == 0
@@ -134,6 +147,7 @@ def variations(count: int) -> list[Variation]:
                 family=family,
                 prepared=(number % 11 == 6 or needs_float32) and not family,
                 checks=checks,
+                model=model,
             )
         )
     return made
@@ -148,7 +162,7 @@ class Healthy:
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self._cases: dict[tuple[str, int], Case] = {}
+        self._cases: dict[tuple[str, str, int], Case] = {}
         self._seed = seed
 
     @contextmanager
@@ -159,7 +173,7 @@ class Healthy:
 
         knows = "alignment" in variation.checks
         own = variation.number if knows else SEED
-        base = self._base(variation.dtype, own if self._seed is None else self._seed)
+        base = self._base(variation, own if self._seed is None else self._seed)
         changed = replace(base, collators=[], rows=_rows(variation.number))
         changed.lora_config = _adapter_config(variation.adapter)
         changed.make_optimizer = _optimizer(variation.optimizer)
@@ -174,15 +188,16 @@ class Healthy:
         with other_attention(anatomy(changed.model)):
             yield changed
 
-    def _base(self, dtype: str, seed: int) -> Case:
-        if (dtype, seed) not in self._cases:
-            self._cases[dtype, seed] = healthy_case(dtype=dtype, seed=seed)
-        return self._cases[dtype, seed]
+    def _base(self, variation: Variation, seed: int) -> Case:
+        key = (variation.model, variation.dtype, seed)
+        if key not in self._cases:
+            self._cases[key] = healthy_case(seed=seed, subject=_subject(variation))
+        return self._cases[key]
 
     def _model(self, variation: Variation, config: Any) -> Any:
         import torch
 
-        base = load(dtype=variation.dtype, lora=None)
+        base = load(lora=None, subject=_subject(variation))
         if variation.prepared:
             from peft import prepare_model_for_kbit_training
 
@@ -196,6 +211,10 @@ class Healthy:
 
             remove_vision_grad_hooks(anatomy(model).patch_embed)
         return model
+
+
+def _subject(variation: Variation) -> Subject:
+    return Subject.of(variation.model, dtype=variation.dtype)
 
 
 @contextmanager

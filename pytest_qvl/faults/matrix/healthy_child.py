@@ -1,8 +1,8 @@
 """Healthy variations in a process of their own, whose instruction set was chosen before torch started.
 
-It reads lines on stdin: threads and seed of the probes as JSON, then numbers of variations. It writes lines that begin
-with :data:`SEPARATOR` on stdout: what it computes with, then a :class:`Judged` for each number. It ends with its stdin,
-so also with the process that started it.
+It reads lines on stdin: threads, seed of the probes and model as JSON, then numbers of variations. It writes lines that
+begin with :data:`SEPARATOR` on stdout: what it computes with, then a :class:`Judged` for each number. It ends with its
+stdin, so also with the process that started it.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def judge_variation(healthy: Healthy, variation: Variation) -> Judged:
 
 
 @cache
-def _variation(number: int) -> Variation:
+def _variation(number: int, model: str) -> Variation:
     from pytest_qvl.faults.matrix.healthy import variations
 
-    return variations(number + 1)[number]
+    return variations(number + 1, model)[number]
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
     _say(asdict(used()))
     healthy = Healthy(asked["seed"])
     while True:
-        _say(asdict(judge_variation(healthy, _variation(numbers.get()))))
+        _say(asdict(judge_variation(healthy, _variation(numbers.get(), asked["model"]))))
 
 
 def _say(answer: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.faults.matrix.healthy_record import Outcome
 
-OTHERS = ("model", "device", "dtype", "only", "named_only", "matrix", "table", "docs", "name")
+OTHERS = ("device", "dtype", "only", "named_only", "matrix", "table", "docs", "name")
 GOOD, BAD, UNFINISHED = 0, 1, 3
 
 
@@ -33,18 +33,21 @@ def healthy(options: argparse.Namespace, jobs: int) -> int:
     Raises:
         ValueError: Options that do not go together, or a file that holds the results of another run.
     """
+    from pytest_qvl.faults.matrix.healthy import DEFAULT
     from pytest_qvl.faults.matrix.healthy_panel import run
     from pytest_qvl.faults.matrix.healthy_record import record, shown
     from pytest_qvl.faults.matrix.isa import settings, this_cpu
+    from pytest_qvl.models.sources.model_source import parse_model
 
     check_count(options, "healthy", "variations", OTHERS)
-    cpu, out = this_cpu(), options.out
+    cpu, out, model = this_cpu(), options.out, options.model or DEFAULT
+    parse_model(model)
     partial = partial_file(out)
     chosen = settings(options.isa or "native")
-    outcomes = run(options.healthy, chosen, cpu, jobs, partial=partial, minutes=options.minutes)
+    outcomes = run(options.healthy, chosen, cpu, jobs, partial=partial, minutes=options.minutes, model=model)
     left = options.healthy - sum(len(outcome.numbers) for outcome in outcomes)
     if out is not None:
-        write_record(out, record(outcomes, cpu, options.healthy))
+        write_record(out, record(outcomes, cpu, options.healthy, model))
     if partial is not None and not left:
         partial.unlink()
     sys.stdout.write(shown(outcomes, cpu) + "\n")

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import printable
 from pytest_qvl.faults.matrix.freshness import definitions_digest
+from pytest_qvl.faults.matrix.healthy import DEFAULT
 from pytest_qvl.faults.matrix.healthy_child import SEPARATOR, Judged
 from pytest_qvl.faults.matrix.healthy_plan import Schedule, offered_only, spread
 from pytest_qvl.faults.matrix.healthy_record import Outcome
@@ -43,6 +44,7 @@ def run(
     *,
     partial: Path | None = None,
     minutes: float | None = None,
+    model: str = DEFAULT,
 ) -> list[Outcome]:
     """Spread `count` healthy variations over the settings that the CPU offers, each in processes of its own.
 
@@ -56,20 +58,24 @@ def run(
         jobs: Threads of all processes together.
         partial: Where results are kept as they come; what is there already is not done again.
         minutes: Begin no variation after so many; what is not judged half a minute later is left for the next call.
+        model: The trained model that they are of, as for ``--qvl-model``.
 
     Raises:
         ValueError: `partial` holds the results of another run.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     outcomes = {str(setting): Outcome(setting, setting.lacks(cpu)) for setting in settings}
-    journal = JsonLines(partial, {"healthy": count, "settings": list(outcomes), "definitions": definitions_digest()})
+    journal = JsonLines(
+        partial,
+        {"healthy": count, "model": model, "settings": list(outcomes), "definitions": definitions_digest()},
+    )
     for kept in journal.kept:
         outcomes[kept["setting"]].missing = ()  # the CPU that judged it offers the setting
         _add(outcomes[kept["setting"]], kept)
     done = {kept["number"] for kept in journal.kept}
-    left = {s: [n for n in numbers if n not in done] for s, numbers in spread(count, settings).items()}
-    schedule = Schedule(offered_only(left, cpu), jobs, deadline)
-    panel = _Panel(outcomes, list(settings), journal, cpu, count)
+    left = {s: [n for n in numbers if n not in done] for s, numbers in spread(count, settings, model).items()}
+    schedule = Schedule(offered_only(left, cpu), jobs, deadline, model)
+    panel = _Panel(outcomes, list(settings), journal, cpu, count=count, model=model)
     with panel.ended_after(deadline), ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(panel.work, schedule) for _ in range(jobs)]:
             future.result()
@@ -80,10 +86,17 @@ class _Panel:
     """Runs variations from several threads, each with a child process at a time; holds what the threads share."""
 
     def __init__(
-        self, outcomes: dict[str, Outcome], settings: list[Setting], journal: JsonLines, cpu: Cpu, count: int
+        self,
+        outcomes: dict[str, Outcome],
+        settings: list[Setting],
+        journal: JsonLines,
+        cpu: Cpu,
+        *,
+        count: int,
+        model: str,
     ) -> None:
         self._outcomes, self._settings, self._journal = outcomes, settings, journal
-        self._cpu, self._count, self._lock = cpu.model, count, Lock()
+        self._cpu, self._count, self._model, self._lock = cpu.model, count, model, Lock()
         self._children: set[Child] = set()
         self._time_is_up = False
 
@@ -122,7 +135,7 @@ class _Panel:
     def _ask(self, outcome: Outcome, schedule: Schedule) -> None:
         setting = outcome.setting
         # The probes' seed: one for all variations of a setting, whose references one process then shares.
-        with Child(setting, seed=self._settings.index(setting)) as child, self._noted(child):
+        with Child(setting, seed=self._settings.index(setting), model=self._model) as child, self._noted(child):
             child.greet()
             if reason := child.used.contradicts(setting):
                 raise ChildEnded(f"{setting}: {reason}")
@@ -165,6 +178,7 @@ class Child:
     Args:
         setting: Its instruction set and threads.
         seed: Of the probes.
+        model: That the variations are of.
 
     Attributes:
         used: What it computes with, once it was greeted.
@@ -172,7 +186,7 @@ class Child:
 
     used: Used
 
-    def __init__(self, setting: Setting, *, seed: int) -> None:
+    def __init__(self, setting: Setting, *, seed: int, model: str = DEFAULT) -> None:
         self._setting = setting
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
@@ -183,7 +197,7 @@ class Child:
             env=os.environ | setting.environment,
             text=True,
         )
-        self._send(json.dumps({"threads": setting.threads, "seed": seed}))
+        self._send(json.dumps({"threads": setting.threads, "seed": seed, "model": model}))
 
     def __enter__(self) -> Child:
         return self

@@ -9,7 +9,7 @@ from functools import partial
 from threading import Condition
 from typing import TYPE_CHECKING
 
-from pytest_qvl.faults.matrix.healthy import DTYPES, KNOWLEDGE, variations
+from pytest_qvl.faults.matrix.healthy import DEFAULT, DTYPES, KNOWLEDGE, variations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,14 +24,14 @@ SLOWDOWN = {"default": 2.0}  # value of ATEN_CPU_CAPABILITY to time, against ker
 START = 8  # imports, loading and references of a process take as long as about so many variations
 
 
-def spread(count: int, settings: Sequence[Setting]) -> dict[Setting, list[int]]:
+def spread(count: int, settings: Sequence[Setting], model: str = DEFAULT) -> dict[Setting, list[int]]:
     """The numbers of the variations that each setting gets; always the same ones.
 
     Kinds of variations recur with small periods, so they are shuffled: in order, a setting would never meet some of
     them. Every setting gets at least one, and one that needs the model's knowledge and one of each dtype, as far as
     they go.
     """
-    left = variations(count)
+    left = variations(count, model)
     random.Random(0).shuffle(left)
     found: dict[Setting, list[int]] = {setting: [] for setting in settings}
     sizes = _sizes(count, settings)
@@ -97,11 +97,18 @@ class Schedule:
         waiting: Numbers of the variations of each setting.
         jobs: Threads of all processes together.
         deadline: Hand out nothing after this, a ``time.monotonic()``.
+        model: That the variations are of.
     """
 
-    def __init__(self, waiting: Mapping[Setting, Sequence[int]], jobs: int, deadline: float | None = None) -> None:
+    def __init__(
+        self,
+        waiting: Mapping[Setting, Sequence[int]],
+        jobs: int,
+        deadline: float | None = None,
+        model: str = DEFAULT,
+    ) -> None:
         highest = max((max(numbers, default=-1) for numbers in waiting.values()), default=-1)
-        costs = [expected_cost(variation) for variation in variations(highest + 1)]
+        costs = [expected_cost(variation) for variation in variations(highest + 1, model)]
         self._waiting = {s: deque(sorted(numbers, key=lambda n: -costs[n])) for s, numbers in waiting.items()}
         self._jobs = self._free = jobs
         self._deadline = deadline

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import Table, printable
+from pytest_qvl.faults.matrix.healthy import DEFAULT
 from pytest_qvl.faults.matrix.isa import Setting
 from pytest_qvl.faults.matrix.isa_used import Used
 
@@ -98,14 +99,15 @@ def shown(outcomes: Sequence[Outcome], cpu: Cpu) -> str:
     return printable("\n".join([str(table), "", *alarms, *broken, sums]))
 
 
-def record(outcomes: Sequence[Outcome], cpu: Cpu, asked: int) -> dict[str, Any]:
-    """CPU, versions and the outcome of each setting, as plain data."""
+def record(outcomes: Sequence[Outcome], cpu: Cpu, asked: int, model: str = DEFAULT) -> dict[str, Any]:
+    """The model that was varied, CPU, versions and the outcome of each setting, as plain data."""
     from pytest_qvl.faults.matrix.freshness import definitions_digest
     from pytest_qvl.faults.matrix.journal import versions
 
     return {
         "schema": SCHEMA,
         "asked": asked,
+        "model": model,
         "complete": sum(len(outcome.numbers) for outcome in outcomes) == asked,
         "cpu": asdict(cpu),
         "versions": versions(),
