@@ -227,7 +227,15 @@ def test_the_table_goes_between_the_marks_of_a_page_and_is_checked_there(tmp_pat
     assert "| +1.01% |" in page.read_text()
 
 
-@pytest.mark.parametrize(("kind", "page"), [("trainer", "forecast.md"), ("settings", "records/forecast-settings.md")])
+@pytest.mark.parametrize(
+    ("kind", "page"),
+    [
+        ("trainer", "forecast.md"),
+        ("settings", "records/forecast-settings.md"),
+        ("kinds", "records/forecast-kinds.md"),
+        ("families", "records/forecast-families.md"),
+    ],
+)
 def test_the_committed_page_has_the_table_of_the_committed_records(kind: str, page: str) -> None:
     docs = Path(__file__).parents[2] / "docs"
     records = sorted((docs / "records").glob(f"h200-forecast-{kind}-measured-*.json"))
