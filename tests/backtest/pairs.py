@@ -205,13 +205,8 @@ UNSEEN: tuple[Left, ...] = (
         "Qwen2.5-VL cuts the seconds between two frames of a video to a whole number "
         "([#48669](https://github.com/huggingface/transformers/issues/48669))",
         "transformers >=4.52,<5.18",
-        "a batch of videos is not judged by checks that run the model; `batch` judges what a collator says of time",
-    ),
-    Left(
-        "Qwen3-VL gives videos the positions of Qwen2-VL's "
-        "([#44474](https://github.com/huggingface/transformers/pull/44474))",
-        "transformers 5.3.0",
-        "the same",
+        "the suite's own videos have whole seconds between frames; a batch of yours with others is judged by "
+        "`mrope_positions`",
     ),
     Left(
         "`save_pretrained` writes `model.visual.*` beside `model.layers.*` "

@@ -23,6 +23,7 @@ from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.processors import has_torchvision
 from pytest_qvl.models.sources.synthetic_processor import synthetic_processor
+from pytest_qvl.releases import is_before
 from pytest_qvl.samples import Clip, clip_batch, scene_clips
 
 if TYPE_CHECKING:
@@ -73,6 +74,30 @@ def test_a_family_without_its_time_of_videos_is_red(pair: tuple[Any, Any]) -> No
             mrope_positions(model, batch)
     finally:
         del core.get_rope_index
+
+
+@pytest.mark.parametrize(
+    ("seconds", "right"),
+    [
+        # huggingface/transformers#48669: a whole number of seconds up to 5.17.
+        pytest.param(
+            0.5, is_before("transformers", "4.52") or not is_before("transformers", "5.18"), id="half seconds"
+        ),
+        # docs/upstream/video-positions.md: text behind a video that is longer than its frames are wide.
+        pytest.param(9.0, is_before("transformers", "5.3"), id="a long one"),
+    ],
+)
+def test_what_releases_get_wrong_is_seen(pair: tuple[Any, Any], *, seconds: float, right: bool) -> None:
+    model = pair[0]
+    if FAMILIES[model.config.model_type].video_time != "seconds":
+        pytest.skip("only Qwen2.5-VL lays frames out by seconds")
+    clip = scene_clips(0, cell=CELL)[0]
+    batch = batch_of(pair, clips=[replace(clip, seconds=seconds).noise(0)])
+    if right:
+        assert mrope_positions(model, batch).ok
+        return
+    with pytest.raises(CheckFailed, match=r": t is \d+, should be \d+"):
+        mrope_positions(model, batch)
 
 
 def test_what_is_wrong_between_placeholders_and_videos(pair: tuple[Any, Any]) -> None:
