@@ -20,6 +20,7 @@ from pytest_qvl.vram.forecast.engine.allocator import (
     Block,
     CachingAllocator,
     CardFullError,
+    ExpandableAllocator,
     round_size,
     segment_size,
 )
@@ -75,13 +76,62 @@ def test_cached_segments_are_given_back_before_memory_runs_out() -> None:
     assert refused.value.requested == 20 * MiB
 
 
+def test_an_expandable_segment_grows_by_pages_and_gives_free_ones_back() -> None:
+    """``expandable_segments:True``: 20 MiB pages, blocks cut to what is asked, a free end that grows with the next."""
+    allocator = ExpandableAllocator()
+    first = allocator.malloc(32 * MiB)
+    allocator.malloc(512)
+    assert (allocator.allocated, allocator.reserved) == (32 * MiB + 512, (40 + 2) * MiB)
+    second = allocator.malloc(30 * MiB)  # of which 8 MiB are mapped; segments of their own would be 62 MiB
+    assert (second.address, allocator.reserved) == (first.address + 32 * MiB, (80 + 2) * MiB)
+    allocator.free(first)
+    third = allocator.malloc(32 * MiB - 512 * 1024)
+    assert third.size == 32 * MiB - 512 * 1024
+    allocator.free(third)
+    allocator.empty_cache()  # one page of the first is wholly free, and none of the 18 MiB at the end
+    assert (allocator.allocated, allocator.reserved) == (30 * MiB + 512, (60 + 2) * MiB)
+    hole = allocator.malloc(25 * MiB)  # into that page and the 12 MiB behind it
+    assert (hole.address, allocator.reserved) == (first.address, (80 + 2) * MiB)
+
+
+def test_an_expandable_block_is_taken_where_the_least_could_grow() -> None:
+    """A larger free block in the middle is taken before a smaller one at the end."""
+    allocator = ExpandableAllocator()
+    before, middle, _between = (allocator.malloc(size * MiB) for size in (4, 8, 2))
+    end = allocator.malloc(6 * MiB)
+    allocator.free(middle)
+    allocator.free(end)
+    assert allocator.malloc(5 * MiB).address == middle.address
+    assert before.size == 4 * MiB
+
+
+def test_pages_are_given_back_before_memory_runs_out() -> None:
+    allocator = ExpandableAllocator(limit=60 * MiB)
+    kept, gone, last = (allocator.malloc(20 * MiB) for _ in range(3))
+    allocator.free(gone)
+    allocator.malloc(20 * MiB)
+    assert not allocator.met_limit
+    allocator.free(kept)
+    allocator.free(last)
+    with pytest.raises(CardFullError) as refused:
+        allocator.malloc(41 * MiB)
+    assert refused.value.requested == 41 * MiB
+    assert (allocator.met_limit, allocator.reserved) == (True, 20 * MiB)
+    assert allocator.malloc(40 * MiB).size == 40 * MiB
+
+
+@pytest.mark.parametrize("kind", [CachingAllocator, ExpandableAllocator])
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 48 * MiB)), max_size=60))
-def test_blocks_never_overlap_and_everything_comes_back(steps: list[tuple[bool, int]]) -> None:
-    allocator = CachingAllocator()
+@given(steps=st.lists(st.tuples(st.sampled_from(["take", "free", "empty"]), st.integers(1, 48 * MiB)), max_size=60))
+def test_blocks_never_overlap_and_everything_comes_back(
+    kind: type[CachingAllocator], steps: list[tuple[str, int]]
+) -> None:
+    allocator = kind()
     live: dict[int, tuple[Block, int]] = {}
-    for take, size in steps:
-        if take or not live:
+    for what, size in steps:
+        if what == "empty":
+            allocator.empty_cache()
+        elif what == "take" or not live:
             block = allocator.malloc(size)
             live[block.address] = block, block.size
             assert size <= block.size < size + MIN_BLOCK + 1 * MiB

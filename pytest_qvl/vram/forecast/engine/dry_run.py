@@ -52,7 +52,8 @@ class DryRun:
             Recipe(quantized=frozenset()) if request.base_bits == 16 else Recipe(bits=request.base_bits)
         )
         self.source = source
-        trace = AllocationTrace()
+        # ``unsloth_zoo/__init__.py`` sets it before torch begins.
+        trace = AllocationTrace(expandable=request.trainer == "unsloth")
         device = Device(request.capability)
         self._recorder = Recorder(trace, device, source.config.get_text_config().vocab_size)
         self._stage = DryRunStage(self._recorder, scaled=request.scales_loss)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pytest_qvl.vram.forecast.engine.allocator import CachingAllocator, CardFullError
+from pytest_qvl.vram.forecast.engine.allocator import CachingAllocator, CardFullError, ExpandableAllocator
 
 Kind = Literal[
     "weights",
@@ -69,14 +69,19 @@ def over_within(events: Sequence[Event]) -> set[int]:
 class AllocationTrace:
     """Events of one run; every allocation gets the next number, starting at 0, or one whose allocation is over.
 
+    Args:
+        expandable: Whether the process has set ``expandable_segments:True``.
+
     Attributes:
+        expandable: As given.
         events: What happened, in order.
         phases: Names of phases.
         twins: Allocations of what did not run, each list freed with the allocation that stands for it; ``None`` while
             what stands for others runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, expandable: bool = False) -> None:
+        self.expandable = expandable
         self.events: list[Event] = []
         self.phases: list[str] = []
         self._allocations = 0
@@ -108,7 +113,7 @@ class AllocationTrace:
 
     def fork(self) -> AllocationTrace:
         """An independent copy to which another continuation can be recorded."""
-        copy = AllocationTrace()
+        copy = AllocationTrace(expandable=self.expandable)
         copy.events = list(self.events)
         copy.phases = list(self.phases)
         copy._allocations = self._allocations
@@ -274,7 +279,7 @@ def without_collector() -> Iterator[None]:
 def _replay(
     trace: AllocationTrace, limit: int | None, watch: Watcher | None, watched: Collection[str] | None
 ) -> Replay:
-    allocator = CachingAllocator(limit)
+    allocator = (ExpandableAllocator if trace.expandable else CachingAllocator)(limit)
     blocks: list[Any] = [None] * trace.allocations
     kinds = [0] * trace.allocations
     live = [0] * len(KINDS)
