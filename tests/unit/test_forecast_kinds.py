@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import bitsandbytes as bnb
@@ -14,14 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Forecast, Request, phases
-from pytest_qvl.vram.forecast.engine import ddp, unsloth
+from pytest_qvl.vram.forecast.engine import ddp, trainers, unsloth
 from pytest_qvl.vram.forecast.engine.unsloth import rows_at_once
 from pytest_qvl.vram.forecast.run import Forecaster
+from pytest_qvl.vram.forecast.validation.records import request_of
+from pytest_qvl.vram.forecast.validation.trainers.predict import predict
 from pytest_qvl.vram.units import GiB, MiB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 SMALL = Request(model=str(embedded_model_dir()), image=(112, 112), tokens=40, lora_r=8, optimizer="adamw_8bit")
 
@@ -45,6 +48,64 @@ def test_unsloths_checkpoints_keep_no_input_but_the_last(monkeypatch: pytest.Mon
     inputs = (text.num_hidden_layers - 1) * tokens * text.hidden_size + vision.depth * patches * vision.hidden_size
     largest = max(tokens * text.hidden_size, patches * vision.hidden_size)
     assert before[10**6] - before[1] == pytest.approx(2 * inputs + 2 * (10**6 - 2 * largest), abs=512 * 20)
+
+
+class _AllLogits:
+    """In place of Unsloth's loss what was measured: the model's own head, and the loss of ``fast_cross_entropy_loss``."""
+
+    def __init__(self, parts: Any, *_: Any, **__: Any) -> None:
+        self._base = parts.base
+        self._base._loss_function = self._loss
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._base).forward(self._base, *args, **kwargs)
+
+    @staticmethod
+    def _loss(logits: torch.Tensor, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+        losses: torch.Tensor = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), torch.empty_like(labels))
+        return losses.sum()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """``unsloth/kernels/cross_entropy_loss.py``, its kernels left out: it keeps the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        losses = logits.new_empty(len(logits), dtype=torch.float32)
+        sums = [logits.new_empty((len(logits), -(-logits.shape[1] // 65536)), dtype=torch.float32) for _ in range(2)]
+        first, others = (part.logsumexp(1) for part in sums)
+        losses = others + losses
+        ctx.save_for_backward(logits, first, losses, labels)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        return torch.empty_like(ctx.saved_tensors[0]), None
+
+
+@pytest.mark.parametrize(
+    ("case", "record"),
+    [
+        ("1x560x560+300 r16 paged_adamw_8bit kept not compiled", 3),
+        pytest.param("1x1008x756+300 r16 paged_adamw_8bit not compiled", 3, marks=pytest.mark.slow),
+        pytest.param("2x2*644x448+300 r64 adamw_8bit accumulate4 not compiled", 2, marks=pytest.mark.slow),
+        pytest.param("756x560+90_448x448,336x504+260 r16 paged_adamw_8bit not compiled", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_unsloths_steps_are_those_measured_without_its_loss(
+    case: str, record: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints, LoRA layers and expandable segments, on an H200 that trained Transformers' class with all logits."""
+    records, name = Path(__file__).parents[2] / "docs" / "records", f"qwen2.5-vl-3b unsloth bf16 {case}"
+    entry, measured = (
+        next(e for e in json.loads((records / file).read_text())["cases"] if e["name"] == name)
+        for file in ("forecast-kinds-predictions.json", f"h200-forecast-kinds-measured-{record}.json")
+    )
+    monkeypatch.setattr(trainers, "UnslothHead", _AllLogits)
+    found = predict(request_of(entry))
+    assert found["allocated"] == pytest.approx(measured["allocated"], rel=0.0005)
+    for phase in (phases.FORWARD, phases.LOSS, phases.OPTIMIZER):
+        assert found["phases"][phase]["allocated"] == pytest.approx(measured["phases"][phase]["allocated"], rel=0.0005)
 
 
 @pytest.mark.parametrize(

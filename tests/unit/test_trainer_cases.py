@@ -26,7 +26,7 @@ from pytest_qvl.vram.forecast.validation.trainers.cases import (
     refused,
     settings_cases,
 )
-from pytest_qvl.vram.forecast.validation.trainers.training import unsloth_flags
+from pytest_qvl.vram.forecast.validation.trainers.training import check_rewritten, unsloth_flags
 
 EMBEDDED = str(embedded_model_dir())
 MIB = 1 << 20
@@ -225,6 +225,20 @@ def test_the_table_goes_between_the_marks_of_a_page_and_is_checked_there(tmp_pat
     assert page.read_text().startswith("before\n")
     assert page.read_text().endswith("after\n")
     assert "| +1.01% |" in page.read_text()
+
+
+def test_a_model_without_unsloths_loss_is_not_measured(tmp_path: Path) -> None:
+    from transformers import Qwen2_5_VLForConditionalGeneration as Stock
+
+    with pytest.raises(
+        RuntimeError, match="Transformers' own Qwen2_5_VLForConditionalGeneration, which has all logits"
+    ):
+        check_rewritten(Stock)
+    written = tmp_path / "unsloth_compiled_module_qwen2_5_vl.py"  # as its compiler names it
+    written.write_text("def forward(self):\n    pass\n")
+    found: dict[str, Any] = {}
+    exec(compile(written.read_text(), written, "exec"), found)
+    check_rewritten(type("Rewritten", (Stock,), {"forward": found["forward"]}))
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,15 +197,53 @@ def _said_by_ddp(wrapped: Any) -> str:
 def unsloth_base(request: Request, device: str) -> Any:
     """The model as ``FastVisionModel.from_pretrained`` loads it from a folder in NF4 with random weights.
 
-    Unsloth has been imported before everything that it patches.
+    Unsloth has been imported before everything that it patches. Another process writes the folder: what asks
+    Transformers for the model's class before Unsloth rewrites its module is given the class without Unsloth's loss, and
+    so is everybody after it (``from_pretrained`` too).
+
+    Raises:
+        RuntimeError: The folder could not be written, or the model is not of Unsloth's class.
     """
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.quantized import usual_quantization
     from pytest_qvl.models.sources.model_source import parse_model
 
     quantization = usual_quantization(getattr(torch, request.compute_dtype))
+    with tempfile.TemporaryDirectory(prefix="qvl-synthetic-") as folder:
+        writer = get_context("spawn").Process(target=_write_synthetic, args=(folder, request, device))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise RuntimeError(f"the process that draws the weights ended with {writer.exitcode}")
+        load = LoadRequest(parse_model(f"local:{folder}"), quantization, device, request.compute_dtype)
+        model = _unsloth(request).load(load)
+    check_rewritten(type(model))
+    return model
+
+
+def _write_synthetic(folder: str, request: Request, device: str) -> None:
+    from pytest_qvl.models.backends import LoadRequest
+    from pytest_qvl.models.backends.unsloth import write_synthetic
+    from pytest_qvl.models.quantized import usual_quantization
+    from pytest_qvl.models.sources.model_source import parse_model
+
+    dtype = getattr(torch, request.compute_dtype)
     source = parse_model(f"synthetic:{request.model}")
-    return _unsloth(request).load(LoadRequest(source, quantization, device, request.compute_dtype))
+    write_synthetic(Path(folder), LoadRequest(source, usual_quantization(dtype), device, request.compute_dtype), dtype)
+
+
+def check_rewritten(model_class: type[torch.nn.Module]) -> None:
+    """See that a model's class is the one that Unsloth has written, with its loss.
+
+    Raises:
+        RuntimeError: It is Transformers' own.
+    """
+    file = inspect.getsourcefile(inspect.unwrap(model_class.forward))
+    if not Path(str(file)).name.startswith("unsloth_compiled_module_"):
+        raise RuntimeError(
+            f"Unsloth would train Transformers' own {model_class.__name__}, which has all logits: something asked "
+            "Transformers for that class before Unsloth had rewritten it"
+        )
 
 
 def _unsloth(request: Request) -> Any:
