@@ -11,7 +11,15 @@ from pytest_qvl.checks.forecast import judge_agreement
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.vram.forecast.engine.trace import PhaseBytes
 from pytest_qvl.vram.forecast.validation.agreement import Comparison
-from pytest_qvl.vram.forecast.validation.predictions import NOT_COMPARED, SCHEMA, SIDES, Case, cases, read_predictions
+from pytest_qvl.vram.forecast.validation.predictions import (
+    NOT_COMPARED,
+    SCHEMA,
+    SIDES,
+    Case,
+    cases,
+    differences,
+    read_predictions,
+)
 from pytest_qvl.vram.units import GiB, MiB
 from pytest_qvl.vram.usage import Usage
 
@@ -98,7 +106,9 @@ def test_a_phase_that_was_not_forecast_is_an_error():
 
 # --- the committed predictions -----------------------------------------------------------------------------------
 
-PREDICTIONS = Path(__file__).parents[2] / "docs" / "records" / "forecast-predictions.json"
+DOCS = Path(__file__).parents[2] / "docs"
+PREDICTIONS = DOCS / "records" / "forecast-predictions.json"
+CURRENT = DOCS / "records" / "forecast-current.json"
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,20 @@ def test_what_is_left_out_is_above_what_the_gpus_hold(entries):
     for entry in entries:
         reserved = max(phase["reserved"] for phase in entry["phases"].values())
         assert entry["too_large_to_measure"] == (entry["card"] is None and reserved > 70 * GiB)
+
+
+def test_todays_forecasts_are_as_far_from_those_predicted_first_as_the_page_says(entries):
+    pairs = list(zip(entries, read_predictions(CURRENT), strict=True))
+    assert [found["name"] for _, found in pairs] == [entry["name"] for entry in entries]
+    assert [line for entry, found in pairs if entry["card"] is None for line in differences(entry, found)] == []
+    assert all(e["verdict"]["fits"] == f["verdict"]["fits"] for e, f in pairs if e["card"])
+    assert sum(e["verdict"]["fails_in"] != f["verdict"]["fails_in"] for e, f in pairs if e["card"]) == 1
+    off = {
+        kind: max(abs(f["phases"][name][kind] / size[kind] - 1) for e, f in pairs for name, size in e["phases"].items())
+        for kind in ("allocated", "reserved")
+    }
+    said = f"at most {off['allocated']:.2%} of what is allocated and {off['reserved']:.1%} of what is reserved"
+    assert said.replace("%", " %") in " ".join((DOCS / "forecast.md").read_text(encoding="utf-8").split())
 
 
 def test_a_file_of_another_schema_is_refused(tmp_path):
