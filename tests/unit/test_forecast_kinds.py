@@ -90,6 +90,8 @@ class _CrossEntropy(torch.autograd.Function):
         pytest.param("1x1008x756+300 r16 paged_adamw_8bit not compiled", 3, marks=pytest.mark.slow),
         pytest.param("2x2*644x448+300 r64 adamw_8bit accumulate4 not compiled", 2, marks=pytest.mark.slow),
         pytest.param("756x560+90_448x448,336x504+260 r16 paged_adamw_8bit not compiled", 3, marks=pytest.mark.slow),
+        pytest.param("1x1008x756+300 r16 paged_adamw_8bit", 3, marks=pytest.mark.slow),
+        pytest.param("4x1008x756+300 r16 paged_adamw_8bit", 2, marks=pytest.mark.slow),
     ],
 )
 def test_unsloths_steps_are_those_measured_without_its_loss(
@@ -104,7 +106,8 @@ def test_unsloths_steps_are_those_measured_without_its_loss(
     monkeypatch.setattr(trainers, "UnslothHead", _AllLogits)
     found = predict(request_of(entry))
     assert found["allocated"] == pytest.approx(measured["allocated"], rel=0.0005)
-    for phase in (phases.FORWARD, phases.LOSS, phases.OPTIMIZER):
+    compared = (phases.FORWARD, phases.LOSS, phases.OPTIMIZER) if "not compiled" in case else (phases.LOSS,)
+    for phase in compared:
         assert found["phases"][phase]["allocated"] == pytest.approx(measured["phases"][phase]["allocated"], rel=0.0005)
 
 
@@ -144,8 +147,9 @@ def test_a_compiled_layer_makes_its_gates_and_norms_again() -> None:
     # What is frozen keeps no input of a product: of a vision block one gate less, and no result of a norm.
     language = text.num_hidden_layers * tokens * (2 * 2 * text.intermediate_size + 2 * 4 * text.hidden_size)
     blocks = vision.depth * patches * (2 * vision.intermediate_size + 2 * 2 * vision.hidden_size)
+    after = tokens * 4 * text.hidden_size + patches * 2 * vision.hidden_size  # the last norm of each tower
     saved = as_written.phase(phases.LOSS).start_allocated - compiled.phase(phases.LOSS).start_allocated
-    assert saved == pytest.approx(language + blocks, rel=0.1)
+    assert saved == pytest.approx(language + blocks + after, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ what it keeps: products and attention, and of norms and gates their inputs, from
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +37,8 @@ LEAST_OFFLOADED = 2 * MiB
 # ``_SMALL_CARD_BYTES``, above which a loss of fewer tokens than ``_flash_min_rows`` has rows of all logits.
 SMALL_CARD = int(24.5 * GiB)
 MANY_TOKENS = 4096
+# Of the functions in a model's module that are compiled those that have more than their results.
+_ROTARY = re.compile(r"apply_(multimodal_)?rotary_pos_emb(_vision)?")
 # ``_MIN_LOGITS``, ``_MAX_ROWS``, ``_CHUNK_GB``, ``_SPLIT_COLS`` and ``_BWD_TILE_BYTES``.
 _LEAST_LOGITS, _MOST_ROWS, _BUDGET, _SPLIT, _TILE = 512 * 151936, 4096, 2 * GiB, 16384, 256 * MiB
 
@@ -259,10 +263,11 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
 
 @contextmanager
 def compiled_layers(parts: Parts) -> Iterator[None]:
-    """Inside, norms and gated MLPs keep what compiled ones keep."""
-    layers = [*parts.language_backbone.layers, *parts.blocks]
+    """Inside, norms and gated MLPs keep what compiled ones keep, and rotary embeddings have their results alone."""
+    modeling: Any = import_module(type(parts.base).__module__)
+    rotary = {name: rotate for name, rotate in vars(modeling).items() if _ROTARY.fullmatch(name)}
     patched: list[Any] = []
-    for module in (module for layer in layers for module in layer.modules()):
+    for module in parts.base.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_norm, module)
         elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
@@ -270,9 +275,13 @@ def compiled_layers(parts: Parts) -> Iterator[None]:
         else:
             continue
         patched.append(module)
+    for name in rotary:
+        setattr(modeling, name, _rotated)
     try:
         yield
     finally:
+        for name, rotate in rotary.items():
+            setattr(modeling, name, rotate)
         for module in patched:
             del module.forward
 
@@ -280,6 +289,10 @@ def compiled_layers(parts: Parts) -> Iterator[None]:
 def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = _that_is_made_again(_Norm.apply(x, self.weight))  # type: ignore[no-untyped-call]
     return out
+
+
+def _rotated(queries: torch.Tensor, keys: torch.Tensor, *_: Any, **__: Any) -> Any:
+    return _Rotated.apply(queries, keys)  # type: ignore[no-untyped-call]
 
 
 def _gated_mlp(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -328,6 +341,20 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # noqa: ARG004
         """The weight is frozen."""
         return torch.empty_like(gradient), None
+
+
+class _Rotated(torch.autograd.Function):
+    """Of queries and keys: one kernel, that keeps cosine and sine, which all layers share."""
+
+    @staticmethod
+    def forward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor) -> Any:  # noqa: ARG004
+        """Of their shapes and dtypes."""
+        return torch.empty_like(queries), torch.empty_like(keys)
+
+    @staticmethod
+    def backward(ctx: Any, queries: torch.Tensor, keys: torch.Tensor) -> Any:  # noqa: ARG004
+        """Of both."""
+        return torch.empty_like(queries), torch.empty_like(keys)
 
 
 class _Gated(torch.autograd.Function):

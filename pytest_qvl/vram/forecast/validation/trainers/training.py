@@ -197,9 +197,8 @@ def _said_by_ddp(wrapped: Any) -> str:
 def unsloth_base(request: Request, device: str) -> Any:
     """The model as ``FastVisionModel.from_pretrained`` loads it from a folder in NF4 with random weights.
 
-    Unsloth has been imported before everything that it patches. Another process writes the folder: what asks
-    Transformers for the model's class before Unsloth rewrites its module is given the class without Unsloth's loss, and
-    so is everybody after it (``from_pretrained`` too).
+    Unsloth has been imported before everything that it patches. Another process writes the folder: once an
+    ``AutoModel`` has looked the model's class up, it stays the one without Unsloth's loss, which Unsloth writes later.
 
     Raises:
         RuntimeError: The folder could not be written, or the model is not of Unsloth's class.
@@ -241,8 +240,8 @@ def check_rewritten(model_class: type[torch.nn.Module]) -> None:
     file = inspect.getsourcefile(inspect.unwrap(model_class.forward))
     if not Path(str(file)).name.startswith("unsloth_compiled_module_"):
         raise RuntimeError(
-            f"Unsloth would train Transformers' own {model_class.__name__}, which has all logits: something asked "
-            "Transformers for that class before Unsloth had rewritten it"
+            f"Unsloth would train Transformers' own {model_class.__name__}, which has all logits: an AutoModel looked "
+            "that class up before Unsloth had rewritten it"
         )
 
 
