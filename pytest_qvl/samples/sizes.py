@@ -49,7 +49,7 @@ class ProbeSizes:
 
     @property
     def clip_cell(self) -> int:
-        """The same in videos: three visual tokens per cell or more, so that a frame is wider than its clip is long.
+        """Pixels per side of a cell in videos, three tokens or more, so that a frame is wider than its clip is long.
 
         See :func:`pytest_qvl.samples.scene_clips`.
         """
