@@ -5,7 +5,6 @@ from __future__ import annotations
 GPU = "CUDA kernels only"
 UNSLOTH = "Unsloth needs CUDA; the same checks run on its models there"
 OLD = "an older release only; the defect itself is in the catalogue"
-VIDEO = "video; the position oracle covers it against hand-worked examples, the checks judge images"
 FILES = "about files beside the model; no check of this package reads them"
 
 UNREPRODUCED: tuple[tuple[str, str, str], ...] = (
@@ -24,8 +23,6 @@ UNREPRODUCED: tuple[tuple[str, str, str], ...] = (
     ("max_pixels accepted and ignored", "huggingface/transformers#41955", "the torchvision image processor only"),
     ("device map splits the multimodal path", "huggingface/transformers#33816", "needs two GPUs"),
     ("tensors left on the meta device", "vllm-project/llm-compressor#1432", "raises by itself"),
-    ("temporal ids of a video collapse", "huggingface/transformers#48669", VIDEO),
-    ("generate() ignores second_per_grid_ts", "huggingface/transformers#41153", VIDEO),
     ("packed rows get wrong positions", "hiyouga/LlamaFactory#7754", "packed batches are no input of the checks"),
     ("M-RoPE skipped because of the processor's class", "verl-project/verl#1947", OLD),
     ("patched forward rejects mm_token_type_ids", "linkedin/Liger-Kernel#1117", "raises by itself"),
