@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +64,10 @@ def test_a_family_without_its_time_of_videos_is_red(pair: tuple[Any, Any]) -> No
     model, batch = pair[0], batch_of(pair)
     if "second_per_grid_ts" not in batch:
         pytest.skip("only Qwen2.5-VL reads seconds")
-    listed = {**batch, "second_per_grid_ts": batch["second_per_grid_ts"].tolist()}
-    assert mrope_positions(model, listed).ok, "a processor that returns no tensors gives a list"
+    seconds = batch["second_per_grid_ts"]
+    for given in (seconds.tolist(), list(seconds), seconds.numpy(), list(seconds.numpy())):
+        evidence = mrope_positions(model, {**batch, "second_per_grid_ts": given})
+        assert not evidence.notes, "whoever collates them, the model reads them"
     core = anatomy(model).core
     own = core.get_rope_index
     core.get_rope_index = lambda *args, **kwargs: own(*args, **{**kwargs, "second_per_grid_ts": None})
@@ -91,10 +94,30 @@ def test_what_is_wrong_between_placeholders_and_videos(pair: tuple[Any, Any]) ->
     if "mm_token_type_ids" in batch:
         types = batch["mm_token_type_ids"].clamp(max=1)
         broken["types"] = ({**batch, "mm_token_type_ids": types}, "mm_token_type_ids is 1: the types are wrong")
+    if "second_per_grid_ts" in batch:
+        for seconds in ([1.0], [1.0, 2.0, 3.0], [1.0, 0.0]):
+            broken[str(seconds)] = ({**batch, "second_per_grid_ts": seconds}, f"second_per_grid_ts are {seconds} for 2")
     for name, (given, words) in broken.items():
         assert any(words in problem for problem in validate_batch(model, given)), name
-        with pytest.raises((CheckFailed, InputError), match=words):
-            feature_scatter(model, given)
+        for check in CHECKS:
+            with pytest.raises((CheckFailed, InputError), match=re.escape(words)):
+                check(model, given)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda grids: grids.float(), "is float32, and counts"),
+        (lambda grids: grids[None], r"has shape (1, 2, 3) where the processor makes a row for each image or video"),
+        (lambda grids: grids[0], "has shape (3,)"),
+    ],
+)
+def test_grids_that_are_none(pair: tuple[Any, Any], change: Any, words: str) -> None:
+    batch = batch_of(pair)
+    batch["video_grid_thw"] = change(batch["video_grid_thw"])
+    for check in (*CHECKS, decode_positions):
+        with pytest.raises(InputError, match=re.escape(f"{check.__name__}: batch['video_grid_thw'] {words}")):
+            check(pair[0], batch)
 
 
 def test_a_check_of_images_says_so(pair: tuple[Any, Any]) -> None:
