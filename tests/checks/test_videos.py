@@ -120,6 +120,46 @@ def test_grids_that_are_none(pair: tuple[Any, Any], change: Any, words: str) -> 
             check(pair[0], batch)
 
 
+def test_a_frame_is_to_the_tower_what_an_image_is(pair: tuple[Any, Any]) -> None:
+    """Nothing but the grid of a video tells the tower that frames belong together: positions that go on are seen."""
+    model, batch = pair[0], batch_of(pair)
+    parts = anatomy(model)
+    figure = "visual tokens of videos that depend on more than their frame"
+    assert figure in {each.name for each in feature_scatter(model, batch).figures}
+    images = [Clip(clip.frames[:1], (), "What?", "red") for clip in scene_clips(0, cell=CELL)[:2]]
+    judged = feature_scatter(model, batch_of(pair, clips=[clip.noise(0) for clip in images]))
+    assert figure not in {each.name for each in judged.figures}
+    own = type(parts.vision_tower).forward
+
+    def onward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        grids = kwargs.pop("grid_thw") if "grid_thw" in kwargs else args[0]
+        joined = torch.stack([torch.ones_like(grids[:, 0]), grids[:, 0] * grids[:, 1], grids[:, 2]], dim=1)
+        return own(parts.vision_tower, hidden, grid_thw=joined, **kwargs)
+
+    with (
+        attribute(parts.vision_tower, "forward", onward),
+        pytest.raises(CheckFailed, match=r"something else of visual token \d+ of row 0, video"),
+    ):
+        feature_scatter(model, batch)
+
+
+def test_two_equal_frames_are_not_judged_and_hide_no_finding(pair: tuple[Any, Any]) -> None:
+    model = pair[0]
+    clip = scene_clips(0, cell=CELL)[0].noise(0)
+    still = batch_of(pair, clips=[replace(clip, frames=clip.frames[:1] * 4)])
+    with pytest.raises(CannotJudge, match=r"which no two frames are alike, such as clip\.noise\(seed\)"):
+        feature_scatter(model, still)
+    core = anatomy(model).core
+    own = core.get_video_features
+
+    def first_only(pixels: torch.Tensor, grids: torch.Tensor, **kwargs: Any) -> Any:
+        frame = int(grids[0, 1:].prod())
+        return own(torch.cat([pixels[:frame], pixels[:frame], pixels[2 * frame :]]), grids, **kwargs)
+
+    with attribute(core, "get_video_features", first_only), pytest.raises(CheckFailed, match="receives other pixels"):
+        feature_scatter(model, batch_of(pair, clips=[clip]))
+
+
 def test_a_check_of_images_says_so(pair: tuple[Any, Any]) -> None:
     with pytest.raises(CannotJudge, match="not judged: video"):
         causality(pair[0], batch_of(pair))
