@@ -182,6 +182,23 @@ def test_frames_are_joined_two_by_two() -> None:
         clip_batch(processor, [], time="patches")
 
 
+@pytest.mark.parametrize(
+    ("clip", "time", "words"),
+    [
+        ({}, "frames", "time is 'frames', expected one of 'patches', 'seconds', 'words'"),
+        ({"question": "What <|video_pad|>?"}, "patches", r"holds <\|video_pad\|>; the chat template writes"),
+        ({"seconds": 0.0}, "seconds", r"has 0\.0 seconds from one patch to the next"),
+        ({"seconds": float("nan")}, "seconds", "has nan seconds"),
+    ],
+)
+def test_a_clip_that_makes_no_batch(processor: Any, clip: dict[str, Any], time: Any, words: str) -> None:
+    given = Clip((), (Image.new("RGB", (112, 56)),), "What?", "red")
+    with pytest.raises(InputError, match=words):
+        clip_batch(processor, [replace(given, **clip)], time=time)
+    with pytest.raises(InputError, match="frames must be at least 1, got 0"):
+        scene_clips(0, cell=CELL, frames=0)
+
+
 @pytest.mark.skipif(not has_torchvision(), reason="needs torchvision: the video processors of Transformers do")
 @pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
 def test_a_video_processor_makes_the_same(name: str) -> None:
