@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import all_of, values
+from pytest_qvl.models.adapters import original_module
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,8 +133,7 @@ def _vision_lost(case: Case) -> Iterator[None]:
     unshared="a reference is not quantized",
 )
 def _language_lost(case: Case) -> Iterator[None]:
-    layers = anatomy(case.model).language_backbone.layers
-    state = layers[0].self_attn.o_proj.base_layer.weight
+    state = original_module(language_layers(anatomy(case.model))[0].output).weight
     with values(state, lambda w: w.flip(0)):
         yield
 

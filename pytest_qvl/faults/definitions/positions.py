@@ -55,6 +55,7 @@ def _counted(positions: torch.Tensor) -> torch.Tensor:
     expected_words=("plain 1-D positions", "no mm_token_type_ids", "pass on every key"),
     source="ModelTC/LightX2V#1416, NVIDIA-NeMo/Megatron-Bridge#3040",
     transformers=(5, 3),
+    requires=("silence without type ids",),
 )
 def _type_ids(case: Case) -> Iterator[None]:
     case.collators.append(lambda batch, _: {k: v for k, v in batch.items() if k != "mm_token_type_ids"})
