@@ -33,6 +33,7 @@ Requirement = Literal[
     "golden record",
     "biases of q, k and v",
     "CLIP's normalisation",
+    "tower's input embeddings",
     "time of videos",
     "times in words",
     "CPU",
@@ -115,6 +116,16 @@ def _attention_biases(case: Case) -> bool:
     return next(attending).inputs[0].bias is not None
 
 
+def _tower_inputs(case: Case) -> bool:
+    """Whether Transformers finds the patch embedding where it looks for what to hook."""
+    parts = anatomy(case.model)
+    tower: Any = parts.vision_tower
+    try:
+        return tower.get_input_embeddings() is parts.patch_embed
+    except NotImplementedError:
+        return False
+
+
 def _clip(case: Case) -> bool:
     return FAMILIES[anatomy(case.model).config.model_type].image_mean != (0.5, 0.5, 0.5)
 
@@ -159,6 +170,10 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
+    "tower's input embeddings": (
+        _tower_inputs,
+        "needs a patch embedding that Transformers takes for the tower's input embeddings: it hooks no other one",
+    ),
     "time of videos": (_time, "needs videos laid out by seconds: only Qwen2.5-VL lays them out so"),
     "times in words": (
         _words,
