@@ -134,3 +134,23 @@ def replace_file(path: Path, text: str) -> str:
         with suppress(OSError):
             beside.unlink()
     return ""
+
+
+def between_marks(page: str, begin: str, end: str, block: str, *, missing: str) -> str:
+    """A page with another block between two marks, which stay.
+
+    Args:
+        page: The whole page.
+        begin: The mark before the block.
+        end: The mark behind it.
+        block: What to put between them, with its line breaks.
+        missing: What is said of a page without the marks.
+
+    Raises:
+        ValueError: The page has not both marks, in this order.
+    """
+    before, begun, rest = page.partition(begin)
+    _, ended, after = rest.partition(end)
+    if not begun or not ended:
+        raise ValueError(missing)
+    return f"{before}{begin}{block}{end}{after}"

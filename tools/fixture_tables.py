@@ -12,6 +12,7 @@ from itertools import chain
 from pathlib import Path
 
 from pytest_qvl.options import SETTINGS
+from pytest_qvl.outputs import between_marks
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "pytest_qvl" / "fixtures.py"
@@ -111,11 +112,8 @@ def written(page: str, source: str) -> str:
     Raises:
         ValueError: The page has no place for it.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page has no place for the fixtures: write {BEGIN} and {END} there")
-    return f"{before}{BEGIN}\n\n{block(source)}\n\n{END}{after}"
+    missing = f"the page has no place for the fixtures: write {BEGIN} and {END} there"
+    return between_marks(page, BEGIN, END, f"\n\n{block(source)}\n\n", missing=missing)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fixtures"))
 from nf4_by_group import CONDITIONS, GATES, LANGUAGE, LINEAR_ATTENTION, ONLY, REST, TOGETHER, Size, sizes, units
 
 from pytest_qvl.models.sources.released import released_config
+from pytest_qvl.outputs import between_marks
 from pytest_qvl.records.flips import sign_test
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -494,11 +495,8 @@ def written(card: str, record: Record) -> str:
     Raises:
         ValueError: The card has no place for it.
     """
-    before, begin, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the card has no place for accuracies: write {BEGIN} and {END} there")
-    return f"{before}{BEGIN}\n\n{card_block(record)}\n{END}{after}"
+    missing = f"the card has no place for accuracies: write {BEGIN} and {END} there"
+    return between_marks(card, BEGIN, END, f"\n\n{card_block(record)}\n", missing=missing)
 
 
 def all_sizes() -> dict[str, dict[str, Size]]:

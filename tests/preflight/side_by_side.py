@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from preflight_corpus import BROKEN, HEALTHY, Case, Workshop
 
+from pytest_qvl.outputs import between_marks
 from pytest_qvl.preflight import preflight
 from pytest_qvl.releases import stack
 
@@ -132,8 +133,8 @@ def main() -> int:
         print(text)
         return 0
     page = options.docs.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    options.docs.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    missing = f"{options.docs} has no place for the table: write {BEGIN} and {END} there"
+    options.docs.write_text(between_marks(page, BEGIN, END, f"\n{text}\n", missing=missing), encoding="utf-8")
     return 0
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.outputs import between_marks
 from pytest_qvl.vram.forecast.validation.records import digest, read_record
 from pytest_qvl.vram.forecast.validation.trainers.cases import MEASURED, PREDICTED
 from pytest_qvl.vram.units import MiB
@@ -152,11 +153,8 @@ def replaced(page: str, text: str) -> str:
     Raises:
         ValueError: The page lacks a mark.
     """
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the page lacks the marks {BEGIN!r} and {END!r}, between which the table goes")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+    missing = f"the page lacks the marks {BEGIN!r} and {END!r}, between which the table goes"
+    return between_marks(page, BEGIN, END, f"\n\n{text}\n", missing=missing)
 
 
 def main(arguments: list[str]) -> int:
