@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.bitwise import differs
-from pytest_qvl.checks.support.generation_settings import Asked, asked_of, at_random, drawn, spoiling, unusual
+from pytest_qvl.checks.support.generation_settings import (
+    OF_THE_DRAW,
+    Asked,
+    asked_of,
+    at_random,
+    drawn,
+    spoiling,
+    unusual,
+)
 from pytest_qvl.checks.support.greedy import STEPS, note_own_defaults, stop_ids
 from pytest_qvl.checks.support.scoring import chunks
 from pytest_qvl.checks.support.wording import some
@@ -50,7 +58,8 @@ def generation_as_found(
       (docs/limits.md#generation-as-found), except in families whose releases sample.
     - *Its effect.* Samples that argmax answers right, with a nat between each token and the next best, must be
       answered the same by ``generate()`` as found; beams, penalties and biases are seen so. A repetition penalty of
-      1.05 at most, as released checkpoints have it, is granted to both.
+      1.05 at most, as released checkpoints have it, is granted to both. Where replies are drawn at random, the draw
+      alone is left out: what penalties and biases make of the logits must still have the answer as its argmax.
     - *Padding.* A processor that pads rows of unequal length on the right lets generation go on behind the padding.
 
     Args:
@@ -210,14 +219,20 @@ def _judge_effect(judge: Judge, parts: Parts, processor: Any, asked: Sequence[As
     sure = [each for row, each in enumerate(asked) if sound.sure_of(row, each.answer)]
     judge.report("answers that argmax is sure of", len(sure))
     config = parts.base.generation_config
-    if not sure or drawn(config):
-        why = "replies are drawn at random" if sure else "argmax gives none of the answers for sure"
-        judge.note(f"{why}: what the generation config does to them is not judged")
+    if not sure:
+        judge.note("argmax gives none of the answers for sure: what the generation config does to them is not judged")
         return
     inputs = make_batch(processor, [each.sample for each in sure], device=parts.device)
     limit = max(len(each.answer) for each in sure)
     plain = copy.deepcopy(config)
     plain.max_new_tokens, plain.num_return_sequences, plain.return_dict_in_generate = limit, 1, False
+    if drawn(config):
+        judge.note(
+            "replies are drawn at random: what the rest of the generation config does to them is judged by argmax"
+        )
+        plain.do_sample = False
+        for name in OF_THE_DRAW:
+            setattr(plain, name, None)
     generate: Any = parts.wrapped.generate
     needed = {"tokenizer": processor.tokenizer} if plain.stop_strings else {}
     with preserved(parts.wrapped, seed=0):

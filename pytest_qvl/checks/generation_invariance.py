@@ -9,6 +9,8 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.greedy import STEPS, Reply, greedy, stop_ids
 from pytest_qvl.checks.support.noise_floor import NoiseFloor
 from pytest_qvl.checks.support.own_rounding import HeldLogits, own_response
+from pytest_qvl.checks.support.placeholders import attended
+from pytest_qvl.checks.support.position_comparison import AloneAgainstBatch, ids_of_row
 from pytest_qvl.checks.support.reference import Reference, floor_of
 from pytest_qvl.checks.support.reply_logits import (
     HeldReplies,
@@ -20,6 +22,7 @@ from pytest_qvl.checks.support.scoring import without_labels
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.state import preserved
+from pytest_qvl.models.taps import tapped
 from pytest_qvl.samples import Sample, make_batch
 
 if TYPE_CHECKING:
@@ -43,8 +46,10 @@ def generation_batch_invariance(
     different tokens; what comes after has different inputs. Each may differ by the limit of the noise floor at most
     (:meth:`pytest_qvl.checks.support.noise_floor.NoiseFloor.limit_for`), or of the sample's own rounding alone where it
     is beyond that (docs/limits.md#own-rounding), so a different token is healthy exactly when the two candidates were
-    that close. Tokens that stand for vision are not chosen. The classic defect leaves the first step right and the
-    later ones wrong: text positions of padded rows while decoding (huggingface/transformers#40136, 4.54.0 to 4.56.2).
+    that close. The position ids of each token and step are integers and have to be the same, up to a constant per row:
+    wrong ones may move the logits of a short row by less than rounding does. Tokens that stand for vision are not
+    chosen. The classic defect leaves the first step right and the later ones wrong: text positions of padded rows while
+    decoding (huggingface/transformers#40136, 4.54.0 to 4.56.2).
 
     Args:
         model: Wrapped or not.
@@ -55,10 +60,11 @@ def generation_batch_invariance(
         max_new_tokens: At most so many per reply.
 
     Returns:
-        Evidence with the largest difference and the number of replies that diverged within the noise.
+        Evidence with the largest difference, the number of replies that diverged within the noise, and that of position
+        ids that differ.
 
     Raises:
-        CheckFailed: A logit differs by more than the limit.
+        CheckFailed: A logit differs by more than the limit, or a position id differs.
         CannotJudge: All rows have the same length, so that none is padded.
         ValueError: The floor was measured in another dtype.
     """
@@ -70,23 +76,25 @@ def generation_batch_invariance(
     judge = Judge("generation_batch_invariance", "alone and in a left-padded batch a sample gets the same reply")
     # A placeholder without an image would make a plain forward refuse the reply.
     generate = partial(greedy, model, max_new_tokens=max_new_tokens, keep_logits=True, suppress=parts.vision_token_ids)
-    together = generate(batch)
+    with tapped(parts) as tap:
+        together = generate(batch)
     names = [f"sample {sample.id!r}" for sample in samples]
     if not judge_finite_logits(judge, parts, list(zip(names, together, strict=True)), batch):
         return judge.verdict()
-    replies = HeldReplies(HeldLogits(floor))
-    for sample, name, reply in zip(samples, names, together, strict=True):
+    replies, positions, mask = HeldReplies(HeldLogits(floor)), AloneAgainstBatch(), attended(batch).cpu()
+    for row, (sample, name, reply) in enumerate(zip(samples, names, together, strict=True)):
         single = make_batch(processor, [sample], device=parts.device)
-        [alone] = generate(single)
+        with tapped(parts) as tap_alone:
+            [alone] = generate(single)
+        ids = ids_of_row(tap_alone.language, attended(single).cpu(), 0)
+        positions.take(name, int(mask[row].sum()), ids_of_row(tap.language, mask, row), ids)
         if not judge_finite_logits(judge, parts, [(f"{name} alone", alone)], single):
             return judge.verdict()
         forced = partial(_forced_logits, parts, single, [alone])
         replies.take(name, reply, alone, partial(own_response, parts, forced, tower=True))
-    replies.judge(
-        judge,
-        "alone against batch",
-        "a reply depends on the rows beside it: look at positions and mask of padded rows, and at decoding",
-    )
+    hint = "a reply depends on the rows beside it: look at positions and mask of padded rows, and at decoding"
+    replies.judge(judge, "alone against batch", hint)
+    positions.judge(judge, "alone against batch", hint)
     return judge.verdict()
 
 

@@ -15,7 +15,13 @@ from pytest_qvl.checks.batches.facts import facts
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.packing import is_packed, samples_in_rows, tokens_of_samples
-from pytest_qvl.checks.support.placeholders import attended, model_inputs, refuse_positions_in_generation, spans
+from pytest_qvl.checks.support.placeholders import (
+    attended,
+    model_inputs,
+    refuse_positions_in_generation,
+    seconds_per_grid,
+    spans,
+)
 from pytest_qvl.checks.support.position_comparison import PositionComparison
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
@@ -235,7 +241,7 @@ def _expected(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
     if not own:
         return positions
-    known, videos, seconds = facts(parts.base), inputs.get("video_grid_thw"), inputs.get("second_per_grid_ts")
+    known, videos = facts(parts.base), inputs.get("video_grid_thw")
     if videos is not None and known.frames_apart:
         videos = [(1, h, w) for t, h, w in videos.tolist() for _ in range(t)]
     # Each sample on a row of its own; what belongs to others is padding there.
@@ -246,7 +252,7 @@ def _expected(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
         VisionIds(parts.image_token_id, parts.video_token_id),
         parts.merge_size,
         video_grids=videos,
-        seconds_per_grid=None if seconds is None else [float(each) for each in seconds],
+        seconds_per_grid=None if known.tokens_per_second is None else seconds_per_grid(inputs),
         tokens_per_second=known.tokens_per_second,
     )
     for piece, (row, tokens) in enumerate(own):

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -61,6 +62,8 @@ TENSORS = (
     "pixel_values_videos",
     "video_grid_thw",
 )
+# Keys of grids, and of the pixels that they lay out.
+GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
 BATCH_HELP = "make_batch(processor, samples) and the fixture qvl_batch(samples) return one"
 # Verdicts of their own, told by whoever holds the GPU; and what a warning filter made of a warning is no crash.
 _PASSED_ON: tuple[type[Exception], ...] = (CheckFailed, CannotJudge, InputError, MemoryError, Warning)
@@ -228,13 +231,20 @@ def refuse_no_batch(check_name: str, argument: str, batch: Any, *, grids: bool =
                 f"{check_name}: {argument}[{name!r}] is of type {kind(value)} where the model takes a torch.Tensor: "
                 f'ask the processor for return_tensors="pt"; {BATCH_HELP}'
             )
-    made = values.get("image_grid_thw")
-    if grids and made is not None and made.is_floating_point():
-        raise InputError(
-            f"{check_name}: {argument}['image_grid_thw'] is {str(made.dtype).removeprefix('torch.')}, and counts "
-            "frames, rows and columns of patches: cast pixel_values alone, or hand it on as the processor returns it "
-            f"(int64); {BATCH_HELP}"
-        )
+    for name, pixels in GRIDS.items() if grids else ():
+        made = values.get(name)
+        if made is not None and made.is_floating_point():
+            raise InputError(
+                f"{check_name}: {argument}[{name!r}] is {str(made.dtype).removeprefix('torch.')}, and counts "
+                f"frames, rows and columns of patches: cast {pixels} alone, or hand it on as the processor returns it "
+                f"(int64); {BATCH_HELP}"
+            )
+        if made is not None and (made.ndim != 2 or made.shape[1] != 3):
+            raise InputError(
+                f"{check_name}: {argument}[{name!r}] has shape {tuple(made.shape)} where the processor makes a row for "
+                f"each image or video: frames, rows and columns of patches; concatenate them along the first axis; "
+                f"{BATCH_HELP}"
+            )
     ids = values.get("input_ids")
     if ids is None or ids.ndim != 2:
         names = ", ".join(sorted(map(str, values))) or "no names at all"
@@ -283,8 +293,9 @@ def _usable(tensor: torch.Tensor) -> torch.Tensor:
 def _is_model_input(name: str, value: Any) -> bool:
     import torch
 
-    if name == "second_per_grid_ts" and isinstance(value, list | tuple):  # as a processor returns it without tensors
-        return all(isinstance(each, int | float) for each in value)
+    if name == "second_per_grid_ts" and (isinstance(value, list | tuple) or type(value).__name__ == "ndarray"):
+        # As a processor returns it without tensors, or a collator lists it: the model takes one number after another.
+        return all(isinstance(each, Real) or (isinstance(each, torch.Tensor) and each.numel() == 1) for each in value)
     return value is None or isinstance(value, torch.Tensor | bool | int | float)
 
 

@@ -28,7 +28,7 @@ from pytest_qvl.checks.support.placeholders import (
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.state import preserved
-from pytest_qvl.models.taps import tapped
+from pytest_qvl.models.taps import tapped, vision_features
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.checks.support.placeholders import Span
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.taps import VisionCall
 
 
 @check(promise=5, videos=True)
@@ -82,6 +83,10 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     embeddings, as the model does) against what the language backbone received. All visual tokens of the batch must
     differ from one another, or a wrong order would look right: a plain image makes one visual token many times over.
 
+    To the tower a frame of a video is what an image is: its attention, windows and positions end with the frame. Where
+    the batch has videos, the tower runs once more over the same patches, with a grid for each frame, and has to make
+    the same visual tokens, bitwise. What it makes of images is for the checks of images to say.
+
     Where the tower has DeepStack (Qwen3-VL), each of its mergers is held to the vision block that it belongs to, and
     what stands between the first layers of the backbone to the sum of what the layer returned and what the layer's
     merger made, at the placeholders, and to what the layer returned everywhere else.
@@ -92,9 +97,9 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
 
     Raises:
         CheckFailed: Names row and token, and what stands there or is added instead, or the first patch whose pixels
-            are others.
-        CannotJudge: Neither image nor video in the batch, or visual tokens that equal each other
-            (``sample.noise(seed)`` makes images whose visual tokens all differ).
+            are others, or the first visual token of a video that depends on more than its frame.
+        CannotJudge: Neither image nor video in the batch, or visual tokens that equal each other, as those of two
+            equal frames do (``sample.noise(seed)`` and ``clip.noise(seed)`` make some that all differ).
         ValueError: The batch is malformed.
     """
     import torch
@@ -107,6 +112,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
         with tapped(parts) as tap, deepstack_tapped(parts) as deepstack:
             parts.wrapped(**inputs, logits_to_keep=1)
         text = parts.embeddings(ids)
+        _judge_frames_apart(judge, parts, found, tap.vision)
     given = [kind for kind in kinds(parts.image_token_id, parts.video_token_id) if inputs.get(kind.pixels) is not None]
     _judge_pixels(
         judge,
@@ -132,9 +138,12 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
     require_finite(parts, features, "visual tokens", lambda: parts.wrapped(**inputs, logits_to_keep=1))
     distinct = len(torch.unique(bits_of(features), dim=0))
     if distinct < count:
+        if judge.problems:  # what makes them equal may be what was found, such as a frame that is shown twice
+            return judge.verdict()
         raise CannotJudge(
             f"only {distinct} of {count} visual tokens differ from each other in {str(seen.dtype)[6:]}: a "
-            "wrong order could look right; give images with more in them, such as sample.noise(seed)"
+            "wrong order could look right; give images with more in them, such as sample.noise(seed), and videos of "
+            "which no two frames are alike, such as clip.noise(seed)"
         )
     judge.report("visual tokens that differ from each other", distinct)
     right = text.clone(memory_format=torch.contiguous_format)
@@ -187,6 +196,39 @@ def _judge_grids(judge: Judge, given: torch.Tensor, calls: Sequence[torch.Tensor
         frame, (told, grid) = next(((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1]), (0, ("", "")))
         sentence = f"the vision tower lays frame {frame} of the batch out as {told} patches, its grid says {grid}"
     judge.equal("the tower is told the grids of the batch", received == wanted, True, else_say=sentence)
+
+
+def _judge_frames_apart(judge: Judge, parts: Parts, found: Sequence[Span], calls: Sequence[VisionCall]) -> None:
+    """Hold the visual tokens of videos to those that the tower makes of their frames as so many images.
+
+    The same patches in the same order make every operation one of the same shapes, so nothing is rounded otherwise.
+    """
+    first, count, wrong = 0, 0, list[int]()
+    for call in calls:
+        frames = call.grid_thw[:, 0]
+        if bool((frames > 1).any()):
+            apart = call.grid_thw.repeat_interleave(frames, dim=0)
+            apart[:, 0] = 1
+            features = vision_features(parts.vision_tower(call.pixel_values, grid_thw=apart))
+            count += len(call.features)
+            if features.shape != call.features.shape:
+                judge.problem(
+                    f"the vision tower makes {len(call.features)} visual tokens of videos, and {len(features)} of "
+                    "their frames one by one"
+                )
+                return
+            wrong += [first + place for place in differs(features, call.features).nonzero().flatten().tolist()]
+        first += len(call.features)
+    if not count:
+        return
+    sentence = ""
+    if wrong:
+        sentence = (
+            f"the vision tower makes something else of {describe_visual(found, wrong[0])} than of the same frame as an "
+            "image: frames of a video are not kept apart, or are laid out otherwise (bounds of attention, windows or "
+            f"rotary positions of the tower); {len(wrong)} of {count} visual tokens differ"
+        )
+    judge.equal("visual tokens of videos that depend on more than their frame", len(wrong), 0, else_say=sentence)
 
 
 def _frames(grids: Sequence[torch.Tensor]) -> list[str]:

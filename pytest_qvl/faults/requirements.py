@@ -9,6 +9,7 @@ from pytest_qvl.checks.support.golden_data import GOLDEN_FILE
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.layers import family_of, language_layers
+from pytest_qvl.models.state import preserved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -24,11 +25,15 @@ Requirement = Literal[
     "axes in runs",
     "DeepStack",
     "linear attention",
+    "attention in every layer",
+    "silence without type ids",
+    "greedy releases",
     "norms of q and k",
     "checkpoint file",
     "golden record",
     "biases of q, k and v",
     "CLIP's normalisation",
+    "tower's input embeddings",
     "time of videos",
     "times in words",
     "CPU",
@@ -76,6 +81,23 @@ def _linear_attention(case: Case) -> bool:
     return any(not layer.attends for layer in language_layers(anatomy(case.model)))
 
 
+def _silent_without_type_ids(case: Case) -> bool:
+    import torch
+
+    batch = case.batch()
+    batch.pop("mm_token_type_ids", None)
+    try:
+        with preserved(case.model, training=False), torch.no_grad():
+            case.model(**batch, logits_to_keep=1)
+    except ValueError as error:
+        return "mm_token_type_ids" not in str(error)
+    return True
+
+
+def _greedy_releases(case: Case) -> bool:
+    return not family_of(anatomy(case.model)).samples
+
+
 def _head_norms(case: Case) -> bool:
     return any(layer.head_norms for layer in language_layers(anatomy(case.model)))
 
@@ -92,6 +114,16 @@ def _golden_record(case: Case) -> bool:
 def _attention_biases(case: Case) -> bool:
     attending = (layer for layer in language_layers(anatomy(case.model)) if layer.attends)
     return next(attending).inputs[0].bias is not None
+
+
+def _tower_inputs(case: Case) -> bool:
+    """Whether Transformers finds the patch embedding where it looks for what to hook."""
+    parts = anatomy(case.model)
+    tower: Any = parts.vision_tower
+    try:
+        return tower.get_input_embeddings() is parts.patch_embed
+    except NotImplementedError:
+        return False
 
 
 def _clip(case: Case) -> bool:
@@ -125,10 +157,23 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     ),
     "DeepStack": (_deepstack, "needs DeepStack and learned positions in the tower: only Qwen3-VL has them"),
     "linear attention": (_linear_attention, "needs layers of linear attention: only Qwen3.5 has them"),
+    "attention in every layer": (
+        lambda case: not _linear_attention(case),
+        "needs attention in every layer: linear attention does not part samples that are packed by positions alone",
+    ),
+    "silence without type ids": (
+        _silent_without_type_ids,
+        "needs a model that lays out 1-D positions without mm_token_type_ids: this one's forward raises",
+    ),
+    "greedy releases": (_greedy_releases, "needs releases that answer by argmax: this family's draw replies at random"),
     "norms of q and k": (_head_norms, "needs norms of queries and keys: attention has them from Qwen3 on"),
     "checkpoint file": (_checkpoint_file, "needs a checkpoint in one file on disk, to make a damaged copy of"),
     "biases of q, k and v": (_attention_biases, "needs biases of q, k and v: this family's attention has none"),
     "CLIP's normalisation": (_clip, "needs CLIP's mean and deviation: this family's are 0.5"),
+    "tower's input embeddings": (
+        _tower_inputs,
+        "needs a patch embedding that Transformers takes for the tower's input embeddings: it hooks no other one",
+    ),
     "time of videos": (_time, "needs videos laid out by seconds: only Qwen2.5-VL lays them out so"),
     "times in words": (
         _words,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pytest_qvl.faults.case import Case
+    from pytest_qvl.models.anatomy import Parts
 
 _ABSENT = object()
 
@@ -65,6 +66,14 @@ def after(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[No
     """Run ``hook(module, args, output) -> output | None`` after each of the modules."""
     with _removed([module.register_forward_hook(hook) for module in modules]):
         yield
+
+
+def name_of(parts: Parts, module: Any) -> str:
+    """The dotted name in the base model of one of its modules, or of what PEFT has put in its place."""
+    from pytest_qvl.models.adapters import base_modules, original_module
+
+    own = original_module(module)
+    return next(name for name, each in base_modules(parts).items() if each is own)
 
 
 @contextmanager

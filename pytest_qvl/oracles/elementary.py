@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu")
-# The steepest of them is GELU, where its second derivative is 0, at sqrt(2): 1.1290; 1.1 for those of a sigmoid.
-STEEPEST = 1.13
 
 
 def linear(
@@ -53,36 +51,6 @@ def linear(
     if result not in (None, dtype):
         limit = limit + unit(result) * product.abs() + underflow(result)
     return Claim(product, limit)
-
-
-def linear_behind(before: Claim, weight: torch.Tensor, bias: torch.Tensor | None) -> Claim:
-    """:func:`linear`, in the dtype of the weight, of an input that is known to its own limit only.
-
-    Limit: that of the product at the input's value; what the input is off by times the weights' sizes; of its share in
-    the sums and roundings as much again as :func:`linear` takes.
-    """
-    import torch
-
-    at, sizes = linear(before.value, weight, bias, weight.dtype), weight.float().abs()
-    spread = before.limit @ sizes.T
-    lengths = torch.linalg.vector_norm(before.limit, dim=-1)[:, None] * torch.linalg.vector_norm(sizes, dim=-1)
-    more = (1 + 2 * unit(weight.dtype)) * spread + 2 * summed(weight.shape[1]) * lengths
-    return Claim(at.value, at.limit + more)
-
-
-def activation_behind(name: str, before: Claim, dtype: torch.dtype) -> Claim:
-    """:func:`activation` of an input that is known to its own limit only, rounded to `dtype` once.
-
-    Limit: :data:`STEEPEST` times that of the input; one rounding; the function's last places, as of what may have
-    gone in.
-    """
-    value = activation(name, before.value).value
-    spread = STEEPEST * before.limit
-    steps = 2 if name == "quick_gelu" else 1
-    size = before.value.abs() + before.limit
-    slope = 2 * 1.702 / 4 * size.square() * unit(dtype) if steps > 1 else 0.0
-    limit = spread + steps * unit(dtype) * (value.abs() + spread) + 2 * FUNCTION * SINGLE * size + slope
-    return Claim(value, limit + underflow(dtype))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:
@@ -142,8 +110,8 @@ def layer_norm(
     return Claim(value, torch.add(limit, underflow(dtype)))
 
 
-def activation(name: str, x: torch.Tensor) -> Claim:
-    """One of :data:`ACTIVATIONS` of x (``gelu`` is the exact one), rounded to the dtype of x once.
+def activation(name: str, x: torch.Tensor, dtype: torch.dtype | None = None) -> Claim:
+    """One of :data:`ACTIVATIONS` of x (``gelu`` is the exact one), rounded once to `dtype`, that of x if not given.
 
     All are x times a gate between 0 and 1 (Hendrycks and Gimpel 2016); a kernel's function is off by
     :data:`~.bounds.FUNCTION` last places of the gate's largest value, 1, twice with the oracle's own.
@@ -153,7 +121,7 @@ def activation(name: str, x: torch.Tensor) -> Claim:
     """
     import torch
 
-    single = x.float()
+    single, dtype = x.float(), dtype or x.dtype
     tanh_of = math.sqrt(2 / math.pi) * (single + 0.044715 * single**3)
     gates = {
         "silu": lambda: torch.sigmoid(single),
@@ -162,12 +130,12 @@ def activation(name: str, x: torch.Tensor) -> Claim:
         "quick_gelu": lambda: torch.sigmoid(1.702 * single),
     }
     value = single * gates[name]()
-    # quick_gelu is written in the dtype of x: its argument, the gate and the product are rounded; a gate's slope is
+    # quick_gelu is written in that dtype: its argument, the gate and the product are rounded; a gate's slope is
     # 1 / 4 at most.
     steps = 2 if name == "quick_gelu" else 1
-    slope = 2 * 1.702 / 4 * single.square() * unit(x.dtype) if steps > 1 else 0.0
-    limit = steps * unit(x.dtype) * value.abs() + 2 * FUNCTION * SINGLE * single.abs() + slope
-    return Claim(value, limit + underflow(x.dtype))
+    slope = 2 * 1.702 / 4 * single.square() * unit(dtype) if steps > 1 else 0.0
+    limit = steps * unit(dtype) * value.abs() + 2 * FUNCTION * SINGLE * single.abs() + slope
+    return Claim(value, limit + underflow(dtype))
 
 
 def gated(name: str, gate: torch.Tensor, up: torch.Tensor) -> Claim:

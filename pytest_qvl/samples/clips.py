@@ -8,12 +8,13 @@ video processor makes of your own data is for :func:`pytest_qvl.checks.batch` to
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pytest_qvl.evidence import InputError
-from pytest_qvl.samples.batch import prompt_of, turn
+from pytest_qvl.samples.batch import prompt_of, reserved_token, turn
 from pytest_qvl.samples.drawing import COLOURS, Scene, random_background, random_thing
 
 if TYPE_CHECKING:
@@ -72,8 +73,13 @@ def scene_clips(seed: int, *, cell: int, frames: int = 2) -> list[Clip]:
     Args:
         seed: Which scenes.
         cell: Pixels per side of a cell; frames have 4 x 3 cells and 3 x 4.
-        frames: For which each scene is shown: those of a temporal patch.
+        frames: For which each scene is shown: those of a temporal patch; at least 1.
+
+    Raises:
+        ValueError: `frames` below 1.
     """
+    if frames < 1:
+        raise InputError(f"scene_clips: frames must be at least 1, got {frames}")
     rng = random.Random(f"clips {seed}")
     made: list[Clip] = []
     for steps, (columns, rows) in zip(_STEPS, ((4, 3), (3, 4)), strict=True):
@@ -114,12 +120,20 @@ def clip_batch(
         ``second_per_grid_ts`` (videos,) float32; where the processor makes it ``mm_token_type_ids`` (clips, length).
 
     Raises:
-        ValueError: No clips, or frames of several sizes.
+        ValueError: No clips, another `time`, frames of several sizes, seconds that are not above 0, or a question that
+            holds a special token of the chat template.
     """
     import torch
 
     if not clips:
         raise InputError("clip_batch needs at least one clip")
+    if time not in get_args(VideoTime):
+        raise InputError(f"clip_batch: time is {time!r}, expected one of {', '.join(map(repr, get_args(VideoTime)))}")
+    for clip in clips:
+        if token := reserved_token(clip.question):
+            raise InputError(f"the question {clip.question!r} holds {token}; the chat template writes that token")
+        if not 0 < clip.seconds < math.inf:
+            raise InputError(f"the clip {clip.question!r} has {clip.seconds} seconds from one patch to the next")
     frames = int(processor.image_processor.temporal_patch_size)
     images = [_patches(processor, [image], 1) for clip in clips for image in clip.images]
     videos = [_patches(processor, clip.frames, frames) for clip in clips if clip.frames]

@@ -17,13 +17,17 @@ from pytest_qvl.checks.generation_invariance import generation_batch_invariance,
 from pytest_qvl.checks.positions import decode_positions
 from pytest_qvl.checks.support.greedy import Reply, greedy
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
-from pytest_qvl.checks.support.noise_floor import noise_floor
+from pytest_qvl.checks.support.noise_floor import NoiseFloor, noise_floor
 from pytest_qvl.checks.support.placeholders import refuse_positions_in_generation
+from pytest_qvl.checks.support.position_comparison import AloneAgainstBatch, ids_of_row
 from pytest_qvl.checks.support.reference import Reference, record_reference
 from pytest_qvl.checks.support.scoring import text_of
-from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
+from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence, Judge
+from pytest_qvl.faults.case import Case, apply
+from pytest_qvl.faults.matrix.random_models import random_config
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.models.taps import positions_changed
 from pytest_qvl.samples import make_batch, scenes
 
@@ -215,6 +219,48 @@ def test_positions_of_padded_rows_while_decoding(
     assert "step 1" in said or "step 2" in said
     assert "where the noise floor is" in said
     assert "positions and mask of padded rows" in said
+
+
+@pytest.fixture(scope="module")
+def faint(processor: Any) -> tuple[Any, NoiseFloor]:
+    """Random weights and the frequencies of a release, with which positions move the logits of a short row little."""
+    config = random_config("qwen2_5_vl", layers=2, blocks=1, vision={"fullatt_block_indexes": [0]})
+    text = config.get_text_config()
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim, text.rope_theta = 1, 1, 128, 1e6
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text.rope_parameters, text.rope_scaling = rope, {**rope, "type": "mrope"}
+    model = build_synthetic(config, None, "cpu", torch.bfloat16)
+    return model, noise_floor(model, processor, ONE_EACH[:3])
+
+
+def test_positions_alone_are_held_where_logits_tell_nothing(faint: Any, processor: Any) -> None:
+    model, floor = faint
+    samples = [*ONE_EACH[:2], next(sample for sample in ONE_EACH if not sample.images)]
+    healthy = generation_batch_invariance(model, processor, samples, floor, max_new_tokens=3)
+    assert figure(healthy, "alone against batch: position ids that differ") == 0
+
+    unused: Any = None
+    case = Case(model, processor, unused, unused, samples, samples, unused, unused)
+    with apply("text-alone-decodes-on-one-axis", case):
+        said = fails(generation_batch_invariance, model, processor, samples, floor, max_new_tokens=3)
+    assert said.startswith("alone against batch: positions differ in 1 of 3 samples: sample 'text-")
+    assert ", decode step 1: h is 0 alone and " in said
+    assert "logits differ" not in said
+
+
+def test_a_row_may_count_from_another_number_alone(faint: Any, processor: Any) -> None:
+    model, floor = faint
+    with positions_changed(anatomy(model), lambda p: p + 16 if p.shape[1] == 1 else p):
+        evidence = generation_batch_invariance(model, processor, ONE_EACH[:3], floor, max_new_tokens=3)
+    assert figure(evidence, "alone against batch: position ids that differ") == 0
+
+
+def test_positions_that_nobody_sees_are_said_not_to_be_compared() -> None:
+    judge, positions = Judge("generation_batch_invariance", ""), AloneAgainstBatch()
+    positions.take("sample 'a'", 3, ids_of_row([], torch.ones(1, 3, dtype=torch.bool), 0), torch.zeros(3, 4))
+    positions.judge(judge, "alone against batch", "")
+    assert not judge.figures
+    assert judge.notes[0].startswith("positions of sample 'a' were not compared: the model bypasses ")
 
 
 def test_rounding_of_replies_that_moves_them_further_than_the_floor_is_no_alarm(

@@ -176,6 +176,19 @@ def test_a_family_that_samples_as_released_is_not_judged_for_it(model: Any, judg
         assert any("replies are drawn at random" in note for note in judged().notes)
 
 
+@pytest.mark.parametrize("settings", [{"sequence_bias": -30.0}, {"num_beams": 4, "length_penalty": 30.0}], ids=repr)
+def test_where_replies_are_drawn_argmax_judges_the_rest(
+    model: Any, processor: Any, judged: Any, settings: dict[str, Any]
+) -> None:
+    released = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.0}
+    if "sequence_bias" in settings:
+        settings = {"sequence_bias": [[processor.tokenizer(END)["input_ids"], settings["sequence_bias"]]]}
+    with configured(model, **released | settings), attribute(anatomy(model).config, "model_type", "qwen3_vl"):
+        said = says(judged)
+    assert "generate() as found loses " in said
+    assert f"{next(iter(settings))}=" in said
+
+
 def test_rows_padded_on_the_right(model: Any, processor: Any, judged: Any) -> None:
     processor.tokenizer.padding_side = "right"
     try:

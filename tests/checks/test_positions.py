@@ -81,6 +81,8 @@ def test_pictures_are_dealt_out_over_rows_in_reading_order() -> None:
         (2.0, 25.0, [0, 50, 100], 101),  # the example in Transformers' own documentation
         (0.5, 2.0, [0, 1, 2], 3),  # truncated to whole seconds, time would stand still (transformers#48669)
         (0.3, 2.0, [0, 0, 1], 2),
+        (0.5 - 2**-27, 2.0, [0, 1, 2], 3),  # a float32 half, as far as float32 tells
+        (0.5 - 2**-25, 2.0, [0, 0, 1], 2),  # the float32 below it
         (1.0, None, [0, 1, 2], 3),  # Qwen2-VL counts temporal patches
     ],
 )
@@ -102,6 +104,18 @@ def test_video_time_is_absolute(
     assert t == [time for time in temporal for _ in range(4)] + [following]
     assert h == [0, 0, 1, 1] * 3 + [following]
     assert w == [0, 1, 0, 1] * 3 + [following]
+
+
+@pytest.mark.parametrize("fps", [25, 1.2, 24, 2 / 0.7, 29.97, 3.75])
+@pytest.mark.parametrize("listed", [False, True])
+def test_video_time_at_any_frame_rate(fps: float, listed: bool) -> None:
+    """Whole seconds are whole: 0.08 s in float32 are less, and 25 of them two seconds (Transformers from 5.18 on)."""
+    seconds: Any = 2 / fps if listed else torch.tensor(2 / fps)
+    ids = torch.tensor([[VIDEO] * 60])
+    ours = mrope_oracle(
+        ids, None, None, IDS, 2, video_grids=[(60, 2, 2)], seconds_per_grid=[float(seconds)], tokens_per_second=2.0
+    )
+    assert ours[0, 0].tolist() == (torch.arange(60) * (2 * seconds)).long().tolist()
 
 
 @pytest.mark.parametrize(

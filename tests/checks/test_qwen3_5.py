@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_qvl.checks import (
     CannotJudge,
@@ -21,17 +23,19 @@ from pytest_qvl.checks import (
     weights_as_stored,
 )
 from pytest_qvl.checks.support import packing
+from pytest_qvl.checks.support.layers.mixers import CHUNKS, RUNS
 from pytest_qvl.checks.support.noise_floor import noise_floor
 from pytest_qvl.checks.support.packing import pack
 from pytest_qvl.faults.case import Case, apply, load, lora_config
 from pytest_qvl.faults.catalogue import catalogue, find
-from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
+from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_config, random_model
 from pytest_qvl.faults.subject import embedded
 from pytest_qvl.faults.tools import after, attribute, values
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.layers import language_layers, rope_of
 from pytest_qvl.models.mixer_kernels import mixer_kernels
 from pytest_qvl.models.quantized import usual_quantization
+from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.releases import is_before
 from pytest_qvl.samples import scenes
 
@@ -77,6 +81,58 @@ def test_a_healthy_model_passes_and_nothing_is_left_out(case: Case) -> None:
     assert operations >= {"attention", "key-value cache", "rotary embedding", "norm", "4-bit product", "LoRA"}
     assert operations >= {"gated delta rule", "gated norm"}
     assert evidence.notes == ()
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Most bytes alive at once, of storages that operations create."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._live: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage())._cdata not in self._live:
+                self._live[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._forget, storage._cdata)
+        return out
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._live.pop(key)
+
+
+def _most_bytes(layers: int, processor: Any) -> tuple[int, int, int]:
+    """Of the check, of generation alone, and of the states of a layer: one in float64, sixteen in float32."""
+    from peft import get_peft_model
+
+    config, unrecorded = random_config("qwen3_5", layers=layers), cast("Any", None)
+    text = config.get_text_config()
+    rows, policy = scenes(3, 1, ["list", "text"]), QuantizationPolicy(compute_dtype="float32")
+    with attribute(processor.image_processor, "patch_size", config.vision_config.patch_size):
+        model = get_peft_model(build_synthetic(config, None, "cpu", torch.float32), lora_config()).eval()
+        case = Case(model, processor, lora_config(), policy, rows, rows, unrecorded, load, embedded("float32"))
+        batch = case.batch()
+        with _LiveBytes() as alone, torch.no_grad():
+            model.generate(**batch, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+        with _LiveBytes() as judged:
+            _judge(case)
+    heads = text.linear_num_value_heads * text.linear_key_head_dim * text.linear_value_head_dim
+    return judged.peak, alone.peak, len(batch["input_ids"]) * heads * (8 + RUNS * len(CHUNKS) * 4)
+
+
+@pytest.mark.slow
+def test_a_layer_more_takes_its_states_and_nothing_of_every_token(processor: Any) -> None:
+    """Of a model of 24 such layers, what is kept of each counts, and not what one takes while it is judged.
+
+    Three layers more are two of linear attention, and one whose keys and values are small beside the states.
+    """
+    few, many = _most_bytes(3, processor), _most_bytes(6, processor)
+    states, generation = few[2], many[1] - few[1]
+    assert many[0] - few[0] <= 2 * states + generation
 
 
 def test_the_evidence_says_what_computed_linear_attention(case: Case) -> None:

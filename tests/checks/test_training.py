@@ -18,6 +18,8 @@ from pytest_qvl.checks.support.descent import Move, descent
 from pytest_qvl.checks.support.teaching import WRONG_RANK, with_wrong_labels
 from pytest_qvl.checks.training import training_step
 from pytest_qvl.evidence import CannotJudge, CheckFailed, Evidence
+from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
+from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import TransformersBackend, remove_vision_grad_hooks
@@ -557,6 +559,26 @@ def test_every_hook_of_kbit_preparation_is_counted(fresh_model: Any, batch: Any,
     )
     assert remove_vision_grad_hooks(anatomy(model).patch_embed) == 1
     assert vision_not_backpropagated(model, batch, gradient_checkpointing=True).ok
+
+
+@pytest.mark.parametrize("family", RANDOM_FAMILIES)
+def test_a_hook_on_the_tower_of_any_family_is_seen(family: str, processor: Any) -> None:
+    """By hand: Transformers itself hooks those towers only whose patch embedding it takes for input embeddings."""
+    model = random_model(family, seed=0, dtype=torch.float32, quantization_config=None)
+    with attribute(processor.image_processor, "patch_size", model.config.vision_config.patch_size):
+        pictures = make_batch(processor, scenes(3, 1, ["side", "text"]))
+    assert vision_not_backpropagated(model, pictures, gradient_checkpointing=True).ok
+
+    def make_inputs_require_grads(_module: Any, _args: Any, output: Any) -> None:
+        output.requires_grad_(True)
+
+    patch_embed = anatomy(model).patch_embed
+    patch_embed.register_forward_hook(make_inputs_require_grads)
+    for checkpointing in (False, True):
+        message = refused(vision_not_backpropagated, model, pictures, gradient_checkpointing=checkpointing)
+        assert "make_inputs_require_grads (1)" in message
+    assert remove_vision_grad_hooks(patch_embed) == 1
+    assert vision_not_backpropagated(model, pictures, gradient_checkpointing=True).ok
 
 
 def test_any_way_into_the_tower_is_seen(fresh_model: Any, batch: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +65,10 @@ def test_a_family_without_its_time_of_videos_is_red(pair: tuple[Any, Any]) -> No
     model, batch = pair[0], batch_of(pair)
     if "second_per_grid_ts" not in batch:
         pytest.skip("only Qwen2.5-VL reads seconds")
-    listed = {**batch, "second_per_grid_ts": batch["second_per_grid_ts"].tolist()}
-    assert mrope_positions(model, listed).ok, "a processor that returns no tensors gives a list"
+    seconds = batch["second_per_grid_ts"]
+    for given in (seconds.tolist(), list(seconds), seconds.numpy(), list(seconds.numpy())):
+        evidence = mrope_positions(model, {**batch, "second_per_grid_ts": given})
+        assert not evidence.notes, "whoever collates them, the model reads them"
     core = anatomy(model).core
     own = core.get_rope_index
     core.get_rope_index = lambda *args, **kwargs: own(*args, **{**kwargs, "second_per_grid_ts": None})
@@ -116,10 +119,70 @@ def test_what_is_wrong_between_placeholders_and_videos(pair: tuple[Any, Any]) ->
     if "mm_token_type_ids" in batch:
         types = batch["mm_token_type_ids"].clamp(max=1)
         broken["types"] = ({**batch, "mm_token_type_ids": types}, "mm_token_type_ids is 1: the types are wrong")
+    if "second_per_grid_ts" in batch:
+        for seconds in ([1.0], [1.0, 2.0, 3.0], [1.0, 0.0]):
+            broken[str(seconds)] = ({**batch, "second_per_grid_ts": seconds}, f"second_per_grid_ts are {seconds} for 2")
     for name, (given, words) in broken.items():
         assert any(words in problem for problem in validate_batch(model, given)), name
-        with pytest.raises((CheckFailed, InputError), match=words):
-            feature_scatter(model, given)
+        for check in CHECKS:
+            with pytest.raises((CheckFailed, InputError), match=re.escape(words)):
+                check(model, given)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda grids: grids.float(), "is float32, and counts"),
+        (lambda grids: grids[None], r"has shape (1, 2, 3) where the processor makes a row for each image or video"),
+        (lambda grids: grids[0], "has shape (3,)"),
+    ],
+)
+def test_grids_that_are_none(pair: tuple[Any, Any], change: Any, words: str) -> None:
+    batch = batch_of(pair)
+    batch["video_grid_thw"] = change(batch["video_grid_thw"])
+    for check in (*CHECKS, decode_positions):
+        with pytest.raises(InputError, match=re.escape(f"{check.__name__}: batch['video_grid_thw'] {words}")):
+            check(pair[0], batch)
+
+
+def test_a_frame_is_to_the_tower_what_an_image_is(pair: tuple[Any, Any]) -> None:
+    """Nothing but the grid of a video tells the tower that frames belong together: positions that go on are seen."""
+    model, batch = pair[0], batch_of(pair)
+    parts = anatomy(model)
+    figure = "visual tokens of videos that depend on more than their frame"
+    assert figure in {each.name for each in feature_scatter(model, batch).figures}
+    images = [Clip(clip.frames[:1], (), "What?", "red") for clip in scene_clips(0, cell=CELL)[:2]]
+    judged = feature_scatter(model, batch_of(pair, clips=[clip.noise(0) for clip in images]))
+    assert figure not in {each.name for each in judged.figures}
+    own = type(parts.vision_tower).forward
+
+    def onward(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        grids = kwargs.pop("grid_thw") if "grid_thw" in kwargs else args[0]
+        joined = torch.stack([torch.ones_like(grids[:, 0]), grids[:, 0] * grids[:, 1], grids[:, 2]], dim=1)
+        return own(parts.vision_tower, hidden, grid_thw=joined, **kwargs)
+
+    with (
+        attribute(parts.vision_tower, "forward", onward),
+        pytest.raises(CheckFailed, match=r"something else of visual token \d+ of row 0, video"),
+    ):
+        feature_scatter(model, batch)
+
+
+def test_two_equal_frames_are_not_judged_and_hide_no_finding(pair: tuple[Any, Any]) -> None:
+    model = pair[0]
+    clip = scene_clips(0, cell=CELL)[0].noise(0)
+    still = batch_of(pair, clips=[replace(clip, frames=clip.frames[:1] * 4)])
+    with pytest.raises(CannotJudge, match=r"which no two frames are alike, such as clip\.noise\(seed\)"):
+        feature_scatter(model, still)
+    core = anatomy(model).core
+    own = core.get_video_features
+
+    def first_only(pixels: torch.Tensor, grids: torch.Tensor, **kwargs: Any) -> Any:
+        frame = int(grids[0, 1:].prod())
+        return own(torch.cat([pixels[:frame], pixels[:frame], pixels[2 * frame :]]), grids, **kwargs)
+
+    with attribute(core, "get_video_features", first_only), pytest.raises(CheckFailed, match="receives other pixels"):
+        feature_scatter(model, batch_of(pair, clips=[clip]))
 
 
 def test_a_check_of_images_says_so(pair: tuple[Any, Any]) -> None:
@@ -142,6 +205,23 @@ def test_frames_are_joined_two_by_two() -> None:
         clip_batch(processor, [Clip((), (frames[0], frames[0].resize((56, 56))), "What?", "red")], time="patches")
     with pytest.raises(InputError, match="at least one clip"):
         clip_batch(processor, [], time="patches")
+
+
+@pytest.mark.parametrize(
+    ("clip", "time", "words"),
+    [
+        ({}, "frames", "time is 'frames', expected one of 'patches', 'seconds', 'words'"),
+        ({"question": "What <|video_pad|>?"}, "patches", r"holds <\|video_pad\|>; the chat template writes"),
+        ({"seconds": 0.0}, "seconds", r"has 0\.0 seconds from one patch to the next"),
+        ({"seconds": float("nan")}, "seconds", "has nan seconds"),
+    ],
+)
+def test_a_clip_that_makes_no_batch(processor: Any, clip: dict[str, Any], time: Any, words: str) -> None:
+    given = Clip((), (Image.new("RGB", (112, 56)),), "What?", "red")
+    with pytest.raises(InputError, match=words):
+        clip_batch(processor, [replace(given, **clip)], time=time)
+    with pytest.raises(InputError, match="frames must be at least 1, got 0"):
+        scene_clips(0, cell=CELL, frames=0)
 
 
 @pytest.mark.skipif(not has_torchvision(), reason="needs torchvision: the video processors of Transformers do")

@@ -8,6 +8,7 @@ import pytest
 
 from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.catalogue import find
+from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
 from pytest_qvl.faults.matrix.work import Plan, Task, _case, do
 from pytest_qvl.faults.sizes import sizes_of
 from pytest_qvl.faults.subject import Subject
@@ -55,6 +56,23 @@ def test_sizes_are_the_models_own(case: Any) -> None:
     sizes = sizes_of(case.model)
     assert (sizes.layers, sizes.language, sizes.vision) == (5, 35, 30)
     assert find("regex-matches-half").words(sizes)[0].startswith("21 modules")
+
+
+@pytest.mark.parametrize("family", RANDOM_FAMILIES)
+def test_counts_and_names_are_the_familys_own(family: str) -> None:
+    import torch
+
+    model = random_model(family, seed=0, dtype=torch.float32, quantization_config=None)
+    sizes, linears = sizes_of(model), {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    first, block = "model.language_model.layers.0.", "model.visual.blocks.0."
+    assert {first + sizes.first_input, first + sizes.first_output} <= linears
+    assert {block + sizes.tower_up, block + sizes.tower_down} <= linears
+    assert f"model.visual.merger.{sizes.merger_last}" in linears
+    later = [
+        n for n in linears if n.startswith("model.language_model.") and not n.startswith((first, first[:-2] + "1."))
+    ]
+    assert sizes.beyond_two_layers == len(later)
+    assert sizes.with_attention == sum(n.endswith(".o_proj") for n in linears)
 
 
 @pytest.mark.parametrize("name", CAUGHT)

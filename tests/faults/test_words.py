@@ -21,7 +21,7 @@ def test_layers_of_the_embedded_model_are_not_counted_in_figures(name: str) -> N
 
 
 def test_words_take_the_sizes_of_the_model_at_hand() -> None:
-    words = ("{language} of {adapter}", "{without_qkv} and {beyond_two_layers}", "in {dtype}", "blocks.3")
+    words = ("{language} of {adapter}", "{behind_inputs} and {beyond_two_layers}", "in {dtype}", "blocks.3")
     assert LARGER.fill(words) == ("196 of 392", "112 and 182", "in float16", "blocks.3")
 
 

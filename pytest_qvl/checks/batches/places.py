@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.packing import TEXT_FIRST, tokens_of_samples
-from pytest_qvl.checks.support.placeholders import visual_tokens
+from pytest_qvl.checks.support.placeholders import seconds_per_grid, visual_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,8 +25,7 @@ def judge_time(view: View, findings: Findings, videos: Layout) -> list[float] | 
     """Seconds between temporal patches of each video, where positions are made of them; None without."""
     if not videos.grids or view.known.tokens_per_second is None:
         return None
-    given = view.batch.get("second_per_grid_ts")
-    seconds = None if given is None else [float(each) for each in given]
+    seconds = seconds_per_grid(view.batch)
     if seconds is not None and len(seconds) == len(videos.grids) and all(each > 0 for each in seconds):
         return seconds
     found = "no second_per_grid_ts" if seconds is None else f"second_per_grid_ts of {seconds}"

@@ -17,6 +17,8 @@ GREEDY_TEMPERATURE = 0.06  # at most so much is argmax in effect (docs/limits.md
 # What the released checkpoints of a family are meant to do; those of the others are greedy in effect. Mixtures of
 # experts are named like their family's dense models ("qwen3_vl_moe").
 SAMPLING_FAMILIES = tuple(name for name, family in FAMILIES.items() if family.samples)
+# Settings of the draw alone; argmax reads none of them, and generate() warns of those that are set without one.
+OF_THE_DRAW = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Settings that change replies in ways that only generating shows, with the values at which they do nothing.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -47,7 +46,9 @@ def mrope_oracle(
     - Text: the same id on all three axes, growing by one per token.
     - Image: one temporal id for all its visual tokens; height and width ids are the token's row and column.
     - Video: as an image, with the temporal id growing per temporal patch: by one (Qwen2-VL), or with
-      absolute time, by ``seconds_per_grid * tokens_per_second``, rounded down each time (Qwen2.5-VL).
+      absolute time, by ``seconds_per_grid * tokens_per_second``, rounded down each time (Qwen2.5-VL). Products are
+      float32, as processors write the seconds: at 25 frames per second a temporal patch lasts 0.08 s, which is a little
+      more than its float32, and the 25th starts at 2 s all the same.
     - Each modality starts at the largest id before it, on any axis, plus one.
 
     Sources: Qwen2-VL, arXiv:2409.12191, section 2.1 "Multimodal Rotary Position Embedding"; Qwen2.5-VL,
@@ -96,14 +97,18 @@ class _Grids:
     ids_per_second: float | None
     used: int = 0
 
-    def take(self, where: str) -> tuple[list[int], float]:
-        """The next grid, and its temporal ids per temporal patch."""
+    def take(self, where: str) -> tuple[list[int], list[int]]:
+        """The next grid, and the temporal id of each temporal patch, from 0."""
+        import torch
+
         if self.used == len(self.grids):
             raise InputError(f"{where}: a placeholder, but all {self.used} {self.kind} grids are used up")
         grid = self.grids[self.used]
         seconds = 1.0 if self.seconds is None else float(self.seconds[self.used])
         self.used += 1
-        return grid, 1.0 if self.ids_per_second is None else seconds * self.ids_per_second
+        step = 1.0 if self.ids_per_second is None else seconds * self.ids_per_second
+        times = torch.arange(grid[0], dtype=torch.float32) * torch.tensor(step, dtype=torch.float32)
+        return grid, [int(time) for time in times.floor()]
 
 
 def _rows(grids: torch.Tensor | Sequence[Sequence[int]] | None) -> list[list[int]]:
@@ -119,7 +124,7 @@ def _row_positions(row: int, tokens: Sequence[int], kinds: Mapping[int, _Grids],
             place, start = place + 1, start + 1
             continue
         where = f"row {row}, token {place} (padding not counted)"
-        (frames, height, width), step = kind.take(where)
+        (frames, height, width), times = kind.take(where)
         size = frames * (height // merge_size) * (width // merge_size)
         if [*tokens[place : place + size]] != [tokens[place]] * size:
             raise InputError(
@@ -130,7 +135,7 @@ def _row_positions(row: int, tokens: Sequence[int], kinds: Mapping[int, _Grids],
         for frame in range(frames):
             for line in range(height // merge_size):
                 for column in range(width // merge_size):
-                    position = (start + math.floor(frame * step), start + line, start + column)
+                    position = (start + times[frame], start + line, start + column)
                     largest = max(largest, *position)
                     yield position
         place, start = place + size, largest + 1

@@ -220,6 +220,7 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
         spans_of_kind, mismatches = _assign(runs, grids, parts.merge_size, noun, first)
         found += spans_of_kind
         problems += mismatches
+    problems += _seconds_problems(parts, batch)
     if attended(batch).shape == ids.shape:
         problems += _hidden_problems(ids, attended(batch), parts, () if problems else dummies(parts, batch, found))
     return found, problems + _type_problems(parts, batch)
@@ -280,6 +281,29 @@ def of_one_colour(pixels: torch.Tensor, channels: int) -> bool:
 def _grids(batch: Mapping[str, Any], kind: Kind) -> list[Grid]:
     grids = batch.get(kind.grids)
     return [] if grids is None else [(t, h, w) for t, h, w in grids.tolist()]
+
+
+def seconds_per_grid(batch: Mapping[str, Any]) -> list[float] | None:
+    """``second_per_grid_ts`` as numbers: of a tensor, or of a list of numbers or tensors; None for none."""
+    given = batch.get("second_per_grid_ts")
+    if given is None:
+        return None
+    one = isinstance(given, int | float) or getattr(given, "ndim", 1) == 0
+    return [float(each) for each in ([given] if one else given)]
+
+
+def _seconds_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
+    """Seconds that are not one number a video, where positions are made of them."""
+    videos = len(_grids(batch, kinds(parts.image_token_id, parts.video_token_id)[1]))
+    seconds = seconds_per_grid(batch)
+    if FAMILIES[parts.config.model_type].video_time != "seconds" or seconds is None or not videos:
+        return []
+    if len(seconds) == videos and all(0 < each < math.inf for each in seconds):
+        return []
+    return [
+        f"second_per_grid_ts are {seconds} for {videos} videos: each needs its seconds from one temporal patch to the "
+        "next (temporal_patch_size / fps), in the order of video_grid_thw; hand on what the processor returns"
+    ]
 
 
 def placeholder_runs(ids: torch.Tensor, placeholder: int) -> list[tuple[int, int, int]]:

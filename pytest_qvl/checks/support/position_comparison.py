@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.packing import samples_in_rows
 from pytest_qvl.checks.support.placeholders import attended, describe, spans
+from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import Judge
 from pytest_qvl.models.quantized import dtype_name
 
@@ -145,6 +146,91 @@ class PositionComparison:
             f"{int((seen != expected).any(0).any(1).sum())} of {seen.shape[1]} rows are wrong"
         )
         return f"{sentence}; generate() needs padding on the left" if side == "right" else sentence
+
+
+@dataclass
+class AloneAgainstBatch:
+    """Position ids of samples alone against those that they have in a batch, at each token and decode step.
+
+    They are integers, so no limit hides any; one constant per sample is allowed.
+
+    Attributes:
+        samples: How many were compared.
+        wrong: How many ids differ.
+        first: The first that does, in words.
+        off: Of how many samples some do.
+        unseen: Samples whose ids could not be compared: the rotary embedding was not called, or with others.
+    """
+
+    samples: int = 0
+    wrong: int = 0
+    first: str = ""
+    off: int = 0
+    unseen: list[str] = field(default_factory=list)
+
+    def take(self, name: str, tokens: int, batch: torch.Tensor | None, alone: torch.Tensor | None) -> None:
+        """Compare the ids of one sample, see :func:`ids_of_row`; what goes on further than the other is not compared.
+
+        Args:
+            name: What to call the sample.
+            tokens: Of its prompt.
+            batch: Its ids in the batch, ``(3, tokens + steps)``.
+            alone: Ditto alone.
+        """
+        if batch is None or alone is None:
+            self.unseen.append(name)
+            return
+        length = min(batch.shape[1], alone.shape[1])
+        difference = batch[:, :length] - alone[:, :length]
+        shift = _constant_shift(difference)
+        self.samples += 1
+        differ = difference != shift
+        self.wrong += int(differ.sum())
+        self.off += bool(differ.any())
+        if bool(differ.any()) and not self.first:
+            place = int(differ.any(dim=0).nonzero()[0])
+            axis = int(differ[:, place].nonzero()[0])
+            where = f"token {place}" if place < tokens else f"decode step {place - tokens + 1}"
+            self.first = (
+                f"{name}, {where}: {AXES[axis]} is {int(alone[axis, place])} alone and "
+                f"{int(batch[axis, place]) - shift} in the batch"
+            )
+
+    def judge(self, judge: Judge, what: str, hint: str) -> None:
+        """Hold every id of every sample to be the same in both."""
+        if self.samples:
+            judge.equal(
+                f"{what}: position ids that differ",
+                self.wrong,
+                0,
+                else_say=f"{what}: positions differ in {self.off} of {self.samples} samples: {self.first}; {hint}",
+            )
+        if self.unseen:
+            judge.note(
+                f"positions of {some(self.unseen)} were not compared: the model bypasses its language "
+                "backbone's rotary embedding, or does not generate token by token"
+            )
+
+
+def ids_of_row(calls: Sequence[LanguageCall], mask: torch.Tensor, row: int) -> torch.Tensor | None:
+    """Position ids ``(3, tokens + steps)`` of a row in one ``generate()``; None where its calls are others.
+
+    Args:
+        calls: Those of the language backbone: the prompt, then a token at a time.
+        mask: ``(rows, length)`` bool of the prompt, False on padding.
+        row: The row.
+    """
+    import torch
+
+    made = []
+    for number, call in enumerate(calls):
+        shape = (len(AXES), len(mask), 1 if number else mask.shape[1])
+        ids = _exact(call.position_ids.cpu())
+        if not _broadcasts(tuple(ids.shape), shape):
+            return None
+        own = ids.expand(shape)[:, row]
+        made.append(own if number else own[:, mask[row]])
+    return torch.cat(made, dim=1) if made else None
 
 
 def _exact(positions: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -9,9 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import after, all_of, attribute, values
+from pytest_qvl.faults.tools import after, all_of, attribute, name_of, values
 from pytest_qvl.models.adapters import AdapterSlot, adapted_layers, adapter_parameters, chosen_adapter, save_adapter
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import language_layers, mergers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -79,11 +81,12 @@ def _all_linear(case: Case) -> Iterator[None]:
     "One LoRA too many, on one layer of the merger.",
     target="adapter",
     check="adapter_census",
-    expected_words=("LoRA leaked into merger (1)", "model.visual.merger.mlp.2"),
-    requires=("gated vision MLP",),
+    expected_words=("LoRA leaked into merger (1)", "model.visual.merger.{merger_last}"),
 )
 def _one_merger_layer(case: Case) -> Iterator[None]:
-    regex = case.lora_config.target_modules + r"|.*merger\.mlp\.2"
+    parts = anatomy(case.model)
+    last = name_of(parts, next(mergers(parts)).second)
+    regex = f"{case.lora_config.target_modules}|{re.escape(last)}"
     with another_adapter(case, _config(case, target_modules=regex)):
         yield
 
@@ -124,7 +127,10 @@ def _head_target_dropped(case: Case) -> Iterator[None]:
     source="hiyouga/LlamaFactory#6754, #8900",
 )
 def _merger_adapter_dropped(case: Case) -> Iterator[None]:
-    case.lora_config = _config(case, target_modules=r".*merger\.mlp\.(0|2)")
+    parts = anatomy(case.model)
+    merger = next(mergers(parts))
+    linears = [name_of(parts, linear) for linear in (merger.first, merger.second)]
+    case.lora_config = _config(case, target_modules="|".join(map(re.escape, linears)))
     yield
 
 
@@ -227,11 +233,11 @@ def _ignores_disabling(case: Case) -> Iterator[None]:
     "A patched LoRA layer rounds its output once more than the base layer does.",
     target="adapter",
     check="adapter_neutrality",
-    expected_words=("adapter with B = 0", "first at the output of model.language_model.layers.0.self_attn.q_proj"),
+    expected_words=("adapter with B = 0", "first at the output of model.language_model.layers.0.{first_input}"),
     source="huggingface/transformers#33294",
 )
 def _not_neutral(case: Case) -> Iterator[None]:
-    layer = adapted_layers(anatomy(case.model))["model.language_model.layers.0.self_attn.q_proj"]
+    layer = language_layers(anatomy(case.model))[0].inputs[0]
 
     def rounded(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
         return output * (1 + 2**-7)
@@ -316,14 +322,13 @@ def _names_another_base(case: Case) -> Iterator[None]:
     check="adapter_census",
     expected_words=(
         "1 adapter matrices are one tensor in several modules",
-        "layers.0.self_attn.o_proj.lora_A",
-        "layers.1.self_attn.o_proj.lora_A",
+        "layers.0.{first_output}.lora_A",
+        "layers.1.{first_output}.lora_A",
     ),
 )
 def _matrix_in_two_layers(case: Case) -> Iterator[None]:
     parts = anatomy(case.model)
-    name = "model.language_model.layers.{}.self_attn.o_proj"
-    first, second = (adapted_layers(parts)[name.format(number)].lora_A for number in (0, 1))
+    first, second = (layer.output.lora_A for layer in language_layers(parts)[:2])
     kept = second[chosen_adapter(parts)]
     second[chosen_adapter(parts)] = first[chosen_adapter(parts)]
     try:

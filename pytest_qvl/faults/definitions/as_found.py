@@ -190,6 +190,7 @@ def _stop_strings(case: Case) -> Iterator[None]:
     target="run",
     check="generation_as_found",
     expected_words=(_CONFIG + "do_sample=True with temperature=0.7", "draws replies at random"),
+    requires=("greedy releases",),
 )
 def _at_random(case: Case) -> Iterator[None]:
     with _configured(case, do_sample=True, temperature=0.7, top_k=50, top_p=1.0):

@@ -19,13 +19,12 @@ if TYPE_CHECKING:
 
     Stored = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-NUMBER = 1
-PLACE = f"model.language_model.layers.{NUMBER}"
+PLACE = "model.language_model.layers.{attending}.self_attn"
 
 
 @contextmanager
 def stored(case: Case, change: Stored) -> Iterator[None]:
-    """In one layer, what ``change(layer of the cache, keys, values)`` makes of new keys and values is stored."""
+    """The first layer that attends stores what ``change(its layer of the cache, keys, values)`` makes of new ones."""
     from transformers import cache_utils
 
     kind: Any = cache_utils.DynamicLayer
@@ -42,7 +41,7 @@ def stored(case: Case, change: Stored) -> Iterator[None]:
 
         return hook
 
-    attention = language_layers(anatomy(case.model))[NUMBER].attention
+    attention = next(layer.attention for layer in language_layers(anatomy(case.model)) if layer.attends)
     kind.update = update
     try:
         with before([attention], mark(True)), after([attention], mark(False)):
@@ -56,7 +55,7 @@ def stored(case: Case, change: Stored) -> Iterator[None]:
     "While decoding, one layer's cache gets the key and value of the step before.",
     target="model",
     check="layer_arithmetic",
-    expected_words=(f"key-value cache: {PLACE}.self_attn holds at position", "the cache is one step stale"),
+    expected_words=(f"key-value cache: {PLACE} holds at position", "the cache is one step stale"),
 )
 def _stale(case: Case) -> Iterator[None]:
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -75,7 +74,7 @@ def _stale(case: Case) -> Iterator[None]:
     "One layer's cache keeps keys and values in 8 bits, which nobody asked for.",
     target="model",
     check="layer_arithmetic",
-    expected_words=(f"key-value cache: {PLACE}.self_attn holds keys that are off by up to", "they were rounded"),
+    expected_words=(f"key-value cache: {PLACE} holds keys that are off by up to", "they were rounded"),
 )
 def _rounded(case: Case) -> Iterator[None]:
     import torch

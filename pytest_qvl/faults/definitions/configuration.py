@@ -52,7 +52,11 @@ def _epsilon(case: Case) -> Iterator[None]:
     ),
 )
 def _language_epsilon(case: Case) -> Iterator[None]:
-    with _settings(case, "variance_epsilon", lambda epsilon: 10 * epsilon, lambda name: "language_model" in name):
+    def language(name: str) -> bool:
+        return "language_model" in name
+
+    names = ("variance_epsilon", "eps")
+    with all_of([_settings(case, name, lambda epsilon: 10 * epsilon, language) for name in names]):
         yield
 
 
@@ -150,7 +154,7 @@ def _coarse(case: Case) -> Iterator[None]:
     "Attention scores of the language layers are 5 % too large.",
     target="model",
     check="weights_as_stored",
-    expected_words=("layers.0.self_attn.scaling is",),
+    expected_words=("layers.{attending}.self_attn.scaling is",),
 )
 def _scaling(case: Case) -> Iterator[None]:
     with _settings(case, "scaling", lambda s: s * 1.05, lambda n: "language_model" in n and n.endswith("self_attn")):

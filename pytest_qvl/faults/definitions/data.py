@@ -449,6 +449,7 @@ def _no_packing() -> str | None:
     expected_words=("it must move no output of another sample that is packed into its row",),
     source="axolotl-ai-cloud/axolotl#3817, unslothai/unsloth#126",
     needs=_no_packing,
+    requires=("attention in every layer",),
 )
 def _packing_ignored(_case: Case) -> Iterator[None]:
     from transformers import masking_utils

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.definitions.adapters import another_adapter
-from pytest_qvl.faults.tools import after, all_of, attribute, load_again, values
+from pytest_qvl.faults.tools import after, all_of, attribute, load_again, name_of, values
 from pytest_qvl.models.adapters import (
     ADAPTER_FILE,
     adapted_layers,
@@ -19,6 +20,7 @@ from pytest_qvl.models.adapters import (
     save_adapter,
 )
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -85,13 +87,15 @@ def _alpha(case: Case) -> Iterator[None]:
     "A release renamed modules: only half of the saved adapter finds its place.",
     target="adapter",
     check="adapter_census",
-    expected_words=("{without_qkv} modules that were asked for have no adapter", "down_proj"),
+    expected_words=("{behind_inputs} modules that were asked for have no adapter", "down_proj"),
     source="huggingface/transformers#38627, #42701, illuin-tech/colpali#424",
 )
 def _half_dropped(case: Case) -> Iterator[None]:
     from dataclasses import replace
 
-    found = replace(case.lora_config, target_modules=r".*language_model.*\.(q_proj|k_proj|v_proj)")
+    parts = anatomy(case.model)
+    inputs = [name_of(parts, linear) for layer in language_layers(parts) for linear in layer.inputs]
+    found = replace(case.lora_config, target_modules="|".join(map(re.escape, inputs)))
     with another_adapter(case, found, asked=case.lora_config):
         yield
 
@@ -181,12 +185,13 @@ def _another_step(case: Case) -> Iterator[None]:
 def _dropped_on_saving(case: Case) -> Iterator[None]:
     from safetensors.torch import load_file, save_file
 
-    real = case.model.save_pretrained
+    parts, real = anatomy(case.model), case.model.save_pretrained
+    lost = name_of(parts, language_layers(parts)[0].inputs[0])
 
     def save(folder: Any, **options: Any) -> None:
         real(folder, **options)
         file = Path(folder) / ADAPTER_FILE
-        kept = {name: value for name, value in load_file(file).items() if "layers.0.self_attn.q_proj" not in name}
+        kept = {name: value for name, value in load_file(file).items() if f".{lost}." not in name}
         save_file(kept, file, metadata={"format": "pt"})
 
     with attribute(case.model, "save_pretrained", save):
@@ -278,7 +283,7 @@ def _without_block(case: Case) -> Iterator[None]:
     requires=("checkpoint file",),
 )
 def _without_merger(case: Case) -> Iterator[None]:
-    yield from _without(case, "merger")
+    yield from _without(case, "visual.merger.")
 
 
 @fault(
@@ -293,7 +298,10 @@ def _adapter_left(case: Case) -> Iterator[None]:
     import torch
 
     def with_adapter(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        name = next(n for n in tensors if n.endswith("layers.0.self_attn.q_proj.weight")).removesuffix(".weight")
+        parts = anatomy(case.model)
+        # On disk the language backbone may have another name than in memory.
+        ending = name_of(parts, language_layers(parts)[0].inputs[0]).removeprefix(parts.roots["language"]) + ".weight"
+        name = next(n for n in tensors if n.endswith(ending)).removesuffix(".weight")
         rows, columns = tensors[f"{name}.weight"].shape
         learned = {
             "lora_A": torch.ones(8, columns, device="cpu"),

@@ -9,6 +9,7 @@ from pytest_qvl.faults.case import lora_config
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import after, before, values
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import vision_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,12 +62,10 @@ def _unfrozen(case: Case) -> Iterator[None]:
     "Something writes one bit of one vision weight while the adapter is trained.",
     target="run",
     check="frozen_vision",
-    expected_words=("base tensors moved, in vision (1): model.visual.blocks.3.mlp.down_proj.weight", "wrote into them"),
-    requires=("gated vision MLP",),
+    expected_words=("base tensors moved, in vision (1): model.visual.blocks.3.{tower_down}.weight", "wrote into them"),
 )
 def _one_bit(case: Case) -> Iterator[None]:
-    block: Any = anatomy(case.model).blocks[3]
-    weight = block.mlp.down_proj.weight
+    weight = vision_blocks(anatomy(case.model))[3].mlp.down.weight
 
     def flip() -> None:
         weight.data.view(-1)[7:8].view(_int16()).bitwise_xor_(1)
@@ -103,12 +102,10 @@ def _weight_decay(case: Case) -> Iterator[None]:
     "Two rows of one vision weight change places in training: every sum stays the same.",
     target="run",
     check="frozen_vision",
-    expected_words=("base tensors moved, in vision (1): model.visual.blocks.0.mlp.up_proj.weight",),
-    requires=("gated vision MLP",),
+    expected_words=("base tensors moved, in vision (1): model.visual.blocks.0.{tower_up}.weight",),
 )
 def _permuted_rows(case: Case) -> Iterator[None]:
-    block: Any = anatomy(case.model).blocks[0]
-    weight = block.mlp.up_proj.weight
+    weight = vision_blocks(anatomy(case.model))[0].mlp.up.weight
 
     def swap() -> None:
         weight.data[[0, 1]] = weight.data[[1, 0]]

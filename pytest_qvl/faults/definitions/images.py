@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import attribute
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
@@ -267,15 +269,16 @@ def _merge_size(case: Case) -> Iterator[None]:
 
 @fault(
     "mean-and-deviation-wrong",
-    "Images are normalised with 0.5 and 0.5 instead of the checkpoint's own values.",
+    "Images are normalised with another family's mean and deviation: 0.5 for CLIP's, or CLIP's for 0.5.",
     target="processor",
     check="vision_stability",
     expected_words=_MOVED,
     source="unslothai/unsloth#4671",
 )
 def _mean(case: Case) -> Iterator[None]:
-    half = [0.5, 0.5, 0.5]
-    with image_processor_set(case, image_mean=half, image_std=half):
+    own = FAMILIES[anatomy(case.model).config.model_type].image_mean
+    other = next(family for family in FAMILIES.values() if family.image_mean != own)
+    with image_processor_set(case, image_mean=list(other.image_mean), image_std=list(other.image_std)):
         yield
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pytest_qvl.models.layers import Merger
 
 PLACE = "model.language_model.layers.1"
+ATTENTION = "model.language_model.layers.{attending}.self_attn"
 UNCALLED = "its module is never called, and what goes on is not what it has to return"
 
 
@@ -103,8 +104,17 @@ def _biases_lost(case: Case) -> Iterator[None]:
 def tower_eps(case: Case, eps: float) -> Any:
     """Norms of the vision blocks that compute with another eps than the one they have."""
     norms = [norm for block in vision_blocks(anatomy(case.model)) for norm in block.norms]
-    name = "variance_epsilon" if hasattr(norms[0], "variance_epsilon") else "eps"
-    return while_running(norms, name, lambda _own: eps)
+    return while_running(norms, _eps_of(norms[0]), lambda _own: eps)
+
+
+def _eps_of(norm: Any) -> str:
+    """What the class of a norm calls its eps."""
+    return "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
+
+
+def _attending(case: Case) -> Any:
+    """The first language layer that is attention over keys and values."""
+    return next(layer for layer in language_layers(anatomy(case.model)) if layer.attends)
 
 
 @fault(
@@ -128,7 +138,7 @@ def _tower_eps(case: Case) -> Iterator[None]:
 )
 def _eps_ten_times(case: Case) -> Iterator[None]:
     norm = language_layers(anatomy(case.model))[1].norms[0]
-    with while_running([norm], "variance_epsilon", lambda own: 10 * own):
+    with while_running([norm], _eps_of(norm), lambda own: 10 * own):
         yield
 
 
@@ -186,7 +196,7 @@ def rotary_base_times(case: Case, times: float) -> Any:
 
 def attention_times(case: Case, times: float) -> Any:
     """Another scaling of the scores in one language layer, as of a kernel that does not take the module's."""
-    return while_running([language_layers(anatomy(case.model))[1].attention], "scaling", lambda own: times * own)
+    return while_running([_attending(case).attention], "scaling", lambda own: times * own)
 
 
 @fault(
@@ -194,7 +204,7 @@ def attention_times(case: Case, times: float) -> Any:
     "The kernel of one attention scales its scores by 1.05 / sqrt(d); the module has the right scaling.",
     target="model",
     check="layer_arithmetic",
-    expected_words=(f"attention: {PLACE}.self_attn scales its scores by", "1.05 times 1 / sqrt(head width)"),
+    expected_words=(f"attention: {ATTENTION} scales its scores by", "1.05 times 1 / sqrt(head width)"),
 )
 def _scaling_off(case: Case) -> Iterator[None]:
     with attention_times(case, 1.05):
@@ -256,10 +266,10 @@ def _activation(case: Case) -> Iterator[None]:
     "In one language layer the two key heads serve each other's query heads.",
     target="model",
     check="layer_arithmetic",
-    expected_words=(f"attention: {PLACE}.self_attn",),
+    expected_words=(f"attention: {ATTENTION}",),
 )
 def _heads_exchanged(case: Case) -> Iterator[None]:
-    layer = language_layers(anatomy(case.model))[1]
+    layer = _attending(case)
     heads, keys = case.model.config.get_text_config().num_attention_heads, layer.attention.num_key_value_groups
 
     def exchange(_module: Any, args: Any, kwargs: Any) -> Any:
@@ -315,11 +325,10 @@ def _last_tile(case: Case) -> Iterator[None]:
     "One attention of the language backbone is not given the attention mask.",
     target="model",
     check="layer_arithmetic",
-    expected_words=(f"attention: {PLACE}.self_attn attends to padding too",),
+    expected_words=(f"attention: {ATTENTION} attends to padding too",),
 )
 def _padding(case: Case) -> Iterator[None]:
-    attention = language_layers(anatomy(case.model))[1].attention
-    with before([attention], lambda _m, args, kwargs: (args, {**kwargs, "attention_mask": None})):
+    with before([_attending(case).attention], lambda _m, args, kwargs: (args, {**kwargs, "attention_mask": None})):
         yield
 
 
@@ -328,10 +337,10 @@ def _padding(case: Case) -> Iterator[None]:
     "Where gradient checkpointing calls it, one attention of the language backbone is not given the attention mask.",
     target="model",
     check="layer_arithmetic",
-    expected_words=(f"attention: {PLACE}.self_attn attends to padding too (in train mode, checkpointed)",),
+    expected_words=(f"attention: {ATTENTION} attends to padding too (in train mode, checkpointed)",),
 )
 def _padding_when_checkpointed(case: Case) -> Iterator[None]:
-    layer = language_layers(anatomy(case.model))[1]
+    layer = _attending(case)
 
     def unmasked(_module: Any, args: Any, kwargs: Any) -> Any:
         lost = layer.module.training and layer.module.gradient_checkpointing
@@ -580,8 +589,7 @@ def _last_layer(case: Case) -> Iterator[None]:
 )
 def _norm_kernel(case: Case) -> Iterator[None]:
     norms = [original_module(norm) for layer in language_layers(anatomy(case.model)) for norm in layer.norms]
-    own = type(norms[0])
-    name = "variance_epsilon" if hasattr(norms[0], "variance_epsilon") else "eps"
+    own, name = type(norms[0]), _eps_of(norms[0])
 
     def forward(self: Any, x: torch.Tensor) -> Any:
         kept = getattr(self, name)

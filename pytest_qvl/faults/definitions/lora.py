@@ -115,7 +115,7 @@ def _reads_elsewhere(case: Case) -> Iterator[None]:
     target="adapter",
     check="layer_arithmetic",
     expected_words=(
-        "LoRA's matrices: model.language_model.layers.1.self_attn.q_proj has one lora_A together with",
+        "LoRA's matrices: model.language_model.layers.1.{first_input} has one lora_A together with",
         "layers.0",
     ),
 )

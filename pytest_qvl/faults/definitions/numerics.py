@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import all_of, values
+from pytest_qvl.models.adapters import original_module
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import language_layers, vision_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,18 +25,16 @@ if TYPE_CHECKING:
     check="vision_stability",
     expected_words=(
         "visual features are not finite",
-        "begins at model.visual.blocks.1.mlp.up_proj, whose own weight is not finite",
+        "begins at model.visual.blocks.1.{tower_up}, whose own weight is not finite",
     ),
     source="vllm-project/vllm#14126",
-    requires=("gated vision MLP",),
 )
 def _vision_nan(case: Case) -> Iterator[None]:
     def spoil(weight: torch.Tensor) -> torch.Tensor:
         weight[0, 0] = float("nan")
         return weight
 
-    block: Any = anatomy(case.model).blocks[1]
-    with values(block.mlp.up_proj.weight, spoil):
+    with values(vision_blocks(anatomy(case.model))[1].mlp.up.weight, spoil):
         yield
 
 
@@ -43,8 +43,7 @@ def _half_tower(case: Case, factor: float) -> Iterator[None]:
 
     case.model = case.load(dtype="float16")
     case.policy = type(case.policy)(compute_dtype="float16")
-    block: Any = anatomy(case.model).blocks[3]
-    down = block.mlp.down_proj
+    down = vision_blocks(anatomy(case.model))[3].mlp.down
     peak = [0.0]
     handle = down.register_forward_hook(lambda _m, _a, out: peak.append(float(out.abs().max())))
     with torch.no_grad():
@@ -63,11 +62,10 @@ def _half_tower(case: Case, factor: float) -> Iterator[None]:
     check="vision_stability",
     expected_words=(
         "visual features are not finite",
-        "model.visual.blocks.3.mlp.down_proj",
+        "model.visual.blocks.3.{tower_down}",
         "whose dtype ends at 65504",
     ),
     source="ggml-org/llama.cpp#17534, huggingface/transformers#33294",
-    requires=("gated vision MLP",),
 )
 def _overflow(case: Case) -> Iterator[None]:
     yield from _half_tower(case, 4.0)
@@ -80,7 +78,6 @@ def _overflow(case: Case) -> Iterator[None]:
     check="vision_stability",
     expected_words=("other images can overflow", "model.visual.blocks.3"),
     source="ggml-org/llama.cpp#17534",
-    requires=("gated vision MLP",),
 )
 def _near_overflow(case: Case) -> Iterator[None]:
     yield from _half_tower(case, 0.75)
@@ -131,8 +128,7 @@ def _vision_lost(case: Case) -> Iterator[None]:
     unshared="a reference is not quantized",
 )
 def _language_lost(case: Case) -> Iterator[None]:
-    layers = anatomy(case.model).language_backbone.layers
-    state = layers[0].self_attn.o_proj.base_layer.weight
+    state = original_module(language_layers(anatomy(case.model))[0].output).weight
     with values(state, lambda w: w.flip(0)):
         yield
 

@@ -25,6 +25,7 @@ _SPARED = ("back-propagated through", "make_inputs_require_grads", "remove_visio
     expected_words=_SPARED,
     source="huggingface/peft#2880, huggingface/transformers#41993",
     transformers=(5,),
+    requires=("tower's input embeddings",),
 )
 def _checkpointing_hooks_vision(case: Case) -> Iterator[None]:
     base = anatomy(case.model).base
@@ -53,6 +54,7 @@ def _prepared(case: Case, **options: Any) -> Any:
     expected_words=("make_inputs_require_grads (2)", "remove_vision_grad_hooks"),
     source="bitsandbytes-foundation/bitsandbytes#1569",
     transformers=(5,),
+    requires=("tower's input embeddings",),
 )
 def _kbit_hooks_vision(case: Case) -> Iterator[None]:
     case.model = _prepared(case, gradient_checkpointing_kwargs={"use_reentrant": True})
@@ -67,6 +69,7 @@ def _kbit_hooks_vision(case: Case) -> Iterator[None]:
     expected_words=("make_inputs_require_grads (1)", "all of them"),
     source="bitsandbytes-foundation/bitsandbytes#1569",
     transformers=(5,),
+    requires=("tower's input embeddings",),
 )
 def _hook_survives(case: Case) -> Iterator[None]:
     case.model = _prepared(case, gradient_checkpointing_kwargs={"use_reentrant": True})

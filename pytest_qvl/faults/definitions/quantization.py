@@ -80,7 +80,7 @@ def _skip_list_without_merger(case: Case) -> Iterator[None]:
     'An entry "o_proj" keeps the attention outputs of the language backbone out of the quantization.',
     target="load",
     check="quantization_census",
-    expected_words=("language: {layers} of {language} linears are {dtype} instead of nf4", "o_proj"),
+    expected_words=("language: {with_attention} of {language} linears are {dtype} instead of nf4", "o_proj"),
 )
 def _skip_list_too_greedy(case: Case) -> Iterator[None]:
     load_again(case, skip=[*KEEP_16BIT, "o_proj"])

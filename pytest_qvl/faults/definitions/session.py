@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import after, before, on_first
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.taps import features_replaced
+from pytest_qvl.models.layers import mergers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 )
 def _ablation(case: Case) -> Iterator[None]:
     # Faint, not zero: the features stay distinct, so that routing can still be judged.
-    with features_replaced(anatomy(case.model), lambda f: f / 64):
+    # Of every merger, because DeepStack's features alone tell Qwen3-VL what is on an image.
+    modules = [merger.module for merger in mergers(anatomy(case.model))]
+    with after(modules, lambda _merger, _args, features: features / 64):
         yield
 
 

@@ -161,6 +161,52 @@ def _transposed(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "video-frame-twice",
+    "The vision tower is given the first frame of a video in place of its second.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("the vision tower receives other pixels than the model was given",),
+)
+def _twice(case: Case) -> Iterator[None]:
+    def again(patches: Any, grids: Any) -> tuple[Any, Any]:
+        frame = int(grids[0, 1:].prod())
+        patches = patches.clone()
+        patches[frame : 2 * frame] = patches[:frame]
+        return patches, grids
+
+    with _tower_given(case, again):
+        yield
+
+
+@fault(
+    "video-frames-attend",
+    "In the vision tower all frames of a video attend to one another.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("the vision tower makes something else of visual token 0 of row 0, video", "kept apart"),
+)
+def _frames_attend(case: Case) -> Iterator[None]:
+    parts = anatomy(case.model)
+    seen: dict[str, Any] = {}
+
+    def note(_module: Any, args: Any, kwargs: Any) -> None:
+        seen["grids"] = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
+
+    def by_video(_module: Any, args: Any, kwargs: Any) -> Any:
+        import torch
+
+        sizes = seen["grids"].prod(dim=1)
+        if not bool((seen["grids"][:, 0] > 1).any()):
+            return None
+        bounds = torch.nn.functional.pad(sizes.cumsum(dim=0), (1, 0)).to(kwargs["cu_seqlens"])
+        longest = {"max_seqlen": int(sizes.max())} if "max_seqlen" in kwargs else {}
+        return args, {**kwargs, "cu_seqlens": bounds, **longest}
+
+    with all_of([before([parts.vision_tower], note), before(list(parts.blocks), by_video)]):
+        yield
+
+
+@fault(
     "video-delta-off",
     "After a prompt with a video the tokens that follow are counted from one place too far on.",
     target="model",

@@ -13,6 +13,7 @@ from pytest_qvl.checks.support.layers.linears import NORM, normed
 from pytest_qvl.checks.support.layers.tally import HANDED_ON, error_over_limit
 from pytest_qvl.oracles import elementary
 from pytest_qvl.oracles.bounds import Claim
+from pytest_qvl.oracles.chained import chained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -107,13 +108,20 @@ def _judge_whole_merger(tally: Tally, parts: Parts, merger: Merger, given: torch
     if not type(merger.first) is type(merger.second) is nn.Linear:
         tally.leave_out(FUSED, merger.name)  # 4-bit, or with an adapter
         return
-    claim = normed(parts, merger.name, merger.norm, given, given.dtype)
-    claim = Claim(*(each.expand_as(given).reshape(-1, merger.first.in_features) for each in claim))
-    claim = elementary.linear_behind(claim, *_weights(merger.first))
-    claim = elementary.activation_behind("gelu", claim, given.dtype)
-    claim = elementary.linear_behind(claim, *_weights(merger.second))
+    behind = (
+        _product(merger.first),
+        partial(elementary.activation, "gelu", dtype=given.dtype),
+        _product(merger.second),
+    )
     words = "does not return second(gelu(first(norm(x)))) of its own input, and calls none of its linears"
-    tally.hold(MERGER, merger.name, made, claim, lambda: words)
+    width = merger.first.in_features
+    squares, results = given.reshape(-1, width), made.reshape(-1, made.shape[-1])
+    step = max(1, ELEMENTS // max(width, merger.first.out_features))
+    for start in range(0, len(squares), step):
+        x = squares[start : start + step].reshape(-1, given.shape[-1])
+        claim = normed(parts, merger.name, merger.norm, x, x.dtype)
+        claim = chained(Claim(*(each.expand_as(x).reshape(-1, width) for each in claim)), behind)
+        tally.hold(MERGER, merger.name, results[start : start + step], claim, lambda: words)
 
 
 def _inside(parent: Layer | Merger, norm: Any) -> str:
@@ -121,8 +129,10 @@ def _inside(parent: Layer | Merger, norm: Any) -> str:
     return f"{parent.name}.{next(name for name, module in parent.module.named_modules() if module is norm)}"
 
 
-def _weights(linear: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+def _product(linear: Any) -> Callable[[torch.Tensor], Claim]:
+    """What a linear makes of an input, its weight in float32 once for many."""
+    weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+    return partial(elementary.linear, weight=weight.float(), bias=bias, dtype=weight.dtype)
 
 
 def judge_order(tally: Tally, layer: Layer, due: int) -> None:

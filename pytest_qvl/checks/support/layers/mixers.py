@@ -72,16 +72,21 @@ class Mixers:
     def __init__(self, parts: Parts, tally: Tally, flow: Flow, attended: torch.Tensor) -> None:
         self._parts, self._tally, self._flow, self._attended = parts, tally, flow, attended
         self._states: dict[int, _State] = {}
-        # Of the forward before, and what the heads were given last: in words only.
-        self._before: dict[int, _State] = {}
-        self._begun: dict[int, delta.Tokens] = {}
+        # S in float32 that the forward before left, and that this one did where nothing goes on: in words only.
+        self._before: dict[int, torch.Tensor] = {}
+        self._left: dict[int, torch.Tensor] = {}
+        self._goes_on = True
         self._eps = float(parts.text_config.rms_norm_eps)
         self._gates: dict[int, torch.Tensor] = {}
 
     def restart(self, attended: torch.Tensor) -> None:
-        """Forget the sequence so far, and take which tokens of the next prompt are no padding."""
-        self._attended = attended
-        self._before, self._states = self._states, {}
+        """Forget the sequence so far, and take which tokens of the next prompt are no padding.
+
+        From now on nothing goes on behind a call: sixteen states of every layer are much of a GPU's memory.
+        """
+        self._attended, self._goes_on = attended, False
+        self._before = self._left or {number: state.exact.float() for number, state in self._states.items()}
+        self._left, self._states = {}, {}
 
     def watch(self, layer: Layer) -> None:
         """Put a hook on the norm of a mixer."""
@@ -103,10 +108,10 @@ class Mixers:
         else:
             is_normed = flow.seen((mixer.norm,)) and layer.number in self._gates
             self._judge_handing_on(layer, call, name, is_normed=is_normed)
-            claim = self._read(layer)
+            claim, tokens = self._read(layer)
             if is_normed:
                 got = flow.given_to(mixer.norm).view(claim.value.shape)
-                tally.hold(RECURRENCE, name, got, claim, partial(self._words, layer, got, claim))
+                tally.hold(RECURRENCE, name, got, claim, partial(self._words, layer, tokens, got, claim))
                 self._judge_norm(layer, name)
             else:
                 self._judge_norm_uncalled(layer, name, claim)
@@ -130,8 +135,11 @@ class Mixers:
             tally.handed_on(name, self._gates[layer.number].flatten(), gate.flatten(), words)
         tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what out_proj does")
 
-    def _read(self, layer: Layer) -> Claim:
-        """What a mixer has to read, ``(rows, length, heads, value width)``; its state is that behind it afterwards."""
+    def _read(self, layer: Layer) -> tuple[Claim, delta.Tokens]:
+        """What a mixer has to read, ``(rows, length, heads, value width)``, and its heads are given.
+
+        Its state is that behind it afterwards.
+        """
         import torch
 
         mixer, flow = layer.attention, self._flow
@@ -145,20 +153,24 @@ class Mixers:
         size = read.abs() + held * tokens.query.norm(dim=-1, keepdim=True) + underflow(torch.float32)
         spread, rounded = torch.zeros_like(read[..., :1]), []
         for chunk, before in zip(CHUNKS, state.rounded, strict=True):
-            runs = [[each.float() for each in _tokens(mixer, sums, generator=generator)] for _ in range(RUNS)]
-            single = delta.Tokens(*(torch.cat(each) for each in zip(*runs, strict=True)))
+            single = _runs(mixer, sums, tokens, generator)
             out, after = delta.chunked(single, before, chunk) if chunk else delta.recurrent(single, before)
-            off = (out.reshape(RUNS, *read.shape).double() - read) / size
-            spread += off.square().mean(dim=-1, keepdim=True).sum(dim=0)
-            rounded.append(after)
+            del single
+            for run in torch.split(out, len(read)):
+                spread += ((run.double() - read) / size).square_().mean(dim=-1, keepdim=True)
+            if self._goes_on:
+                rounded.append(after)
         found = spread / (RUNS * len(CHUNKS))
         deviation = torch.maximum(found, found.mean(dim=1, keepdim=True)).sqrt() * size
         value = read.float()
         limit = (TAIL * deviation).float() + unit(joint.dtype) * value.abs() + underflow(joint.dtype)
-        tail = torch.cat((state.tail, joint), dim=1)[:, joint.shape[1] :]
-        self._states[layer.number] = _State(tail, exact, held[:, -1], rounded)
-        self._begun[layer.number] = tokens
-        return Claim(value, limit)
+        if self._goes_on:
+            tail = torch.cat((state.tail, joint), dim=1)[:, joint.shape[1] :]
+            # Copies: views keep what all tokens have.
+            self._states[layer.number] = _State(tail.clone(), exact, held[:, -1].clone(), rounded)
+        else:
+            self._left[layer.number] = exact.float()
+        return Claim(value, limit), tokens
 
     def _fresh(self, mixer: Any, joint: torch.Tensor) -> _State:
         import torch
@@ -185,10 +197,10 @@ class Mixers:
         claim = _gated(plain, gate.float(), got.dtype)
         self._tally.hold(GATED_NORM, f"{name}.norm", got, claim, lambda: UNCALLED)
 
-    def _words(self, layer: Layer, got: torch.Tensor, claim: Claim) -> str:
+    def _words(self, layer: Layer, tokens: delta.Tokens, got: torch.Tensor, claim: Claim) -> str:
         before = self._before.get(layer.number)
-        if before is not None and before.exact.shape[0] == len(got):
-            read, _state = delta.recurrent(self._begun[layer.number], before.exact)
+        if before is not None and len(before) == len(got):
+            read, _state = delta.recurrent(tokens, before.double())
             if float((got.float() - read.float()).norm()) <= NEARER * float((got.float() - claim.value).norm()):
                 return "begins with the state that the forward before left: it is kept from one batch to the next"
         return _words(got, claim)
@@ -275,6 +287,20 @@ def _tokens(mixer: Any, sums: _Sums, *, generator: torch.Generator | None = None
         rounded(sums.decay, single, 2 * FUNCTION) + _summed(sums.decay, generator),
         rounded(sums.share, share_dtype, FUNCTION),
     )
+
+
+def _runs(mixer: Any, sums: _Sums, like: delta.Tokens, generator: torch.Generator) -> delta.Tokens:
+    """What the heads are given in float32, :data:`RUNS` times behind each other as rows, each rounded by chance."""
+    import torch
+
+    rows = len(like.query)
+    made = delta.Tokens(
+        *(torch.empty((RUNS * rows, *each.shape[1:]), dtype=torch.float32, device=each.device) for each in like)
+    )
+    for run in range(RUNS):
+        for whole, part in zip(made, _tokens(mixer, sums, generator=generator), strict=True):
+            whole[run * rows : (run + 1) * rows] = part
+    return made
 
 
 def _summed(decay: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor | float:
