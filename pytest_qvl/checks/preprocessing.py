@@ -24,6 +24,7 @@ from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.layers import family_of
 from pytest_qvl.samples.exif import TAG, as_stored
 from pytest_qvl.samples.sizes import pixel_limits
 
@@ -125,7 +126,7 @@ def _recipe(image_processor: Any) -> Recipe:
 
 def _wrong_constants(parts: Parts, image_processor: Any, recipe: Recipe) -> list[str]:
     """Constants of the processor that do not belong to the model: its patches, or its family's normalisation."""
-    vision, family = parts.config.vision_config, FAMILIES[parts.config.model_type]
+    vision, family = parts.config.vision_config, family_of(parts)
     wanted = {
         "patch_size": vision.patch_size,
         "merge_size": vision.spatial_merge_size,

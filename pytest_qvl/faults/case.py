@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.catalogue import find
 from pytest_qvl.faults.subject import Subject, embedded
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
-from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import family_of
 from pytest_qvl.models.quantized import KEEP_16BIT, usual_quantization
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Case:
         made = scene_clips(SEED, cell=sizes.clip_cell)
         if noise:
             made = [clip.noise(SEED) for clip in made]
-        time = FAMILIES[self.model.config.model_type].video_time
+        time = family_of(anatomy(self.model)).video_time
         return clip_batch(self.processor, made, time=time, padding_side=padding_side, device=self.subject.device)
 
     def long_batch(self) -> Batch:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.checks.support.golden_data import GOLDEN_FILE
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.layers import family_of, language_layers
 from pytest_qvl.models.state import preserved
 
@@ -127,7 +126,7 @@ def _tower_inputs(case: Case) -> bool:
 
 
 def _clip(case: Case) -> bool:
-    return FAMILIES[anatomy(case.model).config.model_type].image_mean != (0.5, 0.5, 0.5)
+    return family_of(anatomy(case.model)).image_mean != (0.5, 0.5, 0.5)
 
 
 def _time(case: Case) -> bool:

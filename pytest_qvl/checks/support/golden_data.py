@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_qvl.checks.support.image_oracle import Recipe
-from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.layers import family_of
 from pytest_qvl.models.taps import forget_positions, tapped, vision_features
 from pytest_qvl.samples import Sample
 
@@ -188,7 +188,7 @@ def _tensor(plain: dict[str, Any]) -> torch.Tensor:
 
 def recipe_of(parts: Parts) -> Recipe:
     """How the model's images are preprocessed, of its configuration and its family, without resizing."""
-    vision, family = parts.config.vision_config, FAMILIES[parts.config.model_type]
+    vision, family = parts.config.vision_config, family_of(parts)
     return Recipe(
         patch=vision.patch_size,
         merge=vision.spatial_merge_size,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.anatomy import Parts, anatomy
-from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.layers import family_of
 from pytest_qvl.releases import installed, is_before
 from pytest_qvl.samples.batch import IGNORED
 
@@ -214,7 +214,7 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
             problems += _width_problems(parts, pixels, kind)
             problems += _pixel_problems(pixels, grids, parts.merge_size, kind)
         noun = kind.noun
-        if noun == "video" and FAMILIES[parts.config.model_type].video_time == "words":
+        if noun == "video" and family_of(parts).video_time == "words":
             noun, grids = "video frame", [(1, h, w) for t, h, w in grids for _ in range(t)]
         first = sum(span.length for span in found)
         spans_of_kind, mismatches = _assign(runs, grids, parts.merge_size, noun, first)
@@ -296,7 +296,7 @@ def _seconds_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
     """Seconds that are not one number a video, where positions are made of them."""
     videos = len(_grids(batch, kinds(parts.image_token_id, parts.video_token_id)[1]))
     seconds = seconds_per_grid(batch)
-    if FAMILIES[parts.config.model_type].video_time != "seconds" or seconds is None or not videos:
+    if family_of(parts).video_time != "seconds" or seconds is None or not videos:
         return []
     if len(seconds) == videos and all(0 < each < math.inf for each in seconds):
         return []

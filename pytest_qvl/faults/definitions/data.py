@@ -204,8 +204,9 @@ def _not_normalised(case: Case) -> Iterator[None]:
 )
 def _of_another_family(case: Case) -> Iterator[None]:
     from pytest_qvl.models.families import FAMILIES
+    from pytest_qvl.models.layers import family_of
 
-    own = FAMILIES[anatomy(case.model).config.model_type].image_mean
+    own = family_of(anatomy(case.model)).image_mean
     other = next(family for family in FAMILIES.values() if family.image_mean != own)
     _in_training(case, lambda batch: _renormalised(case, batch, other.image_mean, other.image_std))
     yield

@@ -9,6 +9,7 @@ from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.layers import family_of
 from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ def _merge_size(case: Case) -> Iterator[None]:
     source="unslothai/unsloth#4671",
 )
 def _mean(case: Case) -> Iterator[None]:
-    own = FAMILIES[anatomy(case.model).config.model_type].image_mean
+    own = family_of(anatomy(case.model)).image_mean
     other = next(family for family in FAMILIES.values() if family.image_mean != own)
     with image_processor_set(case, image_mean=list(other.image_mean), image_std=list(other.image_std)):
         yield
