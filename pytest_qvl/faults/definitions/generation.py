@@ -115,6 +115,36 @@ def _remembers(case: Case) -> Iterator[None]:
 
 
 @fault(
+    "kernel-chosen-by-chance",
+    "Which kernel computes the logits is chosen anew at every call, and one rounds otherwise.",
+    target="run",
+    check="generation_repeatable",
+    expected_words=("logits of two runs on the same inputs differ", "something is random"),
+)
+def _chance(case: Case) -> Iterator[None]:
+    import torch
+
+    base = anatomy(case.model).base
+    original, other = base.generate, [False]
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        # The first number drawn is below with seed 0 and above with seed 1.
+        other[0] = bool(torch.rand(()) > 0.6)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            other[0] = False
+
+    def rounded(_module: Any, _args: Any, output: Any) -> Any:
+        if other[0]:
+            output.logits = output.logits * (1 + 2**-7)
+        return output
+
+    with attribute(base, "generate", generate), after([base], rounded):
+        yield
+
+
+@fault(
     "cache-spoils-decoding",
     "Decode steps from the cache compute something slightly else than a full forward.",
     target="model",
