@@ -16,6 +16,7 @@ from pytest_qvl.checks.batches.paired import judge_answers, pair
 from pytest_qvl.checks.batches.pictures import judge_images
 from pytest_qvl.checks.batches.pixels import judge_pixels
 from pytest_qvl.checks.batches.places import judge_packing, judge_positions, judge_time
+from pytest_qvl.checks.batches.times import judge_times
 from pytest_qvl.checks.registry import check, refuse_no_batch
 from pytest_qvl.checks.support.placeholders import kinds
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
@@ -96,6 +97,7 @@ def _judge(view: View, findings: Findings) -> tuple[Layout, Layout]:
     judge_types(view, findings)
     judge_dealt(view, findings, images, unseen.numbers)
     seconds = judge_time(view, findings, videos)
+    judge_times(view, findings, videos)
     judge_packing(view, findings)
     judge_positions(view, findings, images, videos, seconds)
     judge_labels(view, findings)

@@ -50,6 +50,7 @@ class Case:
         adapter_folder: Where the adapter was loaded from, or ``None`` for a fresh one.
         checkpoint: Folder that the model is meant to be loaded from, where it is not the one that it names.
         collators: Change a batch after the processor made it, in order.
+        clip_collators: The same of rows with videos.
         optimizer: The user's optimizer, or ``None``.
         make_optimizer: Makes the optimizer of a training step from the trainable parameters, or ``None``.
         trainer: The user's trainer over the model, or a function that accumulates as theirs does, or ``None``.
@@ -67,6 +68,7 @@ class Case:
     adapter_folder: Path | None = None
     checkpoint: Path | None = None
     collators: list[Collator] = field(default_factory=list)
+    clip_collators: list[Callable[[Batch], Batch]] = field(default_factory=list)
     optimizer: Any = None
     make_optimizer: Any = None
     trainer: Any = None
@@ -91,7 +93,7 @@ class Case:
         return {name: _moved(tensor, self.subject.device) for name, tensor in batch.items()}
 
     def clips(self, *, padding_side: PaddingSide = "left", noise: bool = False) -> Batch:
-        """Rows with videos, on its device: collators of images are not asked."""
+        """Rows with videos, as this setup collates them, on its device: collators of images are not asked."""
         from pytest_qvl.checks.support.sizing import sizes_for
         from pytest_qvl.samples import clip_batch, scene_clips
 
@@ -100,7 +102,10 @@ class Case:
         if noise:
             made = [clip.noise(SEED) for clip in made]
         time = family_of(anatomy(self.model)).video_time
-        return clip_batch(self.processor, made, time=time, padding_side=padding_side, device=self.subject.device)
+        batch = clip_batch(self.processor, made, time=time, padding_side=padding_side)
+        for change in self.clip_collators:
+            batch = change(batch)
+        return {name: _moved(tensor, self.subject.device) for name, tensor in batch.items()}
 
     def long_batch(self) -> Batch:
         """One row of more than 2,000 tokens, as this setup collates it."""
@@ -136,7 +141,7 @@ def apply(name: str, case: Case) -> Iterator[Case]:
     from pytest_qvl.faults.tools import attributes_restored
     from pytest_qvl.models.state import preserved
 
-    damaged = replace(case, collators=list(case.collators))
+    damaged = replace(case, collators=list(case.collators), clip_collators=list(case.clip_collators))
     with preserved(case.model), attributes_restored(case.model), find(name).damage(damaged):
         yield damaged
 

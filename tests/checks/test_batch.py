@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 from transformers import AutoConfig
 
 from pytest_qvl import checks
-from pytest_qvl.checks.batches.findings import KINDS, findings_of
+from pytest_qvl.checks.batches.findings import KINDS, findings_of, unjudged_of
 from pytest_qvl.checks.batches.rows import some_rows
 from pytest_qvl.checks.support.packing import pack
 from pytest_qvl.checks.support.placeholders import of_one_colour
@@ -21,7 +22,7 @@ from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.models.sources.model_source import parse_model
 from pytest_qvl.models.sources.released import released_config
 from pytest_qvl.models.sources.synthetic_processor import processor_for
-from pytest_qvl.samples import Sample, make_batch, scenes
+from pytest_qvl.samples import Sample, clip_batch, make_batch, scene_clips, scenes
 from pytest_qvl.suite import test_data
 
 if TYPE_CHECKING:
@@ -390,6 +391,41 @@ def test_the_frames_of_a_video_stand_apart_in_qwen3_vl_only(released: Any) -> No
         fits = apart == (config.model_type == "qwen3_vl")
         found = kinds(made, processor, config)
         assert ([each for each in found if each != "pixels-blank"] == []) == fits, (found, apart)
+
+
+@pytest.mark.parametrize(
+    ("times", "words"),
+    [
+        (("0.2", "1.2", "2.2"), ""),
+        (("0.0", "0.0", "0.1"), ""),  # of a camera's every frame
+        (("9.9", "10.0", "10.0"), ""),
+        (("1.2", "0.2", "2.2"), "<0.2 seconds> before frame 1 of video 0, behind <1.2 seconds> of frame 0"),
+        (("0.2", "10.2", "9.2"), "<9.2 seconds> before frame 2 of video 0, behind <10.2 seconds> of frame 1"),
+        (("0.2", "", "2.2"), "no time before frame 1 of video 0"),
+        (("", "", ""), None),
+    ],
+)
+def test_times_in_words_never_run_backwards(times: tuple[str, ...], words: str | None) -> None:
+    processor, config = processor_for(parse_model("synthetic:qwen3-vl-8b")), released_config("qwen3-vl-8b")
+    made = clip_batch(processor, scene_clips(0, cell=32)[:1], time="words")
+    text = processor.tokenizer.decode(made["input_ids"][0])
+    for own, time in zip(("0.2", "1.2", "2.2"), times, strict=True):
+        text = text.replace(f"<{own} seconds>", f"[{time}]")
+    text = text.replace("[]", "").replace("[", "<").replace("]", " seconds>")
+    ids = torch.tensor([processor.tokenizer(text)["input_ids"]])
+    made |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if "mm_token_type_ids" in made:
+        made["mm_token_type_ids"] = 2 * (ids == config.video_token_id).long()
+    if not words:
+        evidence = checks.batch(made, processor, config)
+        judged = "times of frames" in {figure.name for figure in evidence.figures}
+        assert (judged, "times of videos" in unjudged_of(evidence)) == ((True, False) if words == "" else (False, True))
+        return
+    with pytest.raises(CheckFailed, match=re.escape(words)) as caught:
+        checks.batch(made, processor, config)
+    (finding,) = findings_of(caught.value.evidence)
+    assert finding.kind == "video-time"
+    assert int(ids[finding.row, finding.token]) == config.video_token_id
 
 
 def test_an_image_of_one_colour_up_to_the_rounding_of_a_resize() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.placeholders import placeholder_runs
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import all_of, attribute, before
 from pytest_qvl.models.anatomy import anatomy
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pytest_qvl.faults.case import Case
+    from pytest_qvl.faults.case import Batch, Case
 
     Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     Through = Callable[[Any, Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]]
@@ -224,3 +225,32 @@ def _delta_off(case: Case) -> Iterator[None]:
 
     with attribute(core, "get_rope_index", off):
         yield
+
+
+@fault(
+    "video-times-exchanged",
+    "The times in words of the first two frames of every video are exchanged.",
+    target="batch",
+    check="batch",
+    expected_words=("video-time: row 0, token", "before frame 1 of video 0, behind <", "times that go on"),
+    requires=("times in words",),
+)
+def _times_exchanged(case: Case) -> Iterator[None]:
+    tokenizer, placeholder = case.processor.tokenizer, anatomy(case.model).video_token_id
+
+    def words(row: torch.Tensor, stop: int) -> slice:
+        """The tokens of the time that ends before one."""
+        length = next(n for n in range(1, stop) if tokenizer.decode(row[stop - n : stop].tolist()).startswith("<"))
+        return slice(stop - length, stop)
+
+    def exchanged(batch: Batch) -> Batch:
+        ids = batch["input_ids"].clone()
+        for row in ids:
+            frames = [start - 1 for _, start, _ in placeholder_runs(row[None], placeholder)][:2]
+            if frames:
+                first, second = (words(row, stop) for stop in frames)
+                row[first], row[second] = row[second].clone(), row[first].clone()
+        return {**batch, "input_ids": ids}
+
+    case.clip_collators.append(exchanged)
+    yield

@@ -127,6 +127,7 @@ def _vision_not_backpropagated(case: Case) -> None:
 def _batch(case: Case) -> None:
     for batch in (case.batch(), _training(case)):
         checks.batch(batch, case.processor, case.model, case.rows)
+    checks.batch(case.clips(), case.processor, case.model)
 
 
 def _packing_isolation(case: Case) -> None:
