@@ -18,7 +18,6 @@ from pytest_qvl.checks.batches.pixels import judge_pixels
 from pytest_qvl.checks.batches.places import judge_packing, judge_positions, judge_time
 from pytest_qvl.checks.batches.times import judge_times
 from pytest_qvl.checks.registry import check, refuse_no_batch
-from pytest_qvl.checks.support.placeholders import kinds
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def batch(
 def _judge(view: View, findings: Findings) -> tuple[Layout, Layout]:
     """Judge all that needs no samples; returns where images and videos are."""
     judge_ids(view, findings)
-    images, videos = (lay_out(view, findings, kind) for kind in kinds(view.known.image, view.known.video))
+    images, videos = (lay_out(view, findings, kind) for kind in view.known.kinds)
     for layout in (images, videos):
         judge_pixels(view, findings, layout)
     unseen = dummies(view, images)

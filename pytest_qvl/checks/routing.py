@@ -19,7 +19,7 @@ from pytest_qvl.checks.support.placeholders import (
     attended,
     describe,
     describe_visual,
-    kinds,
+    kinds_of,
     model_inputs,
     show_grid,
     spans,
@@ -59,7 +59,7 @@ def placeholder_counts(model: Any, batch: Mapping[str, Any]) -> Evidence:
     """
     judge = Judge("placeholder_counts", "placeholders of each image = visual tokens by the grid formula")
     parts, inputs = anatomy(model), model_inputs(batch)
-    both = kinds(parts.image_token_id, parts.video_token_id)
+    both = kinds_of(parts)
     placeholders = sum(int((inputs["input_ids"] == kind.placeholder).sum()) for kind in both)
     grids = {kind.noun: inputs[kind.grids] for kind in both if kind.grids in inputs}
     if not placeholders and not any(map(len, grids.values())) and not any(kind.pixels in inputs for kind in both):
@@ -113,7 +113,7 @@ def feature_scatter(model: Any, batch: Mapping[str, Any]) -> Evidence:
             parts.wrapped(**inputs, logits_to_keep=1)
         text = parts.embeddings(ids)
         _judge_frames_apart(judge, parts, found, tap.vision)
-    given = [kind for kind in kinds(parts.image_token_id, parts.video_token_id) if inputs.get(kind.pixels) is not None]
+    given = [kind for kind in kinds_of(parts) if inputs.get(kind.pixels) is not None]
     _judge_pixels(
         judge,
         parts,

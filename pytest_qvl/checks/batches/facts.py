@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import SHARDED, WRAPPERS
 from pytest_qvl.checks.support.packing import samples_in_rows
-from pytest_qvl.checks.support.placeholders import attended
+from pytest_qvl.checks.support.placeholders import attended, kinds
 from pytest_qvl.checks.support.turns import TurnReader
 from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.anatomy import unwrap
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from pytest_qvl.checks.support.placeholders import Kind
     from pytest_qvl.models.families import Family
 
 TAKES = "a Qwen-VL model (wrapped or not), its configuration, or the folder of one"
@@ -47,6 +48,11 @@ class Facts:
     vision: tuple[int, ...]
     merge: int
     vocabulary: int
+
+    @property
+    def kinds(self) -> tuple[Kind, Kind]:
+        """Images and videos, by these ids."""
+        return kinds(self.image, self.video)
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pytest_qvl.checks.support.placeholders import type_ids
 from pytest_qvl.releases import installed, is_before
 
 if TYPE_CHECKING:
@@ -12,8 +13,6 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.batches.dummies import Dummies
     from pytest_qvl.checks.batches.facts import View
     from pytest_qvl.checks.batches.findings import Findings
-
-VIDEO_TYPE = 2
 
 
 def judge_mask(view: View, findings: Findings, dummies: Dummies) -> None:
@@ -57,7 +56,7 @@ def judge_types(view: View, findings: Findings) -> None:
     """Token types are there where positions are made of them, and mark exactly the placeholders."""
     import torch
 
-    wanted = (view.ids == view.known.image).long() + VIDEO_TYPE * (view.ids == view.known.video).long()
+    wanted = type_ids(view.ids, view.known.kinds)
     types = view.aligned("mm_token_type_ids")
     if view.batch.get("mm_token_type_ids") is None:
         has_positions = view.batch.get("position_ids") is not None

@@ -51,6 +51,17 @@ def kinds(image: int, video: int) -> tuple[Kind, Kind]:
     )
 
 
+def kinds_of(parts: Parts) -> tuple[Kind, Kind]:
+    """Images and videos of a model, as :func:`kinds` has them."""
+    return kinds(parts.image_token_id, parts.video_token_id)
+
+
+def type_ids(ids: torch.Tensor, of: tuple[Kind, Kind]) -> torch.Tensor:
+    """The ``mm_token_type_ids`` of token ids: int64 of the same shape, 0 for text."""
+    images, videos = (kind.type * (ids == kind.placeholder).long() for kind in of)
+    return images + videos
+
+
 @dataclass(frozen=True)
 class Span:
     """The placeholders of one image, of one video, or of one frame where a family writes frames apart.
@@ -199,7 +210,7 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
         if batch.get(name) is not None and batch[name].shape != ids.shape
     ]
     found: list[Span] = []
-    for kind in kinds(parts.image_token_id, parts.video_token_id):
+    for kind in kinds_of(parts):
         runs, pixels = placeholder_runs(ids, kind.placeholder), batch.get(kind.pixels)
         if runs and pixels is None:
             row, start, length = runs[0]
@@ -252,7 +263,7 @@ def dummies(parts: Parts, batch: Mapping[str, Any], found: Sequence[Span]) -> li
     ids, mask = batch["input_ids"], attended(batch)
     vision = torch.isin(ids, torch.tensor(parts.vision_token_ids, device=ids.device))
     labels = batch.get("labels")
-    images, _ = kinds(parts.image_token_id, parts.video_token_id)
+    images, _ = kinds_of(parts)
     sizes = [math.prod(grid) for grid in _grids(batch, images)]
     made = []
     for span in found:
@@ -294,7 +305,7 @@ def seconds_per_grid(batch: Mapping[str, Any]) -> list[float] | None:
 
 def _seconds_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
     """Seconds that are not one number a video, where positions are made of them."""
-    videos = len(_grids(batch, kinds(parts.image_token_id, parts.video_token_id)[1]))
+    videos = len(_grids(batch, kinds_of(parts)[1]))
     seconds = seconds_per_grid(batch)
     if family_of(parts).video_time != "seconds" or seconds is None or not videos:
         return []
@@ -356,9 +367,7 @@ def _type_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
     ids, mask = batch["input_ids"], attended(batch)
     if types is None or types.shape != ids.shape or mask.shape != ids.shape:
         return []
-    right = sum(
-        kind.type * (ids == kind.placeholder).long() for kind in kinds(parts.image_token_id, parts.video_token_id)
-    )
+    right = type_ids(ids, kinds_of(parts))
     wrong = ((types != right) & mask).nonzero().tolist()
     if not wrong:
         return []
