@@ -12,11 +12,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.batches.facts import facts
+from pytest_qvl.checks.batches.places import positions_of_samples
 from pytest_qvl.checks.registry import check
-from pytest_qvl.checks.support.mrope import VisionIds, mrope_oracle
 from pytest_qvl.checks.support.packing import is_packed, samples_in_rows, tokens_of_samples
 from pytest_qvl.checks.support.placeholders import (
     attended,
+    grids_of,
+    kinds_of,
     model_inputs,
     refuse_positions_in_generation,
     seconds_per_grid,
@@ -241,19 +243,14 @@ def _expected(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
     positions = torch.zeros(3, *ids.shape, dtype=torch.int64)
     if not own:
         return positions
-    known, videos = facts(parts.base), inputs.get("video_grid_thw")
-    if videos is not None and known.frames_apart:
-        videos = [(1, h, w) for t, h, w in videos.tolist() for _ in range(t)]
-    # Each sample on a row of its own; what belongs to others is padding there.
-    alone = mrope_oracle(
-        ids.cpu()[[row for row, _ in own]],
-        torch.stack([tokens for _, tokens in own]),
-        inputs.get("image_grid_thw"),
-        VisionIds(parts.image_token_id, parts.video_token_id),
-        parts.merge_size,
+    images, videos = (grids_of(inputs, kind) for kind in kinds_of(parts))
+    alone = positions_of_samples(
+        facts(parts.base),
+        ids.cpu(),
+        own,
+        image_grids=images,
         video_grids=videos,
-        seconds_per_grid=None if known.tokens_per_second is None else seconds_per_grid(inputs),
-        tokens_per_second=known.tokens_per_second,
+        seconds=seconds_per_grid(inputs),
     )
     for piece, (row, tokens) in enumerate(own):
         positions[:, row, tokens] = alone[:, piece, tokens]

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 
     import torch
 
-    from pytest_qvl.checks.batches.facts import View
+    from pytest_qvl.checks.batches.facts import Facts, View
     from pytest_qvl.checks.batches.findings import Findings
     from pytest_qvl.checks.batches.layout import Layout
+    from pytest_qvl.checks.support.placeholders import Grid
 
 AXES = ("t", "h", "w")
 
@@ -95,23 +96,52 @@ def _expected(
     own: Sequence[tuple[int, torch.Tensor]],
 ) -> torch.Tensor:
     """The oracle's ids ``(3, samples, length)`` of samples, each given by its row and its tokens."""
-    import torch
-
-    both = (images, videos)
-    image_grids, video_grids = ([layout.grids[number] for number in _seen(view, layout, own)] for layout in both)
+    image_grids, video_grids = (
+        [layout.grids[number] for number in _seen(view, layout, own)] for layout in (images, videos)
+    )
     if seconds is not None:
         seconds = [seconds[number] for number in _seen(view, videos, own)]
-    if view.known.frames_apart:
+    return positions_of_samples(
+        view.known, view.ids, own, image_grids=image_grids, video_grids=video_grids, seconds=seconds
+    )
+
+
+def positions_of_samples(
+    known: Facts,
+    ids: torch.Tensor,
+    own: Sequence[tuple[int, torch.Tensor]],
+    *,
+    image_grids: Sequence[Grid],
+    video_grids: Sequence[Grid],
+    seconds: Sequence[float] | None,
+) -> torch.Tensor:
+    """The oracle's ids of samples, each by itself, as a model of these facts lays videos out.
+
+    Args:
+        known: Of the model.
+        ids: ``(rows, length)`` int64 on the CPU.
+        own: Row of each sample and its tokens ``(length,)`` bool; at least one.
+        image_grids: Of the images of all samples, in reading order.
+        video_grids: As ``image_grids``, of the videos.
+        seconds: Between temporal patches of each video, read where positions are made of them; 1 for all if None.
+
+    Returns:
+        ``(3, samples, length)`` int64 on the CPU. What belongs to no sample holds 0.
+    """
+    import torch
+
+    if known.frames_apart:
         video_grids = [(1, h, w) for t, h, w in video_grids for _ in range(t)]
+    # Each sample on a row of its own; what belongs to others is padding there.
     return mrope_oracle(
-        view.ids[[row for row, _ in own]],
-        torch.stack([mask for _, mask in own]),
+        ids[[row for row, _ in own]],
+        torch.stack([tokens for _, tokens in own]),
         image_grids,
-        VisionIds(view.known.image, view.known.video),
-        view.known.merge,
+        VisionIds(known.image, known.video),
+        known.merge,
         video_grids=video_grids,
-        seconds_per_grid=seconds,
-        tokens_per_second=view.known.tokens_per_second,
+        seconds_per_grid=None if known.tokens_per_second is None else seconds,
+        tokens_per_second=known.tokens_per_second,
     )
 
 

@@ -219,7 +219,7 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
                 f"{kind.pixels}; the model reads the placeholder's own embedding there and raises nothing"
             )
             return [], problems
-        grids = _grids(batch, kind)
+        grids = grids_of(batch, kind)
         if pixels is not None:
             problems += value_problems(pixels, kind.pixels)
             problems += _width_problems(parts, pixels, kind)
@@ -264,7 +264,7 @@ def dummies(parts: Parts, batch: Mapping[str, Any], found: Sequence[Span]) -> li
     vision = torch.isin(ids, torch.tensor(parts.vision_token_ids, device=ids.device))
     labels = batch.get("labels")
     images, _ = kinds_of(parts)
-    sizes = [math.prod(grid) for grid in _grids(batch, images)]
+    sizes = [math.prod(grid) for grid in grids_of(batch, images)]
     made = []
     for span in found:
         if span.noun != images.noun:
@@ -289,7 +289,8 @@ def of_one_colour(pixels: torch.Tensor, channels: int) -> bool:
     return bool((values.amax(dim=(0, 2)) - values.amin(dim=(0, 2)) < HALF_A_LEVEL).all())
 
 
-def _grids(batch: Mapping[str, Any], kind: Kind) -> list[Grid]:
+def grids_of(batch: Mapping[str, Any], kind: Kind) -> list[Grid]:
+    """Frames, rows and columns in patches of each image (video) of a batch."""
     grids = batch.get(kind.grids)
     return [] if grids is None else [(t, h, w) for t, h, w in grids.tolist()]
 
@@ -305,7 +306,7 @@ def seconds_per_grid(batch: Mapping[str, Any]) -> list[float] | None:
 
 def _seconds_problems(parts: Parts, batch: Mapping[str, Any]) -> list[str]:
     """Seconds that are not one number a video, where positions are made of them."""
-    videos = len(_grids(batch, kinds_of(parts)[1]))
+    videos = len(grids_of(batch, kinds_of(parts)[1]))
     seconds = seconds_per_grid(batch)
     if family_of(parts).video_time != "seconds" or seconds is None or not videos:
         return []
