@@ -148,7 +148,9 @@ def run(arguments: Iterable[str], folder: Path) -> dict[str, Any]:
 
 
 def judge(environment: str, suite_only: bool) -> dict[str, Any]:
-    """Run what the row says, and tell the versions with it."""
+    """Run what the row says, and tell the versions; ``"cuda"`` is that of torch's build, ``None`` for the CPU's."""
+    import torch
+
     row = ROWS[environment.partition("-")[2]]
     with tempfile.TemporaryDirectory() as empty:
         suite = ("--pyargs", "pytest_qvl.suite", "--qvl-device", "cpu", *row.arguments)
@@ -156,7 +158,8 @@ def judge(environment: str, suite_only: bool) -> dict[str, Any]:
     if row.plugin and not suite_only:
         runs["plugin"] = run([f"tests/plugin/test_{name}.py" for name in QUICK], ROOT)
     packages = {name: found for name in (*lower_bounds(), *BESIDE) if (found := installed(name))}
-    return {"environment": environment, "python": platform.python_version(), "packages": packages, "runs": runs}
+    here = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    return {"environment": environment, **here, "packages": packages, "runs": runs}
 
 
 def records() -> list[dict[str, Any]]:
@@ -178,21 +181,18 @@ HEAD = """# Versions that were run
 Written by `tools/versions.py` from `docs/records/versions`: the shipped suite on the embedded model, on the CPU, from
 an empty folder, and {tests} files of quick tests of the plugin (an empty cell: not run). Every row is an environment of
 tox (`tox -e py311-lowest`), and runs every night in CI. A test holds the lowest row to the ranges of `pyproject.toml`.
-Seconds are left out: the rows ran beside other work.
+No row had a GPU; a row that names CUDA had torch's build for it. Seconds are left out: the rows ran beside other work.
 
 | environment | what | Python | {titles} | beside it | suite | plugin tests |
 | --- | --- | --- | {lines} | --- | --- | --- |
 """
-LOW = "\nBesides, `lowest` has {}.\n"
+LOW = """
+Besides, `lowest` has {}. On GPUs, torch 2.11 was run ([records](records/README.md)).
+"""
 OPEN = """
 ## Not run for this table
 
 {} have no record here: every night they run in CI, where a red one is a bug.
-
-- torch is declared from 2.6 on. What was run is 2.13.0 on the CPU (this table) and 2.11 on GPUs
-  ([records](records/README.md)): other releases come with CUDA in the package index, and so does 2.13.0 for Python
-  3.12, 3.13 and 3.14 (CUDA 13, cuDNN, NCCL and Triton, several gigabytes).
-- torchvision's builds there want torch's for CUDA; with that for the CPU they cannot be imported.
 """
 
 
@@ -202,7 +202,9 @@ def line(record: dict[str, Any]) -> str:
     beside = ", ".join(f"{one.removeprefix('pytest-')} {has[one]}" for one in BESIDE if one in has)
     row = ROWS[name.partition("-")[2]]
     runs = [counts(record["runs"].get(kind)) for kind in ("suite", "plugin")]
-    cells = [f"`{name}`", row.what, record["python"], *(has[one] for one in SHOWN), beside, *runs]
+    cuda = f" (CUDA {record['cuda']})" if record.get("cuda") else ""
+    shown = [has[one] + cuda * (one == "torch") for one in SHOWN]
+    cells = [f"`{name}`", row.what, record["python"], *shown, beside, *runs]
     return f"| {' | '.join(cells)} |\n"
 
 
