@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     import torch
     from torch import nn
 
     from pytest_qvl.faults.case import Case
     from pytest_qvl.models.anatomy import Parts
+
+    Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    Through = Callable[[Parts, Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]]
 
 _ABSENT = object()
 
@@ -65,6 +69,33 @@ def before(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[N
 def after(modules: Sequence[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
     """Run ``hook(module, args, output) -> output | None`` after each of the modules."""
     with _removed([module.register_forward_hook(hook) for module in modules]):
+        yield
+
+
+@contextmanager
+def at_tokens(parts: Parts, token: int, through: Through, change: Change) -> Iterator[None]:
+    """Pass what `through` sees of every prompt with a token through ``change(values, its places)``.
+
+    Args:
+        parts: The model.
+        token: Id of the token; its places are ``(rows, length)`` bool.
+        through: Hands over values and takes others in their place for the length of a block, as functions of
+            :mod:`pytest_qvl.models.taps` do.
+        change: Is given a copy of the values.
+    """
+    seen: dict[str, Any] = {}
+
+    def note(_module: Any, _args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        seen["places"] = None if ids is None else ids == token
+
+    def changed(values: torch.Tensor) -> torch.Tensor:
+        places = seen.get("places")
+        if places is None or not bool(places.any()):
+            return values
+        return change(values.clone(), places)
+
+    with before([parts.core], note), through(parts, changed):
         yield
 
 

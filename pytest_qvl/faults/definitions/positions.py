@@ -5,39 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import attribute, before
+from pytest_qvl.faults.tools import at_tokens, attribute, before
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import positions_changed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from contextlib import AbstractContextManager
 
     import torch
 
     from pytest_qvl.faults.case import Case
-
-    Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    from pytest_qvl.faults.tools import Change
 
 
 def at_images(case: Case, change: Change) -> AbstractContextManager[None]:
-    """Pass positions ``(3, rows, length)`` of every prompt through ``change(positions, image places)``."""
+    """Pass positions ``(3, rows, length)`` of every prompt with an image through ``change(positions, its places)``."""
     parts = anatomy(case.model)
-    seen: dict[str, Any] = {}
-
-    def note(_module: Any, _args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids")
-        seen["places"] = None if ids is None else ids == parts.image_token_id
-
-    def changed(positions: torch.Tensor) -> torch.Tensor:
-        places = seen.get("places")
-        if places is None or positions.shape[-1] == 1 or places.shape != positions.shape[1:]:
-            return positions
-        return change(positions.clone(), places)
-
-    from pytest_qvl.faults.tools import all_of
-
-    return all_of([before([parts.core], note), positions_changed(parts, changed)])
+    return at_tokens(parts, parts.image_token_id, positions_changed, change)
 
 
 def _counted(positions: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.placeholders import placeholder_runs
 from pytest_qvl.faults.catalogue import fault
-from pytest_qvl.faults.tools import all_of, attribute, before
+from pytest_qvl.faults.tools import all_of, at_tokens, attribute, before
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.taps import embeddings_changed, positions_changed
 
@@ -17,27 +17,13 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_qvl.faults.case import Batch, Case
-
-    Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    Through = Callable[[Any, Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]]
+    from pytest_qvl.faults.tools import Change, Through
 
 
 def _at_videos(case: Case, through: Through, change: Change) -> AbstractContextManager[None]:
-    """Pass what `through` sees of every prompt with a video through ``change(values, places of video)``."""
+    """Pass what `through` sees of every prompt with a video through ``change(values, its places)``."""
     parts = anatomy(case.model)
-    seen: dict[str, Any] = {}
-
-    def note(_module: Any, _args: Any, kwargs: Any) -> None:
-        ids = kwargs.get("input_ids")
-        seen["places"] = None if ids is None else ids == parts.video_token_id
-
-    def changed(values: torch.Tensor) -> torch.Tensor:
-        places = seen.get("places")
-        if places is None or not bool(places.any()):
-            return values
-        return change(values.clone(), places)
-
-    return all_of([before([parts.core], note), through(parts, changed)])
+    return at_tokens(parts, parts.video_token_id, through, change)
 
 
 def _tower_given(case: Case, change: Callable[[torch.Tensor, torch.Tensor], tuple[Any, Any]]) -> Any:
