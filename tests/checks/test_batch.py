@@ -17,7 +17,7 @@ from pytest_qvl import checks
 from pytest_qvl.checks.batches.findings import KINDS, findings_of, unjudged_of
 from pytest_qvl.checks.batches.rows import some_rows
 from pytest_qvl.checks.support.packing import pack
-from pytest_qvl.checks.support.placeholders import of_one_colour
+from pytest_qvl.checks.support.placeholders import HALF_A_LEVEL, of_one_colour
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.models.sources.model_source import parse_model
 from pytest_qvl.models.sources.released import released_config
@@ -434,3 +434,35 @@ def test_an_image_of_one_colour_up_to_the_rounding_of_a_resize() -> None:
     step = plain.clone()
     step[1, 2] += 1 / 255 / 0.5  # one step of 8 bits, under the largest deviation
     assert not of_one_colour(step, 3)
+
+
+@pytest.mark.parametrize("level", [1.0 / 2, 3 / 4, 1.0, 1.5, 2.0, 2.12])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_plain_image_is_plain_however_a_cast_rounds_it(level: float, sign: int) -> None:
+    """Two numbers of a dtype with none between are what one value may be rounded to, on either side of their middle."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        at = torch.tensor(sign * level, dtype=dtype)
+        after, later = (at.view(_BITS[dtype]) + n for n in (1, 2))
+        values = at.repeat(4, 12)
+        values[1, 2] = after.view(dtype)
+        assert of_one_colour(values, 3)
+        values[1, 2] = later.view(dtype)
+        assert of_one_colour(values, 3) == (abs(float(later.view(dtype) - at)) < HALF_A_LEVEL)
+
+
+_BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grey", [5, 100, 127, 128, 250])
+def test_a_grey_image_is_no_buffer_in_any_dtype(dtype: torch.dtype, grey: int) -> None:
+    """One value in all channels, as Qwen3-VL normalises grey; a cast moves it off the steps of float32."""
+    processor, config = processor_for(parse_model("synthetic:qwen3-vl-8b")), released_config("qwen3-vl-8b")
+    sample = {each.skill: each for each in scenes(0, 1, cell=32)}["nth_colour"]
+    first = Image.new("RGB", sample.images[0].size, (grey,) * 3)
+    made = make_batch(processor, [replace(sample, images=(first, *sample.images[1:]))])
+    evidence = checks.batch({**made, "pixel_values": made["pixel_values"].to(dtype)}, processor, config)
+    assert "image 0 is of one colour" in evidence.notes
+    patches = int(made["image_grid_thw"][0].prod())
+    made["pixel_values"][:patches] = 0.0
+    assert kinds({**made, "pixel_values": made["pixel_values"].to(dtype)}, processor, config) == ["pixels-blank"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.support.placeholders import HALF_A_LEVEL, value_problems
+from pytest_qvl.checks.support.placeholders import is_plain, value_problems
 from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _judge_constants(view: View, findings: Findings, layout: Layout, pixels: tor
         return
     chosen, owners = chosen[seen], [owners[place] for place in seen]
     own = (view.known.family.image_mean, view.known.family.image_std)
-    _judge_blank(findings, layout, chosen, owners, own)
+    _judge_blank(findings, layout, chosen, owners, own, dtype=pixels.dtype)
     if findings.has("pixels-blank"):
         return
     if (levels := _levels_next_to_black(chosen, own, pixels.dtype)) > 1:
@@ -185,6 +185,8 @@ def _judge_blank(
     values: torch.Tensor,
     owners: Sequence[int],
     own: Constants,
+    *,
+    dtype: torch.dtype,
 ) -> None:
     """Images of one colour: impossible ones are filled buffers; all of a batch are never what was meant."""
     import torch
@@ -194,9 +196,9 @@ def _judge_blank(
     blank = []
     for number in sorted(set(owners)):
         inside = flat[:, numbers == number].flatten(1)
-        if bool((inside.amax(dim=1) - inside.amin(dim=1) < HALF_A_LEVEL).all()):
+        if is_plain(inside, dtype):
             blank.append((number, inside[:, 0]))
-    impossible = [(n, colour) for n, colour in blank if not _fits(colour[None, :, None], own, torch.float32)]
+    impossible = [(n, colour) for n, colour in blank if not _fits(colour[None, :, None], own, dtype)]
     if impossible and bool((impossible[0][1] == impossible[0][1][0]).all()):
         number, colour = impossible[0]
         row = layout.rows[number] if layout.rows else None

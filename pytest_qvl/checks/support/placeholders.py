@@ -285,8 +285,21 @@ def dummies(parts: Parts, batch: Mapping[str, Any], found: Sequence[Span]) -> li
 
 def of_one_colour(pixels: torch.Tensor, channels: int) -> bool:
     """Whether all pixels of an image ``(patches, values per patch)`` are the same, up to what resizing floats adds."""
-    values = pixels.detach().reshape(len(pixels), channels, -1)
-    return bool((values.amax(dim=(0, 2)) - values.amin(dim=(0, 2)) < HALF_A_LEVEL).all())
+    return is_plain(pixels.detach().reshape(len(pixels), channels, -1).transpose(0, 1).flatten(1), pixels.dtype)
+
+
+def is_plain(values: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the values of each channel ``(channels, values)``, as `dtype` holds them, are one up to rounding.
+
+    They lie within half a step of 8 bits, or are two numbers of `dtype` with none between: one value may be rounded to
+    either, and in bfloat16 these are further apart from 1/2 on (docs/limits.md#pixel-values).
+    """
+    import torch
+
+    low, high = (each.double() for each in (values.amin(dim=1), values.amax(dim=1)))
+    _, exponent = torch.frexp(torch.minimum(low.abs(), high.abs()))
+    apart = torch.ldexp(torch.full_like(low, torch.finfo(dtype).eps), exponent - 1)
+    return bool(((high - low < HALF_A_LEVEL) | (high - low <= apart)).all())
 
 
 def grids_of(batch: Mapping[str, Any], kind: Kind) -> list[Grid]:
