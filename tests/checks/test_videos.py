@@ -11,7 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from pytest_qvl.checks import batch as judge_batch
 from pytest_qvl.checks import causality, decode_positions, feature_scatter, mrope_positions, placeholder_counts
+from pytest_qvl.checks.batches.findings import findings_of
 from pytest_qvl.checks.support.placeholders import validate_batch
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.faults.case import Case, apply, healthy_case
@@ -127,6 +129,39 @@ def test_what_is_wrong_between_placeholders_and_videos(pair: tuple[Any, Any]) ->
         for check in CHECKS:
             with pytest.raises((CheckFailed, InputError), match=re.escape(words)):
                 check(model, given)
+
+
+@pytest.mark.parametrize("noun", ["image", "video"])
+def test_pixels_and_grids_that_hold_nothing(pair: tuple[Any, Any], noun: str) -> None:
+    model, processor = pair
+    pixels, grids = {
+        "image": ("pixel_values", "image_grid_thw"),
+        "video": ("pixel_values_videos", "video_grid_thw"),
+    }[noun]
+    whole = batch_of(pair)
+    empty, none = whole[pixels][:0], whole[grids][:0]
+    text = batch_of(pair, clips=[Clip((), (), "Say red.", "red")])
+    with pytest.raises((ValueError, RuntimeError, IndexError)), torch.no_grad():
+        model(**text, **{pixels: empty, grids: none})
+    of_nothing = f"leave out both {pixels} and {grids}"
+    broken: list[tuple[dict[str, Any], str]] = [
+        ({**text, pixels: empty, grids: none}, of_nothing),
+        ({**text, pixels: empty}, of_nothing),
+        ({**whole, pixels: empty, grids: none}, of_nothing),
+        ({**whole, pixels: empty}, of_nothing),
+        ({**whole, grids: whole[grids] * torch.tensor([0, 1, 1])}, f"{grids} of {noun} 0 is 0x"),
+        ({**whole, grids: whole[grids] * 0}, f"{grids} of {noun} 0 is 0x0x0"),
+    ]
+    for given, words in broken:
+        assert [problem for problem in validate_batch(model, given) if words in problem] == validate_batch(model, given)
+        for check in (*CHECKS, decode_positions):
+            with pytest.raises((CheckFailed, InputError), match=re.escape(words)):
+                check(model, given)
+        with pytest.raises(CheckFailed) as caught:
+            judge_batch(given, processor, model)
+        said = [each for each in findings_of(caught.value.evidence) if each.kind in ("pixels-missing", "grids-apart")]
+        assert len(said) == 1
+        assert words in f"{said[0].found}: {said[0].cause}"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.placeholders import (
     Kind,
+    empty_problem,
     fitting,
     placeholder_runs,
     show_grid,
@@ -118,6 +119,18 @@ def _name(dtype: Any) -> str:
 def _judge_pixels(view: View, findings: Findings, kind: Kind, grids: Sequence[Grid], found: Sequence[Run]) -> bool:
     """Whether there are pixels, grids and placeholders at all, and pixels as many as the grids say."""
     pixels = view.batch.get(kind.pixels)
+    if pixels is not None and (nothing := empty_problem(view.batch, kind)):
+        there, _, cause = nothing.partition(": ")
+        row, token = found[0][:2] if found else (None, None)
+        findings.add(
+            "grids-apart" if pixels.numel() else "pixels-missing",
+            row,
+            token,
+            found=there,
+            expected=f"{kind.pixels} and {kind.grids} of every {kind.noun}, or neither",
+            cause=cause,
+        )
+        return False
     if pixels is None or not grids:
         if not found and pixels is None and not grids:
             return True

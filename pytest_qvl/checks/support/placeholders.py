@@ -220,6 +220,8 @@ def _match(parts: Parts, batch: Mapping[str, Any]) -> tuple[list[Span], list[str
             )
             return [], problems
         grids = grids_of(batch, kind)
+        if pixels is not None and (nothing := empty_problem(batch, kind)):
+            return [], [*problems, nothing]
         if pixels is not None:
             problems += value_problems(pixels, kind.pixels)
             problems += _width_problems(parts, pixels, kind)
@@ -300,6 +302,32 @@ def is_plain(values: torch.Tensor, dtype: torch.dtype) -> bool:
     _, exponent = torch.frexp(torch.minimum(low.abs(), high.abs()))
     apart = torch.ldexp(torch.full_like(low, torch.finfo(dtype).eps), exponent - 1)
     return bool(((high - low < HALF_A_LEVEL) | (high - low <= apart)).all())
+
+
+def empty_problem(batch: Mapping[str, Any], kind: Kind) -> str:
+    """What is wrong with pixels that a batch has, or their grids, where either holds nothing; empty for nothing.
+
+    A batch without images has neither. On empty tensors forward raises, in words that name none of them
+    (``torch.cat(): expected a non-empty list of Tensors``).
+    """
+    pixels, grids = batch[kind.pixels], batch.get(kind.grids)
+    if grids is not None and grids.ndim == 2 and len(grids) and (zero := (grids < 1).any(dim=1).nonzero().tolist()):
+        number = zero[0][0]
+        return (
+            f"{kind.grids} of {kind.noun} {number} is {show_grid(grids[number].tolist())} (frames, rows and columns of "
+            f"patches), which holds none: an empty {kind.noun}, or a buffer that was never filled"
+        )
+    empty = [
+        f"{name} {tuple(value.shape)}"
+        for name, value in ((kind.pixels, pixels), (kind.grids, grids))
+        if value is not None and not value.numel()
+    ]
+    if not empty:
+        return ""
+    return (
+        f"the batch holds {' and '.join(empty)}, without a value: where no row has a {kind.noun}, leave out both "
+        f"{kind.pixels} and {kind.grids} (on empty ones the model raises); where one has, the collator lost them"
+    )
 
 
 def grids_of(batch: Mapping[str, Any], kind: Kind) -> list[Grid]:
