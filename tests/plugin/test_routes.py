@@ -87,6 +87,7 @@ def test_two_workers(run_apart, unrelated):
 
 
 def test_a_benchmark_beside(pytester, run_light):
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
     pytester.makepyfile("def test_it(benchmark, qvl_model): assert benchmark(len, qvl_model) == 8")
     run_light().assert_outcomes(passed=1)
 

@@ -7,6 +7,8 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+
 CONFTEST = """
 import pytest
 from pytest_qvl.session.limit_vram import LIMIT_VRAM_HELP, VramLimits
@@ -83,7 +85,6 @@ def properties(pytester):
 
 
 def test_numbers_go_to_junit_and_to_benchmarks(pytester, monkeypatch):
-    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
     for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT"):  # benchmarks write nothing in a worker
         monkeypatch.delenv(name, raising=False)
     pytester.makeconftest(CONFTEST.format(started=True))
