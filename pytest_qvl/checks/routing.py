@@ -27,6 +27,7 @@ from pytest_qvl.checks.support.placeholders import (
 )
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.attributes import attributes_replaced
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import tapped, vision_features
 
@@ -446,17 +447,9 @@ def _features(parts: Parts, inputs: Mapping[str, Any]) -> torch.Tensor:
 @contextmanager
 def _blocks_bypassed(parts: Parts) -> Iterator[None]:
     """Let every vision block return its input inside the block, without computing anything."""
-    before = [vars(block).get("forward") for block in parts.blocks]
 
     def unchanged(hidden_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         return hidden_states
 
-    for block in parts.blocks:
-        vars(block)["forward"] = unchanged
-    try:
+    with attributes_replaced((block, "forward", unchanged) for block in parts.blocks):
         yield
-    finally:
-        for block, own in zip(parts.blocks, before, strict=True):
-            del vars(block)["forward"]
-            if own is not None:
-                vars(block)["forward"] = own

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.models.attributes import attributes_replaced
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
@@ -18,21 +20,10 @@ if TYPE_CHECKING:
     Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     Through = Callable[[Parts, Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]]
 
-_ABSENT = object()
 
-
-@contextmanager
-def attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Set an attribute on an object itself, its class untouched; a module's own registries are respected."""
-    before = vars(owner).get(name, _ABSENT)
-    object.__setattr__(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            object.__delattr__(owner, name)
-        else:
-            object.__setattr__(owner, name, before)
+def attribute(owner: Any, name: str, value: Any) -> AbstractContextManager[None]:
+    """Set an attribute on an object itself, see :func:`pytest_qvl.models.attributes.attributes_replaced`."""
+    return attributes_replaced([(owner, name, value)])
 
 
 @contextmanager

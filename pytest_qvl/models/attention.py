@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.models.attributes import attributes_replaced
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -52,14 +54,9 @@ def other_attention(parts: Parts) -> Iterator[None]:
 @contextmanager
 def _few_heads_at_once(parts: Parts) -> Iterator[None]:
     homes = [sys.modules.get(name) for name in {type(module).__module__ for module in parts.base.modules()}]
-    whole = {home: getattr(home, EAGER) for home in homes if hasattr(home, EAGER)}
-    for home, eager in whole.items():
-        setattr(home, EAGER, partial(_by_heads, eager))
-    try:
+    changes = [(home, EAGER, partial(_by_heads, getattr(home, EAGER))) for home in homes if hasattr(home, EAGER)]
+    with attributes_replaced(changes):
         yield
-    finally:
-        for home, eager in whole.items():
-            setattr(home, EAGER, eager)
 
 
 def _by_heads(

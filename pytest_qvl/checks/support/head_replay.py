@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.teaching import forward
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.attributes import attributes_replaced
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     import torch
 
     from pytest_qvl.checks.support.teaching import Batch
     from pytest_qvl.models.anatomy import Parts
-
-_ABSENT = object()
 
 
 class HeadReplay:
@@ -74,7 +73,7 @@ class HeadReplay:
 @contextmanager
 def core_serving(parts: Parts, output: Any) -> Iterator[None]:
     """Let every call of the model in the block begin behind the core, with what that is to have returned."""
-    with _forward_replaced(parts.core, lambda *_args, **_kwargs: output):
+    with attributes_replaced([(parts.core, "forward", lambda *_args, **_kwargs: output)]):
         yield
 
 
@@ -95,18 +94,5 @@ def core_recorded(parts: Parts) -> Iterator[list[Any]]:
         outputs[:] = [_with_hidden(output, output[0].detach())]
         return output
 
-    with _forward_replaced(parts.core, recording):
+    with attributes_replaced([(parts.core, "forward", recording)]):
         yield outputs
-
-
-@contextmanager
-def _forward_replaced(module: Any, function: Callable[..., Any]) -> Iterator[None]:
-    before = vars(module).get("forward", _ABSENT)
-    object.__setattr__(module, "forward", function)
-    try:
-        yield
-    finally:
-        if before is _ABSENT:
-            object.__delattr__(module, "forward")
-        else:
-            object.__setattr__(module, "forward", before)

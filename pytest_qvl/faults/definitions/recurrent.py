@@ -13,6 +13,7 @@ from pytest_qvl.models.layers import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -28,8 +29,7 @@ def _mixers(case: Case) -> list[Any]:
     return [layer.attention for layer in language_layers(anatomy(case.model)) if not layer.attends]
 
 
-@contextmanager
-def _function(case: Case, name: str, change: Callable[..., Any]) -> Iterator[None]:
+def _function(case: Case, name: str, change: Callable[..., Any]) -> AbstractContextManager[None]:
     """Call ``change(own, *args, **kwargs)`` where the mixers' module calls a function of its own."""
     home: Any = sys.modules[type(_mixers(case)[0]).__module__]
     own = getattr(home, name)
@@ -37,11 +37,7 @@ def _function(case: Case, name: str, change: Callable[..., Any]) -> Iterator[Non
     def changed(*args: Any, **kwargs: Any) -> Any:
         return change(own, *args, **kwargs)
 
-    setattr(home, name, changed)
-    try:
-        yield
-    finally:
-        setattr(home, name, own)
+    return attribute(home, name, changed)
 
 
 @contextmanager

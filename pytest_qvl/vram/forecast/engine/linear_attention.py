@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_qvl.models.attributes import attributes_replaced
 from pytest_qvl.models.layers import language_layers
 from pytest_qvl.models.mixer_kernels import FUNCTIONS, mixer_kernels
 
@@ -58,9 +59,9 @@ def linear_attention_by(parts: Parts, asked: LinearAttention, capability: tuple[
         yield
         return
     home: Any = sys.modules[type(mixers[0]).__module__]
-    before = {name: getattr(home, name) for name in FUNCTIONS.values() if hasattr(home, name)}
+    there = {name: getattr(home, name) for name in FUNCTIONS.values() if hasattr(home, name)}
     # Each wraps what was found when it was imported; what it wraps is Transformers' own.
-    own = {name: found.__wrapped__ for name, found in before.items() if hasattr(found, "__wrapped__")}
+    own = {name: found.__wrapped__ for name, found in there.items() if hasattr(found, "__wrapped__")}
     if asked != "torch" and own.keys() != set(FUNCTIONS.values()):
         import transformers
 
@@ -68,13 +69,9 @@ def linear_attention_by(parts: Parts, asked: LinearAttention, capability: tuple[
             f"linear_attention is {asked!r}: how Transformers {transformers.__version__} calls these kernels is not "
             "followed (that of 5.17 is); use 'torch', which takes more memory"
         )
-    for name, function in {**own, **_kernels(asked, capability)}.items():
-        setattr(home, name, function)
-    try:
+    functions = {**own, **_kernels(asked, capability)}
+    with attributes_replaced((home, name, function) for name, function in functions.items()):
         yield
-    finally:
-        for name, function in before.items():
-            setattr(home, name, function)
 
 
 def _kernels(asked: LinearAttention, capability: tuple[int, int]) -> dict[str, Callable[..., Any]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_qvl.models.attributes import attributes_replaced
 from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine import ddp
@@ -127,12 +128,9 @@ class TRL(HuggingFace):
     def prepared(self) -> Iterator[None]:
         """The model's head replaced by the fused one."""
         base = self.parts.base
-        with super().prepared():
-            base.forward = FusedHead(self.parts, lambda: self.enter(phases.LOSS)).forward
-            try:
-                yield
-            finally:
-                del base.forward
+        head = FusedHead(self.parts, lambda: self.enter(phases.LOSS))
+        with super().prepared(), attributes_replaced([(base, "forward", head.forward)]):
+            yield
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """``SFTTrainer.compute_loss``: the sum of each token's loss over their number; metrics read what is left."""
@@ -174,13 +172,10 @@ class Unsloth(HuggingFace):
         )
         checkpoints = self._offloading.installed() if request.gradient_checkpointing else nullcontext()
         compiled = compiled_layers(self.parts) if request.compiled else nullcontext()
-        with super().prepared(), checkpoints, lora_forwards(), compiled:
+        loss = attributes_replaced([(base, "forward", head.forward)])
+        with super().prepared(), checkpoints, lora_forwards(), compiled, loss:
             self.stage.empty_cache()
-            base.forward = head.forward
-            try:
-                yield
-            finally:
-                del base.forward
+            yield
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """As ever, once there are buffers for what checkpoints give away."""

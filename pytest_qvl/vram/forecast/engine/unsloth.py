@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_qvl.models.attributes import attributes_replaced
 from pytest_qvl.samples.batch import IGNORED
 from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor
 from pytest_qvl.vram.units import GiB, MiB
@@ -60,14 +61,13 @@ class Offloading:
         """Inside, layers are checkpointed so; the last one's input stays, as from the second step on."""
         last = self._parts.language_backbone.layers[-1]
         layers = [m for m in self._parts.base.modules() if hasattr(m, "_gradient_checkpointing_func")]
-        before = [layer._gradient_checkpointing_func for layer in layers]
-        for layer in layers:
-            layer._gradient_checkpointing_func = partial(self._checkpoint, offloads=layer is not last)
+        function = "_gradient_checkpointing_func"
         try:
-            yield
+            with attributes_replaced(
+                (layer, function, partial(self._checkpoint, offloads=layer is not last)) for layer in layers
+            ):
+                yield
         finally:
-            for layer, function in zip(layers, before, strict=True):
-                layer._gradient_checkpointing_func = function
             self.buffers.clear()
 
     def begin(self, batch: dict[str, Any], *, vision: bool) -> None:
@@ -231,15 +231,8 @@ def lora_forwards() -> Iterator[None]:
     """Inside, LoRA layers of PEFT add their product as Unsloth's do."""
     from peft.tuners.lora import bnb, layer
 
-    classes = (layer.Linear, bnb.Linear4bit)
-    before = [cls.forward for cls in classes]
-    for cls in classes:
-        cls.forward = _lora_forward
-    try:
+    with attributes_replaced((cls, "forward", _lora_forward) for cls in (layer.Linear, bnb.Linear4bit)):
         yield
-    finally:
-        for cls, forward in zip(classes, before, strict=True):
-            cls.forward = forward
 
 
 def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -265,25 +258,14 @@ def _lora_forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torc
 def compiled_layers(parts: Parts) -> Iterator[None]:
     """Inside, norms and gated MLPs keep what compiled ones keep, and rotary embeddings have their results alone."""
     modeling: Any = import_module(type(parts.base).__module__)
-    rotary = {name: rotate for name, rotate in vars(modeling).items() if _ROTARY.fullmatch(name)}
-    patched: list[Any] = []
+    changes = [(modeling, name, _rotated) for name in vars(modeling) if _ROTARY.fullmatch(name)]
     for module in parts.base.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = partial(_norm, module)
+            changes.append((module, "forward", partial(_norm, module)))
         elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
-            module.forward = partial(_gated_mlp, module)
-        else:
-            continue
-        patched.append(module)
-    for name in rotary:
-        setattr(modeling, name, _rotated)
-    try:
+            changes.append((module, "forward", partial(_gated_mlp, module)))
+    with attributes_replaced(changes):
         yield
-    finally:
-        for name, rotate in rotary.items():
-            setattr(modeling, name, rotate)
-        for module in patched:
-            del module.forward
 
 
 def _norm(self: Any, x: torch.Tensor) -> torch.Tensor:
