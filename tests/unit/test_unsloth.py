@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
+import time
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
@@ -18,8 +24,8 @@ import pytest
 from pytest_qvl.gpu.nvml import Gpu
 from pytest_qvl.gpu.visible import Visible
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
-from pytest_qvl.models.backends import BACKENDS, LoadRequest, ModelLoadError, Registration, unsloth_start
-from pytest_qvl.models.backends.unsloth import UnslothBackend
+from pytest_qvl.models.backends import BACKENDS, LoadRequest, ModelLoadError, Registration, unsloth, unsloth_start
+from pytest_qvl.models.backends.unsloth import UnslothBackend, draw_elsewhere, refuse_stale_class
 from pytest_qvl.models.backends.unsloth_start import (
     UnslothStartError,
     import_first,
@@ -27,6 +33,7 @@ from pytest_qvl.models.backends.unsloth_start import (
     problem,
     use_own_compile_folder,
 )
+from pytest_qvl.models.sources.loading import in_todays_layout
 from pytest_qvl.models.sources.model_source import parse_model
 
 # ---- usable or not -----------------------------------------------------------------------------------------
@@ -260,9 +267,9 @@ def owner(monkeypatch):
     """An owner that loads by Unsloth's stand-in."""
     from pytest_qvl.models.owner import ModelOwner
 
-    unsloth = ModuleType("unsloth")
-    unsloth.FastVisionModel = FastVisionModel
-    monkeypatch.setitem(sys.modules, "unsloth", unsloth)
+    stand_in = ModuleType("unsloth")
+    stand_in.FastVisionModel = FastVisionModel
+    monkeypatch.setitem(sys.modules, "unsloth", stand_in)
     for made in (OnCpu, OnVisionToo):
         monkeypatch.setitem(BACKENDS, made.__name__, Registration(f"{__name__}:{made.__name__}"))
         monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or _this_module())
@@ -343,3 +350,195 @@ def test_without_its_import_at_the_start_nothing_is_loaded(owner, request_4bit, 
     monkeypatch.delitem(sys.modules, "unsloth")
     with pytest.raises(ModelLoadError, match="was not imported when pytest started"):
         owner.base(request_4bit, "OnCpu")
+
+
+# ---- synthetic weights, and whose class runs ----------------------------------------------------------------
+
+
+def small_request(*, quantized: bool) -> tuple[LoadRequest, object]:
+    """A request for synthetic weights, and a configuration that is drawn in a second."""
+    import torch
+
+    from pytest_qvl.faults.matrix.random_models import random_config
+    from pytest_qvl.models.quantized import usual_quantization
+
+    quantization = usual_quantization(torch.bfloat16) if quantized else None
+    request = LoadRequest(parse_model("synthetic:qwen2.5-vl-3b"), quantization, "cpu", "bfloat16")
+    return request, random_config("qwen2_5_vl")
+
+
+@pytest.mark.parametrize(
+    "quantized", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["in 4 bits", "in 16 bits"]
+)
+def test_another_process_draws_the_same_bits(tmp_path, quantized):
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from pytest_qvl.models.sources.synthetic import build_synthetic
+
+    request, config = small_request(quantized=quantized)
+    folder = tmp_path / "model"
+    draw_elsewhere(folder, request, config)
+    assert (folder / "tokenizer.json").is_file()
+    built = build_synthetic(config, request.quantization_config, "cpu", torch.bfloat16)
+    built.save_pretrained(tmp_path / "here")
+    assert tensors_of(folder) == tensors_of(tmp_path / "here")
+    loaded = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    assert loaded.generation_config.eos_token_id == built.generation_config.eos_token_id
+
+
+def tensors_of(folder):
+    """Every tensor of a checkpoint by name: dtype, shape and a digest of its bytes."""
+    import torch
+    from safetensors import safe_open
+
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                tensor = opened.get_tensor(name)
+                data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+                found[in_todays_layout(name)] = tensor.dtype, tensor.shape, sha256(data).hexdigest()
+    assert found
+    return found
+
+
+def test_a_process_that_fails_says_why(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "there").touch()
+    request, config = small_request(quantized=False)
+    said = (
+        "the weights of synthetic:qwen2.5-vl-3b could not be drawn and saved for Unsloth: the process that does ended "
+        f"with 1: ValueError: {tmp_path}/model exists and is not an empty folder"
+    )
+    with pytest.raises(ModelLoadError, match=said):
+        draw_elsewhere(tmp_path / "model", request, config)
+
+
+def fails(monkeypatch, code):
+    """Make the process run this instead of drawing."""
+    monkeypatch.setattr(unsloth, "_DRAW", instead_of_drawing(code))
+
+
+def instead_of_drawing(code):
+    written = f"def write_synthetic(*_): exec({code!r})"
+    return unsloth._DRAW.replace("sys.exit(", f"exec({written!r}, draw_as_asked.__globals__)\nsys.exit(")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was ended by SIGKILL: without a word"),
+        ("raise SystemExit('no torch here')", "ended with 1: no torch here"),
+    ],
+)
+def test_how_the_process_ended_is_told(tmp_path, monkeypatch, code, says):
+    fails(monkeypatch, code)
+    with pytest.raises(ModelLoadError, match=says):
+        draw_elsewhere(tmp_path / "model", *small_request(quantized=True))
+
+
+def test_out_of_memory_there_is_out_of_memory_here_and_leaves_no_folder(owner, tmp_path, monkeypatch):
+    import torch
+
+    fails(monkeypatch, "import torch; raise torch.OutOfMemoryError('CUDA out of memory.\\nTried 2 GiB')")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    request, _ = small_request(quantized=True)
+    with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory\. Tried 2 GiB$"):
+        owner.base(request, "OnCpu")
+    assert not list(tmp_path.glob("qvl-*"))
+    assert not FastVisionModel.calls
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_process_and_leaves_no_folder(owner, tmp_path, monkeypatch):
+    started = tmp_path / "started"
+    fails(monkeypatch, f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    request, _ = small_request(quantized=True)
+
+    def interrupt():
+        while not started.exists() or not started.read_text():
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    waiting = threading.Thread(target=interrupt, daemon=True)
+    waiting.start()
+    with pytest.raises(KeyboardInterrupt):
+        owner.base(request, "OnCpu")
+    waiting.join()
+    assert not list(scratch.glob("qvl-*"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
+
+
+@pytest.mark.slow
+def test_the_process_ends_with_the_one_that_asked(tmp_path):
+    started = tmp_path / "started"
+    code = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    parent = tmp_path / "parent.py"
+    parent.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from pytest_qvl.models.backends import unsloth\n"
+        f"unsloth._DRAW = {instead_of_drawing(code)!r}\n"
+        "unsloth.draw_elsewhere(Path(sys.argv[1]), None, None)\n"
+    )
+    with subprocess.Popen([sys.executable, parent, tmp_path / "model"]) as process:
+        while not started.exists() or not started.read_text():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+    for _ in range(100):
+        try:
+            os.kill(int(started.read_text()), 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("it goes on without its parent")
+
+
+def test_a_class_of_before_unsloth_rewrote_it_is_refused(monkeypatch):
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    stock = modeling.Qwen2_5_VLForConditionalGeneration
+    refuse_stale_class(stock)  # which Unsloth has left as it is
+    rewritten = type(stock.__name__, (stock,), {"__module__": stock.__module__})
+    monkeypatch.setattr(modeling, stock.__name__, rewritten)
+    refuse_stale_class(rewritten)
+    with pytest.raises(ModelLoadError, match="the model is Transformers' own Qwen2_5_VLFor"):
+        refuse_stale_class(stock)
+
+
+@pytest.mark.parametrize("asked", ["before", "meanwhile"])
+def test_the_owner_loads_the_class_that_stands_in_the_module(owner, request_4bit, monkeypatch, asked):
+    import transformers
+    from transformers.models import qwen2_5_vl as package
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as modeling
+
+    load = FastVisionModel.from_pretrained.__func__
+    stock = modeling.Qwen2_5_VLForConditionalGeneration
+    name = stock.__name__
+    rewritten = type(name, (stock,), {"__module__": stock.__module__})
+    mapping = transformers.AutoModelForImageTextToText._model_mapping
+
+    def rewrites_and_loads(cls, model_name, **options):
+        assert asked == "before" or mapping[stock.config_class] is stock
+        monkeypatch.setattr(modeling, name, rewritten)  # as its compiler does
+        return load(cls, model_name, **options)
+
+    monkeypatch.setattr(FastVisionModel, "from_pretrained", classmethod(rewrites_and_loads))
+    assert mapping[stock.config_class] is getattr(transformers, name) is stock  # kept by both packages now
+    try:
+        if asked == "before":
+            assert type(owner.base(request_4bit, "OnCpu")) is rewritten
+        else:
+            with pytest.raises(ModelLoadError, match=r"^the model is Transformers' own .* after that only, inside"):
+                owner.base(request_4bit, "OnCpu")
+    finally:
+        for lazy in (package, transformers):
+            setattr(lazy, name, stock)

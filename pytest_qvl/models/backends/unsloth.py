@@ -6,22 +6,31 @@ Written by its source (2026.10.9); the process has imported it before everything
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+import subprocess
 import sys
 import tempfile
+import threading
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.adapters import LANGUAGE_ONLY, AdapterSlot
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.backends import LoadRequest, ModelLoadError
+from pytest_qvl.models.backends import LoadRequest, ModelLoadError, one_line
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 from pytest_qvl.models.backends.unsloth_start import quiet
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.quantized import KEEP_16BIT, finish_saved_in_4bit
 from pytest_qvl.models.sources.hub import hub_options, model_folder, saved_quantization
 from pytest_qvl.models.sources.loading import compared_with, keep_report, why_not_loaded
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.models.sources.released import released_config
 from pytest_qvl.models.sources.synthetic import build_synthetic, keep_drawn
+from pytest_qvl.models.sources.synthetic_checkpoint import GIB, write_checkpoint
 from pytest_qvl.models.sources.synthetic_processor import write_processor
 
 if TYPE_CHECKING:
@@ -47,6 +56,14 @@ NOT_ASKED = {"peft_type", "task_type", "peft_version", "auto_mapping", "base_mod
     "loftq_config",
     "target_modules",
 }
+# How the process that draws weights ends.
+FAILED, OUT_OF_MEMORY = 1, 3
+_DRAW = """
+import pickle, sys
+sys.path[:] = pickle.load(sys.stdin.buffer)
+from pytest_qvl.models.backends.unsloth import draw_as_asked
+sys.exit(draw_as_asked())
+"""
 
 
 class UnslothBackend:
@@ -68,7 +85,7 @@ class UnslothBackend:
         fast = _fast_vision_model()
         try:
             model = _build(fast, request, getattr(torch, request.dtype), self.checkpointing)
-        except (torch.OutOfMemoryError, ModelSourceError):
+        except (torch.OutOfMemoryError, ModelSourceError, ModelLoadError):
             raise
         except Exception as error:
             said = why_not_loaded(request.source, error)
@@ -171,21 +188,24 @@ def _fast_vision_model() -> Any:
 def _build(fast: Any, request: LoadRequest, dtype: torch.dtype, checkpointing: bool | str) -> Any:
     """Load a model by ``FastVisionModel.from_pretrained`` and keep a report of tensors that did not fit.
 
-    Synthetic weights are written to a temporary folder first, because Unsloth loads from folders only; in 16 bits
-    they are built directly. Whatever Unsloth would do by default and the request does not ask for is switched off.
+    Synthetic weights are written to a temporary folder first, because Unsloth loads from folders only. Whatever Unsloth
+    would do by default and the request does not ask for is switched off.
+
+    Raises:
+        ModelLoadError: The folder could not be written, or the model is not of the class that Unsloth has written.
     """
     source, quantization = request.source, request.quantization_config
-    if source.kind == "synthetic" and quantization is None:
-        return build_synthetic(released_config(source.location), None, request.device, dtype)
     own = saved_quantization(source)
     options: dict[str, Any] = {"load_in_4bit": quantization is not None or own is not None}
     if quantization is not None and own is None and not _is_what_unsloth_chooses(quantization, dtype):
         options["quantization_config"] = quantization
-    with tempfile.TemporaryDirectory(prefix="qvl-synthetic-") as folder, quiet():
+    with tempfile.TemporaryDirectory(prefix="qvl-synthetic-") as scratch, quiet():
+        drawn = Path(scratch, "model")
         if source.kind == "synthetic":
-            write_synthetic(Path(folder), request, dtype)
+            draw_elsewhere(drawn, request, released_config(source.location))
+        forget_classes()
         model, _processor = fast.from_pretrained(
-            folder if source.kind == "synthetic" else source.pretrained,
+            str(drawn) if source.kind == "synthetic" else source.pretrained,
             max_seq_length=MAX_LENGTH,
             dtype=dtype,
             attn_implementation="sdpa",
@@ -197,6 +217,7 @@ def _build(fast: Any, request: LoadRequest, dtype: torch.dtype, checkpointing: b
             **({"local_files_only": True} if source.kind == "synthetic" else hub_options(source)),
             **options,
         )
+    refuse_stale_class(type(anatomy(model).base))
     read_from = model_folder(source)
     if read_from is not None:
         keep_report(model, compared_with(model, read_from, f"the checkpoint of {source}"))
@@ -218,14 +239,138 @@ def _is_what_unsloth_chooses(config: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def write_synthetic(folder: Path, request: LoadRequest, dtype: torch.dtype) -> None:
-    """Save a synthetic model in 4 bits with its processor, since Unsloth loads from folders only."""
+def forget_classes() -> None:
+    """Let Transformers' lazy packages forget model classes, so that an ``AutoModel`` looks into the module again.
+
+    Unsloth's compiler puts its classes into the module that Transformers' stand in. A lazy package keeps a class once
+    it was asked for it, by an ``AutoModel`` or an import, and gives Transformers' own ever after.
+    """
+    for family in FAMILIES:
+        package = sys.modules.get(f"transformers.models.{family}")
+        module = f"transformers.models.{family}.modeling_{family}"
+        for name, value in list(vars(package).items()) if package else ():
+            if isinstance(value, type) and value.__module__ == module:
+                for lazy in (package, sys.modules["transformers"]):
+                    vars(lazy).pop(name, None)
+
+
+def refuse_stale_class(model_class: type) -> None:
+    """Refuse a model of the class that Transformers had before Unsloth rewrote it, with Transformers' forward and loss.
+
+    Raises:
+        ModelLoadError: Another class stands in its place.
+    """
+    name = model_class.__name__
+    if getattr(sys.modules.get(model_class.__module__), name, model_class) is not model_class:
+        raise ModelLoadError(
+            f"the model is Transformers' own {name}, not the one that Unsloth has written in its place: something in "
+            f"this process has kept the former from before Unsloth loaded its first model; import {name} and use an "
+            "AutoModel after that only, inside of a fixture or test"
+        )
+
+
+def draw_elsewhere(folder: Path, request: LoadRequest, config: Any) -> None:
+    """Save a synthetic model with its processor from another process, which no class is looked up for in this one.
+
+    Args:
+        folder: Where to; must not exist.
+        request: Its source is ``synthetic:``; quantization, device and dtype are those of the weights.
+        config: What to build.
+
+    Raises:
+        ModelLoadError: The process did not get to its end; says what it said.
+        torch.OutOfMemoryError: The device is too small.
+    """
     import torch
 
-    name = request.source.location
-    model = build_synthetic(released_config(name), request.quantization_config, request.device, dtype)
-    model.save_pretrained(folder)
-    del model
-    if request.device == "cuda":
-        torch.cuda.empty_cache()
-    write_processor(folder, name)
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            [sys.executable, "-c", _DRAW],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+            start_new_session=True,  # Ctrl-C reaches this process alone
+        ) as process,
+    ):
+        assert process.stdin is not None
+        try:
+            with suppress(BrokenPipeError):  # how it ended says why
+                for part in (sys.path, (folder, request, config)):
+                    pickle.dump(part, process.stdin)
+                process.stdin.flush()
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()  # `Popen` itself does not, after an interrupt
+            raise
+        said.seek(0)
+        last = said.read().decode(errors="replace").strip().splitlines()[-1:] or ["without a word"]
+    if status == OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(last[0])
+    if status:
+        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+        raise ModelLoadError(
+            f"the weights of {request.source} could not be drawn and saved for Unsloth: the process that does {how}: "
+            f"{last[0]}"
+        )
+
+
+def draw_as_asked() -> int:
+    """In that process: do what is asked for on its input, and return the exit status."""
+    import torch
+
+    asked = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        write_synthetic(*asked)
+    except torch.OutOfMemoryError as error:
+        status, said = OUT_OF_MEMORY, str(error)
+    except Exception as error:
+        status, said = FAILED, one_line(error)
+    else:
+        return 0
+    print(" ".join(said.split()), file=sys.stderr)
+    return status
+
+
+def _end_with_parent() -> None:
+    """Wait for the end of the input, which the one that asked keeps open for as long as it lives."""
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(FAILED)
+
+
+def write_synthetic(folder: Path, request: LoadRequest, config: Any) -> None:
+    """Save a synthetic model with its processor; see :func:`draw_elsewhere`."""
+    import torch
+
+    processor = partial(write_processor, name=request.source.location)
+    dtype = getattr(torch, request.dtype)
+    if request.quantization_config is None:
+        _refuse_if_too_big(config, request.device, dtype)
+        write_checkpoint(config, folder, processor, device=request.device, dtype=request.dtype)
+        return
+    build_synthetic(config, request.quantization_config, request.device, dtype).save_pretrained(folder)
+    processor(folder)
+
+
+def _refuse_if_too_big(config: Any, device: str, dtype: torch.dtype) -> None:
+    """Refuse weights that the device has no room for, before they are written; Unsloth would spill them to the host.
+
+    Raises:
+        torch.OutOfMemoryError: Says how much is needed and free.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText
+
+    if device != "cuda":
+        return
+    with init_empty_weights():
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    model.tie_weights()
+    needed, free = sum(p.numel() * p.element_size() for p in model.parameters()), torch.cuda.mem_get_info()[0]
+    if needed > free:
+        raise torch.OutOfMemoryError(
+            f"CUDA out of memory: the weights alone need {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free"
+        )

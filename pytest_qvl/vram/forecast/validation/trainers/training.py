@@ -8,7 +8,6 @@ import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -197,38 +196,21 @@ def _said_by_ddp(wrapped: Any) -> str:
 def unsloth_base(request: Request, device: str) -> Any:
     """The model as ``FastVisionModel.from_pretrained`` loads it from a folder in NF4 with random weights.
 
-    Unsloth has been imported before everything that it patches. Another process writes the folder: once an
-    ``AutoModel`` has looked the model's class up, it stays the one without Unsloth's loss, which Unsloth writes later.
+    Unsloth has been imported before everything that it patches.
 
     Raises:
-        RuntimeError: The folder could not be written, or the model is not of Unsloth's class.
+        ModelLoadError: It could not be loaded.
+        RuntimeError: The model is not of Unsloth's class.
     """
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.quantized import usual_quantization
     from pytest_qvl.models.sources.model_source import parse_model
 
     quantization = usual_quantization(getattr(torch, request.compute_dtype))
-    with tempfile.TemporaryDirectory(prefix="qvl-synthetic-") as folder:
-        writer = get_context("spawn").Process(target=_write_synthetic, args=(folder, request, device))
-        writer.start()
-        writer.join()
-        if writer.exitcode:
-            raise RuntimeError(f"the process that draws the weights ended with {writer.exitcode}")
-        load = LoadRequest(parse_model(f"local:{folder}"), quantization, device, request.compute_dtype)
-        model = _unsloth(request).load(load)
+    source = parse_model(f"synthetic:{request.model}")
+    model = _unsloth(request).load(LoadRequest(source, quantization, device, request.compute_dtype))
     check_rewritten(type(model))
     return model
-
-
-def _write_synthetic(folder: str, request: Request, device: str) -> None:
-    from pytest_qvl.models.backends import LoadRequest
-    from pytest_qvl.models.backends.unsloth import write_synthetic
-    from pytest_qvl.models.quantized import usual_quantization
-    from pytest_qvl.models.sources.model_source import parse_model
-
-    dtype = getattr(torch, request.compute_dtype)
-    source = parse_model(f"synthetic:{request.model}")
-    write_synthetic(Path(folder), LoadRequest(source, usual_quantization(dtype), device, request.compute_dtype), dtype)
 
 
 def check_rewritten(model_class: type[torch.nn.Module]) -> None:
