@@ -192,7 +192,7 @@ Besides, `lowest` has {}. On GPUs, torch 2.11 was run ([records](records/README.
 OPEN = """
 ## Not run for this table
 
-{} have no record here: every night they run in CI, where a red one is a bug.
+{} have no record here, for want of that Python: every night they run in CI, where a red one is a bug.
 """
 
 
