@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from importlib.resources import files
 
 import hypothesis  # noqa: F401 - its plugin imports it at the end of a run, and inner runs would each time anew
 import jsonschema
+import numpy  # noqa: F401 - cannot be loaded twice; Pillow 10.4 imports it, in an inner run that drops what it imports
 import pytest
 
 from pytest_qvl.gpu.lease import SESSION_VARIABLE, TOKEN_VARIABLE
@@ -38,6 +40,12 @@ def _nobody_has_spoken(monkeypatch):
             continue
         if name.startswith(("QVL_", "PYTEST_ADDOPTS", "PYTEST_PLUGINS", "PYTEST_DISABLE", "GITHUB_STEP_SUMMARY")):
             monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _no_module_is_older_than_its_source(monkeypatch):
+    """pytest 9.0 tells a rewritten test module by size and full seconds; some tests write two within one second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
 @pytest.fixture(scope="session")
