@@ -215,9 +215,13 @@ def page(found: list[dict[str, Any]]) -> str:
     text += LOW.format(
         ", ".join(f"{name} {LOWEST[name]}" for name in lower_bounds() if name in LOWEST and name not in SHOWN)
     )
-    for record in found:
-        for kind, outcome in record["runs"].items():
-            text += "".join(f"\n- `{record['environment']}`, {kind}: `{test}` failed" for test in outcome["failed"])
+    red = [
+        f"- `{record['environment']}`, {kind}: `{test}` failed\n"
+        for record in found
+        for kind, outcome in record["runs"].items()
+        for test in outcome["failed"]
+    ]
+    text += "\n" * bool(red) + "".join(red)
     missing = [f"`{one}`" for one in environments() if one not in {record["environment"] for record in found}]
     return text + (OPEN.format(", ".join(missing)) if missing else "")
 
