@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -67,6 +69,11 @@ def shortened(model: Any) -> Any:
     return model
 
 
+def in_bfloat16(case: Case) -> Case:
+    """The same with the model in bfloat16."""
+    return replace(case, model=shortened(load(dtype="bfloat16")))
+
+
 def slow(*values: Any) -> list[Any]:
     """Parameters that show with other names or numbers what those of the default run do."""
     return [pytest.param(value, marks=pytest.mark.slow) for value in values]
@@ -121,6 +128,97 @@ def test_other_adapters_are_judged_too(case: Case, changed: dict[str, Any]) -> N
         evidence = layer_arithmetic(changed_case.model, case.batch(), config)
     assert worst(evidence)["LoRA"] < 1
     assert not any("not judged" in note for note in evidence.notes) or "use_dora" in changed
+
+
+@pytest.fixture
+def autocasting() -> Any:
+    """A model whose forward brings autocast of its own, as Accelerate's does and Unsloth's ``generate``."""
+
+    @contextmanager
+    def inside(model: Any, dtype: torch.dtype) -> Any:
+        base = anatomy(model).base
+        own = base.forward
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", dtype):
+                return own(*args, **kwargs)
+
+        with attribute(base, "forward", forward):
+            yield
+
+    return inside
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{}, *slow({"use_dora": True}, {"modules_to_save": ["lm_head"], "lora_bias": True}, {"lora_dropout": 0.1})],
+    ids=["plain", "dora", "copy of the head", "dropout"],
+)
+def test_what_runs_under_autocast_is_judged_as_that_rounds_it(
+    case: Case, autocasting: Any, changed: dict[str, Any]
+) -> None:
+    case = in_bfloat16(case)
+    config = lora_config(**changed)
+    with another_adapter(case, config), autocasting(case.model, torch.bfloat16):
+        figures = worst(layer_arithmetic(case.model, case.batch(), config))
+    assert max(figures.values()) <= 1
+    assert min(figures[name] for name in ("LoRA", "patch embedding", "4-bit product")) > 0.3
+
+
+@pytest.mark.parametrize(
+    "name", ["lora-applies-alpha", *slow("4bit-product-off-by-5-percent", "attention-scaling-off")]
+)
+def test_a_fault_is_seen_under_autocast(case: Case, autocasting: Any, name: str) -> None:
+    case = in_bfloat16(case)
+    with apply(name, case), autocasting(case.model, torch.bfloat16), pytest.raises(CheckFailed) as failure:
+        layer_arithmetic(case.model, case.batch(), case.lora_config)
+    assert all(words in str(failure.value) for words in find(name).expected_words)
+
+
+def lora_forward(result: Any, lora_a: Any, lora_b: Any, x: Any, scaling: float) -> Any:
+    """As Unsloth adds an adapter: x, A and B in the dtype of the base layer's output, all by one ``addmm``."""
+    low = x.to(result.dtype) @ lora_a.weight.to(result.dtype).t()
+    up, flat = lora_b.weight.to(result.dtype).t(), result.flatten(0, -2)
+    return torch.addmm(flat, low.flatten(0, -2), up, alpha=scaling).view(result.shape)
+
+
+def folded(times: float = 1.0) -> Any:
+    """A forward of an adapted layer that adds by :func:`lora_forward`, which it is known by."""
+
+    def forward(self: Any, x: Any) -> Any:
+        result, name = self.base_layer(x), self.active_adapters[0]
+        x = self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
+        return lora_forward(result, self.lora_A[name], self.lora_B[name], x, times * self.scaling[name])
+
+    return forward
+
+
+@pytest.mark.parametrize("times", [1.0, 1.05])
+def test_adapters_that_a_kernel_folds_into_their_layer_are_judged_as_it_rounds(
+    case: Case, times: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = in_bfloat16(case)
+    kind = type(next(iter(adapted_layers(anatomy(case.model)).values())))
+    monkeypatch.setattr(kind, "forward", folded(times))
+    if times == 1:
+        assert 0.3 < worst(layer_arithmetic(case.model, case.batch(), case.lora_config))["LoRA"] <= 1
+        return
+    with pytest.raises(CheckFailed, match=r"LoRA: \S+ adds 2\.1·B\(A\(x\)\) where its scaling is 2,"):
+        layer_arithmetic(case.model, case.batch(), case.lora_config)
+
+
+def test_an_adapter_that_is_only_rounded_too_often_is_not_said_to_have_another_rank(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = in_bfloat16(case)
+    kind = type(next(iter(adapted_layers(anatomy(case.model)).values())))
+    forward = folded()
+    monkeypatch.setattr(kind, "forward", lambda self, x: forward(self, x))
+    with pytest.raises(CheckFailed) as failure:
+        layer_arithmetic(case.model, case.batch(), case.lora_config)
+    assert "its rank is" not in str(failure.value)
+    assert "more than rounding explains" in str(failure.value)
 
 
 def test_eager_attention_and_a_base_in_full_precision(case: Case) -> None:

@@ -369,7 +369,8 @@ class End:
         import torch
 
         logits = getattr(output, "logits", None)
-        if logits is None or logits.shape[:2] != self.labels.shape:
+        # Unsloth returns an object in their place, whose attributes are functions.
+        if not isinstance(logits, torch.Tensor) or logits.shape[:2] != self.labels.shape:
             return torch.tensor([float(output.loss)], dtype=torch.float64)
         found = token_losses(logits, self.labels)
         return torch.tensor(found.values, dtype=torch.float64) * abs(float(output.loss) / found.total)

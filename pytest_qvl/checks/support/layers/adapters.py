@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from contextlib import contextmanager
@@ -135,7 +136,8 @@ class Adapters:
                 self._tally.leave_out("dropout in training of several adapters, or of DoRA", place)
                 return
             x = self._judge_dropout(place, dropped[names[0]], _dropout(layer, names[0])).flatten(0, -2)
-        matrices = [self._matrices(place, layer, name) for name in names]
+        inside = call.autocast or (call.made.dtype if _folds_in(layer) else None)
+        matrices = [self._matrices(place, layer, name, inside) for name in names]
         bias = getattr(layer.get_base_layer(), "bias", None)
         bias = None if bias is None else bias.detach()
         undirected = [each._replace(gain=None) for each in matrices]
@@ -153,14 +155,15 @@ class Adapters:
             self._tally.hold(DROPOUT, place, made, Claim(value, 2 * (unit(made.dtype) + SINGLE) * kept.abs()))
         return call.made
 
-    def _matrices(self, place: str, layer: Any, name: str) -> lora.Matrices:
+    def _matrices(self, place: str, layer: Any, name: str, inside: torch.dtype | None) -> lora.Matrices:
+        """Those of one adapter, rounded to the dtype that its products are computed in if it is not their own."""
         down, up = layer.lora_A[name], layer.lora_B[name]
-        up_bias = None if up.bias is None else up.bias.detach()
+        dtype = inside or down.weight.dtype
+        up_bias = None if up.bias is None else up.bias.detach().to(dtype)
         scaling = self._scaling(place, name, down.weight.shape[0])[0]
-        made = lora.Matrices(down.weight.detach(), up.weight.detach(), up_bias, scaling)
+        made = lora.Matrices(down.weight.detach().to(dtype), up.weight.detach().to(dtype), up_bias, scaling)
         if not layer.use_dora.get(name, False):
             return made
-        dtype = down.weight.dtype
         base = layer.get_base_layer()
         stored = base.weight.quant_state.dtype if packed_of(base) else base.weight.dtype
         norms = _dora_norms(base, made, dtype, stored)
@@ -191,6 +194,10 @@ class Adapters:
         if bool(added.norm() < CLOSE * due.norm()):
             return "adds nothing to its base layer's output: the adapter is left out"
         times, rest = factor(added, due)
+        if abs(times - 1) < CLOSE and rest <= 5 * CLOSE:
+            return (
+                f"adds its scaling·B(A(x)), off by {max(abs(times - 1), rest):.2g} of that: more than rounding explains"
+            )
         if len(names) > 1 or not math.isfinite(times) or rest > 5 * CLOSE:
             return f"adds something else than scaling·B(A(x)) of its own input ({', '.join(names)})"
         scaling, alpha, stabilised = self._scaling(place, names[0], layer.lora_A[names[0]].weight.shape[0])
@@ -205,6 +212,16 @@ class Adapters:
         }
         why = next((words for words, value in reasons.items() if abs(applied / value - 1) < CLOSE), "")
         return f"adds {applied:.3g}·B(A(x)) where its scaling is {scaling:.3g}{f': {why}' if why else ''}"
+
+
+def _folds_in(layer: Any) -> bool:
+    """Whether Unsloth's forward of a plain LoRA layer runs.
+
+    It casts x, A and B to the dtype of what the base layer returned and adds there, by one ``addmm``
+    (``lora_forward`` in unsloth_zoo/compiler.py), where PEFT computes in the dtype of A.
+    """
+    code = getattr(inspect.unwrap(type(layer).forward), "__code__", None)
+    return code is not None and "lora_forward" in code.co_names and not getattr(layer, "lora_variant", {})
 
 
 def _slices(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

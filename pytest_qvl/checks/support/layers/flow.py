@@ -22,6 +22,7 @@ class Call(NamedTuple):
         output: What it returned.
         given: The first tensor that it was called with, on the device of the next.
         made: The first tensor that it returned.
+        autocast: The dtype of the ``torch.autocast`` that it ran under; None outside of one.
     """
 
     module: Any
@@ -30,6 +31,7 @@ class Call(NamedTuple):
     output: Any
     given: torch.Tensor
     made: torch.Tensor
+    autocast: torch.dtype | None
 
 
 class Flow:
@@ -53,7 +55,9 @@ class Flow:
     def watch(self, module: nn.Module, judge: Callable[[Call], None] | None = None) -> None:
         """Record a module's calls, and judge each right after it.
 
-        Judging runs without gradients and without the model's hooks being recorded: an oracle may call the module.
+        Judging runs without gradients and without the model's hooks being recorded: an oracle may call the module. It
+        runs outside of autocast, which generation (Unsloth) or a forward (Accelerate) may bring of its own, and which
+        would round an oracle's float32 as it rounds the model's.
         """
 
         def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -69,9 +73,11 @@ class Flow:
             self._given[id(module)], self._made[id(module)] = given, made
             if judge is not None:
                 self._inside = True
+                kind = made.device.type
+                autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
                 try:
-                    with torch.no_grad():
-                        judge(Call(module, args, kwargs, output, given, made))
+                    with torch.no_grad(), torch.autocast(kind, enabled=False):
+                        judge(Call(module, args, kwargs, output, given, made, autocast))
                 finally:
                     self._inside = False
 

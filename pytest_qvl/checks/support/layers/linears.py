@@ -50,10 +50,10 @@ def packed_of(module: Any) -> nf4.Packed | None:
 
 
 def weight_rows(module: Any, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a linear layer's weight as its product takes them: NF4 dequantized and rounded to the compute dtype."""
+    """Rows of a linear layer's weight as its product takes them: NF4 dequantized, and all rounded to its dtype."""
     packed = packed_of(module)
     if packed is None:
-        rows: torch.Tensor = module.weight.detach()[start:stop]
+        rows: torch.Tensor = module.weight.detach()[start:stop].to(dtype)
         return rows
     return nf4.rows(packed, start, stop).to(dtype)
 
@@ -61,14 +61,15 @@ def weight_rows(module: Any, start: int, stop: int, dtype: torch.dtype) -> torch
 def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
     """``x W' + b`` of one linear layer, in slices of its outputs.
 
-    A 4-bit layer casts its input to its compute dtype, multiplies there, and casts back.
+    A 4-bit layer casts its input to its compute dtype, multiplies there, and casts back; another takes the dtype of its
+    weight, or that of autocast.
     """
     module = call.module
     is_4bit = getattr(module.weight, "quant_state", None) is not None
     if packed_of(module) is None if is_4bit else not module.weight.is_floating_point():
         tally.leave_out(f"{type(module).__name__} that is not NF4", name)
         return
-    dtype = (module.compute_dtype or call.given.dtype) if is_4bit else module.weight.dtype
+    dtype = (module.compute_dtype or call.given.dtype) if is_4bit else call.autocast or module.weight.dtype
     given, result = call.given.flatten(0, -2), call.made.flatten(0, -2)
     step = max(1, ELEMENTS // module.in_features)
     some = max(1, ELEMENTS // max(module.in_features, min(step, module.out_features)))
@@ -211,9 +212,10 @@ def judge_patch_embedding(tally: Tally, name: str, call: Call) -> None:
     """Each patch times the kernel of the convolution that makes one number per channel of it."""
     projection = call.module.proj
     weight = projection.weight.detach().flatten(1)
-    dtype = weight.dtype
-    bias = None if projection.bias is None else projection.bias.detach()
-    x = call.given.reshape(-1, weight.shape[1]).to(dtype)
+    dtype = call.autocast or weight.dtype
+    bias = None if projection.bias is None else projection.bias.detach().to(dtype)
+    x = call.given.reshape(-1, weight.shape[1]).to(weight.dtype).to(dtype)
+    weight = weight.to(dtype)
     claim = elementary.linear(x, weight, bias, dtype)
     tally.hold("patch embedding", name, call.made.reshape(claim.value.shape), claim)
 

@@ -165,7 +165,7 @@ def factor(got: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
 def multiple(got: torch.Tensor, expected: torch.Tensor) -> str:
     """What is wrong with a result: that it is a multiple of what it has to be, or how much of it is off."""
     times, rest = factor(got, expected)
-    if math.isfinite(times) and rest < MULTIPLE:
+    if math.isfinite(times) and rest < MULTIPLE and abs(times - 1) > rest:
         return f"returns {times:.4g} times what it has to"
     if not bool(got.isfinite().all()):
         return "returns NaN or infinity"
