@@ -30,6 +30,7 @@ from pytest_qvl.vram.forecast.validation.trainers.training import check_rewritte
 
 EMBEDDED = str(embedded_model_dir())
 MIB = 1 << 20
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def _small(**changes: Any) -> Request:
@@ -248,14 +249,54 @@ def test_a_model_without_unsloths_loss_is_not_measured(tmp_path: Path) -> None:
         ("settings", "records/forecast-settings.md"),
         ("kinds", "records/forecast-kinds.md"),
         ("families", "records/forecast-families.md"),
+        ("unsloth", "records/forecast-unsloth.md"),
     ],
 )
 def test_the_committed_page_has_the_table_of_the_committed_records(kind: str, page: str) -> None:
-    docs = Path(__file__).parents[2] / "docs"
-    records = sorted((docs / "records").glob(f"h200-forecast-{kind}-measured-*.json"))
+    predictions, records = _committed(kind)
     assert records
-    command = [docs / "records" / f"forecast-{kind}-predictions.json", *records, "--write", docs / page]
-    assert table.main([*map(str, command), "--check"]) == 0
+    assert table.main([*map(str, [predictions, *records, "--write", DOCS / page]), "--check"]) == 0
+
+
+def test_readme_and_peers_say_what_the_committed_records_say() -> None:
+    """Cases and errors of the peak allocated, and verdicts; Unsloth's of the kinds trained another class."""
+    rows = {kind: table.rows_of(*_committed(kind)) for kind in ("trainer", "settings", "families", "unsloth", "kinds")}
+    rows["kinds"] = [row for row in rows["kinds"] if row.entry["request"]["trainer"] != "unsloth"]
+    peers = (DOCS / "peers.md").read_text(encoding="utf-8")
+    for of_kind in rows.values():
+        mean, worst = _errors(of_kind)
+        assert f"| {mean} on average, {worst} at worst | {len(of_kind)} |" in peers
+    later = [*rows["settings"], *rows["families"], *rows["unsloth"]]
+    first = [*rows["trainer"], *later]
+    assert peers.count(f"{len(first)} trainings by the real") == 1
+    verdicts = [_verdicts(of) for of in (first, rows["kinds"])]
+    said = " ".join(peers.split())
+    assert "{} of {} verdicts of the {}".format(*verdicts[0][:2], len(first)) in said
+    assert "{} of {} of the {}".format(*verdicts[1][:2], len(rows["kinds"])) in said
+    assert f"{verdicts[0][2] + verdicts[1][2]} of them trained under the card's cap" in said
+    readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"Of {len(rows['trainer'])} trainings by the real" in readme
+    assert "{} on average and {} at worst".format(*_errors(rows["trainer"])) in readme
+    assert f"of {len(later)} more, with DoRA" in readme
+    assert "by {} and {} ([tables".format(*_errors(later)) in readme
+
+
+def _committed(kind: str) -> tuple[Path, list[Path]]:
+    """The committed predictions of a kind, and the records that measured them."""
+    records = DOCS / "records"
+    return records / f"forecast-{kind}-predictions.json", sorted(records.glob(f"h200-forecast-{kind}-measured-*.json"))
+
+
+def _errors(rows: list[table.Row]) -> tuple[str, str]:
+    """Mean and largest error of the peak allocated, as pages write them."""
+    errors = [abs(row.error("allocated")) for row in rows]
+    return f"{sum(errors) / len(errors) * 100:.2f} %", f"{max(errors) * 100:.2f} %"
+
+
+def _verdicts(rows: list[table.Row]) -> tuple[int, int, int]:
+    """Right ones, all, and those trained under a cap."""
+    verdicts = [verdict for row in rows for verdict in row.verdicts()]
+    return sum(forecast == fits for _, forecast, fits, _ in verdicts), len(verdicts), sum(v[3] for v in verdicts)
 
 
 def test_a_case_measured_twice_is_refused(tmp_path: Path) -> None:
