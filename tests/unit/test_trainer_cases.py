@@ -13,7 +13,9 @@ from peft import LoraConfig
 
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Request, phases
+from pytest_qvl.vram.forecast.source import find_source
 from pytest_qvl.vram.forecast.validation.records import as_plain, digest, read_record, request_of, write_record
+from pytest_qvl.vram.forecast.validation.rules_of_thumb import accelerate_int4
 from pytest_qvl.vram.forecast.validation.trainers import measure, predict, table
 from pytest_qvl.vram.forecast.validation.trainers.cases import (
     CARDS,
@@ -264,7 +266,7 @@ def test_readme_and_peers_say_what_the_committed_records_say() -> None:
     rows["kinds"] = [row for row in rows["kinds"] if row.entry["request"]["trainer"] != "unsloth"]
     peers = (DOCS / "peers.md").read_text(encoding="utf-8")
     for of_kind in rows.values():
-        mean, worst = _errors(of_kind)
+        mean, worst = _errors([row.error("allocated") for row in of_kind])
         assert f"| {mean} on average, {worst} at worst | {len(of_kind)} |" in peers
     later = [*rows["settings"], *rows["families"], *rows["unsloth"]]
     first = [*rows["trainer"], *later]
@@ -276,9 +278,11 @@ def test_readme_and_peers_say_what_the_committed_records_say() -> None:
     assert f"{verdicts[0][2] + verdicts[1][2]} of them trained under the card's cap" in said
     readme = " ".join((DOCS.parent / "README.md").read_text(encoding="utf-8").split())
     assert f"Of {len(rows['trainer'])} trainings by the real" in readme
-    assert "{} on average and {} at worst".format(*_errors(rows["trainer"])) in readme
+    assert (
+        "{} on average and {} at worst".format(*_errors([row.error("allocated") for row in rows["trainer"]])) in readme
+    )
     assert f"of {len(later)} more, with DoRA" in readme
-    assert "by {} and {} ([tables".format(*_errors(later)) in readme
+    assert "by {} and {} ([tables".format(*_errors([row.error("allocated") for row in later])) in readme
 
 
 def _committed(kind: str) -> tuple[Path, list[Path]]:
@@ -287,10 +291,20 @@ def _committed(kind: str) -> tuple[Path, list[Path]]:
     return records / f"forecast-{kind}-predictions.json", sorted(records.glob(f"h200-forecast-{kind}-measured-*.json"))
 
 
-def _errors(rows: list[table.Row]) -> tuple[str, str]:
-    """Mean and largest error of the peak allocated, as pages write them."""
-    errors = [abs(row.error("allocated")) for row in rows]
-    return f"{sum(errors) / len(errors) * 100:.2f} %", f"{max(errors) * 100:.2f} %"
+def test_peers_say_what_accelerate_answers_of_the_same_cases() -> None:
+    rows = table.rows_of(*_committed("trainer"))
+    models = {row.entry["request"]["model"] for row in rows}
+    answers = {model: accelerate_int4(find_source(model).config) for model in models}
+    found = [(answers[row.entry["request"]["model"]], row.found) for row in rows if row.found]
+    mean, worst = _errors([answer / of["allocated"] - 1 for answer, of in found])
+    said = f"int4, of the first {len(found)} ² | {mean} on average, {worst} at worst | {len(found)} |"
+    assert said in (DOCS / "peers.md").read_text(encoding="utf-8")
+
+
+def _errors(errors: list[float]) -> tuple[str, str]:
+    """Their mean and the largest, whatever their signs, as pages write them."""
+    sizes = [abs(error) for error in errors]
+    return f"{sum(sizes) / len(sizes) * 100:.2f} %", f"{max(sizes) * 100:.2f} %"
 
 
 def _verdicts(rows: list[table.Row]) -> tuple[int, int, int]:

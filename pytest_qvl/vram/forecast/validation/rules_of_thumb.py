@@ -49,15 +49,7 @@ def side_by_side(forecast: Forecast, config: Any) -> list[Rule]:
         forecast: Made with an adapter.
         config: The model's Transformers configuration.
     """
-    import torch
-    from accelerate.utils import calculate_maximum_sizes
-    from transformers import AutoModelForImageTextToText
-
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    model.tie_weights()
-    fp32, _ = calculate_maximum_sizes(model)
-    int4 = int(fp32) // 8
+    int4 = accelerate_int4(config)
     # The tables go by the size in the name, which counts neither vision tower nor embeddings.
     named = re.search(r"(\d+)b\b", forecast.label.lower())
     billions = int(named[1]) if named else 0
@@ -81,6 +73,19 @@ def side_by_side(forecast: Forecast, config: Any) -> list[Rule]:
             "weights + adapter + layer inputs + 12 B per logit",
         ),
     ]
+
+
+def accelerate_int4(config: Any) -> int:
+    """Bytes that ``accelerate estimate-memory --dtypes int4`` answers, by its own function on a model without data."""
+    import torch
+    from accelerate.utils import calculate_maximum_sizes
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    fp32, _ = calculate_maximum_sizes(model)
+    return int(fp32) // 8
 
 
 def analytic_bytes(forecast: Forecast, config: Any) -> int:
