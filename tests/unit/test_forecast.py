@@ -259,11 +259,11 @@ def test_the_forecast_is_what_an_h200_measured(
 @pytest.mark.slow
 @pytest.mark.parametrize(("settings", "peak"), [({}, 11071), ({"trainer": "loop"}, 13795)])
 def test_a_trainer_and_a_loop_take_what_they_were_measured_to(settings: dict[str, Any], peak: int) -> None:
-    """3B, one image, on an H200: Transformers' Trainer with ``bf16=True``, and a loop without autocast."""
+    """3B, one image, on an H200, noted in whole MiB: Transformers' Trainer with ``bf16=True``, a loop without autocast."""
     found = forecast("qwen2.5-vl-3b", image=(756, 1008), tokens=300, gradient_checkpointing=False, **settings)
     assert found.visual_tokens == 972
     assert found.training_peak is not None
-    assert abs(found.training_peak.peak_allocated - peak * MiB) <= 4 * MiB
+    assert abs(round(found.training_peak.peak_allocated / MiB) - peak) <= 4
 
 
 def test_loading_a_16_bit_checkpoint_keeps_the_measured_gaps() -> None:
