@@ -78,7 +78,7 @@ def test_the_committed_figure_is_that_of_the_record() -> None:
     record = read_record(DOCS / "records" / "faults-embedded-cpu.json")
     assert list(cells(record)) == made(read("faults.md"))
     assert drawn_digest(read("faults.svg")) == digest_of(cells(record)), "run python tools/make_pages.py"
-    assert (DOCS / "faults.svg").stat().st_size < 120_000
+    assert (DOCS / "faults.svg").stat().st_size < 400 * len(cells(record))  # it is part of the repository
 
 
 def small_result() -> Result:

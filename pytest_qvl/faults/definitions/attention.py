@@ -123,8 +123,8 @@ def _faintly_masked(
 
 @fault(
     "scored-images-leak-into-each-other",
-    "Where rows are scored in a batch (a forward in eval mode, not generate()), the other images are masked with -5 "
-    "(in float32 -10) instead of minus infinity in one vision block.",
+    "Where rows of images are scored in a batch (a forward in eval mode, not generate()), the other images are masked "
+    "with -5 (in float32 -10) instead of minus infinity in one vision block.",
     target="model",
     check="image_isolation",
     expected_words=("it must move its own visual tokens only; does vision attention mix images?",),
@@ -137,8 +137,14 @@ def _scored(case: Case) -> Iterator[None]:
     tower: Any = parts.vision_tower
     # In 16 bits -10 changes nothing that rounding keeps; in float32 -5 changes what the cache is held to as well.
     mask = -10.0 if tower.dtype is torch.float32 else MASK
+
+    def images_only(_module: Any, _args: Any, kwargs: Any) -> None:
+        if kwargs.get("pixel_values_videos") is not None:
+            rows[0] = 0
+
     with (
         rows_scored(parts) as rows,
+        before([parts.core], images_only),
         _faintly_masked(
             parts, len(parts.blocks) - 1, lambda sizes: [sum(sizes)], lambda _images: rows[0] > 1, mask=mask
         ),

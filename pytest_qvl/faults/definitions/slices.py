@@ -79,8 +79,8 @@ def _exchanged_at_joints(parts: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 @fault(
     "patches-embedded-in-slices",
-    "Where rows are scored in a batch (a forward in eval mode, not generate()), patches are embedded in slices of 32 "
-    "visual tokens; where two meet, two groups change places.",
+    "Where rows of images are scored in a batch (a forward in eval mode, not generate()), patches are embedded in "
+    "slices of 32 visual tokens; where two meet, two groups change places.",
     target="model",
     check="visual_token_order",
     expected_words=("is made of the patches of visual token", "visual tokens are wrong"),
@@ -93,7 +93,11 @@ def _embedded_in_slices(case: Case) -> Iterator[None]:
         def exchange(_module: Any, args: Any, kwargs: Any) -> Any:
             return ((_exchanged_at_joints(parts, args[0]), *args[1:]), kwargs) if rows[0] > 1 else None
 
-        with before([parts.patch_embed], exchange):
+        def images_only(_module: Any, _args: Any, kwargs: Any) -> None:
+            if kwargs.get("pixel_values_videos") is not None:
+                rows[0] = 0
+
+        with before([parts.core], images_only), before([parts.patch_embed], exchange):
             yield
 
 
