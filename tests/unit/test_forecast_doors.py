@@ -112,6 +112,14 @@ def test_bf16_of_training_arguments_on_a_card_without_it_is_refused(
     assert "t4 has no bfloat16" in capsys.readouterr().err
 
 
+def test_a_training_that_resumes_or_loads_its_best_adapter_is_read(training_arguments: Any) -> None:
+    file = training_arguments(resume_from_checkpoint="checkpoint-500")
+    assert _ask("--from-trainer", file).request.resume
+    assert not _ask("--from-trainer", file, "--no-resume").request.resume
+    file = training_arguments(load_best_model_at_end=True, eval_strategy="steps")
+    assert _ask("--from-trainer", file).request.load_best
+
+
 def test_an_sft_config_is_known_by_its_own_settings(training_arguments: Any) -> None:
     """As TRL 1.15 has them where nobody says anything."""
     unset = """

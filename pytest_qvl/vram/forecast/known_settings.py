@@ -27,6 +27,7 @@ TAKEN = _names(
     activation_checkpointing activation_checkpointing_kwargs
     bf16 fp16 eval_strategy evaluation_strategy per_device_eval_batch_size use_liger_kernel liger_kernel_config
     eval_accumulation_steps eval_do_concat_batches batch_eval_metrics prediction_loss_only
+    resume_from_checkpoint load_best_model_at_end
     ddp_bucket_cap_mb fsdp_config packing_strategy max_length pad_to_multiple_of dataset_text_field
     """
 )
@@ -38,7 +39,7 @@ NEUTRAL = _names(
     trackio_bucket_id trackio_static_space_id include_num_input_tokens_seen include_tokens_per_second
     num_train_epochs max_steps learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio
     weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed data_seed tf32 average_tokens_across_devices
-    eval_steps eval_delay do_train do_eval do_predict load_best_model_at_end metric_for_best_model greater_is_better
+    eval_steps eval_delay do_train do_eval do_predict metric_for_best_model greater_is_better
     eval_use_gather_object
     save_strategy save_steps save_total_limit save_safetensors save_only_model save_on_each_node enable_jit_checkpoint
     ignore_data_skip restore_callback_states_from_checkpoint push_to_hub push_to_hub_model_id
@@ -83,10 +84,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "eval_on_start": ((), "it evaluates without optimizer states; leave it out and name eval_strategy"),
     "include_for_metrics": ((["loss"],), "inputs that metrics keep are not followed"),
     "include_inputs_for_metrics": ((), "inputs that metrics keep are not followed"),
-    "resume_from_checkpoint": (
-        (),
-        "the states that resuming loads are not followed; leave it out for the steps after it",
-    ),
     "optim_args": ((), "they may change what the optimizer keeps"),
     "optim_target_modules": ((), "they belong to optimizers that are not followed"),
     "adafactor": ((), "it is an old name; say optim='adafactor'"),

@@ -30,6 +30,7 @@ _FIELDS = (
     *("reentrant", "kbit_upcast", "vision_hook", "checkpoint", "trainer", "precision", "accumulation", "evaluation"),
     *("evaluation_batches", "compute_metrics", "preprocess_logits", "eval_accumulation_steps", "batch_eval_metrics"),
     *("max_length", "pad_to_multiple_of", "compiled", "ddp", "ddp_bucket_cap_mb", "linear_attention"),
+    *("resume", "load_best"),
     *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "fused_loss"),
 )
 _Group = argparse._ArgumentGroup
@@ -173,6 +174,12 @@ def _add_how(group: _Group) -> None:
     )
     group.add_argument(
         "--ddp-bucket-cap-mb", type=int, default=unsaid, metavar="N", help="MiB of a bucket of gradients (default: 25)"
+    )
+    group.add_argument(
+        "--resume", action=switch, default=unsaid, help="whether the training goes on from a checkpoint (default: no)"
+    )
+    group.add_argument(
+        "--load-best", action=switch, default=unsaid, help="whether it loads the best adapter at its end (default: no)"
     )
     group.add_argument("--base-bits", type=int, choices=BASE_BITS, default=unsaid, help="of the base (default: 4)")
     group.add_argument("--fused-loss", action=switch, default=unsaid, help="Liger's fused linear cross-entropy")

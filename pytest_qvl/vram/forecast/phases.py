@@ -8,6 +8,7 @@ ATTACH = "attach adapter"
 VISION = "vision"
 PREFILL = "prefill"
 DECODE = "decode"
+RESUME = "resume"
 FIRST = "first step"
 STATES = "optimizer states"
 TRAIN_VISION = "train: vision"
@@ -17,6 +18,7 @@ BACKWARD = "train: backward"
 OPTIMIZER = "train: optimizer"
 EVALUATION = "evaluation"
 GENERATION = "generation in training"
+LOAD_BEST = "load best"
 
 TRAINING = (TRAIN_VISION, FORWARD, LOSS, BACKWARD, OPTIMIZER)
 # What the phases of a trainer's first step are called, to tell them from those of the step that repeats.
@@ -25,6 +27,7 @@ EXPLAIN = {
     LOAD: "weights arrive and become NF4",
     PREPARE: "16-bit parameters raised to fp32",
     ATTACH: "LoRA parameters created",
+    RESUME: "adapter and optimizer states from a checkpoint",
     VISION: "images through the vision tower",
     PREFILL: "the whole prompt through the language model",
     DECODE: "new tokens, one by one",
@@ -37,4 +40,5 @@ EXPLAIN = {
     OPTIMIZER: "update of the adapter",
     EVALUATION: "the loss of a batch between two steps",
     GENERATION: "new tokens between two steps",
+    LOAD_BEST: "the best adapter at the end of the training",
 }

@@ -50,8 +50,11 @@ _NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
 )
 # Settings that Unsloth's own code serves, where the forecast follows no other value than the usual one.
 _NOT_BY_UNSLOTH = (
+    "resume",
     *("base_bits", "use_dora", "modules_to_save", "trainable_tokens", "kbit_upcast", "compute_metrics", "lora_options"),
 )
+# Words that ``get_peft_model_state_dict`` looks for in the targets: with one, it saves whole embeddings as well.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
 # What autocast of a precision computes in.
 DTYPE_OF: dict[str, Dtype] = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -184,6 +187,9 @@ class Request:
         linear_attention: What computes the linear attention of Qwen3.5: Transformers' PyTorch code (``"torch"``), the
             kernels of flash-linear-attention (``"fla"``), or with them those of causal-conv1d for the convolution
             (``"fla+causal-conv1d"``). Other models have none.
+        resume: Whether the trainer goes on from a checkpoint (``trainer.train(resume_from_checkpoint=...)``), and so
+            loads adapter and optimizer states before the first step.
+        load_best: Whether the trainer loads the best adapter when it has trained (``load_best_model_at_end``).
         fused_loss: Whether Liger's fused linear cross-entropy takes the place of head and loss.
     """
 
@@ -233,6 +239,8 @@ class Request:
     max_length: int | None = None
     pad_to_multiple_of: int = 1
     linear_attention: LinearAttention = "torch"
+    resume: bool = False
+    load_best: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values that describe no run, and runs that the forecast does not follow.
@@ -322,13 +330,14 @@ class Request:
                 "trainer is 'trl' and autocasts to float16: SFTTrainer keeps the adapter of a quantized model in "
                 "bfloat16, whose gradients torch's GradScaler cannot unscale; use precision='bf16'"
             )
-        for name, unsaid in (("compute_metrics", False), ("evaluation_batches", 1)):
+        for name, unsaid in (("compute_metrics", False), ("evaluation_batches", 1), ("load_best", False)):
             if getattr(self, name) != unsaid and not self.evaluation:
                 raise ValueError(
                     f"{name} is {getattr(self, name)} and evaluation is 0: say how many samples a batch of it has"
                 )
         if self.ddp and self.trainer not in {"hf", "trl"}:
             raise ValueError(f"ddp is True and trainer is {self.trainer!r}: it is followed by the trainers hf and trl")
+        self._check_resumed()
         if self.preprocess_logits and not self.compute_metrics:
             raise ValueError(
                 f"preprocess_logits is {self.preprocess_logits!r} and compute_metrics is False: without metrics a "
@@ -359,6 +368,18 @@ class Request:
                 f"precision is {self.precision!r} and trainer is 'unsloth', which trains an adapter under autocast: "
                 "use 'bf16' or 'fp16'"
             )
+
+    def _check_resumed(self) -> None:
+        for name in ("resume", "load_best"):
+            if not getattr(self, name):
+                continue
+            if self.trainer == "loop":
+                raise ValueError(f"{name} is True and trainer is 'loop', which has no checkpoints: use another trainer")
+            if saved := [word for word in _EMBEDDINGS if word in self.lora_targets]:
+                raise ValueError(
+                    f"{name} is True and lora_targets has {saved[0]!r}, with which PEFT saves whole embeddings beside "
+                    "the adapter: what loading them takes is not followed"
+                )
 
     @property
     def batch_of_samples(self) -> tuple[Sample, ...]:

@@ -73,6 +73,9 @@ def from_trainer(where: str) -> dict[str, Any]:
         found["eval_do_concat_batches"] = settings.get("eval_do_concat_batches", True)
         found["batch_eval_metrics"] = bool(settings.get("batch_eval_metrics"))
         found["prediction_loss_only"] = bool(settings.get("prediction_loss_only"))
+    for setting, name in (("resume_from_checkpoint", "resume"), ("load_best_model_at_end", "load_best")):
+        if settings.get(setting):
+            found[name] = True
     if recomputation is not None:
         found["reentrant"] = bool(recomputation["use_reentrant"])
     if settings.get("ddp_bucket_cap_mb"):

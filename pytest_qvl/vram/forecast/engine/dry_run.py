@@ -11,6 +11,7 @@ import torch
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.vram.forecast import phases
+from pytest_qvl.vram.forecast.engine import resuming
 from pytest_qvl.vram.forecast.engine.build import Recipe, attach_lora, build_base, follow_gradients, make_optimizer
 from pytest_qvl.vram.forecast.engine.kernels import Device
 from pytest_qvl.vram.forecast.engine.linear_attention import installed, linear_attention_by
@@ -73,6 +74,10 @@ class DryRun:
             if request.adapter_in_bfloat16:
                 with self._recorder, self._recorder.labelled("adapters"):
                     adapter_in_bfloat16(model)
+            if request.resume:
+                trace.phase(phases.RESUME)
+                with self._recorder, self._recorder.labelled("adapters"):
+                    resuming.load_adapter(model)
         self._parts = anatomy(model)
         self._capability = request.capability
         if request.lora_r:
@@ -231,6 +236,15 @@ class DryRunStage:
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
         """The real optimizer over parameters without data."""
         return make_optimizer(name, parameters, self._recorder)
+
+    def resume(self, optimizer: Any, parameters: list[Any], *, ddp: bool) -> None:
+        """The states that a checkpoint has, and the copies that loading makes of them."""
+        with self._recorder.off_device():  # where the checkpoint is
+            for parameter in parameters:
+                parameter.grad = self._recorder.dataless(tuple(parameter.shape), parameter.dtype)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        resuming.load_states(optimizer, ddp=ddp)
 
     def first_step(self, step: Callable[[], None], parameters: list[Any], optimizer: Any) -> None:  # noqa: ARG002
         """An update alone: forward and backward of the step leave library workspaces behind and nothing else."""

@@ -24,6 +24,7 @@ from pytest_qvl.samples.batch import IGNORED
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine import ddp
 from pytest_qvl.vram.forecast.engine.evaluation import Evaluation
+from pytest_qvl.vram.forecast.engine.resuming import load_best
 from pytest_qvl.vram.forecast.engine.trainers import TRAINERS, Loop, Steps, autocast
 
 if TYPE_CHECKING:
@@ -72,6 +73,9 @@ class Stage(Protocol):
 
     def optimizer(self, name: Optimizer, parameters: list[Any]) -> Any:
         """The optimizer called ``name`` in Transformers' ``TrainingArguments``, over ``parameters``."""
+
+    def resume(self, optimizer: Any, parameters: list[Any], *, ddp: bool) -> None:
+        """Load the states of a checkpoint into an optimizer that has none."""
 
     def first_step(self, step: Callable[[], None], parameters: list[Any], optimizer: Any) -> None:
         """Leave behind what the first training step leaves: optimizer states and library workspaces."""
@@ -182,6 +186,10 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
         ddp.synchronized(parts.wrapped)
         with stage.labelled("gradients"):
             reduced = ddp.buckets(trained, request.ddp_bucket_cap_mb)
+    if request.resume:
+        stage.phase(phases.RESUME)
+        with stage.labelled("optimizer"):
+            stage.resume(optimizer, trained, ddp=request.ddp)
     with trainer.prepared():
         if trainer.fetches_ahead:
             _two_steps(step, parts, stage)
@@ -204,6 +212,10 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
             own = stage.generation_arguments(parts, source)
             _generate(parts.wrapped, {**prompt, **own}, request.generate_in_training)
         parts.core.rope_deltas = None
+    if request.load_best:
+        stage.phase(phases.LOAD_BEST)
+        with stage.labelled("adapters"):
+            load_best(parts.wrapped)
     del reduced  # until here, as under DDP
 
 

@@ -234,6 +234,14 @@ class MeterStage:
             return bnb.optim.AdamW8bit(parameters)
         raise ValueError(f"optimizer is {name!r}: paged states cannot be measured by torch's allocator")
 
+    def resume(self, optimizer: Any, parameters: list[Any], *, ddp: bool) -> None:  # noqa: ARG002
+        """Nothing: a trainer resumes.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("resume is True: a training that goes on from a checkpoint is measured by real trainers")
+
     def first_step(self, step: Callable[[], None], parameters: list[Any], optimizer: Any) -> None:  # noqa: ARG002
         """Real steps until the optimizer has states.
 

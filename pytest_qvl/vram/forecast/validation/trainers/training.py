@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.anatomy import anatomy
@@ -62,6 +63,7 @@ class Trained:
         updates: Optimizer steps after which the optimizer had states.
         losses: As the trainer logged them.
         vision_backward: Whether the vision tower's output required gradients.
+        adapter_dtypes: Of what was trained.
         ddp: By what the processes of ``DistributedDataParallel`` spoke, and how many there were; empty without it.
     """
 
@@ -70,6 +72,7 @@ class Trained:
     losses: list[float] = field(default_factory=list)
     vision_backward: bool = False
     ddp: str = ""
+    adapter_dtypes: set[str] = field(default_factory=set)
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
@@ -144,10 +147,34 @@ def train_with_trainer(
         torch.OutOfMemoryError: It does not fit.
         ImportError: TRL or datasets are not installed and the request wants them.
     """
+    with tempfile.TemporaryDirectory(prefix="qvl-trainer-") as folder:
+        checkpoint = None
+        if request.resume:
+            first = replace(request, resume=False, load_best=False)
+            _train(base, first, source, device, 1, folder=folder, saves=True, ddp_backend=ddp_backend)
+            checkpoint = get_last_checkpoint(folder)
+        return _train(
+            base, request, source, device, steps, folder=folder, checkpoint=checkpoint, ddp_backend=ddp_backend
+        )
+
+
+def _train(
+    base: Any,
+    request: Request,
+    source: Source,
+    device: str,
+    steps: int,
+    *,
+    folder: str,
+    saves: bool = False,
+    checkpoint: str | None = None,
+    ddp_backend: str | None = None,
+) -> Trained:
+    """One training, saved after every update or going on from a checkpoint that another has saved in ``folder``."""
     from peft import get_peft_model
 
     trained = Trained()
-    with _as_it_was(base), tempfile.TemporaryDirectory(prefix="qvl-trainer-") as folder:
+    with _as_it_was(base):
         config = asked_lora(anatomy(base), request)
         by_unsloth = request.trainer == "unsloth"
         model = _unsloth_peft_model(base, config, request) if by_unsloth else get_peft_model(base, config)
@@ -156,15 +183,16 @@ def train_with_trainer(
             parts.base.enable_input_require_grads()  # Transformers 5 does it by itself, 4 trains nothing without
         hooks = _follow(parts, trained)
         watch = _Watch(request, parts, steps, trained)
-        arguments = _arguments(request, folder, device, steps) | _several_processes(request, ddp_backend)
+        arguments = _arguments(request, folder, device, steps, saves=saves) | _several_processes(request, ddp_backend)
         trainer = None
         try:
             make = _hf_trainer if request.trainer == "hf" else _sft_trainer
             trainer = make(model, request, source, arguments, watch)
             trainer.remove_callback(PrinterCallback)
             trained.peaks.enter(phases.TRAIN_VISION)
-            trainer.train()
+            trainer.train(resume_from_checkpoint=checkpoint)
             trained.peaks.enter(None)
+            trained.adapter_dtypes = {str(p.dtype) for p in trainer.model.parameters() if p.requires_grad}
             if request.ddp:
                 trained.ddp = _said_by_ddp(trainer.model_wrapped)
         finally:
@@ -280,9 +308,10 @@ def checkpointing_argument() -> str:
     return next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
 
 
-def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[str, Any]:
+def _arguments(request: Request, folder: str, device: str, steps: int, *, saves: bool) -> dict[str, Any]:
     """Arguments as people write them."""
     dtype = request.autocast_dtype
+    steps += FIRST_STEPS if request.resume else 0  # those of the training before count too
     checkpointing = checkpointing_argument()
     evaluates: dict[str, Any] = {}
     if request.evaluation:
@@ -307,7 +336,8 @@ def _arguments(request: Request, folder: str, device: str, steps: int) -> dict[s
         checkpointing: request.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": is_reentrant(request)},
         "logging_steps": 1,
-        "save_strategy": "no",
+        **({"save_strategy": "steps", "save_steps": 1} if saves or request.load_best else {"save_strategy": "no"}),
+        "load_best_model_at_end": request.load_best,
         "report_to": "none",
         "remove_unused_columns": False,
         "disable_tqdm": True,
