@@ -254,7 +254,6 @@ def test_the_defaults_of_the_installed_classes_ask_for_nothing_that_is_refused(t
     ("changes", "complaint"),
     [
         ({"peft_type": "ADALORA"}, "peft_type='ADALORA', which is not forecast"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa', which is not forecast: what it computes"),
         ({"target_parameters": ["a.b"]}, r"target_parameters=\['a.b'\], which is not forecast"),
         ({"trainable_token_indices": {"lm_head": [1]}}, "trainable_token_indices of lm_head, which is not forecast"),
         ({"use_newlora": True}, "use_newlora=True, which is not forecast: it is no setting whose memory"),

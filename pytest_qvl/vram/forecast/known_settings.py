@@ -100,7 +100,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 # The same for a LoRA configuration; ``target_modules`` and the rest of this line are read.
 LORA_TAKEN = _names(
     """
-    r target_modules lora_dropout use_dora modules_to_save trainable_token_indices
+    r target_modules lora_dropout init_lora_weights use_dora modules_to_save trainable_token_indices
     exclude_modules layers_to_transform layers_pattern rank_pattern bias lora_bias ensure_weight_tying
     """
 )
@@ -112,7 +112,6 @@ LORA_NEUTRAL = _names(
     """
 )
 LORA_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "init_lora_weights": ((True, "gaussian"), "what it computes before the training is not followed"),
     "megatron_config": ((), "Megatron's layers are not followed"),
     "layer_replication": ((), "a model with more layers than its configuration says is not followed"),
     "target_parameters": ((), "adapters of parameters are not followed"),

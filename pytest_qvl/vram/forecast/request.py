@@ -50,9 +50,17 @@ _NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
 )
 # Settings that Unsloth's own code serves, where the forecast follows no other value than the usual one.
 _NOT_BY_UNSLOTH = (
-    "resume",
+    *("resume", "init_lora_weights"),
     *("base_bits", "use_dora", "modules_to_save", "trainable_tokens", "kbit_upcast", "compute_metrics", "lora_options"),
 )
+# Ways to initialise an adapter that PEFT 0.21 does not have for a quantized base, and its rule.
+_OF_AN_UNQUANTIZED_BASE = {
+    "pissa": "PEFT initializes PiSSA under float32, float16 or bfloat16 only: do it on the 16-bit base, quantize what "
+    "that leaves of it, and train the saved adapter with init_lora_weights=True",
+    "loftq": "PEFT's LoftQ is not to be given a quantized model, as it quantizes itself: do it on the 16-bit base, "
+    "and train the saved adapter with init_lora_weights=True",
+    "orthogonal": "PEFT makes orthogonal matrices in the dtype of the base's weights, and integers have no gradients",
+}
 # Words that ``get_peft_model_state_dict`` looks for in the targets: with one, it saves whole embeddings as well.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 # What autocast of a precision computes in.
@@ -187,6 +195,8 @@ class Request:
         linear_attention: What computes the linear attention of Qwen3.5: Transformers' PyTorch code (``"torch"``), the
             kernels of flash-linear-attention (``"fla"``), or with them those of causal-conv1d for the convolution
             (``"fla+causal-conv1d"``). Other models have none.
+        init_lora_weights: How PEFT finds the first values of the adapter, by its name in ``LoraConfig``; empty where
+            they are drawn. What finding them takes, a layer at a time before the training, is not followed.
         resume: Whether the trainer goes on from a checkpoint (``trainer.train(resume_from_checkpoint=...)``), and so
             loads adapter and optimizer states before the first step.
         load_best: Whether the trainer loads the best adapter when it has trained (``load_best_model_at_end``).
@@ -239,6 +249,7 @@ class Request:
     max_length: int | None = None
     pad_to_multiple_of: int = 1
     linear_attention: LinearAttention = "torch"
+    init_lora_weights: str = ""
     resume: bool = False
     load_best: bool = False
 
@@ -338,6 +349,7 @@ class Request:
         if self.ddp and self.trainer not in {"hf", "trl"}:
             raise ValueError(f"ddp is True and trainer is {self.trainer!r}: it is followed by the trainers hf and trl")
         self._check_resumed()
+        self._check_initialisation()
         if self.preprocess_logits and not self.compute_metrics:
             raise ValueError(
                 f"preprocess_logits is {self.preprocess_logits!r} and compute_metrics is False: without metrics a "
@@ -368,6 +380,21 @@ class Request:
                 f"precision is {self.precision!r} and trainer is 'unsloth', which trains an adapter under autocast: "
                 "use 'bf16' or 'fp16'"
             )
+
+    def _check_initialisation(self) -> None:
+        name = self.init_lora_weights
+        if not name:
+            return
+        kind = "pissa" if re.fullmatch(r"pissa(_niter_[0-9]+)?", name) else name
+        known = (*_OF_AN_UNQUANTIZED_BASE, "olora", "eva")
+        if kind not in known:
+            raise ValueError(f"init_lora_weights is {name!r}, which is not forecast: followed are {', '.join(known)}")
+        of = f"init_lora_weights is {name!r} and base_bits is {self.base_bits}"
+        if self.base_bits < 16 and kind in _OF_AN_UNQUANTIZED_BASE:
+            raise ValueError(f"{of}: {_OF_AN_UNQUANTIZED_BASE[kind]}")
+        if kind == "olora" and (self.base_bits == 8 or (self.base_bits == 4 and self.use_dora)):
+            beside = "" if self.base_bits == 8 else " beside use_dora"
+            raise ValueError(f"{of}{beside}: the base that OLoRA quantizes again is followed in NF4 and without DoRA")
 
     def _check_resumed(self) -> None:
         for name in ("resume", "load_best"):

@@ -116,8 +116,30 @@ def from_lora(where: str) -> dict[str, Any]:
         "trainable_tokens": _count(where, settings.get("trainable_token_indices")),
         "lora_options": lora_options(settings),
     }
+    if initialisation := _initialisation(where, settings):
+        found["init_lora_weights"] = initialisation
     found["lora_targets"] = targets if isinstance(targets, str) else tuple(sorted(targets or ()))
     return found
+
+
+def _initialisation(where: str, settings: Mapping[str, Any]) -> str:
+    """How first values are found, if they are not drawn.
+
+    Raises:
+        ValueError: EVA, and what it made of the ranks is not said.
+    """
+    name = settings.get("init_lora_weights")
+    if not isinstance(name, str) or name.lower() == "gaussian":
+        return ""
+    if name == "eva" and not settings.get("rank_pattern"):
+        config = settings.get("eva_config") or {}
+        rho = config.get("rho", 2.0) if isinstance(config, dict) else config.rho
+        if rho != 1:
+            raise ValueError(
+                f"{where} has init_lora_weights='eva' with rho={rho}, which is not forecast: EVA gives layers other "
+                "ranks, which the data decides; use rho=1, or the adapter_config.json that PEFT saved, which has them"
+            )
+    return name.lower()
 
 
 def _count(where: str, indices: Any) -> int:

@@ -201,8 +201,15 @@ def _linear_4bit(linear: Any, weight: Any, dtype: torch.dtype) -> Any:
     return layer
 
 
-def asked_lora(parts: Parts, request: Request) -> Any:
-    """The ``peft.LoraConfig`` that a request describes."""
+def asked_lora(parts: Parts, request: Request, *, initialised: bool = True) -> Any:
+    """The ``peft.LoraConfig`` that a request describes.
+
+    Args:
+        parts: The model.
+        request: What is asked for.
+        initialised: Whether first values are found as the request says. What they are does not change their size, and
+            some ways to find them read the weights.
+    """
     from peft import LoraConfig
 
     targets: Any = request.lora_targets
@@ -216,6 +223,7 @@ def asked_lora(parts: Parts, request: Request) -> Any:
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(request.modules_to_save) or None,
         trainable_token_indices=list(range(request.trainable_tokens)) or None,
+        init_lora_weights=(request.init_lora_weights if initialised else "") or True,
         **{name: list(value) if isinstance(value, tuple) else value for name, value in request.lora_options},
     )
 
@@ -234,16 +242,27 @@ def attach_lora(model: Any, request: Request, recorder: Recorder, recipe: Recipe
     for name in request.modules_to_save:
         if name not in names:
             raise ValueError(f"modules_to_save names {name!r}, and no module of {request.model} is called that")
-    config = asked_lora(anatomy(model), request)
+    config = asked_lora(anatomy(model), request, initialised=False)
     if recipe.lora is not None:
-        # What the first values are does not change their size, and some ways to find them read the weights.
         config = replace(recipe.lora, inference_mode=False, init_lora_weights=True)
     with recorder, recorder.labelled("adapters"), _copies_placed(recorder), warnings.catch_warnings():
         # PEFT 0.21 reads a property that Transformers 5.23 deprecates.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=recipe.adapter_in_float32)
         _drop_data(wrapped, recorder)
+    if request.init_lora_weights == "olora" and request.base_bits == 4:
+        _quantized_from_float32(wrapped)
     return wrapped
+
+
+def _quantized_from_float32(model: nn.Module) -> None:
+    """What ``olora_init`` does to a 4-bit base: weights are packed from fp32, to which backward unpacks them.
+
+    Packed they are as large as before.
+    """
+    for module in model.modules():
+        if hasattr(module, "lora_A") and isinstance(module.base_layer, bnb.nn.Linear4bit):
+            module.base_layer.weight.quant_state.dtype = torch.float32
 
 
 @contextmanager
