@@ -72,7 +72,6 @@ def test_samples_take_the_place_of_one_size_for_all() -> None:
             "preprocess_logits is 'argmax' and compute_metrics is False",
         ),
         ({"preprocess_logits": "topk"}, "preprocess_logits is 'topk': known are , argmax"),
-        ({"fused_loss": True}, "fused_loss is True: the forecast does not follow Liger"),
         ({"samples": (Sample(((0, 28),), 9),)}, "image 0x28 has no pixels"),
         ({"samples": (Sample(((28, 28),), 3),)}, "tokens is 3"),
         ({"samples": (Sample((), 9, ((0, 28, 28),)),)}, "video 0x28x28 has no pixels"),

@@ -31,7 +31,7 @@ _FIELDS = (
     *("evaluation_batches", "compute_metrics", "preprocess_logits", "eval_accumulation_steps", "batch_eval_metrics"),
     *("max_length", "pad_to_multiple_of", "compiled", "ddp", "ddp_bucket_cap_mb", "linear_attention"),
     *("resume", "load_best"),
-    *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "fused_loss"),
+    *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "liger"),
 )
 _Group = argparse._ArgumentGroup
 
@@ -182,7 +182,9 @@ def _add_how(group: _Group) -> None:
         "--load-best", action=switch, default=unsaid, help="whether it loads the best adapter at its end (default: no)"
     )
     group.add_argument("--base-bits", type=int, choices=BASE_BITS, default=unsaid, help="of the base (default: 4)")
-    group.add_argument("--fused-loss", action=switch, default=unsaid, help="Liger's fused linear cross-entropy")
+    group.add_argument(
+        "--liger", action=switch, default=unsaid, help="with use_liger_kernel, by the trainers hf and trl (default: no)"
+    )
     group.add_argument("--optimizer", choices=OPTIMIZERS, default=unsaid, help="default: paged_adamw_8bit")
     group.add_argument(
         "--gradient-checkpointing", action=switch, default=unsaid, help="recompute layers in backward (default: yes)"

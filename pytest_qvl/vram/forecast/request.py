@@ -39,15 +39,9 @@ BASE_BITS = (4, 8, 16)
 # What ``lora_targets`` may be beside names of modules.
 LORA_TARGETS = ("language", "all-linear")
 _PATTERN = re.compile(r"[\\^$*+?{}\[\]|()]")  # what a regular expression has, and no module's name
-# What is known and not followed: field, value, why.
-_NOT_FOLLOWED: tuple[tuple[str, object, str], ...] = (
-    (
-        "fused_loss",
-        True,
-        "the forecast does not follow Liger, whose Triton kernels replace norms, rotations and MLPs too; use False, or "
-        "trainer='trl', whose own fused head it follows",
-    ),
-)
+# Settings with which Liger's kernels do what is not followed: gradients of the weights of norms and of the head, whose
+# size the card decides, and a forward of their own in generation.
+_NOT_WITH_LIGER = ("modules_to_save", "trainable_tokens", "generate_in_training")
 # Settings that Unsloth's own code serves, where the forecast follows no other value than the usual one.
 _NOT_BY_UNSLOTH = (
     *("resume", "init_lora_weights"),
@@ -200,7 +194,8 @@ class Request:
         resume: Whether the trainer goes on from a checkpoint (``trainer.train(resume_from_checkpoint=...)``), and so
             loads adapter and optimizer states before the first step.
         load_best: Whether the trainer loads the best adapter when it has trained (``load_best_model_at_end``).
-        fused_loss: Whether Liger's fused linear cross-entropy takes the place of head and loss.
+        liger: Whether the trainer has ``use_liger_kernel``: Liger's kernels take the place of norms, gated MLPs and
+            rotary embeddings, and by ``"hf"`` its fused linear cross-entropy that of head and loss.
     """
 
     model: str = "qwen2.5-vl-7b"
@@ -236,7 +231,7 @@ class Request:
     compiled: bool = True
     ddp: bool = False
     ddp_bucket_cap_mb: int | None = None
-    fused_loss: bool = False
+    liger: bool = False
     lora_options: tuple[tuple[str, Any], ...] = ()
     reentrant: bool | None = None
     evaluation_batches: int = 1
@@ -327,9 +322,8 @@ class Request:
                 )
 
     def _check_followed(self) -> None:
-        for name, value, why in _NOT_FOLLOWED:
-            if getattr(self, name) == value:
-                raise ValueError(f"{name} is {value!r}: {why}")
+        if self.liger:
+            self._check_liger()
         if self.base_bits != 4 and self.checkpoint == "nf4":
             raise ValueError(f"checkpoint is 'nf4' and base_bits is {self.base_bits}: one saved in NF4 has 4 bits")
         if self.base_bits == 8 and self.use_dora:
@@ -360,6 +354,25 @@ class Request:
         elif not self.compiled:
             raise ValueError(
                 f"compiled is False and trainer is {self.trainer!r}: only Unsloth compiles; leave it unsaid"
+            )
+
+    def _check_liger(self) -> None:
+        """Refuse what Liger's kernels are not followed with."""
+        if self.trainer not in {"hf", "trl"}:
+            raise ValueError(
+                f"liger is True and trainer is {self.trainer!r}: it is followed by the trainers hf and trl"
+            )
+        for name in _NOT_WITH_LIGER:
+            value, unsaid = getattr(self, name), getattr(Request, name)
+            if value != unsaid:
+                raise ValueError(
+                    f"{name} is {value!r} and liger is True, whose kernels are not followed with it: leave it at "
+                    f"{unsaid!r}, or use liger=False"
+                )
+        if dict(self.lora_options).get("bias", "none") != "none":
+            raise ValueError(
+                "lora_options has a bias and liger is True, whose gradients of biases are not followed: use 'none', or "
+                "liger=False"
             )
 
     def _check_unsloth(self) -> None:
@@ -433,7 +446,7 @@ class Request:
     @property
     def standing_alone(self) -> Request:
         """The same without a trainer, as for inference before it trains."""
-        return replace(self, trainer="loop", precision=None, ddp=False, compiled=True)
+        return replace(self, trainer="loop", precision=None, ddp=False, compiled=True, liger=False)
 
     @property
     def scales_loss(self) -> bool:

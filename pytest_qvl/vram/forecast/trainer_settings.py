@@ -81,8 +81,19 @@ def from_trainer(where: str) -> dict[str, Any]:
     if settings.get("ddp_bucket_cap_mb"):
         found["ddp_bucket_cap_mb"] = settings["ddp_bucket_cap_mb"]
     if settings.get("use_liger_kernel"):
-        found["fused_loss"] = True
+        _refuse_part_of_liger(where, settings.get("liger_kernel_config") or {}, found["trainer"])
+        found["liger"] = True
     return found
+
+
+def _refuse_part_of_liger(where: str, asked: Mapping[str, Any], trainer: str) -> None:
+    """Only what each trainer has Liger patch by default is followed; ``SFTTrainer`` writes down its own default."""
+    usual = {"fused_linear_cross_entropy": trainer == "hf"}
+    if others := {name: value for name, value in asked.items() if usual.get(name) is not value}:
+        raise ValueError(
+            f"{where} has liger_kernel_config={others!r}, which is not forecast: of Liger what it patches by default "
+            "is followed; leave it out"
+        )
 
 
 def _checkpointing(settings: Mapping[str, Any], of: str) -> tuple[Any, str]:

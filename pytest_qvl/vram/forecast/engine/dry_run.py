@@ -11,7 +11,7 @@ import torch
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.engine import resuming
+from pytest_qvl.vram.forecast.engine import liger, resuming
 from pytest_qvl.vram.forecast.engine.build import Recipe, attach_lora, build_base, follow_gradients, make_optimizer
 from pytest_qvl.vram.forecast.engine.kernels import Device
 from pytest_qvl.vram.forecast.engine.linear_attention import installed, linear_attention_by
@@ -49,6 +49,8 @@ class DryRun:
     """
 
     def __init__(self, request: Request, source: Source, recipe: Recipe | None = None) -> None:
+        if request.liger:
+            liger.check_followed(source.config.model_type)
         recipe = recipe or (
             Recipe(quantized=frozenset()) if request.base_bits == 16 else Recipe(bits=request.base_bits)
         )

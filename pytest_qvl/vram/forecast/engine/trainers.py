@@ -15,7 +15,7 @@ import torch
 from pytest_qvl.models.attributes import attributes_replaced
 from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.vram.forecast import phases
-from pytest_qvl.vram.forecast.engine import ddp
+from pytest_qvl.vram.forecast.engine import ddp, liger
 from pytest_qvl.vram.forecast.engine.fused_head import FusedHead
 from pytest_qvl.vram.forecast.engine.unsloth import SMALL_CARD, Offloading, UnslothHead, compiled_layers, lora_forwards
 
@@ -93,16 +93,27 @@ class HuggingFace(Loop):
 
     fetches_ahead = True
     clips_gradients = True
+    # Whether Liger, where it is asked for, puts its own forward in place.
+    has_ligers_head = True
 
     @contextmanager
     def prepared(self) -> Iterator[None]:
-        """Without a KV cache, which ``Trainer.__init__`` switches off in the model's configuration."""
+        """Without a KV cache, which ``Trainer.__init__`` switches off in the model's configuration; Liger's kernels."""
         config: Any = self.parts.wrapped.config
         before, config.use_cache = getattr(config, "use_cache", None), False
         try:
-            yield
+            with self._liger() if self.request.liger else nullcontext():
+                yield
         finally:
             config.use_cache = before
+
+    @contextmanager
+    def _liger(self) -> Iterator[None]:
+        base, keeps = self.parts.base, self.request.keeps_logits
+        head = liger.LigerHead(self.parts, lambda: self.enter(phases.LOSS), keeps_logits=keeps)
+        forward = [(base, "forward", head.forward)] if self.has_ligers_head else []
+        with liger.layers(self.parts), attributes_replaced(forward):
+            yield
 
     def outputs(self, **batch: Any) -> Any:
         """What the prepared model returns: under autocast its 16-bit outputs in fp32, copies of them under DDP."""
@@ -123,6 +134,8 @@ class HuggingFace(Loop):
 
 class TRL(HuggingFace):
     """TRL's ``SFTTrainer`` (1.15), which never has all logits."""
+
+    has_ligers_head = False
 
     @contextmanager
     def prepared(self) -> Iterator[None]:

@@ -80,6 +80,7 @@ def _training(request: Request) -> str:
     options.append(f"{kind}gradient checkpointing" if request.gradient_checkpointing else "no gradient checkpointing")
     options += ["vision hook left on"] if request.keeps_vision_hook else []
     options += ["fp32 upcast"] if request.kbit_upcast else []
+    options += ["Liger's kernels"] if request.liger else []
     options += ["DDP"] if request.ddp else []
     return ", ".join(options)
 

@@ -69,6 +69,7 @@ def as_plain(entry: dict[str, Any]) -> dict[str, Any]:
 def request_of(entry: dict[str, Any]) -> Request:
     """The request of one entry of predictions; what entries of earlier releases do not name was a loop."""
     fields = {"trainer": "loop", **entry["request"]}
+    fields.pop("fused_loss", None)  # of entries before Liger was followed: it was never asked for
     for name in _TUPLES & fields.keys():
         fields[name] = _as_tuples(fields[name])
     fields["samples"] = tuple(_sample(s) for s in fields.get("samples", ()))

@@ -156,6 +156,19 @@ _FAMILIES_MIXED: tuple[tuple[str, str, tuple[Sample, ...]], ...] = (
 )
 
 
+# With ``use_liger_kernel``, in a file of their own.
+_LIGER: tuple[Row, ...] = (
+    ("qwen2.5-vl-3b", "hf", "bf16", 1, ((1008, 756),), 300, 16, "paged_adamw_8bit", 1, False),
+    ("qwen2.5-vl-3b", "trl", "bf16", 4, ((616, 448),), 220, 64, "adamw_8bit", 1, True),
+    ("qwen3-vl-2b", "hf", "bf16", 2, ((768, 1024),), 200, 16, "adamw_torch_fused", 1, False),
+)
+
+
+def liger_cases() -> list[Request]:
+    """The cases of Liger's kernels, by both trainers that have them."""
+    return [Request(**_alike(row), liger=True) for row in _LIGER]
+
+
 def families_cases() -> list[Request]:
     """The cases of Qwen3.5-9B, and one of Qwen3-VL-8B with a video beside an image."""
     alike = [_alike(row) for row in _FAMILIES]
@@ -261,6 +274,7 @@ def name_of(request: Request) -> str:
     words += ["8bit"] if request.base_bits == 8 else []
     words += [] if request.compiled else ["not compiled"]
     words += ["ddp"] if request.ddp else []
+    words += ["liger"] if request.liger else []
     words += [] if request.linear_attention == "torch" else [request.linear_attention]
     words += ["reentrant"] if request.reentrant else []
     words += ["upcast"] if request.kbit_upcast else []

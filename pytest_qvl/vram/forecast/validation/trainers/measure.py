@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     *("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "datasets"),
-    *("unsloth", "unsloth_zoo"),
+    *("unsloth", "unsloth_zoo", "liger-kernel"),
 )
 # Nearer than this to the edge of a card, by the forecast, the training is run under the card's cap.
 EDGE = 0.15
@@ -205,8 +205,11 @@ class Bench:
 
 
 def kind_of(request: Request) -> Hashable:
-    """What requests must share for one model in one process to serve them; nothing serves Unsloth or DDP twice."""
-    alone = request if request.trainer == "unsloth" or request.ddp else None
+    """What requests must share for one model in one process to serve them; nothing serves Unsloth, DDP or Liger twice.
+
+    Liger patches modules of Transformers for good.
+    """
+    alone = request if request.trainer == "unsloth" or request.ddp or request.liger else None
     return request.model, request.compute_dtype, request.kbit_upcast, request.base_bits, alone
 
 

@@ -333,6 +333,7 @@ def _arguments(request: Request, folder: str, device: str, steps: int, *, saves:
         "bf16": dtype == "bfloat16",
         "fp16": dtype == "float16",
         "optim": request.optimizer,
+        "use_liger_kernel": request.liger,
         checkpointing: request.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": is_reentrant(request)},
         "logging_steps": 1,
