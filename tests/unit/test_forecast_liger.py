@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,9 @@ from pytest_qvl.vram.forecast import Forecast, Request, phases
 from pytest_qvl.vram.forecast.engine import liger
 from pytest_qvl.vram.forecast.run import Forecaster
 from pytest_qvl.vram.forecast.trainer_settings import from_trainer
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pytest_qvl.vram.forecast.validation.records import read_record, request_of
+from pytest_qvl.vram.forecast.validation.trainers.cases import PREDICTED
+from pytest_qvl.vram.forecast.validation.trainers.predict import predict
 
 WITH_LIGER = pytest.mark.skipif(
     transformers.__version__.startswith("4."), reason="liger-kernel 0.8.5 needs Transformers 5"
@@ -163,6 +164,17 @@ def test_an_evaluation_for_its_loss_alone_has_no_logits_and_one_for_metrics_has_
     metrics = made(replace(evaluated, liger=True, compute_metrics=True))
     logits = [found.phase(phases.EVALUATION).by_kind["logits"] for found in (alone, plain, metrics)]
     assert 4 * logits[0] < logits[1] <= logits[2]
+
+
+@WITH_LIGER
+@pytest.mark.slow
+def test_a_case_that_was_predicted_is_still_forecast_so() -> None:
+    record = Path(__file__).parents[2] / "docs" / "records" / "forecast-liger-predictions.json"
+    entry = read_record(record, PREDICTED)["cases"][0]
+    found = predict(request_of(entry))
+    assert {name: found[name] for name in ("allocated", "reserved", "phases")} == {
+        name: entry[name] for name in ("allocated", "reserved", "phases")
+    }
 
 
 @WITH_LIGER

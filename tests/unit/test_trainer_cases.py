@@ -24,6 +24,7 @@ from pytest_qvl.vram.forecast.validation.trainers.cases import (
     cases,
     families_cases,
     kinds_cases,
+    liger_cases,
     name_of,
     refused,
     settings_cases,
@@ -86,7 +87,7 @@ def test_cases_cover_what_people_vary_and_have_names_of_their_own() -> None:
 
 
 def test_cases_of_later_settings_have_names_of_their_own_and_come_back_from_a_file() -> None:
-    found = [*settings_cases(), *kinds_cases(), *families_cases()]
+    found = [*settings_cases(), *kinds_cases(), *families_cases(), *liger_cases()]
     assert len({name_of(request) for request in (*cases(), *found)}) == len(cases()) + len(found)
     assert [request_of(as_plain({"request": asdict(request)})) for request in found] == found
     some = _small(lora_options=(("layers_to_transform", (0, 1)), ("rank_pattern", {"q_proj": 2})))
