@@ -92,7 +92,8 @@ def most_bytes_of_the_real_trainer(request: Request) -> int:
     with LiveBytes(model) as real:
         train_with_trainer(model, request, source, "cpu", steps=3)
     stage = MeterStage(Meter(), "cpu", scaled=False)
-    return real.peak - sum(tensor.nbytes for tensor in model_inputs(anatomy(model), request, source, stage).values())
+    batch = model_inputs(anatomy(model), request, source, stage).values()
+    return real.peak - sum(part.nbytes for part in batch if isinstance(part, torch.Tensor))
 
 
 def most_live_bytes(trace: AllocationTrace) -> int:
@@ -123,6 +124,7 @@ def most_live_bytes(trace: AllocationTrace) -> int:
         ),
         pytest.param({"reentrant": True, "gradient_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param({"precision": "bf16-pure"}, marks=pytest.mark.slow),
+        pytest.param({"packed": True, "samples": PADDED}, marks=pytest.mark.slow),
         pytest.param({"evaluation": 4, "evaluation_batches": 6, "compute_metrics": True}, marks=pytest.mark.slow),
         pytest.param({"use_dora": True, "lora_dropout": 0.1}, marks=pytest.mark.slow),
     ],
@@ -155,6 +157,7 @@ def test_a_step_takes_the_bytes_of_the_real_trainers(changes: dict[str, Any]) ->
         {"use_dora": True},
         {"reentrant": True, "gradient_checkpointing": True},
         {"samples": VIDEOS},
+        {"packed": True, "samples": PADDED, "gradient_checkpointing": True},
         pytest.param({"model": QWEN3_5}, marks=WITH_QWEN3_5),
         pytest.param({"model": QWEN3_5, "gradient_checkpointing": True, "samples": PADDED}, marks=WITH_QWEN3_5),
     ],

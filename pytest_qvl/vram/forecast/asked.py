@@ -55,6 +55,8 @@ def ask(options: argparse.Namespace) -> Asked:
         raise ValueError(
             "--image, --images and --video beside --dataset: its images and videos have sizes of their own"
         )
+    if options.dataset is not None and said.get("packed"):
+        raise ValueError("--packed beside --dataset: which of its rows are packed together is your collator's choice")
     fields |= said
     compute_dtype = options.compute_dtype or DTYPE_OF.get(fields.get("precision", "").removesuffix("-pure"))
     if fields.get("precision") == "pure":

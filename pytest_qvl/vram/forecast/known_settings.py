@@ -55,6 +55,8 @@ NEUTRAL = _names(
     mixed_precision distributed_state deepspeed_plugin fsdp_plugin_args xla_fsdp_config hf_deepspeed_config
     """
 )
+# Of SFTTrainer (TRL 1.16), in its own words.
+_PACKED = "SFTTrainer refuses it for data with images ('{}'); rows that a collator of yours packs are --packed"
 # What moves memory and is not forecast, with the values that ask for nothing beside those of ``_OFF``, and why.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "deepspeed": ((), "it spreads or offloads what a single card holds"),
@@ -68,9 +70,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "jit_mode_eval": ((), "a compiled model makes other tensors"),
     "use_ipex": ((), "it puts other kernels in place"),
     "half_precision_backend": (("auto", "cuda_amp", "cpu_amp"), "only torch's own autocast is followed"),
-    "packing": ((), "packed rows have no length of their own"),
-    "eval_packing": ((), "packed rows have no length of their own"),
-    "padding_free": ((), "rows without padding have no length of their own"),
+    "packing": ((), _PACKED.format("Packing is not supported for vision datasets")),
+    "eval_packing": ((), "SFTTrainer packs no data with images; leave it out"),
+    "padding_free": ((), _PACKED.format("Padding-free training is yet not supported for vision datasets")),
     "activation_offloading": ((), "activations are kept in host memory"),
     "neftune_noise_alpha": ((), "the noise is a second copy of the embeddings"),
     "fp16_full_eval": ((), "it casts the model"),

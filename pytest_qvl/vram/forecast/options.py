@@ -30,7 +30,7 @@ _FIELDS = (
     *("reentrant", "kbit_upcast", "vision_hook", "checkpoint", "trainer", "precision", "accumulation", "evaluation"),
     *("evaluation_batches", "compute_metrics", "preprocess_logits", "eval_accumulation_steps", "batch_eval_metrics"),
     *("max_length", "pad_to_multiple_of", "compiled", "ddp", "ddp_bucket_cap_mb", "linear_attention"),
-    *("resume", "load_best"),
+    *("packed", "resume", "load_best"),
     *("lora_targets", "lora_dropout", "use_dora", "modules_to_save", "trainable_tokens", "base_bits", "liger"),
 )
 _Group = argparse._ArgumentGroup
@@ -90,6 +90,12 @@ def _add_what(group: _Group) -> None:
     )
     group.add_argument(
         "--pad-to-multiple-of", type=int, default=unsaid, metavar="N", help="of a batch's length (default: 1)"
+    )
+    group.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        default=unsaid,
+        help="whether a collator of yours puts the samples of a batch into one row (default: no)",
     )
     group.add_argument("--generate", type=int, default=unsaid, metavar="N", help="new tokens to decode (default: 0)")
 

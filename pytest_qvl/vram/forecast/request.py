@@ -130,6 +130,8 @@ class Request:
         tokens: Text tokens per sample, the markers around images included; visual tokens come on top.
         samples: The samples of one batch, where they differ: they are padded to the longest. They take the place of
             ``image``, ``images``, ``batch`` and ``tokens``.
+        packed: Whether a collator of one's own puts the samples of a batch into one row without padding, and tells them
+            apart by ``position_ids``.
         max_length: Tokens that a trainer cuts a sample to, visual ones included; ``None`` for no limit.
         pad_to_multiple_of: Of what a batch's length in training is made a multiple, by padding.
         lora_r: Rank of the LoRA; 0 for the bare quantized model, without a training step.
@@ -245,6 +247,7 @@ class Request:
     pad_to_multiple_of: int = 1
     linear_attention: LinearAttention = "torch"
     init_lora_weights: str = ""
+    packed: bool = False
     resume: bool = False
     load_best: bool = False
 
@@ -343,6 +346,7 @@ class Request:
         if self.ddp and self.trainer not in {"hf", "trl"}:
             raise ValueError(f"ddp is True and trainer is {self.trainer!r}: it is followed by the trainers hf and trl")
         self._check_resumed()
+        self._check_packed()
         self._check_initialisation()
         if self.preprocess_logits and not self.compute_metrics:
             raise ValueError(
@@ -392,6 +396,19 @@ class Request:
             raise ValueError(
                 f"precision is {self.precision!r} and trainer is 'unsloth', which trains an adapter under autocast: "
                 "use 'bf16' or 'fp16'"
+            )
+
+    def _check_packed(self) -> None:
+        if not self.packed:
+            return
+        if self.trainer in {"trl", "unsloth"}:
+            raise ValueError(
+                f"packed is True and trainer is {self.trainer!r}: SFTTrainer packs no data with images and refuses "
+                "packing and padding_free for them; use trainer='hf' or 'loop' with a collator of your own"
+            )
+        if self.pad_to_multiple_of > 1:
+            raise ValueError(
+                f"packed is True and pad_to_multiple_of is {self.pad_to_multiple_of}: a packed row has no padding"
             )
 
     def _check_initialisation(self) -> None:

@@ -54,6 +54,8 @@ class DryRun:
         recipe = recipe or (
             Recipe(quantized=frozenset()) if request.base_bits == 16 else Recipe(bits=request.base_bits)
         )
+        if request.packed and source.linear_attention:
+            raise ValueError("packed is True: how linear attention tells packed samples apart is not followed")
         self.source = source
         # ``unsloth_zoo/__init__.py`` sets it before torch begins.
         trace = AllocationTrace(expandable=request.trainer == "unsloth")

@@ -222,7 +222,7 @@ def train(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
 def with_labels(batch: dict[str, Any], request: Request) -> dict[str, Any]:
     """A batch whose every token is to be learnt, but padding."""
     batch["labels"] = labels = batch["input_ids"].clone()
-    if request.samples or request.pad_to_multiple_of > 1:
+    if not request.packed and (request.samples or request.pad_to_multiple_of > 1):
         labels[batch["attention_mask"] == 0] = IGNORED
     return batch
 
@@ -277,6 +277,8 @@ def model_inputs(
     ``input_ids``, ``attention_mask``, ``mm_token_type_ids``: (batch, sequence) int64, shorter samples padded on the
     right or left; ``pixel_values``: (patches of all images, values per patch); ``image_grid_thw``: (images, 3) int64;
     the same of videos, and ``second_per_grid_ts``: (videos,) float32.
+    Packed samples are one row without a mask, whose ``position_ids``, (4, 1, sequence) int64, begin anew with each:
+    those of text in front, by which Transformers keeps samples apart. What the other three are moves no memory.
     Without what this Transformers does not know (4.x has no ``mm_token_type_ids``).
     """
     vision = source.config.vision_config
@@ -285,6 +287,9 @@ def model_inputs(
     pictures = [len(sample.images) for sample in samples]
     texts = [source.lengths(sample, request.max_length)[1] for sample in samples]
     rows = [_token_ids(parts, source, *sample) for sample in zip(texts, grids, pictures, strict=True)]
+    packed = [torch.arange(len(row)) for row in rows] if request.packed and not pad_left else []
+    if packed:
+        rows = [[token for row in rows for token in row]]
     longest = max(map(len, rows))
     if not pad_left:
         longest = -(-longest // request.pad_to_multiple_of) * request.pad_to_multiple_of
@@ -303,6 +308,9 @@ def model_inputs(
             "attention_mask": mask,
             "mm_token_type_ids": (input_ids == parts.image_token_id).long(),
         }
+        if packed:
+            del inputs["attention_mask"], mask
+            inputs["position_ids"] = stage.place(torch.cat(packed).expand(4, 1, -1).contiguous())
         if videos:
             inputs["mm_token_type_ids"][input_ids == parts.video_token_id] = _VIDEO
         for every, pixels, grid_thw in (
@@ -316,7 +324,9 @@ def model_inputs(
         if videos:
             inputs["second_per_grid_ts"] = stage.place(torch.ones(len(videos)))
     known = inspect.signature(type(parts.base).forward).parameters
-    return {name: tensor for name, tensor in inputs.items() if name in known}
+    found: dict[str, Any] = {name: tensor for name, tensor in inputs.items() if name in known}
+    # Beside a KV cache, of which Trainer switches off no more than the outer configuration's, nothing is kept apart.
+    return found | ({"use_cache": False} if packed else {})
 
 
 def _token_ids(parts: Parts, source: Source, tokens: int, grids: list[tuple[int, int, int]], images: int) -> list[int]:

@@ -52,11 +52,13 @@ def _asked(forecast: Forecast) -> str:
     text = forecast.sequence - forecast.visual_tokens
     tokens = f"{forecast.visual_tokens:,} visual + {text:,} text = {forecast.sequence:,} tokens"
     if len(kinds) > 1:
-        samples = f"{len(request.batch_of_samples)} samples padded to the longest: {tokens}"
+        how = "packed into one row, the longest" if request.packed else "padded to the longest"
+        samples = f"{len(request.batch_of_samples)} samples {how}: {tokens}"
     else:
+        together = ", packed into one row" if request.packed else ""
         shown = f"images {_images(kinds[0])}" if kinds[0].images or not kinds[0].videos else ""
         shown = ", ".join(filter(None, [shown, *(f"video of {_video(*video)}" for video in kinds[0].videos)]))
-        samples = f"batch {len(request.batch_of_samples)}, {shown}: {tokens} each"
+        samples = f"batch {len(request.batch_of_samples)}, {shown}: {tokens} each{together}"
     updates = f", {request.accumulation} batches per update" if request.accumulation > 1 else ""
     packed = {4: "NF4 with nested statistics, rest ", 8: "LLM.int8(), rest "}
     base = packed.get(request.base_bits, "") + request.compute_dtype
@@ -65,7 +67,8 @@ def _asked(forecast: Forecast) -> str:
 
 
 def _training(request: Request) -> str:
-    adapter = "bf16" if request.adapter_in_bfloat16 else "fp32"
+    # PEFT casts what it loads.
+    adapter = "bf16" if request.adapter_in_bfloat16 and not request.resume else "fp32"
     targets = request.lora_targets
     named = targets if isinstance(targets, str) else " + ".join(targets)
     where = "language linears" if targets == "language" else named
@@ -81,6 +84,8 @@ def _training(request: Request) -> str:
     options += ["vision hook left on"] if request.keeps_vision_hook else []
     options += ["fp32 upcast"] if request.kbit_upcast else []
     options += ["Liger's kernels"] if request.liger else []
+    options += ["resumed"] if request.resume else []
+    options += [f"init_lora_weights={request.init_lora_weights}"] if request.init_lora_weights else []
     options += ["DDP"] if request.ddp else []
     return ", ".join(options)
 
