@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Request, phases
 from pytest_qvl.vram.forecast.source import find_source
+from pytest_qvl.vram.forecast.validation import measured
 from pytest_qvl.vram.forecast.validation.records import as_plain, digest, read_record, request_of, write_record
 from pytest_qvl.vram.forecast.validation.rules_of_thumb import accelerate_int4
 from pytest_qvl.vram.forecast.validation.trainers import measure, predict, table
@@ -140,6 +142,45 @@ def test_a_training_without_ddp_is_not_measured_as_one_with_it() -> None:
     found = measure.Bench("cpu", 1).run(_entry(_small(ddp=True)))
     assert found["status"] == "failed"
     assert "the trainer trained a PeftModel, not in DistributedDataParallel" in found["error"]
+
+
+def _capped_bench(monkeypatch: pytest.MonkeyPatch, *, too_small: bool) -> tuple[measure.Bench, list[float]]:
+    """A bench on the CPU, where caps are noted, and the caps under which it built its model."""
+    fractions, built = [1.0], []
+    real = measured.frozen_base
+
+    def build(*arguments: Any) -> Any:
+        built.append(fractions[-1])
+        if too_small and fractions[-1] < 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(measured, "frozen_base", build)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 4000 * MIB))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    return measure.Bench("cpu", 1), built
+
+
+@pytest.mark.parametrize("too_small", [False, True])
+def test_a_cap_is_on_while_the_model_is_built(monkeypatch: pytest.MonkeyPatch, too_small: bool) -> None:
+    bench, built = _capped_bench(monkeypatch, too_small=too_small)
+    request = _small()
+    bench._model(request)
+    found = {"allocated": 100 * MIB, "reserved": 100 * MIB, "built": {"allocated": 50 * MIB, "reserved": 60 * MIB}}
+    verdict = {"available": 1000 * MIB, "fits": False, "fails_in": phases.LOAD}
+    judged = bench._under_cap(request, verdict, found, 100 * MIB)
+    assert built == [1.0, 0.25]
+    assert (judged["ran"], judged["fits"]) == (True, not too_small)
+
+
+def test_what_a_model_takes_to_be_built_decides_whether_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, built = _capped_bench(monkeypatch, too_small=False)
+    found = {"allocated": 100 * MIB, "reserved": 100 * MIB, "built": {"allocated": 1500 * MIB, "reserved": 1600 * MIB}}
+    verdict = {"available": 1000 * MIB, "fits": True, "fails_in": None}
+    assert bench._under_cap(_small(), verdict, found, 100 * MIB) == {"ran": False, "fits": False}
+    found["built"] = {"allocated": 500 * MIB, "reserved": 600 * MIB}
+    assert bench._under_cap(_small(), verdict, found, 100 * MIB) == {"ran": False, "fits": True}
+    assert built == []
 
 
 def test_unsloth_is_asked_for_language_linears_by_its_flags_and_not_by_whole_names() -> None:

@@ -20,6 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.validation.records import digest, read_record, request_of, versions, write_record
 from pytest_qvl.vram.forecast.validation.trainers.cases import MEASURED, PREDICTED
 from pytest_qvl.vram.units import MiB
@@ -53,12 +54,14 @@ class _Built:
         source: Its configuration.
         baseline: Bytes allocated before it was built: what a model that was dropped before has left.
         resident: Bytes allocated once it was built, the baseline included.
+        peak: Most bytes allocated, without the baseline, and reserved while it was built; nothing without CUDA.
     """
 
     base: Any
     source: Any
     baseline: int
     resident: int
+    peak: dict[str, int]
 
 
 class Bench:
@@ -110,6 +113,7 @@ class Bench:
             figures = {
                 "baseline": built.baseline,
                 "resident": built.resident - built.baseline,
+                "built": built.peak,
                 "allocated": max(allocated for allocated, _ in used.values()) - built.baseline,
                 "reserved": max(reserved for _, reserved in used.values()),
                 "phases": {
@@ -130,20 +134,27 @@ class Bench:
     def _under_cap(
         self, request: Request, verdict: dict[str, Any], found: dict[str, Any], forecast: int
     ) -> dict[str, Any]:
-        """Whether it fits what a card leaves the allocator: trained under that cap where it is near, else derived."""
+        """Whether it fits what a card leaves the allocator.
+
+        It is built and trained under that cap where it is near, or where the forecast says that it cannot be built;
+        else that is derived.
+        """
         import torch
 
         available = verdict["available"]
-        near = abs(forecast / available - 1) <= EDGE
+        near = min(abs(size / available - 1) for size in (forecast, found["built"]["reserved"])) <= EDGE
+        asks = near or verdict["fails_in"] in {phases.LOAD, phases.PREPARE}
+        allocated, reserved = (max(found[what], found["built"][what]) for what in ("allocated", "reserved"))
         # What is reserved without a cap may be given back under one; what is allocated may not.
-        sure = found["reserved"] <= available or found["allocated"] > available
-        if sure and (request.ddp or not near):
-            return {"ran": False, "fits": found["reserved"] <= available}
+        if (reserved <= available or allocated > available) and (request.ddp or not asks):
+            return {"ran": False, "fits": reserved <= available}
         total = torch.cuda.mem_get_info()[1]
         if request.ddp:
             return {"ran": False, "fits": None, "why": "the processes of DDP are not trained under a cap"}
         if available > total:
             return {"ran": False, "fits": None, "why": f"this GPU has {total} bytes, less than the card leaves"}
+        self._built = None  # the card has to hold its loading too
+        self._settle()
         torch.cuda.set_per_process_memory_fraction(available / total)
         try:
             run = self._train(request, 2)
@@ -153,6 +164,8 @@ class Bench:
         return {"ran": True, "fits": fits, "reserved": run.get("reserved"), "error": run.get("error")}
 
     def _model(self, request: Request) -> _Built:
+        import torch
+
         from pytest_qvl.vram.forecast.source import find_source
         from pytest_qvl.vram.forecast.validation.measured import frozen_base
         from pytest_qvl.vram.forecast.validation.trainers.training import unsloth_base
@@ -161,6 +174,8 @@ class Bench:
             return self._built
         self._settle()  # whoever dropped a model before held it until its training returned
         source, baseline = find_source(request.model), self._allocated()
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         if request.trainer == "unsloth":
             base = unsloth_base(request, self._device)
         else:
@@ -169,8 +184,12 @@ class Bench:
             from peft import prepare_model_for_kbit_training
 
             prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        peak = {}
+        if self._device == "cuda":
+            allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            peak = {"allocated": allocated - baseline, "reserved": reserved}
         self._settle()
-        self._built = _Built(base, source, baseline, self._allocated())
+        self._built = _Built(base, source, baseline, self._allocated(), peak)
         return self._built
 
     def _after(self, error: BaseException | None) -> dict[str, Any]:
