@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Request, phases
 from pytest_qvl.vram.forecast.engine import build
+from pytest_qvl.vram.forecast.engine.build import asked_lora
+from pytest_qvl.vram.forecast.engine.trainers import adapter_in_bfloat16
 from pytest_qvl.vram.forecast.run import Forecaster
 from pytest_qvl.vram.forecast.source import find_source
 from pytest_qvl.vram.forecast.validation.trainers.training import _train, train_with_trainer
 from pytest_qvl.vram.units import KiB
 from tests.unit.test_forecast_real_trainer import LiveBytes, base
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 USUAL = Request(
     model=str(embedded_model_dir()),
@@ -101,6 +107,17 @@ def test_a_resumed_training_has_the_adapter_twice_and_then_its_states() -> None:
     assert bytes_at(made(resume=True, optimizer="adamw_torch"), phases.FIRST, "optimizer") >= 2 * once
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch", "paged_adamw_32bit"])
+@pytest.mark.parametrize("trainer", ["hf", "trl"])
+def test_what_one_card_loads_is_less_than_a_step_takes(trainer: Any, optimizer: Any) -> None:
+    """Whatever the adapter's size: here it is most of what a step has beside the model."""
+    found = made(resume=True, trainer=trainer, optimizer=optimizer, lora_r=512)
+    loading = found.phase(phases.RESUME)
+    step = found.phase(phases.OPTIMIZER)
+    assert loading.by_kind["adapters"] > loading.by_kind["weights"]
+    assert loading.peak_allocated < step.peak_allocated
+
+
 def test_paged_states_are_on_the_card_once_they_were_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "PAGED_ELEMENTS", 1)
     paged, plain = (
@@ -133,6 +150,23 @@ def test_the_best_adapter_is_beside_the_one_that_was_trained(changes: dict[str, 
     before = bytes_at(found, phases.EVALUATION, "adapters")
     wider = changes == {"trainer": "trl"}  # the file in 16 bits, and what stands in place of the model's in 32
     assert bytes_at(found, phases.LOAD_BEST, "adapters") == (4 if wider else 2) * before
+
+
+def test_an_adapter_that_is_loaded_beside_an_optimizer_leaves_it_the_one_in_16_bits(tmp_path: Path) -> None:
+    """What ``load_best_model_at_end`` does under TRL, by the real PEFT."""
+    from peft import get_peft_model
+
+    model = base(USUAL)
+    model = get_peft_model(model, asked_lora(anatomy(model), USUAL))
+    adapter_in_bfloat16(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    model.save_pretrained(str(tmp_path))
+    model.load_adapter(str(tmp_path), "default")
+    loaded = [p for name, p in model.named_parameters() if "lora_" in name]
+    assert {p.dtype for p in loaded} == {torch.float32}
+    assert not held & {id(p) for p in loaded}
+    assert {p.dtype for group in optimizer.param_groups for p in group["params"]} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(
