@@ -148,7 +148,7 @@ def _eps_ten_times(case: Case) -> Iterator[None]:
     target="model",
     check="layer_arithmetic",
     expected_words=("rotary embedding", "by time, height and width, where mrope_section is"),
-    requires=("mrope sections in the module",),
+    requires=("mrope sections in the module", "axes in runs"),
 )
 def _sections_permuted(case: Case) -> Iterator[None]:
     rotary = anatomy(case.model).language_backbone.rotary_emb

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
@@ -183,7 +183,15 @@ def _expanding(parts: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> It
     source="huggingface/transformers#34625",
 )
 def _count_check(case: Case) -> Iterator[None]:
-    with _expanding(anatomy(case.model), lambda mask: mask):
+    parts = anatomy(case.model)
+    add = getattr(parts.language_backbone, "_deepstack_process", None)
+
+    def add_what_fits(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> Any:
+        assert add is not None
+        return add(hidden, mask, features[: int(mask.sum())])
+
+    deepstack = attribute(parts.language_backbone, "_deepstack_process", add_what_fits) if add else nullcontext()
+    with _expanding(parts, lambda mask: mask), deepstack:
         yield
 
 
@@ -273,7 +281,15 @@ def _first_row(case: Case) -> Iterator[None]:
         mask[1:] = False
         return mask
 
-    with _expanding(anatomy(case.model), keep_first):
+    parts = anatomy(case.model)
+    add = getattr(parts.language_backbone, "_deepstack_process", None)
+
+    def add_first(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> Any:
+        assert add is not None
+        return add(hidden, mask, features[: int(mask.sum())])
+
+    deepstack = attribute(parts.language_backbone, "_deepstack_process", add_first) if add else nullcontext()
+    with _expanding(parts, keep_first), deepstack:
         yield
 
 
