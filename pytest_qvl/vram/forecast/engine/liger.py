@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from pytest_qvl.models.attributes import attributes_replaced
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
@@ -30,14 +31,16 @@ if TYPE_CHECKING:
 
     from pytest_qvl.models.anatomy import Parts
 
-# Of each family the norms of a vision block and of a decoder layer that are patched, by their paths, and whether its
-# gated MLPs are (``swiglu`` is off by default for Qwen3-VL, and patches nothing there).
-_OF_LAYER = ("input_layernorm", "post_attention_layernorm")
-_PATCHED: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
-    "qwen2_vl": (("norm1", "norm2"), _OF_LAYER, True),
-    "qwen2_5_vl": (("norm1", "norm2"), _OF_LAYER, True),
-    "qwen3_vl": ((), (*_OF_LAYER, "self_attn.q_norm", "self_attn.k_norm"), False),
-}
+# Norms of a vision block and of a decoder layer that are patched, by their paths. Qwen3-VL's are another choice, and
+# its gated MLPs stay (``swiglu`` is off by default there, and patches nothing).
+_QWEN3_VL = "qwen3_vl"
+_OF_BLOCK, _OF_LAYER, _OF_HEADS = (
+    ("norm1", "norm2"),
+    ("input_layernorm", "post_attention_layernorm"),
+    ("self_attn.q_norm", "self_attn.k_norm"),
+)
+# Those without linear attention, whose kernels Liger does not replace in the way that is followed here.
+_FOLLOWED = tuple(name for name, family in FAMILIES.items() if not family.zero_centred_norms)
 
 
 def check_followed(model_type: str) -> None:
@@ -46,9 +49,9 @@ def check_followed(model_type: str) -> None:
     Raises:
         ValueError: It is another family, or Liger does not run on this Transformers.
     """
-    if model_type not in _PATCHED:
+    if model_type not in _FOLLOWED:
         raise ValueError(
-            f"liger is True and the model is {model_type}: Liger's kernels are followed for {', '.join(_PATCHED)}; "
+            f"liger is True and the model is {model_type}: Liger's kernels are followed for {', '.join(_FOLLOWED)}; "
             "use False"
         )
     if transformers.__version__.startswith("4."):
@@ -60,7 +63,8 @@ def check_followed(model_type: str) -> None:
 @contextmanager
 def layers(parts: Parts) -> Iterator[None]:
     """Inside, norms, gated MLPs and rotary embeddings are Liger's."""
-    of_block, of_layer, gated = _PATCHED[parts.config.model_type]
+    newer = parts.config.model_type == _QWEN3_VL
+    of_block, of_layer = ((), (*_OF_LAYER, *_OF_HEADS)) if newer else (_OF_BLOCK, _OF_LAYER)
     backbone: Any = parts.language_backbone
     norms = [backbone.norm]
     norms += [block.get_submodule(name) for block in parts.blocks for name in of_block]
@@ -69,10 +73,10 @@ def layers(parts: Parts) -> Iterator[None]:
         (norm, "forward", partial(_layer_norm if isinstance(norm, torch.nn.LayerNorm) else _rms_norm, norm))
         for norm in norms
     ]
-    if gated:
+    if not newer:
         changes += [(layer.mlp, "forward", partial(_gated_mlp, layer.mlp)) for layer in backbone.layers]
     modeling: Any = import_module(type(parts.base).__module__)
-    if parts.config.model_type == "qwen3_vl":
+    if newer:
         changes += [(modeling, "apply_rotary_pos_emb", _rotated)]
         changes += [(modeling, "apply_rotary_pos_emb_vision", _rotated_vision)]
     elif hasattr(modeling, "apply_multimodal_rotary_pos_emb"):
