@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from pytest_qvl.vram.forecast.known_settings import asks_for_nothing
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 Optimizer = Literal[
     "adamw_torch",
@@ -360,19 +360,20 @@ class Request:
                 f"compiled is False and trainer is {self.trainer!r}: only Unsloth compiles; leave it unsaid"
             )
 
+    def _check_unsaid(self, names: Iterable[str], why: str, instead: str) -> None:
+        """Refuse what was said for a field of these names, which another field rules out."""
+        for name in names:
+            value, unsaid = getattr(self, name), getattr(Request, name)
+            if value != unsaid:
+                raise ValueError(f"{name} is {value!r} and {why}: leave it at {unsaid!r}, or use {instead}")
+
     def _check_liger(self) -> None:
         """Refuse what Liger's kernels are not followed with."""
         if self.trainer not in {"hf", "trl"}:
             raise ValueError(
                 f"liger is True and trainer is {self.trainer!r}: it is followed by the trainers hf and trl"
             )
-        for name in _NOT_WITH_LIGER:
-            value, unsaid = getattr(self, name), getattr(Request, name)
-            if value != unsaid:
-                raise ValueError(
-                    f"{name} is {value!r} and liger is True, whose kernels are not followed with it: leave it at "
-                    f"{unsaid!r}, or use liger=False"
-                )
+        self._check_unsaid(_NOT_WITH_LIGER, "liger is True, whose kernels are not followed with it", "liger=False")
         if dict(self.lora_options).get("bias", "none") != "none":
             raise ValueError(
                 "lora_options has a bias and liger is True, whose gradients of biases are not followed: use 'none', or "
@@ -381,13 +382,8 @@ class Request:
 
     def _check_unsloth(self) -> None:
         """Refuse what Unsloth replaces by code that is not followed, or does not do."""
-        for name in _NOT_BY_UNSLOTH:
-            value, unsaid = getattr(self, name), getattr(Request, name)
-            if value != unsaid:
-                raise ValueError(
-                    f"{name} is {value!r} and trainer is 'unsloth', whose own code for it is not followed: leave it at "
-                    f"{unsaid!r}, or use another trainer"
-                )
+        why = "trainer is 'unsloth', whose own code for it is not followed"
+        self._check_unsaid(_NOT_BY_UNSLOTH, why, "another trainer")
         if self.reentrant is False:
             raise ValueError(
                 "reentrant is False and trainer is 'unsloth', whose checkpoints always are: leave it unsaid"

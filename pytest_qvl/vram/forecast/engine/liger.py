@@ -39,7 +39,7 @@ _OF_BLOCK, _OF_LAYER, _OF_HEADS = (
     ("input_layernorm", "post_attention_layernorm"),
     ("self_attn.q_norm", "self_attn.k_norm"),
 )
-# Those without linear attention, whose kernels Liger does not replace in the way that is followed here.
+# All but Qwen3.5, known by its norms, which scale by ``1 + weight``: what Liger patches there is not followed.
 _FOLLOWED = tuple(name for name, family in FAMILIES.items() if not family.zero_centred_norms)
 
 
