@@ -164,6 +164,33 @@ _LIGER: tuple[Row, ...] = (
 )
 
 
+# Trainings that go on, packed rows, first values of PEFT's own, and Qwen2-VL, in a file of their own.
+_BEGUN: dict[str, Any] = {
+    **{"image": (560, 560), "tokens": 300, "lora_r": 64},
+    "optimizer": "paged_adamw_32bit",
+}
+_PACKED_ROWS = (Sample(((560, 420),), 120), Sample(((448, 448),), 260), Sample((), 400))
+_LATER: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("qwen2.5-vl-3b", _BEGUN),
+    ("qwen2.5-vl-3b", {**_BEGUN, "resume": True}),
+    ("qwen2.5-vl-3b", {**_BEGUN, "resume": True, "optimizer": "adamw_torch", "gradient_checkpointing": False}),
+    ("qwen2.5-vl-3b", {**_BEGUN, "trainer": "trl"}),
+    ("qwen2.5-vl-3b", {**_BEGUN, "trainer": "trl", "resume": True}),
+    ("qwen2.5-vl-3b", {**_BEGUN, "evaluation": 2, "load_best": True}),
+    ("qwen2.5-vl-3b", {"samples": _PACKED_ROWS, "packed": True}),
+    ("qwen2.5-vl-3b", {"samples": _PACKED_ROWS, "packed": True, "gradient_checkpointing": False}),
+    ("qwen2.5-vl-3b", {**_BEGUN, "init_lora_weights": "olora"}),
+    ("qwen2.5-vl-3b", {**_BEGUN, "init_lora_weights": "pissa_niter_4", "base_bits": 16}),
+    ("qwen2-vl-2b", {}),
+    ("qwen2-vl-2b", {"trainer": "trl", "images": 2, "batch": 2, "lora_r": 64, "gradient_checkpointing": False}),
+)
+
+
+def later_cases() -> list[Request]:
+    """The cases of trainings that go on from a checkpoint, packed rows, OLoRA and PiSSA, and Qwen2-VL."""
+    return _changed(_LATER)
+
+
 def liger_cases() -> list[Request]:
     """The cases of Liger's kernels, by both trainers that have them."""
     return [Request(**_alike(row), liger=True) for row in _LIGER]
@@ -192,6 +219,7 @@ def kinds_cases() -> list[Request]:
 
 def _changed(cases: tuple[tuple[str, dict[str, Any]], ...]) -> list[Request]:
     usual = {fields["model"]: fields for fields in map(_alike, reversed(_ROWS)) if fields["gradient_checkpointing"]}
+    usual["qwen2-vl-2b"] = {**usual["qwen2.5-vl-3b"], "model": "qwen2-vl-2b"}
     bare = {model: _without_shapes(fields) for model, fields in usual.items()}
     return [Request(**{**(bare if "samples" in changes else usual)[model], **changes}) for model, changes in cases]
 
@@ -271,10 +299,14 @@ def name_of(request: Request) -> str:
     words += [request.preprocess_logits] if request.preprocess_logits else []
     words += [f"host{request.eval_accumulation_steps}"] if request.eval_accumulation_steps else []
     words += ["dora"] if request.use_dora else []
-    words += ["8bit"] if request.base_bits == 8 else []
+    words += [] if request.base_bits == 4 else [f"{request.base_bits}bit"]
     words += [] if request.compiled else ["not compiled"]
     words += ["ddp"] if request.ddp else []
     words += ["liger"] if request.liger else []
+    words += ["packed"] if request.packed else []
+    words += [request.init_lora_weights] if request.init_lora_weights else []
+    words += ["resumed"] if request.resume else []
+    words += ["loads best"] if request.load_best else []
     words += [] if request.linear_attention == "torch" else [request.linear_attention]
     words += ["reentrant"] if request.reentrant else []
     words += ["upcast"] if request.kbit_upcast else []

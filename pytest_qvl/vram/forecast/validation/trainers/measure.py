@@ -224,11 +224,13 @@ class Bench:
 
 
 def kind_of(request: Request) -> Hashable:
-    """What requests must share for one model in one process to serve them; nothing serves Unsloth, DDP or Liger twice.
+    """What requests must share for one model in one process to serve them.
 
-    Liger patches modules of Transformers for good.
+    Nothing serves Unsloth, DDP or Liger twice, which patches modules of Transformers for good, nor an adapter whose
+    first values PEFT takes from the base: it changes the base for them.
     """
-    alone = request if request.trainer == "unsloth" or request.ddp or request.liger else None
+    changes = request.trainer == "unsloth" or request.ddp or request.liger or request.init_lora_weights
+    alone = request if changes else None
     return request.model, request.compute_dtype, request.kbit_upcast, request.base_bits, alone
 
 

@@ -23,6 +23,7 @@ from pytest_qvl.vram.forecast.validation.trainers.cases import (
     cases,
     families_cases,
     kinds_cases,
+    later_cases,
     liger_cases,
     name_of,
     refused,
@@ -83,6 +84,7 @@ def main(arguments: list[str]) -> int:
     later.add_argument("--kinds", action="store_const", dest="cases", const=kinds_cases)
     later.add_argument("--families", action="store_const", dest="cases", const=families_cases)
     later.add_argument("--liger", action="store_const", dest="cases", const=liger_cases)
+    later.add_argument("--later", action="store_const", dest="cases", const=later_cases)
     options = parser.parse_args(arguments)
     requests = {name_of(request): request for request in options.cases()}
     wanted = [request for name, request in requests.items() if re.search(options.only, name)]
