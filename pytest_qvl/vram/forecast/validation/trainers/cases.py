@@ -185,6 +185,18 @@ _LATER: tuple[tuple[str, dict[str, Any]], ...] = (
     ("qwen2-vl-2b", {"trainer": "trl", "images": 2, "batch": 2, "lora_r": 64, "gradient_checkpointing": False}),
 )
 
+# Of Qwen3.5 by flash-linear-attention's kernels, in a file of their own: they change what the others would be run by.
+_KERNELS: tuple[Row, ...] = (
+    ("qwen3.5-9b", "hf", "bf16", 1, ((1024, 1024),), 256, 16, "paged_adamw_8bit", 1, True),
+    ("qwen3.5-4b", "hf", "bf16", 2, ((512, 768),), 150, 32, "adamw_torch", 1, False),
+    ("qwen3.5-2b", "trl", "bf16", 4, ((448, 448),), 200, 64, "adamw_8bit", 1, True),
+)
+
+
+def kernels_cases() -> list[Request]:
+    """The cases of linear attention by flash-linear-attention."""
+    return [Request(**_alike(row), linear_attention="fla") for row in _KERNELS]
+
 
 def later_cases() -> list[Request]:
     """The cases of trainings that go on from a checkpoint, packed rows, OLoRA and PiSSA, and Qwen2-VL."""

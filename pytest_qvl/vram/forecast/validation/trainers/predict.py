@@ -22,6 +22,7 @@ from pytest_qvl.vram.forecast.validation.trainers.cases import (
     PREDICTED,
     cases,
     families_cases,
+    kernels_cases,
     kinds_cases,
     later_cases,
     liger_cases,
@@ -84,6 +85,7 @@ def main(arguments: list[str]) -> int:
     later.add_argument("--kinds", action="store_const", dest="cases", const=kinds_cases)
     later.add_argument("--families", action="store_const", dest="cases", const=families_cases)
     later.add_argument("--liger", action="store_const", dest="cases", const=liger_cases)
+    later.add_argument("--kernels", action="store_const", dest="cases", const=kernels_cases)
     later.add_argument("--later", action="store_const", dest="cases", const=later_cases)
     options = parser.parse_args(arguments)
     requests = {name_of(request): request for request in options.cases()}

@@ -18,8 +18,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
+from pytest_qvl.models.layers import language_layers
 from pytest_qvl.vram.forecast import phases
 from pytest_qvl.vram.forecast.engine.build import asked_lora
+from pytest_qvl.vram.forecast.engine.linear_attention import installed
 from pytest_qvl.vram.forecast.engine.workload import is_reentrant, model_inputs, with_labels
 from pytest_qvl.vram.forecast.validation.measured import FIRST_STEPS
 
@@ -143,18 +145,31 @@ def train_with_trainer(
         ddp_backend: By what the processes of DDP speak; ``None`` for what the trainers take (NCCL on CUDA).
 
     Raises:
-        RuntimeError: The request is for DDP and the trainer trained without.
+        RuntimeError: The request is for DDP and the trainer trained without, or linear attention is computed by
+            something else than it says.
         torch.OutOfMemoryError: It does not fit.
         ImportError: TRL or datasets are not installed and the request wants them.
     """
+    _check_kernels(base, request)
     with tempfile.TemporaryDirectory(prefix="qvl-trainer-") as folder:
         checkpoint = None
         if request.resume:
             first = replace(request, resume=False, load_best=False)
             _train(base, first, source, device, 1, folder=folder, saves=True, ddp_backend=ddp_backend)
             checkpoint = get_last_checkpoint(folder)
+        if request.linear_attention != "torch":
+            # Triton tries its kernels out when they are first called, with memory that is not forecast.
+            _train(base, request, source, device, 1, folder=folder)
         return _train(
             base, request, source, device, steps, folder=folder, checkpoint=checkpoint, ddp_backend=ddp_backend
+        )
+
+
+def _check_kernels(base: Any, request: Request) -> None:
+    parts = anatomy(base)
+    if any(not layer.attends for layer in language_layers(parts)) and installed(parts) != request.linear_attention:
+        raise RuntimeError(
+            f"linear attention is computed by {installed(parts)!r} here, and predicted was {request.linear_attention!r}"
         )
 
 
