@@ -192,6 +192,21 @@ def test_the_command_prints_phases_and_the_verdict(capsys: pytest.CaptureFixture
         assert expected in text
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("--resume", "--load-best --evaluation 1", "--resume --trainer trl", "--packed --batch 2", "--liger", "--ddp"),
+        *("--trainer unsloth --no-compiled", "--base-bits 8 --reentrant", "--max-length 60 --trainer trl"),
+    ],
+)
+def test_what_a_trainer_alone_has_leaves_inference_before_it_as_it_is(
+    setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_command("--largest", "none", "--json", *setting.split())) == 0
+    by_name = {phase["name"]: phase for phase in json.loads(capsys.readouterr().out)["phases"]}
+    assert by_name[phases.PREFILL]["peak_allocated"] > 0
+
+
 @pytest.mark.slow
 def test_the_command_fails_when_it_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["forecast", "--model", "qwen2.5-vl-7b", "--card", "rtx3060-12gb", "--image", "112x112"]

@@ -448,18 +448,20 @@ class Request:
         """The dtype that the training forward is autocast to; ``None`` without autocast."""
         if self.precision is not None:
             return None if self._is_pure else DTYPE_OF[self.precision]
-        usual = self.trainer != "loop" or self.kbit_upcast or self.compute_dtype == "float16"
+        if self.trainer == "loop":
+            return self.inference_dtype
+        return None if self.autocast is False else self.compute_dtype
+
+    @property
+    def inference_dtype(self) -> Dtype | None:
+        """The dtype that inference before the training is autocast to, as a loop is; ``None`` without autocast."""
+        usual = self.kbit_upcast or self.compute_dtype == "float16"
         return self.compute_dtype if (usual if self.autocast is None else self.autocast) else None
 
     def of_batch(self, size: int) -> Request:
         """The same with that many samples, begun anew where there are fewer that differ."""
         repeated = self.samples * -(-size // len(self.samples)) if self.samples else ()
         return replace(self, batch=size, samples=repeated[:size])
-
-    @property
-    def standing_alone(self) -> Request:
-        """The same without a trainer, as for inference before it trains."""
-        return replace(self, trainer="loop", precision=None, ddp=False, compiled=True, liger=False)
 
     @property
     def scales_loss(self) -> bool:

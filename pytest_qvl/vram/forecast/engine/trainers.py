@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.vram.forecast.engine.workload import Stage
-    from pytest_qvl.vram.forecast.request import Request
+    from pytest_qvl.vram.forecast.request import Dtype, Request
 
 # ``max_grad_norm`` of ``TrainingArguments``; any other value above zero gives the same memory.
 MAX_GRADIENT_NORM = 1.0
@@ -62,7 +62,7 @@ class Loop:
 
     def autocast(self) -> Any:
         """The autocast that the request trains under, if any."""
-        return autocast(self.request, self.stage)
+        return autocast(self.request.autocast_dtype, self.stage)
 
     def loss(self, batch: dict[str, Any]) -> torch.Tensor:
         """The loss of one batch."""
@@ -245,11 +245,11 @@ class Steps:
         self._stage.scaled(loss).backward()  # type: ignore[no-untyped-call]
 
 
-def autocast(request: Request, stage: Stage) -> Any:
-    """The autocast that ``request`` trains under, if any."""
-    if request.autocast_dtype is None:
+def autocast(dtype: Dtype | None, stage: Stage) -> Any:
+    """Autocast to a dtype; ``None`` for none."""
+    if dtype is None:
         return nullcontext()
-    return torch.autocast(stage.autocast_device, dtype=getattr(torch, request.autocast_dtype))
+    return torch.autocast(stage.autocast_device, dtype=getattr(torch, dtype))
 
 
 def parameters_of(optimizer: Any) -> list[Any]:

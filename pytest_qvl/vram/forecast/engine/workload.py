@@ -153,7 +153,7 @@ def infer(parts: Parts, request: Request, source: Source, stage: Stage) -> None:
     ]
     own = stage.generation_arguments(parts, source)
     try:
-        with torch.no_grad(), autocast(request.standing_alone, stage):
+        with torch.no_grad(), autocast(request.inference_dtype, stage):
             if request.generate:
                 _generate(model, {**batch, **own}, request.generate)
             else:
