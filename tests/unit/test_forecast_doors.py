@@ -163,6 +163,64 @@ def test_what_training_arguments_ask_for_and_no_forecast_follows_is_refused(
         _ask("--from-trainer", training_arguments(**changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"bf16": "false"}, "bf16='false': it must be true or false"),
+        ({"gradient_checkpointing": "false"}, "gradient_checkpointing='false': it must be true or false"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": "false"}}, "use_reentrant='false': it must be true or"),
+        (
+            {"gradient_checkpointing_kwargs": "none"},
+            "gradient_checkpointing_kwargs='none': it must be settings by name",
+        ),
+        ({"use_liger_kernel": True, "liger_kernel_config": "all"}, "liger_kernel_config='all': it must be settings by"),
+        ({"eval_strategy": "yes"}, "eval_strategy='yes': it must be one of no, steps, epoch"),
+        ({"bf16": True, "fp16": True}, "bf16 and fp16: TrainingArguments takes one of them"),
+        ({"per_device_train_batch_size": True}, "batch is True: it must be a whole number"),
+    ],
+)
+def test_a_value_that_is_none_of_a_training_argument_is_not_taken_for_one(
+    training_arguments: Any, changes: dict[str, Any], complaint: str
+) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        _ask("--from-trainer", training_arguments(**changes))
+
+
+def test_an_evaluation_strategy_that_yaml_read_as_false_is_none(training_arguments: Any) -> None:
+    assert not _ask("--from-trainer", training_arguments(eval_strategy=False)).request.evaluation
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"r": 0}, "r=0: a LoRA has a rank of at least 1; inference alone is --lora-r 0"),
+        ({"lora_dropout": "0.05"}, "lora_dropout='0.05': it must be a number"),
+        ({"use_dora": "false"}, "use_dora='false': it must be true or false"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save='lm_head': it must be a list of names"),
+        ({"target_modules": [1, 2]}, r"target_modules=\[1, 2\]: it must be a list of names, or one"),
+        ({"bias": "weird"}, "bias='weird': it must be one of none, all, lora_only"),
+        ({"layers_to_transform": "all"}, "layers_to_transform='all': it must be a number of a layer, or a list"),
+        ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern={'q_proj': '8'}: it must be ranks by name of a module"),
+        ({"trainable_token_indices": 5}, "trainable_token_indices=5: it must be a list of token ids"),
+        (
+            {"trainable_token_indices": {"embed_tokens": 5}},
+            "it must be a list of token ids, or one by name of a module",
+        ),
+        ({"init_lora_weights": ["pissa"]}, r"init_lora_weights=\['pissa'\]: it must be true, false or a name"),
+        ({"init_lora_weights": "EVA"}, "init_lora_weights is 'EVA', which is not forecast: followed are pissa"),
+        ({"init_lora_weights": "eva", "eva_config": {"rho": "1"}}, "rho='1': it must be a number"),
+        ({"init_lora_weights": "eva", "eva_config": "usual"}, "eva_config='usual': it must be settings by name"),
+    ],
+)
+def test_a_value_that_is_none_of_a_lora_setting_is_not_taken_for_one(
+    tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], **changes}))
+    with pytest.raises(ValueError, match=complaint):
+        _ask("--from-lora", str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["training_args.bin", "training_args.json"])
 def test_a_pickle_is_refused_and_never_run(tmp_path: Path, name: str) -> None:
     class Trap:

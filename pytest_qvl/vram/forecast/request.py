@@ -287,7 +287,7 @@ class Request:
             value = getattr(self, name)
             if name in {"max_length", "ddp_bucket_cap_mb"} and value is None:
                 continue
-            if not isinstance(value, Integral):
+            if not isinstance(value, Integral) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}: it must be a whole number")
             if value < least:
                 raise ValueError(f"{name} is {value}: it must be at least {least}")

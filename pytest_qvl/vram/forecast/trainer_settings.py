@@ -22,6 +22,7 @@ from pytest_qvl.vram.forecast.known_settings import (
     refuse_unknown,
 )
 from pytest_qvl.vram.forecast.request import lora_options
+from pytest_qvl.vram.forecast.setting_values import refuse_mistyped
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -47,6 +48,9 @@ def from_trainer(where: str) -> dict[str, Any]:
     if "num_generations" in settings or "ref_model_init_kwargs" in settings:
         raise ValueError(f"{where} is of a trainer with a reference or generations, which the forecast does not follow")
     refuse_unknown(where, settings, REFUSED, TAKEN | NEUTRAL)
+    refuse_mistyped(where, settings)
+    if settings.get("bf16") and settings.get("fp16"):
+        raise ValueError(f"{where} has bf16 and fp16: TrainingArguments takes one of them")
     checkpoints, _ = _checkpointing(settings, "")
     recomputation, name = _checkpointing(settings, "_kwargs")
     if recomputation is not None and set(recomputation) != {"use_reentrant"}:
@@ -54,6 +58,7 @@ def from_trainer(where: str) -> dict[str, Any]:
             f"{where} has {name}={recomputation!r}, which is not forecast: of its settings only use_reentrant is "
             "followed, and is to be named"
         )
+    refuse_mistyped(f"{name} of {where}", recomputation or {})
     found = {
         "trainer": kind or ("trl" if "dataset_text_field" in settings else "hf"),
         "batch": settings["per_device_train_batch_size"],
@@ -118,6 +123,9 @@ def from_lora(where: str) -> dict[str, Any]:
     if kind != "LORA":
         raise ValueError(f"{where} has peft_type={kind!r}, which is not forecast: only LoRA's layers are followed")
     refuse_unknown(where, settings, LORA_REFUSED, LORA_TAKEN | LORA_NEUTRAL)
+    refuse_mistyped(where, settings)
+    if settings["r"] == 0:
+        raise ValueError(f"{where} has r=0: a LoRA has a rank of at least 1; inference alone is --lora-r 0")
     targets = settings.get("target_modules")
     found = {
         "lora_r": settings["r"],
@@ -142,15 +150,17 @@ def _initialisation(where: str, settings: Mapping[str, Any]) -> str:
     name = settings.get("init_lora_weights")
     if not isinstance(name, str) or name.lower() == "gaussian":
         return ""
+    name = "olora" if name.lower() == "olora" else name  # PEFT knows the others as they are written
     if name == "eva" and not settings.get("rank_pattern"):
         config = settings.get("eva_config") or {}
         rho = config.get("rho", 2.0) if isinstance(config, dict) else config.rho
+        refuse_mistyped(f"eva_config of {where}", {"rho": rho})
         if rho != 1:
             raise ValueError(
                 f"{where} has init_lora_weights='eva' with rho={rho}, which is not forecast: EVA gives layers other "
                 "ranks, which the data decides; use rho=1, or the adapter_config.json that PEFT saved, which has them"
             )
-    return name.lower()
+    return name
 
 
 def _count(where: str, indices: Any) -> int:
