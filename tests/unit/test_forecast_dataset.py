@@ -90,6 +90,59 @@ def test_plain_text_and_given_tokens(read: Any) -> None:
     assert read({"image": "a.png"}, model="qwen2.5-vl-7b", tokens=77).rows[0].sample.tokens == 77
 
 
+def test_no_column_of_text_is_passed_over(read: Any) -> None:
+    """Alpaca's ``input``, answers by other names, and a system prompt beside the turns or before them."""
+
+    def tokens(**row: Any) -> int:
+        (found,) = read(row).rows
+        return int(found.sample.tokens)
+
+    long = "Say what is in it. " * 20
+    whole = tokens(text=long)
+    assert tokens(instruction="Do.", input=long, output="So.") >= whole
+    assert tokens(prompt="Do.", response=long) >= whole
+    assert tokens(query="Do.", response=long) >= whole
+    assert tokens(text="Do.", system=long) >= whole
+    turns = [{"role": "user", "content": "Do."}, {"role": "assistant", "content": "So."}]
+    said = tokens(messages=[{"role": "system", "content": long}, *turns])
+    assert tokens(messages=turns, system=long) == said
+    spoken = [{"from": "human", "value": "Do."}, {"from": "gpt", "value": "So."}]
+    assert tokens(conversations=spoken, system=long) == said
+    assert read({"text": "Do.", "tools": [{"name": "look"}]}, tokens=50).rows[0].sample.tokens == 50
+
+
+def test_images_without_a_place_stand_in_the_first_message_of_a_user(read: Any) -> None:
+    """As TRL puts them; a message's content may be in parts already."""
+    system = {"role": "system", "content": "Be brief."}
+    by_hand, *others = (
+        read({"messages": [system, {"role": "user", "content": content}, CHAT[1]], "image": "b.jpg"}).rows[0]
+        for content in (CHAT[0]["content"], CHAT[0]["content"][1]["text"], CHAT[0]["content"][1:])
+    )
+    assert others == [by_hand, by_hand]
+
+
+def test_an_image_in_the_form_of_openai_is_an_image(read: Any) -> None:
+    part = {"type": "image_url", "image_url": {"url": "b.jpg"}}
+    told = {"messages": [{"role": "user", "content": [part, CHAT[0]["content"][1]]}, CHAT[1]]}
+    assert read(told).rows == read({"messages": CHAT, "image": "b.jpg"}).rows
+    assert read(told, tokens=50).rows[0].sample.images == (SIZES["b.jpg"],)
+
+
+def test_a_file_that_is_not_in_utf_8_is_named(folder: Path) -> None:
+    file = folder / "latin.jsonl"
+    file.write_bytes('{"text": "é"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.jsonl is not UTF-8: "):
+        read_dataset(file, find_source(EMBEDDED), EMBEDDED, None)
+    file.write_bytes('{"text": "é"}\n'.encode("utf-8-sig"))
+    assert len(read_dataset(file, find_source(EMBEDDED), EMBEDDED, None).rows) == 1
+
+
+def test_an_image_that_pillow_refuses_to_open_is_named(read: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)
+    with pytest.raises(ValueError, match=r"b.jpg' cannot be read: Image size \(60000 pixels\) exceeds limit"):
+        read({"text": "x", "image": "b.jpg"})
+
+
 FRAMES = ["deep/c.png"] * 5
 WATCHED = [{"type": "video"}, CHAT[0]["content"][1]]
 
@@ -129,6 +182,21 @@ def test_a_list_of_frames_is_a_video(read: Any, row: dict[str, Any]) -> None:
         ({"messages": CHAT, "image": "a.png", "video": ["a.png"]}, "has 1 videos and a place for 0"),
         ({"text": "x", "video": ["a.png", "b.jpg"]}, "has a video with frames of 112x224 and 300x200: all frames"),
         ({"messages": CHAT, "images": ["a.png", "b.jpg"]}, "has 2 images and a place for 1"),
+        ({"conversations": TURNS}, "has 0 images and a place for 1"),
+        ("[", "line 1 is not JSON: it begins a list, and a JSONL has a row on each line"),
+        ({"messages": "hello"}, "has messages='hello': it must be a list of turns"),
+        ({"messages": []}, r"has messages=\[\]: it must be a list of turns"),
+        ({"messages": ["hello"]}, "has the turn 'hello' in messages: it needs role, a name, and content, a text or a"),
+        ({"messages": [{"role": "user", "content": None}]}, "in messages: it needs role, a name, and content, a text"),
+        ({"messages": [{"content": "hello"}]}, "in messages: it needs role, a name, and content"),
+        ({"conversations": [{"role": "user", "content": "hello"}]}, "in conversations: it needs from, a name, and"),
+        ({"text": "x", "videos": 5}, "has videos=5: it must be a list of videos"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": "b.jpg", "max_pixels": 784}]}]},
+            "has an image or video with max_pixels=784, which is not followed",
+        ),
+        ({"prompt": "x", "chosen": "y", "rejected": "z"}, "has chosen, whose tokens are not counted: say --tokens"),
+        ({"text": "x", "tools": [{"name": "look"}]}, "has tools, whose tokens are not counted: say --tokens"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(read: Any, row: Any, complaint: str) -> None:

@@ -7,7 +7,6 @@ which all others are padded to, beside those with the most visual tokens.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import re
@@ -15,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.vram.forecast.dataset_rows import image_of, is_image, is_video, parts_of, places_for, rows_of
 from pytest_qvl.vram.forecast.request import Request, Sample
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from pytest_qvl.models.sources.released import ImageSizes
     from pytest_qvl.vram.forecast.source import Source
@@ -28,7 +28,12 @@ IMAGE_FILES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"
 DRAWN_BATCHES = 2000
 _PLACE = re.compile("<(image|video)>")
 _WRITERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_TEXT_KEYS = (("text",), ("prompt", "completion"), ("question", "answer"), ("instruction", "output"), ("prompt",))
+_TEXT_KEYS = (
+    *(("text",), ("prompt", "completion"), ("prompt", "response"), ("query", "response"), ("question", "answer")),
+    *(("instruction", "input", "output"), ("instruction", "output"), ("prompt",)),
+)
+# Columns with text that templates or trainers write beside these, and that is not counted.
+_UNCOUNTED = ("tools", "history", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def read_dataset(where: Path, source: Source, model: str, tokens: int | None) ->
     A row of a JSONL has its images as ``image`` or ``images`` (paths, from the file's folder on) or in the messages,
     its videos as ``video`` (a list of the images of its sampled frames), ``videos`` (several such lists) or in the
     messages, and its text as ``messages``, ``conversations`` (LLaVA's) or plain: ``text``, ``prompt`` and
-    ``completion``, ``question`` and ``answer``, ``instruction`` and ``output``.
+    ``completion`` or ``response``, ``question`` and ``answer``, ``instruction``, ``input`` and ``output``; a ``system``
+    prompt goes before any.
 
     Args:
         where: The folder or file.
@@ -147,7 +153,7 @@ def read_dataset(where: Path, source: Source, model: str, tokens: int | None) ->
     elif where.is_file():
         count = None if tokens is not None else _Counter(model, where)
         rows = []
-        for name, row in _lines(where):
+        for name, row in rows_of(where):
             images, videos = _images(row, where, name), _videos(row, where, name)
             text = tokens if count is None else count(row, len(images), len(videos), name)  # type: ignore[assignment]
             rows.append(_row(name, images, videos, text, source))
@@ -185,33 +191,24 @@ def _size(image: Path) -> tuple[int, int]:
     try:
         with Image.open(image) as opened:
             return opened.height, opened.width
-    except OSError as error:
+    except (OSError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {str(image)!r} cannot be read: {error}") from None
-
-
-def _lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            name = f"{file.name}, line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{name} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{name} holds a {type(row).__name__} and not one row")
-            yield name, row
 
 
 def _images(row: dict[str, Any], file: Path, name: str) -> list[Path]:
     """The images of a row, wherever it names them."""
-    parts = [part for message in row.get("messages") or [] for part in _parts(message)]
+    parts = [part for part in parts_of(row) if is_image(part)]
     given = row.get("images") or row.get("image") or []
     given = list(given) if isinstance(given, list) else [given]
     if not given:
-        given = [part.get("image") or part.get("path") or part.get("url") for part in parts if _is_image(part)]
+        given = [image_of(part) for part in parts]
+    _check_places("image", max(len(parts), places_for("image", row)), len(given), name)
     return _paths(given, file, name)
+
+
+def _check_places(what: str, places: int, given: int, name: str) -> None:
+    if places > given:
+        raise ValueError(f"{name} has {given} {what}s and a place for {places}")
 
 
 def _paths(given: Sequence[Any], file: Path, name: str) -> list[Path]:
@@ -225,15 +222,11 @@ def _paths(given: Sequence[Any], file: Path, name: str) -> list[Path]:
 
 def _videos(row: dict[str, Any], file: Path, name: str) -> list[list[Path]]:
     """The frames of a row's videos, wherever it names them."""
-    parts = [part for message in row.get("messages") or [] for part in _parts(message)]
+    parts = [part for part in parts_of(row) if is_video(part)]
     given = row.get("videos") or ([row["video"]] if row.get("video") else [])
     if not given:
-        given = [part.get("video") or part.get("path") or part.get("url") for part in parts if _is_video(part)]
-    turns = [*(row.get("messages") or []), *(row.get("conversations") or [])]
-    texts = [turn.get("content", turn.get("value")) for turn in turns if isinstance(turn, dict)]
-    places = sum(text.count("<video>") for text in texts if isinstance(text, str))
-    if places > len(given):
-        raise ValueError(f"{name} has {len(given)} videos and a place for {places}")
+        given = [part.get("video") or part.get("path") or part.get("url") for part in parts]
+    _check_places("video", max(len(parts), places_for("video", row)), len(given), name)
     for video in given:
         if not isinstance(video, list) or not video:
             raise ValueError(
@@ -241,19 +234,6 @@ def _videos(row: dict[str, Any], file: Path, name: str) -> list[list[Path]]:
                 'frames as a list, such as {"video": ["frame1.jpg", "frame2.jpg"]}'
             )
     return [_paths(video, file, name) for video in given]
-
-
-def _parts(message: Any) -> list[dict[str, Any]]:
-    content = message.get("content") if isinstance(message, dict) else None
-    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-
-
-def _is_image(part: dict[str, Any]) -> bool:
-    return part.get("type") == "image" or bool(part.get("image"))
-
-
-def _is_video(part: dict[str, Any]) -> bool:
-    return part.get("type") == "video" or bool(part.get("video"))
 
 
 class _Counter:
@@ -272,6 +252,8 @@ class _Counter:
 
     def __call__(self, row: dict[str, Any], images: int, videos: int, name: str) -> int:
         """Text tokens of a row, the markers around its images and videos included."""
+        if uncounted := [key for key in _UNCOUNTED if row.get(key)]:
+            raise ValueError(f"{name} has {uncounted[0]}, whose tokens are not counted: say --tokens for every row")
         messages = _messages(row, images, videos)
         tokenizer = self._processor.tokenizer
         if messages is None:
@@ -281,7 +263,7 @@ class _Counter:
                     f"{name} has no text: known are messages, conversations and "
                     f"{', '.join(' with '.join(keys) for keys in _TEXT_KEYS)}"
                 )
-            text = "".join(row[key] for key in keys).replace("<image>", "").replace("<video>", "")
+            text = "".join([_system(row), *(row[key] for key in keys)]).replace("<image>", "").replace("<video>", "")
             return len(tokenizer(text)["input_ids"]) + 2 * (images + videos)
         text = self._processor.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text)["input_ids"]
@@ -301,20 +283,28 @@ def _messages(row: dict[str, Any], images: int, videos: int) -> list[dict[str, A
         messages = [dict(message) for message in row["messages"]]
     elif isinstance(row.get("conversations"), list):
         messages = [
-            {"role": _WRITERS.get(turn.get("from"), "user"), "content": turn.get("value", "")}
-            for turn in row["conversations"]
+            {"role": _WRITERS.get(turn["from"], "user"), "content": turn["value"]} for turn in row["conversations"]
         ]
     else:
         return None
+    if system := _system(row):
+        messages.insert(0, {"role": "system", "content": system})
     marked = [message for message in messages if _PLACE.search(str(message.get("content")))]
-    placed = any(_is_image(part) or _is_video(part) for message in messages for part in _parts(message))
+    placed = any(is_image(part) or is_video(part) for part in parts_of(row))
     for message in marked if not placed else ():
         message["content"] = _split(message["content"])
     if not placed and not marked and images + videos and messages:
-        first = messages[0]
+        first = next((message for message in messages if message["role"] == "user"), messages[0])
         seen = [{"type": "image"}] * images + [{"type": "video"}] * videos
-        first["content"] = [*seen, {"type": "text", "text": first["content"]}]
+        said = first["content"]
+        first["content"] = [*seen, *([{"type": "text", "text": said}] if isinstance(said, str) else said)]
     return messages
+
+
+def _system(row: dict[str, Any]) -> str:
+    """A system prompt in a column of its own."""
+    said = row.get("system")
+    return said if isinstance(said, str) else ""
 
 
 def _split(content: Any) -> Any:
