@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import redirect_stdout
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 
 def imported(module: str, name: str) -> Any:
     """What a module, or a script that ends with ``.py``, calls by a name, the current folder first on the path.
+
+    What it prints as it runs goes to stderr: stdout is for the command's own answer, which a program may read.
 
     Args:
         module: A module's dotted name, or the path of a script.
@@ -21,7 +24,8 @@ def imported(module: str, name: str) -> Any:
     """
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found: Any = _script(Path(module)) if module.endswith(".py") else importlib.import_module(module)
+        with redirect_stdout(sys.stderr):
+            found: Any = _script(Path(module)) if module.endswith(".py") else importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as error:

@@ -262,6 +262,19 @@ def test_arguments_are_read_from_a_module_and_from_a_script(tmp_path: Path, monk
         from_trainer("nothing")
 
 
+def test_what_a_script_prints_stays_out_of_the_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talkative.py").write_text(
+        "class TrainingArguments: per_device_train_batch_size = 5\narguments = TrainingArguments()\n"
+        "arguments.per_device_train_batch_size = 5\nprint('epoch 1')\n"
+    )
+    assert from_trainer("talkative.py:arguments")["batch"] == 5
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "epoch 1\n")
+
+
 def test_a_lora_configuration_is_read_from_what_peft_saved(tmp_path: Path) -> None:
     from peft import LoraConfig
 
