@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from pytest_qvl.cli import main
 from pytest_qvl.figures import digest_of, drawn_digest
 from pytest_qvl.models.sources.embedded import embedded_model_dir
+from pytest_qvl.models.sources.processors import load_processor
 from pytest_qvl.models.sources.released import released_config, released_names
 from pytest_qvl.vram.cards import card
 from pytest_qvl.vram.forecast import Forecast, Request, forecast, phases
@@ -174,6 +176,48 @@ def test_a_configuration_that_cannot_run_is_refused(
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(ValueError, match=complaint):
         find_source(str(tmp_path))
+
+
+def _folder_with(folder: Path, **files: Any) -> str:
+    from transformers import AutoConfig
+
+    AutoConfig.from_pretrained(EMBEDDED).save_pretrained(folder)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(folder)
+
+
+def test_what_a_processor_saved_goes_before_what_its_folder_had(tmp_path: Path) -> None:
+    """The real processor of a folder with both files, as one that is saved beside a release's file leaves it."""
+    limits = {"shortest_edge": 28 * 28, "longest_edge": 4 * 28 * 28}
+    shutil.copytree(EMBEDDED, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    settings = {"image_processor_type": "Qwen2VLImageProcessor", "size": limits}
+    saved = {"processor_class": "Qwen2_5_VLProcessor", "image_processor": settings}
+    (tmp_path / "processor_config.json").write_text(json.dumps(saved))
+    sizes = find_source(str(tmp_path)).sizes
+    real = load_processor(tmp_path).image_processor
+    assert (sizes.min_pixels, sizes.max_pixels) == (real.size["shortest_edge"], real.size["longest_edge"])
+    assert sizes.visual_tokens(280, 280) == 4
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2_5_VLProcessor"}))
+    assert find_source(str(tmp_path)).sizes == find_source(EMBEDDED).sizes
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("preprocessor_config", "{", "preprocessor_config.json is not JSON: "),
+        ("preprocessor_config", "[]", r"preprocessor_config.json holds \[\] where a processor's settings are expected"),
+        ("processor_config", {"image_processor": 5}, "holds 5 where a processor's settings are expected"),
+        ("preprocessor_config", {"max_pixels": "many"}, r"has max_pixels \(or size\) 'many': it must be a number of"),
+        ("preprocessor_config", {"max_pixels": -1}, r"has max_pixels \(or size\) -1: it must be a number of pixels"),
+        ("preprocessor_config", {"size": 5}, "has size=5: it must be shortest_edge and longest_edge by name"),
+        ("video_preprocessor_config", {"size": {"longest_edge": "x"}}, r"has max_pixels \(or size\) 'x': it must be"),
+        ("processor_config", {"video_processor": []}, r"holds \[\] where a processor's settings are expected"),
+    ],
+)
+def test_a_processor_file_that_says_no_sizes_is_named(tmp_path: Path, file: str, content: Any, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        find_source(_folder_with(tmp_path, **{file: content}))
 
 
 @pytest.mark.parametrize("name", released_names())

@@ -12,11 +12,15 @@ from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource
 from pytest_qvl.models.sources.released import ImageSizes, hub_id, image_sizes, released_config, released_names
+from pytest_qvl.vram.forecast.processor_settings import first_settings, pixel_limits
 from pytest_qvl.vram.forecast.runnable import absurd_size, why_not_runnable
 from pytest_qvl.vram.forecast.videos import VideoSizes, video_sizes
 
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.request import Sample
+
+# In this order Transformers (5.17) looks for an image processor's settings: what a processor saves now goes first.
+_IMAGE_PROCESSOR = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
 
 
 @dataclass(frozen=True)
@@ -151,14 +155,10 @@ def source_of(config: Any, label: str) -> Source:
 def _folder_sizes(folder: Path, config: Any) -> ImageSizes:
     vision = config.vision_config
     known = asdict(image_sizes(FAMILIES[config.model_type].typical))
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            fields = json.loads((folder / name).read_text(encoding="utf-8"))
-            fields = fields.get("image_processor", fields)
-            size = fields.get("size") or {}
-            known["min_pixels"] = fields.get("min_pixels") or size.get("shortest_edge") or known["min_pixels"]
-            known["max_pixels"] = fields.get("max_pixels") or size.get("longest_edge") or known["max_pixels"]
-            break
+    file, settings = first_settings(folder, _IMAGE_PROCESSOR)
+    if file is not None and settings is not None:
+        usual = known["min_pixels"], known["max_pixels"]
+        known["min_pixels"], known["max_pixels"] = pixel_limits(file, settings, usual)
     known["patch_size"] = vision.patch_size
     known["merge_size"] = vision.spatial_merge_size
     known["temporal_patch_size"] = vision.temporal_patch_size

@@ -6,13 +6,13 @@ Transformers 5.17 and 5.24.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.sources.released import MAX_ASPECT_RATIO
+from pytest_qvl.vram.forecast.processor_settings import first_settings, pixel_limits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,24 +120,8 @@ def video_sizes(model_type: str, images: ImageSizes, folder: Path | None = None)
     """
     words = FAMILIES[model_type].video_time == "words"
     least, most = (_LEAST, _MOST) if words else (images.min_pixels, images.max_pixels)
-    settings = {} if folder is None else _settings(folder)
-    size = settings.get("size") or {}
-    return VideoSizes(
-        images,
-        settings.get("min_pixels") or size.get("shortest_edge") or least,
-        settings.get("max_pixels") or size.get("longest_edge") or most,
-        bool(settings.get("cap_pixels_per_frame")),
-        words,
-    )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """Of the folder's video processor; empty where no file has them."""
-    for name, inside in _FILES:
-        if not (folder / name).is_file():
-            continue
-        fields = json.loads((folder / name).read_text(encoding="utf-8"))
-        found = fields.get(inside) if inside else fields
-        if isinstance(found, dict):
-            return found
-    return {}
+    file, settings = (None, None) if folder is None else first_settings(folder, _FILES)
+    if file is None or settings is None:
+        return VideoSizes(images, least, most, capped=False, words=words)
+    limits = pixel_limits(file, settings, (least, most))
+    return VideoSizes(images, *limits, capped=bool(settings.get("cap_pixels_per_frame")), words=words)
