@@ -19,7 +19,7 @@ from pytest_qvl.vram.forecast.videos import VideoSizes, video_sizes
 if TYPE_CHECKING:
     from pytest_qvl.vram.forecast.request import Sample
 
-# In this order Transformers (5.17) looks for an image processor's settings: what a processor saves now goes first.
+# In this order Transformers 5 looks for an image processor's settings; 4 reads the second file alone.
 _IMAGE_PROCESSOR = (("processor_config.json", "image_processor"), ("preprocessor_config.json", None))
 
 
