@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl import checks
+from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import adapter_parameters
 from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
-from pytest_qvl.training import beginning, saved, steps
-from pytest_qvl.training.batches import judge_batch
+from pytest_qvl.training import beginning, packed, saved, steps
+from pytest_qvl.training.batches import judge_batch, no_processor
 from pytest_qvl.training.movement import Movement
 from pytest_qvl.training.watch import Watch
 from pytest_qvl.training.weights import BaseWatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.training.findings import Weight
@@ -226,7 +229,25 @@ class Run:
         with self._verdicts.clock():
             moment = f"batch {self._in_step} of step {self._step + 1}"
             judgement = partial(judge_batch, self._subject, batch, self._settings.learned)
-            self._judge("batch", judgement, moment)
+            if self._judge("batch", judgement, moment):
+                self._verdicts.attempt(partial(self._await_attention, batch, moment), check="packing")
+            self._verdicts.settle(self._step, together=False)
+
+    def _await_attention(self, batch: dict[str, Any], moment: str) -> None:
+        """Of a packed batch, have what attention is given looked at when it comes to that."""
+        if no_processor(self._subject.processor):
+            return
+        samples = packed.samples_of(self._subject, batch)
+        if samples is None:
+            return
+        try:
+            self._watch.look_at_attention(partial(self._look_at_attention, samples, f"in the forward of {moment}"))
+        except CannotJudge as error:
+            self._verdicts.record.skip("packing", str(error))
+
+    def _look_at_attention(self, samples: torch.Tensor, moment: str, given: dict[str, Any]) -> None:
+        with self._verdicts.clock():
+            self._judge("packing", partial(packed.kept_apart, self._subject, samples, given), moment)
             self._verdicts.settle(self._step, together=False)
 
     def _no_path(self) -> None:

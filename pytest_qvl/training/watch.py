@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.layers import language_layers
 from pytest_qvl.models.taps import vision_features
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Watch:
         self.calls = self.followed = 0
         self.pixels_require_grad = False
         wrap = _not_compiled if compiled else _as_it_is
+        self._compiled = compiled
         before, after, after_vision = map(wrap, (self._before, self._after, self._after_vision))
         self._after_vision_hook = after_vision
         self._handles = [
@@ -67,6 +70,27 @@ class Watch:
             parts.vision_tower.register_forward_hook(after_vision),
         ]
         _HOOKED.add(self)
+
+    def look_at_attention(self, look: Callable[[dict[str, Any]], None]) -> None:
+        """Give what the next training forward calls the first layer with attention with, by name, to a function.
+
+        Raises:
+            CannotJudge: The model is compiled, or no layer of it has attention.
+        """
+        if self._compiled:
+            raise CannotJudge("the model is compiled, and a hook on a layer would break its graph")
+        layer = next((layer.module for layer in language_layers(self._parts) if layer.attends), None)
+        if layer is None:
+            raise CannotJudge("no layer of the language model has attention")
+
+        def once(_layer: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if self._is_trained(self._parts.wrapped):
+                self._handles.remove(handle)
+                handle.remove()
+                look(kwargs)
+
+        handle = layer.register_forward_pre_hook(once, with_kwargs=True)
+        self._handles.append(handle)
 
     def remove(self) -> None:
         """Take the hooks off."""

@@ -37,6 +37,7 @@ QUICK = {
     "token-types-dropped",
     "image-truncated",
     "packed-rows-see-each-other",
+    "packed-rows-with-a-cache",
 }
 
 

@@ -252,3 +252,22 @@ def packed(bench, batch):
     rows["position_ids"] = torch.cat([torch.arange(int(own.sum())) for own in mask])[None]
     del rows["attention_mask"]
     return {**{name: value for name, value in batch.items() if value.shape != mask.shape}, **rows}
+
+
+@mistake(
+    "packed-rows-with-a-cache",
+    source="huggingface/transformers#46634",
+    check="packing",
+    words=("attends to token 0, of sample 0", "the forward has a KV cache", "use_cache=False"),
+)
+def packed_with_a_cache(bench, folder, guard):
+    """A row packed as Transformers takes it, which it parts only where there is no cache."""
+    from pytest_qvl.checks.support.packing import pack
+    from pytest_qvl.models.anatomy import anatomy
+
+    with bench.model() as model:
+
+        def collate(samples):
+            return pack(anatomy(model), bench.collate(samples))
+
+        yield bench.trainer(model, folder, guard, collate=collate)

@@ -1,0 +1,120 @@
+"""Packed rows in a real training: the guard stops where samples see each other, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pytest_qvl.checks.support.packing import pack, samples_in_rows
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.training import Guard, GuardError
+from pytest_qvl.training.packed import _AT_ONCE, _strangers, kept_apart
+
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
+def lengths(batch):
+    """The same with lengths in place of positions that part a row, as kernels of FlashAttention read them."""
+    starts = (batch["position_ids"][0, 0] == 0).nonzero().flatten()
+    bounds = torch.cat([starts, torch.tensor([batch["input_ids"].shape[1]])]).int()
+    return batch | {"position_ids": batch["position_ids"][1:], "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
+
+
+def blocks(batch):
+    """The same with a mask of the collator's own."""
+    numbers = samples_in_rows(batch)
+    mask = (numbers[:, :, None] == numbers[:, None]).tril()[:, None]
+    return batch | {"position_ids": batch["position_ids"][1:], "attention_mask": mask}
+
+
+def without_cache(batch):
+    return batch | {"use_cache": False}
+
+
+def leaks(model, batch):
+    """Whether another token in the first sample of the row moves a logit of the others, in the trainer's own forward."""
+    others = samples_in_rows(batch | {"attention_mask": None})[0] > 0
+    changed = batch["input_ids"].clone()
+    changed[0, 1] = 3 if int(changed[0, 1]) != 3 else 4
+    before, after = (
+        model(**batch | {"input_ids": ids, "labels": None}).logits for ids in (batch["input_ids"], changed)
+    )
+    return bool((before != after)[0, others].any())
+
+
+def as_it_is(batch):
+    return batch
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "text_cache", "stops"),
+    [
+        (as_it_is, {}, True, True),
+        (as_it_is, {}, False, False),
+        (as_it_is, CHECKPOINTING, True, False),
+        (without_cache, {}, True, False),
+        (blocks, {}, True, False),
+        (lengths, {}, True, True),
+    ],
+    ids=["cache", "cache of the language model off", "checkpointing", "use_cache=False", "own mask", "lengths"],
+)
+def test_a_training_stops_where_samples_of_a_row_see_each_other(
+    bench, tmp_path, monkeypatch, change, arguments, text_cache, stops
+):
+    with bench.model() as model:
+        made = []
+
+        def collate(samples):
+            made.append(change(pack(anatomy(model), bench.collate(samples))))
+            return made[-1]
+
+        text = anatomy(model).core.language_model.config  # which is model.config.get_text_config() of a model as loaded
+        monkeypatch.setattr(text, "use_cache", text_cache)
+        trainer = bench.trainer(model, tmp_path, Guard(vision_gradients="spare"), collate=collate, **arguments)
+        if stops:
+            with pytest.raises(
+                GuardError, match="packing, in the forward of batch 1 of step 1: row 0, token"
+            ) as stopped:
+                trainer.train()
+            assert stopped.value.check == "packing"
+        else:
+            trainer.train()
+        assert leaks(model.train(), made[0]) is stops
+    record = json.loads((tmp_path / "qvl_guard.json").read_text())
+    assert record["state"] == ("stopped" if stops else "finished")
+    assert ("packing" in record["judged"]) is not stops
+
+
+def test_rows_of_one_sample_are_not_looked_at(bench, tmp_path):
+    with bench.model() as model:
+        bench.trainer(model, tmp_path, Guard(), max_steps=1).train()
+    record = json.loads((tmp_path / "qvl_guard.json").read_text())
+    assert "packing" not in {**record["judged"], **record["not_judged"]}
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_strangers_are_those_of_the_whole_mask(additive):
+    """Rows longer than what is looked at together, padding at their ends, and one hole in the mask."""
+    length = 2 * _AT_ONCE + 17
+    samples = torch.zeros(2, length, dtype=torch.int64)
+    samples[0, 100:], samples[0, 300:], samples[1, 400:], samples[:, -5:] = 1, 2, 1, -1
+    mask = (samples[:, :, None] == samples[:, None]).tril()[:, None]
+    given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min) if additive else mask
+    assert _strangers(samples, given) == (0, (0, 0, 0))
+    given[1, 0, 450, 7] = 0.0 if additive else True
+    assert _strangers(samples, given) == (1, (1, 450, 7))
+    seen = (samples[:, :, None] != samples[:, None]) & (samples[:, :, None] >= 0) & (samples[:, None] >= 0)
+    assert _strangers(samples, None) == (int(seen.tril().any(dim=-1).sum()), (0, 100, 0))
+    with pytest.raises(CannotJudge, match=r"is not \(rows, 1, length, length\)"):
+        _strangers(samples, given[..., :-1])
+
+
+def test_a_kernel_that_is_told_otherwise_is_not_judged():
+    text = SimpleNamespace(_attn_implementation="flash_attention_2")
+    subject = SimpleNamespace(parts=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)))
+    with pytest.raises(CannotJudge, match="flash_attention_2 is told of packed samples otherwise than by a mask"):
+        kept_apart(subject, torch.tensor([[0, 1]]), {})
