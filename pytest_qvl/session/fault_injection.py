@@ -189,5 +189,5 @@ def _inputs(case: Case) -> dict[str, Callable[[], Any]]:
         "training_samples": lambda: case.rows,
         "training_batch": lambda: case.batch(padding_side="right", answers=True),
         "rows": lambda: case.batch(padding_side="right", answers=True),
-        "training_halves": lambda: [case.batch(padding_side="right", answers=True)],
+        "training_batches": lambda: [case.batch(padding_side="right", answers=True)],
     }

@@ -109,17 +109,31 @@ def training_batch(qvl_training_batch: Any, training_samples: list[Sample]) -> A
 
 
 @pytest.fixture(scope="session")
-def training_halves(qvl_training_batch: Any, training_samples: list[Sample]) -> list[Any]:
-    """The same rows in two batches, for training that keeps all activations.
+def training_batches(qvl_training_batch: Any, training_samples: list[Sample]) -> list[Any]:
+    """The same rows in several batches, for training that keeps all activations.
 
-    All rows at once would take 19 GiB for 7B by the forecast, more than the cards have that QLoRA is for; half of
-    them take 13.
+    All rows at once would be padded to the longest, and take 19 GiB for 7B by the forecast, more than the cards have
+    that QLoRA is for.
     """
-    return [qvl_training_batch(half) for half in halves(training_samples)]
+    lengths = [qvl_training_batch([sample])["input_ids"].shape[-1] for sample in training_samples]
+    return [qvl_training_batch(rows) for rows in in_short_batches(training_samples, lengths)]
 
 
-def halves(samples: list[Sample]) -> list[list[Sample]]:
-    """Two halves, the first of which never lacks images; one where there is one sample."""
-    rows = sorted(samples, key=lambda sample: not sample.images)
-    middle = (len(rows) + 1) // 2
-    return [half for half in (rows[:middle], rows[middle:]) if half]
+def in_short_batches(samples: list[Sample], lengths: list[int]) -> list[list[Sample]]:
+    """The samples in batches, shortest first, each with no more tokens than two rows as long as the longest.
+
+    Args:
+        samples: At least one.
+        lengths: Tokens of each.
+
+    Returns:
+        Batches of two rows or more, but for the last; the first has images where any sample has.
+    """
+    order = sorted(range(len(samples)), key=lengths.__getitem__)
+    most = 2 * lengths[order[-1]]
+    batches: list[list[Sample]] = [[]]
+    for index in order:
+        if (len(batches[-1]) + 1) * lengths[index] > most:
+            batches.append([])
+        batches[-1].append(samples[index])
+    return sorted(batches, key=lambda batch: not any(sample.images for sample in batch))

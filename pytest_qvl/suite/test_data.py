@@ -18,10 +18,10 @@ def test_batch(qvl_dataset: Any, qvl_collator: Any, qvl_processor: Any, qvl_lora
 
 
 def test_packing_isolation(
-    qvl_lora_model: Any, qvl_processor: Any, training_samples: Any, training_halves: Any
+    qvl_lora_model: Any, qvl_processor: Any, training_samples: Any, training_batches: Any
 ) -> None:
     """Samples that are packed into a row compute what they compute alone, and see no other."""
-    batch = training_halves[0]
+    batch = training_batches[0]
     packed = batch if is_packed(batch) else pack(anatomy(qvl_lora_model), batch)
     floor = noise_floor(qvl_lora_model, qvl_processor, training_samples, adapter_disabled=True)
     checks.packing_isolation(qvl_lora_model, packed, floor)

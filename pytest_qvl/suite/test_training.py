@@ -12,9 +12,9 @@ checkpointing = pytest.mark.parametrize("gradient_checkpointing", [False, True],
 
 
 @pytest.fixture
-def rows(training_batch: Any, training_halves: Any, gradient_checkpointing: bool) -> Any:
-    """What a test trains on: without checkpointing every activation is kept, so half of the rows do."""
-    return training_batch if gradient_checkpointing else training_halves[0]
+def rows(training_batch: Any, training_batches: Any, gradient_checkpointing: bool) -> Any:
+    """What a test trains on: without checkpointing every activation is kept, so one batch of several does."""
+    return training_batch if gradient_checkpointing else training_batches[0]
 
 
 @checkpointing
@@ -58,9 +58,9 @@ def test_training_collation(qvl_processor: Any, training_samples: Any, training_
     checks.training_collation(qvl_processor, training_samples, training_batch)
 
 
-def test_loss_arithmetic(qvl_lora_model: Any, training_halves: Any, qvl_trainer: Any) -> None:
+def test_loss_arithmetic(qvl_lora_model: Any, training_batches: Any, qvl_trainer: Any) -> None:
     """The loss is the mean cross-entropy of the answers' tokens, in one batch and accumulated over several."""
-    checks.loss_arithmetic(qvl_lora_model, training_halves[0], trainer=qvl_trainer)
+    checks.loss_arithmetic(qvl_lora_model, training_batches[0], trainer=qvl_trainer)
 
 
 @checkpointing

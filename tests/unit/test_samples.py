@@ -350,14 +350,22 @@ def test_missing_photographs_name_the_extra(tmp_path: Path, monkeypatch: pytest.
         photo_samples()
 
 
-@pytest.mark.parametrize("pictures", ["01", "10", "0001", "010", "1", "00110"])
-def test_the_half_that_keeps_all_activations_never_lacks_pictures(pictures):
-    from pytest_qvl.suite.conftest import halves
+@pytest.mark.parametrize(
+    ("lengths", "pictures", "batches"),
+    [
+        ([7], "1", [[0]]),
+        ([9, 5], "01", [[1, 0]]),
+        ([406, 43, 148, 167, 178, 193, 294], "1011111", [[1, 2, 3, 4], [5, 6], [0]]),
+        ([30, 10, 11, 50], "1001", [[1, 2, 0], [3]]),
+        ([40, 10, 10, 10, 41], "10001", [[0, 4], [1, 2, 3]]),
+        ([50, 50, 50], "000", [[0, 1], [2]]),
+    ],
+)
+def test_training_that_keeps_all_activations_has_short_batches(lengths, pictures, batches):
+    from pytest_qvl.suite.conftest import in_short_batches
 
     picture = Image.new("RGB", (28, 28))
     samples = [Sample((picture,) * int(n), "?", "!", "own", str(i)) for i, n in enumerate(pictures)]
-    parts = halves(samples)
-    assert any(sample.images for sample in parts[0])
-    assert sorted(sample.id for part in parts for sample in part) == [sample.id for sample in samples]
-    assert len(parts) == min(2, len(samples))
-    assert len(parts[0]) - len(parts[-1]) in (0, 1)
+    found = [[int(sample.id) for sample in batch] for batch in in_short_batches(samples, lengths)]
+    assert found == batches
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 2 * max(lengths) for batch in found)
