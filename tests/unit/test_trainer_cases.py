@@ -294,6 +294,9 @@ def test_a_model_without_unsloths_loss_is_not_measured(tmp_path: Path) -> None:
         ("kinds", "records/forecast-kinds.md"),
         ("families", "records/forecast-families.md"),
         ("unsloth", "records/forecast-unsloth.md"),
+        ("later", "records/forecast-later.md"),
+        ("liger", "records/forecast-liger.md"),
+        ("kernels", "records/forecast-kernels.md"),
     ],
 )
 def test_the_committed_page_has_the_table_of_the_committed_records(kind: str, page: str) -> None:
@@ -304,13 +307,14 @@ def test_the_committed_page_has_the_table_of_the_committed_records(kind: str, pa
 
 def test_readme_and_peers_say_what_the_committed_records_say() -> None:
     """Cases and errors of the peak allocated, and verdicts; Unsloth's of the kinds trained another class."""
-    rows = {kind: table.rows_of(*_committed(kind)) for kind in ("trainer", "settings", "families", "unsloth", "kinds")}
+    others = ("settings", "families", "unsloth", "later", "liger", "kernels")
+    rows = {kind: table.rows_of(*_committed(kind)) for kind in ("trainer", *others, "kinds")}
     rows["kinds"] = [row for row in rows["kinds"] if row.entry["request"]["trainer"] != "unsloth"]
     peers = (DOCS / "peers.md").read_text(encoding="utf-8")
     for of_kind in rows.values():
         mean, worst = _errors([row.error("allocated") for row in of_kind])
         assert f"| {mean} on average, {worst} at worst | {len(of_kind)} |" in peers
-    later = [*rows["settings"], *rows["families"], *rows["unsloth"]]
+    later = [row for kind in others for row in rows[kind]]
     first = [*rows["trainer"], *later]
     assert peers.count(f"{len(first)} trainings by the real") == 1
     verdicts = [_verdicts(of) for of in (first, rows["kinds"])]
