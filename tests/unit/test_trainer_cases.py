@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -181,6 +182,30 @@ def test_what_a_model_takes_to_be_built_decides_whether_it_fits(monkeypatch: pyt
     found["built"] = {"allocated": 500 * MIB, "reserved": 600 * MIB}
     assert bench._under_cap(_small(), verdict, found, 100 * MIB) == {"ran": False, "fits": True}
     assert built == []
+
+
+@pytest.mark.slow
+def test_nothing_holds_a_model_that_was_trained_and_dropped() -> None:
+    """A library would: the embedding, where the trainer has asked for an optimizer of 8 bits."""
+    bench = measure.Bench("cpu", 1)
+    assert bench._train(_small(optimizer="adamw_8bit"), 1)["status"] == "measured"
+    assert bench._built is not None
+    left = [weakref.ref(parameter) for parameter in bench._built.base.parameters()]
+    bench._built = None
+    bench._settle()
+    assert [parameter.shape for found in left if (parameter := found()) is not None] == []
+
+
+@pytest.mark.parametrize("left", [0, 500 * MIB])
+def test_running_out_beside_an_earlier_model_is_no_verdict(monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    bench, _ = _capped_bench(monkeypatch, too_small=True)
+    monkeypatch.setattr(bench, "_allocated", lambda: left)
+    found = {"allocated": 100 * MIB, "reserved": 100 * MIB, "built": {"allocated": 50 * MIB, "reserved": 60 * MIB}}
+    verdict = {"available": 1000 * MIB, "fits": False, "fails_in": phases.LOAD}
+    judged = bench._under_cap(_small(), verdict, found, 100 * MIB)
+    assert judged["ran"]
+    assert judged["fits"] is (None if left else False)
+    assert judged.get("why") == ("500 MiB of an earlier model were still on the device" if left else None)
 
 
 def test_unsloth_is_asked_for_language_linears_by_its_flags_and_not_by_whole_names() -> None:

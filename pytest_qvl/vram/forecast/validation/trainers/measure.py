@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 PACKAGES = (
     *("pytest-qvl", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "trl", "datasets"),
-    *("unsloth", "unsloth_zoo", "liger-kernel"),
+    *("unsloth", "unsloth_zoo", "liger-kernel", "flash-linear-attention", "fla-core", "causal-conv1d", "triton"),
 )
 # Nearer than this to the edge of a card, by the forecast, the training is run under the card's cap.
 EDGE = 0.15
@@ -155,13 +155,18 @@ class Bench:
             return {"ran": False, "fits": None, "why": f"this GPU has {total} bytes, less than the card leaves"}
         self._built = None  # the card has to hold its loading too
         self._settle()
+        beside = self._allocated()
         torch.cuda.set_per_process_memory_fraction(available / total)
         try:
             run = self._train(request, 2)
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         fits = {"measured": True, "out of memory": False}.get(run["status"])
-        return {"ran": True, "fits": fits, "reserved": run.get("reserved"), "error": run.get("error")}
+        judged = {"ran": True, "fits": fits, "reserved": run.get("reserved"), "error": run.get("error")}
+        if fits is False and beside > LEFT:
+            why = f"{beside / MiB:,.0f} MiB of an earlier model were still on the device"
+            return {**judged, "fits": None, "why": why}
+        return judged
 
     def _model(self, request: Request) -> _Built:
         import torch
@@ -336,8 +341,7 @@ def _in_processes(
 ) -> int:
     """Measure cases of one kind in a process of their own, with another beside it for DDP; what the first ends with.
 
-    A process for each kind, since libraries keep parts of the last model (its embedding), and memory stays reserved
-    around.
+    A process for each kind, since what libraries keep of the last model has memory reserved around it.
     """
     count = PROCESSES if request_of(entries[0]).ddp else 1
     rest = options, (gpus, _free_port())

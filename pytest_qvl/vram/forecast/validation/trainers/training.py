@@ -431,9 +431,13 @@ def _processor(model: str) -> Any:
 
 
 def _forget(trainer: Any) -> None:
-    """Let go of what a trainer and its accelerator hold."""
+    """Let go of what a trainer, its accelerator and its optimizer's library hold."""
+    from bitsandbytes.optim import GlobalOptimManager
+
     trainer.accelerator.free_memory()
     vars(trainer).clear()
+    # Where the optimizer has 8 bits, ``Trainer.create_optimizer`` gives it every embedding, and it keeps them.
+    GlobalOptimManager.get_instance().initialize()
 
 
 @contextmanager
