@@ -216,3 +216,22 @@ def test_a_base_of_16_bits_has_its_own_size_and_an_adapter_in_float32(trainer: F
     grown = whole.resident - usual.resident
     assert 1.3 * values * config.num_hidden_layers < grown < 1.5 * values * config.num_hidden_layers
     assert whole.phase(phases.LOSS).by_kind["adapters"] == usual.phase(phases.LOSS).by_kind["adapters"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        (
+            {"lora_targets": ("q_proj", "lm_head")},
+            "lora_targets reaches lm_head and trainer is 'trl': SFTTrainer refuses",
+        ),
+        (
+            {"lora_targets": r".*(q_proj|lm_head)"},
+            "lora_targets reaches lm_head and trainer is 'trl': SFTTrainer refuses",
+        ),
+        ({"modules_to_save": ("lm_head",)}, "lm_head is trained itself and trainer is 'trl', whose fused head's"),
+    ],
+)
+def test_a_head_that_trl_trains_or_refuses_to_adapt_is_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        made(replace(SMALL, trainer="trl", **settings))

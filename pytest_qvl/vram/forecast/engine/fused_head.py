@@ -28,9 +28,23 @@ class FusedHead:
     Args:
         parts: The model.
         entered: Called before the head begins.
+
+    Raises:
+        ValueError: The head has an adapter, which ``SFTTrainer`` refuses, or is trained itself, which is not followed.
     """
 
     def __init__(self, parts: Parts, entered: Callable[[], None]) -> None:
+        head: Any = parts.lm_head
+        if hasattr(head, "lora_A"):
+            raise ValueError(
+                "lora_targets reaches lm_head and trainer is 'trl': SFTTrainer refuses it, as its fused head reads the "
+                "weight directly and the adapter would never be trained; name other targets"
+            )
+        if head.weight.requires_grad:
+            raise ValueError(
+                "lm_head is trained itself and trainer is 'trl', whose fused head's gradient of its weight is not "
+                "followed: leave lm_head out of modules_to_save, or use trainer='hf'"
+            )
         self._parts = parts
         self._entered = entered
 
