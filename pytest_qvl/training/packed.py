@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.batches.facts import View, facts
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.layers import language_layers
+from pytest_qvl.models.mixer_kernels import PYTORCH, mixer_kernels
 from pytest_qvl.models.renamed import kv_cache_in
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ def samples_of(subject: Subject, batch: Mapping[str, Any]) -> torch.Tensor | Non
 def kept_apart(subject: Subject, samples: torch.Tensor, given: Mapping[str, Any]) -> Evidence:
     """No token of a packed row attends to another sample of it, by the mask that attention is given.
 
+    Nor does the state of linear attention run from one into the next, as it does where nothing says that they begin.
+
     Args:
         subject: What is trained.
         samples: From :func:`samples_of`.
@@ -47,12 +51,23 @@ def kept_apart(subject: Subject, samples: torch.Tensor, given: Mapping[str, Any]
         CheckFailed: Says which token sees which sample, and why.
         CannotJudge: The kernel parts rows by what is not a mask, or its mask has another form.
     """
-    kernel = subject.parts.config.get_text_config()._attn_implementation
-    if kernel not in _BY_MASK:
-        raise CannotJudge(f"the attention of {kernel} is told of packed samples otherwise than by a mask")
     judge = Judge("packing", "no sample of a packed row attends to another")
-    strangers, first = _strangers(samples, given.get("attention_mask"))
-    row, token, other = first
+    mixers = [layer.attention for layer in language_layers(subject.parts) if not layer.attends]
+    kernel = subject.parts.config.get_text_config()._attn_implementation
+    if kernel in _BY_MASK:
+        _judge_mask(judge, samples, given)
+    elif mixers:
+        judge.note(f"the attention of {kernel} is told of packed samples otherwise than by a mask: not judged")
+    else:
+        raise CannotJudge(f"the attention of {kernel} is told of packed samples otherwise than by a mask")
+    if mixers:
+        _judge_state(judge, subject, mixers[0], given)
+    judge.report("packed samples", int((samples.amax(dim=1) + 1).sum()))
+    return judge.verdict()
+
+
+def _judge_mask(judge: Judge, samples: torch.Tensor, given: Mapping[str, Any]) -> None:
+    strangers, (row, token, other) = _strangers(samples, given.get("attention_mask"))
     judge.equal(
         "tokens that attend to another sample",
         strangers,
@@ -60,8 +75,21 @@ def kept_apart(subject: Subject, samples: torch.Tensor, given: Mapping[str, Any]
         else_say=f"row {row}, token {token}, of sample {int(samples[row, token])}, attends to token {other}, of sample "
         f"{int(samples[row, other])}: {_why(given)}",
     )
-    judge.report("packed samples", int((samples.amax(dim=1) + 1).sum()))
-    return judge.verdict()
+
+
+def _judge_state(judge: Judge, subject: Subject, mixer: Any, given: Mapping[str, Any]) -> None:
+    """Transformers' layer (5.24) hands on ``cu_seq_lens_q``, which its own PyTorch code does not read, and no more."""
+    home = str(getattr(type(mixer).forward, "__module__", ""))
+    own = home.startswith("transformers.") and "forward" not in vars(mixer)
+    told = given.get("cu_seq_lens_q") is not None
+    if own and (not told or mixer_kernels(subject.parts)["prompts"] == PYTORCH):
+        judge.problem(
+            "the state of linear attention runs on through a packed row, so that each sample begins with what those "
+            f"before it left: {'its PyTorch code reads no cu_seq_lens' if told else 'no mask parts it'}; give each "
+            "sample a row of its own"
+        )
+    else:
+        judge.note("whether linear attention keeps packed samples apart is up to its kernels: not judged")
 
 
 def _strangers(samples: torch.Tensor, mask: Any) -> tuple[int, tuple[int, int, int]]:

@@ -9,8 +9,13 @@ import pytest
 import torch
 
 from pytest_qvl.checks.support.packing import pack, samples_in_rows
-from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
+from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import language_layers
+from pytest_qvl.models.mixer_kernels import PYTORCH
+from pytest_qvl.models.quantized import usual_quantization
 from pytest_qvl.training import Guard, GuardError
 from pytest_qvl.training.packed import _AT_ONCE, _strangers, kept_apart
 
@@ -113,8 +118,62 @@ def test_strangers_are_those_of_the_whole_mask(additive):
         _strangers(samples, given[..., :-1])
 
 
-def test_a_kernel_that_is_told_otherwise_is_not_judged():
-    text = SimpleNamespace(_attn_implementation="flash_attention_2")
-    subject = SimpleNamespace(parts=SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text)))
-    with pytest.raises(CannotJudge, match="flash_attention_2 is told of packed samples otherwise than by a mask"):
-        kept_apart(subject, torch.tensor([[0, 1]]), {})
+def test_a_kernel_that_is_told_otherwise_is_not_judged(bench):
+    parts = anatomy(bench.base())
+    with attribute(parts.config.get_text_config(), "_attn_implementation_internal", "flash_attention_2"):
+        with pytest.raises(CannotJudge, match="flash_attention_2 is told of packed samples otherwise than by a mask"):
+            kept_apart(SimpleNamespace(parts=parts), torch.tensor([[0, 1]]), {})
+
+
+@pytest.fixture(scope="module")
+def linear():
+    """A model with linear attention before its first layer of full attention."""
+    if "qwen3_5" not in RANDOM_FAMILIES:
+        pytest.skip("Transformers has no Qwen3.5 yet")
+    model = random_model("qwen3_5", seed=0, dtype=torch.float32, quantization_config=usual_quantization(torch.float32))
+    return model.requires_grad_(False).eval()
+
+
+def test_linear_attention_parts_no_row(bench, linear, tmp_path, monkeypatch):
+    own = bench.processor.image_processor
+    for name, value in {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}.items():
+        monkeypatch.setattr(own, name, value)
+    monkeypatch.setattr("pytest_qvl.checks.support.packing.language_layers", lambda _: [])  # pack refuses, people do it
+    made = []
+    with bench.model(base=linear) as model:
+
+        def collate(samples):
+            made.append(without_cache(pack(anatomy(model), bench.collate(samples))))
+            return made[-1]
+
+        with pytest.raises(GuardError, match="packing, .*: the state of linear attention runs on through a packed row"):
+            bench.trainer(model, tmp_path, Guard(), collate=collate).train()
+        assert leaks(model.train(), made[0])
+
+
+@pytest.mark.parametrize(
+    ("told", "computed_by", "patched", "stops"),
+    [
+        (False, "fla", False, "no mask parts it"),
+        (True, PYTORCH, False, "its PyTorch code reads no cu_seq_lens"),
+        (True, "fla", False, ""),
+        (False, PYTORCH, True, ""),
+    ],
+)
+def test_kernels_that_are_told_where_samples_begin_are_not_judged(
+    linear, monkeypatch, told, computed_by, patched, stops
+):
+    parts = anatomy(linear)
+    monkeypatch.setattr("pytest_qvl.training.packed.mixer_kernels", lambda _: {"prompts": computed_by})
+    if patched:
+        mixer = next(layer.attention for layer in language_layers(parts) if not layer.attends)
+        monkeypatch.setattr(mixer, "forward", lambda *_, **__: None)
+    samples = torch.tensor([[0, 0, 1]])
+    given = {"attention_mask": torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 1]], dtype=torch.bool)[None, None]}
+    given |= {"cu_seq_lens_q": torch.tensor([0, 2, 3])} if told else {}
+    subject = SimpleNamespace(parts=parts)
+    if stops:
+        with pytest.raises(CheckFailed, match=stops):
+            kept_apart(subject, samples, given)
+    else:
+        assert "up to its kernels: not judged" in kept_apart(subject, samples, given).notes[0]
