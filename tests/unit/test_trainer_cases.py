@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from dataclasses import asdict, replace
@@ -9,12 +10,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes as bnb
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
+from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.forecast import Request, phases
+from pytest_qvl.vram.forecast.engine.build import asked_lora
 from pytest_qvl.vram.forecast.source import find_source
 from pytest_qvl.vram.forecast.validation import measured
 from pytest_qvl.vram.forecast.validation.records import as_plain, digest, read_record, request_of, write_record
@@ -26,13 +30,16 @@ from pytest_qvl.vram.forecast.validation.trainers.cases import (
     PREDICTED,
     cases,
     families_cases,
+    kernels_cases,
     kinds_cases,
+    later_cases,
     liger_cases,
     name_of,
+    olora_cases,
     refused,
     settings_cases,
 )
-from pytest_qvl.vram.forecast.validation.trainers.training import check_rewritten, unsloth_flags
+from pytest_qvl.vram.forecast.validation.trainers.training import _as_it_was, check_rewritten, unsloth_flags
 
 EMBEDDED = str(embedded_model_dir())
 MIB = 1 << 20
@@ -90,7 +97,15 @@ def test_cases_cover_what_people_vary_and_have_names_of_their_own() -> None:
 
 
 def test_cases_of_later_settings_have_names_of_their_own_and_come_back_from_a_file() -> None:
-    found = [*settings_cases(), *kinds_cases(), *families_cases(), *liger_cases()]
+    found = [
+        *settings_cases(),
+        *kinds_cases(),
+        *families_cases(),
+        *liger_cases(),
+        *kernels_cases(),
+        *later_cases(),
+        *olora_cases(),
+    ]
     assert len({name_of(request) for request in (*cases(), *found)}) == len(cases()) + len(found)
     assert [request_of(as_plain({"request": asdict(request)})) for request in found] == found
     some = _small(lora_options=(("layers_to_transform", (0, 1)), ("rank_pattern", {"q_proj": 2})))
@@ -194,6 +209,20 @@ def test_nothing_holds_a_model_that_was_trained_and_dropped() -> None:
     bench._built = None
     bench._settle()
     assert [parameter.shape for found in left if (parameter := found()) is not None] == []
+
+
+def test_statistics_that_olora_replaces_are_held_by_nobody_while_it_trains() -> None:
+    """1 byte for each 64 values of the base, and old ones that came back with the model afterwards."""
+    request = _small(init_lora_weights="olora")
+    model = measured.frozen_base(request, find_source(request.model), "cpu")
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    before = [weakref.ref(layer.weight.quant_state) for layer in layers]
+    with _as_it_was(model):
+        adapted = get_peft_model(model, asked_lora(anatomy(model), request))
+        gc.collect()
+        assert [found for found in before if found() is not None] == []
+        adapted.unload()
+    assert all(layer.quant_state is layer.weight.quant_state for layer in layers)
 
 
 @pytest.mark.parametrize("left", [0, 500 * MIB])

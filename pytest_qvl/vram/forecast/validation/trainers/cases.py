@@ -192,6 +192,18 @@ _KERNELS: tuple[Row, ...] = (
     ("qwen3.5-2b", "trl", "bf16", 4, ((448, 448),), 200, 64, "adamw_8bit", 1, True),
 )
 
+# Of OLoRA once more, in a file of their own: without what the harness held of the base at first.
+_OLORA: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("qwen2.5-vl-3b", {"init_lora_weights": "olora"}),
+    ("qwen3-vl-4b", {"init_lora_weights": "olora", "trainer": "trl"}),
+    ("qwen2.5-vl-7b", {"init_lora_weights": "olora"}),
+)
+
+
+def olora_cases() -> list[Request]:
+    """The cases of OLoRA after the first, by both trainers."""
+    return _changed(_OLORA)
+
 
 def kernels_cases() -> list[Request]:
     """The cases of linear attention by flash-linear-attention."""

@@ -27,6 +27,7 @@ from pytest_qvl.vram.forecast.validation.trainers.cases import (
     later_cases,
     liger_cases,
     name_of,
+    olora_cases,
     refused,
     settings_cases,
 )
@@ -87,6 +88,7 @@ def main(arguments: list[str]) -> int:
     later.add_argument("--liger", action="store_const", dest="cases", const=liger_cases)
     later.add_argument("--kernels", action="store_const", dest="cases", const=kernels_cases)
     later.add_argument("--later", action="store_const", dest="cases", const=later_cases)
+    later.add_argument("--olora", action="store_const", dest="cases", const=olora_cases)
     options = parser.parse_args(arguments)
     requests = {name_of(request): request for request in options.cases()}
     wanted = [request for name, request in requests.items() if re.search(options.only, name)]

@@ -440,10 +440,19 @@ def _forget(trainer: Any) -> None:
     GlobalOptimManager.get_instance().initialize()
 
 
+# Of a module: what it is made of. PEFT may change it for good (OLoRA), and what was there before must not be held.
+_MADE_OF = {"_modules", "_parameters", "_buffers", "quant_state"}
+
+
+def _of_trainers(module: torch.nn.Module) -> dict[str, Any]:
+    """What a trainer may patch of a module."""
+    return {name: value for name, value in vars(module).items() if name not in _MADE_OF}
+
+
 @contextmanager
 def _as_it_was(base: Any) -> Iterator[None]:
     """Take off afterwards what trainers leave on the model: patched forwards, hooks, checkpointing, training mode."""
-    patched = {id(module): dict(vars(module)) for module in base.modules()}
+    patched = {id(module): _of_trainers(module) for module in base.modules()}
     hooks = {id(module): set(module._forward_hooks) for module in base.modules()}
     try:
         yield
@@ -451,11 +460,11 @@ def _as_it_was(base: Any) -> Iterator[None]:
         for module in base.modules():
             if id(module) not in patched:
                 continue
-            for name in vars(module).keys() - patched[id(module)].keys():
-                delattr(module, name)
             before = patched[id(module)]
+            for name in _of_trainers(module).keys() - before.keys():
+                delattr(module, name)
             for name, value in before.items():
-                if name not in {"_modules", "_parameters", "_buffers"} and vars(module).get(name) is not value:
+                if vars(module).get(name) is not value:
                     vars(module)[name] = value
             for key in set(module._forward_hooks) - hooks[id(module)]:
                 del module._forward_hooks[key]
