@@ -13,7 +13,7 @@ import pytest
 from pytest_qvl.cli import main
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.vram.cards import card
-from pytest_qvl.vram.forecast import Forecast, Request
+from pytest_qvl.vram.forecast import Forecast, Request, phases
 from pytest_qvl.vram.forecast.changes import Change, candidates, cheapest, render_changes
 from pytest_qvl.vram.forecast.engine.trace import Failure, PhaseBytes
 from pytest_qvl.vram.forecast.output.answer import Answer
@@ -48,6 +48,36 @@ def test_changes_are_ordered_by_what_they_cost() -> None:
         "--lora-r 4",
     ]
     assert [c.options for c in candidates(_found(Request(vision_hook=False), 2000 * MiB))] == ["--lora-r 4"]
+
+
+@pytest.mark.parametrize(("peak", "changed"), [(2000 * MiB, True), (900 * MiB, False)])
+def test_an_evaluation_is_changed_where_it_is_what_does_not_fit(peak: int, changed: bool) -> None:
+    def options(**changes: Any) -> list[str]:
+        request = Request(evaluation=8, evaluation_batches=3, lora_r=4, vision_hook=False, **changes)
+        found = _found(request, 2000 * MiB)
+        evaluated = PhaseBytes(phases.EVALUATION, peak, peak, {})
+        return [one.options for one in candidates(replace(found, phases=(*found.phases, evaluated)))]
+
+    kept = ["--preprocess-logits argmax", "--eval-accumulation-steps 1", "--evaluation 1 --evaluation-batches 24"]
+    assert options(compute_metrics=True) == (kept if changed else [])
+    assert options(compute_metrics=True, preprocess_logits="argmax") == (kept[1:] if changed else [])
+    assert options() == (["--evaluation 1"] if changed else [])
+
+
+@pytest.mark.slow
+def test_what_an_evaluation_needs_to_fit_is_forecast() -> None:
+    """Real forecasts on a card with room for the training step, and for an evaluation that keeps no logits."""
+    request = Request(model=EMBEDDED, image=(56, 56), tokens=40, lora_r=4, evaluation=4, evaluation_batches=20)
+    forecaster, request = make_forecaster(replace(request, compute_metrics=True), "l4", None)
+    l4, small = forecaster.card, replace(request, evaluation=1, evaluation_batches=1)
+    assert l4 is not None
+    room = forecaster.forecast(small, inference=False).peak_reserved + 2 * MiB
+    forecaster.card = replace(l4, usable_bytes=l4.context_bytes + room)
+    found = forecaster.forecast(request, inference=False)
+    kept = ["--preprocess-logits argmax", "--eval-accumulation-steps 1"]
+    assert [c.options for c in candidates(found)][:3] == [*kept, "--evaluation 1 --evaluation-batches 80"]
+    assert [change.options for change in cheapest(found, forecaster.other)] == kept
+    assert not [c for c in candidates(forecaster.forecast(small, inference=False)) if "evaluation" in c.options]
 
 
 def test_only_changes_that_make_it_fit_are_named_and_the_hopeless_are_not_forecast() -> None:

@@ -61,6 +61,7 @@ def candidates(forecast: Forecast) -> Iterator[Candidate]:
     """Changes of settings that save memory, those that cost least first: nothing, time, then what is learned."""
     request = forecast.request
     states, trained = _held(forecast, "optimizer"), _held(forecast, "adapters", "gradients", "optimizer")
+    yield from _of_evaluation(forecast)
     if request.keeps_vision_hook and request.lora_targets == "language":
         yield Candidate(
             "--no-vision-hook",
@@ -76,7 +77,7 @@ def candidates(forecast: Forecast) -> Iterator[Candidate]:
     if request.optimizer != "paged_adamw_8bit":
         yield Candidate(
             "--optimizer paged_adamw_8bit",
-            "next to nothing: optimizer states in 8 bits, paged",
+            f"next to nothing: optimizer states in 8 bits{'' if request.resume else ', paged'}",
             {"optimizer": "paged_adamw_8bit"},
             states,
         )
@@ -100,6 +101,31 @@ def candidates(forecast: Forecast) -> Iterator[Candidate]:
     if request.lora_r > LEAST_RANK:
         rank = max(LEAST_RANK, request.lora_r // 4)
         yield Candidate(f"--lora-r {rank}", "a smaller adapter", {"lora_r": rank}, trained)
+
+
+def _of_evaluation(forecast: Forecast) -> Iterator[Candidate]:
+    """Changes of an evaluation that does not fit by itself, which no change of the training step helps."""
+    request, verdict = forecast.request, forecast.verdict
+    most = max((phase.peak_allocated for phase in forecast.phases if phase.name == phases.EVALUATION), default=0)
+    if verdict is None or most <= verdict.available:
+        return
+    if request.keeps_logits and not request.preprocess_logits:
+        yield Candidate(
+            "--preprocess-logits argmax",
+            "metrics get ids in place of logits, by preprocess_logits_for_metrics",
+            {"preprocess_logits": "argmax"},
+        )
+    if request.keeps_logits and not request.eval_accumulation_steps:
+        yield Candidate(
+            "--eval-accumulation-steps 1", "time: kept logits go to the host", {"eval_accumulation_steps": 1}
+        )
+    if request.evaluation > 1:
+        batches = request.evaluation_batches * request.evaluation
+        yield Candidate(
+            "--evaluation 1" + (f" --evaluation-batches {batches}" if request.keeps_logits else ""),
+            "time: smaller batches of the evaluation",
+            {"evaluation": 1, "evaluation_batches": batches if request.keeps_logits else request.evaluation_batches},
+        )
 
 
 def _held(forecast: Forecast, *kinds: Kind) -> int:
