@@ -6,6 +6,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.declared import declared, needing
@@ -91,6 +92,7 @@ class Variation:
         family: Random weights of this family (``model_type``), or empty for a trained model.
         model: The trained model, as for ``--qvl-model``.
         prepared: Prepared for k-bit training (16-bit parts become float32), its vision hooks removed.
+        autocasts: Its forward autocasts and returns float32, as that of a model that a trainer has prepared.
         checks: Which checks have to pass.
     """
 
@@ -101,6 +103,7 @@ class Variation:
     eager: bool
     family: str
     prepared: bool
+    autocasts: bool
     checks: tuple[str, ...]
     model: str = DEFAULT
 
@@ -108,7 +111,8 @@ class Variation:
         weights = f"random {self.family}" if self.family else self.model
         words = [weights, self.dtype, f"{self.adapter} adapter", "eager" if self.eager else "sdpa"]
         words += [self.optimizer] if self.optimizer != OPTIMIZERS[0] else []
-        return f"#{self.number}: {', '.join([*words, *(['k-bit prepared'] if self.prepared else [])])}"
+        words += ["k-bit prepared"] if self.prepared else []
+        return f"#{self.number}: {', '.join([*words, *(['autocasts'] if self.autocasts else [])])}"
 
 
 def variations(count: int, model: str = DEFAULT) -> list[Variation]:
@@ -146,6 +150,7 @@ def variations(count: int, model: str = DEFAULT) -> list[Variation]:
                 eager=number % 7 == 3 and not family,
                 family=family,
                 prepared=(number % 11 == 6 or needs_float32) and not family,
+                autocasts=(number % 13 == 5 or number % 22 == 6) and not family,
                 checks=checks,
                 model=model,
             )
@@ -210,6 +215,8 @@ class Healthy:
             from pytest_qvl.models.backends.transformers import remove_vision_grad_hooks
 
             remove_vision_grad_hooks(anatomy(model).patch_embed)
+        if variation.autocasts:
+            _autocast(model, torch.float16 if variation.dtype == "float16" else torch.bfloat16)
         return model
 
 
@@ -266,6 +273,15 @@ def _adapted(base: Any, variation: Variation, config: Any) -> Any:
     if variation.adapter == AT_REST:
         model.add_adapter("second", lora_config(r=2, init_lora_weights=False))
     return model.eval()
+
+
+def _autocast(model: Any, dtype: Any) -> None:
+    """Let a model's forward do what ``Accelerator(mixed_precision=...).prepare`` lets it do."""
+    import torch
+    from accelerate.utils import convert_outputs_to_fp32
+
+    plain = type(model).forward
+    model.forward = MethodType(convert_outputs_to_fp32(torch.autocast("cpu", dtype)(plain)), model)
 
 
 def _optimizer(name: str) -> Any:
