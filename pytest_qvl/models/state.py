@@ -9,6 +9,7 @@ from typing import Any
 
 from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.autocast import casts_not_kept
 
 _HOOK_TABLES = (
     "_forward_hooks",
@@ -28,7 +29,8 @@ def preserved(model: Any, *, training: bool | None = None, seed: int | None = No
     parameter, forward and backward hooks, active and switched-off adapters, ``use_cache``, the generation config,
     ``rope_deltas``, and the random states of Python-independent generators (CPU and CUDA). Weights are not copied:
     a check that trains restores them itself. Gradients that wait for an optimizer step are out of the way inside of
-    the block, so that none adds to them.
+    the block, so that none adds to them, and no forward inside computes with what autocast kept of weights as they
+    were before (:func:`pytest_qvl.models.autocast.casts_not_kept`).
 
     Args:
         model: The model, wrapped or not.
@@ -50,7 +52,7 @@ def preserved(model: Any, *, training: bool | None = None, seed: int | None = No
     deltas = parts.core.rope_deltas
     # A model over several GPUs draws from the generator of each.
     devices = list({parameter.device for parameter, _, _ in parameters if parameter.is_cuda})
-    with torch.random.fork_rng(devices=devices):
+    with casts_not_kept(), torch.random.fork_rng(devices=devices):
         if seed is not None:
             torch.manual_seed(seed)
         if training is not None:

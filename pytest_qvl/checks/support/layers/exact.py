@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.models.autocast import DEVICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,17 +32,19 @@ def exact_products() -> Iterator[None]:
     settings = [each for each in settings if _readable(*each[:2])]
     before = [(owner, name, _value(owner, name)) for owner, name, _exact in settings]
     older = torch.get_float32_matmul_precision() if _readable(torch, "get_float32_matmul_precision", call=True) else ""
+    autocasts = [device for device in DEVICES if torch.is_autocast_enabled(device)]
     try:
         if older:
             torch.set_float32_matmul_precision("highest")
         for owner, name, exact in settings:
             setattr(owner, name, exact)
-        with ExitStack() as stack:
-            for device in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
-            yield
+        for device in autocasts:
+            # Not by an ``autocast`` around the block, which would keep 16-bit copies of weights for all its forwards.
+            torch.set_autocast_enabled(device, False)
+        yield
     finally:
+        for device in autocasts:
+            torch.set_autocast_enabled(device, True)
         if older:
             torch.set_float32_matmul_precision(older)
         for owner, name, value in before:

@@ -1,0 +1,86 @@
+"""Checks inside of a user's autocast, and of models whose forward brings its own: what these compute in is no fault."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from pytest_qvl.checks import adapter_neutrality, frozen_vision, layer_arithmetic, training_step
+from pytest_qvl.checks.gradients import gradient_arithmetic
+from pytest_qvl.faults.tools import attribute
+from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.autocast import casts_not_kept
+from pytest_qvl.samples import make_batch, scenes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(scope="module")
+def model(fresh_model: Any) -> Any:
+    return fresh_model(dtype="bfloat16", lora=True)
+
+
+@pytest.fixture(scope="module")
+def batch(processor: Any) -> dict[str, torch.Tensor]:
+    rows = [sample for sample in scenes(seed=5, per_skill=1) if sample.skill in ("nth_colour", "text", "list")]
+    return make_batch(processor, rows, padding_side="right", answers=True)
+
+
+@contextmanager
+def of_its_own(model: Any) -> Iterator[None]:
+    """Let the forward of a model run under autocast, as Accelerate's does."""
+    base = anatomy(model).base
+    with attribute(base, "forward", torch.autocast("cpu", BF16)(base.forward)):
+        yield
+
+
+WRITING = {
+    "training_step": lambda model, batch: training_step(model, batch, gradient_checkpointing=False),
+    "frozen_vision": frozen_vision,
+    "gradient_arithmetic": lambda model, batch: gradient_arithmetic(model, batch, gradient_checkpointing=False),
+    "adapter_neutrality": adapter_neutrality,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["training_step", *(pytest.param(n, marks=pytest.mark.slow) for n in list(WRITING)[1:])]
+)
+@pytest.mark.parametrize("around", ["autocast", "a disabled autocast"])
+def test_weights_that_a_check_writes_are_computed_with(model: Any, batch: Any, name: str, around: str) -> None:
+    with torch.autocast("cpu", BF16, enabled=around == "autocast"), of_its_own(model):
+        model(**batch).loss.backward()  # torch keeps 16-bit copies of the adapter from here on
+        model.zero_grad()
+        assert WRITING[name](model, batch).ok
+
+
+def test_an_adapter_is_seen_behind_a_training_forward(model: Any, batch: Any, lora_config: Any) -> None:
+    with torch.autocast("cpu", BF16), of_its_own(model):
+        model(**batch)
+        assert layer_arithmetic(model, batch, lora_config()).ok
+
+
+def test_the_autocast_around_is_as_it_was() -> None:
+    weight, given = torch.ones(2, 2, requires_grad=True), torch.ones(2, 2)
+    with torch.autocast("cpu", BF16):
+        assert (given @ weight).sum() == 8
+        with casts_not_kept():
+            weight.data.zero_()
+            assert (given @ weight).sum() == 0
+            weight.data.fill_(2.0)
+            with torch.autocast("cpu", BF16):
+                assert (given @ weight).sum() == 16
+            weight.data.fill_(3.0)
+        assert (given @ weight).dtype == BF16
+        assert (given @ weight).sum() == 24
+        assert torch.is_autocast_cache_enabled()
+        weight.data.zero_()
+        with torch.autocast("cpu", BF16):
+            pass  # no outermost one: nothing is dropped on leaving it
+        assert (given @ weight).sum() == 24
+    assert (given @ weight).sum() == 0
