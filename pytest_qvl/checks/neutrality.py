@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from pytest_qvl.models.adapters import (
     original_module,
 )
 from pytest_qvl.models.anatomy import Parts, anatomy
+from pytest_qvl.models.attributes import attributes_replaced
+from pytest_qvl.models.autocast import autocast_dtype, autocast_to
 from pytest_qvl.models.compiled import uncompiled
 from pytest_qvl.models.fingerprint.digests import digests
 from pytest_qvl.models.quantized import linear_states
@@ -52,7 +55,8 @@ def adapter_neutrality(model: Any, batches: Batch | Sequence[Batch]) -> Evidence
     (docs/limits.md#exact; a zero equals a zero of the other sign):
 
     - the base model, its own layers put back in place of PEFT's, and twice: where its own kernels do not repeat
-      themselves, equality proves nothing and the check says so;
+      themselves, equality proves nothing and the check says so. It runs under the autocast that the wrapped model's
+      forward brings (Accelerate's);
     - the wrapped model inside PEFT's ``disable_adapter()``;
     - the wrapped model with its adapter on and B = 0 (the adapter's own B is set aside and put back bitwise); not with
       DoRA, whose rounding alone moves logits.
@@ -147,6 +151,7 @@ class _Probe:
         self._found = found
         self._slot = AdapterSlot.of(parts.wrapped)
         self._base: dict[tuple[str, int], torch.Tensor] = {}
+        self._autocast: torch.dtype | None = None  # what the wrapper's forward ran the base model under
 
     def judge_disabled(self, judge: Judge, mode: str, number: int) -> None:
         self._compare(judge, "disabled adapter", self._disabled, mode, number)
@@ -160,21 +165,42 @@ class _Probe:
             _largest(self._run(number, "eval"), self._reference("eval", number)) for number in range(len(self._inputs))
         )
 
-    def _run(self, number: int, mode: str, model: Any = None) -> torch.Tensor:
+    def _run(self, number: int, mode: str) -> torch.Tensor:
+        """Logits of the wrapped model: the base model's own, where the wrapper only hands them on in a wider dtype."""
         import torch
 
-        run = self._parts.wrapped if model is None else model
-        run.train(mode == "train")
+        made: dict[str, torch.Tensor] = {}
+        device, base = self._parts.device.type, self._parts.base
+        own = base.forward
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._autocast = autocast_dtype(device)
+            output = own(*args, **kwargs)
+            made["logits"] = output.logits
+            return output
+
+        with attributes_replaced([(base, "forward", forward)]):
+            returned = self._logits(self._parts.wrapped, number, mode)
+        inner = made.get("logits", returned)
+        wider = torch.promote_types(inner.dtype, returned.dtype) == returned.dtype
+        return inner if wider and _same(inner.to(returned.dtype), returned) else returned
+
+    def _logits(self, model: Any, number: int, mode: str) -> torch.Tensor:
+        import torch
+
+        model.train(mode == "train")
         torch.manual_seed(_SEED)
         self._parts.core.rope_deltas = None
-        logits: torch.Tensor = run(**self._inputs[number], use_cache=False).logits
+        logits: torch.Tensor = model(**self._inputs[number], use_cache=False).logits
         return logits
 
     def _bare(self, number: int, mode: str) -> torch.Tensor:
         self._slot.detach()
         try:
             # The wrapper passes everything through, but may look for its adapter first.
-            return self._run(number, mode, self._parts.base)
+            with autocast_to(self._parts.device.type, self._autocast):
+                return self._logits(self._parts.base, number, mode)
         finally:
             self._slot.attach()
 
@@ -208,7 +234,8 @@ class _Probe:
         return self._base[mode, number]
 
     def _compare(self, judge: Judge, what: str, run: Any, mode: str, number: int) -> None:
-        base, logits = self._reference(mode, number), run(number, mode)
+        logits = run(number, mode)  # first, since it says what the base model runs under
+        base = self._reference(mode, number)
         if logits.dtype != base.dtype:
             judge.problem(f"{what} ({mode} mode): logits are {logits.dtype} but {base.dtype} in the base model")
         same = _same(base, logits)

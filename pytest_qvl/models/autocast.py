@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
 
 DEVICES = ("cpu", "cuda")
 
@@ -35,3 +40,17 @@ def casts_not_kept() -> Iterator[None]:
         torch.set_autocast_cache_enabled(kept)
         for _ in range(around):
             torch.autocast_increment_nesting()
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in now on a type of device; ``None`` outside of one."""
+    import torch
+
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast_to(device: str, dtype: torch.dtype | None) -> torch.autocast:
+    """An autocast of the dtype that :func:`autocast_dtype` told, or none inside of it."""
+    import torch
+
+    return torch.autocast(device, dtype, enabled=dtype is not None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from pytest_qvl.checks import adapter_neutrality, frozen_vision, layer_arithmetic, training_step
+from pytest_qvl.checks import CheckFailed, adapter_neutrality, frozen_vision, layer_arithmetic, training_step
 from pytest_qvl.checks.gradients import gradient_arithmetic
 from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.anatomy import anatomy
@@ -84,3 +84,41 @@ def test_the_autocast_around_is_as_it_was() -> None:
             pass  # no outermost one: nothing is dropped on leaving it
         assert (given @ weight).sum() == 24
     assert (given @ weight).sum() == 0
+
+
+# --- a model that Accelerate has prepared -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(fresh_model: Any, lora_config: Any) -> Any:
+    """Raised to float32 where it is not packed, as by ``prepare_model_for_kbit_training``, then run in bfloat16."""
+    from accelerate import Accelerator
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    base = prepare_model_for_kbit_training(fresh_model(dtype="bfloat16"), use_gradient_checkpointing=False)
+    model = get_peft_model(base, lora_config()).eval()
+    return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+
+
+def test_an_adapter_on_a_prepared_model_is_neutral(prepared: Any, batch: Any) -> None:
+    assert adapter_neutrality(prepared, batch).ok
+
+
+def test_what_the_wrapper_of_a_prepared_model_changes_is_seen(prepared: Any, batch: Any) -> None:
+    own = prepared.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        output.logits = output.logits * (1 + 2**-20)  # less than bfloat16 holds
+        return output
+
+    with attribute(prepared, "forward", forward), pytest.raises(CheckFailed, match="logits of the base model"):
+        adapter_neutrality(prepared, batch)
+
+
+def test_a_layer_of_a_prepared_model_that_is_not_neutral_is_seen(prepared: Any, batch: Any) -> None:
+    layer = anatomy(prepared).language_backbone.layers[0].self_attn.q_proj
+    own = layer.forward
+    with attribute(layer, "forward", lambda x: own(x) * 1.01), pytest.raises(CheckFailed) as failure:
+        adapter_neutrality(prepared, batch)
+    assert "first at the output of model.language_model.layers.0.self_attn.q_proj" in str(failure.value)
