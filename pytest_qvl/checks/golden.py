@@ -38,6 +38,8 @@ from pytest_qvl.models.training import asked_biases, trained_on_purpose
 from pytest_qvl.samples import make_batch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
     Array = np.ndarray[Any, Any]
@@ -211,7 +213,7 @@ def _judge_stages(
         seen = DriftsSeen()
         for recorded, own in zip(stage.rows, found, strict=True):
             seen.take(row_drift(own.stages[name], recorded))
-        drift, step = seen.drift(), rounding_step(parts, name)
+        drift, step = seen.drift(), rounding_step(parts, name, found)
         limits = stage.response.rms * step, stage.response.row * step
         rows.append((name, drift.rms, limits[0], drift.row, limits[1]))
         if not (drift.rms <= limits[0] and drift.row <= limits[1]):
@@ -250,18 +252,19 @@ def _comparable(judge: Judge, parts: Parts, golden: Golden) -> dict[str, Stage]:
     return {} if in_tower else golden.stages["vision"]
 
 
-def rounding_step(parts: Parts, name: str) -> float:
+def rounding_step(parts: Parts, name: str, found: Sequence[Observed] = ()) -> float:
     """The step that a module's output is known to, relative to it, by all that it was computed from.
 
-    That of the coarsest dtype: up to the merger of the tower's linears, behind it of all. In float32, whose partial
-    sums are rounded, ``sqrt(n / 6)`` times, n being the longest product (the patch embedding's among them); on a GPU
-    that of TensorFloat-32.
+    That of the coarsest dtype, of linears or of the autocast that modules were seen to run under: up to the merger that
+    of the tower, behind it of all. In float32, whose partial sums are rounded, ``sqrt(n / 6)`` times, n being the
+    longest product (the patch embedding's among them); on a GPU that of TensorFloat-32.
     """
     import torch
 
     in_tower = parts.group_of(name) in TOWER
     groups = TOWER if in_tower else GROUPS
-    dtype = coarsest_dtype(parts, groups)
+    casts = [cast for own in found for place, cast in own.autocast.items() if cast and parts.group_of(place) in groups]
+    dtype = max((coarsest_dtype(parts, groups), *casts), key=lambda each: torch.finfo(each).eps)
     if dtype == torch.float32 and parts.device.type != "cpu":
         return TENSOR_FLOAT_STEP
     recipe = recipe_of(parts)

@@ -28,6 +28,7 @@ from pytest_qvl.checks.support.placeholders import (
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.attributes import attributes_replaced
+from pytest_qvl.models.autocast import autocast_to
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import tapped, vision_features
 
@@ -202,7 +203,8 @@ def _judge_grids(judge: Judge, given: torch.Tensor, calls: Sequence[torch.Tensor
 def _judge_frames_apart(judge: Judge, parts: Parts, found: Sequence[Span], calls: Sequence[VisionCall]) -> None:
     """Hold the visual tokens of videos to those that the tower makes of their frames as so many images.
 
-    The same patches in the same order make every operation one of the same shapes, so nothing is rounded otherwise.
+    The same patches in the same order make every operation one of the same shapes, so nothing is rounded otherwise;
+    and under the autocast that the model's forward ran the tower under.
     """
     first, count, wrong = 0, 0, list[int]()
     for call in calls:
@@ -210,7 +212,8 @@ def _judge_frames_apart(judge: Judge, parts: Parts, found: Sequence[Span], calls
         if bool((frames > 1).any()):
             apart = call.grid_thw.repeat_interleave(frames, dim=0)
             apart[:, 0] = 1
-            features = vision_features(parts.vision_tower(call.pixel_values, grid_thw=apart))
+            with autocast_to(call.features.device.type, call.autocast):
+                features = vision_features(parts.vision_tower(call.pixel_values, grid_thw=apart))
             count += len(call.features)
             if features.shape != call.features.shape:
                 judge.problem(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import Parts
+from pytest_qvl.models.autocast import autocast_dtype
 from pytest_qvl.models.renamed import kv_cache_in
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ class VisionCall:
         grid_thw: ``(images, 3)`` int64, in patches.
         features: ``(visual tokens, hidden)``: merged visual tokens, window order undone.
         requires_grad: Whether autograd followed the tower.
+        autocast: The dtype of the ``torch.autocast`` that it ran under; None outside of one.
     """
 
     pixel_values: torch.Tensor
     grid_thw: torch.Tensor
     features: torch.Tensor
     requires_grad: bool
+    autocast: torch.dtype | None
 
 
 @dataclass
@@ -99,7 +102,13 @@ def tapped(parts: Parts) -> Iterator[Tap]:
         pixels: Any = args[0] if args else kwargs.get("hidden_states", kwargs.get("pixel_values"))
         grid = kwargs["grid_thw"] if "grid_thw" in kwargs else args[1]
         tap.vision.append(
-            VisionCall(pixels.detach().clone(), grid.clone(), features.detach().clone(), features.requires_grad)
+            VisionCall(
+                pixels.detach().clone(),
+                grid.clone(),
+                features.detach().clone(),
+                features.requires_grad,
+                autocast_dtype(features.device.type),
+            )
         )
 
     handles = [

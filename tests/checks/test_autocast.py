@@ -8,12 +8,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from pytest_qvl.checks import CheckFailed, adapter_neutrality, frozen_vision, layer_arithmetic, training_step
+from pytest_qvl.checks import (
+    CheckFailed,
+    adapter_neutrality,
+    feature_scatter,
+    frozen_vision,
+    golden_record,
+    layer_arithmetic,
+    training_step,
+)
 from pytest_qvl.checks.gradients import gradient_arithmetic
-from pytest_qvl.faults.tools import attribute
+from pytest_qvl.faults.tools import attribute, values
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.autocast import casts_not_kept
-from pytest_qvl.samples import make_batch, scenes
+from pytest_qvl.models.layers import family_of
+from pytest_qvl.samples import clip_batch, make_batch, scene_clips, scenes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +98,7 @@ def test_the_autocast_around_is_as_it_was() -> None:
 # --- a model that Accelerate has prepared -----------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def prepared(fresh_model: Any, lora_config: Any) -> Any:
     """Raised to float32 where it is not packed, as by ``prepare_model_for_kbit_training``, then run in bfloat16."""
     from accelerate import Accelerator
@@ -122,3 +131,15 @@ def test_a_layer_of_a_prepared_model_that_is_not_neutral_is_seen(prepared: Any, 
     with attribute(layer, "forward", lambda x: own(x) * 1.01), pytest.raises(CheckFailed) as failure:
         adapter_neutrality(prepared, batch)
     assert "first at the output of model.language_model.layers.0.self_attn.q_proj" in str(failure.value)
+
+
+def test_the_tower_of_a_prepared_model_is_run_as_it_ran(prepared: Any, processor: Any) -> None:
+    made = [clip.noise(0) for clip in scene_clips(0, cell=56)]
+    rows = clip_batch(processor, made, time=family_of(anatomy(prepared)).video_time)
+    assert feature_scatter(prepared, rows).ok
+
+
+def test_a_prepared_model_is_held_to_the_golden_record_at_its_precision(prepared: Any, processor: Any) -> None:
+    assert golden_record(prepared, processor).ok
+    with values(anatomy(prepared).blocks[0].mlp.gate_proj.weight, lambda w: w * 1.25), pytest.raises(CheckFailed):
+        golden_record(prepared, processor)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_qvl.checks.support.image_oracle import Recipe
+from pytest_qvl.models.autocast import autocast_dtype
 from pytest_qvl.models.layers import family_of
 from pytest_qvl.models.taps import forget_positions, tapped, vision_features
 from pytest_qvl.samples import Sample
@@ -236,10 +237,12 @@ class Observed(NamedTuple):
     Attributes:
         positions: ``(3, tokens)`` int64, as the rotary embedding received them; ``None`` if nobody called it.
         stages: By the module's dotted name ``(rows, width)`` float32 on the CPU.
+        autocast: The dtype of the ``torch.autocast`` that each of these modules ran under; None outside of one.
     """
 
     positions: torch.Tensor | None
     stages: dict[str, torch.Tensor]
+    autocast: dict[str, torch.dtype | None]
 
 
 def places(parts: Parts) -> dict[str, tuple[str, Any]]:
@@ -259,28 +262,30 @@ def observed(parts: Parts, inputs: dict[str, torch.Tensor]) -> Observed:
     import torch
 
     forget_positions(parts)
-    with torch.no_grad(), tapped(parts) as tap, _keeping(parts) as kept:
+    with torch.no_grad(), tapped(parts) as tap, _keeping(parts) as (kept, autocast):
         parts.wrapped(**inputs, use_cache=False)
     positions = tap.language[0].position_ids[:, 0].cpu() if tap.language else None
-    return Observed(positions, kept)
+    return Observed(positions, kept, autocast)
 
 
 @contextmanager
-def _keeping(parts: Parts) -> Iterator[dict[str, torch.Tensor]]:
+def _keeping(parts: Parts) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.dtype | None]]]:
     kept: dict[str, torch.Tensor] = {}
+    autocast: dict[str, torch.dtype | None] = {}
 
     def watch(name: str, kind: str) -> Any:
         def after(_module: Any, _args: Any, output: Any) -> None:
             found = vision_features(output) if kind == "features" else output
             found = (found[0] if isinstance(found, tuple) else found).detach()
             found = found.reshape(-1, found.shape[-1])
+            autocast[name] = autocast_dtype(found.device.type)
             kept[name] = found[rows_kept(kind, len(found))].float().cpu()
 
         return after
 
     handles = [module.register_forward_hook(watch(name, kind)) for name, (kind, module) in places(parts).items()]
     try:
-        yield kept
+        yield kept, autocast
     finally:
         for handle in handles:
             handle.remove()
