@@ -453,16 +453,43 @@ def test_a_plain_image_is_plain_however_a_cast_rounds_it(level: float, sign: int
 _BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("grey", [5, 100, 127, 128, 250])
-def test_a_grey_image_is_no_buffer_in_any_dtype(dtype: torch.dtype, grey: int) -> None:
+CASTS = [
+    (),
+    *((dtype,) for dtype in (torch.float16, torch.bfloat16)),
+    *((half, torch.float32) for half in (torch.float16, torch.bfloat16)),
+    *((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16)),
+]
+
+
+def cast(pixels: torch.Tensor, casts: tuple[torch.dtype, ...]) -> torch.Tensor:
+    for dtype in casts:
+        pixels = pixels.to(dtype)
+    return pixels
+
+
+@pytest.mark.parametrize("casts", CASTS, ids=str)
+@pytest.mark.parametrize("grey", [1, 64, 127, 128, 200, 254])
+def test_a_grey_image_is_no_buffer_after_any_casts(casts: tuple[torch.dtype, ...], grey: int) -> None:
     """One value in all channels, as Qwen3-VL normalises grey; a cast moves it off the steps of float32."""
     processor, config = processor_for(parse_model("synthetic:qwen3-vl-8b")), released_config("qwen3-vl-8b")
     sample = {each.skill: each for each in scenes(0, 1, cell=32)}["nth_colour"]
     first = Image.new("RGB", sample.images[0].size, (grey,) * 3)
     made = make_batch(processor, [replace(sample, images=(first, *sample.images[1:]))])
-    evidence = checks.batch({**made, "pixel_values": made["pixel_values"].to(dtype)}, processor, config)
+    evidence = checks.batch({**made, "pixel_values": cast(made["pixel_values"], casts)}, processor, config)
     assert "image 0 is of one colour" in evidence.notes
     patches = int(made["image_grid_thw"][0].prod())
-    made["pixel_values"][:patches] = 0.0
-    assert kinds({**made, "pixel_values": made["pixel_values"].to(dtype)}, processor, config) == ["pixels-blank"]
+    for filled in (0.0, 0.5, 3.14):
+        made["pixel_values"][:patches] = filled
+        batch = {**made, "pixel_values": cast(made["pixel_values"], casts)}
+        assert kinds(batch, processor, config) == ["pixels-blank"]
+
+
+@pytest.mark.parametrize("colour", [(28, 28, 28), (46, 189, 59), (147, 227, 46), (170, 170, 170), (174, 174, 174)])
+def test_a_colour_that_is_rounded_twice_is_normalised(
+    colour: tuple[int, int, int], processor: Any, config: Any
+) -> None:
+    """float16 cast to bfloat16, alone in a batch, so that three values say by which constants they were made."""
+    sample = scenes(0, 1, ["colour"])[0]
+    made = make_batch(processor, [replace(sample, images=(Image.new("RGB", (112, 84), colour),))])
+    batch = {**made, "pixel_values": cast(made["pixel_values"], (torch.float16, torch.bfloat16))}
+    assert "image 0 is of one colour" in checks.batch(batch, processor, config).notes

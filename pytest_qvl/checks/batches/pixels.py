@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.support.placeholders import is_plain, value_problems
 from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     import torch
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.batches.layout import Layout
 
 Constants = tuple[tuple[float, ...], tuple[float, ...]]
+Casts = Sequence[tuple["torch.dtype", ...]]
 RAW: Constants = ((0.0,) * 3, (1.0,) * 3)
 HALF: Constants = ((0.5,) * 3, (0.5,) * 3)
 # Of each image so many patches are looked at closely, spread over it.
@@ -81,17 +83,18 @@ def _judge_constants(view: View, findings: Findings, layout: Layout, pixels: tor
         findings.unjudged[f"values of {layout.kind.pixels}"] = "no row attends to an image: they are dummies"
         return
     chosen, owners = chosen[seen], [owners[place] for place in seen]
+    casts = _casts(chosen, pixels.dtype)
     own = (view.known.family.image_mean, view.known.family.image_std)
-    _judge_blank(findings, layout, chosen, owners, own, dtype=pixels.dtype)
+    _judge_blank(findings, layout, chosen, owners, own, casts=casts)
     if findings.has("pixels-blank"):
         return
-    if (levels := _levels_next_to_black(chosen, own, pixels.dtype)) > 1:
+    if (levels := _levels_next_to_black(chosen, own, casts)) > 1:
         _judge_dark(findings, layout, levels, len(set(owners)))
         return
-    if _fits(chosen, own, pixels.dtype):
+    if _fits(chosen, own, casts):
         return
-    told = [words for words, each in _others(view) if each != own and _fits(chosen, each, pixels.dtype)]
-    if not told and not _outside(chosen, own, pixels.dtype):
+    told = [words for words, each in _others(view) if each != own and _fits(chosen, each, casts)]
+    if not told and not _outside(chosen, own, casts):
         findings.notes.append(
             f"{layout.kind.pixels} are no whole steps of 8 bits in {_name(pixels)}: only their range was judged"
         )
@@ -156,26 +159,57 @@ def _by_channel(constants: Constants) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, deviation
 
 
-def _fits(values: torch.Tensor, constants: Constants, dtype: torch.dtype) -> bool:
-    """Whether every value is one of the 256 that images have by these constants, as its dtype holds it."""
+def _casts(values: torch.Tensor, dtype: torch.dtype) -> Casts:
+    """What values held in a dtype may have been rounded to, one after the other, the dtype itself last.
+
+    A data set that is kept in 16 bits, or a collator that casts, leaves its roundings behind in a wider dtype: values
+    that all are numbers of a 16-bit dtype may have been its. A float16 tensor that is cast to bfloat16 is rounded
+    twice, and shows no trace of it.
+    """
+    import torch
+
+    bfloat16, float16 = torch.bfloat16, torch.float16
+    before = [(), (bfloat16,), (float16,), (bfloat16, float16), (float16, bfloat16)]
+    return [
+        (*each, dtype)
+        for each in before
+        if not each or (each[-1] != dtype and bool((values.to(each[-1]).double() == values).all()))
+    ]
+
+
+def _cast(values: torch.Tensor, casts: Sequence[torch.dtype]) -> torch.Tensor:
+    for dtype in casts:
+        values = values.to(dtype)
+    return values.double()
+
+
+def _coarsest(casts: Casts) -> torch.dtype:
+    import torch
+
+    return max((dtype for each in casts for dtype in each), key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _fits(values: torch.Tensor, constants: Constants, casts: Casts) -> bool:
+    """Whether every value is one of the 256 that images have by these constants, after one of the series of casts."""
     import torch
 
     mean, deviation = _by_channel(constants)
     near = _steps(values, constants).round()
-    found = torch.zeros_like(values, dtype=torch.bool)
+    found = [torch.zeros_like(values, dtype=torch.bool) for _ in casts]
     for step in (near - 1, near, near + 1):
         right = (step / 255 - mean) / deviation
-        low, high = ((right + slack).to(dtype).double() for slack in (-ARITHMETIC, ARITHMETIC))
-        found |= (low <= values) & (values <= high) & (step >= 0) & (step <= 255)
-    return bool(found.all())
+        for at, each in enumerate(casts):
+            low, high = (_cast(right + slack, each) for slack in (-ARITHMETIC, ARITHMETIC))
+            found[at] |= (low <= values) & (values <= high) & (step >= 0) & (step <= 255)
+    return any(bool(each.all()) for each in found)
 
 
-def _outside(values: torch.Tensor, constants: Constants, dtype: torch.dtype) -> bool:
+def _outside(values: torch.Tensor, constants: Constants, casts: Casts) -> bool:
     """Whether some value is beyond black or white by these constants, by overshoot, a step and its last place."""
     import torch
 
     steps = _steps(values, constants)
-    slack = 255 * OVERSHOOT + 1 + 255 * max(constants[1]) * values.abs() * torch.finfo(dtype).eps
+    slack = 255 * OVERSHOOT + 1 + 255 * max(constants[1]) * values.abs() * torch.finfo(_coarsest(casts)).eps
     return bool(((steps < -slack) | (steps > 255 + slack)).any())
 
 
@@ -186,7 +220,7 @@ def _judge_blank(
     owners: Sequence[int],
     own: Constants,
     *,
-    dtype: torch.dtype,
+    casts: Casts,
 ) -> None:
     """Images of one colour: impossible ones are filled buffers; all of a batch are never what was meant."""
     import torch
@@ -196,9 +230,9 @@ def _judge_blank(
     blank = []
     for number in sorted(set(owners)):
         inside = flat[:, numbers == number].flatten(1)
-        if is_plain(inside, dtype):
+        if is_plain(inside, _coarsest(casts)):
             blank.append((number, inside[:, 0]))
-    impossible = [(n, colour) for n, colour in blank if not _fits(colour[None, :, None], own, dtype)]
+    impossible = [(n, colour) for n, colour in blank if not _fits(colour[None, :, None], own, casts)]
     if impossible and bool((impossible[0][1] == impossible[0][1][0]).all()):
         number, colour = impossible[0]
         row = layout.rows[number] if layout.rows else None
@@ -255,14 +289,14 @@ def dark(layout: Layout) -> str:
     return f"brightness of {layout.kind.pixels}"
 
 
-def _levels_next_to_black(values: torch.Tensor, own: Constants, dtype: torch.dtype) -> int:
+def _levels_next_to_black(values: torch.Tensor, own: Constants, casts: Casts) -> int:
     """How many values a channel has at most; 0 where some value is not between 0 and 1 of 255, and their overshoot."""
     import torch
 
     mean, deviation = _by_channel(own)
-    low = ((-OVERSHOOT / 255 - mean) / deviation - ARITHMETIC).to(dtype).double()
-    high = (((1 + OVERSHOOT) / 255 - mean) / deviation + ARITHMETIC).to(dtype).double()
-    if not bool(((low <= values) & (values <= high)).all()):
+    low = (-OVERSHOOT / 255 - mean) / deviation - ARITHMETIC
+    high = ((1 + OVERSHOOT) / 255 - mean) / deviation + ARITHMETIC
+    if not any(bool(((_cast(low, each) <= values) & (values <= _cast(high, each))).all()) for each in casts):
         return 0
     # Eighths of a step: the same value is not counted twice for how its last place was rounded.
     eighths = (_steps(values, own) * 8).round()
