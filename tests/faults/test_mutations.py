@@ -233,6 +233,19 @@ def test_outcomes_on_the_real_model(case: Any, places: Places, healthy: Healthy)
     assert probed(case).equals(healthy.probed)
 
 
+def test_a_library_that_runs_no_model_is_not_caught_by_the_sizes_of_probes(case: Any, healthy: Healthy) -> None:
+    """Sizes of videos are read from a configuration, which is run first."""
+    block: Any = type(anatomy(case.model).vision_tower.blocks[0])  # type: ignore[index]
+
+    def raises(*_: Any, **__: Any) -> None:
+        raise IndexError("index 4 is out of bounds")
+
+    broken = Mutation(CODE, "a block that raises", lambda: attribute(block, "forward", raises))
+    found = judge_mutation(broken, 0, case, healthy, ["placeholder_counts"])
+    assert (found.outcome, found.by) == (RAISES, "placeholder_counts")
+    assert "describes a model that cannot run" in found.said
+
+
 def test_a_step_of_the_generation_that_is_off_is_no_equivalent(case: Any, healthy: Healthy) -> None:
     def larger(_module: Any, _args: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits * 1.01 if logits.shape[1] == 1 else logits

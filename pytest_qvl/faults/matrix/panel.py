@@ -13,6 +13,7 @@ from pytest_qvl.checks.support.code_places import is_own
 from pytest_qvl.checks.support.packing import is_packed, pack
 from pytest_qvl.evidence import CannotJudge, CheckFailed, ModelCrashed
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.vram.forecast.runnable import NotRunnableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -189,7 +190,7 @@ def attempt(call: Callable[[], object], subject: Subject) -> Verdict:
     try:
         with torch.random.fork_rng(devices=subject.random_devices()):
             call()
-    except ModelCrashed as failure:
+    except (ModelCrashed, NotRunnableError) as failure:
         return Verdict(CRASHED, str(failure))
     except CheckFailed as failure:
         return Verdict(CAUGHT, str(failure))

@@ -17,6 +17,10 @@ _NARROW = 32  # of the MLP, whose width nothing else has to fit
 _WEIGHT = 0.01
 
 
+class NotRunnableError(ValueError):
+    """A configuration whose model cannot run, with the installed library."""
+
+
 def absurd_size(fields: Mapping[str, Any]) -> str:
     """The first size of a configuration that no model has, in words; empty if there is none.
 

@@ -13,7 +13,7 @@ from pytest_qvl.models.sources.hub import hub_options
 from pytest_qvl.models.sources.model_source import ModelSource
 from pytest_qvl.models.sources.released import ImageSizes, hub_id, image_sizes, released_config, released_names
 from pytest_qvl.vram.forecast.processor_settings import first_settings, pixel_limits
-from pytest_qvl.vram.forecast.runnable import absurd_size, why_not_runnable
+from pytest_qvl.vram.forecast.runnable import NotRunnableError, absurd_size, why_not_runnable
 from pytest_qvl.vram.forecast.videos import VideoSizes, video_sizes
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def find_source(model: str) -> Source:
     """The configuration of a released name or of a local folder; nothing is downloaded.
 
     Raises:
-        ValueError: Neither; or the folder's configuration is no Qwen-VL with a vision tower, or of a model that cannot
-            run.
+        NotRunnableError: The folder's configuration is of a model that cannot run.
+        ValueError: Neither; or the folder's configuration is no Qwen-VL with a vision tower.
     """
     if model in released_names():
         return _source(model, released_config(model), image_sizes(model))
@@ -108,7 +108,7 @@ def find_source(model: str) -> Source:
         raise ValueError(f"{file} says {said}")
     config = _config(file)
     if said := why_not_runnable(config):
-        raise ValueError(f"{file} describes a model that cannot run: {said}")
+        raise NotRunnableError(f"{file} describes a model that cannot run: {said}")
     return _source(file.parent.resolve().name, config, _folder_sizes(file.parent, config), file.parent)
 
 
