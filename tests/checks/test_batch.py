@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModel
 
 from pytest_qvl import checks
 from pytest_qvl.checks.batches.findings import KINDS, findings_of, unjudged_of
@@ -22,6 +23,7 @@ from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
 from pytest_qvl.models.sources.model_source import parse_model
 from pytest_qvl.models.sources.released import released_config
 from pytest_qvl.models.sources.synthetic_processor import processor_for
+from pytest_qvl.releases import is_before
 from pytest_qvl.samples import Sample, clip_batch, make_batch, scene_clips, scenes
 from pytest_qvl.suite import test_data
 
@@ -402,6 +404,8 @@ def test_the_frames_of_a_video_stand_apart_in_qwen3_vl_only(released: Any) -> No
         (("1.2", "0.2", "2.2"), "<0.2 seconds> before frame 1 of video 0, behind <1.2 seconds> of frame 0"),
         (("0.2", "10.2", "9.2"), "<9.2 seconds> before frame 2 of video 0, behind <10.2 seconds> of frame 1"),
         (("0.2", "", "2.2"), "no time before frame 1 of video 0"),
+        (("-3.0", "-2.0", "-1.0"), "<-3.0 seconds> before frame 0 of video 0"),
+        (("0.2", "nan", "2.2"), "<nan seconds> before frame 1 of video 0"),
         (("", "", ""), None),
     ],
 )
@@ -426,6 +430,36 @@ def test_times_in_words_never_run_backwards(times: tuple[str, ...], words: str |
     (finding,) = findings_of(caught.value.evidence)
     assert finding.kind == "video-time"
     assert int(ids[finding.row, finding.token]) == config.video_token_id
+
+
+@pytest.mark.skipif(is_before("transformers", "5.3"), reason="made right up to 5.2")
+def test_positions_behind_a_long_video_are_known_for_what_makes_them(processor: Any, config: Any) -> None:
+    """docs/upstream/video-positions.md: a collator may have called this release's own ``get_rope_index``."""
+    made = clip_batch(processor, scene_clips(0, cell=28), time="seconds")
+    made["second_per_grid_ts"] = torch.full((len(made["video_grid_thw"]),), 8.0)
+    with torch.device("meta"):
+        core = AutoModel.from_config(config)
+    given = {k: v for k, v in made.items() if k in inspect.signature(core.get_rope_index).parameters}
+    places, _ = core.get_rope_index(**given)
+    for change, words in ((0, "Transformers since 5.3 makes them so"), (1, "made for another batch")):
+        places[:, :, -1] += change
+        with pytest.raises(CheckFailed, match=words):
+            checks.batch({**made, "position_ids": places}, processor, config)
+
+
+def test_times_before_the_frames_of_one_of_two_videos() -> None:
+    processor, config = processor_for(parse_model("synthetic:qwen3-vl-8b")), released_config("qwen3-vl-8b")
+    made = clip_batch(processor, scene_clips(0, cell=32)[:2], time="words", padding_side="right")
+    ids, end = made["input_ids"], int(made["attention_mask"][0].sum())
+    text = re.sub(r"<[\d.]+ seconds>", "", processor.tokenizer.decode(ids[0, :end]))
+    shorter = processor.tokenizer(text)["input_ids"]
+    for name, value in (("input_ids", torch.tensor(shorter)), ("attention_mask", 1)):
+        made[name][0, len(shorter) :] = processor.tokenizer.pad_token_id if name == "input_ids" else 0
+        made[name][0, : len(shorter)] = value
+    if "mm_token_type_ids" in made:
+        made["mm_token_type_ids"] = 2 * (ids == config.video_token_id).long()
+    with pytest.raises(CheckFailed, match="no time before any frame of video 0, unlike other videos of the batch"):
+        checks.batch(made, processor, config)
 
 
 def test_an_image_of_one_colour_up_to_the_rounding_of_a_resize() -> None:

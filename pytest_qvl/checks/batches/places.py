@@ -178,6 +178,11 @@ def _say(view: View, findings: Findings, sample: _Sample, wrong: torch.Tensor) -
     cause = "they were made for another batch, order of images or padding: leave them out, the model makes them itself"
     if plain and not view.is_packed:
         cause = "plain 1-D positions: get_rope_index was not called (it needs grids and mm_token_type_ids)"
+    elif _constant(axes - _inside_of_videos(view, sample)):
+        cause = (
+            "Transformers since 5.3 makes them so for Qwen2-VL and Qwen2.5-VL: behind a video that lasts longer than "
+            "its frames are wide, positions inside of it come again; bring those of the papers, or shorter videos"
+        )
     elif view.is_packed:
         cause = "positions of a packed row were made for the row as a whole: make them sample by sample, then join them"
     shift = axes[0, 0] - expected[0, 0]
@@ -191,6 +196,27 @@ def _say(view: View, findings: Findings, sample: _Sample, wrong: torch.Tensor) -
         expected=f"{right} (up to a constant for the sample)",
         cause=cause,
     )
+
+
+def _constant(differences: torch.Tensor) -> bool:
+    return bool((differences == differences[0, 0]).all())
+
+
+def _inside_of_videos(view: View, sample: _Sample) -> torch.Tensor:
+    """The positions of a sample as Transformers since 5.3 lays them out.
+
+    Behind a video it goes on by the visual tokens of the frame's longer side, and not by the video's own length where
+    that is more (docs/upstream/video-positions.md).
+    """
+    made = sample.expected.clone()
+    video = view.ids[sample.row, sample.places] == view.known.video
+    numbers = (video.int().diff(prepend=video.new_zeros(1).int()) == 1).cumsum(dim=0)
+    for number in range(1, int(numbers.max()) + 1):
+        last = int((video & (numbers == number)).nonzero().max())
+        spans = sample.expected[:, video & (numbers == number)]
+        long, *sides = (spans.amax(dim=1) - spans.amin(dim=1)).tolist()
+        made[:, last + 1 :] -= max(0, long - max(sides))
+    return made
 
 
 def judge_packing(view: View, findings: Findings) -> None:
