@@ -43,6 +43,10 @@ def packing_isolation(model: Any, batch: Mapping[str, Any], reference: Reference
     changed in each sample in turn, and the outputs of all other samples must stay as they are, bitwise, since the
     shapes do. Two forward passes per sample, and three; 17 more for each sample beyond the noise floor.
 
+    They are forwards without a key-value cache. With one, Transformers does not part samples by their positions, and
+    ``Trainer`` has one where nothing is checkpointed, unless the batch has ``use_cache=False``: the guard sees that
+    (docs/guard.md).
+
     Args:
         model: Qwen-VL model, wrapped or not.
         batch: A packed batch: ``position_ids`` start again at 0 where a sample begins (``(4, rows, length)``, the text
@@ -86,6 +90,11 @@ def packing_isolation(model: Any, batch: Mapping[str, Any], reference: Reference
     _judge_positions(judge, parts, inputs, pieces, tap.language)
     outputs.hold(judge)
     judge.report("samples", len(pieces))
+    if "use_cache" not in batch:
+        judge.note(
+            "judged without a key-value cache, with which Transformers does not part samples by their positions: "
+            "Trainer has one where nothing is checkpointed, unless the collator adds use_cache=False to the batch"
+        )
     return judge.verdict()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import masking_utils
 
-from pytest_qvl.checks import packing_isolation
+from pytest_qvl.checks import causality, frozen_vision, loss_arithmetic, packing_isolation
 from pytest_qvl.checks.support.noise_floor import NoiseFloor, noise_floor
 from pytest_qvl.checks.support.packing import pack
 from pytest_qvl.evidence import CannotJudge, CheckFailed, InputError
@@ -47,8 +47,20 @@ def test_a_packed_row_computes_what_its_samples_compute_alone(
     figures = {figure.name: figure.value for figure in packing_isolation(lora_model, packed, floor).figures}
     assert figures["samples"] == 3
     assert figures["logits compared at places"] == int((packed["labels"] != -100).sum())
-    without = {name: value for name, value in packed.items() if name != "labels"}
-    assert packing_isolation(lora_model, without, floor).ok
+    without = {name: value for name, value in packed.items() if name not in {"labels", "use_cache"}}
+    evidence = packing_isolation(lora_model, without, floor)
+    assert evidence.ok
+    assert "the collator adds use_cache=False to the batch" in str(evidence)
+    assert "use_cache" not in str(packing_isolation(lora_model, packed, floor))
+
+
+def test_a_batch_may_say_that_it_wants_no_cache(lora_model: Any, batch: Batch) -> None:
+    """As collators of packed rows add it for the Trainer."""
+    told = {**batch, "use_cache": False}
+    assert pack(anatomy(lora_model), told).keys() == pack(anatomy(lora_model), batch).keys()
+    assert causality(lora_model, told).ok
+    assert loss_arithmetic(lora_model, told).ok
+    assert frozen_vision(lora_model, told).ok
 
 
 def test_samples_that_see_each_other_are_found(

@@ -231,8 +231,8 @@ def judge_packing(view: View, findings: Findings) -> None:
             row,
             token,
             found=f"a second sample in the row, and nothing that parts attention ({_brings(view)})",
-            expected="position_ids (4, rows, length) with the text positions first and no attention_mask, cu_seq_lens, "
-            "or a block-diagonal mask",
+            expected="position_ids (4, rows, length) with the text positions first, no attention_mask and "
+            "use_cache=False, cu_seq_lens, or a block-diagonal mask",
             cause="position_ids (rows, length) and (3, rows, length) part nothing in a model with M-RoPE: each sample "
             "attends to those before it in its row",
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.placeholders import model_inputs
 from pytest_qvl.checks.support.teaching import forward
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.attributes import attributes_replaced
@@ -64,10 +65,9 @@ class HeadReplay:
 
     def __call__(self, labels: torch.Tensor | None, *, hidden: torch.Tensor | None = None, **extra: Any) -> Any:
         """The model's output for other labels, ``(rows, length)``; ``extra`` goes to its forward."""
-        batch = {name: value for name, value in self._batch.items() if name != "labels"}
         given = {} if labels is None else {"labels": labels}
         with self.serving(hidden):
-            return self._parts.wrapped(**batch, **given, use_cache=False, **extra)
+            return self._parts.wrapped(**model_inputs(self._batch), **given, use_cache=False, **extra)
 
 
 @contextmanager

@@ -89,7 +89,8 @@ def pack(parts: Parts, batch: Mapping[str, Any]) -> dict[str, Any]:
     """All rows of a padded batch behind each other in one, as Transformers takes packed samples.
 
     ``position_ids`` ``(4, 1, length)``: text positions first, which say where samples begin, then the M-RoPE ids that
-    each sample has alone; no ``attention_mask``, no ``mm_token_type_ids``, which positions were made of.
+    each sample has alone; no ``attention_mask``, no ``mm_token_type_ids``, which positions were made of. And
+    ``use_cache=False``: Transformers parts samples only where there is no cache.
 
     Args:
         parts: The model that it is for.
@@ -113,10 +114,10 @@ def pack(parts: Parts, batch: Mapping[str, Any]) -> dict[str, Any]:
     ids = batch["input_ids"]
     right = mrope_oracle(ids, mask, batch.get("image_grid_thw"), vision, parts.merge_size)
     text = (mask.cumsum(dim=1) - 1)[None]
-    dropped = ("attention_mask", "mm_token_type_ids")
+    dropped = ("attention_mask", "mm_token_type_ids", "use_cache")
     made = {name: value for name, value in batch.items() if name not in dropped}
     for name, value in made.items():
         if value.shape == ids.shape:
             made[name] = value[mask.to(value.device)][None]
     positions = torch.cat([text, right])[:, mask][:, None]
-    return {**made, "position_ids": positions.to(ids.device)}
+    return {**made, "position_ids": positions.to(ids.device), "use_cache": False}

@@ -93,8 +93,14 @@ class Span:
         return f"row {self.row}, {self.noun} {self.in_row}"
 
 
+_NOT_ASKED = ("labels", "use_cache")
+
+
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The batch without its labels, ready for ``model(**inputs)`` and ``model.generate(**inputs)``.
+
+    Nor with ``use_cache``, which a collator of packed rows adds for the ``Trainer``: checks say themselves which they
+    judge.
 
     Raises:
         ValueError: No two-dimensional ``input_ids``.
@@ -102,7 +108,7 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     ids = batch.get("input_ids")
     if ids is None or ids.ndim != 2:
         raise InputError("the batch needs input_ids of shape (rows, length)")
-    return {name: value for name, value in batch.items() if name != "labels" and value is not None}
+    return {name: value for name, value in batch.items() if name not in _NOT_ASKED and value is not None}
 
 
 def refuse_positions_in_generation(inputs: Mapping[str, Any]) -> None:

@@ -145,7 +145,7 @@ def forward(parts: Parts, batch: Batch) -> Any:
         # have none; prepare_model_for_kbit_training leaves use_reentrant open.
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True", UserWarning)
         warnings.filterwarnings("ignore", "torch.utils.checkpoint: the use_reentrant parameter", UserWarning)
-        return parts.wrapped(**batch, use_cache=False)
+        return parts.wrapped(**{**batch, "use_cache": False})
 
 
 def reentrant_hint(parts: Parts) -> str:
