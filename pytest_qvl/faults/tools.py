@@ -100,7 +100,10 @@ def name_of(parts: Parts, module: Any) -> str:
 
 @contextmanager
 def rows_scored(parts: Any) -> Iterator[list[int]]:
-    """How many rows are being scored, in a list of one: a forward in eval mode, not in ``generate()``; 0 elsewhere."""
+    """How many rows of images are being scored, in a list of one; 0 elsewhere.
+
+    Scored is by a forward in eval mode, not in ``generate()``, and without videos.
+    """
     base, original = parts.base, parts.base.generate
     generating, rows = [0], [0]
 
@@ -113,7 +116,8 @@ def rows_scored(parts: Any) -> Iterator[list[int]]:
 
     def note(module: Any, _args: Any, kwargs: Any) -> None:
         ids = kwargs.get("input_ids")
-        rows[0] = 0 if ids is None or generating[0] or module.training else len(ids)
+        elsewhere = generating[0] or module.training or kwargs.get("pixel_values_videos") is not None
+        rows[0] = 0 if ids is None or elsewhere else len(ids)
 
     def forget(_module: Any, _args: Any, _output: Any) -> None:
         rows[0] = 0

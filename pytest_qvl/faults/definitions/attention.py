@@ -138,13 +138,8 @@ def _scored(case: Case) -> Iterator[None]:
     # In 16 bits -10 changes nothing that rounding keeps; in float32 -5 changes what the cache is held to as well.
     mask = -10.0 if tower.dtype is torch.float32 else MASK
 
-    def images_only(_module: Any, _args: Any, kwargs: Any) -> None:
-        if kwargs.get("pixel_values_videos") is not None:
-            rows[0] = 0
-
     with (
         rows_scored(parts) as rows,
-        before([parts.core], images_only),
         _faintly_masked(
             parts, len(parts.blocks) - 1, lambda sizes: [sum(sizes)], lambda _images: rows[0] > 1, mask=mask
         ),

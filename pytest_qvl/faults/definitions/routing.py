@@ -159,18 +159,22 @@ def _moved_placeholder(case: Case) -> Iterator[None]:
     yield
 
 
-def _unchecked_mask(parts: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+@contextmanager
+def _unchecked_mask(parts: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Scatter visual tokens, DeepStack's too, to where a changed mask of the images says, as many as it has places."""
+
     def get_placeholder_mask(input_ids: torch.Tensor, **_kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         mask = change(input_ids == parts.image_token_id)
         return mask.unsqueeze(-1), (input_ids == parts.video_token_id).unsqueeze(-1)
 
-    return attribute(parts.core, "get_placeholder_mask", get_placeholder_mask)
+    add = getattr(parts.language_backbone, "_deepstack_process", None)
 
+    def add_what_fits(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> Any:
+        assert add is not None
+        return add(hidden, mask, features[: int(mask.sum())])
 
-@contextmanager
-def _expanding(parts: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """As `_unchecked_mask`, on releases that want the mask as wide as the embeddings too."""
-    with _unchecked_mask(parts, change):
+    deepstack = attribute(parts.language_backbone, "_deepstack_process", add_what_fits) if add else nullcontext()
+    with attribute(parts.core, "get_placeholder_mask", get_placeholder_mask), deepstack:
         yield
 
 
@@ -183,15 +187,7 @@ def _expanding(parts: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> It
     source="huggingface/transformers#34625",
 )
 def _count_check(case: Case) -> Iterator[None]:
-    parts = anatomy(case.model)
-    add = getattr(parts.language_backbone, "_deepstack_process", None)
-
-    def add_what_fits(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> Any:
-        assert add is not None
-        return add(hidden, mask, features[: int(mask.sum())])
-
-    deepstack = attribute(parts.language_backbone, "_deepstack_process", add_what_fits) if add else nullcontext()
-    with _expanding(parts, lambda mask: mask), deepstack:
+    with _unchecked_mask(anatomy(case.model), lambda mask: mask):
         yield
 
 
@@ -204,7 +200,7 @@ def _count_check(case: Case) -> Iterator[None]:
     source="verl-project/verl#3469",
 )
 def _off_by_one(case: Case) -> Iterator[None]:
-    with _expanding(anatomy(case.model), lambda mask: mask.roll(1, dims=1)):
+    with _unchecked_mask(anatomy(case.model), lambda mask: mask.roll(1, dims=1)):
         yield
 
 
@@ -281,15 +277,7 @@ def _first_row(case: Case) -> Iterator[None]:
         mask[1:] = False
         return mask
 
-    parts = anatomy(case.model)
-    add = getattr(parts.language_backbone, "_deepstack_process", None)
-
-    def add_first(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> Any:
-        assert add is not None
-        return add(hidden, mask, features[: int(mask.sum())])
-
-    deepstack = attribute(parts.language_backbone, "_deepstack_process", add_first) if add else nullcontext()
-    with _expanding(parts, keep_first), deepstack:
+    with _unchecked_mask(anatomy(case.model), keep_first):
         yield
 
 

@@ -93,11 +93,7 @@ def _embedded_in_slices(case: Case) -> Iterator[None]:
         def exchange(_module: Any, args: Any, kwargs: Any) -> Any:
             return ((_exchanged_at_joints(parts, args[0]), *args[1:]), kwargs) if rows[0] > 1 else None
 
-        def images_only(_module: Any, _args: Any, kwargs: Any) -> None:
-            if kwargs.get("pixel_values_videos") is not None:
-                rows[0] = 0
-
-        with before([parts.core], images_only), before([parts.patch_embed], exchange):
+        with before([parts.patch_embed], exchange):
             yield
 
 
