@@ -257,6 +257,7 @@ class _Modules:
         for name, layer in self._adapters.layers.items():
             for adapter, dropout in layer.lora_dropout.items():
                 self._flow.watch(dropout, partial(self._dropout, name, adapter))
+            self._flow.record(layer.lora_B.values())
             self._flow.watch(layer, partial(self._adapted, name))
 
     def note_uncalled(self, *, with_image: bool) -> None:
@@ -288,10 +289,12 @@ class _Modules:
         self._flow.forget((call.module,))
 
     def _adapted(self, name: str, call: Call) -> None:
-        base = call.module.get_base_layer()
+        base, ups = call.module.get_base_layer(), call.module.lora_B
         dropped = self._dropped.pop(name, {})
         if not self._flow.seen((base,)):
             self._tally.leave_out("its base layer is not called", name)
         elif self._calls <= FULLY_JUDGED:
-            self._adapters.judge(name, call, dropped, self._flow.made_by(base))
-        self._flow.forget((base,))
+            flow = self._flow
+            computed_in = {adapter: flow.made_by(up).dtype for adapter, up in ups.items() if flow.seen((up,))}
+            self._adapters.judge(name, call, dropped, flow.made_by(base), computed_in)
+        self._flow.forget((base, *ups.values()))

@@ -6,6 +6,7 @@ from ``fresh_model(...)``; ``lora_model`` is shared and has to be left as it was
 
 from __future__ import annotations
 
+import functools
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any, Protocol
@@ -201,6 +202,31 @@ def rounded_otherwise() -> Callable[[Any, Callable[[torch.Size], bool]], Abstrac
                 handle.remove()
 
     return rounded
+
+
+@pytest.fixture(scope="session")
+def autocasting() -> Callable[..., AbstractContextManager[None]]:
+    """Autocast in a forward: of a model (as Accelerate's), of one of its modules, or of a class of modules."""
+    import torch
+
+    from pytest_qvl.faults.tools import attribute
+    from pytest_qvl.models.anatomy import anatomy
+
+    @contextmanager
+    def inside(owner: Any, dtype: torch.dtype, *, enabled: bool = True) -> Iterator[None]:
+        if isinstance(getattr(owner, "base_model", None), torch.nn.Module):
+            owner = anatomy(owner).base
+        own = owner.forward
+
+        @functools.wraps(own)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                return own(*args, **kwargs)
+
+        with attribute(owner, "forward", forward):
+            yield
+
+    return inside
 
 
 @pytest.fixture

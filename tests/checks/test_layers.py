@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from pytest_qvl.checks import CannotJudge, CheckFailed, layer_arithmetic
 from pytest_qvl.checks.support.layers.adapters import Adapters
@@ -130,26 +129,6 @@ def test_other_adapters_are_judged_too(case: Case, changed: dict[str, Any]) -> N
     assert not any("not judged" in note for note in evidence.notes) or "use_dora" in changed
 
 
-@pytest.fixture
-def autocasting() -> Any:
-    """A model whose forward brings autocast of its own, as Accelerate's does and Unsloth's ``generate``."""
-
-    @contextmanager
-    def inside(model: Any, dtype: torch.dtype) -> Any:
-        base = anatomy(model).base
-        own = base.forward
-
-        @functools.wraps(own)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast("cpu", dtype):
-                return own(*args, **kwargs)
-
-        with attribute(base, "forward", forward):
-            yield
-
-    return inside
-
-
 @pytest.mark.parametrize(
     "changed",
     [{}, *slow({"use_dora": True}, {"modules_to_save": ["lm_head"], "lora_bias": True}, {"lora_dropout": 0.1})],
@@ -171,7 +150,67 @@ def test_a_fault_is_seen_under_autocast(case: Case, autocasting: Any, name: str)
     case = in_bfloat16(case)
     with apply(name, case), autocasting(case.model, torch.bfloat16), pytest.raises(CheckFailed) as failure:
         layer_arithmetic(case.model, case.batch(), case.lora_config)
-    assert all(words in str(failure.value) for words in find(name).expected_words)
+    assert all(words in str(failure.value) for words in find(name).words())
+
+
+def for_training(subject_dtype: str = "bfloat16", **quantization: Any) -> Any:
+    """A model as QLoRA is usually set up: what is not in 4 bits, and with it the residual stream, in float32."""
+    base = load(dtype=subject_dtype, lora=None, **quantization)
+    return shortened(
+        get_peft_model(prepare_model_for_kbit_training(base, use_gradient_checkpointing=False), lora_config())
+    )
+
+
+STREAMS = {
+    "prepared for training": for_training,
+    "float32": lambda: shortened(load(dtype="float32")),
+    "products in float32": lambda: shortened(load(dtype="bfloat16", bnb_4bit_compute_dtype=torch.float32)),
+    "not quantized": lambda: shortened(load(dtype="float32", quantized=False)),
+}
+
+
+@pytest.mark.parametrize("eager", [False, *slow(True)])
+@pytest.mark.parametrize("name", ["prepared for training", *slow(*list(STREAMS)[1:])])
+def test_autocast_of_a_stream_in_float32_rounds_what_it_multiplies(
+    case: Case, autocasting: Any, name: str, eager: bool
+) -> None:
+    model = STREAMS[name]().eval()
+    with other_attention(anatomy(model)) if eager else nullcontext(), autocasting(model, torch.bfloat16):
+        figures = worst(layer_arithmetic(model, case.batch()))
+    assert max(figures.values()) <= 1
+    assert min(figures[name] for name in ("LoRA", "attention", "vision attention")) > 0.05
+
+
+@pytest.mark.parametrize(
+    "name", ["attention-scaling-off", *slow("4bit-product-off-by-5-percent", "lora-ignores-scaling")]
+)
+def test_a_fault_is_seen_where_autocast_rounds_a_stream_in_float32(case: Case, autocasting: Any, name: str) -> None:
+    case = replace(case, model=for_training().eval())
+    with apply(name, case), autocasting(case.model, torch.bfloat16), pytest.raises(CheckFailed) as failure:
+        layer_arithmetic(case.model, case.batch(), case.lora_config)
+    assert all(words in str(failure.value) for words in find(name).words())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_of_an_adapted_layers_own_forward_is_seen(case: Case, autocasting: Any, enabled: bool) -> None:
+    model = shortened(load(dtype="bfloat16"))
+    kind = type(next(iter(adapted_layers(anatomy(model)).values())))
+    around = nullcontext() if enabled else autocasting(model, torch.bfloat16)
+    with autocasting(kind, torch.bfloat16, enabled=enabled), around:
+        assert 0.3 < worst(layer_arithmetic(model, case.batch()))["LoRA"] <= 1
+
+
+def test_a_head_that_switches_autocast_off_is_judged_as_it_computes(case: Case, autocasting: Any) -> None:
+    model = shortened(load(dtype="float32"))
+    head = anatomy(model).lm_head
+    own = head.forward
+
+    def forward(x: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return own(x.float())
+
+    with attribute(head, "forward", forward), autocasting(model, torch.bfloat16):
+        assert worst(layer_arithmetic(model, case.batch()))["linear product"] <= 1
 
 
 def lora_forward(result: Any, lora_a: Any, lora_b: Any, x: Any, scaling: float) -> Any:

@@ -83,6 +83,22 @@ def test_a_healthy_model_passes_and_nothing_is_left_out(case: Case) -> None:
     assert evidence.notes == ()
 
 
+def test_what_runs_under_autocast_is_judged_as_that_rounds_it(case: Case, autocasting: Any) -> None:
+    with autocasting(case.model, torch.bfloat16):
+        evidence = _judge(case)
+    assert evidence.table is not None
+    figures = {str(name): float(cast("float", value)) for name, _count, value in evidence.table.rows}
+    assert max(figures.values()) <= 1
+    assert min(figures[name] for name in ("gated delta rule", "gated norm", "attention")) > 0.05
+
+
+@pytest.mark.parametrize("name", ["state-lost-between-chunks", "decay-too-strong"])
+def test_a_fault_is_seen_under_autocast(case: Case, autocasting: Any, name: str) -> None:
+    with apply(name, case), autocasting(case.model, torch.bfloat16), pytest.raises(CheckFailed) as failure:
+        _judge(case)
+    assert all(words in str(failure.value) for words in find(name).expected_words)
+
+
 class _LiveBytes(TorchDispatchMode):
     """Most bytes alive at once, of storages that operations create."""
 

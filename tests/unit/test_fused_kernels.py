@@ -42,7 +42,7 @@ def without_tensor_cores(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def claims(module: Any, x: torch.Tensor, device: str) -> list[Any]:
-    kernels = weights_of_kernels(module, 0, SHAPE[0], x.dtype, inputs=len(x), device=device)
+    kernels = weights_of_kernels(module, 0, SHAPE[0], x.dtype, inputs=len(x), fused=device != "cpu")
     return [elementary.linear(x, weight, None, x.dtype, products_rounded_to=rounded) for weight, rounded in kernels]
 
 

@@ -25,6 +25,13 @@ def step(dtype: torch.dtype, magnitude: float) -> float:
     return math.ldexp(limits.eps, math.frexp(max(magnitude, limits.tiny))[1] - 1)
 
 
+def coarsest(dtypes: Iterable[torch.dtype | None]) -> torch.dtype:
+    """The dtype with the largest unit roundoff; None counts for nothing."""
+    import torch
+
+    return max((dtype for dtype in dtypes if dtype is not None), key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def rounded_sums(dtype: torch.dtype, terms: int) -> float:
     """How many times more than its result's own rounding a product of `terms` terms is rounded.
 

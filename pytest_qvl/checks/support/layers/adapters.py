@@ -117,7 +117,14 @@ class Adapters:
                         self._tally.fail(SHARED, place, f"has one {kind} together with {where}, one pair for two")
         self._tally.count(SHARED, len(owners))
 
-    def judge(self, place: str, call: Call, dropped: dict[str, Call], base: torch.Tensor) -> None:
+    def judge(
+        self,
+        place: str,
+        call: Call,
+        dropped: dict[str, Call],
+        base: torch.Tensor,
+        computed_in: dict[str, torch.dtype],
+    ) -> None:
         """What a layer returns, beside what its base layer did.
 
         Args:
@@ -125,6 +132,7 @@ class Adapters:
             call: The layer's call.
             dropped: The calls of its adapters' dropout.
             base: What the base layer returned.
+            computed_in: The dtype of what the adapters' B gave, of those that ran as modules.
         """
         layer, names = self.layers[place], self.active(self.layers[place])
         if not names:
@@ -136,8 +144,8 @@ class Adapters:
                 self._tally.leave_out("dropout in training of several adapters, or of DoRA", place)
                 return
             x = self._judge_dropout(place, dropped[names[0]], _dropout(layer, names[0])).flatten(0, -2)
-        inside = call.autocast or (call.made.dtype if _folds_in(layer) else None)
-        matrices = [self._matrices(place, layer, name, inside) for name in names]
+        unseen = call.autocast or (call.made.dtype if _folds_in(layer) else None)
+        matrices = [self._matrices(place, layer, name, computed_in.get(name, unseen)) for name in names]
         bias = getattr(layer.get_base_layer(), "bias", None)
         bias = None if bias is None else bias.detach()
         undirected = [each._replace(gain=None) for each in matrices]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pytest_qvl.models.autocast import autocast_dtype
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -22,7 +24,8 @@ class Call(NamedTuple):
         output: What it returned.
         given: The first tensor that it was called with, on the device of the next.
         made: The first tensor that it returned.
-        autocast: The dtype of the ``torch.autocast`` that it ran under; None outside of one.
+        autocast: The dtype of the ``torch.autocast`` around it; None outside of one. What its own forward brings, or
+            switches off, is not seen from here: the dtype of what was made tells.
     """
 
     module: Any
@@ -73,10 +76,9 @@ class Flow:
             self._given[id(module)], self._made[id(module)] = given, made
             if judge is not None:
                 self._inside = True
-                kind = made.device.type
-                autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+                autocast = autocast_dtype(made.device.type)
                 try:
-                    with torch.no_grad(), torch.autocast(kind, enabled=False):
+                    with torch.no_grad(), torch.autocast(made.device.type, enabled=False):
                         judge(Call(module, args, kwargs, output, given, made, autocast))
                 finally:
                     self._inside = False

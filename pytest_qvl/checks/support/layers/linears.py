@@ -61,26 +61,32 @@ def weight_rows(module: Any, start: int, stop: int, dtype: torch.dtype) -> torch
 def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
     """``x W' + b`` of one linear layer, in slices of its outputs.
 
-    A 4-bit layer casts its input to its compute dtype, multiplies there, and casts back; another takes the dtype of its
-    weight, or that of autocast.
+    In one of the dtypes that :func:`_computed_in` says.
     """
     module = call.module
     is_4bit = getattr(module.weight, "quant_state", None) is not None
     if packed_of(module) is None if is_4bit else not module.weight.is_floating_point():
         tally.leave_out(f"{type(module).__name__} that is not NF4", name)
         return
-    dtype = (module.compute_dtype or call.given.dtype) if is_4bit else call.autocast or module.weight.dtype
     given, result = call.given.flatten(0, -2), call.made.flatten(0, -2)
     step = max(1, ELEMENTS // module.in_features)
     some = max(1, ELEMENTS // max(module.in_features, min(step, module.out_features)))
     for start, first in product(range(0, module.out_features, step), range(0, len(given), some)):
         stop = min(start + step, module.out_features)
-        bias = None if module.bias is None else module.bias.detach()[start:stop].to(dtype)
-        x, part = given[first : first + some].to(dtype), result[first : first + some, start:stop]
+        bias = None if module.bias is None else module.bias.detach()[start:stop]
+        x, part = given[first : first + some], result[first : first + some, start:stop]
         claims = (
-            elementary.linear(x, weight, bias, dtype, result=result.dtype, products_rounded_to=rounded)
+            elementary.linear(
+                _cast(x, casts),
+                _cast(weight, casts),
+                None if bias is None else _cast(bias, casts),
+                casts[-1],
+                result=result.dtype,
+                products_rounded_to=rounded,
+            )
+            for casts in _computed_in(module, call, is_4bit=is_4bit)
             for weight, rounded in weights_of_kernels(
-                module, start, stop, dtype, inputs=len(given), device=x.device.type
+                module, start, stop, casts[0], inputs=len(given), fused=x.device.type != "cpu" and len(casts) == 1
             )
         )
         words = partial(_product_words, part, bias)
@@ -92,8 +98,35 @@ def judge_linear(tally: Tally, parts: Parts, name: str, call: Call) -> None:
             tally.fail(BIAS, name, "has no bias, where the family has one" if expected else "has a bias too many")
 
 
+def _computed_in(module: Any, call: Call, *, is_4bit: bool) -> list[tuple[torch.dtype, ...]]:
+    """What input, weight and bias are cast to, one behind another, before they are multiplied in the last of these.
+
+    A 4-bit layer casts to its compute dtype, and back what comes out. Where it multiplies by ``torch``'s own product
+    (on the CPU, and on a GPU wherever no kernel of bitsandbytes is quicker), autocast casts once more. Another layer
+    takes the dtype of its weight, or that of autocast, and gives what it makes in it: that tells what ran, whatever
+    autocast its own forward brings. What else may have run comes behind, for a forward that casts its result.
+    """
+    if is_4bit:
+        compute = module.compute_dtype or call.given.dtype
+        return [(compute,)] if call.autocast in (None, compute) else [(compute, call.autocast), (compute,)]
+    return [(dtype,) for dtype in _multiplied_in(module.weight.dtype, call)]
+
+
+def _multiplied_in(stored: torch.dtype, call: Call) -> dict[torch.dtype, None]:
+    """Of a product by ``torch``: the dtype that is likeliest by what it gave, then others."""
+    made, usual = call.made.dtype, call.autocast or stored
+    told = made if made == stored or unit(made) >= unit(usual) else usual
+    return dict.fromkeys((told, usual, stored))
+
+
+def _cast(values: torch.Tensor, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
+    for dtype in dtypes:
+        values = values.to(dtype)
+    return values
+
+
 def weights_of_kernels(
-    module: Any, start: int, stop: int, dtype: torch.dtype, *, inputs: int, device: str
+    module: Any, start: int, stop: int, dtype: torch.dtype, *, inputs: int, fused: bool
 ) -> Iterator[tuple[torch.Tensor, float]]:
     """Weights as each kernel that may have run takes them, and the unit roundoff of its products, 0 for exact ones.
 
@@ -108,11 +141,11 @@ def weights_of_kernels(
         stop: Output after the last.
         dtype: In which it computes.
         inputs: How many rows it was given.
-        device: Type of its device.
+        fused: Whether it may have been a kernel that does not dequantize first: on a GPU, where autocast casts no more.
     """
     yield weight_rows(module, start, stop, dtype), 0.0
     packed = packed_of(module)
-    if packed is None or device == "cpu":
+    if packed is None or not fused:
         return
     if packed.outer_code is not None:
         yield nf4.rows(packed, start, stop, fused=True).to(dtype), 0.0
@@ -212,12 +245,16 @@ def judge_patch_embedding(tally: Tally, name: str, call: Call) -> None:
     """Each patch times the kernel of the convolution that makes one number per channel of it."""
     projection = call.module.proj
     weight = projection.weight.detach().flatten(1)
-    dtype = call.autocast or weight.dtype
-    bias = None if projection.bias is None else projection.bias.detach().to(dtype)
-    x = call.given.reshape(-1, weight.shape[1]).to(weight.dtype).to(dtype)
-    weight = weight.to(dtype)
-    claim = elementary.linear(x, weight, bias, dtype)
-    tally.hold("patch embedding", name, call.made.reshape(claim.value.shape), claim)
+    bias = None if projection.bias is None else projection.bias.detach()
+    x = call.given.reshape(-1, weight.shape[1]).to(weight.dtype)
+    got = call.made.reshape(len(x), -1)
+    claims = (
+        elementary.linear(
+            x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype), dtype, result=got.dtype
+        )
+        for dtype in _multiplied_in(weight.dtype, call)
+    )
+    tally.hold_to_one("patch embedding", name, got, claims, lambda _expected: "")
 
 
 def judge_embedding(tally: Tally, name: str, call: Call) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pytest_qvl.checks.support.layers.compose import FUSED, UNCALLED
 from pytest_qvl.checks.support.layers.tally import multiple
+from pytest_qvl.checks.support.rounding import coarsest
+from pytest_qvl.models.autocast import autocast_to
 from pytest_qvl.models.layers import MIXER
 from pytest_qvl.oracles import delta, elementary
 from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, TAIL, Claim, underflow, unit
@@ -108,7 +110,7 @@ class Mixers:
         else:
             is_normed = flow.seen((mixer.norm,)) and layer.number in self._gates
             self._judge_handing_on(layer, call, name, is_normed=is_normed)
-            claim, tokens = self._read(layer)
+            claim, tokens = self._read(layer, call.autocast)
             if is_normed:
                 got = flow.given_to(mixer.norm).view(claim.value.shape)
                 tally.hold(RECURRENCE, name, got, claim, partial(self._words, layer, tokens, got, claim))
@@ -135,7 +137,7 @@ class Mixers:
             tally.handed_on(name, self._gates[layer.number].flatten(), gate.flatten(), words)
         tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what out_proj does")
 
-    def _read(self, layer: Layer) -> tuple[Claim, delta.Tokens]:
+    def _read(self, layer: Layer, autocast: torch.dtype | None) -> tuple[Claim, delta.Tokens]:
         """What a mixer has to read, ``(rows, length, heads, value width)``, and its heads are given.
 
         Its state is that behind it afterwards.
@@ -146,7 +148,7 @@ class Mixers:
         joint, _gate, share, rate = (flow.made_by(linear) for linear in layer.inputs)
         state = self._states.get(layer.number) or self._fresh(mixer, joint)
         generator = torch.Generator(joint.device).manual_seed(layer.number)
-        sums = _Sums.of(mixer, joint, state.tail, share, rate)
+        sums = _Sums.of(mixer, joint, state.tail, share, rate, autocast=autocast)
         tokens = _tokens(mixer, sums)
         read, exact = delta.recurrent(tokens, state.exact)
         held = delta.held(tokens, state.held)
@@ -154,7 +156,8 @@ class Mixers:
         spread, rounded = torch.zeros_like(read[..., :1]), []
         for chunk, before in zip(CHUNKS, state.rounded, strict=True):
             single = _runs(mixer, sums, tokens, generator)
-            out, after = delta.chunked(single, before, chunk) if chunk else delta.recurrent(single, before)
+            with autocast_to(joint.device.type, autocast):  # rounds what is multiplied, as it does the mixer's
+                out, after = delta.chunked(single, before, chunk) if chunk else delta.recurrent(single, before)
             del single
             for run in torch.split(out, len(read)):
                 spread += ((run.double() - read) / size).square_().mean(dim=-1, keepdim=True)
@@ -163,7 +166,8 @@ class Mixers:
         found = spread / (RUNS * len(CHUNKS))
         deviation = torch.maximum(found, found.mean(dim=1, keepdim=True)).sqrt() * size
         value = read.float()
-        limit = (TAIL * deviation).float() + unit(joint.dtype) * value.abs() + underflow(joint.dtype)
+        dtype = coarsest((joint.dtype, sums.dtypes[0]))
+        limit = (TAIL * deviation).float() + unit(dtype) * value.abs() + underflow(dtype)
         if self._goes_on:
             tail = torch.cat((state.tail, joint), dim=1)[:, joint.shape[1] :]
             # Copies: views keep what all tokens have.
@@ -229,7 +233,8 @@ class _Sums(NamedTuple):
         terms: The same of sizes: what the roundings of a sum are a share of, whose terms may cancel.
         decay: Logarithms, ``(rows, length, heads)``.
         share: Ditto, from 0 to 1.
-        dtypes: Of what ``in_proj_qkv`` and ``in_proj_b`` gave.
+        dtypes: Of the convolution, and of what ``in_proj_b`` gave.
+        given: What ``in_proj_qkv`` gave.
     """
 
     mixed: torch.Tensor
@@ -237,9 +242,19 @@ class _Sums(NamedTuple):
     decay: torch.Tensor
     share: torch.Tensor
     dtypes: tuple[torch.dtype, torch.dtype]
+    given: torch.dtype
 
     @classmethod
-    def of(cls, mixer: Any, joint: torch.Tensor, tail: torch.Tensor, share: torch.Tensor, rate: torch.Tensor) -> _Sums:
+    def of(
+        cls,
+        mixer: Any,
+        joint: torch.Tensor,
+        tail: torch.Tensor,
+        share: torch.Tensor,
+        rate: torch.Tensor,
+        *,
+        autocast: torch.dtype | None,
+    ) -> _Sums:
         """Of one call.
 
         Args:
@@ -248,6 +263,7 @@ class _Sums(NamedTuple):
             tail: What it gave for the tokens before, as many as the convolution reaches back.
             share: What ``in_proj_b`` gave, ``(rows, length, heads)``.
             rate: What ``in_proj_a`` gave, ditto.
+            autocast: To which the convolution may be cast.
         """
         import torch
 
@@ -257,7 +273,8 @@ class _Sums(NamedTuple):
             delta.convolved(joint.abs(), tail.abs(), kernel.abs()),
             delta.decays(rate, mixer.A_log.detach(), mixer.dt_bias.detach()),
             torch.sigmoid(share.double()),
-            (joint.dtype, share.dtype),
+            (coarsest((joint.dtype, kernel.dtype, autocast)), share.dtype),
+            joint.dtype,
         )
 
 
@@ -276,6 +293,8 @@ def _tokens(mixer: Any, sums: _Sums, *, generator: torch.Generator | None = None
     mixed = rounded(sums.mixed, dtype)
     if generator is not None:
         mixed = mixed + (rounded(sums.terms, single, mixer.conv_kernel_size) - sums.terms)
+        if dtype != sums.given:  # what is summed up, and the kernel, are rounded to it first
+            mixed = mixed + 2 * (rounded(sums.terms, dtype) - sums.terms)
     mixed = rounded(delta.silu(mixed), dtype, FUNCTION)
     apart = mixed[..., :keys].reshape(*mixed.shape[:2], -1, mixer.head_k_dim)
     query, key = rounded(delta.of_unit_length(apart), single, FUNCTION).chunk(2, dim=2)

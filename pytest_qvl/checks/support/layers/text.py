@@ -18,6 +18,7 @@ from pytest_qvl.checks.support.layers.mixers import Mixers
 from pytest_qvl.checks.support.layers.scores import other_scaling
 from pytest_qvl.checks.support.layers.tally import HANDED_ON, error_over_limit, multiple
 from pytest_qvl.checks.support.layers.turns import Turns
+from pytest_qvl.checks.support.rounding import coarsest
 from pytest_qvl.models.layers import cached_layer, head_sizes, language_layers, mergers, rope_of
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import attention as oracle
@@ -41,6 +42,7 @@ KEYS_AT_ONCE = 2**24
 ATTENTION, CACHE = "attention", "key-value cache"
 # Of the largest number, how far rounding to 8 bits leads at most, about; in words only.
 COARSE = 0.07
+UNNORMED = "is not that of normed queries and keys: the modules that norm them are never called"
 
 
 class Text:
@@ -181,18 +183,25 @@ class Text:
         # Where a kernel rotates in another way than operation by operation, queries are known to as much as keys are.
         rotated, normed_too = 6 * unit(query.dtype), 4 * (3 * unit(query.dtype) + loose)  # sums of two elements of each
         inexact = (0.0, normed_too) if loose else (0.0 if exact else rotated, 0.0)
-        claims = self._claims(layer, query, keys, values, inexact)
         rows, _heads, queries, width = query.shape
         got = flow.given_to(layer.output).view(rows, queries, self._heads, width).transpose(1, 2)
+        gate = self._gate(layer)
+        claims = zip(
+            *(
+                self._claims(layer, *_rounded((query, keys, values), inside, inexact))
+                for inside in _computed_in(query.dtype, got.dtype, call.autocast, is_gated=gate is not None)
+            ),
+            strict=True,
+        )
         if layer.attention.training and getattr(self._parts.text_config, "attention_dropout", 0.0):
             tally.leave_out("attention drops weights in training", name)
-            claims = iter(())
-        gate = self._gate(layer)
-        for row, (looked, plain) in enumerate(claims):
-            attend = plain if gate is None else partial(_gated, plain, gate[row][:, looked])
-            part, claim = got[row][:, looked], attend(width**-0.5)
-            words = partial(_words, part, claim, attend, width**-0.5)
-            tally.hold(ATTENTION, name, part, claim, _unnormed_words if loose else words)
+            claims = zip()
+        for row, each_way in enumerate(claims):
+            looked = each_way[0][0]
+            ways = [plain if gate is None else partial(_gated, plain, gate[row][:, looked]) for _, plain in each_way]
+            part = got[row][:, looked]
+            words = partial(_unnormed_words if loose else _words, part, ways[0], width**-0.5)
+            tally.hold_to_one(ATTENTION, name, part, (attend(width**-0.5) for attend in ways), words)
         flow.forget((*layer.inputs, layer.output, *layer.head_norms))
 
     def _gate(self, layer: Layer) -> torch.Tensor | None:
@@ -259,7 +268,7 @@ class Text:
         partner[..., :turned] = torch.cat(single[..., :turned].chunk(2, dim=-1)[::-1], dim=-1)
         limit = (3 * unit(keys.dtype) + loose) * (single.abs() + partner.abs()) + underflow(keys.dtype)
         words = partial(_stale, cache.keys, keys, "keys")
-        tally.hold(CACHE, name, cache.keys, Claim(single, limit), _unnormed_words if loose else words)
+        tally.hold(CACHE, name, cache.keys, Claim(single, limit), (lambda: UNNORMED) if loose else words)
         tally.same(CACHE, name, cache.values, values, _stale(cache.values, values, "values"))
         return bool(torch.equal(cache.keys, keys))
 
@@ -295,8 +304,28 @@ class Text:
             yield seen, attend
 
 
-def _unnormed_words() -> str:
-    return "is not that of normed queries and keys: the modules that norm them are never called"
+def _unnormed_words(*_seen: Any) -> str:
+    return UNNORMED
+
+
+def _computed_in(
+    given: torch.dtype, made: torch.dtype, autocast: torch.dtype | None, *, is_gated: bool
+) -> dict[torch.dtype, None]:
+    """To what attention rounds queries, keys and values: it gives what it makes in that (kernels, autocast).
+
+    Only a gate, whose dtype the product may have, hides it; then autocast around the module tells first.
+    """
+    told = coarsest((given, made))
+    return dict.fromkeys((coarsest((told, autocast)), told) if is_gated else (told,))
+
+
+def _rounded(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], dtype: torch.dtype, inexact: tuple[float, float]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[float, float]]:
+    """Queries, keys and values in a dtype, and how inexact they are: what was before may be rounded the other way."""
+    query, keys, values = (each.to(dtype) for each in inputs)
+    flips = 4 * unit(dtype) if any(inexact) and query.dtype != inputs[0].dtype else 0.0
+    return query, keys, values, (inexact[0] + flips, inexact[1])
 
 
 def _one_query_a_row(
@@ -322,7 +351,8 @@ def _gated(attend: Attend, gate: torch.Tensor, scaling: float, **looks: bool) ->
     return Claim(value, plain.limit * factor + rounding + underflow(gate.dtype))
 
 
-def _words(got: torch.Tensor, claim: Claim, attend: Attend, scaling: float) -> str:
+def _words(got: torch.Tensor, attend: Attend, scaling: float, _expected: torch.Tensor) -> str:
+    claim = attend(scaling)
     if error_over_limit(got, attend(scaling, everyone=True)) <= 1:
         return "attends to padding too"
     if error_over_limit(got, attend(scaling, later=True)) <= 1:

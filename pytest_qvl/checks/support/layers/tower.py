@@ -9,6 +9,7 @@ from pytest_qvl.checks.support.layers.compose import FUSED, judge_merger, judge_
 from pytest_qvl.checks.support.layers.linears import judge_patch_embedding
 from pytest_qvl.checks.support.layers.scores import other_scaling
 from pytest_qvl.checks.support.layers.tally import HANDED_ON, error_over_limit, multiple
+from pytest_qvl.checks.support.rounding import coarsest
 from pytest_qvl.models.layers import mergers, vision_blocks, vision_theta
 from pytest_qvl.models.taps import vision_features
 from pytest_qvl.oracles import attention as oracle
@@ -147,10 +148,12 @@ class Tower:
         self._judge_rotary(name, query.shape[-1], turns)
         cosines, sines = (each.float() for each in turns)
         query, key = (rotary.rotated(each.float(), cosines, sines).to(joint.dtype) for each in (query, key))
-        everywhere = block.number in self._full
-        claim = self._claim(query, key, value, everywhere=everywhere)
         joint = flow.given_to(block.output)
         got = joint.view(len(joint), heads, -1).transpose(0, 1)
+        # It rounds to the dtype in which it gives what it makes: kernels, autocast.
+        query, key, value = (each.to(coarsest((each.dtype, got.dtype))) for each in (query, key, value))
+        everywhere = block.number in self._full
+        claim = self._claim(query, key, value, everywhere=everywhere)
         tally.hold(
             ATTENTION, name, got, claim, lambda: self._words(got, claim, (query, key, value), everywhere=everywhere)
         )
