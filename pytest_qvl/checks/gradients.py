@@ -25,7 +25,6 @@ from pytest_qvl.checks.support.directional import (
 from pytest_qvl.checks.support.head_replay import HeadReplay, core_recorded
 from pytest_qvl.checks.support.lora import layer_of, zero_initialised_matrices
 from pytest_qvl.checks.support.rounding import rounded_sums
-from pytest_qvl.checks.support.scoring import coarsest_dtype
 from pytest_qvl.checks.support.segments import Layers, Segment, layers_recorded, norms_held
 from pytest_qvl.checks.support.teaching import NO_LABELS, forward, text_tokens, trainable_parameters
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
@@ -236,11 +235,7 @@ class _Probe:
     """
 
     def __init__(self, parts: Parts) -> None:
-        import torch
-
-        dtype = coarsest_dtype(parts, ("language", "lm_head"))
-        terms = max(parts.text_config.intermediate_size, parts.text_config.hidden_size)
-        self._eps, self._sums = torch.finfo(dtype).eps, rounded_sums(dtype, terms)
+        self._terms = max(parts.text_config.intermediate_size, parts.text_config.hidden_size)
         self._noise: dict[str, Noise] = {}
         self._steps: dict[str, float] = {}
 
@@ -280,7 +275,7 @@ class _Probe:
         """Begins a few steps above where the layer before was resolved: layers are alike, and most of it is waiting."""
         largest = self._largest(segment)
         if segment.name not in self._noise:
-            self._noise[segment.name] = Noise.of(segment, self._eps_of(segment), self._sums)
+            self._noise[segment.name] = Noise.of(segment, rounded_sums(segment.dtype, self._terms))
         noise = self._noise[segment.name]
         begin = min(largest, self._steps.get(what, largest))
         seen = derivative(segment, direction, begin, noise)
@@ -290,13 +285,10 @@ class _Probe:
             self._steps[what] = seen.step * 2.0**AHEAD
         return seen
 
-    def _eps_of(self, segment: Segment) -> float:
+    def _largest(self, segment: Segment) -> float:
         import torch
 
-        return max(self._eps, torch.finfo(segment.x.dtype).eps)
-
-    def _largest(self, segment: Segment) -> float:
-        return step_size(self._eps_of(segment))
+        return step_size(torch.finfo(segment.dtype).eps)
 
     def explained(self, found: _Found) -> str:
         """Which gradients of a layer are wrong by themselves, by what factor; else that they are together."""

@@ -73,6 +73,47 @@ def test_right_gradients_pass_in_16_bits(fresh_model: Any, batch: Any, dtype: st
     assert found["coarsest limit of a layer"] < 0.25
 
 
+def norms_in_float32(model: Any) -> Any:
+    """As QLoRA's own script sets a model up: it runs under autocast only."""
+    for name, module in model.named_modules():
+        if name.endswith("norm") and "visual" not in name:
+            module.float()
+    return model
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("setup", ["stream in float32", "norms in float32"])
+def test_right_gradients_pass_under_autocast(
+    fresh_model: Any, batch: Any, autocasting: Any, setup: str, gradient_checkpointing: bool
+) -> None:
+    """Layers run by themselves under the autocast that the model brought, and round as that does."""
+    if setup == "stream in float32":
+        model = fresh_model(dtype="float32", lora=True)
+    else:
+        model = norms_in_float32(fresh_model(dtype="bfloat16", quantized=False, lora=True))
+    with autocasting(model, torch.bfloat16):
+        found = figures(gradient_arithmetic(model, batch, gradient_checkpointing=gradient_checkpointing))
+    assert found["layers judged"] >= len(anatomy(model).language_backbone.layers)  # as many as in bfloat16
+    assert 0.01 < found["coarsest limit of a layer"] < 0.25
+
+
+def test_a_layer_that_autocasts_by_itself_is_judged_as_coarsely(fresh_model: Any, batch: Any, autocasting: Any) -> None:
+    model = fresh_model(dtype="float32", lora=True)
+    with autocasting(anatomy(model).language_backbone.layers[1].mlp, torch.bfloat16):
+        found = figures(gradient_arithmetic(model, batch, gradient_checkpointing=False))
+    assert 0.01 < found["coarsest limit of a layer"] < 0.25
+
+
+@pytest.mark.parametrize("name", ["gradient-a-quarter-too-large", pytest.param(FAULTS[-1], marks=pytest.mark.slow)])
+def test_faults_are_named_where_autocast_rounds_a_stream_in_float32(
+    fresh_model: Any, processor: Any, batch: Any, autocasting: Any, name: str
+) -> None:
+    damaged = case_of(fresh_model(dtype="float32", lora=True), processor)
+    with apply(name, damaged), autocasting(damaged.model, torch.bfloat16), pytest.raises(CheckFailed) as caught:
+        gradient_arithmetic(damaged.model, batch, gradient_checkpointing=False)
+    assert all(word in str(caught.value) for word in find(name).expected_words), str(caught.value)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_a_users_own_checkpointing_with_dropout(fresh_model: Any, batch: Any, use_reentrant: bool) -> None:
     model = fresh_model(lora={"lora_dropout": 0.1})

@@ -150,17 +150,15 @@ class Noise:
         return replace(self, value=self.value * math.sqrt((1 - COMMON) / times + COMMON))
 
     @classmethod
-    def of(cls, segment: Segment, eps: float, sums: float) -> Noise:
+    def of(cls, segment: Segment, sums: float) -> Noise:
         """Measured for the value, counted for the gradient: docs/limits.md#directional-derivatives.
 
         Args:
             segment: Where.
-            eps: Of the coarsest dtype that it computes in.
             sums: How many times more than its result a product is rounded.
         """
         import torch
 
-        coarser = eps / torch.finfo(segment.x.dtype).eps
         moved = segment.noise(FIRST)
         more = math.ceil(FREEDOM * FIRST / _freedom(moved)) - FIRST
         if more > 0:
@@ -168,8 +166,8 @@ class Noise:
         response = math.sqrt(float(moved.square().mean(dim=0).sum()))
         unsure = deviations(DEVIATIONS, int(_freedom(moved))) / DEVIATIONS
         return cls(
-            response * unsure / math.sqrt(3) * coarser * sums,
-            eps * math.sqrt(PLACES / 12) * sums,
+            response * unsure / math.sqrt(3) * sums,
+            torch.finfo(segment.dtype).eps * math.sqrt(PLACES / 12) * sums,
         )
 
 
@@ -315,7 +313,10 @@ def _moved(segment: Segment, direction: Direction, length: float, times: int) ->
 
 
 def _inputs(segment: Segment, times: int) -> Iterator[torch.Tensor]:
-    """The hidden states that went in, or several, each a last place off in every element, the same every time."""
+    """The hidden states that went in, or several, each a last place off in every element, the same every time.
+
+    A last place of the dtype that is computed in: by less than that most roundings would stay what they are.
+    """
     import torch
 
     if times == 1:
@@ -323,7 +324,7 @@ def _inputs(segment: Segment, times: int) -> Iterator[torch.Tensor]:
         return
     for number in range(times):
         torch.manual_seed(number)
-        yield a_last_place_off(segment.x)
+        yield a_last_place_off(segment.x, torch.finfo(segment.dtype).eps)
 
 
 def _terms(gradient: torch.Tensor | None, now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

@@ -43,27 +43,33 @@ def rounded_sums(dtype: torch.dtype, terms: int) -> float:
     return max(1.0, math.sqrt(terms / 6)) if dtype == torch.float32 else 1.0
 
 
-def a_last_place_off(values: torch.Tensor) -> torch.Tensor:
-    """Each of the values times ``1 + eps`` or ``1 - eps``, in their own dtype; signs from torch's random state."""
+def a_last_place_off(values: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+    """Each of the values times ``1 + eps`` or ``1 - eps``; signs from torch's random state.
+
+    Args:
+        values: Of any floating-point dtype.
+        eps: How far, where that is more than a step of their own dtype.
+    """
     import torch
 
     # In place: logits of a batch are as large as layers, and each of these steps would be a copy of them.
     signs = torch.randint(0, 2, values.shape, device=values.device, dtype=values.dtype).mul_(2).sub_(1)
-    return values * signs.mul_(torch.finfo(values.dtype).eps).add_(1)
+    return values * signs.mul_(max(eps, torch.finfo(values.dtype).eps)).add_(1)
 
 
 @contextmanager
-def last_place_noise(modules: Iterable[nn.Module]) -> Iterator[None]:
+def last_place_noise(modules: Iterable[nn.Module], eps: float = 0.0) -> Iterator[None]:
     """Move every output of `modules` by one unit in the last place inside the block.
 
-    Up or down, by ``x * (1 ± eps)`` in the output's own dtype; signs come from torch's random state. Monte Carlo
-    arithmetic (Parker 1997): how rounding grows or dies out on its way through a model is measured, not assumed
-    (docs/limits.md#last-place-noise).
+    Up or down, by ``x * (1 ± eps)``, with that of the output's own dtype where it is more than `eps`; signs come from
+    torch's random state. Monte Carlo arithmetic (Parker 1997): how rounding grows or dies out on its way through a
+    model is measured, not assumed (docs/limits.md#last-place-noise).
     """
     import torch
 
     def after(_module: Any, _args: Any, output: Any) -> Any:
-        return a_last_place_off(output) if isinstance(output, torch.Tensor) and output.is_floating_point() else output
+        floats = isinstance(output, torch.Tensor) and output.is_floating_point()
+        return a_last_place_off(output, eps) if floats else output
 
     handles = [module.register_forward_hook(after) for module in modules]
     try:

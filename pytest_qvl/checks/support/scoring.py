@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.greedy import Reply, greedy
+from pytest_qvl.checks.support.rounding import coarsest
 from pytest_qvl.models.quantized import linear_states
 from pytest_qvl.samples import Sample, make_batch
 from pytest_qvl.samples.batch import IGNORED
@@ -193,5 +194,5 @@ def coarsest_dtype(parts: Parts, groups: Sequence[Group]) -> torch.dtype:
     import torch
 
     names = {s.compute_dtype or s.storage for s in linear_states(parts) if s.group in groups}
-    dtypes = [torch.float16 if name == "int8" else getattr(torch, name) for name in names]
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    dtypes: list[torch.dtype] = [torch.float16 if name == "int8" else getattr(torch, name) for name in names]
+    return coarsest(dtypes)

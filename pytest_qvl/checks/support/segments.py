@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pytest_qvl.checks.support.activations import leaves, outputs
 from pytest_qvl.checks.support.cross_entropy import token_losses
-from pytest_qvl.checks.support.rounding import a_last_place_off, last_place_noise
+from pytest_qvl.checks.support.rounding import a_last_place_off, coarsest, last_place_noise
+from pytest_qvl.checks.support.scoring import coarsest_dtype
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models.autocast import autocast_dtype, autocast_to
 from pytest_qvl.models.layers import MIXER
 from pytest_qvl.models.training import without_dropout
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from pytest_qvl.checks.support.head_replay import HeadReplay
-    from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.anatomy import Group, Parts
 
     RandomStates = tuple[torch.Tensor, dict[torch.device, torch.Tensor]]
 
@@ -36,12 +38,14 @@ class Segment(Protocol):
     Attributes:
         name: Dotted name of the layer in the base model, or ``"norm, head and loss"``.
         parameters: What is trained in it, by name in the base model, with gradients as autograd left them.
+        dtype: The coarsest that it computes in.
         adds_up: Whether no sum with the residual stream is rounded in the value, so that inputs a last place apart
             round independently.
     """
 
     name: str
     parameters: dict[str, nn.Parameter]
+    dtype: torch.dtype
     adds_up: bool | None
 
     @property
@@ -75,11 +79,12 @@ class Segment(Protocol):
 
 @dataclass
 class _Call:
-    """A layer's call: input, keyword arguments and random states before it, and the gradient that came back, scaled."""
+    """A layer's call: input, keyword arguments, random states and autocast before it; its gradient, scaled."""
 
     x: torch.Tensor
     kwargs: dict[str, Any]
     random: RandomStates
+    autocast: torch.dtype | None
     scaled_gradient: torch.Tensor | None = None
     scale: float = 1.0
 
@@ -91,11 +96,19 @@ class _Call:
 
 @dataclass
 class Layers:
-    """What the layers and the final norm of the language backbone were called with, each the first time only."""
+    """What the layers and the final norm of the language backbone were called with, each the first time only.
+
+    Attributes:
+        parts: The model.
+        modules: Layers and norm by name.
+        calls: Their calls.
+        dtypes: What the innermost modules of each gave, and autocast where they ran, by the name of the segment.
+    """
 
     parts: Parts
     modules: dict[str, Any]
     calls: dict[str, _Call] = field(default_factory=dict)
+    dtypes: dict[str, set[torch.dtype | None]] = field(default_factory=dict)
 
     def note(self, name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a call, and the gradient that will come back to its input."""
@@ -103,9 +116,16 @@ class Layers:
             return
         given = dict(kwargs)
         x = args[0] if args else given.pop("hidden_states")
-        call = self.calls[name] = _Call(x.detach(), given, _random_states(module))
+        call = self.calls[name] = _Call(x.detach(), given, _random_states(module), autocast_dtype(x.device.type))
         if x.requires_grad:
             x.register_hook(partial(setattr, call, "scaled_gradient"))
+
+    def note_dtype(self, name: str, _module: Any, _args: Any, output: Any) -> None:
+        """Keep what a module inside of a segment computed in."""
+        import torch
+
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            self.dtypes.setdefault(name, set()).update((output.dtype, autocast_dtype(output.device.type)))
 
     def segments(self, replay: HeadReplay, labels: torch.Tensor, scale: float) -> tuple[list[Segment], list[str]]:
         """Every layer and the end of the model, after a backward pass; then layers before all that is trained.
@@ -139,11 +159,18 @@ class Layers:
                 before.append(name)
                 continue
             own = _trained(module, name, shared)
-            found.append(Layer(name, own, module, self.calls[name], self.calls[following]))
+            call = self.calls[name]
+            found.append(Layer(name, own, self._dtype(name, "language"), module, call, self.calls[following]))
         head = self.parts.roots["lm_head"]
         end = {**_trained(self.modules[norm], norm, shared), **_trained(self.parts.lm_head, head, shared)}
-        found.append(End("norm, head and loss", end, self.calls[norm], self.parts, replay, labels))
+        dtype = self._dtype(norm, "lm_head")
+        found.append(End("norm, head and loss", end, dtype, self.calls[norm], self.parts, replay, labels))
         return found, before
+
+    def _dtype(self, name: str, group: Group) -> torch.dtype:
+        """The coarsest dtype of a segment: its stream's, its linears', what was given inside, and autocast's."""
+        inside = self.dtypes.get(name, ())
+        return coarsest((self.calls[name].x.dtype, coarsest_dtype(self.parts, (group,)), *inside))
 
     def _shared(self) -> set[int]:
         """Parameters that several parts of the model hold, whose gradient is a sum."""
@@ -176,6 +203,11 @@ def layers_recorded(parts: Parts) -> Iterator[Layers]:
     handles = [
         module.register_forward_pre_hook(partial(recorded.note, name), with_kwargs=True)
         for name, module in recorded.modules.items()
+    ]
+    handles += [
+        leaf.register_forward_hook(partial(recorded.note_dtype, name))
+        for name, module in [*recorded.modules.items(), (f"{root}.norm", parts.lm_head)]
+        for leaf in leaves(module)
     ]
     try:
         yield recorded
@@ -226,6 +258,7 @@ class Layer:
 
     name: str
     parameters: dict[str, nn.Parameter]
+    dtype: torch.dtype
     module: Any
     call: _Call
     following: _Call
@@ -265,7 +298,8 @@ class Layer:
         return exact if self.adds_up else out
 
     def _called(self, x: torch.Tensor) -> torch.Tensor:
-        made = self.module(x, **self.call.kwargs)
+        with autocast_to(self.x.device.type, self.call.autocast):
+            made = self.module(x, **self.call.kwargs)
         out: torch.Tensor = made[0] if isinstance(made, tuple) else made
         return out
 
@@ -305,10 +339,10 @@ class Layer:
         """
         import torch
 
-        outgoing, moved = self.outgoing.double(), []
+        outgoing, moved, eps = self.outgoing.double(), [], torch.finfo(self.dtype).eps
         with without_dropout(self.module):
             still = self._out(self.x)
-            with last_place_noise(leaves(self.module)):
+            with last_place_noise(leaves(self.module), eps if self.dtype != self.x.dtype else 0.0):
                 for _ in range(times):
                     out = self._out(self.x)
                     off = (out if self.adds_up else a_last_place_off(out.to(self.x.dtype)).double()) - still
@@ -322,6 +356,7 @@ class End:
 
     name: str
     parameters: dict[str, nn.Parameter]
+    dtype: torch.dtype
     call: _Call
     parts: Parts
     replay: HeadReplay
@@ -347,7 +382,9 @@ class End:
         import torch
 
         with torch.no_grad():
-            return self.replay(self.labels, hidden=self.parts.language_backbone.norm(x))
+            with autocast_to(self.x.device.type, self.call.autocast):
+                hidden = self.parts.language_backbone.norm(x)
+            return self.replay(self.labels, hidden=hidden)
 
     def value(self, x: torch.Tensor) -> float:
         """See :class:`Segment`."""
@@ -359,9 +396,10 @@ class End:
         import torch
 
         modules = [*leaves(self.parts.language_backbone.norm), *leaves(self.parts.lm_head)]
+        eps = torch.finfo(self.dtype).eps
         with without_dropout(self.parts.lm_head):
             still = self._losses(self._output(self.x))
-            with last_place_noise(modules):
+            with last_place_noise(modules, eps if self.dtype != self.x.dtype else 0.0):
                 return torch.stack([self._losses(self._output(self.x)) - still for _ in range(times)])
 
     def _losses(self, output: Any) -> torch.Tensor:
