@@ -53,6 +53,13 @@ def underflow(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).tiny
 
 
+def subnormal(dtype: torch.dtype) -> float:
+    """Half the smallest number above 0: the same for kernels that flush nothing."""
+    import torch
+
+    return unit(dtype) * torch.finfo(dtype).tiny
+
+
 def summed(terms: int) -> float:
     """Relative to ``norm(x) * norm(w)``, the error of a float32 sum of so many products; see the module."""
     return SINGLE * min(terms, TAIL * math.sqrt(terms / 3))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_qvl.oracles.bounds import SINGLE, Claim, summed, unit
+from pytest_qvl.oracles.bounds import SINGLE, Claim, subnormal, summed, unit
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,8 @@ def low_rank(x: torch.Tensor, adapter: Matrices) -> Claim:
     """``scaling * (B (A x) + b)``, computed in the dtype of A.
 
     Limit: A x is a sum of n products, rounded once; B of that one of r, rounded once, and once with the bias, and
-    once by the scaling. Errors of the first go through ``|B|``.
+    once by the scaling. Errors of the first go through ``|B|``, for each of its r numbers half the smallest of the
+    dtype among them: in float16, whose numbers end at 6e-8, a small A is rounded by more than relative steps.
 
     Args:
         x: ``(rows, in)``, after dropout.
@@ -48,19 +49,19 @@ def low_rank(x: torch.Tensor, adapter: Matrices) -> Claim:
     """
     import torch
 
-    u = unit(adapter.down.dtype)
+    u, least = unit(adapter.down.dtype), subnormal(adapter.down.dtype)
     x = x.to(adapter.down.dtype).float()
     down, up = adapter.down.float(), adapter.up.float()
     hidden = x @ down.T
     lengths = torch.linalg.vector_norm(x, dim=-1)[:, None] * torch.linalg.vector_norm(down, dim=-1)
-    error = 2 * summed(x.shape[-1]) * lengths + u * hidden.abs()
+    error = 2 * summed(x.shape[-1]) * lengths + u * hidden.abs() + least
     made = hidden @ up.T
-    limit = error @ up.abs().T + 2 * summed(hidden.shape[-1]) * (hidden.abs() @ up.abs().T) + u * made.abs()
+    limit = error @ up.abs().T + 2 * summed(hidden.shape[-1]) * (hidden.abs() @ up.abs().T) + u * made.abs() + least
     if adapter.up_bias is not None:
         made = made + adapter.up_bias.float()
-        limit = limit + u * made.abs()
+        limit = limit + u * made.abs() + least
     scale = abs(adapter.scaling)
-    return Claim(made * adapter.scaling, (limit + 2 * u * made.abs()) * scale)
+    return Claim(made * adapter.scaling, (limit + 2 * u * made.abs()) * scale + least)
 
 
 def adapted(
@@ -91,7 +92,7 @@ def adapted(
             error = error + (u + SINGLE) * ((adapter.gain - 1).abs() * (plain.abs() + base.float().abs()))
             addition = (adapter.gain - 1) * plain + adapter.gain * addition
         value = value + addition
-        limit = limit + error + unit(dtype) * (addition.abs() + value.abs())
+        limit = limit + error + unit(dtype) * (addition.abs() + value.abs()) + 2 * subnormal(dtype)
     return Claim(value, limit)
 
 

@@ -213,6 +213,17 @@ def test_a_head_that_switches_autocast_off_is_judged_as_it_computes(case: Case, 
         assert worst(layer_arithmetic(model, case.batch()))["linear product"] <= 1
 
 
+def test_numbers_below_float16s_normal_ones_are_rounded_by_absolute_steps(case: Case, autocasting: Any) -> None:
+    config = lora_config(r=2)
+    model = shortened(load(dtype="float16", lora=config, seed=0))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.mul_(1e-3)
+    with autocasting(model, torch.float16):
+        assert 0.3 < worst(layer_arithmetic(model, case.batch(), config))["LoRA"] <= 1
+
+
 def lora_forward(result: Any, lora_a: Any, lora_b: Any, x: Any, scaling: float) -> Any:
     """As Unsloth adds an adapter: x, A and B in the dtype of the base layer's output, all by one ``addmm``."""
     low = x.to(result.dtype) @ lora_a.weight.to(result.dtype).t()
