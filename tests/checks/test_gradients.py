@@ -14,7 +14,7 @@ from pytest_qvl.faults import apply, find
 from pytest_qvl.faults.case import Case
 from pytest_qvl.faults.definitions.gradients import gradient_times
 from pytest_qvl.faults.subject import embedded
-from pytest_qvl.models.adapters import LANGUAGE_ONLY
+from pytest_qvl.models.adapters import LANGUAGE_ONLY, adapted_layers
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples import make_batch, scenes
 
@@ -97,10 +97,13 @@ def test_right_gradients_pass_under_autocast(
     assert 0.01 < found["coarsest limit of a layer"] < 0.25
 
 
-def test_a_layer_that_autocasts_by_itself_is_judged_as_coarsely(fresh_model: Any, batch: Any, autocasting: Any) -> None:
+def test_adapted_layers_that_autocast_by_themselves_are_judged(fresh_model: Any, batch: Any, autocasting: Any) -> None:
+    """No autocast is around a layer then, and what goes on is float32 again."""
     model = fresh_model(dtype="float32", lora=True)
-    with autocasting(anatomy(model).language_backbone.layers[1].mlp, torch.bfloat16):
+    kind = type(next(iter(adapted_layers(anatomy(model)).values())))
+    with autocasting(kind, torch.bfloat16):
         found = figures(gradient_arithmetic(model, batch, gradient_checkpointing=False))
+    assert found["layers judged"] >= len(anatomy(model).language_backbone.layers)
     assert 0.01 < found["coarsest limit of a layer"] < 0.25
 
 
