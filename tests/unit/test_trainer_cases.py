@@ -351,6 +351,7 @@ def test_a_model_without_unsloths_loss_is_not_measured(tmp_path: Path) -> None:
         ("later", "records/forecast-later.md"),
         ("liger", "records/forecast-liger.md"),
         ("kernels", "records/forecast-kernels.md"),
+        ("olora", "records/forecast-olora.md"),
     ],
 )
 def test_the_committed_page_has_the_table_of_the_committed_records(kind: str, page: str) -> None:
@@ -361,7 +362,7 @@ def test_the_committed_page_has_the_table_of_the_committed_records(kind: str, pa
 
 def test_readme_and_peers_say_what_the_committed_records_say() -> None:
     """Cases and errors of the peak allocated, and verdicts; Unsloth's of the kinds trained another class."""
-    others = ("settings", "families", "unsloth", "later", "liger", "kernels")
+    others = ("settings", "families", "unsloth", "later", "liger", "kernels", "olora")
     rows = {kind: table.rows_of(*_committed(kind)) for kind in ("trainer", *others, "kinds")}
     rows["kinds"] = [row for row in rows["kinds"] if row.entry["request"]["trainer"] != "unsloth"]
     peers = (DOCS / "peers.md").read_text(encoding="utf-8")
