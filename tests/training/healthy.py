@@ -162,7 +162,7 @@ def collator(shop, model, settings):
     def collate(samples):
         batch = make_batch(shop.processor, samples, padding_side=settings["side"], answers=True)
         if settings["packing"] and len(samples) > 1:
-            batch = pack(anatomy(model), batch) | {"use_cache": False}
+            batch = pack(anatomy(model), batch)
         return batch
 
     return collate

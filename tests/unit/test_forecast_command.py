@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,15 +29,6 @@ from pytest_qvl.vram.units import MiB
 
 MERGED_PIXELS = 28
 EMBEDDED = str(embedded_model_dir())
-
-
-@pytest.fixture(autouse=True)
-def _loggers_as_they_were() -> Iterator[None]:
-    """The command quietens other packages for its process, which here is everybody's."""
-    levels = {name: logging.getLogger(name).level for name in ("bitsandbytes", "transformers")}
-    yield
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
 
 
 def _small(**changes: Any) -> Forecast:

@@ -268,6 +268,7 @@ def packed_with_a_cache(bench, folder, guard):
     with bench.model() as model:
 
         def collate(samples):
-            return pack(anatomy(model), bench.collate(samples))
+            packed = pack(anatomy(model), bench.collate(samples))
+            return {name: value for name, value in packed.items() if name != "use_cache"}
 
         yield bench.trainer(model, folder, guard, collate=collate)
