@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from pytest_qvl.models.autocast import autocast_dtype
 from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
@@ -70,8 +71,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> Any:
         """Tiles of logits, one in the place of the other, and seven statistics of each token in fp32."""
         ctx.set_materialize_grads(False)
-        device = hidden.device.type
-        ctx.compute_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        ctx.compute_dtype = autocast_dtype(hidden.device.type) or hidden.dtype
         statistics = [hidden.new_zeros((hidden.shape[0],), dtype=torch.float32) for _ in range(7)]
         running_max, sum_exp, x_sum_exp, before_target, target = statistics[:5]
         buffer = _tiles(hidden, weight, ctx.compute_dtype)

@@ -23,6 +23,7 @@ import torch
 import transformers
 
 from pytest_qvl.models.attributes import attributes_replaced
+from pytest_qvl.models.autocast import autocast_dtype
 from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.samples.batch import IGNORED
 
@@ -144,9 +145,7 @@ class _FusedLoss(torch.autograd.Function):
 
 def _products_stay_as_they_are(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether a product of both is in their dtype, so that it goes into a buffer (``_can_use_mm_out``)."""
-    device = hidden.device.type
-    same = hidden.dtype == weight.dtype
-    return same and (not torch.is_autocast_enabled(device) or hidden.dtype == torch.get_autocast_dtype(device))
+    return hidden.dtype == weight.dtype and autocast_dtype(hidden.device.type) in {None, hidden.dtype}
 
 
 def rows_at_once(tokens: int, width: int, vocabulary: int) -> int:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_qvl.models.attributes import attributes_replaced
+from pytest_qvl.models.autocast import autocast_dtype
 from pytest_qvl.samples.batch import IGNORED
 from pytest_qvl.vram.forecast.engine.dataless import DatalessTensor
 from pytest_qvl.vram.units import GiB, MiB
@@ -155,8 +156,7 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, small_card: bool) -> Any:
         """Some tokens at a time: logits in fp32, what becomes of them in their place, and the gradient from it."""
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = autocast_dtype(hidden.device.type) or weight.dtype
         labelled = (targets != IGNORED).nonzero().squeeze(-1)
         needs_gradient = ctx.needs_input_grad[0]
         gradient = hidden.new_zeros(hidden.shape) if needs_gradient else None
