@@ -127,7 +127,7 @@ def in_short_batches(samples: list[Sample], lengths: list[int]) -> list[list[Sam
         lengths: Tokens of each.
 
     Returns:
-        Batches of two rows or more, but for the last; the first has images where any sample has.
+        Batches of two rows or more, but for that of the longest; those with images come first.
     """
     order = sorted(range(len(samples)), key=lengths.__getitem__)
     most = 2 * lengths[order[-1]]

@@ -10,10 +10,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def first_settings(
-    folder: Path, places: Sequence[tuple[str, str | None]]
-) -> tuple[Path, dict[str, Any]] | tuple[None, None]:
-    """The settings of a processor, and the file that has them; neither where no file has.
+def first_settings(folder: Path, places: Sequence[tuple[str, str | None]]) -> tuple[Path, dict[str, Any]] | None:
+    """The file that has the settings of a processor, and these; ``None`` where no file has.
 
     Args:
         folder: Of the checkpoint.
@@ -26,7 +24,7 @@ def first_settings(
         file = folder / name
         if file.is_file() and (found := _settings_in(file, inside)) is not None:
             return file, found
-    return None, None
+    return None
 
 
 def _settings_in(file: Path, inside: str | None = None) -> dict[str, Any] | None:

@@ -155,10 +155,9 @@ def source_of(config: Any, label: str) -> Source:
 def _folder_sizes(folder: Path, config: Any) -> ImageSizes:
     vision = config.vision_config
     known = asdict(image_sizes(FAMILIES[config.model_type].typical))
-    file, settings = first_settings(folder, _IMAGE_PROCESSOR)
-    if file is not None and settings is not None:
+    if found := first_settings(folder, _IMAGE_PROCESSOR):
         usual = known["min_pixels"], known["max_pixels"]
-        known["min_pixels"], known["max_pixels"] = pixel_limits(file, settings, usual)
+        known["min_pixels"], known["max_pixels"] = pixel_limits(*found, usual)
     known["patch_size"] = vision.patch_size
     known["merge_size"] = vision.spatial_merge_size
     known["temporal_patch_size"] = vision.temporal_patch_size

@@ -120,8 +120,9 @@ def video_sizes(model_type: str, images: ImageSizes, folder: Path | None = None)
     """
     words = FAMILIES[model_type].video_time == "words"
     least, most = (_LEAST, _MOST) if words else (images.min_pixels, images.max_pixels)
-    file, settings = (None, None) if folder is None else first_settings(folder, _FILES)
-    if file is None or settings is None:
+    found = None if folder is None else first_settings(folder, _FILES)
+    if found is None:
         return VideoSizes(images, least, most, capped=False, words=words)
+    file, settings = found
     limits = pixel_limits(file, settings, (least, most))
     return VideoSizes(images, *limits, capped=bool(settings.get("cap_pixels_per_frame")), words=words)
