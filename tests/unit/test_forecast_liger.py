@@ -188,7 +188,7 @@ def test_another_family_is_refused_in_one_sentence() -> None:
 
 
 def test_a_release_of_transformers_that_liger_does_not_run_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    monkeypatch.setattr(liger.transformers, "__version__", "4.57.1")
     with pytest.raises(ValueError, match=r"Transformers is 4\.57\.1: liger-kernel 0\.8\.5 needs 5\.0 or later"):
         Forecaster(replace(SMALL, liger=True))
 
