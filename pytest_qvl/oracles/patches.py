@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from pytest_qvl.oracles.bounds import SINGLE, Claim, unit
+from pytest_qvl.oracles.bounds import SINGLE, Claim, underflow, unit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ def with_learned_positions(
 
     Limit: a share in float32 is off by ``2 u`` of the side, at each of four corners; releases differ in whether the
     shares, the four products and their three sums are rounded to the dtype, at most five roundings of what they add up
-    to; then the sum with the patch is.
+    to; then the sum with the patch is. Below the smallest normal number these are absolute.
 
     Args:
         embedded: ``(patches, width)``.
@@ -100,4 +100,5 @@ def with_learned_positions(
     limit = (
         5 * u * mass + 4 * side * SINGLE * corners + unit(embedded.dtype) * (total.abs() + mass) + SINGLE * total.abs()
     )
+    limit = limit + underflow(table.dtype) + underflow(embedded.dtype)
     return Claim(total, limit)

@@ -70,6 +70,18 @@ def test_norms_use_their_limits_and_keep_them(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gain", DTYPES, ids=str)
+def test_small_numbers_are_rounded_in_absolute_steps_before_a_gain_of_any_dtype(
+    dtype: torch.dtype, gain: torch.dtype
+) -> None:
+    """``prepare_model_for_kbit_training`` makes gains float32; autocast in float16 gives such a norm 16-bit inputs."""
+    x = (noise(64, 96) * 10 ** -(8 * torch.rand(64, 96, generator=torch.Generator().manual_seed(3)))).to(dtype)
+    weight = noise(96, dtype=gain, seed=1)
+    normed = weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
+    assert BLIND < worst(normed, elementary.rms_norm(x, weight, 1e-6, normed.dtype)) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_pytorch_tanh", "quick_gelu"])
 def test_activations_are_those_of_their_names(dtype: torch.dtype, name: str) -> None:
     x = 4 * noise(4096, dtype=dtype)
@@ -184,6 +196,12 @@ def test_learned_positions_are_bilinear_between_the_corners_of_the_table() -> No
     claim = patches.with_learned_positions(torch.zeros(25, 8), table, relative)
     assert worst(wanted[0].permute(1, 2, 0).reshape(25, 8), claim) <= 1
     assert worst(1.001 * wanted[0].permute(1, 2, 0).reshape(25, 8), claim) > 1
+
+
+def test_small_learned_positions_are_rounded_in_absolute_steps() -> None:
+    table, embedded = ((1e-6 * noise(rows, 8, seed=rows)).half() for rows in (9, 4))
+    claim = patches.with_learned_positions(embedded, table, [(0.25, 0.5), (0.25, 0.75), (0.75, 0.5), (0.75, 0.75)])
+    assert worst((claim.value - embedded.float()).half() + embedded, claim) <= 1
 
 
 def test_scaling_of_lora_and_of_rslora() -> None:
