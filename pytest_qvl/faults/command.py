@@ -43,8 +43,8 @@ def _add_matrix(parser: argparse.ArgumentParser) -> None:
         "--matrix",
         action="store_true",
         help="apply every fault and run every check on it, and once more with a reference recorded after the damage "
-        "where that may change the outcome; on the embedded model on the CPU also 200 healthy "
-        "variations and graded doses (more than an hour of one core)",
+        "where that may change the outcome, and graded doses; on the embedded model on the CPU also 200 healthy "
+        "variations (more than an hour of one core)",
     )
     parser.add_argument(
         "--model", metavar="MODEL", help="with --matrix or --healthy: as for --qvl-model (default: embedded)"
@@ -55,7 +55,7 @@ def _add_matrix(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--named-only",
         action="store_true",
-        help="with --matrix: run the check that must catch a fault, and three cheap ones, in place of all",
+        help="with --matrix: run on a fault the check that must catch it, and three cheap ones, in place of all",
     )
     parser.add_argument(
         "--jobs",

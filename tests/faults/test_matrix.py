@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,8 @@ from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.matrix import pool, runner, work
 from pytest_qvl.faults.matrix.by_model import by_model, ordered, read_record
 from pytest_qvl.faults.matrix.freshness import Definitions, deciding_definitions
-from pytest_qvl.faults.matrix.panel import all_checks
+from pytest_qvl.faults.matrix.graded import GRADED, Graded, Smallest, smallest_doses
+from pytest_qvl.faults.matrix.panel import Verdict, all_checks
 from pytest_qvl.faults.matrix.results import PART_OF_ANOTHER, Result, Row, summary
 from pytest_qvl.faults.matrix.runner import assembled, complete, run
 from pytest_qvl.faults.matrix.work import Done, Plan, Task, tasks
@@ -47,12 +50,35 @@ def doing(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_the_whole_matrix_has_variations_and_doses_only_where_they_are_made_of_the_model() -> None:
+def test_variations_are_made_of_the_embedded_model_and_doses_of_every_one() -> None:
     parts = [task.part for task in tasks(Plan(embedded()))]
     assert parts.count("fault") == len(catalogue())
     assert parts.count("variation") == work.VARIATIONS
-    assert "dose" in parts
-    assert {task.part for task in tasks(Plan(SYNTHETIC))} == {"health", "fault", "after"}
+    assert parts.count("dose") == len(GRADED)
+    assert {task.part for task in tasks(Plan(SYNTHETIC))} == {"health", "fault", "after", "dose"}
+    assert {task.part for task in tasks(Plan(SYNTHETIC, named_only=True))} == {"health", "fault", "dose"}
+    assert {task.part for task in tasks(Plan(embedded(), TWO))} == {"health", "fault"}
+
+
+def test_a_matrix_without_its_doses_is_not_complete() -> None:
+    plan = Plan(SYNTHETIC, named_only=True)
+    result = Result("d", {}, rows=dict.fromkeys(catalogue(), Row()))
+    assert not complete(plan, result)
+    result.doses = [{"defect": graded.defect} for graded in GRADED]
+    assert complete(plan, result)
+
+
+def test_a_dose_that_a_check_cannot_judge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcomes = {"alignment": "cannot judge", "adapter_census": "pass"}
+    monkeypatch.setattr(
+        "pytest_qvl.faults.matrix.graded.judge", lambda _case, check: Verdict(outcomes[check], f"{check} said")
+    )
+    defect = Graded("d", tuple(outcomes), (("1", lambda _: nullcontext()), ("2", lambda _: nullcontext())))
+    nothing: Any = None
+    assert smallest_doses(nothing, defect) == [
+        Smallest("d", "alignment", "", (), "alignment said"),
+        Smallest("d", "adapter_census", "", ("1", "2")),
+    ]
 
 
 def test_named_only_asks_the_healthy_model_what_the_faults_are_held_to(plan: Plan) -> None:
@@ -223,6 +249,19 @@ def test_the_page_shows_every_record_side_by_side(tmp_path: Path) -> None:
     assert f"| `{TWO[0]}` | feature_scatter | caught | not carried: needs \\| knowledge |" in page
     assert f"| `{TWO[1]}` | adapter_census | not in the record | not in the record |" in page
     assert "| not carried by this model or device | 0 | 1 |" in page
+    assert "The smallest dose" not in page
+
+
+def test_the_page_shows_the_smallest_doses_side_by_side() -> None:
+    eps = {"defect": "eps", "check": "layer_arithmetic", "caught": "1e-5", "missed": ["1e-6"]}
+    results = [
+        Result("d", {}, label="one", doses=[eps, {**eps, "check": "alignment", "caught": ""}]),
+        Result("d", {}, label="two", doses=[{**eps, "check": "alignment", "caught": "", "undecided": "random"}]),
+    ]
+    page = by_model(results)
+    assert "| defect | check | one | two |" in page
+    assert "| eps | layer_arithmetic | 1e-5 | not in the record |" in page
+    assert "| eps | alignment | none | not judged |" in page
 
 
 def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ import pytest
 
 from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.catalogue import find
+from pytest_qvl.faults.matrix.graded import GRADED
 from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
+from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.matrix.work import Plan, Task, _case, do
 from pytest_qvl.faults.sizes import sizes_of
 from pytest_qvl.faults.subject import Subject
@@ -73,6 +75,17 @@ def test_counts_and_names_are_the_familys_own(family: str) -> None:
     ]
     assert sizes.beyond_two_layers == len(later)
     assert sizes.with_attention == sum(n.endswith(".o_proj") for n in linears)
+
+
+@pytest.mark.parametrize("model", ["", "embedded:qwen3-vl", "embedded:qwen3.5"])
+def test_every_dose_can_be_made_of_every_family_and_is_undone(model: str, subject: Subject) -> None:
+    case = _case(Subject.of(model) if model else subject)
+    before = state(case)
+    for graded in GRADED:
+        for _, dose in graded.doses:
+            with dose(case):
+                pass
+    assert state(case) == before
 
 
 @pytest.mark.parametrize("name", CAUGHT)

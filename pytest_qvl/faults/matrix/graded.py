@@ -1,10 +1,12 @@
-"""Graded defects: the smallest dose of each that is caught."""
+"""Graded defects: the smallest dose of each that is caught, on a model of any size."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.definitions.adapters import another_adapter
@@ -13,9 +15,10 @@ from pytest_qvl.faults.definitions.layers import attention_times, product_times,
 from pytest_qvl.faults.definitions.lora import low_rank_of
 from pytest_qvl.faults.definitions.positions import at_images
 from pytest_qvl.faults.definitions.quantization import four_bit
-from pytest_qvl.faults.matrix.panel import judge
+from pytest_qvl.faults.matrix.panel import UNDECIDED, judge
 from pytest_qvl.faults.tools import all_of, values
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.layers import mergers, vision_blocks
 from pytest_qvl.models.taps import features_replaced
 
 if TYPE_CHECKING:
@@ -39,12 +42,21 @@ class Graded:
 
 @dataclass(frozen=True)
 class Smallest:
-    """The smallest dose of a defect that one check catches; empty if it catches none of them."""
+    """The smallest dose of a defect that one check catches.
+
+    Attributes:
+        defect: What is wrong.
+        check: Which check judged.
+        caught: The dose; empty if it catches none of them.
+        missed: Smaller doses, or all.
+        undecided: Why the check cannot judge this model, or empty.
+    """
 
     defect: str
     check: str
     caught: str
     missed: tuple[str, ...]
+    undecided: str = ""
 
 
 def smallest_doses(case: Case, graded: Graded) -> list[Smallest]:
@@ -52,15 +64,18 @@ def smallest_doses(case: Case, graded: Graded) -> list[Smallest]:
     found = []
     for check in graded.checks:
         missed: list[str] = []
-        caught = ""
+        caught = undecided = ""
         for label, dose in graded.doses:
             with dose(case):
-                noticed = judge(case, check).noticed
-            if noticed:
+                verdict = judge(case, check)
+            if verdict.outcome == UNDECIDED:
+                undecided = verdict.message
+                break
+            if verdict.noticed:
                 caught = label
                 break
             missed.append(label)
-        found.append(Smallest(graded.defect, check, caught, tuple(missed)))
+        found.append(Smallest(graded.defect, check, caught, tuple(missed), undecided))
     return found
 
 
@@ -83,26 +98,30 @@ def _exchanged(pairs: int) -> Dose:
     return lambda case: features_replaced(anatomy(case.model), change)
 
 
-def _quantized(names: tuple[str, ...]) -> Dose:
+def _quantized(choose: Callable[[list[list[Any]]], list[Any]]) -> Dose:
+    """Quantize those linears of the tower that are chosen from its blocks' own."""
+
     def dose(case: Case) -> AbstractContextManager[None]:
-        prefixed = [f"model.visual.{name}" for name in names]
-        return all_of([four_bit(case.model, name) for name in prefixed])
+        parts = anatomy(case.model)
+        names = {module: name for name, module in parts.base.named_modules()}
+        blocks = [[part for part in block.parts if hasattr(part, "in_features")] for block in vision_blocks(parts)]
+        return all_of([four_bit(case.model, names[linear]) for linear in choose(blocks)])
 
     return dose
 
 
-def _block(number: int) -> tuple[str, ...]:
-    layers = ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    return tuple(f"blocks.{number}.{layer}" for layer in layers)
+def _with_merger(*, whole: bool) -> Dose:
+    """Adapt the last linear of the merger, or every linear of every merger."""
 
-
-def _with_merger(layers: str) -> Dose:
     @contextmanager
     def dose(case: Case) -> Iterator[None]:
         from dataclasses import replace
 
-        before = case.model, case.lora_config
-        regex = f"{case.lora_config.target_modules}|{layers}"
+        before, parts = (case.model, case.lora_config), anatomy(case.model)
+        names = {module: name for name, module in parts.base.named_modules()}
+        linears = [linear for merger in mergers(parts) for linear in (merger.second, merger.first)]
+        chosen = [re.escape(names[linear]) for linear in linears[: None if whole else 1]]
+        regex = "|".join([case.lora_config.target_modules, *chosen])
         try:
             with another_adapter(case, replace(case.lora_config, target_modules=regex)):
                 yield
@@ -137,8 +156,7 @@ def _one_element(case: Case) -> AbstractContextManager[None]:
         weight.view(-1)[weight.numel() // 2] *= -1
         return weight
 
-    block: Any = anatomy(case.model).blocks[1]
-    return values(block.mlp.up_proj.weight, flip)
+    return values(vision_blocks(anatomy(case.model))[1].mlp.up.weight, flip)
 
 
 def _times(factor: float) -> Dose:
@@ -177,16 +195,16 @@ GRADED = (
         "vision linears quantized",
         ("quantization_census", "vision_stability", "alignment"),
         (
-            ("1 of 20 linears", _quantized(("blocks.2.attn.qkv",))),
-            ("1 of 4 blocks", _quantized(_block(2))),
-            ("2 of 4 blocks", _quantized(_block(1) + _block(2))),
-            ("4 of 4 blocks", _quantized(tuple(name for n in range(4) for name in _block(n)))),
+            ("one linear", _quantized(lambda blocks: blocks[-2][:1])),
+            ("one block", _quantized(lambda blocks: blocks[-2])),
+            ("half of the blocks", _quantized(lambda blocks: list(chain(*blocks[len(blocks) // 2 :])))),
+            ("all blocks", _quantized(lambda blocks: list(chain(*blocks)))),
         ),
     ),
     Graded(
         "LoRA on the merger",
         ("adapter_census",),
-        (("1 of 2 layers", _with_merger(r".*merger\.mlp\.2")), ("2 of 2 layers", _with_merger(r".*merger.*"))),
+        (("one linear", _with_merger(whole=False)), ("all linears", _with_merger(whole=True))),
     ),
     Graded(
         "vision weights with the wrong sign",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.matrix.by_model import NAME as BY_MODEL
+from pytest_qvl.faults.matrix.by_model import dose_cell
 from pytest_qvl.faults.matrix.results import NOTICED, faults_in_order
 from pytest_qvl.faults.unreproduced import UNREPRODUCED
 from pytest_qvl.models.families import FAMILIES
@@ -130,14 +131,13 @@ def _graded(result: Result) -> list[str]:
         "| defect | check | smallest dose caught | smaller doses not noticed |",
         "|---|---|---|---|",
     ]
-    lines += [
-        f"| {d['defect']} | {d['check']} | {d['caught'] or 'none'} | {', '.join(d['missed'])} |" for d in result.doses
-    ]
+    lines += [f"| {d['defect']} | {d['check']} | {dose_cell(d)} | {', '.join(d['missed'])} |" for d in result.doses]
     return [
         *lines,
         "",
         "Where structure can be counted or compared bitwise, one token, one layer or one weight is enough. Alignment",
-        "asks the model: what its answers do not depend on, it does not notice, whatever the dose.",
+        "asks the model: what its answers do not depend on, it does not notice, whatever the dose. The same on a GPU",
+        f"and on models of true size: [{BY_MODEL}]({BY_MODEL}#the-smallest-dose).",
         "",
     ]
 

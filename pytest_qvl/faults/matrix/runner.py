@@ -72,11 +72,13 @@ def run(plan: Plan, jobs: int = 1, *, partial: Path | None = None, minutes: floa
 
 def complete(plan: Plan, result: Result) -> bool:
     """Whether everything was done before the time was up."""
+    from pytest_qvl.faults.matrix.graded import GRADED
     from pytest_qvl.faults.matrix.work import VARIATIONS
 
     after = plan.named_only or all(row.same or row.missing or row.after is not None for row in result.rows.values())
     variations = VARIATIONS if plan.whole else 0
-    return len(result.rows) == len(plan.faults) and after and result.variations == variations
+    doses = bool(plan.only) or {dose["defect"] for dose in result.doses} == {graded.defect for graded in GRADED}
+    return len(result.rows) == len(plan.faults) and after and doses and result.variations == variations
 
 
 def _results(plan: Plan, todo: Sequence[Task], jobs: int, deadline: float | None) -> Iterator[Done]:

@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def whole(self) -> bool:
-        """Whether the healthy variations and graded doses are part of it: they are made of the embedded model."""
+        """Whether the healthy variations are part of it: they are made of the embedded model."""
         return self.subject.is_default and not self.only and not self.named_only
 
     @property
@@ -100,8 +100,9 @@ def tasks(plan: Plan) -> list[Task]:
     found = [Task("health", check) for check in checks] + [Task("fault", name) for name in plan.faults]
     if not plan.named_only:
         found += [Task("after", name) for name, fault in plan.faults.items() if not same_outcome(fault)]
-    if plan.whole:
+    if not plan.only:
         found += [Task("dose", str(number)) for number in range(len(GRADED))]
+    if plan.whole:
         found += [Task("variation", str(number)) for number in range(VARIATIONS)]
     return found
 
