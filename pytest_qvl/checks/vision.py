@@ -9,8 +9,8 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.activations import Peak, Peaks, leaves, watched
 from pytest_qvl.checks.support.not_finite import origin_in
 from pytest_qvl.checks.support.rounding import rounded_sums
-from pytest_qvl.checks.support.scoring import chunks, coarsest_dtype
-from pytest_qvl.checks.support.tower import DriftsSeen, TowerOutput, drifts, tower_output
+from pytest_qvl.checks.support.scoring import chunks
+from pytest_qvl.checks.support.tower import DriftsSeen, TowerOutput, drifts, tower_dtype, tower_output
 from pytest_qvl.checks.support.windows import Seen, judge_windows
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers
@@ -168,7 +168,7 @@ def drift_limit(rounding: float, dtype: torch.dtype) -> float:
 def _judge_drift(judge: Judge, parts: Parts, seen: tuple[DriftsSeen, DriftsSeen], reference: Reference) -> None:
     import torch
 
-    own, theirs = coarsest_dtype(parts, TOWER), getattr(torch, reference.vision_dtype)
+    own, theirs = tower_dtype(parts), getattr(torch, reference.vision_dtype)
     coarser = max((own, theirs), key=lambda dtype: torch.finfo(dtype).eps)
     scale = torch.finfo(coarser).eps / torch.finfo(theirs).eps
     terms = max(state.in_features for state in linear_states(parts) if state.group in TOWER)

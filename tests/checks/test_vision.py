@@ -62,6 +62,20 @@ def test_a_cast_tower_is_within_rounding(
     assert cast == dtype or figure(evidence, DRIFTS[0]) > 0
 
 
+def test_a_tower_under_the_users_autocast_is_within_rounding(
+    fresh_model: Any, processor: Any, references: dict[str, Reference]
+) -> None:
+    model = fresh_model(quantized=False, dtype="float32")
+    with torch.autocast("cpu", torch.bfloat16):
+        evidence = vision_stability(model, processor, SAMPLES, references["float32"])
+        recorded = record_reference(model, processor, SAMPLES)
+    assert recorded.vision_dtype == "bfloat16"
+    assert figure(evidence, DRIFTS[0]) > 0
+    quantized = fresh_model(dtype="float32", skip=("lm_head",))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "moved away" in failure(quantized, processor, references["float32"])
+
+
 def test_another_attention_kernel_is_within_rounding(
     fresh_model: Any, processor: Any, references: dict[str, Reference], dtype: str
 ) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.support.binomial import FALSE_ALARM, tail
 from pytest_qvl.checks.support.noise_floor import EVIDENCE, LOGITS, NoiseCollector, NoiseFloor, require_samples
 from pytest_qvl.checks.support.scoring import ABLATIONS, Said, Scored, ask, coarsest_dtype, score
-from pytest_qvl.checks.support.tower import Drift, TowerOutput, tower_output, ulp_response
+from pytest_qvl.checks.support.tower import Drift, TowerOutput, tower_dtype, tower_output, ulp_response
 from pytest_qvl.evidence import InputError
 from pytest_qvl.models.adapters import adapted_layers, adapters_disabled
-from pytest_qvl.models.anatomy import TOWER, Parts, anatomy
+from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.quantized import dtype_name, linear_states
 from pytest_qvl.models.state import preserved
 from pytest_qvl.samples import Sample
@@ -179,15 +179,11 @@ def record_reference(
             probes |= _probes(scored, tower_output(parts, scored.batch))
             torch.cuda.empty_cache()  # the next group has other shapes, and full precision leaves least room for gaps
         response = ulp_response(parts, processor, samples)
-        reference = Reference(source, probes, noise.floor(), str(dtype_name(_vision_dtype(parts))), response)
+        reference = Reference(source, probes, noise.floor(), str(dtype_name(tower_dtype(parts))), response)
         if not reference.has_knowledge:  # nothing asks for its replies, and each would run to its last token
             return reference
         said = ask(parts, processor, samples, max_new_tokens=max_new_tokens)
     return replace(reference, probes={name: replace(p, said=said[name]) for name, p in probes.items()})
-
-
-def _vision_dtype(parts: Parts) -> torch.dtype:
-    return coarsest_dtype(parts, TOWER)
 
 
 def _probes(scored: Scored, images: list[TowerOutput]) -> dict[str, Probe]:

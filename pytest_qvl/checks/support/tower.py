@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.activations import leaves
-from pytest_qvl.checks.support.rounding import last_place_noise
-from pytest_qvl.checks.support.scoring import chunks
-from pytest_qvl.models.anatomy import Parts
+from pytest_qvl.checks.support.rounding import coarsest, last_place_noise
+from pytest_qvl.checks.support.scoring import chunks, coarsest_dtype
+from pytest_qvl.models.anatomy import TOWER, Parts
+from pytest_qvl.models.autocast import autocast_dtype
 from pytest_qvl.models.taps import vision_features
 from pytest_qvl.samples import Sample, make_batch
 
@@ -44,6 +45,11 @@ def kept_rows(count: int) -> list[int]:
     if count <= ROWS_KEPT:
         return list(range(count))
     return [round(k * (count - 1) / (ROWS_KEPT - 1)) for k in range(ROWS_KEPT)]
+
+
+def tower_dtype(parts: Parts) -> torch.dtype:
+    """The coarsest dtype that the tower computes in when it runs alone: its linears', or that of autocast around it."""
+    return coarsest((coarsest_dtype(parts, TOWER), autocast_dtype(parts.device.type)))
 
 
 def tower_output(parts: Parts, batch: dict[str, torch.Tensor]) -> list[TowerOutput]:
