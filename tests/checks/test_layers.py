@@ -213,6 +213,17 @@ def test_a_head_that_switches_autocast_off_is_judged_as_it_computes(case: Case, 
         assert worst(layer_arithmetic(model, case.batch()))["linear product"] <= 1
 
 
+@pytest.mark.parametrize("where", ["vision", "language"])
+def test_a_layer_that_calls_nothing_and_returns_its_input_is_no_fused_kernel(case: Case, where: str) -> None:
+    parts = anatomy(case.model)
+    layer = parts.blocks[1] if where == "vision" else parts.language_backbone.layers[1]
+    with (
+        attribute(layer, "forward", lambda x, *_args, **_kwargs: x),
+        pytest.raises(CheckFailed, match=r"s\.1 returns its own input: it is skipped"),
+    ):
+        layer_arithmetic(case.model, case.batch())
+
+
 def test_numbers_below_float16s_normal_ones_are_rounded_by_absolute_steps(case: Case, autocasting: Any) -> None:
     config = lora_config(r=2)
     model = shortened(load(dtype="float16", lora=config, seed=2))

@@ -29,6 +29,7 @@ MLP, RESIDUAL, MERGER = "activation in an MLP", "residual sum", "merger as a who
 ELEMENTS = 2**24
 """Activations that are held in float32 at a time: 64 MiB; with less, a GPU waits for its next call."""
 FUSED = "a fused kernel runs in place of its modules"
+SKIPPED = "returns its own input: it is skipped"
 _LAST = "does not return what its last linear does"
 UNCALLED = "its module is never called, and what goes on is not what it has to return"
 
@@ -146,11 +147,14 @@ def judge_residuals(tally: Tally, parts: Parts, flow: Flow, layer: Layer) -> Non
     """``h = x + attention(norm(x))``, then ``h + mlp(norm(h))`` (pre-norm), and which module is given what."""
     first, second = layer.norms
     attention, mlp, name = layer.attention, layer.mlp.module, layer.name
+    x, made = flow.given_to(layer.module), flow.made_by(layer.module)
     if not flow.seen((attention, mlp)):
-        tally.leave_out(FUSED, name)
+        if made.equal(x):  # what no kernel computes
+            tally.fail(RESIDUAL, name, SKIPPED)
+        else:
+            tally.leave_out(FUSED, name)
         flow.forget((first, second, attention, mlp))
         return
-    x = flow.given_to(layer.module)
     if flow.seen((first,)):
         tally.handed_on(name, flow.given_to(first), x, "does not give its own input to its first norm")
         words = "does not give its first norm's output to attention"
@@ -165,6 +169,6 @@ def judge_residuals(tally: Tally, parts: Parts, flow: Flow, layer: Layer) -> Non
     else:
         middle = x + flow.made_by(attention)  # one rounding, which every kernel rounds alike
         judge_norm_uncalled(tally, parts, _inside(layer, second), second, x=middle, got=flow.given_to(mlp))
-    made, claim = flow.made_by(layer.module), elementary.added(middle, flow.made_by(mlp))
-    tally.hold(RESIDUAL, name, made, claim, lambda: "returns its own input: it is skipped" if made.equal(x) else "")
+    claim = elementary.added(middle, flow.made_by(mlp))
+    tally.hold(RESIDUAL, name, made, claim, lambda: SKIPPED if made.equal(x) else "")
     flow.forget((first, second, attention, mlp))
