@@ -19,7 +19,7 @@ from pytest_qvl.outputs import check_file, check_folder
 if TYPE_CHECKING:
     from pytest_qvl.faults.matrix.results import Result
 
-MATRIX_ONLY = ("model", "device", "dtype", "jobs", "only", "named_only", "out", "minutes")
+MATRIX_ONLY = ("model", "device", "dtype", "jobs", "only", "named_only", "doses_only", "out", "minutes")
 
 
 def add_faults(subparsers: Any) -> None:
@@ -56,6 +56,9 @@ def _add_matrix(parser: argparse.ArgumentParser) -> None:
         "--named-only",
         action="store_true",
         help="with --matrix: run on a fault the check that must catch it, and three cheap ones, in place of all",
+    )
+    parser.add_argument(
+        "--doses-only", action="store_true", help="with --matrix: find the smallest doses, in place of all else"
     )
     parser.add_argument(
         "--jobs",
@@ -165,18 +168,21 @@ def matrix(options: argparse.Namespace) -> int:
         raise ValueError(f"--matrix takes every fault: drop {options.name!r}, or write --only {options.name}")
     subject = Subject.of(options.model or "embedded", options.device or "cpu", options.dtype or "bfloat16")
     plan = Plan(subject, tuple(find(name).name for name in options.only or ()), options.named_only)
-    if options.docs is not None and not plan.whole:
+    if options.doses_only and (plan.only or plan.named_only):
+        given = "--only" if plan.only else "--named-only"
+        raise ValueError(f"{given} says which faults and checks run, and --doses-only that none do: give one of them")
+    if options.docs is not None and (options.doses_only or not plan.whole):
         raise ValueError("--docs is about the whole matrix of the embedded model on the CPU: write other runs to --out")
     if options.docs is not None:
         require_matplotlib("--docs")
     partial = partial_file(options.out)
     jobs = _jobs(options.jobs, subject.device)
     try:
-        result = running.run(plan, jobs, partial=partial, minutes=options.minutes)
+        result = running.run(plan, jobs, partial=partial, minutes=options.minutes, doses_only=options.doses_only)
     except (ModelLoadError, CannotJudge, running.MatrixStopped) as error:
         raise ValueError(str(error)) from None
     sys.stdout.write(summary(result) + "\n")
-    if not running.complete(plan, result):
+    if not running.complete(plan, result, doses_only=options.doses_only):
         return 1
     if partial is not None:
         write_record(options.out, result.as_dict())

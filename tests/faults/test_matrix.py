@@ -68,6 +68,27 @@ def test_a_matrix_without_its_doses_is_not_complete() -> None:
     assert complete(plan, result)
 
 
+def test_doses_alone_are_a_record_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def do(_plan: Plan, task: Task) -> Done:
+        asked.append(task.part)
+        defect = GRADED[int(task.key)].defect
+        return Done(task, [{"defect": defect, "check": "alignment", "caught": "", "missed": [], "undecided": "u"}], 1.0)
+
+    monkeypatch.setattr(runner, "do", do)
+    out = tmp_path / "doses.json"
+    chosen = ["faults", "--matrix", "--doses-only", "--jobs", "1", "--model", "embedded:qwen3-vl", "--out", str(out)]
+    assert main(chosen) == 0
+    assert asked == ["dose"] * len(GRADED)
+    assert f"{GRADED[0].defect}, by alignment: not judged" in capsys.readouterr().out
+    assert (read_record(out).rows, len(read_record(out).doses)) == ({}, len(GRADED))
+    assert main([*chosen, "--named-only"]) == 2
+    assert "--named-only says which faults and checks run, and --doses-only that none do" in capsys.readouterr().err
+
+
 def test_a_dose_that_a_check_cannot_judge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = {"alignment": "cannot judge", "adapter_census": "pass"}
     monkeypatch.setattr(
@@ -258,7 +279,8 @@ def test_the_page_shows_the_smallest_doses_side_by_side() -> None:
         Result("d", {}, label="one", doses=[eps, {**eps, "check": "alignment", "caught": ""}]),
         Result("d", {}, label="two", doses=[{**eps, "check": "alignment", "caught": "", "undecided": "random"}]),
     ]
-    page = by_model(results)
+    page = by_model([*results, Result("d", {}, label="three", rows={TWO[0]: Row(check="feature_scatter")})])
+    assert "| fault | must be caught by | three |" in page
     assert "| defect | check | one | two |" in page
     assert "| eps | layer_arithmetic | 1e-5 | not in the record |" in page
     assert "| eps | alignment | none | not judged |" in page

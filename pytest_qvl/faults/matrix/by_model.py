@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.matrix.results import (
     BROKEN,
@@ -16,10 +16,11 @@ from pytest_qvl.faults.matrix.results import (
     Result,
     Row,
     faults_in_order,
+    smallest,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 NAME = "faults-by-model.md"
@@ -52,8 +53,9 @@ def ordered(results: Iterable[Result]) -> list[Result]:
 
 
 def by_model(results: Sequence[Result]) -> str:
-    """The page: figures per model, a row per fault, then the smallest doses."""
-    faults = faults_in_order()
+    """The page: figures per model and a row per fault, of records that have faults; then the smallest doses."""
+    faults, graded = faults_in_order(), [result for result in results if result.doses]
+    results = [result for result in results if result.rows]
     lines = [
         "# The faults on every model",
         "",
@@ -74,26 +76,20 @@ def by_model(results: Sequence[Result]) -> str:
                 cells = [_cell(result.rows.get(name)) for result in results]
                 lines.append("| " + " | ".join([f"`{name}`", fault.check, *cells]) + " |")
         lines.append("")
-    return "\n".join([*lines, *_doses(results)])
-
-
-def dose_cell(dose: Mapping[str, Any]) -> str:
-    """The smallest dose that a check catches: one of ``Result.doses``."""
-    if dose.get("undecided"):
-        return "not judged"
-    return dose["caught"] or "none"
+    return "\n".join([*lines, *_doses(graded)])
 
 
 def _doses(results: Sequence[Result]) -> list[str]:
-    """The smallest dose of each defect that each check catches, by model; nothing if no record has any."""
+    """The smallest dose of each defect that each check catches, by model."""
+    if not results:
+        return []
     found = [{(dose["defect"], dose["check"]): dose for dose in result.doses} for result in results]
     judged = dict.fromkeys(key for doses in found for key in doses)
-    if not judged:
-        return []
     lines = ["## The smallest dose", "", "| " + " | ".join(["defect", "check", *_labels(results)]) + " |"]
     lines.append("|" + "---|" * (2 + len(results)))
+    lines.append("| definitions | | " + " | ".join(f"`{result.definitions}`" for result in results) + " |")
     for key in judged:
-        cells = [dose_cell(doses[key]) if key in doses else "not in the record" for doses in found]
+        cells = [smallest(doses[key]) if key in doses else "not in the record" for doses in found]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     return [
         *lines,

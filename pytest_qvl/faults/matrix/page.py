@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pytest_qvl.faults.matrix.by_model import NAME as BY_MODEL
-from pytest_qvl.faults.matrix.by_model import dose_cell
-from pytest_qvl.faults.matrix.results import NOTICED, faults_in_order
+from pytest_qvl.faults.matrix.results import NOTICED, faults_in_order, smallest
 from pytest_qvl.faults.unreproduced import UNREPRODUCED
 from pytest_qvl.models.families import FAMILIES
 
@@ -131,7 +130,7 @@ def _graded(result: Result) -> list[str]:
         "| defect | check | smallest dose caught | smaller doses not noticed |",
         "|---|---|---|---|",
     ]
-    lines += [f"| {d['defect']} | {d['check']} | {dose_cell(d)} | {', '.join(d['missed'])} |" for d in result.doses]
+    lines += [f"| {d['defect']} | {d['check']} | {smallest(d)} | {', '.join(d['missed'])} |" for d in result.doses]
     return [
         *lines,
         "",

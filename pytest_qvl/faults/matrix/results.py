@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.catalogue import FAMILIES, catalogue
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from pytest_qvl.faults.catalogue import Fault
 
@@ -238,8 +238,17 @@ class Result:
         return cls(**{**fields, "rows": {name: Row.from_dict(row) for name, row in data["rows"].items()}})
 
 
+def smallest(dose: Mapping[str, Any]) -> str:
+    """The smallest dose that a check catches, of one of ``Result.doses``; or that there is none, or none to be had."""
+    if dose.get("undecided"):
+        return "not judged"
+    return dose["caught"] or "none"
+
+
 def summary(result: Result) -> str:
-    """The totals as text, one figure per line."""
+    """The totals as text, one figure per line; of a run of the graded doses alone, each of them."""
+    if result.doses and not result.rows:
+        return "\n".join(f"{d['defect']}, by {d['check']}: {smallest(d)}" for d in result.doses)
     silent, passes = result.silent(), result.smoke_passes()
     lines = [
         f"{result.caught} of {len(result.made)} faults caught by the named check, in the right words; "
