@@ -154,11 +154,13 @@ def _check_method(kind: Any, label: str) -> None:
         raise SettingError(
             f"{ADAPTER_CONFIG} of {label} names no peft_type", cause=_EDITED, fix='"peft_type": "LORA", if it is a LoRA'
         )
+    _refuse_other_methods(kind, f"its {ADAPTER_CONFIG}")
+
+
+def _refuse_other_methods(kind: Any, where: str) -> None:
     if kind != "LORA":
-        raise CannotJudge(
-            f"the adapter is not judged: its {ADAPTER_CONFIG} says peft_type {neutral(repr(kind), 80)}, and this "
-            "package tests LoRA"
-        )
+        said = neutral(repr(str(getattr(kind, "value", kind))), 80)
+        raise CannotJudge(f"the adapter is not judged: {where} says peft_type {said}, and this package tests LoRA")
 
 
 def planned_adapter(source: Path | Mapping[str, Any]) -> Adapter:
@@ -166,13 +168,17 @@ def planned_adapter(source: Path | Mapping[str, Any]) -> Adapter:
 
     Raises:
         ModelSourceError: There is no such file, or it is no JSON object.
+        CannotJudge: It is a configuration of another method than LoRA.
     """
     if isinstance(source, Mapping):
-        return Adapter("the LoRA configuration", dict(source))
-    file = source.expanduser()
-    if not file.is_file():
-        raise ModelSourceError(f"--lora: there is no file {neutral(repr(str(source)))}")
-    return Adapter(f"--lora {neutral(str(source))}", Folder(file.parent).json(file.name))
+        adapter = Adapter("the LoRA configuration", dict(source))
+    else:
+        file = source.expanduser()
+        if not file.is_file():
+            raise ModelSourceError(f"--lora: there is no file {neutral(repr(str(source)))}")
+        adapter = Adapter(f"--lora {neutral(str(source))}", Folder(file.parent).json(file.name))
+    _refuse_other_methods(adapter.fields.get("peft_type") or "LORA", adapter.label)
+    return adapter
 
 
 def attach(parts: Parts, config: Any) -> Any:

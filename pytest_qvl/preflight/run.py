@@ -127,7 +127,12 @@ def _read(asked: Asked) -> tuple[list[Finding], Subject | None]:
         except RefusedError as error:
             merged = None
             findings.append(refused(_FILES, error, "merged checkpoint"))
-    plan = None if asked.lora is None else planned_adapter(asked.lora)
+    plan: Adapter | None = None
+    if asked.lora is not None:
+        try:
+            plan = planned_adapter(asked.lora)
+        except CannotJudge as reason:
+            findings.append(Finding(_FILES, NOT_TESTED, "not judged", str(reason)))
     return findings, Subject(asked, base, plan if asked.adapter is None else adapter, plan, merged)
 
 

@@ -94,7 +94,9 @@ class Subject:
     @property
     def no_adapter(self) -> str:
         """Why there is no adapter, in words."""
-        return "no adapter was given" if self.asked.adapter is None else "the adapter is not judged (question 0)"
+        if self.asked.adapter is None and self.asked.lora is None:
+            return "no adapter was given"
+        return "the adapter is not judged (question 0)"
 
     @cached_property
     def parts(self) -> Parts:

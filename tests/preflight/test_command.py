@@ -105,6 +105,21 @@ def test_another_method_is_not_judged_and_exits_with_2(shop, capsys):
     assert "NOT JUDGED: 0 red" in out
 
 
+@pytest.mark.parametrize("made", ["AdaLoraConfig", "IA3Config"])
+def test_a_configuration_of_another_method_is_not_judged(shop, made):
+    from peft import AdaLoraConfig, IA3Config
+    from transformers import BitsAndBytesConfig
+
+    usual = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["model.visual", "lm_head"])
+    config = {
+        "AdaLoraConfig": lambda: AdaLoraConfig(init_r=6, target_r=4, total_step=20, target_modules=["q_proj"]),
+        "IA3Config": lambda: IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+    }[made]()
+    said = {"AdaLoraConfig": "ADALORA", "IA3Config": "IA3"}[made]
+    with pytest.raises(CannotJudge, match=f"configuration says peft_type '{said}', and this package tests LoRA"):
+        require_green(str(shop.base("qwen2_5_vl")), None, config, usual)
+
+
 @pytest.mark.parametrize(
     ("broken", "said"),
     [
