@@ -75,6 +75,8 @@ def test_doses_alone_are_a_record_of_their_own(
 
     def do(_plan: Plan, task: Task) -> Done:
         asked.append(task.part)
+        if task.part == "health":
+            return Done(task, {"outcome": "pass", "message": ""}, 0.0)
         defect = GRADED[int(task.key)].defect
         return Done(task, [{"defect": defect, "check": "alignment", "caught": "", "missed": [], "undecided": "u"}], 1.0)
 
@@ -82,11 +84,22 @@ def test_doses_alone_are_a_record_of_their_own(
     out = tmp_path / "doses.json"
     chosen = ["faults", "--matrix", "--doses-only", "--jobs", "1", "--model", "embedded:qwen3-vl", "--out", str(out)]
     assert main(chosen) == 0
-    assert asked == ["dose"] * len(GRADED)
+    checks = {check for graded in GRADED for check in graded.checks}
+    assert asked == ["health"] * len(checks) + ["dose"] * len(GRADED)
     assert f"{GRADED[0].defect}, by alignment: not judged" in capsys.readouterr().out
     assert (read_record(out).rows, len(read_record(out).doses)) == ({}, len(GRADED))
     assert main([*chosen, "--named-only"]) == 2
     assert "--named-only says which faults and checks run, and --doses-only that none do" in capsys.readouterr().err
+
+
+def test_a_dose_is_no_dose_where_the_check_fails_without_a_fault(plan: Plan) -> None:
+    dose = {"defect": "eps", "check": "layer_arithmetic", "caught": "1e-6", "missed": [], "undecided": ""}
+    done = [
+        Done(Task("health", "layer_arithmetic"), {"outcome": "caught", "message": "ill"}, 0.0),
+        Done(Task("dose", "0"), [dose], 0.0),
+    ]
+    (found,) = assembled(plan, done, "CPU").doses
+    assert (found["caught"], found["undecided"]) == ("", "the model without a fault fails this check")
 
 
 def test_a_dose_that_a_check_cannot_judge_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

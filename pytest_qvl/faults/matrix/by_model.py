@@ -94,7 +94,8 @@ def _doses(results: Sequence[Result]) -> list[str]:
     return [
         *lines,
         "",
-        '"None": caught at no dose. "Not judged": random weights know nothing that answers could be held to.',
+        '"None": caught at no dose. "Not judged": random weights know nothing that answers could be held to; or the',
+        "check fails the model without a fault.",
         "",
     ]
 

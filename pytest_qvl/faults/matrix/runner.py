@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROGRESS = 20
+ILL = "the model without a fault fails this check"
+NOTHING_TOLD = {"caught": "", "missed": (), "undecided": ILL}
 NAMES = {
     "health": "healthy model",
     "fault": "faults",
@@ -48,7 +50,7 @@ def run(
         jobs: Processes that share the work; each loads the model once and keeps one core busy.
         partial: Where results are kept as they come; what is there already is not done again.
         minutes: Begin nothing new after so many.
-        doses_only: The graded doses of the plan in place of all.
+        doses_only: The graded doses of the plan, and their checks on the model without a fault, in place of all.
 
     Returns:
         What was found; of what was done, if the time was up before the end.
@@ -57,7 +59,7 @@ def run(
         ValueError: There is no GPU to be had, or `partial` holds the results of something else.
         MatrixStopped: A process died, or CUDA broke.
     """
-    wanted = [task for task in tasks(plan) if task.part == "dose" or not doses_only]
+    wanted = [task for task in tasks(plan) if not doses_only or _is_about_doses(task)]
     journal = Journal(partial, plan, deciding_definitions())
     done = {one.task for one in journal.done}
     todo = [task for task in wanted if task not in done]
@@ -77,6 +79,12 @@ def run(
     if left:
         say(f"{left} of {len(wanted)} pieces are left: run the same again to go on")
     return result
+
+
+def _is_about_doses(task: Task) -> bool:
+    from pytest_qvl.faults.matrix.graded import GRADED
+
+    return task.part == "dose" or (task.part == "health" and any(task.key in graded.checks for graded in GRADED))
 
 
 def complete(plan: Plan, result: Result, *, doses_only: bool = False) -> bool:
@@ -178,8 +186,9 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
         row.after = after.get(name)
         if row.check in result.ill and not row.missing:
             row.named, row.outcomes[row.check] = False, UNDECIDED
-            row.said = "the model without a fault fails this check"
+            row.said = ILL
     result.rows = {name: rows[name] for name in catalogue() if name in rows}
     result.healthy, result.undecided = dict(counts), dict(undecided)
-    result.doses = [dose for number in sorted(graded) for dose in graded[number]]
+    doses = [dose for number in sorted(graded) for dose in graded[number]]
+    result.doses = [{**dose, **NOTHING_TOLD} if dose["check"] in result.ill else dose for dose in doses]
     return result
