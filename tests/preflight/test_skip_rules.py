@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from pytest_qvl.models.families import FAMILIES
 from pytest_qvl.models.skips import skipped_by
 from pytest_qvl.preflight import preflight
-from pytest_qvl.preflight.skip_rules import RULES, others, rule_of
+from pytest_qvl.preflight.base import find_base
+from pytest_qvl.preflight.questions.four_bits import in_four_bits
+from pytest_qvl.preflight.skip_rules import RULES, installed_rule, others, rule_of
 from pytest_qvl.releases import installed
 
 NAMES = (
@@ -91,3 +96,88 @@ def test_entries_for_other_families_are_no_alarm(entry):
 def test_a_mistyped_and_a_broken_entry():
     assert names(preflight("qwen3-vl-8b", skip=["model.visual", "lm_head", "gate_prjo"])) == {"idle-skip-entry"}
     assert names(preflight("qwen3-vl-8b", skip=["model.visual", "lm_head", "(("])) == {"broken-skip-entry"}
+
+
+KEPT = ["model.visual", "lm_head"]
+HYBRID = pytest.mark.skipif(not FAMILIES["qwen3_5"].installed, reason="this release of Transformers has no Qwen3.5")
+ONLY_5 = pytest.mark.skipif(
+    rule_of(installed("transformers")) is RULES[0],
+    reason="Transformers 4 reads an entry as a name anywhere in the path",
+)
+
+
+def groups_of_linears(model):
+    parts = find_base(model).skeleton()
+    return {name: parts.group_of(name) for name, _ in parts.named_linears()}
+
+
+def advised(report):
+    (idle,) = (finding for finding in report if finding.name == "idle-skip-entry")
+    assert idle.fix.startswith("write '")
+    return re.findall(r"'([^']+)'", idle.fix)
+
+
+@ONLY_5
+@pytest.mark.parametrize(
+    ("model", "entry", "count"),
+    [
+        pytest.param("qwen3.5-9b", "linear_attn", 24 * 5, marks=HYBRID),
+        pytest.param("qwen3.5-9b", "self_attn", 8 * 4, marks=HYBRID),
+        pytest.param("qwen3.5-9b", "mlp", 32 * 3, marks=HYBRID),
+        ("qwen2.5-vl-7b", "mlp", 28 * 3),
+        ("qwen3-vl-8b", "self_attn", 36 * 4),
+        ("qwen3-vl-8b", "language_model.layers.1", 7),
+    ],
+)
+def test_the_advice_for_an_entry_keeps_every_module_of_that_name(model, entry, count):
+    report = preflight(model, skip=[entry, *KEPT])
+    assert names(report) == {"idle-skip-entry"}
+    entries = advised(report)
+
+    mended = preflight(model, skip=[*entries, *KEPT])
+    assert not names(mended)
+    assert not mended.of(1)[0].notes, "every supported release keeps the same"
+    linears = {name for name, group in groups_of_linears(model).items() if group == "language"}
+    meant = {name for name in linears if f".{entry}." in name}
+    assert len(meant) == count
+    assert linears - set(in_four_bits(dict.fromkeys(linears, "language"), entries, installed_rule())) == meant
+    assert f"language {len(linears) - count} of {len(linears)}" in mended.of(1)[0].line
+
+
+@ONLY_5
+@pytest.mark.parametrize(
+    ("model", "entry"), [("qwen2.5-vl-7b", "mlp"), ("qwen2.5-vl-7b", "attn"), ("qwen3-vl-8b", "mlp")]
+)
+def test_where_no_names_fit_the_advice_is_an_expression(model, entry):
+    """Names of the linears are others' too here: ``proj`` ends ``q_proj``, and mergers have a ``linear_fc1``."""
+    report = preflight(model, skip=["lm_head", entry])
+    assert names(report) == {"vision-in-four-bits", "idle-skip-entry"}
+    entries = advised(report)
+    assert entries == [f".*[.]{entry}"]
+    linears = groups_of_linears(model)
+    meant = {name for name in linears if f".{entry}." in name}
+    for rule in RULES[1:]:
+        assert set(linears) - set(in_four_bits(linears, entries, rule)) == meant
+    assert "idle-skip-entry" not in names(preflight(model, skip=["lm_head", *entries]))
+
+
+@ONLY_5
+def test_an_entry_is_kept_by_others_only_if_all_of_it_is():
+    assert not names(preflight("qwen3-vl-8b", skip=["attn", *KEPT])), "of the tower alone"
+    some = preflight("qwen3-vl-8b", skip=["self_attn", "q_proj", *KEPT])
+    assert advised(some) == ["k_proj", "v_proj", "o_proj"]
+    assert not names(preflight("qwen3-vl-8b", skip=["self_attn", "q_proj", "k_proj", "v_proj", "o_proj", *KEPT]))
+
+
+@HYBRID
+def test_an_end_keeps_it_in_every_layer():
+    report = preflight("qwen3.5-9b", skip=["in_proj_a", *KEPT])
+    assert not names(report)
+    assert "language 224 of 248" in report.of(1)[0].line
+
+
+@ONLY_5
+def test_a_mistyped_entry_is_mended_in_every_layer():
+    report = preflight("qwen3-vl-8b", skip=["gate_prjo", *KEPT])
+    assert advised(report) == ["gate_proj"]
+    assert "keeps 36 linear layers" in report.red[0].fix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from pytest_qvl.models.anatomy import GROUPS, TOWER, Group
 from pytest_qvl.models.sources.loading import has_tied_head, in_todays_layout
 from pytest_qvl.preflight import skip_rules
 from pytest_qvl.preflight.commands import pytest_line, red
-from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
+from pytest_qvl.preflight.findings import Finding, counted, neutral, numbers, some
 from pytest_qvl.preflight.timing import patience
 
 if TYPE_CHECKING:
@@ -147,21 +148,38 @@ def _is_inside(entry: str, name: str) -> bool:
     return f".{entry.strip('.')}." in f".{name}."
 
 
+@dataclass(frozen=True)
+class _Meant:
+    """What an idle entry was meant to name.
+
+    Attributes:
+        name: The end that the paths of its modules have in common, or the path of the only one.
+        modules: Those that the rest of the list does not keep.
+        linears: Every linear layer in a module of that name.
+        left: Those of them that the rest of the list does not keep.
+    """
+
+    name: str
+    modules: Sequence[str]
+    linears: Sequence[str]
+    left: Sequence[str]
+
+
 def _idle(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule, whose: str) -> Iterator[Finding]:
-    better = _entry_that_would(entry, subject.parts, linears, rule)
+    rest = [other for other in subject.skip[0] or () if other != entry]
+    meant = _meant(entry, subject.parts, linears, rest, rule)
     saved = subject.base.quantization is not None and subject.asked.skip is None
-    covered = better and all(
-        any(rule.skips(other, name) for other in subject.skip[0] or ()) for name in linears if rule.skips(better, name)
-    )
-    if covered or (not better and (saved or entry in skip_rules.GENERIC)):
-        return  # what it names is kept by another entry, or no Qwen-VL has it: the list is one for all families
+    if not meant.left and (meant.linears or saved or entry in skip_rules.GENERIC):
+        return  # what it names is kept by other entries, or no Qwen-VL has it: the list is one for all families
+    better = ", ".join(map(repr, _entries_that_keep(meant, linears, rest, rule)))
+    many = f" (keeps {counted(len(meant.left), 'linear layer')})" if len(meant.modules) > 1 else ""
     yield _red(
         subject,
         "idle-skip-entry",
         f"skip entry {entry!r} from {whose} matches no linear layer with {rule.title}"
-        + (f"; {better!r} would" if better else ""),
+        + (f"; {better} would" if better else ""),
         cause=f"{rule.title} takes an entry as {rule.words}",
-        fix=f"write {better!r}" if better else "write the path of a module of this model, or take the entry out",
+        fix=f"write {better}{many}" if better else "write the path of a module of this model, or take the entry out",
         notes=tuple(
             f"{other.title} matches {count} layers with it"
             for other in skip_rules.others()
@@ -170,17 +188,51 @@ def _idle(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule
     )
 
 
-def _entry_that_would(entry: str, parts: Parts, linears: Mapping[str, Group], rule: Rule) -> str:
-    """The entry that says what an idle one was meant to say; empty if no module of the model resembles it."""
+def _meant(entry: str, parts: Parts, linears: Mapping[str, Group], rest: Sequence[str], rule: Rule) -> _Meant:
     modules = [name for name, _ in parts.base.named_modules() if name]
     today = in_todays_layout(f"{entry.strip('.')}.").rstrip(".")
     plain = entry.strip(".*\\^$").replace("\\.", ".")
     fitting = [name for name in modules if name in (today, plain) or name.endswith(f".{plain}")]
-    if not fitting:
-        ends = {name.rpartition(".")[2] for name in modules}
-        fitting = [name for near in get_close_matches(plain, ends, 1, 0.75) for name in modules if name.endswith(near)]
-    fitting = [name for name in fitting if any(rule.skips(name, linear) for linear in linears)]
-    return min(fitting, key=len, default="")
+    if not fitting and (near := get_close_matches(plain, {name.rpartition(".")[2] for name in modules}, 1, 0.75)):
+        plain = near[0]
+        fitting = [name for name in modules if name.rpartition(".")[2] == plain]
+    within = [name for name in linears if any(_is_within(name, module) for module in fitting)]
+    left = [name for name in within if not any(_skips(rule, other, name) for other in rest)]
+    open_ones = [module for module in fitting if any(_is_within(name, module) for name in left)]
+    return _Meant(plain, open_ones, within, left)
+
+
+def _entries_that_keep(meant: _Meant, linears: Mapping[str, Group], rest: Sequence[str], rule: Rule) -> list[str]:
+    """What to write for an idle entry: it keeps all that was meant and nothing else that the rest does not keep.
+
+    Entries that every supported release reads alike come first; a list of ends is also what other readers of a saved
+    configuration understand. Empty where nothing was meant, or no entry of the installed release keeps just that.
+    """
+
+    def is_exact(entries: Sequence[str], rule: Rule) -> bool:
+        kept = {name for name in linears if any(_skips(rule, entry, name) for entry in entries)}
+        return all(any(_skips(rule, other, name) for other in rest) for name in kept ^ set(meant.linears))
+
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in meant.left))
+    plain = [ends]
+    if len(meant.modules) == 1:
+        depth = meant.modules[0].count(".") + 2
+        children = list(dict.fromkeys(".".join(name.split(".")[:depth]) for name in meant.left))
+        plain = [[*meant.modules], children, ends]
+    for entries in plain if meant.left else ():
+        if all(is_exact(entries, each) for each in (rule, *skip_rules.others())):
+            return entries
+    # A backslash would be doubled where the entry is shown as Python writes it.
+    anywhere = f".*[.]{meant.name.replace('.', '[.]')}"
+    patterns = [[anywhere], [f"{anywhere}([.]|$)"]]
+    for entries in (*plain[:-1], *patterns, ends, [meant.name], [*meant.modules]) if meant.left else ():
+        if is_exact(entries, rule):
+            return entries
+    return []
+
+
+def _is_within(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
 
 
 def _wide(subject: Subject, entry: str, kept: Sequence[str], wide: Sequence[str], rule: Rule) -> Finding:
