@@ -1,4 +1,4 @@
-"""What of Qwen3.5's layers no target reaches: a note of question 2, and no alarm."""
+"""Layers of Qwen3.5 that no target reaches: a note of question 2, and red only if others of their kind are reached."""
 
 from __future__ import annotations
 
@@ -63,3 +63,27 @@ def test_linears_that_are_excluded_are_not_advised():
 
 def test_families_without_linear_attention_have_no_such_note():
     assert not census("qwen3-vl-8b", target_modules=SEVEN).notes
+
+
+@pytest.mark.parametrize(
+    ("targets", "notes"), [(["q_proj", "v_proj"], 1), (r".*language_model\..*\.self_attn\..*_proj", 1), (MIXER, 0)]
+)
+def test_targets_that_only_one_kind_of_layer_has_are_no_alarm(targets, notes):
+    assert len(census(target_modules=targets).notes) == notes
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (r".*language_model\.layers\.[37]\.self_attn\.q_proj", "layers 11, 15, 19, 23, 27, 31 get none"),
+        (
+            r".*language_model\.layers\.\d\.linear_attn\.out_proj",
+            "layers 10, 12-14, 16-18, 20-22, 24-26, 28-30 get none",
+        ),
+        (r".*language_model\.layers\.\d\.mlp\.up_proj", "layers 10-31 get none"),
+    ],
+)
+def test_layers_that_have_the_targets_and_get_none_are_red(targets, said):
+    report = preflight("qwen3.5-9b", lora={"r": 8, "target_modules": targets})
+    assert [finding.name for finding in report.red] == ["bare-layers"]
+    assert said in report.red[0].line

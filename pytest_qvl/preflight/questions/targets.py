@@ -294,7 +294,7 @@ def _bare_layers(placement: Placement, config: Any) -> Iterator[Finding]:
             if found := _LAYER.search(name):
                 kept[int(found[1])].add(name[found.end() :])
     whole = set().union(*have.values())
-    bare = [index for index, ends in have.items() if not ends]
+    bare = [index for index, ends in have.items() if not ends and whole & own[index]]
     uneven = [index for index, ends in have.items() if ends and whole & own[index] - ends]
     if not whole or not (bare or uneven) or config.layers_to_transform not in (None, []):
         return
