@@ -22,6 +22,7 @@ from pytest_qvl.preflight.hub_headers import write_headers
 from pytest_qvl.preflight.packed import CONFIGURATION_LOST, Packed, packed_weights, without_state
 from pytest_qvl.preflight.questions.base_values import values
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
+from pytest_qvl.preflight.questions.release_facts import release_facts
 from pytest_qvl.preflight.refusals import split_fix
 from pytest_qvl.preflight.timing import patience
 from pytest_qvl.preflight.weights import Weights
@@ -42,6 +43,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
     """Completeness of the base's files; states, statistics and skip list of one that was saved in 4 bits."""
     base = subject.base
     yield from _runs(subject)
+    yield from release_facts(subject)
     if not base.described or base.folder is None:
         raise CannotJudge(f"{base.label} has no weight files at hand: {base.note or 'configuration only'}")
     report = _compared(subject, base.folder)
