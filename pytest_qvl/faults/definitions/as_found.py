@@ -42,12 +42,25 @@ def _longest_answer(case: Case) -> str:
     expected_words=("in train mode, as found", "drops the key-value cache", "call model.eval() before generate()"),
 )
 def _checkpointing(case: Case) -> Iterator[None]:
+    from pytest_qvl.models.renamed import KV_CACHE_NAMES
     from pytest_qvl.models.training import checkpointing
 
     parts = anatomy(case.model)
+    layers: Any = parts.language_backbone.layers
+
+    def without_cache(layer: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """What releases before 5.24 do themselves, also without gradients."""
+        drops = layer.training and layer.gradient_checkpointing
+        return args, {key: None if drops and key in KV_CACHE_NAMES else given for key, given in kwargs.items()}
+
+    handles = [layer.register_forward_pre_hook(without_cache, with_kwargs=True) for layer in layers]
     parts.wrapped.train()
-    with checkpointing(parts, enabled=True):
-        yield
+    try:
+        with checkpointing(parts, enabled=True):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @fault(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.faults.definitions.disk import trained
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.attention import other_attention
+from pytest_qvl.models.renamed import kv_cache_name
 from pytest_qvl.models.state import preserved
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def probed(case: Case) -> Probed:
     with preserved(model, training=False, seed=0), trained(case, 0.02):
         with torch.no_grad():
             prompt = model(**batch, use_cache=True)
-            followed = model(**_following(prompt)).logits
+            followed = model(**_following(prompt, kv_cache_name(anatomy(model)))).logits
             replies = model.generate(
                 **batch,
                 max_new_tokens=NEW_TOKENS,
@@ -126,10 +127,10 @@ def probed(case: Case) -> Probed:
     )
 
 
-def _following(prompt: Any) -> dict[str, Any]:
-    """Inputs of the most probable next tokens, with the cache of the prompt.
+def _following(prompt: Any, cache: str) -> dict[str, Any]:
+    """Inputs of the most probable next tokens, with the cache of the prompt under the name that the forward has for it.
 
     Without a mask: with one, Transformers 5.17 counts positions for all of it, and asks for these of its own.
     """
     next_tokens = prompt.logits[:, -1:].argmax(dim=-1)
-    return {"input_ids": next_tokens, "past_key_values": prompt.past_key_values, "use_cache": True}
+    return {"input_ids": next_tokens, cache: prompt[cache], "use_cache": True}
