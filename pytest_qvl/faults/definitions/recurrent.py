@@ -357,3 +357,285 @@ def _kept_in_training(case: Case) -> Iterator[None]:
 
     with before(mixers, note), _function(case, CHUNKED, keeps):
         yield
+
+
+@fault(
+    "query-scale-left-out",
+    "Queries of linear attention are not divided by the root of their width; the norm behind hides all but its eps.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE, "times what it has to"),
+    source="NeuraLegion/shainet#176",
+    requires=("linear attention",),
+)
+def _no_query_scale(case: Case) -> Iterator[None]:
+    def unscaled(own: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        made, after = own(query, *args, **kwargs)
+        return made * query.shape[-1] ** 0.5, after
+
+    with _rule(case, unscaled):
+        yield
+
+
+@fault(
+    "key-heads-in-turns",
+    "Value heads take key heads in turns (h % keys), where consecutive ones share one (h // group).",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE,),
+    source="NeuraLegion/shainet#204",
+    requires=("linear attention",),
+)
+def _in_turns(case: Case) -> Iterator[None]:
+    keys = _mixers(case)[0].num_k_heads
+
+    def turns(own: Any, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        group = query.shape[2] // keys
+        query, key = (each[:, :, ::group].repeat(1, 1, group, 1) for each in (query, key))
+        return own(query, key, *args, **kwargs)
+
+    with _rule(case, turns):
+        yield
+
+
+@fault(
+    "decay-exponentiated-twice",
+    "A_log is taken for -exp(A_log), which converters store in its place, and the other way round: exp is taken twice.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE,),
+    source="NeuraLegion/shainet#204",
+    requires=("linear attention",),
+)
+def _twice(case: Case) -> Iterator[None]:
+    running: list[Any] = []
+
+    def note(module: Any, _args: Any, _kwargs: Any) -> None:
+        running[:] = [module]
+
+    def again(own: Any, *args: Any, g: torch.Tensor, **kwargs: Any) -> Any:
+        if not running:  # a mixer of another model
+            return own(*args, g=g, **kwargs)
+        rate = running.pop().A_log.detach().float().exp()
+        return own(*args, g=g * (-rate).exp() / rate, **kwargs)
+
+    with before(_mixers(case), note), _rule(case, again):
+        yield
+
+
+@fault(
+    "dt-bias-left-out",
+    "The decay of linear attention is made of its projection alone: dt_bias is not added.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE,),
+    requires=("linear attention",),
+)
+def _no_bias(case: Case) -> Iterator[None]:
+    from torch.nn.functional import softplus
+
+    mixers = _mixers(case)
+    running: list[Any] = []
+    rates: list[torch.Tensor] = []
+
+    def note(module: Any, _args: Any, _kwargs: Any) -> None:
+        running[:] = [module]
+
+    def keep(_module: Any, _args: Any, output: torch.Tensor) -> None:
+        rates[:] = [output]
+
+    def plain(own: Any, *args: Any, g: torch.Tensor, **kwargs: Any) -> Any:
+        if not running:  # a mixer of another model
+            return own(*args, g=g, **kwargs)
+        alone = -running.pop().A_log.float().exp() * softplus(rates[0].float())
+        return own(*args, g=alone.to(g.dtype), **kwargs)
+
+    with before(mixers, note), after([mixer.in_proj_a for mixer in mixers], keep), _rule(case, plain):
+        yield
+
+
+@fault(
+    "gates-read-across-a-stride",
+    "A kernel reads two gates that lie interleaved in one tensor as if each were contiguous: heads and tokens mix.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE,),
+    source="sgl-project/sglang#21836",
+    requires=("linear attention",),
+)
+def _across(case: Case) -> Iterator[None]:
+    import torch
+    from torch.nn.functional import softplus
+
+    mixers = _mixers(case)
+    running: list[Any] = []
+    made: dict[str, torch.Tensor] = {}
+
+    def note(module: Any, _args: Any, _kwargs: Any) -> None:
+        running[:] = [module]
+
+    def keeper(name: str) -> Any:
+        def keep(_module: Any, _args: Any, output: torch.Tensor) -> None:
+            made[name] = output
+
+        return after([getattr(mixer, name) for mixer in mixers], keep)
+
+    def flat(own: Any, *args: Any, g: torch.Tensor, beta: torch.Tensor, **kwargs: Any) -> Any:
+        if not running:  # a mixer of another model
+            return own(*args, g=g, beta=beta, **kwargs)
+        mixer, share, rate = running.pop(), made["in_proj_b"], made["in_proj_a"]
+        packed = torch.stack([share, rate], dim=-1).flatten()
+        share, rate = packed[: share.numel()].view_as(share), packed[1 : 1 + rate.numel()].view_as(rate)
+        g = (-mixer.A_log.float().exp() * softplus(rate.float() + mixer.dt_bias)).to(g.dtype)
+        return own(*args, g=g, beta=share.sigmoid().to(beta.dtype), **kwargs)
+
+    with before(mixers, note), keeper("in_proj_b"), keeper("in_proj_a"), _rule(case, flat):
+        yield
+
+
+@fault(
+    "convolution-step-out-of-order",
+    "While decoding, the newest input takes the convolution's first weight, and the kept ones those behind it.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE, "(decode step 1)"),
+    source="vllm-project/vllm-ascend#8544",
+    requires=("linear attention",),
+)
+def _step_out_of_order(case: Case) -> Iterator[None]:
+    def turn(own: Any, x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(x, state, weight.roll(-1, dims=-1), *args, **kwargs)
+
+    with _function(case, CONVOLUTION_STEP, turn):
+        yield
+
+
+@fault(
+    "convolution-looks-ahead",
+    "The convolution of a prompt is padded on both sides: each token sees the one behind it.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(RULE,),
+    requires=("linear attention",),
+)
+def _looks_ahead(case: Case) -> Iterator[None]:
+    from torch.nn.functional import pad
+
+    def ahead(own: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return own(pad(x[..., 1:], (0, 1)), *args, **kwargs)
+
+    with _function(case, CONVOLUTION, ahead):
+        yield
+
+
+@fault(
+    "gates-taken-for-queries",
+    "q_proj's output is split in its middle, where each head's query is followed by its own gate.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("attention: model.language_model.layers.", ".self_attn"),
+    source="llmmanorg/llmman#16",
+    requires=("linear attention",),
+)
+def _split_in_the_middle(case: Case) -> Iterator[None]:
+    def misread(layer: Any) -> Any:
+        project, width = layer.inputs[0], layer.attention.head_dim
+
+        def halves(hidden: torch.Tensor) -> Any:
+            made: Any = project(hidden)
+            return made.unflatten(-1, (2, -1, width)).transpose(-3, -2).flatten(-3)
+
+        return replaced_while_running(layer.attention, "q_proj", halves)
+
+    with all_of([misread(layer) for layer in language_layers(anatomy(case.model)) if layer.attends]):
+        yield
+
+
+@fault(
+    "whole-head-rotated",
+    "partial_rotary_factor is not read: attention turns the whole of each head, not its first quarter.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("attention: model.language_model.layers.", ".self_attn"),
+    source="AI-Hypercomputer/maxtext#4616",
+    requires=("linear attention",),
+)
+def _whole_head(case: Case) -> Iterator[None]:
+    attending = next(layer for layer in language_layers(anatomy(case.model)) if layer.attends)
+    home: Any = sys.modules[type(attending.attention).__module__]
+    own = home.apply_rotary_pos_emb
+
+    def whole(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        half = cos.shape[-1] // 2
+        times = q.shape[-1] // half
+        return own(q, k, cos[..., :half].repeat(1, 1, times), sin[..., :half].repeat(1, 1, times), *args, **kwargs)
+
+    with attribute(home, "apply_rotary_pos_emb", whole):
+        yield
+
+
+@fault(
+    "frequencies-of-the-whole-head",
+    "A rotary kernel spreads its frequencies over the head's width, and not over the part of it that is turned.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("rotary embedding", "turns as with base", "(rope_theta)"),
+    source="pie-project/pie#602",
+    requires=("linear attention",),
+)
+def _spread_over_the_head(case: Case) -> Iterator[None]:
+    from pytest_qvl.models.layers import rope_of
+
+    parts = anatomy(case.model)
+    share = rope_of(parts).share
+    with while_running([parts.language_backbone.rotary_emb], "inv_freq", lambda own: own**share):
+        yield
+
+
+@fault(
+    "gain-shifted-twice",
+    "Weights of the norms were converted to one more than they were, and norms scale by one more than them again.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("norm: model.language_model.layers.0.input_layernorm returns", "times what it has to"),
+    source="ml-explore/mlx-lm#1623",
+    requires=("linear attention",),
+)
+def _shifted_twice(case: Case) -> Iterator[None]:
+    def shifted(norm: Any) -> Any:
+        return lambda x: (norm._norm(x.float()) * (2 + norm.weight.float())).type_as(x)
+
+    norms = [norm for layer in language_layers(anatomy(case.model)) for norm in (*layer.norms, *layer.head_norms)]
+    with all_of([attribute(norm, "forward", shifted(norm)) for norm in norms]):
+        yield
+
+
+@fault(
+    "state-kept-between-prompts",
+    "A server gives the slot of a prompt that is done to the next one, and does not empty its state.",
+    target="model",
+    check="generation_repeatable",
+    expected_words=("logits of two runs on the same inputs differ", "remembered between calls"),
+    source="InternLM/lmdeploy#4434",
+    requires=("linear attention",),
+)
+def _kept_between_prompts(case: Case) -> Iterator[None]:
+    mixers = _mixers(case)
+    slots: dict[tuple[int, int], torch.Tensor] = {}
+    running: list[int] = []
+
+    def note(module: Any, _args: Any, _kwargs: Any) -> None:
+        running[:] = [id(module)]
+
+    def reuse(own: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not running:  # a mixer of another model
+            return own(query, *args, **kwargs)
+        slot = running.pop(), len(query)
+        if not mixers[0].training and kwargs.get("initial_state") is None:
+            kwargs["initial_state"] = slots.get(slot)
+        made, after = own(query, *args, **{**kwargs, "output_final_state": True})
+        slots[slot] = after.detach()
+        return made, after if kwargs.get("output_final_state") else None
+
+    with before(mixers, note), _rule(case, reuse):
+        yield
