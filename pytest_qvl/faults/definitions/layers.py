@@ -607,3 +607,150 @@ def _norm_kernel(case: Case) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.__class__ = own
+
+
+@fault(
+    "mrope-axes-in-runs",
+    "A rotary kernel deals the frequencies out in runs, as for Qwen2.5-VL, where the axes take turns.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("rotary embedding", "turns frequency 1", "do not turn by position times theta^(-2i/d)"),
+    source="alibaba/MNN#4133, vllm-project/vllm-gaudi#1437",
+    requires=("norms of q and k",),
+)
+def _in_runs(case: Case) -> Iterator[None]:
+    import torch
+
+    from pytest_qvl.models.layers import rope_of
+
+    parts = anatomy(case.model)
+    rotary: Any = parts.language_backbone.rotary_emb
+    sections = list(rope_of(parts).sections)
+    seen: list[torch.Tensor] = []
+
+    def note(_module: Any, args: Any, kwargs: Any) -> None:
+        seen[:] = [kwargs["position_ids"] if "position_ids" in kwargs else args[1]]
+
+    def runs(module: Any, _args: Any, output: Any) -> Any:
+        angles = (seen[0].float()[..., None] * module.inv_freq.float()).split(sections, dim=-1)
+        dealt = torch.cat([part[axis] for axis, part in enumerate(angles)], dim=-1).repeat(1, 1, 2)
+        return tuple(
+            (turn * module.attention_scaling).to(own.dtype)
+            for turn, own in zip((dealt.cos(), dealt.sin()), output, strict=True)
+        )
+
+    with before([rotary], note), after([rotary], runs):
+        yield
+
+
+@fault(
+    "fused-kernel-drops-two-axes",
+    "A kernel that norms queries and keys and turns them at once reads the temporal positions only.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("holds other keys than those that were computed", f"attention: {ATTENTION}"),
+    source="sgl-project/sglang#35744, #35345",
+    requires=("norms of q and k",),
+)
+def _two_axes(case: Case) -> Iterator[None]:
+    import sys
+
+    home: Any = sys.modules[type(_attending(case).attention).__module__]
+    rotary: Any = anatomy(case.model).language_backbone.rotary_emb
+    own = home.apply_rotary_pos_emb
+    turns: list[Any] = []
+
+    def temporal(module: Any, args: Any, kwargs: Any) -> None:
+        positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+        hidden = args[0] if args else kwargs["x"]
+        turns[:] = module.forward(hidden, positions[:1].expand_as(positions))
+
+    def fused(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        is_other = not turns or (turns[0].device, turns[0].shape) != (cos.device, cos.shape)  # of another model
+        return own(q, k, *((cos, sin) if is_other else turns), *args, **kwargs)
+
+    with before([rotary], temporal), attribute(home, "apply_rotary_pos_emb", fused):
+        yield
+
+
+@fault(
+    "head-norms-exchanged",
+    "Queries are normed with the weights of the keys' norm, and keys with those of the queries'.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("norm: model.language_model.layers.", ".self_attn.q_norm returns something else than it has to"),
+    requires=("norms of q and k",),
+)
+def _norms_exchanged(case: Case) -> Iterator[None]:
+    pairs = [layer.head_norms for layer in language_layers(anatomy(case.model)) if layer.head_norms]
+    with all_of(
+        [
+            attribute(norm, "forward", type(other).forward.__get__(other))
+            for pair in pairs
+            for norm, other in (pair, pair[::-1])
+        ]
+    ):
+        yield
+
+
+@fault(
+    "head-norms-over-all-heads",
+    "Queries and keys are normed over all heads together, and not each head by itself.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("norm: model.language_model.layers.", ".self_attn.q_norm returns something else than it has to"),
+    requires=("norms of q and k",),
+)
+def _over_all_heads(case: Case) -> Iterator[None]:
+    def together(norm: Any) -> Any:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            size = x.float().square().mean(dim=-1, keepdim=True)
+            factor = (size / size.mean(dim=-2, keepdim=True)).sqrt()
+            made: torch.Tensor = (type(norm).forward(norm, x) * factor).to(x.dtype)
+            return made
+
+        return attribute(norm, "forward", forward)
+
+    norms = [norm for layer in language_layers(anatomy(case.model)) for norm in layer.head_norms]
+    with all_of([together(norm) for norm in norms]):
+        yield
+
+
+@fault(
+    "learned-positions-by-pixel-centres",
+    "The table of learned positions is interpolated between centres of cells, where corners fall on corners.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("learned positions: model.visual.blocks.0", "between the corners of the table bilinearly"),
+    source="ggml-org/llama.cpp#25781",
+    transformers=(5, 17),
+    requires=("DeepStack",),
+)
+def _centres(case: Case) -> Iterator[None]:
+    with attribute(anatomy(case.model).vision_tower, "interpolation_align_corners", False):
+        yield
+
+
+@fault(
+    "learned-positions-on-the-grid-only",
+    "The four weights of an interpolated position are cast to whole numbers: between the table's rows it is 0.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=("learned positions: model.visual.blocks.0", "between the corners of the table bilinearly"),
+    source="Blaizzy/mlx-vlm#2304",
+    transformers=(5, 17),
+    requires=("DeepStack",),
+)
+def _on_the_grid(case: Case) -> Iterator[None]:
+    import sys
+
+    home: Any = sys.modules[type(anatomy(case.model).vision_tower).__module__]
+    name = "get_vision_interpolation_indices_and_weights"
+    own = getattr(home, name)
+
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        indices, weights = own(*args, **kwargs)
+        return indices, weights.trunc()
+
+    with attribute(home, name, whole):
+        yield
