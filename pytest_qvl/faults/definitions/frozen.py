@@ -179,3 +179,19 @@ def _merger_detached(case: Case) -> Iterator[None]:
     case.model = case.load(lora=case.lora_config)
     with after([anatomy(case.model).merger], lambda _m, _a, out: out.detach()):
         yield
+
+
+@fault(
+    "deepstack-mergers-unfrozen",
+    "Blocks and patch embedding of the tower were frozen by name; the DeepStack mergers are trained with the adapter.",
+    target="model",
+    check="frozen_vision",
+    expected_words=("base tensors require grad and go to the optimizer, in", "deepstack_merger_list.0"),
+    source="hiyouga/LlamaFactory#9399",
+    requires=("DeepStack",),
+)
+def _mergers_unfrozen(case: Case) -> Iterator[None]:
+    tower: Any = anatomy(case.model).vision_tower
+    for parameter in tower.deepstack_merger_list.parameters():
+        parameter.requires_grad_(True)
+    yield

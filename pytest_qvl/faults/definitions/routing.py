@@ -477,3 +477,49 @@ def _deepstack_next_block(case: Case) -> Iterator[None]:
     last = len(anatomy(case.model).blocks) - 1
     with attribute(tower, "deepstack_visual_indexes", [min(i + 1, last) for i in tower.deepstack_visual_indexes]):
         yield
+
+
+@fault(
+    "deepstack-in-every-row",
+    "The features of the DeepStack mergers are added in every row of the batch at the places that any row has.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("behind layer 0, at row",),
+    source="Blaizzy/mlx-vlm#1635",
+    requires=("DeepStack",),
+)
+def _deepstack_every_row(case: Case) -> Iterator[None]:
+    backbone: Any = anatomy(case.model).language_backbone
+    own = backbone._deepstack_process
+
+    def everywhere(hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = own(0 * hidden, places, features)
+        return hidden + added.sum(dim=0, keepdim=True)
+
+    with attribute(backbone, "_deepstack_process", everywhere):
+        yield
+
+
+@fault(
+    "deepstack-one-layer-late",
+    "The features of each DeepStack merger are added behind the layer after its own, and the last one's not at all.",
+    target="model",
+    check="feature_scatter",
+    expected_words=("behind layer 0, at row", "the feature of DeepStack's merger 0 is due and nothing is added"),
+    requires=("DeepStack",),
+)
+def _deepstack_layer_late(case: Case) -> Iterator[None]:
+    backbone: Any = anatomy(case.model).language_backbone
+    own = backbone._deepstack_process
+    waiting: list[torch.Tensor] = []
+
+    def begin(_module: Any, _args: Any, _kwargs: Any) -> None:
+        waiting.clear()
+
+    def late(hidden: torch.Tensor, places: torch.Tensor, features: torch.Tensor) -> Any:
+        due = waiting.pop() if waiting else None
+        waiting.append(features)
+        return hidden if due is None else own(hidden, places, due)
+
+    with before([backbone], begin), attribute(backbone, "_deepstack_process", late):
+        yield
