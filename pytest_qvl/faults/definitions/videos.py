@@ -240,3 +240,31 @@ def _times_exchanged(case: Case) -> Iterator[None]:
 
     case.clip_collators.append(exchanged)
     yield
+
+
+@fault(
+    "video-times-not-repeated",
+    "A template writes the time of a row's first frame only: the others follow without theirs.",
+    target="batch",
+    check="batch",
+    expected_words=("video-time: row 0, token", "no time before frame 1 of video 0", "let the model's own processor"),
+    source="Blaizzy/mlx-vlm#2142",
+    requires=("times in words",),
+)
+def _times_not_repeated(case: Case) -> Iterator[None]:
+    tokenizer, placeholder = case.processor.tokenizer, anatomy(case.model).video_token_id
+    line = tokenizer.encode("\n", add_special_tokens=False)[-1]
+
+    def once(batch: Batch) -> Batch:
+        ids = batch["input_ids"].clone()
+        for row in ids:
+            for _, start, _ in list(placeholder_runs(row[None], placeholder))[1:]:
+                stop = start - 1  # <|vision_start|>
+                length = next(
+                    n for n in range(1, stop) if tokenizer.decode(row[stop - n : stop].tolist()).startswith("<")
+                )
+                row[stop - length : stop] = line
+        return {**batch, "input_ids": ids}
+
+    case.clip_collators.append(once)
+    yield
