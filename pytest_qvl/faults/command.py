@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.faults.catalogue import catalogue, find
+from pytest_qvl.faults.catalogue import find
 from pytest_qvl.faults.common_mode import unshared
 from pytest_qvl.faults.matrix.healthy_command import healthy, split_records
 from pytest_qvl.faults.matrix.journal import partial_file, write_record
@@ -247,7 +247,9 @@ def _write_pages(result: Result, docs: Path) -> None:
 
 def listed() -> str:
     """One line per fault, family by family."""
-    faults, family = catalogue(), ""
+    from pytest_qvl.faults.matrix.results import faults_in_order
+
+    faults, family = faults_in_order(), ""
     lines: list[str] = []
     for fault in faults.values():
         if fault.family != family:

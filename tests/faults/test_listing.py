@@ -17,6 +17,8 @@ def test_listing(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert all(name in out for name in catalogue())
     assert f"{len(catalogue())} faults" in out
+    headings = [line for line in out.splitlines()[:-3] if line and not line.startswith(" ")]
+    assert len(headings) == len(set(headings)), "each family once"
 
 
 def test_explaining_one(capsys: pytest.CaptureFixture[str]) -> None:
