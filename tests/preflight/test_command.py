@@ -320,3 +320,10 @@ def test_a_quantization_that_is_a_text_is_red(shop):
     folder = shop.copy(shop.base("qwen2_vl"))
     edit(folder / "config.json", quantization_config="nf4")
     assert [finding.name for finding in preflight(folder).red] == ["base-bad-setting"]
+
+
+def test_a_base_without_processor_files_is_told_so(shop, tmp_path):
+    (tmp_path / "config.json").write_bytes((shop.base("qwen2_5_vl") / "config.json").read_bytes())
+    found = [finding for finding in preflight(tmp_path) if finding.question == 6]
+    assert [finding.state for finding in found] == ["not judged"]
+    assert "neither the base nor the adapter has processor files at hand" in found[0].line

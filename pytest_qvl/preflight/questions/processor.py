@@ -121,7 +121,7 @@ def _beside(subject: Subject, own: ProcessorFiles | None) -> Beside:
         files = ProcessorFiles(subject.adapter.folder)
         if not files.is_empty:
             return Beside(subject, files, own, "the processor beside the adapter", loaded_apart=files.image is None)
-    if own is None:
+    if own is None or own.is_empty:
         raise CannotJudge("neither the base nor the adapter has processor files at hand (--processor)")
     return Beside(subject, own, own, "the processor of the base")
 
