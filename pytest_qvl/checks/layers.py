@@ -26,6 +26,7 @@ from pytest_qvl.models.adapters import adapter_configs, base_modules
 from pytest_qvl.models.anatomy import TOWER, anatomy
 from pytest_qvl.models.layers import language_layers, vision_theta
 from pytest_qvl.models.mixer_kernels import PYTORCH, mixer_kernels
+from pytest_qvl.models.renamed import kv_cache_in, kv_cache_name
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import forget_positions
 from pytest_qvl.models.training import checkpointing, is_checkpointing
@@ -201,7 +202,7 @@ def _go_on(parts: Parts, inputs: dict[str, Any], made: Any, modules: _Modules) -
     """
     import torch
 
-    cache, new = made.past_key_values, made.sequences[:, inputs["input_ids"].shape[1] :]
+    cache, new = kv_cache_in(made), made.sequences[:, inputs["input_ids"].shape[1] :]
     mask = attended(inputs).long()
     mask = torch.cat((mask, mask.new_ones(len(mask), cache.get_seq_length() - mask.shape[1])), dim=1)
     for number, piece in enumerate(new.split(STEPS // PIECES, dim=1), 1):
@@ -212,7 +213,7 @@ def _go_on(parts: Parts, inputs: dict[str, Any], made: Any, modules: _Modules) -
             positions = positions + parts.core.rope_deltas.to(positions.device)
         wrapped: Any = parts.wrapped
         given = {"input_ids": piece, "attention_mask": mask, "position_ids": positions}
-        wrapped(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        wrapped(**given, **{kv_cache_name(parts): cache}, use_cache=True, logits_to_keep=1)
 
 
 class _Modules:
