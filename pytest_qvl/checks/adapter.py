@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.lora import foreign_types, layer_of, matrix_of, no_adapter, peft_type_of
 from pytest_qvl.checks.support.lora_request import (
     adaptable_modules,
+    bare_mixers,
     expected_size,
     frozen_on_purpose,
     is_lorafa,
@@ -21,7 +22,6 @@ from pytest_qvl.checks.support.wording import some, tally
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, InputTypeError, Judge
 from pytest_qvl.models.adapters import active_adapters, adapted_layers, adapter_parameters, chosen_adapter
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, Parts, anatomy
-from pytest_qvl.models.layers import MIXER, language_layers
 from pytest_qvl.models.policy import AdapterPolicy
 from pytest_qvl.models.quantized import dtype_name
 from pytest_qvl.models.training import asked_biases, trained_copies, trained_on_purpose
@@ -86,7 +86,8 @@ def adapter_census(
 
     _judge_active(judge, parts)
     _judge_placement(judge, parts, groups=groups, expected=expected, actual=actual, config=lora_config)
-    _note_bare_mixers(judge, parts, actual)
+    if bare := bare_mixers(parts, lora_config, candidates, actual):
+        judge.note(bare)
     _judge_copies(judge, parts, groups, copies, lora_config)
     frozen = {n for n, p in adapters.items() if matrix_of(n) in frozen_on_purpose(lora_config, optimizer)}
     counted = {name: p for name, p in adapters.items() if p.requires_grad or name in frozen}
@@ -166,19 +167,6 @@ def _judge_placement(
         judge.problem(
             f"target_modules {_short(config.target_modules)} match nothing in {', '.join(groups)}: "
             "the text side is not adapted at all"
-        )
-
-
-def _note_bare_mixers(judge: Judge, parts: Parts, adapted: Collection[str]) -> None:
-    """Say which layers have a linear-attention mixer that nothing adapts: the usual seven names are none of its own."""
-    mixers = {f"{layer.name}.{MIXER}": layer for layer in language_layers(parts) if not layer.attends}
-    bare = [name for name in mixers if not any(one.startswith(f"{name}.") for one in adapted)]
-    if bare:
-        linears = sum(len((*mixers[name].inputs, mixers[name].output)) for name in bare)
-        judge.note(
-            f"{len(bare)} of {len(language_layers(parts))} layers mix tokens by linear attention without an adapter on "
-            f"it: {linears} linears of {some(bare)}; to adapt them too, name in_proj_qkv, in_proj_z, in_proj_b, "
-            "in_proj_a and out_proj in target_modules"
         )
 
 

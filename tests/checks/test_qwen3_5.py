@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from importlib.util import find_spec
@@ -259,3 +260,29 @@ def test_what_seven_names_leave_out_is_named() -> None:
     (note,) = evidence.notes
     assert "2 of 3 layers mix tokens by linear attention without an adapter on it: 10 linears of" in note
     assert "model.language_model.layers.0.linear_attn" in note
+    assert note.endswith("name in_proj_qkv, in_proj_z, in_proj_b, in_proj_a and out_proj in target_modules")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "says"),
+    [
+        (
+            {"exclude_modules": ["in_proj_b", "in_proj_a"]},
+            ": 6 linears of .*name in_proj_qkv, in_proj_z and out_proj in",
+        ),
+        ({"layers_to_transform": [0, 2]}, "1 of 3 layers mix .*: 5 linears of model.language_model.layers.0.linear"),
+        ({"exclude_modules": r".*\.linear_attn\..*"}, None),
+        ({"layers_to_transform": [2]}, None),
+        ({"modules_to_save": ["linear_attn"]}, None),
+    ],
+    ids=["linears", "layers", "mixers", "all its layers", "trained whole"],
+)
+def test_what_is_left_out_on_purpose_is_no_advice(left_out: dict[str, Any], says: str | None) -> None:
+    from peft import get_peft_model
+
+    config = lora_config(target_modules=SEVEN, **left_out)
+    base = random_model("qwen3_5", seed=0, dtype=torch.float32, quantization_config=None)
+    notes = adapter_census(get_peft_model(base, config), config).notes
+    found = [note for note in notes if "linear attention" in note]
+    assert len(found) == (says is not None)
+    assert says is None or re.search(says, found[0])

@@ -27,7 +27,7 @@ def test_mixers_that_seven_names_leave_out_are_noted():
     assert note == (
         "24 of 32 layers mix tokens by linear attention without an adapter on it: 120 linears of "
         "model.language_model.layers.0.linear_attn, model.language_model.layers.1.linear_attn, "
-        "model.language_model.layers.2.linear_attn, and 21 more; to adapt them too, name in_proj_qkv, in_proj_z, "
+        "model.language_model.layers.2.linear_attn and 21 more; to adapt them too, name in_proj_qkv, in_proj_z, "
         "in_proj_b, in_proj_a and out_proj in target_modules"
     )
     mended = census(target_modules=SEVEN + MIXER)

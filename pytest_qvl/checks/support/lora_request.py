@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.lora import heads_are_tied
+from pytest_qvl.checks.support.wording import listed, some
 from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import Parts
+from pytest_qvl.models.layers import MIXER, MIXER_INPUTS, language_layers
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +38,40 @@ def adaptable_modules(parts: Parts) -> dict[str, nn.Module]:
         for name, module in base_modules(parts).items()
         if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d)
     }
+
+
+def bare_mixers(parts: Parts, config: Any, candidates: Mapping[str, nn.Module], adapted: Collection[str]) -> str:
+    """Which linear-attention mixers (Qwen3.5) no target reaches, in a sentence: LoRA's usual seven names do not.
+
+    What the configuration leaves out on purpose is not said: ``exclude_modules``, ``layers_to_transform``, and
+    ``modules_to_save``, which trains it whole.
+
+    Args:
+        parts: The model, wrapped or not.
+        config: The ``peft.LoraConfig``.
+        candidates: Every module that LoRA can adapt, by name (:func:`adaptable_modules`).
+        adapted: Names of those that have an adapter.
+
+    Returns:
+        The sentence; empty where no mixer is left out.
+    """
+    every = copy.copy(config)
+    every.target_modules = ".*"
+    could = requested_modules(parts, every, candidates)
+    layers = language_layers(parts)
+    bare: dict[str, list[str]] = {}
+    for mixer in (f"{layer.name}.{MIXER}" for layer in layers if not layer.attends):
+        inside = [f"{mixer}.{end}" for end in (*MIXER_INPUTS, "out_proj")]
+        if could.intersection(inside) and not any(name in adapted for name in inside):
+            bare[mixer] = [name for name in inside if name in could]
+    if not bare:
+        return ""
+    names = list(dict.fromkeys(name.rpartition(".")[2] for inside in bare.values() for name in inside))
+    return (
+        f"{len(bare)} of {len(layers)} layers mix tokens by linear attention without an adapter on it: "
+        f"{sum(map(len, bare.values()))} linears of {some(list(bare))}; to adapt them too, name {listed(names)} in "
+        "target_modules"
+    )
 
 
 def _is_asked_for(config: Any, name: str, module: nn.Module) -> bool:

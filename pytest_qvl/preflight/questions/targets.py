@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections import Counter
@@ -12,12 +11,11 @@ from difflib import get_close_matches
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.lora_request import adaptable_modules, expected_size, requested_modules
+from pytest_qvl.checks.support.lora_request import adaptable_modules, bare_mixers, expected_size, requested_modules
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, anatomy
 from pytest_qvl.models.attaching import why_not_attached
-from pytest_qvl.models.layers import MIXER, MIXER_INPUTS, language_layers
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, neutral, numbers, some
 from pytest_qvl.preflight.refusals import UnsafeFileError
@@ -179,37 +177,9 @@ def _census(placement: Placement, config: Any) -> Finding:
             cause=f"target_modules {_short(config.target_modules)} match nothing in the language backbone",
             fix="name the language backbone's layers (q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj)",
         )  # fmt: skip
-    notes = _bare_mixers(placement, config)
-    return Finding(NUMBER, "census", "green", line, keeps_green=pytest_line(subject), notes=notes)
-
-
-def _bare_mixers(placement: Placement, config: Any) -> tuple[str, ...]:
-    """Linear-attention mixers that no target reaches, as ``adapter_census`` notes them: the usual seven names do not.
-
-    What the configuration leaves out on purpose (``exclude_modules``, ``layers_to_transform``) is not said again.
-    """
-    every = copy.copy(config)
-    every.target_modules = ".*"
     with patience("exclude_modules of the adapter"):
-        could = requested_modules(placement.subject.parts, every, placement.modules)
-    layers = language_layers(placement.subject.parts)
-    bare: dict[str, list[str]] = {}
-    for mixer in (f"{layer.name}.{MIXER}" for layer in layers if not layer.attends):
-        inside = [f"{mixer}.{end}" for end in (*MIXER_INPUTS, "out_proj")]
-        if could.intersection(inside) and not placement.actual.intersection(inside):
-            bare[mixer] = [name for name in inside if name in could]
-    if not bare:
-        return ()
-    names = list(dict.fromkeys(name.rpartition(".")[2] for inside in bare.values() for name in inside))
-    return (
-        f"{len(bare)} of {len(layers)} layers mix tokens by linear attention without an adapter on it: "
-        f"{sum(map(len, bare.values()))} linears of {some(bare)}; to adapt them too, name {_and(names)} in "
-        "target_modules",
-    )
-
-
-def _and(names: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        bare = bare_mixers(subject.parts, config, placement.modules, placement.actual)
+    return Finding(NUMBER, "census", "green", line, keeps_green=pytest_line(subject), notes=(bare,) if bare else ())
 
 
 def _leaks(placement: Placement, config: Any) -> Iterator[Finding]:
