@@ -289,9 +289,47 @@ def test_an_alpha_of_zero(bare: Any, lora_config: Any, trained: Any) -> None:
     folder = trained[1]
     retell(folder, lora_alpha=0)
     model = PeftModel.from_pretrained(bare, folder, is_trainable=True)
-    assert "(lora_alpha is 0 in 28, first model." in refused(model, folder)
+    said = refused(model, folder)
+    assert "(lora_alpha is 0 in 28, first model." in said
+    assert said.endswith("put back the lora_alpha of the training (alpha_pattern too) into adapter_config.json")
+    assert "before its training" not in said
     with pytest.raises(CheckFailed, match="lora_alpha is 0 for 28 adapted layers"):
         adapter_census(model, lora_config(lora_alpha=0))
+
+
+def test_a_training_with_an_alpha_of_zero(bare: Any, lora_config: Any, tmp_path: Any) -> None:
+    """Its gradients are zero, so that B is what it was: no other alpha brings back what was never learned."""
+    model = get_peft_model(bare, lora_config(lora_alpha=0))
+    model.save_pretrained(tmp_path)
+    assert refused(model, tmp_path).endswith("learns nothing: train again with a lora_alpha above 0")
+
+
+def test_a_scaling_that_was_set_to_zero(bare: Any, trained: Any) -> None:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(bare, trained[1])
+    for layer in adapted_layers(anatomy(model)).values():
+        layer.set_scale("default", 0)
+    said = refused(model, trained[1])
+    assert "(its scaling is 0 in 28, first model." in said
+    assert said.endswith("as by set_scale(): load it again")
+
+
+def test_layers_that_do_nothing_each_for_its_own_reason(bare: Any, trained: Any) -> None:
+    from peft import PeftModel
+
+    folder = trained[1]
+    rewrite(folder, lambda name, v: v * 0 if "q_proj.lora_B" in name else v * 0 if "k_proj.lora_A" in name else v)
+    retell(folder, alpha_pattern={"(v|o|gate|up|down)_proj": 0})
+    said = refused(PeftModel.from_pretrained(bare, folder), folder)
+    for words in (
+        "(B is all zero in 4, first model.",
+        "; A is all zero in 4, first model.",
+        "; lora_alpha is 0 in 20, first model.",
+        "; it was saved before its training, or its matrices were lost on the way; its matrices were lost on the way, "
+        "since training does not make them so; put back the lora_alpha of the training",
+    ):
+        assert words in said
 
 
 def retell(folder: Any, **changed: Any) -> None:

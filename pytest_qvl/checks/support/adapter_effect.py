@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.lora import SINGULAR_VALUES, rewrites_base, start_at_zero
+from pytest_qvl.checks.support.lora_request import frozen_on_purpose
 from pytest_qvl.checks.support.wording import some, tally
-from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
+from pytest_qvl.models.adapters import adapted_layers, adapter_configs, auxiliary_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,53 +68,77 @@ def judge_effect(judge: Judge, parts: Parts, adapter: str, what: str) -> None:
     if any(adapter in getattr(layer, "lora_magnitude_vector", ()) for layer in layers.values()):
         judge.note("DoRA: not judged whether the adapter does anything, because its magnitude acts while B is zero")
         return
-    idle = {name: why for name, layer in layers.items() if (why := _why_idle(layer, adapter))}
+    idle = {name: why for name, layer in layers.items() if (why := _why_idle(parts, layer, adapter))}
     judge.report("adapted layers that do something", len(layers) - len(idle))
     if not idle:
         return
-    first = next(iter(idle.values()))
     sentence = f"{len(idle)} of {len(layers)} adapted layers of {what} add nothing to the model, whatever goes in"
     if len(idle) < len(layers) or _copies_differ(parts, adapter):
-        judge.note(f"{sentence}: {some(list(idle))} ({first})")
+        judge.note(f"{sentence}: {some(list(idle))} ({next(iter(idle.values())).why})")
         return
-    judge.problem(
-        f"the adapter does nothing: {sentence} ({first} in {list(idle.values()).count(first)}, first {next(iter(idle))}"
-        "); it was saved before its training, or its matrices were lost on the way"
-    )
+    by_reason: dict[_Idle, list[str]] = {}
+    for name, reason in idle.items():
+        by_reason.setdefault(reason, []).append(name)
+    told = "; ".join(f"{reason.why} in {len(names)}, first {names[0]}" for reason, names in by_reason.items())
+    causes = "; ".join(dict.fromkeys(reason.cause for reason in by_reason))
+    judge.problem(f"the adapter does nothing: {sentence} ({told}); {causes}")
 
 
-def _why_idle(layer: Any, adapter: str) -> str:
-    if not layer.scaling.get(adapter, 1):
-        return "lora_alpha is 0"
-    for first, second in _PAIRS:
-        if adapter not in getattr(layer, first, ()):
+@dataclass(frozen=True)
+class _Idle:
+    """Why a layer adds nothing, and what usually makes it so."""
+
+    why: str
+    cause: str
+
+
+_UNTRAINED = "it was saved before its training, or its matrices were lost on the way"
+_LOST = "its matrices were lost on the way, since training does not make them so"
+_OTHER_ALPHA = "put back the lora_alpha of the training (alpha_pattern too) into adapter_config.json"
+_NO_ALPHA = "a training with it learns nothing: train again with a lora_alpha above 0"
+_SCALED_AWAY = "it was scaled so after it was loaded, as by set_scale(): load it again"
+
+
+def _why_idle(parts: Parts, layer: Any, adapter: str) -> _Idle | None:
+    dead = _why_dead(parts, layer, adapter)
+    if layer.scaling.get(adapter, 1):
+        return dead
+    if layer.lora_alpha.get(adapter):
+        return _Idle("its scaling is 0", _SCALED_AWAY)
+    return _Idle("lora_alpha is 0", _NO_ALPHA if dead and dead.cause == _UNTRAINED else _OTHER_ALPHA)
+
+
+def _why_dead(parts: Parts, layer: Any, adapter: str) -> _Idle | None:
+    """Why no rank has values in all of its matrices; None where one has."""
+    config = adapter_configs(parts)[adapter]
+    for pair in _PAIRS:
+        if adapter not in getattr(layer, pair[0], ()):
             continue
-        down, up = (_values(getattr(layer, kind)[adapter]) for kind in (first, second))
+        kinds = {kind for kind in (*pair, SINGULAR_VALUES) if adapter in getattr(layer, kind, ())}
+        trained = kinds - {*frozen_on_purpose(config, None)}
+        started = () if rewrites_base(config) else start_at_zero(trained)
+        down, up = (_values(getattr(layer, kind)[adapter]) for kind in pair)
         rows, columns = (down != 0).any(dim=1), (up != 0).any(dim=0)
-        if getattr(getattr(layer, second)[adapter], "bias", None) is not None:
-            return ""  # lora_bias: B adds something of its own
-        if not bool(columns.any()):
-            return "B is all zero" if first == "lora_A" else f"{second} is all zero"
-        if not bool(rows.any()):
-            return "A is all zero" if first == "lora_A" else f"{first} is all zero"
-        return _why_no_rank(rows & columns, _values(layer.lora_E[adapter]) if _has_values(layer, adapter) else None)
-    return ""
+        if getattr(getattr(layer, pair[1])[adapter], "bias", None) is not None:
+            return None  # lora_bias: B adds something of its own
+        for kind, filled in ((pair[1], columns), (pair[0], rows)):
+            if not bool(filled.any()):
+                short = kind.removeprefix("lora_") if "embedding" not in kind else kind
+                return _Idle(f"{short} is all zero", _UNTRAINED if kind in {*started} & trained else _LOST)
+        return _why_no_rank(rows & columns, _values(layer.lora_E[adapter]) if SINGULAR_VALUES in kinds else None)
+    return None
 
 
-def _why_no_rank(ranks: torch.Tensor, factors: torch.Tensor | None) -> str:
+def _why_no_rank(ranks: torch.Tensor, factors: torch.Tensor | None) -> _Idle | None:
     """Ranks with a row of A and a column of B; AdaLoRA multiplies each by a factor, ``(rank, 1)``, in between."""
     if not bool(ranks.any()):
-        return "where A has a row, B has no column"
+        return _Idle("where A has a row, B has no column", _LOST)
     if factors is None:
-        return ""
+        return None
     own = (factors != 0).any(dim=1)
     if not bool(own.any()):
-        return "E is all zero"
-    return "" if bool((ranks & own).any()) else "E is zero wherever A has a row and B a column"
-
-
-def _has_values(layer: Any, adapter: str) -> bool:
-    return adapter in getattr(layer, "lora_E", ())
+        return _Idle("E is all zero", _UNTRAINED)
+    return None if bool((ranks & own).any()) else _Idle("E is zero wherever A has a row and B a column", _LOST)
 
 
 def _copies_differ(parts: Parts, adapter: str) -> bool:

@@ -33,10 +33,11 @@ def zero_initialised_matrices(parameters: Mapping[str, nn.Parameter]) -> dict[st
     kinds: dict[str, set[str]] = {}
     for name in parameters:
         kinds.setdefault(layer_of(name), set()).add(matrix_of(name))
-    return {name: p for name, p in parameters.items() if matrix_of(name) in _start_at_zero(kinds[layer_of(name)])}
+    return {name: p for name, p in parameters.items() if matrix_of(name) in start_at_zero(kinds[layer_of(name)])}
 
 
-def _start_at_zero(kinds: set[str]) -> tuple[str, ...]:
+def start_at_zero(kinds: set[str]) -> tuple[str, ...]:
+    """Which kinds of matrices start at zero in a layer that trains these kinds."""
     if SINGULAR_VALUES in kinds:
         return (SINGULAR_VALUES,)
     return (*_STARTS_AT_ZERO, "lora_A") if "lora_B" not in kinds else _STARTS_AT_ZERO
