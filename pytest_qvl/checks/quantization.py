@@ -20,6 +20,7 @@ from pytest_qvl.models.skips import (
     saved_quantized,
     skip_list,
     skipped_by,
+    unheeded_entries,
 )
 from pytest_qvl.models.sources.loading import unusable_layers
 from pytest_qvl.models.training import copied_parameters
@@ -173,6 +174,10 @@ def quantization_census(model: Any, policy: QuantizationPolicy | None = None) ->
     _judge_adapter_classes(judge, parts)
     if saved_quantized(parts):
         judge.note("the checkpoint was saved in 4 bits: its own quantization_config counts")
+    if not leaked:  # else the finding says it
+        quantized = {state.name for census in found.values() for state in census.quantized}
+        for sentence in unheeded_entries(parts, quantized):
+            judge.note(sentence)
     _note_wide_parts(judge, parts, policy)
     return judge.verdict(_COLUMNS, [census.row(group) for group, census in found.items() if census.states])
 

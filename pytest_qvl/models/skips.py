@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 
     from pytest_qvl.models.anatomy import Group, Parts
 
+# Entries of lists that are meant for every family at once (Unsloth's ``SKIP_QUANTIZATION_MODULES``, PEFT's docs).
+GENERIC = frozenset(
+    {
+        *("multi_modal_projector", "modality_projection", "mm_projector", "router", "vision_tower", "vision_model"),
+        *("merger", "visual", "audio_tower", "embed_vision", "mamba", "linear_attn", "score", "classifier", "gate"),
+    }
+)
+
 
 def skip_list(parts: Parts) -> list[str] | None:
     """``llm_int8_skip_modules`` as the model's configuration has it; ``None`` if none was given."""
@@ -46,6 +54,35 @@ def idle_entries(parts: Parts) -> dict[str, str]:
     linears = [name for name, _ in parts.named_linears()]
     idle = [entry for entry in skip_list(parts) or () if not any(skipped_by(entry, name) for name in linears)]
     return {entry: _entry_that_would(entry, parts) for entry in idle}
+
+
+def unheeded_entries(parts: Parts, quantized: Collection[str]) -> list[str]:
+    """What the skip list's idle entries leave undone, a sentence each.
+
+    Left out is an entry whose layers are kept anyway, and one that names nothing here but is of a list for all families
+    or of a checkpoint that was saved in 4 bits with it.
+
+    Args:
+        parts: The model.
+        quantized: Names of the linear layers that are quantized.
+    """
+    import transformers
+
+    said = []
+    for entry in idle_entries(parts):
+        named = [name for name, _ in parts.named_linears() if f".{entry.strip('.')}." in f".{name}."]
+        left = [name for name in named if name in quantized]
+        if not left and (named or entry in GENERIC or saved_quantized(parts)):
+            continue
+        undone = f"{len(left)} linears with it in their path are quantized" if left else "none has it in its path"
+        # A backslash would be doubled where the entry is shown as Python writes it.
+        would = f".*[.]{entry.strip('.').replace('.', '[.]')}([.]|$)"
+        fix = f"; {would!r} keeps them" if left and all(skipped_by(would, name) for name in left) else ""
+        said.append(
+            f"the entry {entry!r} of the skip list matches no linear layer on Transformers {transformers.__version__}: "
+            f"{undone}{fix}"
+        )
+    return said
 
 
 def _entry_that_would(entry: str, parts: Parts) -> str:

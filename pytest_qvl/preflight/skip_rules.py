@@ -73,13 +73,6 @@ RULES = (
 # What Transformers keeps in 16 bits where no list is given: the output head, tied or not
 # (``get_keys_to_not_convert``; the embeddings and norms that it names too are no linear layers).
 DEFAULT = ("lm_head",)
-# Entries of lists that are meant for every family at once (Unsloth's ``SKIP_QUANTIZATION_MODULES``, PEFT's docs).
-GENERIC = frozenset(
-    {
-        *("multi_modal_projector", "modality_projection", "mm_projector", "router", "vision_tower", "vision_model"),
-        *("merger", "visual", "audio_tower", "embed_vision", "mamba", "linear_attn", "score", "classifier", "gate"),
-    }
-)
 
 
 def rule_of(version: str) -> Rule | None:

@@ -17,7 +17,9 @@ from pytest_qvl.checks.quantization import QuantizationPolicy, quantization_cens
 from pytest_qvl.checks.support.unpacked_weights import require_unpacked_weights
 from pytest_qvl.checks.weights import weights_as_stored
 from pytest_qvl.evidence import CannotJudge, CheckFailed
+from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.quantized import usual_quantization
 from pytest_qvl.samples import make_batch, scenes
 
 
@@ -86,6 +88,33 @@ def test_a_skip_list_that_covers_only_part_of_the_tower(fresh_model: Any) -> Non
 def test_a_skip_list_that_reaches_into_the_backbone(fresh_model: Any) -> None:
     message = refused(fresh_model(skip=("model.visual", "lm_head", "o_proj")))
     assert message.startswith("language: 4 of 28 linears are bfloat16 instead of nf4 (first: model.language_model")
+
+
+def hybrid_model(*skip: str) -> Any:
+    """Qwen3.5 of three layers, two of them linear attention with five linears each, in bfloat16."""
+    if "qwen3_5" not in RANDOM_FAMILIES:
+        pytest.skip("Transformers has no Qwen3.5 yet")
+    asked = usual_quantization(torch.bfloat16, llm_int8_skip_modules=["model.visual", "lm_head", *skip])
+    return random_model("qwen3_5", seed=0, dtype=torch.bfloat16, quantization_config=asked)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ("linear_attn", "10 linears with it in their path are quantized; '.*[.]linear_attn([.]|$)' keeps them"),
+        ("in_porj_a", "none has it in its path"),
+    ],
+)
+def test_an_entry_that_does_nothing_is_a_note_where_the_policy_holds(entry: str, said: str) -> None:
+    (note,) = quantization_census(hybrid_model(entry)).notes
+    assert note == (
+        f"the entry {entry!r} of the skip list matches no linear layer on Transformers {transformers.__version__}: {said}"
+    )
+
+
+def test_no_note_of_entries_that_lack_nothing(fresh_model: Any) -> None:
+    other_families_and_kept_by_another_entry = ("model.visual", "lm_head", "linear_attn", "visual", "merger")
+    assert quantization_census(fresh_model(skip=other_families_and_kept_by_another_entry)).notes == ()
 
 
 def test_one_vision_linear_alone_is_seen(fresh_model: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group
+from pytest_qvl.models.skips import GENERIC
 from pytest_qvl.models.sources.loading import has_tied_head, in_todays_layout
 from pytest_qvl.preflight import skip_rules
 from pytest_qvl.preflight.commands import pytest_line, red
@@ -90,7 +91,7 @@ def _cause(parts: Parts, wrong: Sequence[Group], entries: Sequence[str]) -> str:
 def _mended(parts: Parts, entries: Sequence[str]) -> list[str]:
     """The list with what keeps vision tower, merger and head; entries that did nothing for them are left out."""
     roots = [parts.roots["vision"], parts.roots["lm_head"]]
-    own = [entry for entry in entries if entry not in skip_rules.GENERIC and not any(entry in root for root in roots)]
+    own = [entry for entry in entries if entry not in GENERIC and not any(entry in root for root in roots)]
     return [*roots, *own]
 
 
@@ -169,7 +170,7 @@ def _idle(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule
     rest = [other for other in subject.skip[0] or () if other != entry]
     meant = _meant(entry, subject.parts, linears, rest, rule)
     saved = subject.base.quantization is not None and subject.asked.skip is None
-    if not meant.left and (meant.linears or saved or entry in skip_rules.GENERIC):
+    if not meant.left and (meant.linears or saved or entry in GENERIC):
         return  # what it names is kept by other entries, or no Qwen-VL has it: the list is one for all families
     better = ", ".join(map(repr, _entries_that_keep(meant, linears, rest, rule)))
     many = f" (keeps {counted(len(meant.left), 'linear layer')})" if len(meant.modules) > 1 else ""
