@@ -280,10 +280,10 @@ class _Modules:
             linears.judge_linear(self._tally, self._parts, name, call)
 
     def _norm(self, name: str, call: Call) -> None:
+        linears.judge_norm(self._tally, self._parts, name, call)
         if name not in self._probed:
             self._probed.add(name)
             linears.judge_epsilon(self._tally, self._parts, name, call.module, call.given)
-        linears.judge_norm(self._tally, self._parts, name, call)
 
     def _dropout(self, name: str, adapter: str, call: Call) -> None:
         self._dropped.setdefault(name, {})[adapter] = call

@@ -378,6 +378,19 @@ def test_norms_of_another_class_are_judged_alike(case: Case) -> None:
             norm.__class__ = own
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("times", [0.5, 2])
+def test_a_gain_that_is_off_is_not_said_to_be_an_eps(case: Case, times: float, dtype: str) -> None:
+    """At the size of its root alone, half the gain is what an eps seven times as large makes."""
+    damaged = case if dtype == "float32" else in_bfloat16(case)
+    norms = [norm for layer in language_layers(anatomy(damaged.model)) for norm in layer.norms]
+    with after(norms, lambda _m, _a, out: out * times), pytest.raises(CheckFailed) as failure:
+        layer_arithmetic(damaged.model, damaged.batch())
+    assert f"norm: model.language_model.layers.0.input_layernorm returns {times:g}" in str(failure.value)
+    assert "computes as with eps" not in str(failure.value)
+
+
 @pytest.mark.parametrize("times", [1 + 1e-4, *slow(1 - 1e-3)])
 def test_a_dose_that_logits_hide_is_seen_in_float32(case: Case, times: float) -> None:
     layer = language_layers(anatomy(case.model))[1]

@@ -7,7 +7,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.layers.copies import place_of
-from pytest_qvl.checks.support.layers.tally import multiple
+from pytest_qvl.checks.support.layers.tally import error_over_limit, multiple
 from pytest_qvl.models.anatomy import TOWER
 from pytest_qvl.models.layers import VISION_EPS, family_of, has_bias
 from pytest_qvl.oracles import elementary, nf4
@@ -33,6 +33,8 @@ TEXT_NORMS, TOWER_NORMS = (
     ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"),
     ("norm1", "norm2", "norm", "ln_q"),
 )
+# Of numbers so large, whose squares float32 holds and float16 need not, an eps of 1 is 3e-8 of the power.
+EPS_LOST = 4096.0
 BIAS, BOOK, NORM, EPSILON, EMBEDDING = "bias", "NF4 code book", "norm", "eps of a norm", "embedding"
 
 
@@ -216,15 +218,21 @@ def judge_norm(tally: Tally, parts: Parts, name: str, call: Call) -> None:
 def judge_epsilon(tally: Tally, parts: Parts, name: str, module: Any, like: torch.Tensor) -> None:
     """The eps of a norm, by what it makes of numbers as small: of ``±sqrt(eps)`` it halves the power.
 
-    On the activations of a model eps is far below their variance, and a wrong one is lost in 16-bit rounding.
+    On the activations of a model eps is far below their variance, and a wrong one is lost in 16-bit rounding. A norm
+    that is off at :data:`EPS_LOST` too, beside which no eps counts, is off for another reason, and counts as a norm.
     """
     import torch
 
     place = place_of(name)
     width, eps = like.shape[-1], norm_epsilon(parts, place)
     signs = 1 - 2 * (torch.arange(width, device=like.device) % 2)
-    x = (signs * eps**0.5).to(like.dtype)[None]
-    got = module(x).detach()
+
+    def made_of(size: float) -> tuple[torch.Tensor, torch.Tensor, Claim]:
+        x = (signs * size).to(like.dtype)[None]
+        got = module(x).detach()
+        return x, got, normed(parts, place, module, x, got.dtype)
+
+    x, got, claim = made_of(eps**0.5)
 
     def words() -> str:
         shift = 0.0 if getattr(module, "bias", None) is None else module.bias.detach().float()
@@ -232,7 +240,10 @@ def judge_epsilon(tally: Tally, parts: Parts, name: str, module: Any, like: torc
         found = float((x.float().square() * (gains**-2 - 1)).nanmedian())
         return f"computes as with eps {found:.2g}, not {eps:g}"
 
-    tally.hold(EPSILON, name, got, normed(parts, place, module, x, got.dtype), words)
+    if error_over_limit(got, claim) > 1 and error_over_limit(*made_of(EPS_LOST)[1:]) > 1:
+        tally.hold(NORM, name, got, claim)
+    else:
+        tally.hold(EPSILON, name, got, claim, words)
 
 
 def norm_epsilon(parts: Parts, name: str) -> float:
