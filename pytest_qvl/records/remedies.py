@@ -138,8 +138,8 @@ REMEDIES = {
         "Freeze model.visual, and restrict LoRA to the language model.",
     ),
     "label_mask": Remedy(
-        "The collator supervises prompts, image placeholders or padding, or no answer at all.",
-        "Set labels to -100 everywhere but on the answer and its end token.",
+        "The collator supervises prompts, image placeholders or padding, no answer at all, or a part of a thought.",
+        "Set labels to -100 everywhere but on the answer and its end token, and render thoughts by the chat template.",
     ),
     "training_collation": Remedy(
         "Rows are cut off, padded inside, or carry another sample's answer.",

@@ -1,0 +1,224 @@
+"""Thoughts in front of replies, where a chat template opens them: ``<think>`` ... ``</think>`` (Qwen3, Qwen3.5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pytest_qvl.checks.support.turns import ANSWER_HEADER
+from pytest_qvl.checks.support.wording import some
+from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.samples.batch import IGNORED
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pytest_qvl.checks.support.turns import Turn
+    from pytest_qvl.evidence import Judge
+
+OPENS, CLOSES = "<think>", "</think>"
+SWITCH = "enable_thinking"
+_SHOWN_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class ThinkingTemplate:
+    r"""What a chat template puts between the header of a reply and the reply.
+
+    Attributes:
+        openings: What generation prompts write there, by default and with ``enable_thinking`` on and off, the default
+            first: ``"<think>\n"``, ``"<think>\n\n</think>\n\n"``, or nothing (Qwen3 opens its own thoughts).
+        everywhere: Whether the template writes one of them in front of answers that another turn follows, too.
+        opens: Id of ``<think>``.
+        closes: Id of ``</think>``.
+    """
+
+    openings: tuple[str, ...]
+    everywhere: bool
+    opens: int
+    closes: int
+
+    def begins(self, text: str, *, cut: bool) -> bool:
+        """Whether an answer begins as some generation prompt ends.
+
+        Args:
+            text: Of the answer, with its thought.
+            cut: Whether the row ends inside of it: an opening that is cut off is none that is missing.
+        """
+        return any(text.startswith(each) or (cut and each.startswith(text)) for each in self.openings)
+
+
+def thinking_template(processor: Any) -> ThinkingTemplate | None:
+    """What the chat template of a processor (or tokenizer) does with thoughts, found by rendering it.
+
+    The name of the family says nothing: Qwen3-VL has a template that thinks and one that does not over one vocabulary.
+
+    Returns:
+        ``None`` where no generation prompt holds a ``<think>``: thoughts are then text like any other.
+
+    Raises:
+        CannotJudge: It mentions ``<think>`` and cannot be rendered, or the tokenizer has no such token.
+    """
+    template = getattr(processor, "chat_template", None)
+    written = " ".join(template.values()) if isinstance(template, dict) else template or ""
+    if OPENS not in written:
+        return None
+    options: list[dict[str, bool]] = [{}]
+    if SWITCH in written:
+        options += [{SWITCH: True}, {SWITCH: False}]
+    question = {"role": "user", "content": "Why?"}
+    answer = {"role": "assistant", "content": "So."}
+    try:
+        prompts = [_rendered(processor, [question], add_generation_prompt=True, **each) for each in options]
+        openings = tuple(dict.fromkeys(_behind_header(text) for text in prompts))
+        if not any(OPENS in each for each in openings):
+            return None
+        twice = _behind_header(_rendered(processor, [question, answer, question, answer]), first=True)
+    except Exception as error:
+        raise CannotJudge(f"its chat template cannot be rendered ({type(error).__name__}: {error})") from error
+    everywhere = any(each and twice.startswith(each) for each in openings)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return ThinkingTemplate(openings, everywhere, *(_id(tokenizer, token) for token in (OPENS, CLOSES)))
+
+
+def _rendered(processor: Any, conversation: list[dict[str, str]], **options: bool) -> str:
+    text: str = processor.apply_chat_template(conversation, tokenize=False, **options)
+    return text
+
+
+def _behind_header(text: str, *, first: bool = False) -> str:
+    _before, header, behind = text.partition(ANSWER_HEADER) if first else text.rpartition(ANSWER_HEADER)
+    if not header:
+        raise ValueError(f"it writes no {ANSWER_HEADER!r}")
+    return behind
+
+
+def _id(tokenizer: Any, token: str) -> int:
+    ids: list[int] = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise CannotJudge(f"the chat template writes {token}, which is {len(ids)} tokens of the tokenizer and not one")
+    return ids[0]
+
+
+class ThoughtReader:
+    """Sorts taught answers by what is taught of the thoughts in front of them.
+
+    Args:
+        template: Of the processor that made the rows.
+        tokenizer: Its tokenizer.
+    """
+
+    _KINDS: Mapping[str, str] = {
+        "answers without an opening": (
+            "answers do not begin as a generation prompt of the chat template ends ({openings}), so they are learned "
+            "in a context that generation never makes: render whole conversations by the chat template, or put its "
+            "empty thought in front"
+        ),
+        "thoughts without a taught end": (
+            f"thoughts are taught without the {CLOSES} behind them, so the model does not learn to stop thinking"
+        ),
+        "ends of thoughts taught alone": (
+            f"thoughts are not taught and the {CLOSES} behind them is, so the model learns to close a thought and "
+            "never to go on with one: teach both or neither"
+        ),
+        "thoughts taught in part": (f"thoughts are taught in part: teach each with its {CLOSES}, or leave out both"),
+        "thoughts that never end": (
+            f"answers end inside of their thought, without {CLOSES}, so the model learns to end its turn there"
+        ),
+        "marks of thoughts in replies": (
+            f"answers hold {OPENS} or {CLOSES} elsewhere than around one thought in front: did a template not find the "
+            "thought, and put an empty one in front of it?"
+        ),
+    }
+
+    def __init__(self, template: ThinkingTemplate, tokenizer: Any) -> None:
+        self._template, self._tokenizer = template, tokenizer
+        self._found: dict[str, list[str]] = {kind: [] for kind in self._KINDS}
+        self._counts = dict.fromkeys(("taught", "left out", "empty", "stripped"), 0)
+        self._blank: dict[int, bool] = {}
+
+    def read(self, where: str, ids: Sequence[int], labels: Sequence[int], turn: Turn, *, followed: bool) -> None:
+        """Take note of an answer; one of which nothing is taught is left out on purpose.
+
+        Args:
+            where: Names it.
+            ids: Of its row.
+            labels: Of its row.
+            turn: The answer.
+            followed: Whether another turn of its conversation follows.
+        """
+        if all(labels[place] == IGNORED for place in turn.places):
+            return
+        text = self._text(ids, turn.places)
+        if not self._template.begins(text, cut=not turn.closed):
+            if followed and not self._template.everywhere:
+                self._counts["stripped"] += 1
+            else:
+                shown = self._text(ids, turn.places[:_SHOWN_TOKENS])
+                self._found["answers without an opening"].append(f"{where} begins with {shown!r}")
+        self._read_thought(where, ids, labels, turn)
+
+    def is_open_in(self, ids: Sequence[int], turn: Turn) -> bool:
+        """Whether a turn ends inside of its thought."""
+        own = {ids[place] for place in turn.places}
+        return self._template.opens in own and self._template.closes not in own
+
+    def _read_thought(self, where: str, ids: Sequence[int], labels: Sequence[int], turn: Turn) -> None:
+        opens, closes = self._template.opens, self._template.closes
+        marks = [place for place in turn.places if ids[place] in (opens, closes)]
+        if not marks:
+            return
+        kinds = [ids[place] for place in marks]
+        in_front = all(self._is_blank(ids[place]) for place in range(turn.start, marks[0]))
+        if kinds == [opens] and in_front:
+            if turn.closed:
+                self._found["thoughts that never end"].append(where)
+        elif kinds == [opens, closes] and in_front:
+            self._sort(where, ids, labels, range(marks[0] + 1, marks[1]))
+        else:
+            self._found["marks of thoughts in replies"].append(where)
+
+    def _sort(self, where: str, ids: Sequence[int], labels: Sequence[int], inside: range) -> None:
+        thought = [place for place in inside if not self._is_blank(ids[place])]
+        taught = sum(labels[place] != IGNORED for place in thought)
+        end_taught = labels[inside.stop] != IGNORED
+        whole = bool(taught) and taught == len(thought)
+        if not thought:
+            self._counts["empty"] += 1
+        elif whole and end_taught:
+            self._counts["taught"] += 1
+        elif not taught and not end_taught:
+            self._counts["left out"] += 1
+        elif whole:
+            self._found["thoughts without a taught end"].append(where)
+        elif not taught:
+            self._found["ends of thoughts taught alone"].append(where)
+        else:
+            self._found["thoughts taught in part"].append(f"{where}, {taught} of {len(thought)} tokens")
+
+    def judge(self, judge: Judge) -> None:
+        """Enter what was found."""
+        openings = " or ".join(repr(each) for each in self._template.openings)
+        for kind, story in self._KINDS.items():
+            places = self._found[kind]
+            said = story.format(openings=openings)
+            judge.equal(kind, len(places), 0, else_say=f"{len(places)} {said}: {some(places, '; ')}")
+        for kind in ("taught", "left out", "empty"):
+            judge.report(f"thoughts {kind}", self._counts[kind])
+        if left_out := self._counts["left out"]:
+            judge.note(f"{left_out} thoughts are not taught, with their {CLOSES}: only the replies behind them are")
+        if stripped := self._counts["stripped"]:
+            judge.note(
+                f"{stripped} answers that another turn follows are taught without a thought in front, as the chat "
+                "template writes them there; no generation prompt does"
+            )
+
+    def _text(self, ids: Sequence[int], places: Sequence[int]) -> str:
+        own = [ids[place] for place in places]
+        text: str = self._tokenizer.decode(own, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = not self._text([token], (0,)).strip()
+        return self._blank[token]
