@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.bitwise import identity_of
 from pytest_qvl.checks.support.unpacked_weights import repacked_sentence
+from pytest_qvl.checks.support.wording import listed
 from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, Parts, anatomy
 from pytest_qvl.models.quantized import LinearState, asks_for_4bit, dtype_name, linear_states, with_foreign_tables
+from pytest_qvl.models.skip_rules import skipped_by
 from pytest_qvl.models.skips import (
     chosen_by_name,
     entries_keeping,
     idle_entries,
     saved_quantized,
     skip_list,
-    skipped_by,
     unheeded_entries,
 )
 from pytest_qvl.models.sources.loading import unusable_layers
@@ -375,7 +376,10 @@ def _cause(parts: Parts, leaked: Sequence[Group]) -> str:
         return f"no skip list was given: pass llm_int8_skip_modules={works}"
     again = ", and quantize the 16-bit base again: the checkpoint was saved so" if saved_quantized(parts) else ""
     if idle := idle_entries(parts):
-        written = ", ".join(f"{entry!r}" + (f" for {better!r}" if better else "") for entry, better in idle.items())
+        written = ", ".join(
+            f"{entry!r}" + (f" for {listed([*map(repr, meant.instead)])}" if meant.instead else "")
+            for entry, meant in idle.items()
+        )
         return (
             f"the skip list {given} in the model's config has entries that match no module on Transformers "
             f"{transformers.__version__} ({written}; a pattern has to match from the start of the module's name): "

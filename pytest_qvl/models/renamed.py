@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
 
 # 5.24 renamed the key-value cache and will drop the old name in 5.40.
 KV_CACHE_NAMES = ("cache", "past_key_values")
+# How Transformers reads the names of before 4.52 (`_checkpoint_conversion_mapping` of Qwen2-VL and Qwen2.5-VL in 4.57).
+_OLD_LAYOUT = (
+    (re.compile(r"^visual\."), "model.visual."),
+    (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
+)
 
 
 def kv_cache_name(parts: Parts) -> str:
@@ -33,3 +39,10 @@ def enable_checkpointing(base: Any, kwargs: dict[str, Any]) -> None:
 def disable_checkpointing(base: Any) -> None:
     """Switch gradient checkpointing off. 5.23 renamed it."""
     (getattr(base, "activation_checkpointing_disable", None) or base.gradient_checkpointing_disable)()
+
+
+def in_todays_layout(name: str) -> str:
+    """The name that a tensor of a checkpoint has in Transformers 4.52 and later."""
+    for pattern, replacement in _OLD_LAYOUT:
+        name = pattern.sub(replacement, name)
+    return name

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.models.anatomy import TOWER
+from pytest_qvl.models.skip_advice import meant_by
+from pytest_qvl.models.skip_rules import installed_rule, skipped_by
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
 
     from pytest_qvl.models.anatomy import Group, Parts
+    from pytest_qvl.models.skip_advice import Meant
 
 # Entries of lists that are meant for every family at once (Unsloth's ``SKIP_QUANTIZATION_MODULES``, PEFT's docs).
 GENERIC = frozenset(
@@ -30,30 +32,17 @@ def skip_list(parts: Parts) -> list[str] | None:
     return None if given is None else list(given)
 
 
-def skipped_by(pattern: str, module_name: str) -> bool:
-    """Whether the installed Transformers keeps a module out of the quantization because of this pattern.
-
-    Transformers 5 matches the pattern, a regular expression, from the start of the module's full name, or
-    takes it as the end of the name. Transformers 4 (``_replace_with_bnb_linear``) takes it as the module's
-    own name, or as a parent's name anywhere in the full name.
-    """
-    try:
-        from transformers.quantizers.quantizers_utils import should_convert_module
-    except ImportError:
-        return f"{pattern}." in module_name or pattern in (module_name, module_name.rpartition(".")[2])
-    return not should_convert_module(module_name, [pattern])
-
-
 def saved_quantized(parts: Parts) -> bool:
     """Whether the checkpoint itself was saved in 4 bits, so that its own configuration decided."""
     return bool(getattr(getattr(parts.base, "hf_quantizer", None), "pre_quantized", False))
 
 
-def idle_entries(parts: Parts) -> dict[str, str]:
-    """The skip list's entries that match no linear layer, each with the entry that would, or ``""``."""
+def idle_entries(parts: Parts) -> dict[str, Meant]:
+    """The skip list's entries that match no linear layer, each with what it was meant to name and what to write."""
     linears = [name for name, _ in parts.named_linears()]
-    idle = [entry for entry in skip_list(parts) or () if not any(skipped_by(entry, name) for name in linears)]
-    return {entry: _entry_that_would(entry, parts) for entry in idle}
+    given, rule = skip_list(parts) or [], installed_rule()
+    idle = [entry for entry in given if not any(skipped_by(entry, name) for name in linears)]
+    return {entry: meant_by(entry, parts, [each for each in given if each != entry], rule) for entry in idle}
 
 
 def unheeded_entries(parts: Parts, quantized: Collection[str]) -> list[str]:
@@ -69,27 +58,17 @@ def unheeded_entries(parts: Parts, quantized: Collection[str]) -> list[str]:
     import transformers
 
     said = []
-    for entry in idle_entries(parts):
-        named = [name for name, _ in parts.named_linears() if f".{entry.strip('.')}." in f".{name}."]
-        left = [name for name in named if name in quantized]
-        if not left and (named or entry in GENERIC or saved_quantized(parts)):
+    for entry, meant in idle_entries(parts).items():
+        left = [name for name in meant.linears if name in quantized]
+        if not left and (meant.linears or entry in GENERIC or saved_quantized(parts)):
             continue
-        undone = f"{len(left)} linears with it in their path are quantized" if left else "none has it in its path"
-        # A backslash would be doubled where the entry is shown as Python writes it.
-        would = f".*[.]{entry.strip('.').replace('.', '[.]')}([.]|$)"
-        fix = f"; {would!r} keeps them" if left and all(skipped_by(would, name) for name in left) else ""
+        undone = f"{len(left)} linears with {meant.name!r} in their path are quantized"
+        fix = f"; write {', '.join(map(repr, meant.instead))} to keep them" if meant.instead else ""
         said.append(
             f"the entry {entry!r} of the skip list matches no linear layer on Transformers {transformers.__version__}: "
-            f"{undone}{fix}"
+            + (f"{undone}{fix}" if left else "none has it in its path")
         )
     return said
-
-
-def _entry_that_would(entry: str, parts: Parts) -> str:
-    modules = [name for name, _ in parts.base.named_modules() if name]
-    today = re.sub(r"^model\.(?!language_model|visual)", "model.language_model.", entry)
-    fitting = [name for name in modules if name == today or name.endswith(f".{entry}")]
-    return min(fitting, key=len, default="")
 
 
 def entries_keeping(parts: Parts, names: Sequence[str]) -> str:
@@ -128,9 +107,9 @@ def cause_of_misfits(parts: Parts, groups: Collection[Group]) -> str:
             f"the head is tied to the embeddings, which are not quantized: add {parts.roots['lm_head']!r} to "
             "llm_int8_skip_modules"
         )
-    idle = {entry: better for entry, better in idle_entries(parts).items() if better}
+    idle = {entry: meant.instead for entry, meant in idle_entries(parts).items() if meant.instead}
     if saved_quantized(parts) and idle:
-        written = ", ".join(f"{entry!r} (write {better!r})" for entry, better in idle.items())
+        written = ", ".join(f"{entry!r} (write {', '.join(map(repr, better))})" for entry, better in idle.items())
         return (
             f"the checkpoint holds them in 16 bits, but in its skip list entries match no module on Transformers "
             f"{transformers.__version__}: {written} in its config.json"

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge, Evidence, Judge
+from pytest_qvl.models.skip_rules import DEFAULT
 from pytest_qvl.preflight.findings import NOT_TESTED, OWN_ERROR
 from pytest_qvl.preflight.run import run_preflight
-from pytest_qvl.preflight.skip_rules import DEFAULT
 from pytest_qvl.preflight.subject import Asked
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from pytest_qvl.models.sources.loading import in_todays_layout
+from pytest_qvl.models.renamed import in_todays_layout
 
 PREFIX = "base_model.model."
 # What DistributedDataParallel, torch.compile and FSDP put into names, and PEFT around what it trains in full.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pytest_qvl.models.sources.loading import in_todays_layout
+from pytest_qvl.models.renamed import in_todays_layout
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.preflight.files.headers import Tensor
 from pytest_qvl.preflight.findings import neutral

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.models.sources.loading import in_todays_layout
+from pytest_qvl.models.renamed import in_todays_layout
 from pytest_qvl.models.sources.model_source import ModelSourceError
 from pytest_qvl.oracles import nf4
 from pytest_qvl.preflight.files.values import FLOATS, read_runs, read_whole

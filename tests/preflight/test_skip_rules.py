@@ -7,11 +7,10 @@ import re
 import pytest
 
 from pytest_qvl.models.families import FAMILIES
-from pytest_qvl.models.skips import skipped_by
+from pytest_qvl.models.skip_rules import RULES, installed_rule, others, rule_of, skipped_by
 from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.base import find_base
 from pytest_qvl.preflight.questions.four_bits import in_four_bits
-from pytest_qvl.preflight.skip_rules import RULES, installed_rule, others, rule_of
 from pytest_qvl.releases import installed
 
 NAMES = (

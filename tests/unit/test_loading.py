@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -180,3 +181,27 @@ def test_a_skip_list_of_transformers_4_over_16_bit_weights(in_4bit, tmp_path):
     message = refused(changed(tmp_path, dict, in_4bit, old))
     assert message.startswith("vision: 20 linears (model.visual.blocks.0.attn.qkv, ...), merger: 2 linears")
     assert "'visual' (write 'model.visual') in its config.json" in message
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="Transformers 4 matches 'mlp' anywhere in a name")
+@pytest.mark.parametrize("entry", ["mlp", "self_attn"])
+def test_advice_for_a_skip_list_of_transformers_4_keeps_every_layer_of_that_name(entry, tmp_path):
+    """What was advised named one module, the one with the shortest path."""
+    kept, folder = ["model.visual", "lm_head"], shutil.copytree(embedded_model_dir(), tmp_path / "in-4-bits")
+    case = load_case(lora=None, skip=[*kept, f".*[.]{entry}"])
+    case.save_pretrained(folder)
+
+    def with_entries(*entries):
+        content = json.loads((folder / "config.json").read_text())
+        content["quantization_config"]["llm_int8_skip_modules"] = [*kept, *entries]
+        (folder / "config.json").write_text(json.dumps(content))
+        return folder
+
+    message = refused(with_entries(entry))
+    (advice,) = re.findall(rf"'{entry}' \(write ([^)]*)\)", message)
+    model = load(with_entries(*re.findall(r"'([^']+)'", advice)))
+    wide = [state.name for state in linear_states(anatomy(model)) if not state.is_quantized]
+    language = [name for name in wide if anatomy(model).group_of(name) == "language"]
+    assert language == [
+        name for name, _ in anatomy(model).named_linears() if f".{entry}." in name and ".layers." in name
+    ]

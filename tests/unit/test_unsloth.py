@@ -33,7 +33,7 @@ from pytest_qvl.models.backends.unsloth_start import (
     problem,
     use_own_compile_folder,
 )
-from pytest_qvl.models.sources.loading import in_todays_layout
+from pytest_qvl.models.renamed import in_todays_layout
 from pytest_qvl.models.sources.model_source import parse_model
 
 # ---- usable or not -----------------------------------------------------------------------------------------

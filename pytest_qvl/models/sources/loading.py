@@ -16,7 +16,9 @@ from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import Group, Parts, anatomy
 from pytest_qvl.models.backends import ModelLoadError, one_line
 from pytest_qvl.models.quantized import LinearState, linear_states
-from pytest_qvl.models.skips import cause_of_misfits, skip_list, skipped_by
+from pytest_qvl.models.renamed import in_todays_layout
+from pytest_qvl.models.skip_rules import skipped_by
+from pytest_qvl.models.skips import cause_of_misfits, skip_list
 from pytest_qvl.models.sources.hub import model_folder
 from pytest_qvl.models.sources.model_source import ModelSource, StoredTensor, stored_tensors
 
@@ -29,11 +31,6 @@ _NAMED = 3
 _KEPT_AS = "_qvl_loading_report"
 # Buffers that earlier releases saved and this one computes (`PreTrainedModel._adjust_missing_and_unexpected_keys`).
 _COMPUTED = re.compile(r"(rotary_emb|rotary_pos_emb)\.inv_freq$|(^|\.)position_ids$")
-# How Transformers reads the names of before 4.52 (`_checkpoint_conversion_mapping` of Qwen2-VL and Qwen2.5-VL in 4.57).
-_OLD_LAYOUT = (
-    (re.compile(r"^visual\."), "model.visual."),
-    (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
-)
 _QUANT_STATE = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 
 
@@ -213,13 +210,6 @@ def _left_out(parts: Parts, name: str) -> bool:
     """Whether the model's class leaves a tensor out on purpose, as Qwen3.5's does multi-token prediction."""
     patterns = getattr(parts.base, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def in_todays_layout(name: str) -> str:
-    """The name that a tensor of a checkpoint has in Transformers 4.52 and later."""
-    for pattern, replacement in _OLD_LAYOUT:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def wanted_tensors(parts: Parts) -> dict[str, Shape]:

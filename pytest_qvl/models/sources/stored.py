@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pytest_qvl.models.adapters import base_modules
+from pytest_qvl.models.renamed import in_todays_layout
 from pytest_qvl.models.sources.base_names import name_of_base
 from pytest_qvl.models.sources.hub import model_folder
-from pytest_qvl.models.sources.loading import compared_with, compared_with_drawn, in_todays_layout, kept_report
+from pytest_qvl.models.sources.loading import compared_with, compared_with_drawn, kept_report
 from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model, stored_tensors, weight_files
 from pytest_qvl.models.sources.synthetic import Drawn, draw_again, drawn_shape
 

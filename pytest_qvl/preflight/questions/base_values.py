@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pytest_qvl.models.sources.loading import in_todays_layout
+from pytest_qvl.models.renamed import in_todays_layout
 from pytest_qvl.preflight.commands import red
 from pytest_qvl.preflight.files.values import FLOATS, read_runs
 from pytest_qvl.preflight.findings import Finding, some

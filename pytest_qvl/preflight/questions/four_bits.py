@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
+from pytest_qvl.models import skip_rules
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group
+from pytest_qvl.models.skip_advice import matches, meant_by
 from pytest_qvl.models.skips import GENERIC
-from pytest_qvl.models.sources.loading import has_tied_head, in_todays_layout
-from pytest_qvl.preflight import skip_rules
+from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, counted, neutral, numbers, some
 from pytest_qvl.preflight.timing import patience
 
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
-    from pytest_qvl.preflight.skip_rules import Rule
+    from pytest_qvl.models.skip_rules import Rule
     from pytest_qvl.preflight.subject import Subject
 
 NUMBER = 1
@@ -44,14 +43,7 @@ def answer(subject: Subject) -> Iterator[Finding]:
 
 def in_four_bits(linears: Mapping[str, Group], entries: Sequence[str], rule: Rule) -> list[str]:
     """Names of the linear layers that a skip list leaves to be quantized."""
-    return [name for name in linears if not any(_skips(rule, entry, name) for entry in entries)]
-
-
-def _skips(rule: Rule, entry: str, name: str) -> bool:
-    try:
-        return rule.skips(entry, name)
-    except re.error:  # Transformers would raise it too; said once, as the entry's own finding
-        return False
+    return [name for name in linears if not any(matches(rule, entry, name) for entry in entries)]
 
 
 def _census(subject: Subject, linears: Mapping[str, Group], entries: Sequence[str], rule: Rule, whose: str) -> Finding:
@@ -149,30 +141,13 @@ def _is_inside(entry: str, name: str) -> bool:
     return f".{entry.strip('.')}." in f".{name}."
 
 
-@dataclass(frozen=True)
-class _Meant:
-    """What an idle entry was meant to name.
-
-    Attributes:
-        name: The end that the paths of its modules have in common, or the path of the only one.
-        modules: Those that the rest of the list does not keep.
-        linears: Every linear layer in a module of that name.
-        left: Those of them that the rest of the list does not keep.
-    """
-
-    name: str
-    modules: Sequence[str]
-    linears: Sequence[str]
-    left: Sequence[str]
-
-
 def _idle(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule, whose: str) -> Iterator[Finding]:
     rest = [other for other in subject.skip[0] or () if other != entry]
-    meant = _meant(entry, subject.parts, linears, rest, rule)
+    meant = meant_by(entry, subject.parts, rest, rule)
     saved = subject.base.quantization is not None and subject.asked.skip is None
     if not meant.left and (meant.linears or saved or entry in GENERIC):
         return  # what it names is kept by other entries, or no Qwen-VL has it: the list is one for all families
-    better = ", ".join(map(repr, _entries_that_keep(meant, linears, rest, rule)))
+    better = ", ".join(map(repr, meant.instead))
     many = f" (keeps {counted(len(meant.left), 'linear layer')})" if len(meant.modules) > 1 else ""
     yield _red(
         subject,
@@ -184,56 +159,9 @@ def _idle(subject: Subject, linears: Mapping[str, Group], entry: str, rule: Rule
         notes=tuple(
             f"{other.title} matches {count} layers with it"
             for other in skip_rules.others()
-            if (count := sum(_skips(other, entry, name) for name in linears))
+            if (count := sum(matches(other, entry, name) for name in linears))
         ),
     )
-
-
-def _meant(entry: str, parts: Parts, linears: Mapping[str, Group], rest: Sequence[str], rule: Rule) -> _Meant:
-    modules = [name for name, _ in parts.base.named_modules() if name]
-    today = in_todays_layout(f"{entry.strip('.')}.").rstrip(".")
-    plain = entry.strip(".*\\^$").replace("\\.", ".")
-    fitting = [name for name in modules if name in (today, plain) or name.endswith(f".{plain}")]
-    if not fitting and (near := get_close_matches(plain, {name.rpartition(".")[2] for name in modules}, 1, 0.75)):
-        plain = near[0]
-        fitting = [name for name in modules if name.rpartition(".")[2] == plain]
-    within = [name for name in linears if any(_is_within(name, module) for module in fitting)]
-    left = [name for name in within if not any(_skips(rule, other, name) for other in rest)]
-    open_ones = [module for module in fitting if any(_is_within(name, module) for name in left)]
-    return _Meant(plain, open_ones, within, left)
-
-
-def _entries_that_keep(meant: _Meant, linears: Mapping[str, Group], rest: Sequence[str], rule: Rule) -> list[str]:
-    """What to write for an idle entry: it keeps all that was meant and nothing else that the rest does not keep.
-
-    Entries that every supported release reads alike come first; a list of ends is also what other readers of a saved
-    configuration understand. Empty where nothing was meant, or no entry of the installed release keeps just that.
-    """
-
-    def is_exact(entries: Sequence[str], rule: Rule) -> bool:
-        kept = {name for name in linears if any(_skips(rule, entry, name) for entry in entries)}
-        return all(any(_skips(rule, other, name) for other in rest) for name in kept ^ set(meant.linears))
-
-    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in meant.left))
-    plain = [ends]
-    if len(meant.modules) == 1:
-        depth = meant.modules[0].count(".") + 2
-        children = list(dict.fromkeys(".".join(name.split(".")[:depth]) for name in meant.left))
-        plain = [[*meant.modules], children, ends]
-    for entries in plain if meant.left else ():
-        if all(is_exact(entries, each) for each in (rule, *skip_rules.others())):
-            return entries
-    # A backslash would be doubled where the entry is shown as Python writes it.
-    anywhere = f".*[.]{meant.name.replace('.', '[.]')}"
-    patterns = [[anywhere], [f"{anywhere}([.]|$)"]]
-    for entries in (*plain[:-1], *patterns, ends, [meant.name], [*meant.modules]) if meant.left else ():
-        if is_exact(entries, rule):
-            return entries
-    return []
-
-
-def _is_within(name: str, module: str) -> bool:
-    return f"{name}.".startswith(f"{module}.")
 
 
 def _wide(subject: Subject, entry: str, kept: Sequence[str], wide: Sequence[str], rule: Rule) -> Finding:
@@ -247,7 +175,7 @@ def _wide(subject: Subject, entry: str, kept: Sequence[str], wide: Sequence[str]
         cause=f"{rule.title} takes an entry as {rule.words}",
         fix=_narrower(subject.parts, entry),
         notes=tuple(
-            f"{other.title} keeps {sum(_skips(other, entry, name) for name in kept)} of these layers in 16 bits"
+            f"{other.title} keeps {sum(matches(other, entry, name) for name in kept)} of these layers in 16 bits"
             for other in skip_rules.others()
         ),
     )

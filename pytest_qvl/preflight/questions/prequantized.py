@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.evidence import CannotJudge
+from pytest_qvl.models import skip_rules
 from pytest_qvl.models.sources.loading import compared_with, has_tied_head
-from pytest_qvl.preflight import skip_rules
 from pytest_qvl.preflight.base import EDITED, PUT_BACK
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.files.values import FLOATS

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pytest_qvl.models.sources.loading import in_todays_layout
+from pytest_qvl.models.renamed import in_todays_layout
 
 from .broken import broken
 from .healthy import healthy

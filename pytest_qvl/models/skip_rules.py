@@ -1,6 +1,6 @@
 """How supported releases of Transformers read ``llm_int8_skip_modules``: one row per rule. Standard library only.
 
-The rule of the installed release is asked of Transformers itself (:func:`pytest_qvl.models.skips.skipped_by`); the rows
+The rule of the installed release is asked of Transformers itself (:func:`skipped_by`); the rows
 say what another release would do with the same list. Tests hold the row of each installed release to its own function.
 """
 
@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pytest_qvl.models.skips import skipped_by
 from pytest_qvl.releases import installed
 
 
@@ -73,6 +72,20 @@ RULES = (
 # What Transformers keeps in 16 bits where no list is given: the output head, tied or not
 # (``get_keys_to_not_convert``; the embeddings and norms that it names too are no linear layers).
 DEFAULT = ("lm_head",)
+
+
+def skipped_by(pattern: str, module_name: str) -> bool:
+    """Whether the installed Transformers keeps a module out of the quantization because of this pattern.
+
+    Transformers 5 matches the pattern, a regular expression, from the start of the module's full name, or
+    takes it as the end of the name. Transformers 4 (``_replace_with_bnb_linear``) takes it as the module's
+    own name, or as a parent's name anywhere in the full name.
+    """
+    try:
+        from transformers.quantizers.quantizers_utils import should_convert_module
+    except ImportError:
+        return f"{pattern}." in module_name or pattern in (module_name, module_name.rpartition(".")[2])
+    return not should_convert_module(module_name, [pattern])
 
 
 def rule_of(version: str) -> Rule | None:
