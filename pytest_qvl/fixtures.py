@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks import Reference
     from pytest_qvl.models.backends import LoadRequest
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
     from pytest_qvl.samples import ProbeSizes, Sample
     from pytest_qvl.session.targets import Target
     from pytest_qvl.vram.cards import Card
@@ -186,6 +187,12 @@ def qvl_adapter(pytestconfig: pytest.Config) -> Path | None:
 def qvl_adapter_policy(pytestconfig: pytest.Config) -> AdapterPolicy:
     """Which parts are adapted or trained on purpose: the text side, or what ``--qvl-adapter-policy`` names."""
     return pytestconfig.stash[SETTINGS_KEY].adapter_policy
+
+
+@pytest.fixture(scope="session")
+def qvl_quantized_layers(pytestconfig: pytest.Config) -> QuantizedLayers:
+    """Which linears are in 4 bits on purpose: the language backbone's, or what ``--qvl-quantized-layers`` names."""
+    return pytestconfig.stash[SETTINGS_KEY].quantized_layers
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from pytest_qvl.outputs import check_beside, check_replaceable
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
     from pytest_qvl.records.known_failures import KnownFailures
     from pytest_qvl.vram.cards import Card
 
@@ -97,6 +98,13 @@ def parse_policy(text: str, folder: Path) -> AdapterPolicy:  # noqa: ARG001 - ev
     from pytest_qvl.models.policy import AdapterPolicy
 
     return AdapterPolicy.parse(text)
+
+
+def parse_layers(text: str, folder: Path) -> QuantizedLayers:  # noqa: ARG001 - every parser is called alike
+    """Layers that are in 4 bits on purpose."""
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
+
+    return QuantizedLayers.parse(text)
 
 
 def parse_folder(text: str, folder: Path) -> Path:

@@ -34,6 +34,7 @@ from pytest_qvl.option_values import (
     parse_fault,
     parse_folder,
     parse_known_failures,
+    parse_layers,
     parse_page,
     parse_policy,
     parse_record,
@@ -44,6 +45,7 @@ from pytest_qvl.option_values import (
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
     from pytest_qvl.records.known_failures import KnownFailures
     from pytest_qvl.vram.cards import Card
 
@@ -143,6 +145,12 @@ class Settings:
         "language,lm_head,embeddings",
         "parts that are adapted on purpose, such as 'language,vision'; 'merger:full' if its own weights are trained",
         "PARTS",
+    )
+    quantized_layers: QuantizedLayers = _one(
+        parse_layers,
+        "language",
+        "parts and layers that are in 4 bits on purpose; 'language,in_proj_a:16bit' if some of them are not",
+        "LAYERS",
     )
     backend: tuple[str, ...] = _many(
         parse_backend,

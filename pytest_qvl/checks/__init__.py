@@ -59,11 +59,13 @@ if TYPE_CHECKING:
     from pytest_qvl.evidence import Evidence as Evidence
     from pytest_qvl.evidence import InputError as InputError
     from pytest_qvl.models.policy import AdapterPolicy as AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers as QuantizedLayers
 
 _OTHERS = {
     "AdapterPolicy": "pytest_qvl.models.policy",
     **dict.fromkeys(("CannotJudge", "CheckFailed", "Evidence", "InputError"), "pytest_qvl.evidence"),
     "QuantizationPolicy": f"{__name__}.quantization",
+    "QuantizedLayers": "pytest_qvl.models.quantized_layers",
     **dict.fromkeys(("Reference", "record_reference"), f"{__name__}.support.reference"),
     "mrope_oracle": f"{__name__}.support.mrope",
     "validate_batch": f"{__name__}.support.placeholders",

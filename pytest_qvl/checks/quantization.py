@@ -13,7 +13,15 @@ from pytest_qvl.checks.support.wording import listed
 from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, Parts, anatomy
-from pytest_qvl.models.quantized import LinearState, asks_for_4bit, dtype_name, linear_states, with_foreign_tables
+from pytest_qvl.models.quantized import (
+    KEEP_16BIT,
+    LinearState,
+    asks_for_4bit,
+    dtype_name,
+    linear_states,
+    with_foreign_tables,
+)
+from pytest_qvl.models.quantized_layers import QuantizedLayers, check_entries, is_named, naming_nothing, parts_of
 from pytest_qvl.models.skip_rules import skipped_by
 from pytest_qvl.models.skips import (
     chosen_by_name,
@@ -27,7 +35,7 @@ from pytest_qvl.models.sources.loading import unusable_layers
 from pytest_qvl.models.training import copied_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 QUANT_TYPES = ("nf4", "fp4")
 MIB = 2**20
@@ -54,11 +62,12 @@ class QuantizationPolicy:
         blocksize: Weights per block statistic (64 in the QLoRA paper, arXiv:2305.14314, section 3).
         compute_dtype: Dtype of the matrix products: ``"bfloat16"``, ``"float16"`` or ``"float32"``.
         quant_storage: Dtype of the tensors that hold the packed weights, such as ``"uint8"``; ``None`` for any.
-        quantized: Parts whose every linear layer must be quantized.
-        kept: Parts of which nothing may be quantized.
+        quantized: Parts whose every linear layer must be quantized, and names of such layers
+            (:class:`~pytest_qvl.checks.QuantizedLayers`), which count more than parts.
+        kept: Parts of which nothing may be quantized, and names of such layers, which count most.
 
     Raises:
-        ValueError: An unknown type or part, or a part that is both quantized and kept.
+        ValueError: An unknown type, no part and no name, or one that is both quantized and kept.
     """
 
     quant_type: str = "nf4"
@@ -66,37 +75,55 @@ class QuantizationPolicy:
     blocksize: int = 64
     compute_dtype: str = "bfloat16"
     quant_storage: str | None = None
-    quantized: tuple[Group, ...] = ("language",)
-    kept: tuple[Group, ...] = (*TOWER, "lm_head", "embeddings")
+    quantized: tuple[str, ...] = ("language",)
+    kept: tuple[str, ...] = (*TOWER, "lm_head", "embeddings")
 
     def __post_init__(self) -> None:
         if self.quant_type not in QUANT_TYPES:
             raise InputError(f"quant_type {self.quant_type!r} is unknown; known: {', '.join(QUANT_TYPES)}")
-        for group in (*self.quantized, *self.kept):
-            if group not in GROUPS:
-                raise InputError(f"part {group!r} is unknown; known: {', '.join(GROUPS)}")
-        both = set(self.quantized) & set(self.kept)
-        if both:
-            raise InputError(f"{', '.join(sorted(both))}: either quantized or kept, not both")
+        check_entries(self.quantized, self.kept)
 
     @classmethod
-    def from_config(cls, config: Any) -> QuantizationPolicy:
+    def from_config(cls, config: Any, layers: QuantizedLayers | None = None) -> QuantizationPolicy:
         """The policy that a ``transformers.BitsAndBytesConfig`` asks for.
 
-        Only type, double quantization, compute and storage dtype are read. Where the layers are is this policy's
-        own default, because the configuration's skip list is exactly what may not work.
+        Only type, double quantization, compute and storage dtype are read. Which layers they are about is never read
+        from the configuration, because its skip list is exactly what may not work.
+
+        Args:
+            config: The configuration.
+            layers: Which layers are in 4 bits; those of the language backbone if not given.
 
         Raises:
             TypeError: No ``BitsAndBytesConfig``.
             ValueError: The configuration does not ask for 4 bits.
         """
         asks_for_4bit(config)
+        layers = layers or QuantizedLayers()
         return cls(
+            quantized=layers.quantized,
+            kept=layers.all_kept,
             quant_type=config.bnb_4bit_quant_type,
             double_quant=config.bnb_4bit_use_double_quant,
             compute_dtype=dtype_name(config.bnb_4bit_compute_dtype) or "float32",
             quant_storage=dtype_name(config.bnb_4bit_quant_storage),
         )
+
+    def wants_in_4bit(self, name: str, group: Group) -> bool | None:
+        """Whether a linear layer has to be in 4 bits (``True``), or must not be (``False``); ``None`` if nobody said.
+
+        Args:
+            name: Its dotted name in the base model.
+            group: The part of the model that it is in.
+        """
+        named = self.names_in_4bit(name)
+        if named is not None:
+            return named
+        return True if group in self.quantized else False if group in self.kept else None
+
+    def names_in_4bit(self, name: str) -> bool | None:
+        """The same by names alone; ``None`` for a layer that none of them means."""
+        return False if is_named(self.kept, name) else True if is_named(self.quantized, name) else None
 
 
 @dataclass
@@ -157,18 +184,24 @@ def quantization_census(model: Any, policy: QuantizationPolicy | None = None) ->
     for state in linear_states(parts):
         found[state.group].states.append(state)
 
-    for group in policy.quantized:
-        _judge_quantized(judge, parts, group, found[group], policy)
+    _judge_names(judge, parts, policy)
+    wants = {state.name: policy.wants_in_4bit(state.name, group) for group in GROUPS for state in found[group].states}
+    for group, census in found.items():
+        packed = [state for state in census.states if wants[state.name]]
+        if packed or group in policy.quantized:
+            _judge_quantized(judge, parts, group, packed, policy)
     judge.equal(
         "linears whose class and weight do not belong together",
         sum(bool(state.misfit) for census in found.values() for state in census.states),
         0,
         else_say=unusable_layers(parts),
     )
-    leaked = [group for group in policy.kept if found[group].quantized]
-    for group in policy.kept:
-        cause = _cause(parts, leaked) if group in leaked[:1] else "for the same reason"
-        _judge_kept(judge, group, found[group], cause)
+    plain = [state for census in found.values() for state in census.states if wants[state.name] is False]
+    leaked = [group for group in parts_of(policy.kept) if _of_part(plain, group, policy).quantized]
+    for group in parts_of(policy.kept):
+        cause = _cause(parts, leaked, policy) if group in leaked[:1] else "for the same reason"
+        _judge_kept(judge, group, _of_part(plain, group, policy), cause)
+    _judge_kept_by_name(judge, parts, [state for state in plain if policy.names_in_4bit(state.name) is False], wants)
     if "embeddings" in policy.kept:
         _judge_embeddings(judge, parts)
     _judge_tie(judge, parts)
@@ -179,16 +212,32 @@ def quantization_census(model: Any, policy: QuantizationPolicy | None = None) ->
         quantized = {state.name for census in found.values() for state in census.quantized}
         for sentence in unheeded_entries(parts, quantized):
             judge.note(sentence)
-    _note_wide_parts(judge, parts, policy)
+    _note_wide_parts(judge, parts, policy, {state.name for state in plain})
     return judge.verdict(_COLUMNS, [census.row(group) for group, census in found.items() if census.states])
 
 
-def _judge_quantized(judge: Judge, parts: Parts, group: Group, census: _Census, policy: QuantizationPolicy) -> None:
-    if not census.states:
+def _of_part(states: Iterable[LinearState], group: Group, policy: QuantizationPolicy) -> _Census:
+    """The linears of a part that no name of the policy means."""
+    return _Census([each for each in states if each.group == group and policy.names_in_4bit(each.name) is None])
+
+
+def _judge_names(judge: Judge, parts: Parts, policy: QuantizationPolicy) -> None:
+    """Names of layers that the policy has and the model has not."""
+    names = [entry for entry in (*policy.quantized, *policy.kept) if entry not in GROUPS]
+    wrong = naming_nothing(names, [name for name, _ in parts.named_linears()]) if names else []
+    for sentence in wrong:
+        judge.problem(f"the policy (qvl_quantized_layers): {sentence}")
+
+
+def _judge_quantized(
+    judge: Judge, parts: Parts, group: Group, states: Sequence[LinearState], policy: QuantizationPolicy
+) -> None:
+    if not states:
         judge.problem(f"{group}: there is no linear layer to quantize")
         return
-    plain = [state.name for state in census.states if not (state.is_quantized or state.misfit)]
-    chosen = chosen_by_name(parts, plain)
+    census = _Census(list(states))
+    plain = [state.name for state in states if not (state.is_quantized or state.misfit)]
+    chosen = [name for name in chosen_by_name(parts, plain) if not policy.names_in_4bit(name)]
     if chosen:
         judge.note(
             f"{group}: the checkpoint keeps {len(chosen)} linears in 16 bits by naming them in its own skip list "
@@ -204,7 +253,7 @@ def _judge_quantized(judge: Judge, parts: Parts, group: Group, census: _Census, 
         wrong,
         else_say=lambda off: (
             f"{nothing}{group}: {off} linears are {_counted(state.storage for state in wrong)} instead of "
-            f"{policy.quant_type} (first: {wrong[0].name}){_why_not_packed(parts, census, wrong)}"
+            f"{policy.quant_type} (first: {wrong[0].name}){_why_not_packed(parts, census, wrong, policy)}"
         ),
     )
 
@@ -216,16 +265,34 @@ def _judge_quantized(judge: Judge, parts: Parts, group: Group, census: _Census, 
     _judge_packing(judge, parts, group, [state for state in four_bit if not state.repacked], policy)
 
 
-def _why_not_packed(parts: Parts, census: _Census, wrong: Sequence[LinearState]) -> str:
+def _why_not_packed(parts: Parts, census: _Census, wrong: Sequence[LinearState], policy: QuantizationPolicy) -> str:
     """Why these linears are not packed as the policy asks, as the end of a sentence; empty where nobody knows."""
-    keeping = entries_keeping(parts, [state.name for state in wrong if not state.is_quantized])
+    plain = [state.name for state in wrong if not state.is_quantized]
+    keeping = entries_keeping(parts, plain)
     if keeping:
-        return f"; of the skip list {skip_list(parts)}, {keeping}"
+        return f"; of the skip list {skip_list(parts)}, {keeping}{_declaration(census, plain, policy)}"
     if not census.quantized:
         return "; the quantization config was not given, or was dropped on the way"
     if {state.storage for state in wrong} == {"fp4"}:
         return SAVED_IN_FP4 if saved_quantized(parts) else DEFAULT_FP4
     return ""
+
+
+def _declaration(census: _Census, plain: Sequence[str], policy: QuantizationPolicy) -> str:
+    """How to declare linears that stay in 16 bits on purpose, as the end of a sentence; empty where no name means them.
+
+    Only names of layers that are in 16 bits wherever the part has them: a wrong skip list mostly hits some.
+    """
+    names = sorted({name.rpartition(".")[2] for name in plain})
+    packed = [state.name for state in census.states if state.name not in plain]
+    kept = tuple(entry for entry in policy.kept if entry not in GROUPS)
+    if not packed or any(is_named(names, name) for name in packed) or any(name.isdigit() for name in names):
+        return ""
+    text = str(QuantizedLayers(policy.quantized, (*kept, *names)))
+    return (
+        "; if they stay so on purpose, declare it: qvl_quantized_layers (--qvl-quantized-layers, ini or fixture) = "
+        f"{text!r}"
+    )
 
 
 def _judge_packing(
@@ -295,6 +362,31 @@ def _judge_kept(judge: Judge, group: Group, census: _Census, cause: str) -> None
     )
 
 
+def _judge_kept_by_name(
+    judge: Judge, parts: Parts, states: Sequence[LinearState], wants: Mapping[str, bool | None]
+) -> None:
+    """The linears that the policy keeps in 16 bits by their names."""
+    if not states:
+        return
+    leaks = [state for state in states if state.is_quantized]
+    names = sorted({state.name.rpartition(".")[2] for state in leaks})
+    others = [name for name, wanted in wants.items() if wanted and any(skipped_by(entry, name) for entry in names)]
+    mended = [*(skip_list(parts) or KEEP_16BIT), *(names if not others else [state.name for state in leaks[:1]])]
+    more = " and the paths of the others" if others and len(leaks) > 1 else ""
+    again = ", and quantize the 16-bit base again: the checkpoint was saved so" if saved_quantized(parts) else ""
+    first = leaks[0] if leaks else states[0]
+    judge.equal(
+        "linears kept by name quantized",
+        len(leaks),
+        0,
+        else_say=(
+            f"{first.group}: {len(leaks)} of {len(states)} linears that the policy names to stay 16-bit are quantized, "
+            f"as {_counted(state.storage.upper() for state in leaks or states)} (first: {first.name}); no entry of the "
+            f"skip list {skip_list(parts)} covers them: use {mended}{more}{again}"
+        ),
+    )
+
+
 def _judge_embeddings(judge: Judge, parts: Parts) -> None:
     weight = next(parts.embeddings.parameters())
     judge.equal(
@@ -346,13 +438,14 @@ def _judge_adapter_classes(judge: Judge, parts: Parts) -> None:
     )
 
 
-def _note_wide_parts(judge: Judge, parts: Parts, policy: QuantizationPolicy) -> None:
+def _note_wide_parts(judge: Judge, parts: Parts, policy: QuantizationPolicy, kept: Collection[str]) -> None:
     """Say what float32 costs where 16 bits would do; no defect, since k-bit preparation casts so."""
     extra: Counter[Group] = Counter()
     added = {id(parameter) for parameter in (*adapter_parameters(parts).values(), *copied_parameters(parts).values())}
     for name, parameter in parts.base.named_parameters():
         group = parts.group_of(name)
-        if group in policy.kept and dtype_name(parameter.dtype) == "float32" and id(parameter) not in added:
+        stays = group in policy.kept or name.rpartition(".")[0].removesuffix(".base_layer") in kept
+        if stays and dtype_name(parameter.dtype) == "float32" and id(parameter) not in added:
             extra[group] += parameter.nbytes // 2
     if extra and policy.compute_dtype != "float32":
         judge.note(
@@ -361,11 +454,12 @@ def _note_wide_parts(judge: Judge, parts: Parts, policy: QuantizationPolicy) -> 
         )
 
 
-def _cause(parts: Parts, leaked: Sequence[Group]) -> str:
+def _cause(parts: Parts, leaked: Sequence[Group], policy: QuantizationPolicy) -> str:
     """Why the skip list did not protect these parts, and the list that does."""
     import transformers
 
-    works = [parts.roots["vision"], parts.roots["lm_head"]]
+    kept = [group for group in ("vision", "merger", "lm_head") if group in policy.kept]
+    works = [parts.roots[group] for group in kept if group != "merger" or "vision" not in kept]
     given = skip_list(parts)
     if given is None and saved_quantized(parts):
         return (

@@ -138,6 +138,11 @@ EXPECTED = {
         _instance("AdapterPolicy"),
         as_flag=True,
     ),
+    "qvl_quantized_layers": Expected(
+        "a pytest_qvl.checks.QuantizedLayers, or its text, such as 'language, in_proj_a:16bit'",
+        _instance("QuantizedLayers"),
+        as_flag=True,
+    ),
     "qvl_make_optimizer": Expected(
         "a function from the list of trainable parameters to an optimizer, or None", _callable, none=True
     ),

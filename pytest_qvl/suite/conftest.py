@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def quantization_policy(qvl_quantization_config: Any, _qvl_saved_quantization: Any) -> checks.QuantizationPolicy:
-    """How layers have to be packed: as ``qvl_quantization_config`` asks.
+def quantization_policy(
+    qvl_quantization_config: Any, qvl_quantized_layers: Any, _qvl_saved_quantization: Any
+) -> checks.QuantizationPolicy:
+    """Which layers have to be packed: those of ``qvl_quantized_layers``; how: as ``qvl_quantization_config`` asks.
 
     Another type than NF4 has to be asked for by a user; that a checkpoint was saved so is no declaration.
     """
-    policy = checks.QuantizationPolicy.from_config(qvl_quantization_config)
+    policy = checks.QuantizationPolicy.from_config(qvl_quantization_config, qvl_quantized_layers)
     return replace(policy, quant_type="nf4") if qvl_quantization_config is _qvl_saved_quantization else policy
 
 

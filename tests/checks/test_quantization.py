@@ -20,6 +20,7 @@ from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.quantized import usual_quantization
+from pytest_qvl.models.quantized_layers import QuantizedLayers
 from pytest_qvl.samples import make_batch, scenes
 
 
@@ -120,6 +121,64 @@ def test_an_entry_that_does_nothing_is_a_note_where_the_policy_holds(entry: str,
 def test_no_note_of_entries_that_lack_nothing(fresh_model: Any) -> None:
     other_families_and_kept_by_another_entry = ("model.visual", "lm_head", "linear_attn", "visual", "merger")
     assert quantization_census(fresh_model(skip=other_families_and_kept_by_another_entry)).notes == ()
+
+
+MIXER = "model.language_model.layers.0.linear_attn"
+
+
+@pytest.mark.parametrize("text", ["language, in_proj_[ab]:16bit", "language, in_proj_a:16bit, *.in_proj_b:16bit"])
+def test_layers_that_are_kept_by_name(text: str) -> None:
+    layers = QuantizedLayers.parse(text)
+    policy = QuantizationPolicy(quantized=layers.quantized, kept=layers.all_kept)
+    evidence = quantization_census(hybrid_model(".*in_proj_[ab]$"), policy)
+    figures = {figure.name: figure.value for figure in evidence.figures}
+    assert figures["linears kept by name quantized"] == 0
+    assert figures["language linears in nf4"] == 3 * 3 + 2 * 3 + 4  # mlp; qkv, z, out_proj; full attention
+    assert evidence.notes == ()
+
+
+def test_layers_kept_undeclared_are_red_with_the_declaration() -> None:
+    message = refused(hybrid_model(".*in_proj_[ab]$"))
+    assert message.startswith("language: 4 of 23 linears are bfloat16 instead of nf4")
+    assert "(--qvl-quantized-layers, ini or fixture) = 'language, in_proj_a:16bit, in_proj_b:16bit'" in message
+
+
+def test_layers_declared_kept_and_packed_are_red() -> None:
+    policy = QuantizationPolicy(kept=(*QuantizationPolicy().kept, "in_proj_a", "in_proj_b"))
+    message = refused(hybrid_model("in_proj_a"), policy)
+    assert message.startswith(
+        "language: 2 of 4 linears that the policy names to stay 16-bit are quantized, as NF4 "
+        f"(first: {MIXER}.in_proj_b); no entry of the skip list ['model.visual', 'lm_head', 'in_proj_a'] covers them: "
+        "use ['model.visual', 'lm_head', 'in_proj_a', 'in_proj_b']"
+    )
+    assert quantization_census(hybrid_model("in_proj_a", "in_proj_b"), policy).ok
+
+
+def test_only_named_layers_packed() -> None:
+    layers = QuantizedLayers.parse("language_model.*.mlp, down_proj:16bit")
+    policy = QuantizationPolicy(quantized=layers.quantized, kept=layers.all_kept)
+    assert quantization_census(hybrid_model(".*_attn", "down_proj"), policy).ok
+    layers = QuantizedLayers.parse("language_model.*.mlp")
+    policy = QuantizationPolicy(quantized=layers.quantized, kept=layers.all_kept)
+    assert "language: 14 of 14 linears are NF4 but must stay 16-bit" in refused(hybrid_model(), policy)
+    assert quantization_census(hybrid_model(".*_attn"), policy).ok
+    message = refused(hybrid_model(".*_attn", "up_proj"), policy)
+    assert message.startswith("language: 3 of 9 linears are bfloat16 instead of nf4")
+    assert "= 'language_model.*.mlp, up_proj:16bit'" in message
+
+
+def test_a_vision_layer_packed_on_purpose() -> None:
+    layers = QuantizedLayers.parse("language, visual.blocks.*.mlp")
+    policy = QuantizationPolicy(quantized=layers.quantized, kept=layers.all_kept)
+    assert "nothing is quantized: vision: 8 of 8 linears" in refused(hybrid_model(), policy)
+
+
+def test_a_name_that_no_layer_has() -> None:
+    policy = QuantizationPolicy(kept=(*QuantizationPolicy().kept, "in_proj_ba", "zzz"))
+    message = refused(hybrid_model(), policy)
+    assert "(qvl_quantized_layers): 'in_proj_ba' is no part (language, vision, " in message
+    assert "names no linear layer of this model: did you mean in_proj_b?" in message
+    assert "there are down_proj, gate_proj, in_proj_a, " in message
 
 
 def test_one_vision_linear_alone_is_seen(fresh_model: Any) -> None:
@@ -403,8 +462,8 @@ def test_wrong_arguments() -> None:
         QuantizationPolicy.from_config(None)
     with pytest.raises(ValueError, match="quant_type 'int4' is unknown"):
         QuantizationPolicy(quant_type="int4")
-    with pytest.raises(ValueError, match="part 'visual' is unknown"):
-        QuantizationPolicy(kept=("visual",))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"'\.\*visual\$' is neither a part .*; did you mean 'visual'\?"):
+        QuantizationPolicy(kept=(".*visual$",))
     with pytest.raises(ValueError, match="vision: either quantized or kept"):
         QuantizationPolicy(quantized=("language", "vision"))
 

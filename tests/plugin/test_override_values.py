@@ -46,6 +46,9 @@ WRONG = [
     ("qvl_adapter_policy", "return {'adapted': ['vision']}", "a value of type dict; "),
     ("qvl_adapter_policy", "return None", "None; it has to give a pytest_qvl.checks.AdapterPolicy, or its text"),
     ("qvl_adapter_policy", "return 'eyes'", "'eyes' (part 'eyes' is unknown; known: "),
+    ("qvl_quantized_layers", "return ['in_proj_a']", "a value of type list; "),
+    ("qvl_quantized_layers", "return None", "None; it has to give a pytest_qvl.checks.QuantizedLayers, or its text"),
+    ("qvl_quantized_layers", "return '.*in_proj_a'", "'.*in_proj_a' ('.*in_proj_a' is neither a part "),
     ("qvl_make_optimizer", "return 'adamw'", "a value of type str; it has to give a function from the list of"),
     ("qvl_optimizer", "return lambda parameters: None", "a value of type function, without param_groups, step; "),
     ("qvl_trainer", "return 'sft'", "a value of type str, without args, get_batch_samples, training_step; "),
@@ -85,6 +88,7 @@ def test_a_wrong_override_is_one_sentence(pytester, run_light, failures, name, c
 
 def test_text_is_read_as_the_flag_reads_it(pytester, run_light):
     given = {"qvl_adapter_policy": "vision, merger:full", "qvl_card": "t4", "qvl_vram_limit": "15 GiB"}
+    given["qvl_quantized_layers"] = "language, in_proj_a:16bit"
     overrides = [OVERRIDE.format(name=name, code=f"yield {value!r}") for name, value in given.items()]
     pytester.makeconftest("".join(overrides))
     pytester.makepyfile(
@@ -95,8 +99,9 @@ def test_text_is_read_as_the_flag_reads_it(pytester, run_light):
         assert policy == AdapterPolicy(("vision", "merger"), ("merger",))
         assert gpu == card("t4")
         assert limit == 15 << 30
-    def test_one(qvl_adapter_policy, qvl_card, qvl_vram_limit):
+    def test_one(qvl_adapter_policy, qvl_card, qvl_vram_limit, qvl_quantized_layers):
         judge(qvl_adapter_policy, qvl_card, qvl_vram_limit)
+        assert (qvl_quantized_layers.quantized, qvl_quantized_layers.kept) == (("language",), ("in_proj_a",))
     def test_two(qvl_adapter_policy, qvl_card, qvl_vram_limit, request):
         judge(qvl_adapter_policy, qvl_card, qvl_vram_limit)
         assert request.getfixturevalue("qvl_vram_limit") == 15 << 30

@@ -89,6 +89,31 @@ def test_help_names_every_flag_with_its_ini_and_environment(pytester):
             "",
             "--qvl-adapter-policy: part 'visual' is unknown; known: language, *",
         ),
+        (
+            ["--qvl-quantized-layers", "language, .*in_proj_[ab]$:16bit"],
+            {},
+            "",
+            "--qvl-quantized-layers: '.*in_proj_[ab]$' is neither a part (language, *) nor a name of layers, * "
+            "(it is no regular expression); did you mean 'in_proj_[ab]'?",
+        ),
+        (
+            [],
+            {"QVL_QUANTIZED_LAYERS": "in_proj_a:16bit"},
+            "",
+            "QVL_QUANTIZED_LAYERS: nothing is said to be in 4 bits: *",
+        ),
+        (
+            [],
+            {},
+            "qvl_quantized_layers = 'language, in_proj_a:8bit'",
+            "qvl_quantized_layers (pyproject.toml): 'in_proj_a:8bit': a part or a layer is followed by nothing or by *",
+        ),
+        (
+            ["--qvl-quantized-layers", "language, language:16bit"],
+            {},
+            "",
+            "*: language: either quantized or kept, not both",
+        ),
         (["--qvl-images", "out"], {}, "", "--qvl-images: the folder '*/out' does not exist"),
         (["--qvl-images", ""], {}, "", "--qvl-images: no folder was named; leave the setting out, or *"),
         (["--qvl-seed", "-1"], {}, "", "--qvl-seed: -1 is below the smallest value 0"),

@@ -21,6 +21,7 @@ VALID = {
     "qvl_fault": ("scatter-off-by-one", "scatter-off-by-one"),
     "qvl_fault_reference": ("damaged", "damaged"),
     "qvl_adapter_policy": ("language, merger:full", "language, merger:full"),
+    "qvl_quantized_layers": ("language,in_proj_a:16bit", "language, in_proj_a:16bit"),
     "qvl_seed": ("7", "7"),
     "qvl_samples": ("9", "9"),
     "qvl_images": ("{folder}", "{folder}"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.models import skip_rules
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group
+from pytest_qvl.models.quantized_layers import parts_of
 from pytest_qvl.models.skip_advice import matches, meant_by
 from pytest_qvl.models.skips import GENERIC
 from pytest_qvl.models.sources.loading import has_tied_head
@@ -48,7 +49,7 @@ def in_four_bits(linears: Mapping[str, Group], entries: Sequence[str], rule: Rul
 
 def _census(subject: Subject, linears: Mapping[str, Group], entries: Sequence[str], rule: Rule, whose: str) -> Finding:
     packed = in_four_bits(linears, entries, rule)
-    wrong = [group for group in _POLICY.kept if any(linears[name] == group for name in packed)]
+    wrong = [group for group in parts_of(_POLICY.kept) if any(linears[name] == group for name in packed)]
     none = not any(linears[name] in _POLICY.quantized for name in packed)
     line = (
         f"with {rule.title}, {_counts(linears, packed)} in 4 bits; skip list {neutral(list(entries), 300)} from {whose}"
