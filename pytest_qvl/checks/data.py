@@ -10,9 +10,10 @@ from pytest_qvl.checks.batches.dummies import dummies, judge_dealt
 from pytest_qvl.checks.batches.facts import View, facts
 from pytest_qvl.checks.batches.findings import Findings
 from pytest_qvl.checks.batches.ids import judge_ids
+from pytest_qvl.checks.batches.joined import judge_joined, note_system_turns
 from pytest_qvl.checks.batches.layout import lay_out
 from pytest_qvl.checks.batches.masks import judge_mask, judge_types
-from pytest_qvl.checks.batches.paired import judge_answers, pair
+from pytest_qvl.checks.batches.paired import judge_answers, pair, units
 from pytest_qvl.checks.batches.pictures import judge_images
 from pytest_qvl.checks.batches.pixels import judge_pixels
 from pytest_qvl.checks.batches.places import judge_packing, judge_positions, judge_time
@@ -23,7 +24,9 @@ from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from pytest_qvl.checks.batches.conversations import Conversation
     from pytest_qvl.checks.batches.layout import Layout
+    from pytest_qvl.checks.batches.paired import Pair
 
 
 @check(promise=10, guarded=False)
@@ -40,10 +43,11 @@ def batch(
     No forward pass and no weights: what a batch must be follows from its tokens, its grids and the model's
     configuration. Judged row by row are placeholders against grids (images and videos), grids against pixels, their
     dtype, range and normalisation, ``attention_mask`` against padding on either side, ``mm_token_type_ids`` against
-    placeholders, positions that the batch brings against the papers' definition, packed rows, the time of videos, and
-    of labels that answers are learned, whole, and nothing else. Each finding is a
-    :class:`pytest_qvl.checks.batches.findings.BatchFinding`: kind, row, token, what is there, what should be, and the
-    usual cause; ``findings_of(evidence)`` returns them. What could not be judged is noted with its reason and counted.
+    placeholders, positions that the batch brings against the papers' definition, packed rows (with `samples`, also
+    rows that hold several of them and nothing that keeps them apart), the time of videos, and of labels that answers
+    are learned, whole, and nothing else. Each finding is a :class:`pytest_qvl.checks.batches.findings.BatchFinding`:
+    kind, row, token, what is there, what should be, and the usual cause; ``findings_of(evidence)`` returns them. What
+    could not be judged is noted with its reason and counted.
     All comparisons are exact, but for pixels: docs/limits.md#batches.
 
     Args:
@@ -75,7 +79,9 @@ def batch(
     given = None if samples is None else conversations(samples)
     findings.judged["rows"] = view.rows
     images, videos = _judge(view, findings)
-    if given is not None and (pairs := pair(view, findings, given)) is not None:
+    if given is None:
+        note_system_turns(view, findings)
+    elif (pairs := _paired(view, findings, given)) is not None:
         if videos.grids:
             findings.unjudged["images against samples"] = "the batch holds videos, which samples are not compared with"
         else:
@@ -83,6 +89,12 @@ def batch(
         judge_answers(view, findings, pairs)
     findings.hand_over(judge)
     return judge.verdict()
+
+
+def _paired(view: View, findings: Findings, given: Sequence[Conversation]) -> list[Pair] | None:
+    found = list(units(view))
+    judge_joined(view, findings, found, given)
+    return pair(view, findings, found, given)
 
 
 def _judge(view: View, findings: Findings) -> tuple[Layout, Layout]:

@@ -527,3 +527,108 @@ def test_a_colour_that_is_rounded_twice_is_normalised(
     made = make_batch(processor, [replace(sample, images=(Image.new("RGB", (112, 84), colour),))])
     batch = {**made, "pixel_values": cast(made["pixel_values"], (torch.float16, torch.bfloat16))}
     assert "image 0 is of one colour" in checks.batch(batch, processor, config).notes
+
+
+# Several conversations in one row
+
+
+def one_row(batch: Batch) -> Batch:
+    """All rows behind each other in one, and nothing that says where each begins."""
+    kept = batch["attention_mask"].bool()
+    made = {name: value[kept][None] if value.shape == kept.shape else value for name, value in batch.items()}
+    del made["attention_mask"]
+    return made
+
+
+def test_conversations_that_nothing_keeps_apart(
+    processor: Any, config: Any, samples: list[Sample], batch: Batch
+) -> None:
+    made = one_row(batch)
+    with pytest.raises(CheckFailed) as failure:
+        checks.batch(made, processor, config, samples)
+    (finding,) = findings_of(failure.value.evidence)
+    assert (finding.kind, finding.row, finding.token) == (
+        "packed-not-separated",
+        0,
+        int(batch["attention_mask"][0].sum()),
+    )
+    assert finding.found == (
+        "4 conversations (samples 0, 1, 2 and 3) in one row, and nothing that keeps them apart (neither position_ids nor "
+        "an attention_mask)"
+    )
+    assert unjudged_of(failure.value.evidence)["batch against samples"] == "4 samples were given for 1 row"
+    ones = torch.ones_like(made["input_ids"])
+    assert kinds({**made, "attention_mask": ones}, processor, config, samples) == ["packed-not-separated"]
+    places = torch.arange(ones.numel())[None]
+    text_only = one_row(make_batch(processor, samples[2:3] * 2, padding_side="right", answers=True))
+    numbered = {**text_only, "position_ids": places[:, : text_only["input_ids"].numel()]}
+    assert kinds(numbered, processor, config, [samples[2], replace(samples[2], id="again")]) == ["packed-not-separated"]
+
+
+def test_a_bound_that_is_missing_among_others(processor: Any, config: Any, samples: list[Sample], batch: Batch) -> None:
+    made = one_row(batch)
+    bounds = [0, *batch["attention_mask"].sum(dim=1).cumsum(0).tolist()]
+    right = {**made, "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32)}
+    assert kinds(right, processor, config, samples) == []
+    del bounds[2]
+    with pytest.raises(
+        CheckFailed, match=r"2 conversations \(samples 1 and 2\) in one sample of a packed row"
+    ) as failure:
+        checks.batch({**made, "cu_seq_lens_q": torch.tensor(bounds, dtype=torch.int32)}, processor, config, samples)
+    assert findings_of(failure.value.evidence)[0].token == int(batch["attention_mask"][:2].sum())
+
+
+def test_samples_of_one_question(processor: Any, config: Any, samples: list[Sample]) -> None:
+    alike = [replace(samples[2], answer=answer) for answer in ("red", "blue", "red")]
+    rows = make_batch(processor, alike, padding_side="right", answers=True)
+    assert kinds(one_row(rows), processor, config, alike) == ["packed-not-separated"]
+    dropped = {name: value[:2] for name, value in rows.items()}
+    assert kinds(dropped, processor, config, alike) == []
+
+
+def chat(*turns: tuple[str, str], system: str = "") -> list[dict[str, str]]:
+    messages = [{"role": "system", "content": system}] if system else []
+    for asked, said in turns:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+    return messages
+
+
+def row_of(processor: Any, *chats: list[dict[str, str]], cut: int | None = None) -> Batch:
+    """Conversations in one row, which is cut to so many tokens."""
+    text = "".join(processor.tokenizer.apply_chat_template(each, tokenize=False) for each in chats)
+    ids = torch.tensor(processor.tokenizer(text)["input_ids"])[None, :cut]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def test_turns_of_one_conversation_are_no_samples(processor: Any, config: Any) -> None:
+    """Also where a data set holds each turn as a sample too, and where the row was cut."""
+    turns = [("Which colour?", "red"), ("Which side?", "left"), ("Which colour?", "blue")]
+    whole = chat(*turns)
+    every = [whole, *(chat(turn) for turn in turns)]
+    length = row_of(processor, whole)["input_ids"].numel()
+    for cut in range(1, length + 1):
+        assert kinds(row_of(processor, whole, cut=cut), processor, config, every) == [], cut
+    for pair in ((3, 1), (1, 3), (0, 2)):
+        joined = row_of(processor, *(every[number] for number in pair))
+        assert kinds(joined, processor, config, every) == ["packed-not-separated"], pair
+
+
+@pytest.mark.parametrize("name", ["packed_seq_lengths", "segment_ids", "cu_seqlens"])
+def test_what_may_keep_samples_apart_and_is_not_read(
+    processor: Any, config: Any, samples: list[Sample], batch: Batch, name: str
+) -> None:
+    lengths = batch["attention_mask"].sum(dim=1)
+    evidence = checks.batch({**one_row(batch), name: lengths}, processor, config, samples)
+    assert unjudged_of(evidence)["packed samples"] == (
+        f"row 0 holds 4 conversations (samples 0, 1, 2 and 3), and what keeps them apart may be {name}, which is not "
+        "read here"
+    )
+
+
+def test_a_second_system_turn_is_told_where_nobody_gave_samples(processor: Any, config: Any) -> None:
+    chats = [chat(("Which colour?", said), system="Be brief.") for said in ("red", "blue")]
+    joined = row_of(processor, *chats)
+    said = unjudged_of(checks.batch(joined, processor, config))
+    assert said["conversations in one row"].startswith("row 0 has several system turns, and without `samples` nobody")
+    assert "conversations in one row" not in unjudged_of(checks.batch(row_of(processor, chats[0]), processor, config))
+    assert kinds(joined, processor, config, chats) == ["packed-not-separated"]

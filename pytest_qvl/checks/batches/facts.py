@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_qvl.checks.support.placeholders import Kind
+    from pytest_qvl.checks.support.turns import Turn
     from pytest_qvl.models.families import Family
 
 TAKES = "a Qwen-VL model (wrapped or not), its configuration, or the folder of one"
@@ -194,6 +195,11 @@ class View:
         known = [each for each in ids if 0 <= each < self._tokens]
         text: str = self.tokenizer.decode(known, skip_special_tokens=not special)
         return text
+
+    def said_in(self, row: int, turn: Turn) -> str:
+        """The text of a turn, without what stands for vision."""
+        vision = {*self.known.vision}
+        return self.decoded([each for each in self.ids[row, turn.start : turn.stop].tolist() if each not in vision])
 
     def shown(self, ids: list[int] | torch.Tensor) -> str:
         """Ids as text, cut to what a sentence can hold."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.batches.conversations import Conversation
     from pytest_qvl.checks.batches.facts import View
     from pytest_qvl.checks.batches.findings import Findings
+    from pytest_qvl.checks.support.turns import Turn
 
 SHOWN = 60
 
@@ -28,6 +29,7 @@ class Unit:
         stop: Behind its last one.
         asked: What the user says in it.
         said: What the assistant says.
+        turns: Its turns.
     """
 
     row: int
@@ -35,6 +37,7 @@ class Unit:
     stop: int
     asked: str
     said: str
+    turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,18 @@ class Pair:
     sample: Conversation
 
 
-def pair(view: View, findings: Findings, given: Sequence[Conversation]) -> list[Pair] | None:
+def pair(view: View, findings: Findings, found: Sequence[Unit], given: Sequence[Conversation]) -> list[Pair] | None:
     """Which unit was made of which sample, by their words; None where they cannot be paired.
 
     Rows in another order than the samples (sorted by length, packed) are no defect, and noted.
     """
-    units = list(_units(view))
-    if len(units) != len(given):
-        what = "packed samples" if view.is_packed else "rows"
-        findings.unjudged["batch against samples"] = f"{len(given)} samples were given for {len(units)} {what}"
+    if len(found) != len(given):
+        what = "packed sample" if view.is_packed else "row"
+        many = "s" if len(found) != 1 else ""
+        findings.unjudged["batch against samples"] = f"{len(given)} samples were given for {len(found)} {what}{many}"
         return None
-    chosen = _chosen(units, given)
-    for number, unit in enumerate(units):
+    chosen = _chosen(found, given)
+    for number, unit in enumerate(found):
         if number in chosen:
             continue
         owner = next((other for other, sample in enumerate(given) if _asks(unit, sample)), None)
@@ -82,7 +85,7 @@ def pair(view: View, findings: Findings, given: Sequence[Conversation]) -> list[
         )
     if any(number != owner for number, owner in chosen.items()):
         findings.notes.append("rows stand in another order than the samples; each was compared with its own")
-    return [Pair(unit, chosen[number], given[chosen[number]]) for number, unit in enumerate(units) if number in chosen]
+    return [Pair(unit, chosen[number], given[chosen[number]]) for number, unit in enumerate(found) if number in chosen]
 
 
 def _chosen(units: Sequence[Unit], given: Sequence[Conversation]) -> dict[int, int]:
@@ -115,23 +118,26 @@ def _answers(unit: Unit, sample: Conversation) -> bool:
     return all(plain(text) in unit.said for text in sample.answers)
 
 
-def _units(view: View) -> Iterator[Unit]:
-    vision = {*view.known.vision}
+def units(view: View) -> Iterator[Unit]:
+    """The samples of a batch: its rows, or the parts of packed rows."""
+    for row, first, stop, turns in turns_of_units(view):
+        asked, said = (
+            plain("".join(view.said_in(row, turn) for turn in turns if turn.role == role)) for role in ("user", ANSWERS)
+        )
+        yield Unit(row, first, stop, asked, said, turns)
+
+
+def turns_of_units(view: View) -> Iterator[tuple[int, int, int, tuple[Turn, ...]]]:
+    """Row, first token, token behind the last one, and turns of each unit."""
     for row in range(view.rows):
         ids, numbers = view.ids[row].tolist(), view.segments[row]
         kept = ~view.padding[row]
         turns = view.reader.turns(ids, kept.tolist())
         for number in range(int(numbers.max()) + 1):
             places = (kept & (numbers == number)).nonzero().flatten().tolist()
-            if not places:
-                continue
-            first, stop = places[0], places[-1] + 1
-            words: dict[str, list[int]] = {"user": [], ANSWERS: []}
-            for turn in turns:
-                if first <= turn.header < stop and turn.role in words:
-                    words[turn.role] += [ids[place] for place in turn.places if ids[place] not in vision]
-            asked, said = (plain(view.decoded(each)) for each in words.values())
-            yield Unit(row, first, stop, asked, said)
+            if places:
+                first, stop = places[0], places[-1] + 1
+                yield row, first, stop, tuple(turn for turn in turns if first <= turn.header < stop)
 
 
 def judge_answers(view: View, findings: Findings, pairs: Sequence[Pair]) -> None:

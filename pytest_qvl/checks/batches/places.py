@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.support.placeholders import Grid
 
 AXES = ("t", "h", "w")
+# What keeps the samples of a packed row apart.
+PARTED = (
+    "position_ids (4, rows, length) with the text positions first, no attention_mask and use_cache=False, cu_seq_lens, "
+    "or a block-diagonal mask"
+)
 
 
 def judge_time(view: View, findings: Findings, videos: Layout) -> list[float] | None:
@@ -230,9 +235,8 @@ def judge_packing(view: View, findings: Findings) -> None:
             "packed-not-separated",
             row,
             token,
-            found=f"a second sample in the row, and nothing that parts attention ({_brings(view)})",
-            expected="position_ids (4, rows, length) with the text positions first, no attention_mask and "
-            "use_cache=False, cu_seq_lens, or a block-diagonal mask",
+            found=f"a second sample in the row, and nothing that parts attention ({brings(view)})",
+            expected=PARTED,
             cause="position_ids (rows, length) and (3, rows, length) part nothing in a model with M-RoPE: each sample "
             "attends to those before it in its row",
         )
@@ -247,8 +251,7 @@ def _text_first(view: View) -> bool:
     return given.ndim == 3 and given.shape[0] == TEXT_FIRST and mask is None
 
 
-def _brings(view: View) -> str:
-    given = [
-        f"{name} {tuple(view.batch[name].shape)}" for name in ("position_ids", "attention_mask") if name in view.batch
-    ]
-    return ", ".join(given)
+def brings(view: View) -> str:
+    """What there is in the batch that could part a packed row, by name and shape."""
+    names = ("position_ids", "text_position_ids", "attention_mask", "cu_seq_lens_q")
+    return ", ".join(f"{name} {tuple(view.batch[name].shape)}" for name in names if name in view.batch)
