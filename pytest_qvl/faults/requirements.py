@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.checks.support.golden_data import GOLDEN_FILE
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.layers import family_of, language_layers
+from pytest_qvl.models.layers import centred_on_zero, family_of, language_layers
 from pytest_qvl.models.state import preserved
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ Requirement = Literal[
     "axes in runs",
     "DeepStack",
     "linear attention",
+    "gains that bfloat16 rounds",
     "attention in every layer",
     "silence without type ids",
     "greedy releases",
@@ -78,6 +79,13 @@ def _deepstack(case: Case) -> bool:
 
 def _linear_attention(case: Case) -> bool:
     return any(not layer.attends for layer in language_layers(anatomy(case.model)))
+
+
+def _rounded_gains(case: Case) -> bool:
+    parts = anatomy(case.model)
+    norms = (norm for layer in language_layers(parts) for norm in layer.norms if centred_on_zero(parts, norm))
+    gains = (1 + norm.weight.detach().float() for norm in norms)
+    return any(bool((gain.bfloat16() != gain).any()) for gain in gains)
 
 
 def _silent_without_type_ids(case: Case) -> bool:
@@ -156,6 +164,10 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     ),
     "DeepStack": (_deepstack, "needs DeepStack and learned positions in the tower: only Qwen3-VL has them"),
     "linear attention": (_linear_attention, "needs layers of linear attention: only Qwen3.5 has them"),
+    "gains that bfloat16 rounds": (
+        _rounded_gains,
+        "needs gains that bfloat16 rounds: 1 + weight is exact where weights are 0, or norms are not centred on it",
+    ),
     "attention in every layer": (
         lambda case: not _linear_attention(case),
         "needs attention in every layer: linear attention does not part samples that are packed by positions alone",

@@ -10,6 +10,8 @@ from pytest_qvl.models.anatomy import TOWER
 from pytest_qvl.models.families import FAMILIES
 
 if TYPE_CHECKING:
+    import torch
+
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.models.families import Family
 
@@ -240,3 +242,20 @@ def cached_layer(cache: Any, number: int) -> Any:
         return None
     kept = layers[number]
     return kept if getattr(kept, "keys", None) is not None and "Dynamic" in type(kept).__name__ else None
+
+
+def kept_state(cache: Any, number: int) -> torch.Tensor | None:
+    """S of linear attention that a cache keeps of one layer, ``(rows, heads, ...)``; None where it cannot be read.
+
+    Releases before 5.4 keep one list of all layers, later ones what each layer has.
+    """
+    import torch
+
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        layers = getattr(cache, "recurrent_states", None) or ()
+        kept: Any = layers[number] if number < len(layers) else None
+    else:
+        kept = getattr(layers[number], "recurrent_states", None) if number < len(layers) else None
+    state = kept if isinstance(kept, torch.Tensor) else kept[0] if kept else None
+    return state if isinstance(state, torch.Tensor) else None

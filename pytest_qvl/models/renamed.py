@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
     from pytest_qvl.models.anatomy import Parts
 
-# 5.24 renamed the key-value cache and will drop the old name in 5.40.
-KV_CACHE_NAMES = ("cache", "past_key_values")
+# 5.24 renamed the key-value cache and will drop the old names in 5.40; the second is that of linear attention's layers.
+KV_CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 # How Transformers reads the names of before 4.52 (`_checkpoint_conversion_mapping` of Qwen2-VL and Qwen2.5-VL in 4.57).
 _OLD_LAYOUT = (
     (re.compile(r"^visual\."), "model.visual."),

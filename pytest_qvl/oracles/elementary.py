@@ -53,18 +53,30 @@ def linear(
     return Claim(product, limit)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype, *, rounded_once: bool = False
+) -> Claim:
     """``w * round(x / sqrt(mean(x**2) + eps))`` (Zhang and Sennrich 2019).
 
     Limit: relative, one rounding to the dtype of `x` before the gain and one to `dtype` after it, each an absolute one
     below the smallest normal number; the mean of n squares is off by ``min(n, TAIL sqrt(n / 3)) u`` in float32, its
     root by half of that, with the oracle's own as much again, and four operations more.
+
+    Args:
+        x: ``(..., width)``.
+        weight: ``(width,)``, the gain.
+        eps: Added to the mean.
+        dtype: Of the result.
+        rounded_once: Whether the gain is applied in float32, so that nothing is rounded before it.
     """
+    import torch
+
     single = x.float()
     normed = single / (single.square().mean(dim=-1, keepdim=True) + eps).sqrt()
     value = weight.float() * normed
-    relative = unit(x.dtype) + unit(dtype) + summed(x.shape[-1]) + 8 * SINGLE
-    return Claim(value, relative * value.abs() + underflow(dtype) + underflow(x.dtype) * weight.float().abs())
+    before = torch.float32 if rounded_once else x.dtype
+    relative = unit(before) + unit(dtype) + summed(x.shape[-1]) + 8 * SINGLE
+    return Claim(value, relative * value.abs() + underflow(dtype) + underflow(before) * weight.float().abs())
 
 
 def rms_norm_behind(before: Claim, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> Claim:

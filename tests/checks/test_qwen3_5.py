@@ -24,7 +24,7 @@ from pytest_qvl.checks import (
     weights_as_stored,
 )
 from pytest_qvl.checks.support import packing
-from pytest_qvl.checks.support.layers.mixers import CHUNKS, RUNS
+from pytest_qvl.checks.support.layers.mixers import CHUNKS, RUNS, rounded_to
 from pytest_qvl.checks.support.noise_floor import noise_floor
 from pytest_qvl.checks.support.packing import pack
 from pytest_qvl.faults.case import Case, apply, load, lora_config
@@ -33,7 +33,7 @@ from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_confi
 from pytest_qvl.faults.subject import embedded
 from pytest_qvl.faults.tools import after, attribute, values
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.models.layers import language_layers, rope_of
+from pytest_qvl.models.layers import centred_on_zero, language_layers, rope_of
 from pytest_qvl.models.mixer_kernels import mixer_kernels
 from pytest_qvl.models.quantized import usual_quantization
 from pytest_qvl.models.sources.synthetic import build_synthetic
@@ -53,8 +53,14 @@ SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 
 def _base(dtype: str) -> Any:
+    """With gains that 16 bits round; those of weights as they are drawn, 0, are 1."""
     kind = getattr(torch, dtype)
-    return random_model("qwen3_5", seed=0, dtype=kind, quantization_config=usual_quantization(kind))
+    model = random_model("qwen3_5", seed=0, dtype=kind, quantization_config=usual_quantization(kind))
+    for layer in language_layers(parts := anatomy(model)):
+        for norm in (*layer.norms, *layer.head_norms):
+            assert centred_on_zero(parts, norm)
+            torch.nn.init.normal_(norm.weight, std=0.01, generator=torch.Generator().manual_seed(layer.number))
+    return model
 
 
 @pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -80,7 +86,7 @@ def test_a_healthy_model_passes_and_nothing_is_left_out(case: Case) -> None:
     assert evidence.table is not None
     operations = {str(name) for name, *_ in evidence.table.rows}
     assert operations >= {"attention", "key-value cache", "rotary embedding", "norm", "4-bit product", "LoRA"}
-    assert operations >= {"gated delta rule", "gated norm"}
+    assert operations >= {"gated delta rule", "gated norm", "kept state"}
     assert evidence.notes == ()
 
 
@@ -93,7 +99,14 @@ def test_what_runs_under_autocast_is_judged_as_that_rounds_it(case: Case, autoca
     assert min(figures[name] for name in ("gated delta rule", "gated norm", "attention")) > 0.05
 
 
-@pytest.mark.parametrize("name", ["state-lost-between-chunks", "decay-too-strong"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "state-lost-between-chunks",
+        "decay-too-strong",
+        pytest.param("state-rounded-between-steps", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fault_is_seen_under_autocast(case: Case, autocasting: Any, name: str) -> None:
     with apply(name, case), autocasting(case.model, torch.bfloat16), pytest.raises(CheckFailed) as failure:
         _judge(case)
@@ -201,6 +214,18 @@ def test_a_fault_is_named(case: Case, name: str) -> None:
         _judge(damaged)
     for words in find(name).words():
         assert words in str(failure.value)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_state_of_one_row_that_was_rounded_is_told_from_one_of_float32(dtype: str) -> None:
+    kind = getattr(torch, dtype)
+    state = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert not rounded_to(state)
+    assert not rounded_to(torch.cat((state, torch.zeros(1, 4, 16, 16))))  # a row of padding
+    product = state.bfloat16().float()
+    assert not rounded_to(product.mT @ product)
+    assert rounded_to(torch.cat((state, state[:1].to(kind).float()))) == dtype
+    assert rounded_to(state.to(kind)) == dtype
 
 
 def test_what_a_mixer_returns_is_held(case: Case) -> None:

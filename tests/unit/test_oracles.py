@@ -65,6 +65,10 @@ def test_norms_use_their_limits_and_keep_them(dtype: torch.dtype) -> None:
     x, weight, bias = noise(64, 96, dtype=dtype), noise(96, dtype=dtype, seed=1), noise(96, dtype=dtype, seed=2)
     normed = weight * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6)).to(dtype)
     assert BLIND < worst(normed, elementary.rms_norm(x, weight, 1e-6, dtype)) <= 1
+    once = (weight.float() * (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6))).to(dtype)
+    assert BLIND < worst(once, elementary.rms_norm(x, weight, 1e-6, dtype, rounded_once=True)) <= 1
+    if dtype != torch.float32:
+        assert worst(normed, elementary.rms_norm(x, weight, 1e-6, dtype, rounded_once=True)) > 1
     centred = torch.nn.functional.layer_norm(x, (96,), weight, bias, 1e-6)
     assert BLIND < worst(centred, elementary.layer_norm(x, weight, bias, 1e-6, dtype)) <= 1
 

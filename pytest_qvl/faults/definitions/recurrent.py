@@ -639,3 +639,45 @@ def _kept_between_prompts(case: Case) -> Iterator[None]:
 
     with before(mixers, note), _rule(case, reuse):
         yield
+
+
+@fault(
+    "state-rounded-between-steps",
+    "A kernel computes in float32 and writes the state of linear attention in the dtype of its inputs, bfloat16.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(
+        "kept state: model.language_model.layers.0.linear_attn is rounded to bfloat16 between two calls",
+        "where it has to be one of float32",
+    ),
+    source="ollama/ollama#15865",
+    requires=("linear attention",),
+)
+def _rounded_state(case: Case) -> Iterator[None]:
+    def rounds(own: Any, *args: Any, **kwargs: Any) -> Any:
+        made, after = own(*args, **kwargs)
+        return made, None if after is None else after.bfloat16().to(after.dtype)
+
+    with _rule(case, rounds):
+        yield
+
+
+@fault(
+    "gain-shifted-in-bfloat16",
+    "One is added to the weights of norms when they are loaded, and the sum kept in bfloat16: last bits are lost.",
+    target="model",
+    check="layer_arithmetic",
+    expected_words=(
+        "norm: model.language_model.layers.0.input_layernorm",
+        "scales by 1 + weight rounded to bfloat16, not by that of float32",
+    ),
+    source="InternLM/lmdeploy#4790",
+    requires=("linear attention", "gains that bfloat16 rounds"),
+)
+def _shifted_in_bfloat16(case: Case) -> Iterator[None]:
+    def shifted(norm: Any) -> Any:
+        return lambda x: (norm._norm(x.float()) * (1 + norm.weight.float()).bfloat16().float()).type_as(x)
+
+    norms = [norm for layer in language_layers(anatomy(case.model)) for norm in (*layer.norms, *layer.head_norms)]
+    with all_of([attribute(norm, "forward", shifted(norm)) for norm in norms]):
+        yield

@@ -187,14 +187,20 @@ def is_norm(parts: Parts, place: str) -> bool:
     return place == f"{parts.roots['language']}.norm" or (parts.group_of(place) == "language" and last in TEXT_NORMS)
 
 
+def is_centred(parts: Parts, place: str) -> bool:
+    """Whether the norm in a place scales by one more than its weight, and in float32, as a family's backbone may."""
+    return bool(family_of(parts).zero_centred_norms) and parts.group_of(place) == "language"
+
+
 def gain_of(parts: Parts, place: str, norm: Any) -> torch.Tensor:
-    """What a norm in a place multiplies by; those of a family's language backbone may be centred on zero."""
+    """What a norm in a place multiplies by."""
     weight: torch.Tensor = norm.weight.detach()
-    centred = bool(family_of(parts).zero_centred_norms) and parts.group_of(place) == "language"
-    return 1 + weight.float() if centred else weight
+    return 1 + weight.float() if is_centred(parts, place) else weight
 
 
-def normed(parts: Parts, place: str, module: Any, x: torch.Tensor, dtype: torch.dtype) -> Claim:
+def normed(
+    parts: Parts, place: str, module: Any, x: torch.Tensor, dtype: torch.dtype, *, eps: float | None = None
+) -> Claim:
     """What an RMS norm, or a layer norm, which has a bias, makes of x.
 
     Args:
@@ -203,23 +209,39 @@ def normed(parts: Parts, place: str, module: Any, x: torch.Tensor, dtype: torch.
         module: The norm.
         x: Its input.
         dtype: Of what it returns.
+        eps: Another than that of the place.
     """
-    weight, bias, eps = gain_of(parts, place, module), getattr(module, "bias", None), norm_epsilon(parts, place)
+    weight, bias = gain_of(parts, place, module), getattr(module, "bias", None)
+    eps = norm_epsilon(parts, place) if eps is None else eps
     if bias is None:
-        return elementary.rms_norm(x, weight, eps, dtype)
+        return elementary.rms_norm(x, weight, eps, dtype, rounded_once=is_centred(parts, place))
     return elementary.layer_norm(x, weight, bias.detach(), eps, dtype)
 
 
 def judge_norm(tally: Tally, parts: Parts, name: str, call: Call) -> None:
     """An RMS or layer norm on its own input."""
-    tally.hold(NORM, name, call.made, normed(parts, place_of(name), call.module, call.given, call.made.dtype))
+    import torch
+
+    place, module, got = place_of(name), call.module, call.made
+
+    def words() -> str:
+        if not is_centred(parts, place):
+            return ""
+        eps, gain = norm_epsilon(parts, place), gain_of(parts, place, module)
+        for dtype in (torch.bfloat16, torch.float16):
+            rounded = elementary.rms_norm(call.given, gain.to(dtype), eps, got.dtype, rounded_once=True)
+            if error_over_limit(got, rounded) <= 1:
+                return f"scales by 1 + weight rounded to {str(dtype).removeprefix('torch.')}, not by that of float32"
+        return ""
+
+    tally.hold(NORM, name, got, normed(parts, place, module, call.given, got.dtype), words)
 
 
 def judge_epsilon(tally: Tally, parts: Parts, name: str, module: Any, like: torch.Tensor) -> None:
     """The eps of a norm, by what it makes of numbers as small: of ``±sqrt(eps)`` it halves the power.
 
-    On the activations of a model eps is far below their variance, and a wrong one is lost in 16-bit rounding. A norm
-    that is off at :data:`EPS_LOST` too, beside which no eps counts, is off for another reason, and counts as a norm.
+    On the activations of a model eps is far below their variance, and a wrong one is lost in 16-bit rounding. What no
+    other eps explains, and what is off at :data:`EPS_LOST` too, beside which none counts, counts as a norm.
     """
     import torch
 
@@ -227,23 +249,23 @@ def judge_epsilon(tally: Tally, parts: Parts, name: str, module: Any, like: torc
     width, eps = like.shape[-1], norm_epsilon(parts, place)
     signs = 1 - 2 * (torch.arange(width, device=like.device) % 2)
 
-    def made_of(size: float) -> tuple[torch.Tensor, torch.Tensor, Claim]:
+    def held(size: float) -> tuple[torch.Tensor, torch.Tensor, Claim]:
         x = (signs * size).to(like.dtype)[None]
         got = module(x).detach()
         return x, got, normed(parts, place, module, x, got.dtype)
 
-    x, got, claim = made_of(eps**0.5)
-
-    def words() -> str:
-        shift = 0.0 if getattr(module, "bias", None) is None else module.bias.detach().float()
-        gains = (got.float() - shift).abs() / gain_of(parts, place, module).float().abs()
-        found = float((x.float().square() * (gains**-2 - 1)).nanmedian())
-        return f"computes as with eps {found:.2g}, not {eps:g}"
-
-    if error_over_limit(got, claim) > 1 and error_over_limit(*made_of(EPS_LOST)[1:]) > 1:
-        tally.hold(NORM, name, got, claim)
+    x, got, claim = held(eps**0.5)
+    if error_over_limit(got, claim) <= 1:
+        tally.hold(EPSILON, name, got, claim)
+        return
+    shift = 0.0 if getattr(module, "bias", None) is None else module.bias.detach().float()
+    gains = (got.float() - shift).abs() / gain_of(parts, place, module).float().abs()
+    found = float((x.float().square() * (gains**-2 - 1)).nanmedian())
+    explained = error_over_limit(got, normed(parts, place, module, x, got.dtype, eps=found)) <= 1
+    if explained and error_over_limit(*held(EPS_LOST)[1:]) <= 1:
+        tally.hold(EPSILON, name, got, claim, lambda: f"computes as with eps {found:.2g}, not {eps:g}")
     else:
-        tally.hold(EPSILON, name, got, claim, words)
+        tally.hold(NORM, name, got, claim)
 
 
 def norm_epsilon(parts: Parts, name: str) -> float:

@@ -10,7 +10,8 @@ from pytest_qvl.checks.support.layers.compose import FUSED, UNCALLED
 from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.checks.support.rounding import coarsest
 from pytest_qvl.models.autocast import autocast_to
-from pytest_qvl.models.layers import MIXER
+from pytest_qvl.models.layers import MIXER, kept_state
+from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import delta, elementary
 from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, TAIL, Claim, underflow, unit
 
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.models.layers import Layer
 
-RECURRENCE, GATED_NORM = "gated delta rule", "gated norm"
+RECURRENCE, GATED_NORM, KEPT = "gated delta rule", "gated norm", "kept state"
 # Equal computations in float32 that rounding is learned from: token by token, and by chunks of these sizes. 64 is that
 # of FLA's kernels and of Transformers' own.
 CHUNKS = (0, 16, 32, 64)
 # Of each of them, with every rounding moved at random.
 RUNS = 4
-
-
+# Numbers of a state that are all those of a 16-bit dtype. One of float32 is so by chance once in 2**13, or once in 2**8
+# as the product of two of bfloat16, the least that a kernel makes of a token: eight are once in 2**64.
+ENOUGH = 8
 # How much nearer to another result what was read has to be to be called that; in words only.
 NEARER = 0.02
 
@@ -117,6 +119,7 @@ class Mixers:
                 self._judge_norm(layer, name)
             else:
                 self._judge_norm_uncalled(layer, name, claim)
+        self._judge_kept(layer, call, name)
         flow.forget((*modules, mixer.norm))
         self._gates.pop(layer.number, None)
 
@@ -136,6 +139,25 @@ class Mixers:
             words = "does not gate its norm by in_proj_z"
             tally.handed_on(name, self._gates[layer.number].flatten(), gate.flatten(), words)
         tally.handed_on(name, call.made, flow.made_by(layer.output), "does not return what out_proj does")
+
+    def _judge_kept(self, layer: Layer, call: Call, name: str) -> None:
+        """The state that the next call goes on with is one of float32: of it, and not rounded to less.
+
+        Between 16-bit queries, keys and values, what its rounding does to one call is lost; over a reply it adds up.
+        Autocast rounds the matrix product that writes the state of several tokens, and by that the state behind them.
+        """
+        cache = kv_cache_in(call.kwargs)
+        if cache is None:
+            return
+        state = kept_state(cache, layer.number)
+        if state is None:
+            self._tally.leave_out(f"the state in a {type(cache).__name__} of this kind", name)
+            return
+        if call.autocast is not None and call.given.shape[1] > 1 and state.dtype.itemsize > 2:
+            return
+        self._tally.count(KEPT, 1)
+        if dtype := rounded_to(state):
+            self._tally.fail(KEPT, name, f"is rounded to {dtype} between two calls, where it has to be one of float32")
 
     def _read(self, layer: Layer, autocast: torch.dtype | None) -> tuple[Claim, delta.Tokens]:
         """What a mixer has to read, ``(rows, length, heads, value width)``, and its heads are given.
@@ -208,6 +230,18 @@ class Mixers:
             if float((got.float() - read.float()).norm()) <= NEARER * float((got.float() - claim.value).norm()):
                 return "begins with the state that the forward before left: it is kept from one batch to the next"
         return _words(got, claim)
+
+
+def rounded_to(state: torch.Tensor) -> str:
+    """The name of the 16-bit dtype of a state ``(rows, ...)``, or that all numbers of one of its rows are of."""
+    import torch
+
+    for dtype in (torch.bfloat16, torch.float16):
+        nonzero = (state != 0).flatten(1).sum(dim=1)
+        alike = (state.to(dtype).to(state.dtype) == state).flatten(1).all(dim=1)
+        if state.dtype == dtype or bool((alike & (nonzero >= ENOUGH)).any()):
+            return str(dtype).removeprefix("torch.")
+    return ""
 
 
 def _gated(plain: Claim, gate: torch.Tensor, dtype: torch.dtype) -> Claim:
