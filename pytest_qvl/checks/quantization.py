@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.bitwise import identity_of
 from pytest_qvl.checks.support.unpacked_weights import repacked_sentence
-from pytest_qvl.checks.support.wording import listed
+from pytest_qvl.checks.support.wording import listed, some
 from pytest_qvl.evidence import Evidence, InputError, Judge
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group, Parts, anatomy
 from pytest_qvl.models.quantized import (
-    KEEP_16BIT,
     LinearState,
     asks_for_4bit,
     dtype_name,
@@ -26,7 +25,9 @@ from pytest_qvl.models.skip_rules import skipped_by
 from pytest_qvl.models.skips import (
     chosen_by_name,
     entries_keeping,
+    entries_to_keep,
     idle_entries,
+    list_to_keep,
     saved_quantized,
     skip_list,
     unheeded_entries,
@@ -35,7 +36,7 @@ from pytest_qvl.models.sources.loading import unusable_layers
 from pytest_qvl.models.training import copied_parameters
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
 QUANT_TYPES = ("nf4", "fp4")
 MIB = 2**20
@@ -198,10 +199,12 @@ def quantization_census(model: Any, policy: QuantizationPolicy | None = None) ->
     )
     plain = [state for census in found.values() for state in census.states if wants[state.name] is False]
     leaked = [group for group in parts_of(policy.kept) if _of_part(plain, group, policy).quantized]
+    wanted = [name for name, in_4bit in wants.items() if in_4bit]
+    works = list_to_keep(parts, policy.kept, [state.name for state in plain if state.is_quantized], wanted)
     for group in parts_of(policy.kept):
-        cause = _cause(parts, leaked, policy) if group in leaked[:1] else "for the same reason"
+        cause = _cause(parts, leaked, works) if group in leaked[:1] else "for the same reason"
         _judge_kept(judge, group, _of_part(plain, group, policy), cause)
-    _judge_kept_by_name(judge, parts, [state for state in plain if policy.names_in_4bit(state.name) is False], wants)
+    _judge_kept_by_name(judge, parts, [state for state in plain if policy.names_in_4bit(state.name) is False], wanted)
     if "embeddings" in policy.kept:
         _judge_embeddings(judge, parts)
     _judge_tie(judge, parts)
@@ -362,17 +365,12 @@ def _judge_kept(judge: Judge, group: Group, census: _Census, cause: str) -> None
     )
 
 
-def _judge_kept_by_name(
-    judge: Judge, parts: Parts, states: Sequence[LinearState], wants: Mapping[str, bool | None]
-) -> None:
+def _judge_kept_by_name(judge: Judge, parts: Parts, states: Sequence[LinearState], wanted: Sequence[str]) -> None:
     """The linears that the policy keeps in 16 bits by their names."""
     if not states:
         return
     leaks = [state for state in states if state.is_quantized]
-    names = sorted({state.name.rpartition(".")[2] for state in leaks})
-    others = [name for name, wanted in wants.items() if wanted and any(skipped_by(entry, name) for entry in names)]
-    mended = [*(skip_list(parts) or KEEP_16BIT), *(names if not others else [state.name for state in leaks[:1]])]
-    more = " and the paths of the others" if others and len(leaks) > 1 else ""
+    keep = entries_to_keep([state.name for state in leaks], wanted)
     again = ", and quantize the 16-bit base again: the checkpoint was saved so" if saved_quantized(parts) else ""
     first = leaks[0] if leaks else states[0]
     judge.equal(
@@ -382,7 +380,8 @@ def _judge_kept_by_name(
         else_say=(
             f"{first.group}: {len(leaks)} of {len(states)} linears that the policy names to stay 16-bit are quantized, "
             f"as {_counted(state.storage.upper() for state in leaks or states)} (first: {first.name}); no entry of the "
-            f"skip list {skip_list(parts)} covers them: use {mended}{more}{again}"
+            f"skip list {skip_list(parts)} covers them: add "
+            f"{some([*map(repr, keep)])} to llm_int8_skip_modules{again}"
         ),
     )
 
@@ -454,12 +453,10 @@ def _note_wide_parts(judge: Judge, parts: Parts, policy: QuantizationPolicy, kep
         )
 
 
-def _cause(parts: Parts, leaked: Sequence[Group], policy: QuantizationPolicy) -> str:
+def _cause(parts: Parts, leaked: Sequence[Group], works: Sequence[str]) -> str:
     """Why the skip list did not protect these parts, and the list that does."""
     import transformers
 
-    kept = [group for group in ("vision", "merger", "lm_head") if group in policy.kept]
-    works = [parts.roots[group] for group in kept if group != "merger" or "vision" not in kept]
     given = skip_list(parts)
     if given is None and saved_quantized(parts):
         return (

@@ -71,6 +71,43 @@ def unheeded_entries(parts: Parts, quantized: Collection[str]) -> list[str]:
     return said
 
 
+def list_to_keep(parts: Parts, kept: Collection[str], names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """A skip list for tower and head, and for what else must stay in 16 bits.
+
+    Args:
+        parts: The model.
+        kept: The parts of it that stay in 16 bits.
+        names: Linear layers that the list has to keep.
+        others: Linear layers that it must not keep.
+    """
+    roots: list[str] = []
+    for group in ("vision", "merger", "lm_head"):
+        root = parts.roots[group]
+        if group in kept and not any(_is_below(root, one) for one in roots):
+            roots += [] if any(_is_below(other, root) for other in others) else [root]
+    left = [name for name in names if not any(_is_below(name, root) for root in roots)]
+    return [*roots, *(entries_to_keep(left, others) if left else ())]
+
+
+def _is_below(name: str, root: str) -> bool:
+    return f"{name}.".startswith(f"{root}.")
+
+
+def entries_to_keep(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The shortest ends of paths, or else whole paths, that keep linear layers in 16 bits.
+
+    Args:
+        names: The layers' dotted names in the base model.
+        others: Those of layers that must not be kept with them.
+    """
+    for length in (1, 2):
+        ends = sorted({".".join(name.split(".")[-length:]) for name in names})
+        kept = all(any(skipped_by(end, name) for end in ends) for name in names)
+        if kept and not any(skipped_by(end, other) for end in ends for other in others):
+            return ends
+    return [*names]
+
+
 def entries_keeping(parts: Parts, names: Sequence[str]) -> str:
     """Which entries of the skip list keep these linear layers out of the quantization, in words; empty if none does."""
     said = []
@@ -86,10 +123,13 @@ def entries_keeping(parts: Parts, names: Sequence[str]) -> str:
 
 def chosen_by_name(parts: Parts, names: Sequence[str]) -> list[str]:
     """Those of the linear layers that a checkpoint saved in 4 bits names in its own skip list, by their full path."""
-    if not saved_quantized(parts):
-        return []
-    paths = [entry for entry in skip_list(parts) or () if "." in entry and entry != parts.roots["language"]]
-    return [name for name in names if any(f"{name}.".startswith(f"{path}.") for path in paths)]
+    return named_by_path(skip_list(parts) or (), parts, names) if saved_quantized(parts) else []
+
+
+def named_by_path(entries: Sequence[str], parts: Parts, names: Sequence[str]) -> list[str]:
+    """Those of the linear layers that entries of a skip list name by their full path, or a parent's."""
+    paths = [entry for entry in entries if "." in entry and entry != parts.roots["language"]]
+    return [name for name in names if any(_is_below(name, path) for path in paths)]
 
 
 def cause_of_misfits(parts: Parts, groups: Collection[Group]) -> str:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from pytest_qvl.evidence import Evidence
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
     from pytest_qvl.preflight.subject import Runtime
 
 __all__ = ["Finding", "Report", "preflight", "require_green"]
@@ -53,6 +54,7 @@ def preflight(
     processor: str | Path | None = None,
     card: str | None = None,
     policy: AdapterPolicy | None = None,
+    layers: QuantizedLayers | None = None,
 ) -> Report:
     """Judge a base model and an adapter from their files; see :mod:`pytest_qvl.preflight`.
 
@@ -69,6 +71,8 @@ def preflight(
         processor: Folder of the processor that will be used, where it is not beside the adapter.
         card: GPU to judge the memory for, such as ``"t4"``.
         policy: Parts of the model that are adapted on purpose; ``None``: by what ``target_modules`` names.
+        layers: Layers that are in 4 bits on purpose; ``None``: those of the language backbone that no entry of the skip
+            list keeps.
 
     Returns:
         One finding per line of the answer. Files that are broken or dangerous are red findings, not exceptions.
@@ -89,6 +93,7 @@ def preflight(
         processor=_path(processor),
         card=card,
         policy=policy,
+        layers=layers,
     )
     return run_preflight(asked)
 
@@ -104,6 +109,7 @@ def require_green(
     quantization_config: Any = None,
     *,
     policy: AdapterPolicy | None = None,
+    layers: QuantizedLayers | None = None,
 ) -> Evidence:
     """Prove by their files that base, skip list, adapter and processor belong together.
 
@@ -113,6 +119,7 @@ def require_green(
         lora_config: The ``peft.LoraConfig`` of an adapter that is still to be made; not looked at where one is given.
         quantization_config: The ``transformers.BitsAndBytesConfig`` that the base is loaded with.
         policy: Parts of the model that are adapted on purpose.
+        layers: Layers that are in 4 bits on purpose.
 
     Raises:
         CheckFailed: Something is red; one problem each, with cause and fix.
@@ -120,4 +127,4 @@ def require_green(
     """
     from pytest_qvl.preflight.evidence import judge_by_files
 
-    return judge_by_files(model, adapter, lora_config, quantization_config, policy)
+    return judge_by_files(model, adapter, lora_config, quantization_config, policy=policy, layers=layers)

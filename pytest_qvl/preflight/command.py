@@ -45,6 +45,11 @@ def add_preflight(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument(
         "--adapter-policy", metavar="PARTS", help="parts that are adapted on purpose: language,lm_head,vision"
     )
+    parser.add_argument(
+        "--quantized-layers",
+        metavar="LAYERS",
+        help="parts and layers that are in 4 bits on purpose: language,in_proj_a:16bit",
+    )
     parser.add_argument("--card", help=f"judge the memory for a card: {', '.join(card_names())}")
     shape = parser.add_mutually_exclusive_group()
     shape.add_argument("--json", dest="format", action="store_const", const="json", help="print JSON")
@@ -67,6 +72,7 @@ def run_preflight_command(options: argparse.Namespace) -> int:
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # as if it were not installed
     try:
         from pytest_qvl.models.policy import AdapterPolicy
+        from pytest_qvl.models.quantized_layers import QuantizedLayers
         from pytest_qvl.preflight import preflight
 
         report = preflight(
@@ -79,6 +85,7 @@ def run_preflight_command(options: argparse.Namespace) -> int:
             processor=options.processor,
             card=options.card,
             policy=None if options.adapter_policy is None else AdapterPolicy.parse(options.adapter_policy),
+            layers=None if options.quantized_layers is None else QuantizedLayers.parse(options.quantized_layers),
         )
     finally:
         if own_process:

@@ -28,6 +28,9 @@ def pytest_line(subject: Subject, tests: str = "preflight", *more: str) -> str:
     words = [SUITE, "--qvl-model", shlex.quote(model)]
     if subject.asked.adapter is not None:
         words += ["--qvl-adapter", shlex.quote(str(subject.asked.adapter))]
+    layers = "" if subject.asked.layers is None else str(subject.asked.layers)
+    if layers not in ("", "language"):
+        words += ["--qvl-quantized-layers", shlex.quote(layers)]
     return " ".join([*words, *map(shlex.quote, more), "-k", shlex.quote(tests)])
 
 

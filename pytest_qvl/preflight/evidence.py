@@ -13,6 +13,7 @@ from pytest_qvl.preflight.subject import Asked
 
 if TYPE_CHECKING:
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
     from pytest_qvl.preflight.findings import Report
 
 
@@ -21,7 +22,9 @@ def judge_by_files(
     adapter: Path | None,
     lora_config: Any,
     quantization_config: Any,
+    *,
     policy: AdapterPolicy | None,
+    layers: QuantizedLayers | None,
 ) -> Evidence:
     """See :func:`pytest_qvl.preflight.require_green`."""
     skip = getattr(quantization_config, "llm_int8_skip_modules", None)
@@ -35,6 +38,7 @@ def judge_by_files(
                 skip_from="the quantization configuration",
                 lora=lora,
                 policy=policy,
+                layers=layers,
             )
         )
     )

@@ -23,6 +23,7 @@ from pytest_qvl.preflight.timing import patience
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
     from pytest_qvl.preflight.survey import Surveyed
     from pytest_qvl.preflight.updates import Updates
     from pytest_qvl.preflight.weights import Weights
@@ -47,6 +48,8 @@ class Asked:
         processor: Folder of the processor that will be used, where it is not beside the adapter.
         card: GPU to judge the memory for.
         policy: Parts of the model that are adapted on purpose; ``None``: by what ``target_modules`` names.
+        layers: Layers that are in 4 bits on purpose; ``None``: those of the language backbone that no entry of the skip
+            list keeps.
     """
 
     base: str
@@ -59,6 +62,7 @@ class Asked:
     processor: Path | None = None
     card: str | None = None
     policy: AdapterPolicy | None = None
+    layers: QuantizedLayers | None = None
 
 
 @dataclass(frozen=True)

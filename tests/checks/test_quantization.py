@@ -91,11 +91,11 @@ def test_a_skip_list_that_reaches_into_the_backbone(fresh_model: Any) -> None:
     assert message.startswith("language: 4 of 28 linears are bfloat16 instead of nf4 (first: model.language_model")
 
 
-def hybrid_model(*skip: str) -> Any:
+def hybrid_model(*skip: str, tower: tuple[str, ...] = ("model.visual",)) -> Any:
     """Qwen3.5 of three layers, two of them linear attention with five linears each, in bfloat16."""
     if "qwen3_5" not in RANDOM_FAMILIES:
         pytest.skip("Transformers has no Qwen3.5 yet")
-    asked = usual_quantization(torch.bfloat16, llm_int8_skip_modules=["model.visual", "lm_head", *skip])
+    asked = usual_quantization(torch.bfloat16, llm_int8_skip_modules=[*tower, "lm_head", *skip])
     return random_model("qwen3_5", seed=0, dtype=torch.bfloat16, quantization_config=asked)
 
 
@@ -149,7 +149,7 @@ def test_layers_declared_kept_and_packed_are_red() -> None:
     assert message.startswith(
         "language: 2 of 4 linears that the policy names to stay 16-bit are quantized, as NF4 "
         f"(first: {MIXER}.in_proj_b); no entry of the skip list ['model.visual', 'lm_head', 'in_proj_a'] covers them: "
-        "use ['model.visual', 'lm_head', 'in_proj_a', 'in_proj_b']"
+        "add 'in_proj_b' to llm_int8_skip_modules"
     )
     assert quantization_census(hybrid_model("in_proj_a", "in_proj_b"), policy).ok
 
@@ -160,7 +160,12 @@ def test_only_named_layers_packed() -> None:
     assert quantization_census(hybrid_model(".*_attn", "down_proj"), policy).ok
     layers = QuantizedLayers.parse("language_model.*.mlp")
     policy = QuantizationPolicy(quantized=layers.quantized, kept=layers.all_kept)
-    assert "language: 14 of 14 linears are NF4 but must stay 16-bit" in refused(hybrid_model(), policy)
+    message = refused(hybrid_model(), policy)
+    assert message.startswith("language: 14 of 14 linears are NF4 but must stay 16-bit")
+    attentions = (
+        "'in_proj_a', 'in_proj_b', 'in_proj_qkv', 'in_proj_z', 'k_proj', 'o_proj', 'out_proj', 'q_proj', 'v_proj'"
+    )
+    assert f"does not cover it: use ['model.visual', 'lm_head', {attentions}]" in message
     assert quantization_census(hybrid_model(".*_attn"), policy).ok
     message = refused(hybrid_model(".*_attn", "up_proj"), policy)
     assert message.startswith("language: 3 of 9 linears are bfloat16 instead of nf4")
@@ -171,6 +176,11 @@ def test_a_vision_layer_packed_on_purpose() -> None:
     layers = QuantizedLayers.parse("language, visual.blocks.*.mlp")
     policy = QuantizationPolicy(quantized=layers.quantized, kept=layers.all_kept)
     assert "nothing is quantized: vision: 8 of 8 linears" in refused(hybrid_model(), policy)
+    tower = ("attn.qkv", "attn.proj", "model.visual.merger")
+    assert quantization_census(hybrid_model(tower=tower), policy).ok
+    message = refused(hybrid_model(tower=tower[2:]), policy)
+    assert message.startswith("vision: 8 of 8 linears are NF4 but must stay 16-bit")
+    assert "use ['model.visual.merger', 'lm_head', 'attn.proj', 'attn.qkv']" in message
 
 
 def test_a_name_that_no_layer_has() -> None:

@@ -105,6 +105,25 @@ def test_another_method_is_not_judged_and_exits_with_2(shop, capsys):
     assert "NOT JUDGED: 0 red" in out
 
 
+@pytest.mark.parametrize(
+    ("layers", "code", "said"),
+    [
+        ("language, q_proj:16bit", 0, "--qvl-quantized-layers 'language, q_proj:16bit' -k preflight"),
+        (
+            "language",
+            1,
+            "that the declaration (qvl_quantized_layers, --quantized-layers) has in 4 bits will stay in 16",
+        ),
+        (".*q_proj", 2, "is neither a part (language, "),
+    ],
+)
+def test_declared_layers(shop, capsys, layers, code, said):
+    skip = [word for entry in ("q_proj", "model.visual", "lm_head") for word in ("--skip", entry)]
+    assert main(["preflight", str(shop.base("qwen2_5_vl")), *skip, "--quantized-layers", layers]) == code
+    printed = capsys.readouterr()
+    assert said in printed.out + printed.err
+
+
 @pytest.mark.parametrize("made", ["AdaLoraConfig", "IA3Config"])
 def test_a_configuration_of_another_method_is_not_judged(shop, made):
     from peft import AdaLoraConfig, IA3Config

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from pytest_qvl.models.families import FAMILIES
+from pytest_qvl.models.quantized_layers import QuantizedLayers
 from pytest_qvl.models.skip_rules import RULES, installed_rule, others, rule_of, skipped_by
 from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.base import find_base
@@ -103,6 +104,48 @@ ONLY_5 = pytest.mark.skipif(
     rule_of(installed("transformers")) is RULES[0],
     reason="Transformers 4 reads an entry as a name anywhere in the path",
 )
+
+
+GATES = ("in_proj_a", "in_proj_b")
+
+
+@HYBRID
+def test_layers_that_are_declared_to_stay_in_16_bits():
+    declared = QuantizedLayers.parse("language, in_proj_[ab]:16bit")
+    report = preflight("qwen3.5-9b", skip=[*KEPT, *GATES], layers=declared)
+    assert not names(report)
+    assert "--qvl-quantized-layers 'language, in_proj_[ab]:16bit' " in report.of(1)[0].keeps_green
+    report = preflight("qwen3.5-9b", skip=[*KEPT, GATES[0]], layers=declared)
+    assert names(report) == {"kept-layers-in-four-bits"}
+    assert "24 linear layers that" in report.red[0].line
+    assert report.red[0].fix == "add to llm_int8_skip_modules: 'in_proj_b'"
+
+
+@HYBRID
+def test_layers_that_are_declared_to_be_in_4_bits():
+    skip = [*KEPT, *GATES]
+    assert not names(preflight("qwen3.5-9b", skip=skip))  # nobody said
+    report = preflight("qwen3.5-9b", skip=skip, layers=QuantizedLayers())
+    assert names(report) == {"quantized-layers-in-16-bits"}
+    assert "48 linear layers that" in report.red[0].line
+    assert "such as 'language, in_proj_a:16bit'" in report.red[0].fix
+    assert names(preflight("qwen3.5-9b", skip=KEPT, layers=QuantizedLayers(("vision",)))) == {"nothing-in-four-bits"}
+
+
+@HYBRID
+def test_a_tower_that_is_declared_to_be_in_4_bits():
+    declared = QuantizedLayers.parse("language, vision")
+    assert not names(preflight("qwen3.5-9b", skip=["model.visual.merger", "lm_head"], layers=declared))
+    assert names(preflight("qwen3.5-9b", skip=["lm_head"], layers=declared)) == {"merger-in-four-bits"}
+
+
+def test_a_declared_name_that_no_layer_has():
+    report = preflight("qwen2.5-vl-7b", layers=QuantizedLayers(kept=("in_proj_a", "q_prjo")))
+    assert names(report) == {"unknown-layers"}
+    first, second = (finding.line for finding in report.red)
+    assert "'in_proj_a' is no part (language, " in first
+    assert "there are down_proj, " in first
+    assert second.endswith("did you mean q_proj?")
 
 
 def groups_of_linears(model):

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from pytest_qvl.checks.quantization import QuantizationPolicy
 from pytest_qvl.models import skip_rules
 from pytest_qvl.models.anatomy import GROUPS, TOWER, Group
-from pytest_qvl.models.quantized_layers import parts_of
+from pytest_qvl.models.quantized_layers import QuantizedLayers, naming_nothing, parts_of
 from pytest_qvl.models.skip_advice import matches, meant_by
-from pytest_qvl.models.skips import GENERIC
+from pytest_qvl.models.skips import GENERIC, entries_to_keep, list_to_keep, named_by_path
 from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.preflight.commands import pytest_line, red
 from pytest_qvl.preflight.findings import Finding, counted, neutral, numbers, some
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 NUMBER = 1
 _red = partial(red, NUMBER)
-_POLICY = QuantizationPolicy()
+_DECLARED = "the declaration (qvl_quantized_layers, --quantized-layers)"
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -37,7 +37,8 @@ def answer(subject: Subject) -> Iterator[Finding]:
     entries = skip_rules.DEFAULT if given is None else given
     rule = skip_rules.installed_rule()
     with patience("llm_int8_skip_modules"):
-        yield _census(subject, linears, entries, rule, whose if given is not None else f"{whose} (no list)")
+        yield from _names(subject, linears)
+        yield from _census(subject, linears, entries, rule, whose if given is not None else f"{whose} (no list)")
         for entry in entries if given is not None else ():
             yield from _entry(subject, linears, entry, rule, whose)
 
@@ -47,27 +48,78 @@ def in_four_bits(linears: Mapping[str, Group], entries: Sequence[str], rule: Rul
     return [name for name in linears if not any(matches(rule, entry, name) for entry in entries)]
 
 
-def _census(subject: Subject, linears: Mapping[str, Group], entries: Sequence[str], rule: Rule, whose: str) -> Finding:
+def _census(
+    subject: Subject, linears: Mapping[str, Group], entries: Sequence[str], rule: Rule, whose: str
+) -> Iterator[Finding]:
+    declared = subject.asked.layers or QuantizedLayers()
+    policy = QuantizationPolicy(quantized=declared.quantized, kept=declared.all_kept)
+    wants = {name: policy.wants_in_4bit(name, group) for name, group in linears.items()}
     packed = in_four_bits(linears, entries, rule)
-    wrong = [group for group in parts_of(_POLICY.kept) if any(linears[name] == group for name in packed)]
-    none = not any(linears[name] in _POLICY.quantized for name in packed)
+    leaked = [name for name in packed if wants[name] is False]
+    named = [name for name in leaked if policy.names_in_4bit(name) is False]
+    wrong = [group for group in parts_of(policy.kept) if any(linears[name] == group for name in {*leaked} - {*named})]
     line = (
         f"with {rule.title}, {_counts(linears, packed)} in 4 bits; skip list {neutral(list(entries), 300)} from {whose}"
     )
     notes = tuple(filter(None, (_elsewhere(linears, entries, packed, other) for other in skip_rules.others())))
-    if none:
-        return _red(
+    if not any(wants[name] for name in packed):
+        what = "the language backbone" if declared.quantized == ("language",) else f"what is declared ({declared})"
+        yield _red(
             subject, "nothing-in-four-bits", line,
-            cause="the skip list keeps every layer of the language backbone out of the quantization",
-            fix="take the entry that covers the language backbone out of llm_int8_skip_modules", notes=notes,
+            cause=f"the skip list keeps every layer of {what} out of the quantization",
+            fix=f"take the entry that covers {what} out of llm_int8_skip_modules", notes=notes,
         )  # fmt: skip
+        return
+    found = []
+    wanted = [name for name, in_four in wants.items() if in_four]
     if wrong:
-        return _red(
+        works = list_to_keep(subject.parts, policy.kept, leaked, wanted)
+        found += [_red(
             subject, f"{wrong[0].replace('_', '-')}-in-four-bits", line,
             cause=_cause(subject.parts, wrong, entries),
-            fix=f"llm_int8_skip_modules={_mended(subject.parts, entries)}", notes=notes,
+            fix=f"llm_int8_skip_modules={_mended(works, entries)}", notes=notes,
+        )]  # fmt: skip
+    if named:
+        keep = entries_to_keep(named, wanted)
+        found += [_red(
+            subject, "kept-layers-in-four-bits",
+            f"{counted(len(named), 'linear layer')} that {_DECLARED} keeps in 16 bits will be in 4 with {rule.title}: "
+            f"{some(named, 2)}",
+            cause=f"no entry of the skip list {neutral(list(entries), 300)} covers them",
+            fix=f"add to llm_int8_skip_modules: {some(map(repr, keep), 6)}",
+        )]  # fmt: skip
+    left = [name for name in wanted if name not in {*packed}]
+    if subject.asked.layers is not None and (missed := _unexplained(subject, policy, entries, left)):
+        own = sorted({name.rpartition(".")[2] for name in missed})
+        found += [_red(
+            subject, "quantized-layers-in-16-bits",
+            f"{counted(len(missed), 'linear layer')} that {_DECLARED} has in 4 bits will stay in 16 with {rule.title}: "
+            f"{some(missed, 2)}",
+            cause=f"entries of the skip list {neutral(list(entries), 300)} cover them",
+            fix="take these entries out of llm_int8_skip_modules, or declare what is kept on purpose, such as "
+            f"{str(QuantizedLayers(declared.quantized, (*declared.kept, own[0])))!r}",
+        )]  # fmt: skip
+    yield from found or [Finding(NUMBER, "census", "green", line, notes=notes, keeps_green=pytest_line(subject))]
+
+
+def _unexplained(
+    subject: Subject, policy: QuantizationPolicy, entries: Sequence[str], names: Sequence[str]
+) -> list[str]:
+    """Layers in 16 bits but those that a base saved in 4 bits names in its own list, by their full path."""
+    if subject.base.quantization is None:
+        return [*names]
+    chosen = {*named_by_path(entries, subject.parts, names)}
+    return [name for name in names if name not in chosen or policy.names_in_4bit(name)]
+
+
+def _names(subject: Subject, linears: Mapping[str, Group]) -> Iterator[Finding]:
+    """Declared names that no layer of the model has."""
+    declared = subject.asked.layers or QuantizedLayers()
+    for sentence in naming_nothing((*declared.quantized, *declared.kept), linears):
+        yield _red(
+            subject, "unknown-layers", f"{_DECLARED}: {sentence}",
+            cause="it is misspelled, or of another family", fix="write a name that layers of this model have",
         )  # fmt: skip
-    return Finding(NUMBER, "census", "green", line, notes=notes, keeps_green=pytest_line(subject))
 
 
 def _cause(parts: Parts, wrong: Sequence[Group], entries: Sequence[str]) -> str:
@@ -81,11 +133,10 @@ def _cause(parts: Parts, wrong: Sequence[Group], entries: Sequence[str]) -> str:
     return said
 
 
-def _mended(parts: Parts, entries: Sequence[str]) -> list[str]:
-    """The list with what keeps vision tower, merger and head; entries that did nothing for them are left out."""
-    roots = [parts.roots["vision"], parts.roots["lm_head"]]
-    own = [entry for entry in entries if entry not in GENERIC and not any(entry in root for root in roots)]
-    return [*roots, *own]
+def _mended(works: Sequence[str], entries: Sequence[str]) -> list[str]:
+    """The list with what keeps all that has to be; entries that did nothing for tower and head are left out."""
+    own = [entry for entry in entries if entry not in GENERIC and not any(entry in each for each in works)]
+    return [*works, *own]
 
 
 def _counts(linears: Mapping[str, Group], packed: Sequence[str]) -> str:
