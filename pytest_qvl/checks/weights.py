@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.config_values import compared_config
 from pytest_qvl.checks.support.initialised import drawn_units
 from pytest_qvl.checks.support.lora import rewrites_base
+from pytest_qvl.checks.support.resized_vocabulary import Resized, lost_rows, resized_vocabulary, resizing_notes
 from pytest_qvl.checks.support.stored_values import (
     Difference,
     Routes,
@@ -33,6 +34,8 @@ from pytest_qvl.models.sources.loading import has_tied_head
 from pytest_qvl.models.training import asked_biases, trained_on_purpose
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
 
     from pytest_qvl.models.sources.stored import Stored
@@ -63,6 +66,9 @@ def weights_as_stored(
       columns of independent draws have norms within six deviations of what chance allows; where everything has, the
       weights are random on purpose, and a note says so.
 
+    Of embeddings and head that were resized after the load, the rows that both have are compared. A trimmed vocabulary
+    is noted; rows that were added are a finding, unless the adapter holds them: no checkpoint does.
+
     What is trained on purpose is compared with nothing, and noted: parts that the policy names, biases that the
     adapter trains, layers that the adapter's initialisation has rewritten. Synthetic weights are drawn again from their
     seed.
@@ -73,7 +79,8 @@ def weights_as_stored(
         policy: What may be trained beside adapters; nothing if not given.
 
     Raises:
-        CheckFailed: Names the tensors, the first element that differs, how many do, and the usual cause.
+        CheckFailed: Names the tensors, the first element that differs, how many do, and the usual cause; or tables of
+            the vocabulary with rows that no file holds.
         CannotJudge: Nobody knows what the model was loaded from, a CPU kernel has rewritten the quantized weights, or
             an adapter is merged into them.
         ValueError: The checkpoint is no folder with safetensors files, or they are not readable.
@@ -84,12 +91,15 @@ def weights_as_stored(
     judge = Judge("weights_as_stored", "every number is the checkpoint's")
     altered = () if stored.folder is None else altered_files(stored.folder)
     judge.equal("files that were altered", len(altered), 0, else_say="; ".join(altered))
-    misfits = stored.misfits(parts)
+    report = stored.misfits(parts)
+    resized = resized_vocabulary(parts, report, stored.config)
+    misfits = replace(report, mismatched=tuple(each for each in report.mismatched if each[0] not in resized)).problems
     judge.equal("kinds of tensors that do not fit", len(misfits), 0, else_say="; ".join(misfits))
-    comparison = _Comparison(parts, stored, policy or AdapterPolicy())
+    comparison = _Comparison(parts, stored, policy or AdapterPolicy(), resized)
     comparison.run()
     judge.report("tensors compared", comparison.compared)
     judge.equal("tensors that differ", len(comparison.wrong), 0, else_say=comparison.story())
+    _judge_added_rows(judge, comparison)
     config = compared_config(parts, stored.config)
     judge.report("values of config.json compared", config.compared)
     judge.equal(
@@ -100,7 +110,12 @@ def weights_as_stored(
         "library patched or broken?",
     )
     _judge_drawn(judge, stored, comparison.matrices)
-    for note in (*comparison.notes(), *config.notes, f"of {stored.what}"):
+    for note in (
+        *comparison.notes(),
+        *resizing_notes(parts, [*comparison.tables.values()]),
+        *config.notes,
+        f"of {stored.what}",
+    ):
         judge.note(note)
     return judge.verdict()
 
@@ -151,7 +166,9 @@ class _Comparison:
     parts: Parts
     stored: Stored
     policy: AdapterPolicy
+    resized: Mapping[str, Resized]
     compared: int = 0
+    tables: dict[str, Resized] = field(default_factory=dict)
     wrong: list[_Wrong] = field(default_factory=list)
     matrices: list[str] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
@@ -201,10 +218,13 @@ class _Comparison:
                 found = [*quantized_differences(name, tensor, shape, self.stored, self.routes)]
         elif packed is not None:
             found = [dequantized_difference(name, tensor, packed)]
-        elif self.stored.shape(stored) != tuple(tensor.shape):
+        elif (table := self.resized.get(stored)) is None and self.stored.shape(stored) != tuple(tensor.shape):
             found = [f"{name}: its shape is {tuple(tensor.shape)} instead of {self.stored.shape(stored)}"]
         else:
-            difference, between = plain_difference(stored, tensor, self.stored, self.through)
+            if table is not None:
+                self.tables[stored] = table
+            rows = tensor if table is None else tensor.detach()[: table.common]
+            difference, between = plain_difference(stored, rows, self.stored, self.through)
             found = [difference]
             if between is not None:
                 reason = f"rounded to {dtype_name(between)} on the way, as after a load in it"
@@ -300,6 +320,20 @@ def _dtypes(parts: Parts) -> list[torch.dtype]:
     named += [state.compute_dtype or "" for state in linear_states(parts)]
     found = [getattr(torch, name.removeprefix("torch."), None) for name in dict.fromkeys(named) if name]
     return [dtype for dtype in found if isinstance(dtype, torch.dtype)]
+
+
+def _judge_added_rows(judge: Judge, comparison: _Comparison) -> None:
+    """Rows that a resize has added to embeddings or head since the load are in no checkpoint."""
+    lost = {name: each for name, each in comparison.tables.items() if each.rows > each.stored and not each.kept_by}
+    if not lost:
+        return
+    as_stored = not any(wrong.name in lost for wrong in comparison.wrong)
+    judge.equal(
+        "rows that no file holds",
+        sum(each.rows - each.stored for each in lost.values()),
+        0,
+        else_say=lost_rows(comparison.parts, [*lost.values()], as_stored=as_stored, what=comparison.stored.what),
+    )
 
 
 def _judge_drawn(judge: Judge, stored: Stored, names: list[str]) -> None:

@@ -23,7 +23,7 @@ from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.sources import stored
 from pytest_qvl.models.sources.digests import altered_files, known_digest
-from pytest_qvl.models.sources.embedded import EMBEDDED_SHA256
+from pytest_qvl.models.sources.embedded import EMBEDDED_SHA256, embedded_model_dir
 from pytest_qvl.models.sources.stored import StoredFolder
 from pytest_qvl.models.sources.synthetic import build_synthetic
 from pytest_qvl.models.sources.synthetic_checkpoint import write_checkpoint
@@ -378,3 +378,112 @@ def test_a_file_in_the_hubs_cache_has_the_digest_that_names_it(tmp_path: Path) -
 def test_the_usual_cause_is_named(model: Any, change: Any, says: str) -> None:
     with values(anatomy(model).blocks[1].mlp.up_proj.weight, change):
         assert says in refused(model)
+
+
+# A vocabulary that was resized after the load
+
+
+def with_rows(model: Any, rows: int) -> Any:
+    model.resize_token_embeddings(rows)
+    return model
+
+
+def notes_on_resizing(model: Any, checkpoint: Path | None = None) -> list[str]:
+    return [note for note in weights_as_stored(model, checkpoint).notes if "resize_token_embeddings" in note]
+
+
+def test_a_trimmed_vocabulary_is_a_note(fresh_model: Any) -> None:
+    assert notes_on_resizing(with_rows(fresh_model(), 420)) == [
+        "embeddings and head have the first 420 of the checkpoint's 448 rows: the vocabulary was trimmed after the load "
+        "(resize_token_embeddings)"
+    ]
+
+
+def test_rows_that_were_added_are_in_no_file(fresh_model: Any) -> None:
+    """Its config.json is right: it was blamed."""
+    model = with_rows(fresh_model(), 512)
+    said = refused(model)
+    assert said.startswith("embeddings and head have 512 rows in memory and 448 in checkpoint ")
+    for words in (
+        ": the vocabulary was grown after the load (resize_token_embeddings), its first 448 rows are as stored, and no",
+        "resize the 16-bit base once, save it with its processor and load that, or train them "
+        '(modules_to_save=["embed_tokens", "lm_head"], or trainable_token_indices), or do not resize for a tokenizer of at '
+        "most 448 tokens [rows that no file holds 128 (== 0)]",
+    ):
+        assert words in said
+    assert "config.json" not in said
+    assert "tensors that differ" not in said
+
+
+@pytest.mark.parametrize("rows", [420, 512])
+def test_rows_that_both_have_are_compared(fresh_model: Any, rows: int) -> None:
+    model = with_rows(fresh_model(), rows)
+    with torch.no_grad():
+        model.lm_head.weight[419, 5] += 1
+        model.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight.roll(1, 0))
+    said = refused(model)
+    assert "lm_head.weight: differs in 1 of " in said
+    assert "first at [419, 5]" in said
+    assert "embed_tokens.weight: differs in " in said
+    assert "each of its rows holds the one before it" in said
+    assert "rows are as stored" not in said
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_()
+    assert "it has nothing in common with what was stored" in refused(model)
+
+
+@pytest.mark.parametrize(
+    ("lora", "lost"),
+    [
+        ({}, "embeddings and head have 512"),
+        ({"modules_to_save": ["embed_tokens"]}, "head has 512"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [448, 449], "lm_head": [*range(448, 512)]}},
+            "embeddings have 512",
+        ),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, ""),
+        ({"trainable_token_indices": {"embed_tokens": [*range(440, 512)], "lm_head": [*range(448, 512)]}}, ""),
+        ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, ""),
+    ],
+    ids=["LoRA alone", "embeddings saved", "some rows", "both saved", "all rows", "both adapted"],
+)
+def test_added_rows_that_the_adapter_holds_are_a_note(
+    fresh_model: Any, lora_config: Any, lora: dict[str, Any], lost: str
+) -> None:
+    from peft import get_peft_model
+
+    model = get_peft_model(with_rows(fresh_model(), 512), lora_config(**lora))
+    if lost:
+        assert refused(model).startswith(f"{lost} rows in memory")
+        return
+    (note,) = notes_on_resizing(model)
+    assert note == (
+        "embeddings and head have 64 rows that were added after the load (resize_token_embeddings); the adapter holds them "
+        f"({next(iter(lora))}), and fits a base that is resized to 512 rows only"
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_resized_base_that_was_saved_is_its_own_checkpoint(tied: bool, tmp_path: Path) -> None:
+    model = build_synthetic(random_config("qwen2_5_vl", tied=tied), None, "cpu", torch.bfloat16)
+    rows = model.get_input_embeddings().weight.shape[0]
+    model.save_pretrained(tmp_path)
+    both = "embeddings and head, which are tied, have" if tied else "embeddings and head have"
+    with_rows(model, rows + 8)
+    assert refused(model, tmp_path).startswith(f"{both} {rows + 8} rows in memory and {rows} in checkpoint")
+    assert ("ensure_weight_tying=True" in refused(model, tmp_path)) is tied
+    assert refused(model).startswith(f"{both} {rows + 8} rows in memory and {rows} in the synthetic weights of seed 0")
+    with_rows(model, rows - 8)
+    for checkpoint in (tmp_path, None):
+        (note,) = notes_on_resizing(model, checkpoint)
+        assert note.startswith(f"{both} the first {rows - 8} of the checkpoint's {rows} rows")
+    model.save_pretrained(tmp_path)
+    assert notes_on_resizing(model, tmp_path) == []
+
+
+def test_a_checkpoint_whose_config_says_other_rows_is_blamed_itself(fresh_model: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(embedded_model_dir(), tmp_path / "copy")
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] = 512
+    (folder / "config.json").write_text(json.dumps(config))
+    assert 'set "vocab_size" to 448 in config.json' in refused(with_rows(fresh_model(), 512), folder)

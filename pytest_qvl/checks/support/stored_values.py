@@ -130,7 +130,7 @@ def plain_difference(
 
     Args:
         name: Dotted name in the base model.
-        memory: The tensor.
+        memory: The tensor, or its first rows: what is stored behind them is not compared.
         stored: What holds it.
         through: Dtypes that the model was loaded or computes in, which a tensor may have passed.
 
@@ -150,7 +150,7 @@ def _through(name: str, memory: torch.Tensor, stored: Stored, between: torch.dty
     flat = memory.detach().reshape(-1)
     comparison = _Comparison(name, "", tuple(memory.shape))
     for start, values in stored.pieces(name):
-        own = values.to(flat.device)
+        own = values[: max(0, flat.numel() - start)].to(flat.device)
         own = own if between is None else own.to(between)
         comparison.add(start, flat[start : start + own.numel()], own.to(flat.dtype))
     return comparison.result()
@@ -361,7 +361,7 @@ def _of_most(memory: torch.Tensor, stored: torch.Tensor) -> str:
 
     width = math.prod(memory.shape[1:])
     here = memory.detach().reshape(-1, width)[: stored.numel() // width].double()
-    there = stored.to(memory.device).double().reshape(-1, width)
+    there = stored.to(memory.device).double().reshape(-1, width)[: len(here)]
     if width > 1 and len(here) > 1:
         if float((here[1:] == there[:-1]).double().mean()) > 0.9:
             return "each of its rows holds the one before it: rows were moved by one"

@@ -19,7 +19,7 @@ from pytest_qvl.models.sources.base_names import name_of_base
 from pytest_qvl.models.sources.hub import model_folder
 from pytest_qvl.models.sources.loading import compared_with, compared_with_drawn, kept_report
 from pytest_qvl.models.sources.model_source import ModelSourceError, parse_model, stored_tensors, weight_files
-from pytest_qvl.models.sources.synthetic import Drawn, draw_again, drawn_shape
+from pytest_qvl.models.sources.synthetic import Drawn, draw_again
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_qvl.models.anatomy import Parts
+    from pytest_qvl.models.sources.loading import LoadingReport
 
 PIECE = 8 * 2**20  # elements
 _STATE = ".quant_state.bitsandbytes__"
@@ -84,8 +85,8 @@ class Stored(Protocol):
     def pieces(self, name: str, multiple: int = 1) -> Iterator[Piece]:
         """A tensor from front to back, each piece but the last a multiple of so many elements."""
 
-    def misfits(self, parts: Parts) -> tuple[str, ...]:
-        """One sentence for each kind of tensors that the model lacks, has in another shape, or has beside them."""
+    def misfits(self, parts: Parts) -> LoadingReport:
+        """Which tensors the model lacks, has in another shape, or has beside them."""
 
     def packed(self, name: str) -> dict[str, Any] | None:
         """The parts of a weight that is stored in 4 bits, ``None`` for any other.
@@ -150,10 +151,10 @@ class StoredFolder:
         for row in range(0, place.shape[0], step):
             yield Piece(row * per_row, view[row : row + step].reshape(-1))
 
-    def misfits(self, parts: Parts) -> tuple[str, ...]:
+    def misfits(self, parts: Parts) -> LoadingReport:
         """See :class:`Stored`."""
         assert self.folder is not None
-        return compared_with(parts.base, self.folder, self.what).problems
+        return compared_with(parts.base, self.folder, self.what)
 
     def packed(self, name: str) -> dict[str, Any] | None:
         """See :class:`Stored`."""
@@ -195,8 +196,7 @@ class StoredSynthetic:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See :class:`Stored`."""
-        module, _, key = name.rpartition(".")
-        return tuple(drawn_shape(self._modules[module], key))
+        return self._drawn.tensors[name]
 
     def pieces(self, name: str, multiple: int = 1) -> Iterator[Piece]:
         """See :class:`Stored`."""
@@ -205,9 +205,9 @@ class StoredSynthetic:
         for start in range(0, values.numel(), step):
             yield Piece(start, values[start : start + step])
 
-    def misfits(self, parts: Parts) -> tuple[str, ...]:
+    def misfits(self, parts: Parts) -> LoadingReport:
         """See :class:`Stored`."""
-        return compared_with_drawn(parts, self._drawn.tensors, f"what was drawn from seed {self._drawn.seed}").problems
+        return compared_with_drawn(parts, self._drawn.tensors, f"what was drawn from seed {self._drawn.seed}")
 
     def packed(self, name: str) -> None:
         """None: synthetic weights are packed while they are built."""

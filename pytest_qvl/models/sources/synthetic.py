@@ -183,7 +183,8 @@ def draw_again(parts: Parts, module: nn.Module, name: str, drawn: Drawn) -> torc
     from torch import nn
 
     generator = torch.Generator(drawn.device).manual_seed((drawn.seed << 32) ^ zlib.crc32(name.encode()))
-    shape = drawn_shape(module, name.rpartition(".")[2])
+    # Embeddings and head may have been resized since.
+    shape = drawn.tensors.get(name) or drawn_shape(module, name.rpartition(".")[2])
     values = torch.empty(shape, dtype=drawn.dtype, device=drawn.device)
     if len(shape) == 1:
         return _drawn_vector(parts, module, name.rpartition(".")[2], values, generator)
