@@ -16,6 +16,7 @@ from pytest_qvl.models.quantized import KEEP_16BIT, usual_quantization
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     import torch
@@ -138,12 +139,19 @@ def apply(name: str, case: Case) -> Iterator[Case]:
     Raises:
         ValueError: No such fault.
     """
+    with damaged(case, find(name).damage) as made:
+        yield made
+
+
+@contextmanager
+def damaged(case: Case, damage: Callable[[Case], AbstractContextManager[Any]]) -> Iterator[Case]:
+    """The same with any damage, of a fault or of a dose."""
     from pytest_qvl.faults.tools import attributes_restored
     from pytest_qvl.models.state import preserved
 
-    damaged = replace(case, collators=list(case.collators), clip_collators=list(case.clip_collators))
-    with preserved(case.model), attributes_restored(case.model), find(name).damage(damaged):
-        yield damaged
+    made = replace(case, collators=list(case.collators), clip_collators=list(case.clip_collators))
+    with preserved(case.model), attributes_restored(case.model), damage(made):
+        yield made
 
 
 def healthy_case(*, dtype: str = "bfloat16", seed: int = SEED, subject: Subject | None = None) -> Case:

@@ -13,8 +13,9 @@ from pytest_qvl.cli import main
 from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.matrix import pool, runner, work
 from pytest_qvl.faults.matrix.by_model import by_model, ordered, read_record
+from pytest_qvl.faults.matrix.doses import GRADED
 from pytest_qvl.faults.matrix.freshness import Definitions, deciding_definitions
-from pytest_qvl.faults.matrix.graded import GRADED, Graded, Smallest, smallest_doses
+from pytest_qvl.faults.matrix.graded import Graded, Smallest, smallest_doses
 from pytest_qvl.faults.matrix.panel import Verdict, all_checks
 from pytest_qvl.faults.matrix.results import PART_OF_ANOTHER, Result, Row, summary
 from pytest_qvl.faults.matrix.runner import assembled, complete, run
@@ -108,6 +109,7 @@ def test_a_dose_that_a_check_cannot_judge_says_so(monkeypatch: pytest.MonkeyPatc
         "pytest_qvl.faults.matrix.graded.judge", lambda _case, check: Verdict(outcomes[check], f"{check} said")
     )
     defect = Graded("d", tuple(outcomes), (("1", lambda _: nullcontext()), ("2", lambda _: nullcontext())))
+    monkeypatch.setattr("pytest_qvl.faults.matrix.graded.damaged", lambda case, _dose: nullcontext(case))
     nothing: Any = None
     assert smallest_doses(nothing, defect) == [
         Smallest("d", "alignment", "", (), "alignment said"),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pytest_qvl.faults import catalogue
+from pytest_qvl.faults.case import damaged
 from pytest_qvl.faults.catalogue import find
-from pytest_qvl.faults.matrix.graded import GRADED
+from pytest_qvl.faults.matrix.doses import GRADED
+from pytest_qvl.faults.matrix.graded import Graded, Smallest, smallest_doses
 from pytest_qvl.faults.matrix.random_models import RANDOM_FAMILIES, random_model
 from pytest_qvl.faults.matrix.restored import state
 from pytest_qvl.faults.matrix.work import Plan, Task, _case, do
+from pytest_qvl.faults.requirements import unmet
 from pytest_qvl.faults.sizes import sizes_of
 from pytest_qvl.faults.subject import Subject
 
@@ -82,10 +86,40 @@ def test_every_dose_can_be_made_of_every_family_and_is_undone(model: str, subjec
     case = _case(Subject.of(model) if model else subject)
     before = state(case)
     for graded in GRADED:
-        for _, dose in graded.doses:
-            with dose(case):
+        for _, dose in () if unmet(graded.requires, "", case) else graded.doses:
+            with damaged(case, dose):
                 pass
     assert state(case) == before
+
+
+def test_the_largest_dose_of_every_defect_is_undone(case: Any) -> None:
+    before = state(case)
+    for graded in GRADED:
+        if not unmet(graded.requires, "", case):
+            with damaged(case, graded.doses[-1][1]):
+                pass
+    assert state(case) == before
+
+
+@pytest.mark.parametrize(
+    ("defect", "smallest"),
+    [
+        ("offset of one layer's double quantization", "1 float32 step"),
+        ("packed bytes of one 4-bit layer zeroed", "1 byte"),
+        ("lora_alpha saved off by a factor", "0.01 %"),
+        ("tokens that the loss counts and does not sum", "1 token"),
+    ],
+)
+def test_what_can_be_counted_or_compared_is_caught_at_its_smallest_dose(case: Any, defect: str, smallest: str) -> None:
+    graded = next(each for each in GRADED if each.defect == defect)
+    check = graded.checks[0]
+    assert smallest_doses(case, replace(graded, checks=(check,))) == [Smallest(defect, check, smallest, ())]
+
+
+def test_a_defect_that_a_model_cannot_carry_says_why(case: Any) -> None:
+    graded = Graded("d", ("alignment",), (), requires=("linear attention",))
+    (found,) = smallest_doses(case, graded)
+    assert found.undecided == "needs layers of linear attention: only Qwen3.5 has them"
 
 
 @pytest.mark.parametrize("name", CAUGHT)
@@ -96,7 +130,6 @@ def test_fault_is_caught_on_a_folder_in_words_that_count_its_layers(subject: Sub
 
 def test_a_fault_in_a_faults_own_code_ends_no_run(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import contextmanager
-    from dataclasses import replace
     from importlib import import_module
 
     module: Any = import_module("pytest_qvl.faults.catalogue")

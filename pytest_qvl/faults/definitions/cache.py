@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     Stored = Callable[[Any, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
+_ALL = slice(None)
 PLACE = "model.language_model.layers.{attending}.self_attn"
 
 
@@ -58,15 +59,30 @@ def stored(case: Case, change: Stored) -> Iterator[None]:
     expected_words=(f"key-value cache: {PLACE} holds at position", "the cache is one step stale"),
 )
 def _stale(case: Case) -> Iterator[None]:
+    with stale(case):
+        yield
+
+
+def stale(case: Case, *, keys: slice | tuple[int | slice, ...] = _ALL, values: bool = True) -> Any:
+    """While decoding, one layer's cache gets keys and values of the step before.
+
+    Args:
+        case: Its first layer that attends.
+        keys: Which of the new keys, ``(rows, heads, 1, width)``.
+        values: Whether all of its values too.
+    """
     kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def older(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def older(layer: Any, new: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         last = kept.get(id(layer))
-        kept[id(layer)] = keys[:, :, -1:], values[:, :, -1:]
-        return last if keys.shape[2] == 1 and last is not None else (keys, values)
+        kept[id(layer)] = new[:, :, -1:], value[:, :, -1:]
+        if new.shape[2] > 1 or last is None:
+            return new, value
+        mixed = new.clone()
+        mixed[keys] = last[0][keys]
+        return mixed, last[1] if values else value
 
-    with stored(case, older):
-        yield
+    return stored(case, older)
 
 
 @fault(

@@ -13,6 +13,7 @@ from pytest_qvl.models.layers import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -52,12 +53,18 @@ def _epsilon(case: Case) -> Iterator[None]:
     ),
 )
 def _language_epsilon(case: Case) -> Iterator[None]:
+    with language_epsilon_times(case, 10):
+        yield
+
+
+def language_epsilon_times(case: Case, times: float) -> AbstractContextManager[None]:
+    """Give every norm of the language layers another eps, as an attribute of its module."""
+
     def language(name: str) -> bool:
         return "language_model" in name
 
     names = ("variance_epsilon", "eps")
-    with all_of([_settings(case, name, lambda epsilon: 10 * epsilon, language) for name in names]):
-        yield
+    return all_of([_settings(case, name, lambda epsilon: times * epsilon, language) for name in names])
 
 
 @fault(
@@ -68,8 +75,14 @@ def _language_epsilon(case: Case) -> Iterator[None]:
     expected_words=("mrope_section is [", "not as config.json has it"),
 )
 def _sections(case: Case) -> Iterator[None]:
-    with sections_changed(case, _moved):
+    with sections_changed(case, lambda section: width_for_height(section, 1)):
         yield
+
+
+def width_for_height(section: Sequence[int], count: int) -> list[int]:
+    """M-RoPE's sections (time, height, width) with so many frequencies of the height given to the width."""
+    time, height, width = section
+    return [time, height - count, width + count]
 
 
 @contextmanager
@@ -87,11 +100,6 @@ def sections_changed(case: Case, change: Callable[[Sequence[int]], list[int]]) -
                 changes.append(attribute(attention, name, {**kept, "mrope_section": change(section)}))
     with all_of(changes):
         yield
-
-
-def _moved(section: Sequence[int]) -> list[int]:
-    time, height, width = section
-    return [time, height - 1, width + 1]
 
 
 @contextmanager

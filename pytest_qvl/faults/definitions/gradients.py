@@ -50,8 +50,25 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, items: Any, **opt
     expected_words=("labels that are not shifted", "mean cross-entropy of"),
 )
 def _not_shifted(case: Case) -> Iterator[None]:
-    with _with_loss(case, _cross_entropy):
+    with not_shifted(case, None):
         yield
+
+
+def not_shifted(case: Case, count: int | None) -> AbstractContextManager[None]:
+    """Compare the logits of the first so many supervised tokens, of all if ``None``, with the tokens themselves."""
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
+        rows, places = (labels != IGNORED).nonzero(as_tuple=True)
+        before = places - 1
+        before[:count] += 1
+        return _cross_entropy(logits[rows, before][None], labels[rows, places][None], items)
+
+    return _with_loss(case, loss)
+
+
+def loss_times(case: Case, times: float) -> AbstractContextManager[None]:
+    """Multiply the loss."""
+    return _with_loss(case, lambda logits, labels, items: times * _cross_entropy(logits[:, :-1], labels[:, 1:], items))
 
 
 @fault(
@@ -119,12 +136,19 @@ def _mean_of_rows(case: Case) -> Iterator[None]:
     expected_words=("the sum over tokens divided by all places of the batch",),
 )
 def _all_places(case: Case) -> Iterator[None]:
+    with more_counted(case, None):
+        yield
+
+
+def more_counted(case: Case, count: int | None) -> AbstractContextManager[None]:
+    """Divide the sum over supervised tokens by so many more than there are, or by all places if ``None``."""
+
     def loss(logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
         summed = _cross_entropy(logits[:, :-1], labels[:, 1:], None, reduction="sum")
-        return summed / (labels.numel() if items is None else items)
+        own = labels.numel() if count is None else int((labels[:, 1:] != IGNORED).sum()) + count
+        return summed / (own if items is None else items)
 
-    with _with_loss(case, loss):
-        yield
+    return _with_loss(case, loss)
 
 
 @fault(
@@ -135,11 +159,17 @@ def _all_places(case: Case) -> Iterator[None]:
     expected_words=("have a mean cross-entropy of", "of it"),
 )
 def _smoothed(case: Case) -> Iterator[None]:
-    def loss(logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
-        return _cross_entropy(logits[:, :-1], labels[:, 1:], items) + 1e-3 * _spread(logits, labels)
-
-    with _with_loss(case, loss):
+    with smoothed(case, 1e-3):
         yield
+
+
+def smoothed(case: Case, weight: float) -> AbstractContextManager[None]:
+    """Leave a label smoothing in the loss."""
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor, items: Any) -> torch.Tensor:
+        return _cross_entropy(logits[:, :-1], labels[:, 1:], items) + weight * _spread(logits, labels)
+
+    return _with_loss(case, loss)
 
 
 def _spread(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -206,6 +236,18 @@ def _not_divided(case: Case) -> Iterator[None]:
     yield
 
 
+def accumulated_times(case: Case, times: float) -> AbstractContextManager[None]:
+    """A loop of one's own that weighs micro-batches by their tokens, and is off by a factor where there are several."""
+
+    def accumulate(model: Any, batches: list[Any]) -> None:
+        counts = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
+        factor = times if len(batches) > 1 else 1
+        for batch, count in zip(batches, counts, strict=True):
+            (factor * count / sum(counts) * model(**batch, use_cache=False).loss).backward()
+
+    return attribute(case, "trainer", accumulate)
+
+
 def _layer(case: Case) -> tuple[str, Any]:
     """A decoder layer in the middle, with a name as messages have it."""
     return f"layers.{LAYER}", anatomy(case.model).language_backbone.layers[LAYER]
@@ -267,11 +309,17 @@ def _flipped(case: Case) -> Iterator[None]:
     expected_words=("the gradient is not the loss's in 1 of", "layers.2", "what goes in gets 0."),
 )
 def _halved(case: Case) -> Iterator[None]:
-    def half(_module: Any, _args: Any, output: Any) -> Any:
-        return on_first(output, lambda hidden: hidden.detach().lerp(hidden, 0.5))
-
-    with after([_layer(case)[1]], half):
+    with lost_on_the_way(case, 0.5):
         yield
+
+
+def lost_on_the_way(case: Case, share: float) -> AbstractContextManager[None]:
+    """Lose a share of the gradient between two layers."""
+
+    def less(_module: Any, _args: Any, output: Any) -> Any:
+        return on_first(output, lambda hidden: hidden.detach().lerp(hidden, 1 - share))
+
+    return after([_layer(case)[1]], less)
 
 
 @fault(

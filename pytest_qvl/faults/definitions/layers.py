@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.definitions.configuration import width_for_height
 from pytest_qvl.faults.tools import (
     after,
     all_of,
@@ -20,6 +21,7 @@ from pytest_qvl.models.layers import language_layers, mergers, vision_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -70,14 +72,19 @@ def _one_percent(case: Case) -> Iterator[None]:
     requires=("biases of q, k and v",),
 )
 def _bias_not_added(case: Case) -> Iterator[None]:
+    with query_biases_left_out(case, 1):
+        yield
+
+
+def query_biases_left_out(case: Case, share: float) -> AbstractContextManager[None]:
+    """Quantized q projections that add their bias but for a share of it."""
     queries = [original_module(layer.inputs[0]) for layer in language_layers(anatomy(case.model))]
 
     def without(module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
-        made: torch.Tensor = output - module.bias.to(output.dtype)
+        made: torch.Tensor = output - share * module.bias.to(output.dtype)
         return made
 
-    with after([query for query in queries if query.bias is not None], without):
-        yield
+    return after([query for query in queries if query.bias is not None], without)
 
 
 @fault(
@@ -137,9 +144,14 @@ def _tower_eps(case: Case) -> Iterator[None]:
     expected_words=("eps of a norm", f"{PLACE}.input_layernorm computes as with eps", ", not 1e-0"),
 )
 def _eps_ten_times(case: Case) -> Iterator[None]:
-    norm = language_layers(anatomy(case.model))[1].norms[0]
-    with while_running([norm], _eps_of(norm), lambda own: 10 * own):
+    with norm_eps_times(case, 10):
         yield
+
+
+def norm_eps_times(case: Case, times: float) -> AbstractContextManager[None]:
+    """One norm of the language backbone that computes with another eps than the one it has."""
+    norm = language_layers(anatomy(case.model))[1].norms[0]
+    return while_running([norm], _eps_of(norm), lambda own: times * own)
 
 
 @fault(
@@ -165,9 +177,14 @@ def _sections_permuted(case: Case) -> Iterator[None]:
     requires=("mrope sections in the module",),
 )
 def _frequency_moved(case: Case) -> Iterator[None]:
-    rotary = anatomy(case.model).language_backbone.rotary_emb
-    with while_running([rotary], "mrope_section", lambda own: [own[0], own[1] - 1, own[2] + 1]):
+    with frequencies_moved(case, 1):
         yield
+
+
+def frequencies_moved(case: Case, count: int) -> AbstractContextManager[None]:
+    """A rotary module that turns so many frequencies by width that belong to height."""
+    rotary = anatomy(case.model).language_backbone.rotary_emb
+    return while_running([rotary], "mrope_section", lambda own: width_for_height(own, count))
 
 
 @fault(
@@ -301,8 +318,13 @@ def _skipped(case: Case) -> Iterator[None]:
     expected_words=("linear product: model.visual.blocks.1.attn.proj does not add its bias",),
 )
 def _vision_bias_not_added(case: Case) -> Iterator[None]:
-    with after([vision_blocks(anatomy(case.model))[1].output], lambda m, _a, out: out - m.bias):
+    with vision_bias_left_out(case, 1):
         yield
+
+
+def vision_bias_left_out(case: Case, share: float) -> AbstractContextManager[None]:
+    """One linear of the vision tower that adds its bias but for a share of it."""
+    return after([vision_blocks(anatomy(case.model))[1].output], lambda m, _a, out: out - share * m.bias)
 
 
 @fault(

@@ -14,6 +14,7 @@ from pytest_qvl.models.layers import language_layers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -105,8 +106,13 @@ def _ignores_scaling(case: Case) -> Iterator[None]:
     expected_words=("LoRA: model.language_model.layers.0", "something else than scaling·B(A(x)) of its own input"),
 )
 def _reads_elsewhere(case: Case) -> Iterator[None]:
-    with low_rank_of(case, lambda _layer, x: x.roll(1, dims=1)):
+    with reads_elsewhere(case, 1):
         yield
+
+
+def reads_elsewhere(case: Case, share: float) -> AbstractContextManager[None]:
+    """LoRA layers whose A is given a mixture of their input with that of the token before, by a share of the way."""
+    return low_rank_of(case, lambda _layer, x: x.lerp(x.roll(1, dims=1), share))
 
 
 @fault(
@@ -140,9 +146,16 @@ def _pair_shared(case: Case) -> Iterator[None]:
     expected_words=("LoRA: model.language_model.layers.0", "LoRA dropout is on"),
 )
 def _dropout_on(case: Case) -> Iterator[None]:
+    with dropout_in_eval(case, 0.1):
+        yield
+
+
+@contextmanager
+def dropout_in_eval(case: Case, rate: float) -> Iterator[None]:
+    """An adapter with dropout that stays on in eval mode."""
     from dataclasses import replace
 
-    with another_adapter(case, replace(case.lora_config, lora_dropout=0.1)):
+    with another_adapter(case, replace(case.lora_config, lora_dropout=rate)):
         name = chosen_adapter(anatomy(case.model))
         dropouts = [layer.lora_dropout[name] for layer in adapted_layers(anatomy(case.model)).values()]
 
@@ -164,11 +177,16 @@ def _dropout_on(case: Case) -> Iterator[None]:
     ),
 )
 def _alpha_doubled(case: Case) -> Iterator[None]:
+    with alpha_times(case, 2):
+        yield
+
+
+def alpha_times(case: Case, times: float) -> AbstractContextManager[None]:
+    """An adapter that was saved with another lora_alpha than was asked for."""
     from dataclasses import replace
 
-    loaded = replace(case.lora_config, lora_alpha=2 * case.lora_config.lora_alpha)
-    with another_adapter(case, loaded, asked=case.lora_config):
-        yield
+    loaded = replace(case.lora_config, lora_alpha=times * case.lora_config.lora_alpha)
+    return another_adapter(case, loaded, asked=case.lora_config)
 
 
 @fault(
@@ -182,12 +200,19 @@ def _alpha_doubled(case: Case) -> Iterator[None]:
     ),
 )
 def _another_mask(case: Case) -> Iterator[None]:
+    with another_mask(case, 0.1):
+        yield
+
+
+@contextmanager
+def another_mask(case: Case, rate: float) -> Iterator[None]:
+    """An adapter with dropout, and checkpointing that does not keep the random state."""
     from dataclasses import replace
     from functools import partial
 
     from torch.utils.checkpoint import checkpoint
 
-    with another_adapter(case, replace(case.lora_config, lora_dropout=0.1)):
+    with another_adapter(case, replace(case.lora_config, lora_dropout=rate)):
         layers = [module for module in anatomy(case.model).base.modules() if hasattr(module, "gradient_checkpointing")]
         forgetful = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         changes = [attribute(layer, "gradient_checkpointing", True) for layer in layers]

@@ -10,6 +10,7 @@ from pytest_qvl.faults.tools import attribute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -115,13 +116,20 @@ def _grey(case: Case) -> Iterator[None]:
     expected_words=("its second frame is zero, where a still image is repeated",),
 )
 def _second_frame(case: Case) -> Iterator[None]:
-    def empty(processor: Any, pixels: torch.Tensor, _grids: Any) -> torch.Tensor:
+    with later_frames_times(case, 0):
+        yield
+
+
+def later_frames_times(case: Case, factor: float) -> AbstractContextManager[None]:
+    """Multiply every frame of a still image but the first."""
+
+    def change(processor: Any, pixels: torch.Tensor, _grids: Any) -> torch.Tensor:
         frames = pixels.reshape(len(pixels), 3, processor.temporal_patch_size, -1).clone()
-        frames[:, :, 1:] = 0
+        frames[:, :, 1:] *= factor
         return frames.reshape(pixels.shape)
 
-    with _remade(case, empty):
-        yield
+    made: AbstractContextManager[None] = _remade(case, change)
+    return made
 
 
 @fault(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from pytest_qvl.models.adapters import base_modules
 from pytest_qvl.models.anatomy import anatomy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     import torch
 
@@ -24,10 +26,16 @@ _WRITTEN = f"{LAYER}.weight: its "
 _BLOCKS = 4096  # block statistics among which one is looked for that can be changed
 
 
-def _state(case: Case) -> Any:
-    """The quantization state of one language linear."""
+def quantized_weight(case: Case) -> Any:
+    """The packed 4-bit weight of one language linear, ``(bytes, 1)`` uint8; its state is ``.quant_state``."""
     weight: Any = base_modules(anatomy(case.model))[LAYER].weight
-    return weight.quant_state
+    return weight
+
+
+def exchange_codes(code: torch.Tensor) -> torch.Tensor:
+    """Two entries of an NF4 code book, ``(16,)`` float32, change places."""
+    code[[3, 12]] = code[[12, 3]]
+    return code
 
 
 @fault(
@@ -38,20 +46,16 @@ def _state(case: Case) -> Any:
     expected_words=(f"{_WRITTEN}code book differs in 2 of 16 elements, first at [3]",),
 )
 def _code_book(case: Case) -> Iterator[None]:
-    def exchange(code: torch.Tensor) -> torch.Tensor:
-        code[[3, 12]] = code[[12, 3]]
-        return code
-
-    with values(_state(case).code, exchange):
+    with values(quantized_weight(case).quant_state.code, exchange_codes):
         yield
 
 
 @contextmanager
-def _block(case: Case, factor: float) -> Iterator[None]:
+def block_times(case: Case, factor: float) -> Iterator[None]:
     """Scale the absmax of the first block whose nearest code is another one then."""
     import torch
 
-    state = _state(case)
+    state = quantized_weight(case).quant_state
     codes, book = state.absmax[:_BLOCKS].long(), state.state2.code
     size = state.state2.absmax.repeat_interleave(state.state2.blocksize)[: len(codes)]
     wanted = factor * (book[codes] * size + state.offset)
@@ -74,7 +78,7 @@ def _block(case: Case, factor: float) -> Iterator[None]:
     expected_words=(f"{_WRITTEN}absmax differs in 1 of",),
 )
 def _block_zero(case: Case) -> Iterator[None]:
-    with _block(case, 0.0):
+    with block_times(case, 0.0):
         yield
 
 
@@ -86,7 +90,7 @@ def _block_zero(case: Case) -> Iterator[None]:
     expected_words=(f"{_WRITTEN}absmax differs in 1 of",),
 )
 def _block_halved(case: Case) -> Iterator[None]:
-    with _block(case, 0.5):
+    with block_times(case, 0.5):
         yield
 
 
@@ -98,7 +102,7 @@ def _block_halved(case: Case) -> Iterator[None]:
     expected_words=(f"{_WRITTEN}absmax differs in 1 of",),
 )
 def _block_two_percent(case: Case) -> Iterator[None]:
-    with _block(case, 1.02):
+    with block_times(case, 1.02):
         yield
 
 
@@ -110,12 +114,18 @@ def _block_two_percent(case: Case) -> Iterator[None]:
     expected_words=(f"{_WRITTEN}nested absmax differs in 1 of",),
 )
 def _nested(case: Case) -> Iterator[None]:
-    def scale(absmax: torch.Tensor) -> torch.Tensor:
-        absmax[0] *= 1.02
+    with nested_block(case, lambda absmax: 1.02 * absmax):
+        yield
+
+
+def nested_block(case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
+    """Change the scale that double quantization keeps for the first 256 block scales, a float32 scalar."""
+
+    def first(absmax: torch.Tensor) -> torch.Tensor:
+        absmax[0] = change(absmax[0])
         return absmax
 
-    with values(_state(case).state2.absmax, scale):
-        yield
+    return values(quantized_weight(case).quant_state.state2.absmax, first)
 
 
 @fault(
@@ -126,8 +136,13 @@ def _nested(case: Case) -> Iterator[None]:
     expected_words=(f"{LAYER}.weight: the offset of its double quantization is 0 instead of",),
 )
 def _offset(case: Case) -> Iterator[None]:
-    with values(_state(case).offset, lambda offset: offset * 0):
+    with offset(case, lambda offset: offset * 0):
         yield
+
+
+def offset(case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
+    """Change the offset of one layer's double quantization, a float32 scalar."""
+    return values(quantized_weight(case).quant_state.offset, change)
 
 
 @fault(
@@ -138,13 +153,20 @@ def _offset(case: Case) -> Iterator[None]:
     expected_words=(f"{_WRITTEN}packed data differs in", "its values were lost after they were loaded"),
 )
 def _half_packed(case: Case) -> Iterator[None]:
+    with packed_zero(case, quantized_weight(case).numel() // 2):
+        yield
+
+
+def packed_zero(case: Case, count: int) -> AbstractContextManager[None]:
+    """Zero the last so many of a layer's packed bytes; those behind the last that is not zero do not count."""
+
     def cut(packed: torch.Tensor) -> torch.Tensor:
-        packed[len(packed) // 2 :] = 0
+        flat = packed.view(-1)
+        end = int(flat[-_BLOCKS:].nonzero()[-1]) + max(0, len(flat) - _BLOCKS) + 1
+        flat[max(0, end - count) : end] = 0
         return packed
 
-    weight: Any = base_modules(anatomy(case.model))[LAYER].weight
-    with values(weight, cut):
-        yield
+    return values(quantized_weight(case), cut)
 
 
 @fault(
@@ -156,10 +178,15 @@ def _half_packed(case: Case) -> Iterator[None]:
     requires=("biases of q, k and v",),
 )
 def _biases(case: Case) -> Iterator[None]:
-    modules = base_modules(anatomy(case.model))
-    lost: list[Any] = [m.bias for n, m in modules.items() if n.endswith((".q_proj", ".v_proj")) and m.bias is not None]
-    with all_of([values(bias, lambda old: old * 0) for bias in lost]):
+    with biases_of_q_and_v(case, lambda bias: bias * 0):
         yield
+
+
+def biases_of_q_and_v(case: Case, change: Callable[[torch.Tensor], torch.Tensor]) -> AbstractContextManager[None]:
+    """Change the biases of all query and value projections."""
+    modules = base_modules(anatomy(case.model))
+    found: list[Any] = [m.bias for n, m in modules.items() if n.endswith((".q_proj", ".v_proj")) and m.bias is not None]
+    return all_of([values(bias, change) for bias in found])
 
 
 @fault(
@@ -229,6 +256,21 @@ def _blocks_exchanged(case: Case) -> Iterator[None]:
         yield
     finally:
         blocks[0], blocks[2] = blocks[2], blocks[0]
+
+
+def blocks_mixed(case: Case, share: float) -> AbstractContextManager[None]:
+    """Move every weight of two vision blocks towards the other's by a share of the way; by 1 they are exchanged."""
+    blocks = anatomy(case.model).blocks
+    first, second = list(blocks[0].parameters()), list(blocks[2].parameters())
+    changes = []
+    for own, other in (*zip(first, second, strict=True), *zip(second, first, strict=True)):
+        towards = other.detach().clone()
+        changes.append(values(own, partial(_between, share=share, other=towards)))
+    return all_of(changes)
+
+
+def _between(own: torch.Tensor, other: torch.Tensor, share: float) -> torch.Tensor:
+    return own.lerp(other, share)
 
 
 @fault(

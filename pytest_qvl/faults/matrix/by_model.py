@@ -95,7 +95,7 @@ def _doses(results: Sequence[Result]) -> list[str]:
         *lines,
         "",
         '"None": caught at no dose. "Not judged": random weights know nothing that answers could be held to; or the',
-        "check fails the model without a fault.",
+        "model lacks what the defect is about; or the check fails the model without a fault.",
         "",
     ]
 

@@ -82,14 +82,14 @@ def run(
 
 
 def _is_about_doses(task: Task) -> bool:
-    from pytest_qvl.faults.matrix.graded import GRADED
+    from pytest_qvl.faults.matrix.doses import GRADED
 
     return task.part == "dose" or (task.part == "health" and any(task.key in graded.checks for graded in GRADED))
 
 
 def complete(plan: Plan, result: Result, *, doses_only: bool = False) -> bool:
     """Whether everything, or all doses, was done before the time was up."""
-    from pytest_qvl.faults.matrix.graded import GRADED
+    from pytest_qvl.faults.matrix.doses import GRADED
     from pytest_qvl.faults.matrix.work import VARIATIONS
 
     doses = bool(plan.only) or {dose["defect"] for dose in result.doses} == {graded.defect for graded in GRADED}

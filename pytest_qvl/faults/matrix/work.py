@@ -88,7 +88,7 @@ class Done:
 def tasks(plan: Plan) -> list[Task]:
     """All tasks of a plan: checks of the healthy model, faults, faults in the reference too, doses, variations."""
     from pytest_qvl.faults.common_mode import same_outcome
-    from pytest_qvl.faults.matrix.graded import GRADED
+    from pytest_qvl.faults.matrix.doses import GRADED
     from pytest_qvl.faults.matrix.panel import all_checks
 
     named = {fault.check for fault in plan.faults.values()}
@@ -221,7 +221,8 @@ def _after(plan: Plan, name: str) -> dict[str, Any] | None:
 
 
 def _graded(plan: Plan, number: str) -> list[dict[str, Any]]:
-    from pytest_qvl.faults.matrix.graded import GRADED, smallest_doses
+    from pytest_qvl.faults.matrix.doses import GRADED
+    from pytest_qvl.faults.matrix.graded import smallest_doses
 
     return [asdict(dose) for dose in smallest_doses(_case(plan.subject), GRADED[int(number)])]
 
