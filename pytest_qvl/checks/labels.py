@@ -34,10 +34,11 @@ def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
     Where generation prompts of the processor's own chat template open a thought (Qwen3.5, Qwen3-VL-Thinking; rendered
     with ``enable_thinking`` on, off and by default), thoughts have rules too; of another template nothing is asked:
 
-    - An answer begins with what one of these prompts puts behind the header: ``<think>`` and a line break, or a whole
-      empty thought. Any other is learned in a context that generation never makes (hiyouga/LlamaFactory#10326). An
-      answer that another turn follows may do without where the template itself writes such answers so; they are
-      counted. A template whose prompt may open nothing (Qwen3, which writes ``<think>`` itself) asks for nothing here.
+    - An answer begins with the tokens that one of these prompts puts behind the header: ``<think>`` and a line break,
+      or a whole empty thought. Any other is learned in a context that generation never makes
+      (hiyouga/LlamaFactory#10326), as an empty thought is whose template always opens one: its line breaks are another
+      token (modelscope/ms-swift#5927). An answer that another turn follows may do without where the template itself
+      writes such answers so; they are counted. Where a prompt may open nothing (Qwen3) nothing is asked here.
     - A thought is taught whole with its ``</think>``, or left out with it, which is noted. Without its end the model
       does not learn to stop thinking. The end alone is a broken promise too: of all tokens that follow one in a
       thought it is the only one with a label, so nothing weighs against closing early.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.registry import check
 from pytest_qvl.checks.support.packing import refuse_packed
 from pytest_qvl.checks.support.placeholders import attended, model_inputs, show_grid, value_problems, visual_tokens
+from pytest_qvl.checks.support.thoughts import with_thoughts
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples.batch import prompt
@@ -33,9 +34,10 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     nothing; so does an image that was read without its EXIF orientation, which is named. Each row must begin with the
     very tokens that the processor's chat template makes of its sample, up to where the answer begins: a model that is
     trained with another system prompt, another line break or the image in another place answers worse than it could,
-    and nothing says so. Padding in front of a row must not be attended to, as it is where the ``attention_mask`` is
-    dropped or all ones: it would move every position of the row. Batches for training (with answers behind the
-    prompt) and for generation are judged alike. No forward pass.
+    and nothing says so. Where the template can open a thought in front of the answer (Qwen3.5) each of its prompts is
+    right. Padding in front of a row must not be attended to, as it is where the ``attention_mask`` is dropped or all
+    ones: it would move every position of the row. Batches for training (with answers behind the prompt) and for
+    generation are judged alike. No forward pass.
 
     Args:
         model: Qwen-VL model, wrapped or not; only its token ids and merge size are read.
@@ -65,7 +67,7 @@ def picture_pairing(model: Any, processor: Any, samples: Sequence[Sample], batch
     judge.report("images", len(images))
     if _judge_rows(judge, parts, processor, samples, inputs, images=images):
         expected = [
-            _prompt_ids(parts, processor, sample, [image for image in images if image.row == row])
+            _prompts_ids(parts, processor, sample, [image for image in images if image.row == row])
             for row, sample in enumerate(samples)
         ]
         _judge_prompts(judge, processor, samples, inputs, expected)
@@ -121,10 +123,10 @@ def _judge_prompts(
     processor: Any,
     samples: Sequence[Sample],
     inputs: Mapping[str, Any],
-    expected: Sequence[list[int]],
+    expected: Sequence[list[list[int]]],
 ) -> None:
-    """Hold each row, behind padding that must not be attended to, against the tokens that it has to begin with."""
-    padding = [_leading_padding(processor, inputs, row, wanted) for row, wanted in enumerate(expected)]
+    """Hold each row, behind padding that must not be attended to, against the prompts that it may begin with."""
+    padding = [_leading_padding(processor, inputs, row, wanted) for row, (wanted, *_) in enumerate(expected)]
     _judge_padding(judge, inputs, padding)
     drifts = _prompt_drifts(processor, samples, inputs, expected, padding)
     judge.equal(
@@ -167,33 +169,38 @@ def _prompt_drifts(
     processor: Any,
     samples: Sequence[Sample],
     inputs: Mapping[str, Any],
-    expected: Sequence[list[int]],
+    expected: Sequence[list[list[int]]],
     padding: Sequence[int],
 ) -> list[str]:
-    """One sentence per row that, behind its `padding`, does not begin with the tokens expected of it."""
+    """One sentence per row that, behind its `padding`, begins with none of the prompts expected of it."""
     mask = attended(inputs)
     drifts = []
-    for row, (sample, wanted) in enumerate(zip(samples, expected, strict=True)):
-        found = inputs["input_ids"][row][mask[row]].tolist()[padding[row] :][: len(wanted)]
-        if found != wanted:
-            drifts.append(f"row {row} (sample {sample.id!r}) {_drift(processor, found, wanted)}")
+    for row, (sample, prompts) in enumerate(zip(samples, expected, strict=True)):
+        found = inputs["input_ids"][row][mask[row]].tolist()[padding[row] :]
+        if not any(found[: len(wanted)] == wanted for wanted in prompts):
+            nearest = max(prompts, key=lambda wanted: _parting(found, wanted))
+            drifts.append(f"row {row} (sample {sample.id!r}) {_drift(processor, found[: len(nearest)], nearest)}")
     return drifts
 
 
-def _prompt_ids(parts: Parts, processor: Any, sample: Sample, images: Sequence[_ProcessedImage]) -> list[int]:
-    """The sample's prompt by the processor's chat template, placeholders expanded for its own images."""
+def _prompts_ids(parts: Parts, processor: Any, sample: Sample, images: Sequence[_ProcessedImage]) -> list[list[int]]:
+    """The sample's prompts by the processor's chat template, placeholders expanded for its own images."""
     tokenizer = processor.tokenizer
     sizes = [visual_tokens(image.grid, parts.merge_size) for image in images]
     placeholder = tokenizer.convert_ids_to_tokens(parts.image_token_id)
     first, *rest = prompt(processor, sample).split(placeholder)
     text = first + "".join(placeholder * size + piece for size, piece in zip(sizes, rest, strict=True))
-    ids: list[int] = tokenizer(text)["input_ids"]
-    return ids
+    return [tokenizer(each)["input_ids"] for each in with_thoughts(processor, text)]
+
+
+def _parting(found: Sequence[int], expected: Sequence[int]) -> int:
+    """The first place at which two prompts differ."""
+    return next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
 
 
 def _drift(processor: Any, found: list[int], expected: list[int]) -> str:
     """Where two prompts part, with what stands there in both."""
-    place = next((n for n, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), len(found))
+    place = _parting(found, expected)
     here, there = (_decoded_list(processor, ids[place : place + 6]) for ids in (found, expected))
     return f"has {here!r} at token {place} where the template has {there!r}"
 

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from pytest_qvl.checks.labels import label_mask
+from pytest_qvl.checks.pairing import picture_pairing
 from pytest_qvl.evidence import CheckFailed
 from pytest_qvl.faults.tools import attribute
 from pytest_qvl.models.families import FAMILIES
@@ -221,7 +222,9 @@ def test_a_template_that_always_thinks(judged: Callable[..., Evidence], processo
     whole = processor.chat_template
     processor.chat_template = whole.replace(SWITCH, "{% if true %}")
     assert counts(judged(ONE_ROW, f"{THOUGHT}red{END}")) == (1, 0, 0)
-    assert counts(judged(ONE_ROW + EMPTY, f"red{END}")) == (0, 0, 1)
+    assert counts(judged(f"{ONE_ROW}<think>\n</think>\n\n", f"red{END}")) == (0, 0, 1)
+    with pytest.raises(CheckFailed, match=r"row 0 begins with '<think>\\n\\n</think>"):
+        judged(ONE_ROW + EMPTY, f"red{END}")  # two line breaks are one token, and not the prompt's
     with pytest.raises(CheckFailed, match=r"prompt of the chat template ends \('<think>\\n'\)"):
         judged(ONE_ROW, f"red{END}")
 
@@ -287,3 +290,26 @@ def test_marks_that_are_no_tokens_are_noted(model: Any) -> None:
 def test_a_tokenizer_is_asked_like_its_processor(model: Any, processor: Any) -> None:
     batch = make_batch(processor, scenes(0, 1, ["text"]), answers=True)
     assert counts(label_mask(model, batch, processor.tokenizer)) == (0, 0, 1)
+
+
+def test_a_prompt_may_open_a_thought_or_hold_an_empty_one(model: Any, processor: Any) -> None:
+    """Another prompt than these is named by where it parts from the nearest of them."""
+    samples = scenes(0, 1, ["nth_colour", "text"])
+    batch = make_batch(processor, samples, padding_side="right")
+    images = {name: value for name, value in batch.items() if name in ("pixel_values", "image_grid_thw")}
+    asked = [
+        processor.tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+
+    def rows(thought: str) -> Any:
+        texts = [text.replace(EMPTY, thought) + "red" for text in asked]
+        return images | dict(processor.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt"))
+
+    for thought in (EMPTY, THOUGHT):
+        assert picture_pairing(model, processor, samples, rows(thought)).ok
+    with pytest.raises(CheckFailed, match="has 'red' at token"):
+        picture_pairing(model, processor, samples, rows(""))
+    processor.chat_template = processor.chat_template.replace(OPENED, NEVER_THINKS)
+    with pytest.raises(CheckFailed, match="2 of 2 prompts are not those of the processor's chat template"):
+        picture_pairing(model, processor, samples, rows(THOUGHT))

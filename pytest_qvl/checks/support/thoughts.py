@@ -28,24 +28,30 @@ class ThinkingTemplate:
     Attributes:
         openings: What generation prompts write there, by default and with ``enable_thinking`` on and off, the default
             first: ``"<think>\n"``, ``"<think>\n\n</think>\n\n"``, or nothing (Qwen3 opens its own thoughts).
+        opening_ids: The tokens of each.
         everywhere: Whether the template writes one of them in front of answers that another turn follows, too.
         opens: Id of ``<think>``.
         closes: Id of ``</think>``.
     """
 
     openings: tuple[str, ...]
+    opening_ids: tuple[tuple[int, ...], ...]
     everywhere: bool
     opens: int
     closes: int
 
-    def begins(self, text: str, *, cut: bool) -> bool:
-        """Whether an answer begins as some generation prompt ends.
+    def begins(self, ids: Sequence[int], *, cut: bool) -> bool:
+        """Whether an answer begins with the tokens that some generation prompt ends with.
 
         Args:
-            text: Of the answer, with its thought.
+            ids: Of the answer, with its thought.
             cut: Whether the row ends inside of it: an opening that is cut off is none that is missing.
         """
-        return any(text.startswith(each) or (cut and each.startswith(text)) for each in self.openings)
+        return any(_begin_alike(ids, each) and (cut or len(ids) >= len(each)) for each in self.opening_ids)
+
+
+def _begin_alike(ids: Sequence[int], others: Sequence[int]) -> bool:
+    return all(one == other for one, other in zip(ids, others, strict=False))
 
 
 def thinking_template(processor: Any) -> ThinkingTemplate | None:
@@ -78,7 +84,25 @@ def thinking_template(processor: Any) -> ThinkingTemplate | None:
         raise CannotJudge(f"its chat template cannot be rendered ({type(error).__name__}: {error})") from error
     everywhere = any(each and twice.startswith(each) for each in openings)
     tokenizer = getattr(processor, "tokenizer", processor)
-    return ThinkingTemplate(openings, everywhere, *(_id(tokenizer, token) for token in (OPENS, CLOSES)))
+    opens, closes = (_id(tokenizer, token) for token in (OPENS, CLOSES))
+    return ThinkingTemplate(openings, tuple(_ids(tokenizer, each) for each in openings), everywhere, opens, closes)
+
+
+def with_thoughts(processor: Any, prompt: str) -> list[str]:
+    """A prompt, and what else it may be: with whatever its chat template can open in front of the reply.
+
+    Args:
+        processor: Whose chat template wrote the prompt.
+        prompt: Up to where a reply begins.
+    """
+    try:
+        template = thinking_template(processor)
+    except CannotJudge:
+        return [prompt]
+    asked, header, opened = prompt.rpartition(ANSWER_HEADER)
+    if template is None or opened not in template.openings:
+        return [prompt]
+    return [prompt, *(asked + header + each for each in template.openings if each != opened)]
 
 
 def _rendered(processor: Any, conversation: list[dict[str, str]], **options: bool) -> str:
@@ -93,8 +117,12 @@ def _behind_header(text: str, *, first: bool = False) -> str:
     return behind
 
 
+def _ids(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _id(tokenizer: Any, token: str) -> int:
-    ids: list[int] = tokenizer(token, add_special_tokens=False)["input_ids"]
+    ids = _ids(tokenizer, token)
     if len(ids) != 1:
         raise CannotJudge(f"the chat template writes {token}, which is {len(ids)} tokens of the tokenizer and not one")
     return ids[0]
@@ -111,8 +139,8 @@ class ThoughtReader:
     _KINDS: Mapping[str, str] = {
         "answers without an opening": (
             "answers do not begin as a generation prompt of the chat template ends ({openings}), so they are learned "
-            "in a context that generation never makes: render whole conversations by the chat template, or put its "
-            "empty thought in front"
+            "in a context that generation never makes: render rows, thoughts included, by the chat template that you "
+            "generate with"
         ),
         "thoughts without a taught end": (
             f"thoughts are taught without the {CLOSES} behind them, so the model does not learn to stop thinking"
@@ -149,8 +177,7 @@ class ThoughtReader:
         """
         if all(labels[place] == IGNORED for place in turn.places):
             return
-        text = self._text(ids, turn.places)
-        if not self._template.begins(text, cut=not turn.closed):
+        if not self._template.begins(ids[turn.start : turn.stop], cut=not turn.closed):
             if followed and not self._template.everywhere:
                 self._counts["stripped"] += 1
             else:
