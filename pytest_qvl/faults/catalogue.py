@@ -41,6 +41,7 @@ FAMILIES = {
     "training": "training",
     "taught": "training",
     "collators": "training collator",
+    "thoughts": "training collator",
     "data": "data that a collator spoils",
     "gradients": "loss and gradients",
     "disk": "adapters on disk",

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pytest_qvl.checks.support.golden_data import GOLDEN_FILE
+from pytest_qvl.checks.support.thoughts import thinking_template
+from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.layers import centred_on_zero, family_of, language_layers
 from pytest_qvl.models.state import preserved
@@ -36,6 +38,7 @@ Requirement = Literal[
     "tower's input embeddings",
     "time of videos",
     "times in words",
+    "thoughts in the template",
     "CPU",
     "CUDA",
 ]
@@ -145,6 +148,15 @@ def _words(case: Case) -> bool:
     return family_of(anatomy(case.model)).video_time == "words"
 
 
+def _thoughts(case: Case) -> bool:
+    """Whether every generation prompt puts one in front of the reply."""
+    try:
+        template = thinking_template(case.processor)
+    except CannotJudge:
+        return False
+    return template is not None and all(template.openings)
+
+
 def _on(device: str) -> Callable[[Case], bool]:
     return lambda case: case.subject.device == device
 
@@ -190,6 +202,7 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
         _words,
         "needs frames behind their times in words: only Qwen3-VL and Qwen3.5 have them",
     ),
+    "thoughts in the template": (_thoughts, "needs a chat template that opens thoughts: only Qwen3.5 has one"),
     "golden record": (_golden_record, "needs a golden record beside the checkpoint: embedded models have one"),
     "CPU": (_on("cpu"), "CPU only"),
     "CUDA": (_on("cuda"), "CUDA only"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.attributes import attributes_replaced
+from pytest_qvl.samples.batch import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +16,13 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from pytest_qvl.faults.case import Case
+    from pytest_qvl.faults.case import Batch, Case
     from pytest_qvl.models.anatomy import Parts
 
     Change = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     Through = Callable[[Parts, Callable[[torch.Tensor], torch.Tensor]], AbstractContextManager[None]]
+
+IMAGE_TYPE = 1
 
 
 def attribute(owner: Any, name: str, value: Any) -> AbstractContextManager[None]:
@@ -190,3 +194,32 @@ def load_again(case: Case, **options: Any) -> None:
 def on_first(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """A layer's output with its hidden states changed, whether it is a tensor or a tuple."""
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def rebuilt(case: Case, batch: Batch, rows: Sequence[tuple[list[int], list[int]]]) -> Batch:
+    """A batch for training with other tokens in its rows, padded on the right; its images stay.
+
+    Args:
+        case: Whose processor and image token they are.
+        batch: Its ``input_ids``, ``attention_mask``, ``labels`` and ``mm_token_type_ids`` are made anew.
+        rows: Ids and labels of each, without padding.
+    """
+    import torch
+    from torch.nn.utils.rnn import pad_sequence
+
+    def padded(values: Sequence[list[int]], padding: int) -> torch.Tensor:
+        return pad_sequence([torch.tensor(each) for each in values], batch_first=True, padding_value=padding)
+
+    made = {
+        "input_ids": padded([ids for ids, _ in rows], case.processor.tokenizer.pad_token_id),
+        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
+        "labels": padded([labels for _, labels in rows], IGNORED),
+    }
+    if "mm_token_type_ids" in batch:
+        made["mm_token_type_ids"] = image_types(made["input_ids"], anatomy(case.model).image_token_id)
+    return {**batch, **made}
+
+
+def image_types(ids: torch.Tensor, image: int) -> torch.Tensor:
+    """``mm_token_type_ids`` as the processors of Transformers 5 make them, of rows without videos."""
+    return (ids == image).to(ids) * IMAGE_TYPE

@@ -1,4 +1,4 @@
-"""Faults on a family whose first layers do not attend, whose norms and constants are others, and whose releases sample."""
+"""Faults on a family whose first layers do not attend, with other norms and constants, whose releases sample and think."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ pytestmark = pytest.mark.skipif(not FAMILIES["qwen3_5"].installed, reason="this 
 SUBJECT = Subject.of("embedded:qwen3.5")
 CAUGHT = (
     *("attention-not-causal", "mean-and-deviation-wrong", "epsilon-of-the-language-layers"),
-    *("attention-scaling-5-percent-off", "end-biased-away", "video-times-exchanged"),
+    *("attention-scaling-5-percent-off", "end-biased-away", "video-times-exchanged", "thought-half-taught"),
 )
-LONG = ("attention-scaling-off", "key-heads-exchanged", "cache-one-step-stale", "adapter-learned-no-end")
+LONG = (
+    *("attention-scaling-off", "key-heads-exchanged", "cache-one-step-stale", "adapter-learned-no-end"),
+    *("thought-block-missing", "thought-end-not-taught", "thought-behind-an-empty-one"),
+)
 REASONS = {
     "type-ids-dropped": "this one's forward raises",
     "replies-at-random": "this family's draw replies at random",

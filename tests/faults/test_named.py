@@ -120,6 +120,12 @@ def test_expected_words_count_the_embedded_models_layers(case: Any) -> None:
     assert sizes_of(case.model) == EMBEDDED
 
 
+def test_thoughts_need_a_template_that_opens_them(case: Any) -> None:
+    assert (
+        find("thought-half-taught").missing(case) == "needs a chat template that opens thoughts: only Qwen3.5 has one"
+    )
+
+
 @pytest.mark.slow
 def test_everything_is_put_back(case: Any) -> None:
     before = state(case)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.faults.catalogue import fault
+from pytest_qvl.faults.tools import image_types, rebuilt
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.samples.batch import IGNORED
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     Batch = dict[str, torch.Tensor]
 
-IMAGE_TYPE = 1
-
 
 def _in_training(case: Case, change: Callable[[Batch], Batch]) -> None:
     """Pass every batch that has labels through ``change``."""
@@ -31,11 +30,6 @@ def _beside_ids(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) ->
     """The batch with a change to every tensor of ``(rows, length)``."""
     shape = batch["input_ids"].shape
     return {name: change(value) if value.shape == shape else value for name, value in batch.items()}
-
-
-def _types(batch: Batch, image: int) -> torch.Tensor:
-    """``mm_token_type_ids`` as the processors of Transformers 5 make them."""
-    return (batch["input_ids"] == image).to(batch["input_ids"]) * IMAGE_TYPE
 
 
 @fault(
@@ -53,7 +47,7 @@ def _types_on_the_other_side(case: Case) -> Iterator[None]:
 
     def pad(batch: Batch) -> Batch:
         mask = batch["attention_mask"].bool()
-        types = _types(batch, image)
+        types = image_types(batch["input_ids"], image)
         moved = [torch.cat([row[~own], row[own]]) for row, own in zip(types, mask, strict=True)]
         return {**batch, "mm_token_type_ids": torch.stack(moved)}
 
@@ -74,7 +68,8 @@ def _types_not_cut(case: Case) -> Iterator[None]:
     image = anatomy(case.model).image_token_id
 
     def cut(batch: Batch) -> Batch:
-        return {**_beside_ids(batch, lambda value: value[:, :-1]), "mm_token_type_ids": _types(batch, image)}
+        types = image_types(batch["input_ids"], image)
+        return {**_beside_ids(batch, lambda value: value[:, :-1]), "mm_token_type_ids": types}
 
     _in_training(case, cut)
     yield
@@ -345,13 +340,10 @@ def _template_twice(case: Case) -> Iterator[None]:
 
 
 def _replaced(case: Case, batch: Batch, change: Callable[[list[int]], list[int]]) -> Batch:
-    """The batch with each run of equal ids replaced, its labels moved along, padded on the right again."""
+    """The batch with each run of equal ids replaced, its labels moved along."""
     from itertools import groupby
 
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    rows, labels = [], []
+    rows = []
     for row, mask in enumerate(batch["attention_mask"].bool()):
         ids: list[int] = []
         taught: list[int] = []
@@ -360,17 +352,8 @@ def _replaced(case: Case, batch: Batch, change: Callable[[list[int]], list[int]]
             run = change([token] * len(list(group)))
             ids += run
             taught += [IGNORED if label == IGNORED else token] * len(run)
-        rows.append(torch.tensor(ids))
-        labels.append(torch.tensor(taught))
-    pad = case.processor.tokenizer.pad_token_id
-    made = {
-        "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad),
-        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-    }
-    if "mm_token_type_ids" in batch:
-        made["mm_token_type_ids"] = _types(made, anatomy(case.model).image_token_id)
-    return {**batch, **made}
+        rows.append((ids, taught))
+    return rebuilt(case, batch, rows)
 
 
 @fault(

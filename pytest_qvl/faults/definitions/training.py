@@ -8,7 +8,7 @@ from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import attribute, values
 from pytest_qvl.models.adapters import adapted_layers, adapter_parameters
 from pytest_qvl.models.anatomy import anatomy
-from pytest_qvl.samples.batch import IGNORED
+from pytest_qvl.samples.batch import IGNORED, prompt_of, turn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -299,7 +299,7 @@ def _first_end(case: Case) -> Iterator[None]:
 
     tokenizer = case.processor.tokenizer
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    question = tokenizer("\n<|im_start|>user\nAgain?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    question = tokenizer("\n" + prompt_of(case.processor, turn([], "Again?")))["input_ids"]
     padding = {"input_ids": tokenizer.pad_token_id, "labels": IGNORED}
 
     def second_turn(name: str, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

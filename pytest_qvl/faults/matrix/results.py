@@ -25,7 +25,8 @@ NOTICED = ("caught", "refused")
 OF_A_WHOLE = ("layer_arithmetic", "golden_record", "batch")
 # Of a part, whose every rule a check of the whole applies to the same inputs: no fault can be theirs alone, and why.
 PART_OF_ANOTHER = {
-    "label_mask": "it can have none: `batch` holds the same labels to the same rules, and to masks and samples besides"
+    "label_mask": "but for its rules of thoughts, which only a template that opens them can break, `batch` holds the "
+    "same labels to the same rules, and to masks and samples besides"
 }
 
 
