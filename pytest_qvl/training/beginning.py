@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from pytest_qvl.models.adapters import (
     is_merged,
 )
 from pytest_qvl.models.quantized import dtype_name, linear_states
+from pytest_qvl.models.quantized_layers import QuantizedLayers
 
 if TYPE_CHECKING:
     from pytest_qvl.models.anatomy import Parts
@@ -76,12 +78,14 @@ def adapter_switched_on(subject: Subject) -> Evidence:
     return judge.verdict()
 
 
-def quantization_policy(parts: Parts, given: QuantizationPolicy | None) -> QuantizationPolicy:
+def quantization_policy(
+    parts: Parts, given: QuantizationPolicy | None, layers: QuantizedLayers | None = None
+) -> QuantizationPolicy:
     """What the quantization of this model is held to, where the user has not said.
 
-    NF4 on the language backbone and nothing else; double quantization, storage and compute dtype as the model's own
-    configuration asks, but for a compute dtype of float32 on a model in 16 bits: that is what bitsandbytes takes where
-    nobody chose one.
+    NF4 on the language backbone, or on the layers that were declared, and nothing else; double quantization, storage
+    and compute dtype as the model's own configuration asks, but for a compute dtype of float32 on a model in 16 bits:
+    that is what bitsandbytes takes where nobody chose one.
 
     Raises:
         CannotJudge: Nothing of the model is in 4 bits, and nobody said that it should be.
@@ -89,21 +93,24 @@ def quantization_policy(parts: Parts, given: QuantizationPolicy | None) -> Quant
     if given is not None:
         return given
     four_bit = [state for state in linear_states(parts) if state.is_4bit]
-    if not four_bit:
+    if not four_bit and layers is None:
         raise CannotJudge(
             "no linear layer is in 4 bits; if this was to be QLoRA, say so: Guard(quantization=QuantizationPolicy())"
         )
+    layers = layers or QuantizedLayers()
     config: Any = getattr(parts.config, "quantization_config", None)
+    if config is None:
+        return QuantizationPolicy(quantized=layers.quantized, kept=layers.all_kept)
     if isinstance(config, dict):
         from transformers import BitsAndBytesConfig
 
         config = BitsAndBytesConfig.from_dict(config)
-    asked = QuantizationPolicy.from_config(config)
+    asked = QuantizationPolicy.from_config(config, layers)
     loaded = dtype_name(getattr(parts.config, "dtype", None) or parts.embeddings.weight.dtype)
     compute = asked.compute_dtype
     if compute == "float32" and loaded in ("bfloat16", "float16"):
         compute = loaded
-    return QuantizationPolicy(double_quant=asked.double_quant, compute_dtype=compute, quant_storage=asked.quant_storage)
+    return replace(asked, quant_type="nf4", compute_dtype=compute)
 
 
 def lora_config_of(subject: Subject, given: Any) -> Any:

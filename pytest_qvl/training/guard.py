@@ -10,11 +10,19 @@ from transformers.trainer_callback import TrainerCallback
 
 from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.training.findings import GuardWarning
-from pytest_qvl.training.settings import RECORD_NAME, Settings, adapter_policy, record_path, size_limit
+from pytest_qvl.training.settings import (
+    RECORD_NAME,
+    Settings,
+    adapter_policy,
+    declared_layers,
+    record_path,
+    size_limit,
+)
 
 if TYPE_CHECKING:
     from pytest_qvl.checks.quantization import QuantizationPolicy
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
     from pytest_qvl.training.run import Moment, Run
     from pytest_qvl.training.settings import Learned, OnFinding, VisionGradients
 
@@ -34,6 +42,9 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
             ``"language, merger:full"``); the text side if not given, and nothing of it where it is not named.
         quantization: What the quantization is held to; NF4 on the language backbone if not given, the rest as the
             model's configuration asks, and nothing where no layer is in 4 bits.
+        quantized_layers: Which layers are in 4 bits on purpose, as ``QuantizedLayers`` or as text (``"language,
+            in_proj_a:16bit"``); those of the language backbone if not given. How they are is then as the model's
+            configuration asks.
         lora_config: What the adapter is held to; the configuration that PEFT keeps on the model if not given.
         learned: ``"everything"`` where the loss counts prompts on purpose.
         vision_gradients: Back-propagation through the frozen vision tower costs time and breaks nothing, and on
@@ -57,6 +68,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
         batches: int = 2,
         policy: AdapterPolicy | str | None = None,
         quantization: QuantizationPolicy | None = None,
+        quantized_layers: QuantizedLayers | str | None = None,
         lora_config: Any = None,
         learned: Learned = "answers",
         vision_gradients: VisionGradients = "warn",
@@ -71,6 +83,7 @@ class Guard(TrainerCallback):  # type: ignore[misc]  # Transformers has no types
             batches,
             adapter_policy(policy),
             quantization,
+            declared_layers(quantized_layers),
             lora_config,
             learned,
             vision_gradients,

@@ -191,7 +191,7 @@ class Run:
 
     def _quantization(self) -> Evidence:
         parts = self._subject.parts
-        policy = beginning.quantization_policy(parts, self._settings.quantization)
+        policy = beginning.quantization_policy(parts, self._settings.quantization, self._settings.quantized_layers)
         return checks.quantization_census(parts.wrapped, policy)
 
     def _begin_base(self) -> Evidence:

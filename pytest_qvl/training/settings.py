@@ -12,6 +12,7 @@ from pytest_qvl.evidence import InputError
 if TYPE_CHECKING:
     from pytest_qvl.checks.quantization import QuantizationPolicy
     from pytest_qvl.models.policy import AdapterPolicy
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
 
 OnFinding = Literal["stop", "warn"]
 VisionGradients = Literal["warn", "stop", "spare"]
@@ -33,6 +34,7 @@ class Settings:
     batches: int
     policy: AdapterPolicy
     quantization: QuantizationPolicy | None
+    quantized_layers: QuantizedLayers | None
     lora_config: Any
     learned: Learned
     vision_gradients: VisionGradients
@@ -65,6 +67,11 @@ class Settings:
                 "Guard: quantization is a pytest_qvl QuantizationPolicy, such as QuantizationPolicy(quant_type='nf4'), "
                 f"got {self.quantization!r}"
             )
+        if self.quantization is not None and self.quantized_layers is not None:
+            raise InputError(
+                "Guard: a QuantizationPolicy names its layers itself (quantized, kept): give it or quantized_layers, "
+                "not both"
+            )
         if self.lora_config is not None and not hasattr(self.lora_config, "target_modules"):
             raise InputError(f"Guard: lora_config is a peft.LoraConfig, got {self.lora_config!r}")
         if self.processor is not None and not callable(self.processor):
@@ -80,6 +87,7 @@ class Settings:
             "batches": self.batches,
             "policy": str(self.policy),
             "quantization": None if self.quantization is None else vars(self.quantization),
+            "quantized_layers": None if self.quantized_layers is None else str(self.quantized_layers),
             "learned": self.learned,
             "vision_gradients": self.vision_gradients,
             "vram_limit": self.vram_limit,
@@ -102,6 +110,23 @@ def adapter_policy(given: AdapterPolicy | str | None) -> AdapterPolicy:
         return AdapterPolicy.parse(given)
     if not isinstance(given, AdapterPolicy):
         raise InputError(f"Guard: policy is an AdapterPolicy or text such as 'language, vision', got {given!r}")
+    return given
+
+
+def declared_layers(given: QuantizedLayers | str | None) -> QuantizedLayers | None:
+    """Layers in 4 bits from what a user may write for them.
+
+    Raises:
+        InputError: No layers, or an entry that can name nothing.
+    """
+    from pytest_qvl.models.quantized_layers import QuantizedLayers
+
+    if isinstance(given, str):
+        return QuantizedLayers.parse(given)
+    if given is not None and not isinstance(given, QuantizedLayers):
+        raise InputError(
+            f"Guard: quantized_layers is a QuantizedLayers or text such as 'language, in_proj_a:16bit', got {given!r}"
+        )
     return given
 
 

@@ -143,13 +143,18 @@ class Verdicts:
 
 def _as_of_a_guard(evidence: Evidence) -> Evidence:
     """Evidence that says how a guard is told what tests are told by a fixture."""
-    if not any("qvl_adapter_policy" in problem for problem in evidence.problems):
-        return evidence
-    note = (
-        "qvl_adapter_policy is of tests; of a training that adapts or trains other parts on purpose, declare it as "
-        'Guard(policy="language, vision") or Guard(policy="language, merger:full")'
-    )
-    return replace(evidence, notes=(*evidence.notes, note))
+    said = {
+        "qvl_adapter_policy": "that adapts or trains other parts on purpose, declare it as "
+        'Guard(policy="language, vision") or Guard(policy="language, merger:full")',
+        "qvl_quantized_layers": "with other layers in 4 bits on purpose, declare them as "
+        'Guard(quantized_layers="language, in_proj_a:16bit")',
+    }
+    notes = [
+        f"{name} is of tests; of a training {how}"
+        for name, how in said.items()
+        if any(name in problem for problem in evidence.problems)
+    ]
+    return replace(evidence, notes=(*evidence.notes, *notes))
 
 
 @contextmanager

@@ -14,7 +14,9 @@ import torch
 import transformers
 from packaging.version import Version
 
+from pytest_qvl.checks import QuantizationPolicy
 from pytest_qvl.evidence import InputError
+from pytest_qvl.models.quantized import usual_quantization
 from pytest_qvl.training import Guard, GuardError, GuardWarning
 
 
@@ -135,6 +137,12 @@ def test_what_cannot_be_judged_is_counted_with_its_reason(bench, tmp_path):
         ({"overhead": 0}, "overhead is a share"),
         ({"overhead": "1%"}, "overhead is a share.*got '1%'"),
         ({"quantization": "nf4"}, "quantization is a pytest_qvl QuantizationPolicy.*got 'nf4'"),
+        ({"quantized_layers": ["language"]}, "quantized_layers is a QuantizedLayers or text .*got \\['language'\\]"),
+        ({"quantized_layers": ".*o_proj:16bit"}, "'.*o_proj' is neither a part"),
+        (
+            {"quantized_layers": "language", "quantization": QuantizationPolicy()},
+            "give it or quantized_layers, not both",
+        ),
         ({"lora_config": {"r": 8}}, "lora_config is a peft.LoraConfig, got {'r': 8}"),
         ({"processor": "Qwen"}, "processor is the object that makes the batches.*got 'Qwen'"),
         ({"record": 5}, "record is the path of a file.*got 5"),
@@ -151,6 +159,28 @@ def test_a_declared_policy_is_kept(bench, tmp_path):
     with bench.model(target_modules=everywhere) as model:
         bench.trainer(model, tmp_path, Guard(policy="language, vision"), max_steps=2).train()
     assert record_of(tmp_path)["run"]["trained"] == "vision (24), language (24)"
+
+
+def test_declared_layers_are_kept(bench, tmp_path):
+    asked = usual_quantization(torch.float32, llm_int8_skip_modules=["model.visual", "lm_head", "o_proj"])
+    with bench.model(base=bench.load("float32", asked)) as model:
+        with pytest.raises(GuardError, match="4 of 28 linears are float32 instead of nf4"):
+            bench.trainer(model, tmp_path, Guard(), max_steps=1).train()
+        bench.trainer(model, tmp_path, Guard(quantized_layers="language, o_proj:16bit"), max_steps=1).train()
+    assert record_of(tmp_path)["settings"]["quantized_layers"] == "language, o_proj:16bit"
+    with bench.model() as model:
+        with pytest.raises(GuardError, match="no linear layer of this model: did you mean o_proj") as failure:
+            bench.trainer(model, tmp_path, Guard(quantized_layers="language, o_porj:16bit"), max_steps=1).train()
+        assert 'declare them as Guard(quantized_layers="language, in_proj_a:16bit")' in str(failure.value)
+        with pytest.raises(
+            GuardError, match="4 of 4 linears that the policy names to stay 16-bit are quantized, as NF4"
+        ):
+            bench.trainer(model, tmp_path, Guard(quantized_layers="language, o_proj:16bit"), max_steps=1).train()
+    with (
+        bench.model(quantized=False) as model,
+        pytest.raises(GuardError, match="28 linears are float32 instead of nf4"),
+    ):
+        bench.trainer(model, tmp_path, Guard(quantized_layers="language"), max_steps=1).train()
 
 
 def test_prompts_may_be_learned_on_purpose_and_placeholders_never(bench, tmp_path):
