@@ -15,6 +15,7 @@ from pytest_qvl.models.adapters import (
     auxiliary_layers,
 )
 from pytest_qvl.models.anatomy import TOWER
+from pytest_qvl.models.autocast import autocast_dtype
 from pytest_qvl.models.quantized import linear_states
 
 if TYPE_CHECKING:
@@ -211,9 +212,11 @@ def is_reentrant(parts: Parts) -> bool:
 
 
 def computes_in_float16(parts: Parts) -> bool:
-    """Whether activations or matrix products are in float16, whose gradients need a loss scale."""
+    """Whether activations or matrix products are in float16, of autocast around too: gradients need a loss scale."""
     import torch
 
+    if autocast_dtype(parts.device.type) == torch.float16:
+        return True
     dtypes = {state.compute_dtype or state.storage for state in linear_states(parts)}
     return parts.embeddings.weight.dtype == torch.float16 or "float16" in dtypes
 

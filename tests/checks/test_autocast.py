@@ -13,15 +13,20 @@ from pytest_qvl.checks import (
     adapter_neutrality,
     feature_scatter,
     frozen_vision,
+    generation_batch_invariance,
     golden_record,
     layer_arithmetic,
     training_step,
 )
 from pytest_qvl.checks.gradients import gradient_arithmetic
+from pytest_qvl.checks.support.noise_floor import noise_floor
+from pytest_qvl.checks.support.own_rounding import own_response
+from pytest_qvl.checks.support.scoring import without_labels
 from pytest_qvl.faults.tools import attribute, values
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.autocast import casts_not_kept
 from pytest_qvl.models.layers import family_of
+from pytest_qvl.models.training import computes_in_float16
 from pytest_qvl.samples import clip_batch, make_batch, scene_clips, scenes
 
 if TYPE_CHECKING:
@@ -93,6 +98,50 @@ def test_the_autocast_around_is_as_it_was() -> None:
             pass  # no outermost one: nothing is dropped on leaving it
         assert (given @ weight).sum() == 24
     assert (given @ weight).sum() == 0
+
+
+# --- a model in float32 under autocast --------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_logits_under_autocast_are_held_to_what_it_computes_in(fresh_model: Any, processor: Any) -> None:
+    """The floor is that of a model in bfloat16, whose sums are rounded once, and not that of float32 times a sum's."""
+    samples = scenes(seed=0, per_skill=1)
+    plain, coarse = fresh_model(dtype="float32"), noise_floor(fresh_model(dtype="bfloat16"), processor, samples)
+    fine = noise_floor(plain, processor, samples)
+    with torch.autocast("cpu", BF16):
+        cast = noise_floor(plain, processor, samples)
+        with pytest.raises(ValueError, match="was measured in float32, the model computes in bfloat16"):
+            generation_batch_invariance(plain, processor, samples, fine)
+        assert generation_batch_invariance(plain, processor, samples, cast).ok
+    assert (fine.dtype, cast.dtype, cast.resolution) == ("float32", "bfloat16", coarse.resolution)
+    assert coarse.limit / 2 < cast.limit < 2 * coarse.limit
+
+
+@pytest.mark.slow
+def test_last_places_are_those_of_the_dtype_that_products_are_made_in(fresh_model: Any, processor: Any) -> None:
+    """A 4-bit product is handed on in float32, where nothing else says that it was made in bfloat16."""
+    from peft import prepare_model_for_kbit_training
+
+    samples, moved = scenes(seed=0, per_skill=1), {}
+    for name in ("as it is", "prepared"):
+        model = fresh_model(dtype="bfloat16")
+        if name == "prepared":
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False).eval()
+        parts = anatomy(model)
+        batch = without_labels(make_batch(processor, samples[:2]))
+        with torch.no_grad():
+            moved[name] = (
+                own_response(parts, lambda m=model, b=batch: m(**b).logits, tower=False).square().mean().sqrt()
+            )
+    assert moved["prepared"] > moved["as it is"] / 2
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_float16_of_autocast_takes_a_loss_scale(model: Any, dtype: torch.dtype) -> None:
+    assert not computes_in_float16(anatomy(model))
+    with torch.autocast("cpu", dtype):
+        assert computes_in_float16(anatomy(model)) == (dtype == torch.float16)
 
 
 # --- a model that Accelerate has prepared -----------------------------------------------------------------------

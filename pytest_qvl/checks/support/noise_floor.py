@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.activations import leaves
 from pytest_qvl.checks.support.not_finite import origin_of_not_finite
-from pytest_qvl.checks.support.rounding import last_place_noise, rounded_sums, step
+from pytest_qvl.checks.support.rounding import coarsest, last_place_noise, rounded_sums, step
 from pytest_qvl.checks.support.scoring import (
     AnswerLogits,
     answer_logits,
@@ -21,6 +21,7 @@ from pytest_qvl.evidence import CannotJudge, InputError
 from pytest_qvl.models.adapters import adapters_disabled
 from pytest_qvl.models.anatomy import Parts, anatomy
 from pytest_qvl.models.attention import other_attention
+from pytest_qvl.models.autocast import autocast_dtype
 from pytest_qvl.models.quantized import dtype_name, linear_states
 from pytest_qvl.models.state import preserved
 from pytest_qvl.models.taps import positions_changed
@@ -41,6 +42,11 @@ EXTRA_PADDING = 5
 LOGITS: tuple[Group, ...] = ("language", "lm_head")  # what rounds them
 
 
+def logits_dtype(parts: Parts) -> torch.dtype:
+    """The coarsest dtype that logits are computed in: the backbone's and the head's, or that of autocast around."""
+    return coarsest((coarsest_dtype(parts, LOGITS), autocast_dtype(parts.device.type)))
+
+
 @dataclass(frozen=True)
 class NoiseFloor:
     """How far the logits of one model move when the same thing is computed in another order.
@@ -48,7 +54,7 @@ class NoiseFloor:
     Attributes:
         value: Largest difference of any logit at any scored position of any probe, over all computations.
         computations: The largest difference of each computation, by name.
-        dtype: What the language backbone computes in, such as ``"bfloat16"``.
+        dtype: What the language backbone computes in, or autocast around it, such as ``"bfloat16"``.
         resolution: Distance of neighbouring numbers of that dtype at the largest scored logit.
         last_place: Largest change of any scored logit when the output of every module of the language backbone,
             and of the head, is off by one unit in the last place.
@@ -143,12 +149,14 @@ class NoiseCollector:
     def __init__(self, parts: Parts, processor: Any) -> None:
         self._parts = parts
         self._pad = processor.tokenizer.pad_token_id or 0
-        self._dtype = coarsest_dtype(parts, LOGITS)
+        self._dtype = logits_dtype(parts)
         self._largest: dict[str, float] = {}
         self._logit = self._last_place = 0.0
 
     def take(self, batch: dict[str, torch.Tensor], base: AnswerLogits) -> None:
         """Compute a batch's logits in every equal way, and keep the largest difference to `base`."""
+        import torch
+
         parts, keep = self._parts, scored_columns(batch)
         if not bool(base.logits.isfinite().all()):
             origin = origin_of_not_finite(parts, lambda: answer_logits(parts, batch))
@@ -166,7 +174,9 @@ class NoiseCollector:
         for name, (context, inputs) in computations.items():
             self._largest[name] = max(self._largest.get(name, 0.0), self._difference(name, context, inputs, base))
         modules = [*leaves(parts.language_backbone), *leaves(parts.lm_head)]
-        moved = self._difference("last places", last_place_noise(modules), batch, base)
+        # What is made in 16 bits (by a 4-bit product, under autocast) may be handed on in float32.
+        noise = last_place_noise(modules, torch.finfo(self._dtype).eps)
+        moved = self._difference("last places", noise, batch, base)
         self._last_place = max(self._last_place, moved)
 
     def _difference(

@@ -6,9 +6,8 @@ import math
 from typing import TYPE_CHECKING
 
 from pytest_qvl.checks.support.activations import leaves
-from pytest_qvl.checks.support.noise_floor import LOGITS
+from pytest_qvl.checks.support.noise_floor import LOGITS, logits_dtype
 from pytest_qvl.checks.support.rounding import last_place_noise, rounded_sums
-from pytest_qvl.checks.support.scoring import coarsest_dtype
 from pytest_qvl.models.quantized import linear_states
 from pytest_qvl.models.state import preserved
 
@@ -38,15 +37,16 @@ def own_response(parts: Parts, run: Callable[[], torch.Tensor], *, tower: bool) 
     """
     import torch
 
-    modules = [*leaves(parts.language_backbone), *leaves(parts.lm_head), *(leaves(parts.vision_tower) if tower else ())]
+    dtype, modules = logits_dtype(parts), [*leaves(parts.language_backbone), *leaves(parts.lm_head)]
     with preserved(parts.wrapped, training=False, seed=0), torch.no_grad():
         base = run().float()
         squares = torch.zeros_like(base)
-        with last_place_noise(modules):
+        seen = leaves(parts.vision_tower) if tower else ()
+        with last_place_noise(modules, torch.finfo(dtype).eps), last_place_noise(seen):
             for _ in range(DRAWS):
                 squares += (run().float() - base).square_()
     terms = max(state.in_features for state in linear_states(parts) if tower or state.group in LOGITS)
-    response: torch.Tensor = (squares / DRAWS).sqrt_() * rounded_sums(coarsest_dtype(parts, LOGITS), terms)
+    response: torch.Tensor = (squares / DRAWS).sqrt_() * rounded_sums(dtype, terms)
     return response
 
 

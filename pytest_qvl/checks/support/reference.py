@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.binomial import FALSE_ALARM, tail
-from pytest_qvl.checks.support.noise_floor import EVIDENCE, LOGITS, NoiseCollector, NoiseFloor, require_samples
-from pytest_qvl.checks.support.scoring import ABLATIONS, Said, Scored, ask, coarsest_dtype, score
+from pytest_qvl.checks.support.noise_floor import EVIDENCE, NoiseCollector, NoiseFloor, logits_dtype, require_samples
+from pytest_qvl.checks.support.scoring import ABLATIONS, Said, Scored, ask, score
 from pytest_qvl.checks.support.tower import Drift, TowerOutput, tower_dtype, tower_output, ulp_response
 from pytest_qvl.evidence import InputError
 from pytest_qvl.models.adapters import adapted_layers, adapters_disabled
@@ -164,7 +164,7 @@ def record_reference(
         )
     if adapter_disabled and not adapted_layers(parts):
         raise InputError("adapter_disabled=True, but this model has no adapter to disable")
-    dtype = dtype_name(coarsest_dtype(parts, LOGITS))
+    dtype = dtype_name(logits_dtype(parts))
     source = f"{quantized[0].storage} base, adapter disabled" if quantized else f"full precision, {dtype}"
     if adapter_disabled and not quantized:
         source += ", adapter disabled"
@@ -207,10 +207,10 @@ def floor_of(parts: Parts, reference: Reference | NoiseFloor) -> NoiseFloor:
         ValueError: It was measured in another dtype than the model computes in.
     """
     floor = reference.floor if isinstance(reference, Reference) else reference
-    dtype = dtype_name(coarsest_dtype(parts, LOGITS))
+    dtype = dtype_name(logits_dtype(parts))
     if dtype != floor.dtype:
         raise InputError(
             f"the noise floor was measured in {floor.dtype}, the model computes in {dtype}: record the "
-            "reference, or measure noise_floor() on the base model, in the same dtype"
+            "reference, or measure noise_floor() on the base model, in the same dtype and the same autocast"
         )
     return floor
