@@ -200,6 +200,7 @@ def test_advice_for_a_skip_list_of_transformers_4_keeps_every_layer_of_that_name
     message = refused(with_entries(entry))
     (advice,) = re.findall(rf"'{entry}' \(write ([^)]*)\)", message)
     model = load(with_entries(*re.findall(r"'([^']+)'", advice)))
+    refuse_unfit(model)
     wide = [state.name for state in linear_states(anatomy(model)) if not state.is_quantized]
     language = [name for name in wide if anatomy(model).group_of(name) == "language"]
     assert language == [
