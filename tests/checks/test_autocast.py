@@ -15,6 +15,7 @@ from pytest_qvl.checks import (
     frozen_vision,
     generation_batch_invariance,
     golden_record,
+    image_isolation,
     layer_arithmetic,
     training_step,
 )
@@ -22,6 +23,7 @@ from pytest_qvl.checks.gradients import gradient_arithmetic
 from pytest_qvl.checks.support.noise_floor import noise_floor
 from pytest_qvl.checks.support.own_rounding import own_response
 from pytest_qvl.checks.support.scoring import without_labels
+from pytest_qvl.faults.case import Case, apply, load
 from pytest_qvl.faults.tools import attribute, values
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.autocast import casts_not_kept
@@ -160,6 +162,17 @@ def prepared(fresh_model: Any, lora_config: Any) -> Any:
 
 def test_an_adapter_on_a_prepared_model_is_neutral(prepared: Any, batch: Any) -> None:
     assert adapter_neutrality(prepared, batch).ok
+
+
+@pytest.mark.slow
+def test_what_a_finite_mask_lets_through_is_seen_on_a_prepared_model(prepared: Any, processor: Any) -> None:
+    """Its tower is in float32, and rounds to bfloat16 what it multiplies."""
+    unused: Any = None
+    rows = [sample for sample in scenes(seed=5, per_skill=1) if sample.skill in ("nth_colour", "text", "list")]
+    case = Case(prepared, processor, unused, unused, rows, rows, unused, load)
+    assert image_isolation(prepared, processor, rows).ok
+    with apply("scored-images-leak-into-each-other", case), pytest.raises(CheckFailed, match="vision attention mix"):
+        image_isolation(prepared, processor, rows)
 
 
 def test_what_the_wrapper_of_a_prepared_model_changes_is_seen(prepared: Any, batch: Any) -> None:

@@ -6,9 +6,11 @@ import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from pytest_qvl.checks.support.rounding import coarsest
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.tools import after, attribute, before, on_first, rows_scored
 from pytest_qvl.models.anatomy import anatomy
+from pytest_qvl.models.autocast import autocast_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
     from pytest_qvl.faults.case import Case
 
-MASK = -5.0
+# In 16 bits -10 changes nothing that rounding keeps; in float32 -5 changes what the cache is held to as well.
+MASK, MASK_IN_FLOAT32 = -5.0, -10.0
 _MOVED = ("visual features", "moved away from full precision", "its weights are not those of the reference")
 
 
@@ -89,9 +92,9 @@ def _faintly_masked(
     sizes_seen: Callable[[list[int]], list[int]],
     when: Callable[[int], bool],
     *,
-    mask: float = MASK,
+    in_float32: float = MASK,
 ) -> Iterator[None]:
-    """Let through e^mask of a mean over patches that should be masked, as `mask` does in the place of -inf.
+    """Let through e^mask of a mean over patches that should be masked, as a finite mask does in the place of -inf.
 
     It goes in before the attention's last linear.
 
@@ -100,7 +103,7 @@ def _faintly_masked(
         block: Which vision block.
         sizes_seen: Makes the sizes of the groups of patches that see each other so, from the sizes of the images.
         when: Whether it happens, from the number of images.
-        mask: What is added to their scores.
+        in_float32: What is added to their scores where that linear computes in float32, in the place of :data:`MASK`.
     """
     import torch
 
@@ -113,8 +116,11 @@ def _faintly_masked(
     def leak(_module: Any, args: Any, kwargs: Any) -> Any:
         if not sizes:
             return None
-        mixed = [group + math.exp(mask) * group.float().mean(dim=0) for group in args[0].split(sizes)]
-        return (torch.cat(mixed).to(args[0].dtype), *args[1:]), kwargs
+        given = args[0]
+        computed_in = coarsest((given.dtype, autocast_dtype(given.device.type)))
+        leaked = math.exp(in_float32 if computed_in is torch.float32 else MASK)
+        mixed = [group + leaked * group.float().mean(dim=0) for group in given.split(sizes)]
+        return (torch.cat(mixed).to(given.dtype), *args[1:]), kwargs
 
     attention: Any = parts.blocks[block].attn
     with before([parts.vision_tower], note), before([attention.proj], leak):
@@ -131,17 +137,12 @@ def _faintly_masked(
     source="EvolvingLMMs-Lab/lmms-eval#648, Blaizzy/mlx-vlm#704",
 )
 def _scored(case: Case) -> Iterator[None]:
-    import torch
-
     parts = anatomy(case.model)
-    tower: Any = parts.vision_tower
-    # In 16 bits -10 changes nothing that rounding keeps; in float32 -5 changes what the cache is held to as well.
-    mask = -10.0 if tower.dtype is torch.float32 else MASK
-
+    last = len(parts.blocks) - 1
     with (
         rows_scored(parts) as rows,
         _faintly_masked(
-            parts, len(parts.blocks) - 1, lambda sizes: [sum(sizes)], lambda _images: rows[0] > 1, mask=mask
+            parts, last, lambda sizes: [sum(sizes)], lambda _images: rows[0] > 1, in_float32=MASK_IN_FLOAT32
         ),
     ):
         yield
