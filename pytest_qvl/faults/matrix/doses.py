@@ -50,6 +50,7 @@ from pytest_qvl.faults.definitions.weights import (
     exchange_codes,
     nested_block,
     offset,
+    one_step,
     packed_zero,
     quantized_weight,
 )
@@ -171,11 +172,6 @@ def _lora_times(case: Case, times: float) -> AbstractContextManager[None]:
     return low_rank_of(case, lambda _layer, x: x, times=lambda scaling, _x: times * scaling)
 
 
-def _one_step(tensor: torch.Tensor) -> torch.Tensor:
-    """The next number of the same dtype, of every element."""
-    return tensor.nextafter(tensor.new_tensor(float("inf")))
-
-
 def _of_offset(change: Callable[[torch.Tensor], torch.Tensor]) -> Dose:
     return lambda case: offset(case, change)
 
@@ -212,7 +208,7 @@ def _biases(change: Callable[[torch.Tensor], torch.Tensor]) -> Dose:
 
 
 def _first_element(tensor: torch.Tensor) -> torch.Tensor:
-    tensor[0] = _one_step(tensor[0])
+    tensor[0] = one_step(tensor[0])
     return tensor
 
 
@@ -320,7 +316,7 @@ GRADED = (
         "absmax of 256 block scales (double quantization)",
         ("weights_as_stored",),
         (
-            ("1 float32 step", _given(nested_block, _one_step)),
+            ("1 float32 step", _given(nested_block, one_step)),
             ("2 %", _given(nested_block, lambda absmax: 1.02 * absmax)),
             ("lost", _given(nested_block, lambda absmax: 0 * absmax)),
         ),
@@ -329,7 +325,7 @@ GRADED = (
         "offset of one layer's double quantization",
         ("weights_as_stored", "alignment"),
         (
-            ("1 float32 step", _of_offset(_one_step)),
+            ("1 float32 step", _of_offset(one_step)),
             ("1 % lost", _of_offset(lambda own: 0.99 * own)),
             ("10 % lost", _of_offset(lambda own: 0.9 * own)),
             ("all lost", _of_offset(lambda own: 0 * own)),
@@ -344,7 +340,7 @@ GRADED = (
         "code book of one 4-bit layer",
         ("weights_as_stored", "quantization_census", "alignment"),
         (
-            ("one entry, 1 float32 step", _one_code(_one_step)),
+            ("one entry, 1 float32 step", _one_code(one_step)),
             ("one entry, 1 %", _one_code(lambda entry: 1.01 * entry)),
             ("one entry, 10 %", _one_code(lambda entry: 1.1 * entry)),
             ("two entries exchanged", _codes(exchange_codes)),
