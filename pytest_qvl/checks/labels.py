@@ -9,11 +9,11 @@ from pytest_qvl.checks.support.packing import samples_in_rows
 from pytest_qvl.checks.support.placeholders import attended
 from pytest_qvl.checks.support.teaching import NO_LABELS
 from pytest_qvl.checks.support.thoughts import ThoughtReader, thinking_template
-from pytest_qvl.checks.support.turns import ANSWER_HEADER, ANSWERS, TurnReader
+from pytest_qvl.checks.support.turns import ANSWERS, TurnReader
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge, Evidence, InputError, Judge
 from pytest_qvl.models.anatomy import Parts, anatomy
-from pytest_qvl.samples.batch import IGNORED
+from pytest_qvl.samples.batch import ANSWER_HEADER, IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

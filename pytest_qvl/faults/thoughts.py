@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.support.thoughts import CLOSES, OPENS
 from pytest_qvl.faults.tools import rebuilt
-from pytest_qvl.samples.batch import IGNORED
+from pytest_qvl.samples.batch import CLOSES, IGNORED, OPENS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # The label of what is not learned, as cross-entropy and Transformers have it.
 IGNORED = -100
 END_OF_TURN = "<|im_end|>"
+ANSWER_HEADER = "<|im_start|>assistant\n"
+OPENS, CLOSES = "<think>", "</think>"  # around a thought
 PaddingSide = Literal["left", "right"]
 # Tokens that only the chat template may write: each moves the turns or the images of the prompt.
 _RESERVED = re.compile(r"<\|(endoftext|im_start|im_end|vision_start|vision_end|vision_pad|image_pad|video_pad)\|>")
@@ -46,13 +48,15 @@ def prompt(processor: Any, sample: Sample) -> str:
 def prompt_of(processor: Any, conversation: list[dict[str, Any]]) -> str:
     """A conversation's text up to where the next answer begins; one placeholder per image or video, not yet expanded.
 
-    A template that lets the model think first (Qwen3.5) is asked not to: the answer follows an empty thought.
+    A template that lets the model think first (Qwen3.5) is asked not to: the answer follows an empty thought. One that
+    always opens a thought (Qwen3-VL-Thinking) cannot be asked: the thought is closed behind the tokens that open it.
     """
     template = getattr(processor, "chat_template", None)
     several = template.values() if isinstance(template, dict) else [template]
     options = {"enable_thinking": False} if any("enable_thinking" in (each or "") for each in several) else {}
     text: str = processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, **options)
-    return text
+    _, _, behind = text.rpartition(ANSWER_HEADER)
+    return f"{text}{CLOSES}\n\n" if behind.count(OPENS) > behind.count(CLOSES) else text
 
 
 def answer_ids(processor: Any, sample: Sample) -> list[int]:

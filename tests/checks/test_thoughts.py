@@ -229,6 +229,19 @@ def test_a_template_that_always_thinks(judged: Callable[..., Evidence], processo
         judged(ONE_ROW, f"red{END}")
 
 
+def test_samples_close_the_thought_of_a_template_that_always_opens_one(model: Any, processor: Any) -> None:
+    """Their answers are replies, behind the very tokens of the generation prompt; a row that thinks is right too."""
+    processor.chat_template = processor.chat_template.replace(SWITCH, "{% if true %}").replace(
+        "enable_thinking", "other"
+    )
+    samples = scenes(0, 1, ["nth_colour", "text"])
+    batch = make_batch(processor, samples, answers=True, padding_side="right")
+    told = processor.tokenizer.decode(batch["input_ids"][0])
+    assert told.endswith(f"assistant\n<think>\n</think>\n\n{samples[0].answer}{END}")
+    assert counts(label_mask(model, batch, processor)) == (0, 0, 2)
+    assert picture_pairing(model, processor, samples, batch).ok
+
+
 def test_a_template_that_never_thinks(judged: Callable[..., Evidence], processor: Any) -> None:
     """It closes every thought at once, so that no reply begins with another one."""
     processor.chat_template = processor.chat_template.replace(SWITCH, "{% if false %}")

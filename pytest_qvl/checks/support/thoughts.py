@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pytest_qvl.checks.support.turns import ANSWER_HEADER
 from pytest_qvl.checks.support.wording import some
 from pytest_qvl.evidence import CannotJudge
-from pytest_qvl.samples.batch import IGNORED
+from pytest_qvl.samples.batch import ANSWER_HEADER, CLOSES, IGNORED, OPENS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,7 +15,6 @@ if TYPE_CHECKING:
     from pytest_qvl.checks.support.turns import Turn
     from pytest_qvl.evidence import Judge
 
-OPENS, CLOSES = "<think>", "</think>"
 SWITCH = "enable_thinking"
 _SHOWN_TOKENS = 8
 
@@ -100,7 +98,7 @@ def with_thoughts(processor: Any, prompt: str) -> list[str]:
     except CannotJudge:
         return [prompt]
     asked, header, opened = prompt.rpartition(ANSWER_HEADER)
-    if template is None or opened not in template.openings:
+    if template is None or not header:
         return [prompt]
     return [prompt, *(asked + header + each for each in template.openings if each != opened)]
 

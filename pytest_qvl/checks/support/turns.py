@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
 BEGIN_OF_TURN = "<|im_start|>"
 ANSWERS = "assistant"
-ANSWER_HEADER = f"{BEGIN_OF_TURN}{ANSWERS}\n"
 ROLES = (ANSWERS, "user", "system", "tool")
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pytest_qvl.checks.support.thoughts import CLOSES, OPENS
 from pytest_qvl.faults.catalogue import fault
 from pytest_qvl.faults.thoughts import put_thoughts, thought_of
+from pytest_qvl.samples.batch import CLOSES, OPENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
