@@ -12,7 +12,7 @@ import pytest
 
 from pytest_qvl.cli import main
 from pytest_qvl.faults.matrix import healthy_panel
-from pytest_qvl.faults.matrix.healthy import variations
+from pytest_qvl.faults.matrix.healthy import DTYPES, THOUGHTS, variations
 from pytest_qvl.faults.matrix.healthy_child import Judged
 from pytest_qvl.faults.matrix.healthy_panel import Child
 from pytest_qvl.faults.matrix.healthy_plan import START, Schedule, expected_cost, spread
@@ -336,3 +336,15 @@ def test_variations_of_a_named_model_are_of_it_alone() -> None:
     assert {one.model for one in of_it} == {"embedded:qwen3.5"} and not any(one.family for one in of_it)
     assert any(one.family for one in usual) and {one.model for one in usual} == {"embedded"}
     assert str(of_it[0]).startswith("#0: embedded:qwen3.5, bfloat16")
+
+
+def test_a_model_whose_template_thinks_is_taught_thoughts_in_every_way() -> None:
+    every, usual = variations(200, "embedded:qwen3.5"), variations(200)
+    assert {one.thoughts for one in usual} == {""}
+    of_knowledge = (one for one in every if "alignment" in one.checks)
+    for chosen in (
+        {one.thoughts for one in of_knowledge},
+        *({o.thoughts for o in every if o.dtype == d} for d in DTYPES),
+    ):
+        assert chosen == set(THOUGHTS)
+    assert str(every[4]).endswith("thoughts taught")

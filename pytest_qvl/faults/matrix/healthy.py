@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pytest_qvl.checks.declared import declared, needing
 from pytest_qvl.faults.case import SEED, healthy_case, load, lora_config
 from pytest_qvl.faults.subject import Subject
+from pytest_qvl.faults.thoughts import put_thoughts, whole
 from pytest_qvl.faults.tools import all_of, attribute
 from pytest_qvl.models.adapters import LANGUAGE_ONLY
 from pytest_qvl.models.families import FAMILIES
@@ -71,6 +73,9 @@ _TURNS = (
 ROTATING = (*_TURNS, *((name,) for name in needing("time") if name not in chain(*_TURNS)))
 KNOWLEDGE_EVERY = 9  # no divisor in common with other periods: all combinations come up
 RANDOM_EVERY = 5
+# What stands in front of answers in rows for training, of models whose chat template opens thoughts.
+THINKING = ("embedded:qwen3.5",)
+THOUGHTS = ("empty", "taught", "left out")
 SIDES = tuple(range(56, 197, 28))  # px
 OPTIMIZERS = (
     *("derived", "AdamW 2e-4", "SGD 0.1, momentum", "Adafactor 1e-3", "AdamW 1e-5, no decay"),
@@ -90,10 +95,11 @@ class Variation:
         optimizer: One of :data:`OPTIMIZERS`; ``"derived"`` is the checks' own.
         eager: Eager attention instead of SDPA.
         family: Random weights of this family (``model_type``), or empty for a trained model.
-        model: The trained model, as for ``--qvl-model``.
         prepared: Prepared for k-bit training (16-bit parts become float32), its vision hooks removed.
         autocasts: Its forward autocasts and returns float32, as that of a model that a trainer has prepared.
         checks: Which checks have to pass.
+        model: The trained model, as for ``--qvl-model``.
+        thoughts: One of :data:`THOUGHTS`, or empty for a model whose template has none.
     """
 
     number: int
@@ -106,12 +112,14 @@ class Variation:
     autocasts: bool
     checks: tuple[str, ...]
     model: str = DEFAULT
+    thoughts: str = ""
 
     def __str__(self) -> str:
         weights = f"random {self.family}" if self.family else self.model
         words = [weights, self.dtype, f"{self.adapter} adapter", "eager" if self.eager else "sdpa"]
         words += [self.optimizer] if self.optimizer != OPTIMIZERS[0] else []
         words += ["k-bit prepared"] if self.prepared else []
+        words += [f"thoughts {self.thoughts}"] if self.thoughts else []
         return f"#{self.number}: {', '.join([*words, *(['autocasts'] if self.autocasts else [])])}"
 
 
@@ -153,6 +161,7 @@ def variations(count: int, model: str = DEFAULT) -> list[Variation]:
                 autocasts=(number % 13 == 5 or number % 22 == 6) and not family,
                 checks=checks,
                 model=model,
+                thoughts=THOUGHTS[number // len(DTYPES) % len(THOUGHTS)] if model in THINKING else "",
             )
         )
     return made
@@ -180,6 +189,8 @@ class Healthy:
         own = variation.number if knows else SEED
         base = self._base(variation, own if self._seed is None else self._seed)
         changed = replace(base, collators=[], rows=_rows(variation.number))
+        if variation.thoughts in ("taught", "left out"):
+            put_thoughts(changed, partial(whole, taught=variation.thoughts == "taught"))
         changed.lora_config = _adapter_config(variation.adapter)
         changed.make_optimizer = _optimizer(variation.optimizer)
         if variation.family:
