@@ -44,7 +44,8 @@ def label_mask(model: Any, batch: Batch, processor: Any) -> Evidence:
       thought it is the only one with a label, so nothing weighs against closing early.
     - ``<think>`` itself, line breaks beside the marks and empty thoughts may be taught or not: prompts give them
       (modelscope/ms-swift#9875).
-    - ``<think>`` or ``</think>`` stand nowhere else in an answer (huggingface/trl#6361).
+    - No other thought stands in an answer (huggingface/trl#6361): a ``<think>`` that begins the thought or the reply
+      once more, or a ``</think>`` without one. Inside of a text ``<think>`` is a word of it, and noted.
 
     Args:
         model: Gives the ids of the vision tokens.
@@ -163,6 +164,6 @@ class _LabelReader:
 
 
 def _is_followed(answer: Turn, turns: Sequence[Turn], samples: Sequence[int]) -> bool:
-    """Whether another turn of the same packed sample follows; the header of a reply that does not follow is none."""
-    later = (turn for turn in turns if turn.header >= answer.stop and turn.stop > turn.start)
+    """Whether another turn of the same packed sample follows, also one cut off in its header if it is no reply."""
+    later = (turn for turn in turns if turn.header >= answer.stop and (turn.role != ANSWERS or turn.stop > turn.start))
     return any(samples[turn.header] == samples[answer.header] for turn in later)

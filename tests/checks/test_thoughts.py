@@ -105,6 +105,10 @@ HEALTHY = {
         (1, 0, 1),
     ),
     "an earlier answer that is left out": ((f"{ONE_ROW}red{END}\n{ONE_ROW}{EMPTY}", f"red{END}"), (0, 0, 1)),
+    "an earlier answer whose row ends in the next header": ((ONE_ROW, f"red{END}", "\n<|im_start|>user\n"), (0, 0, 0)),
+    "the mark as a word of the reply": ((ONE_ROW, f"{THOUGHT}as <think>{END}"), (1, 0, 0)),
+    "both marks as words of the reply": ((ONE_ROW + EMPTY, f"within <think> and </think>{END}"), (0, 0, 1)),
+    "the mark as a word of the thought": ((ONE_ROW, f"<think>\nno <think>\n</think>\n\nred{END}"), (1, 0, 0)),
     "a header behind the last answer": ((ONE_ROW + EMPTY, f"red{END}\n", ANSWERS), (0, 0, 1)),
 }
 
@@ -120,6 +124,10 @@ def test_what_is_left_out_is_noted(judged: Callable[..., Evidence]) -> None:
     assert note.startswith("1 thoughts are not taught")
     (note,) = judged(*HEALTHY["earlier answers as the template writes them"][0]).notes
     assert note.startswith("1 answers that another turn follows are taught without a thought in front")
+    for name in HEALTHY:
+        if "as word" in name or "as a word" in name:
+            (note,) = judged(*HEALTHY[name][0]).notes
+            assert note == "1 answers hold <think> inside of a thought or reply, which is taken for a word of it"
     assert judged(*HEALTHY["whole"][0]).notes == ()
 
 
@@ -161,6 +169,18 @@ BROKEN = {
     "behind an empty one": (
         (ONE_ROW, f"{EMPTY}the left tile\n</think>\n\nred{END}"),
         "1 answers hold <think> or </think> elsewhere than around one thought in front: did a template not find",
+    ),
+    "behind an empty one, opened": (
+        (ONE_ROW, f"{EMPTY}{THOUGHT}red{END}"),
+        "1 answers hold <think> or </think> elsewhere than around one thought in front",
+    ),
+    "closed twice": (
+        (ONE_ROW, f"{THOUGHT}red</think>{END}"),
+        "1 answers hold <think> or </think> elsewhere than around one thought in front",
+    ),
+    "opened twice and never closed": (
+        (ONE_ROW, f"<think>\n<think>\nthe left tile{END}"),
+        "1 answers end inside of their thought, without </think>",
     ),
     "opened twice": (
         (ONE_ROW, f"<think>\n<think>\nthe left tile\n</think>\n\nred{END}"),
@@ -256,6 +276,29 @@ def test_a_template_that_keeps_every_thought(judged: Callable[..., Evidence], pr
     assert counts(judged(ONE_ROW, f"{THOUGHT}red{END}", f"\n{ONE_ROW}", f"{EMPTY}red{END}")) == (1, 0, 1)
     with pytest.raises(CheckFailed, match="row 0, answer 0 begins with 'red<|im_end|>'"):
         judged(ONE_ROW, f"red{END}", f"\n{ONE_ROW}", f"{EMPTY}red{END}")
+
+
+def test_a_template_that_strips_thoughts_when_asked(judged: Callable[..., Evidence], processor: Any) -> None:
+    """As Qwen3.8's ``preserve_thinking``: rows rendered without are the template's own, too."""
+    processor.chat_template = processor.chat_template.replace(
+        "{% if loop.index0 > turn.question %}",
+        "{% if preserve_thinking is undefined or preserve_thinking or loop.index0 > turn.question %}",
+    )
+    stripped = judged(ONE_ROW, f"red{END}", f"\n{ONE_ROW}", f"{EMPTY}red{END}")
+    assert stripped.notes[0].startswith("1 answers that another turn follows are taught without a thought in front")
+    with pytest.raises(CheckFailed, match="row 0, answer 1 begins with 'red<|im_end|>'"):
+        judged(ONE_ROW, f"{EMPTY}red{END}", f"\n{ONE_ROW}", f"red{END}")
+
+
+def test_of_several_templates_the_default_is_asked(judged: Callable[..., Evidence], processor: Any) -> None:
+    own = processor.chat_template
+    processor.chat_template = {"default": own, "other": ""}
+    assert counts(judged(ONE_ROW, f"{EMPTY}red{END}")) == (0, 0, 1)
+    processor.chat_template = {"default": own.replace("think>", "thought>"), "other": own}
+    assert judged(ONE_ROW, f"red{END}").notes == ()
+    processor.chat_template = {"other": own}
+    (note,) = judged(ONE_ROW, f"red{END}").notes
+    assert note.startswith("thoughts are not judged: its chat template cannot be rendered (ValueError")
 
 
 @pytest.mark.parametrize(

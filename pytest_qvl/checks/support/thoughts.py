@@ -10,12 +10,13 @@ from pytest_qvl.evidence import CannotJudge
 from pytest_qvl.samples.batch import ANSWER_HEADER, CLOSES, IGNORED, OPENS
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pytest_qvl.checks.support.turns import Turn
     from pytest_qvl.evidence import Judge
 
 SWITCH = "enable_thinking"
+KEEPS = "preserve_thinking"
 _SHOWN_TOKENS = 8
 
 
@@ -27,7 +28,8 @@ class ThinkingTemplate:
         openings: What generation prompts write there, by default and with ``enable_thinking`` on and off, the default
             first: ``"<think>\n"``, ``"<think>\n\n</think>\n\n"``, or nothing (Qwen3 opens its own thoughts).
         opening_ids: The tokens of each.
-        everywhere: Whether the template writes one of them in front of answers that another turn follows, too.
+        everywhere: Whether the template writes one of them in front of answers that another turn follows, too, also
+            with ``preserve_thinking`` off.
         opens: Id of ``<think>``.
         closes: Id of ``</think>``.
     """
@@ -64,12 +66,15 @@ def thinking_template(processor: Any) -> ThinkingTemplate | None:
         CannotJudge: It mentions ``<think>`` and cannot be rendered, or the tokenizer has no such token.
     """
     template = getattr(processor, "chat_template", None)
-    written = " ".join(template.values()) if isinstance(template, dict) else template or ""
+    if isinstance(template, dict):
+        template = template.get("default", "".join(template.values()))
+    written = template or ""
     if OPENS not in written:
         return None
     options: list[dict[str, bool]] = [{}]
     if SWITCH in written:
         options += [{SWITCH: True}, {SWITCH: False}]
+    history: list[dict[str, bool]] = [{}, {KEEPS: False}] if KEEPS in written else [{}]
     question = {"role": "user", "content": "Why?"}
     answer = {"role": "assistant", "content": "So."}
     try:
@@ -77,10 +82,11 @@ def thinking_template(processor: Any) -> ThinkingTemplate | None:
         openings = tuple(dict.fromkeys(_behind_header(text) for text in prompts))
         if not any(OPENS in each for each in openings):
             return None
-        twice = _behind_header(_rendered(processor, [question, answer, question, answer]), first=True)
+        asked_twice = [question, answer, question, answer]
+        earlier = [_behind_header(_rendered(processor, asked_twice, **each), first=True) for each in history]
     except Exception as error:
         raise CannotJudge(f"its chat template cannot be rendered ({type(error).__name__}: {error})") from error
-    everywhere = any(each and twice.startswith(each) for each in openings)
+    everywhere = all(any(each and said.startswith(each) for each in openings) for said in earlier)
     tokenizer = getattr(processor, "tokenizer", processor)
     opens, closes = (_id(tokenizer, token) for token in (OPENS, CLOSES))
     return ThinkingTemplate(openings, tuple(_ids(tokenizer, each) for each in openings), everywhere, opens, closes)
@@ -160,7 +166,7 @@ class ThoughtReader:
     def __init__(self, template: ThinkingTemplate, tokenizer: Any) -> None:
         self._template, self._tokenizer = template, tokenizer
         self._found: dict[str, list[str]] = {kind: [] for kind in self._KINDS}
-        self._counts = dict.fromkeys(("taught", "left out", "empty", "stripped"), 0)
+        self._counts = dict.fromkeys(("taught", "left out", "empty", "stripped", "as text"), 0)
         self._blank: dict[int, bool] = {}
 
     def read(self, where: str, ids: Sequence[int], labels: Sequence[int], turn: Turn, *, followed: bool) -> None:
@@ -191,17 +197,38 @@ class ThoughtReader:
     def _read_thought(self, where: str, ids: Sequence[int], labels: Sequence[int], turn: Turn) -> None:
         opens, closes = self._template.opens, self._template.closes
         marks = [place for place in turn.places if ids[place] in (opens, closes)]
-        if not marks:
-            return
-        kinds = [ids[place] for place in marks]
-        in_front = all(self._is_blank(ids[place]) for place in range(turn.start, marks[0]))
-        if kinds == [opens] and in_front:
-            if turn.closed:
-                self._found["thoughts that never end"].append(where)
-        elif kinds == [opens, closes] and in_front:
-            self._sort(where, ids, labels, range(marks[0] + 1, marks[1]))
+        if marks and ids[marks[0]] == opens and self._are_blank(ids, range(turn.start, marks[0])):
+            begin = marks[0] + 1
+            end = next((place for place in marks if ids[place] == closes), None)
+            if end is None:
+                if turn.closed:
+                    self._found["thoughts that never end"].append(where)
+                return
+            self._sort(where, ids, labels, range(begin, end))
+            pieces = [range(begin, end), range(end + 1, turn.stop)]
         else:
+            pieces = [turn.places]
+        said = [[place for place in marks if place in piece] for piece in pieces]
+        if any(self._is_thought(ids, piece.start, own) for piece, own in zip(pieces, said, strict=True)):
             self._found["marks of thoughts in replies"].append(where)
+        elif any(said):
+            self._counts["as text"] += 1
+
+    def _is_thought(self, ids: Sequence[int], start: int, marks: Sequence[int]) -> bool:
+        """Whether marks in a text that begins at `start` are those of a thought and not words of it.
+
+        Words they may be inside of a text (an answer about chat templates), where each ``</think>`` has its
+        ``<think>``: tokenizers make the same token of both.
+        """
+        open_marks = 0
+        for place in marks:
+            open_marks += 1 if ids[place] == self._template.opens else -1
+            if open_marks < 0:
+                return True
+        return bool(marks) and self._are_blank(ids, range(start, marks[0]))
+
+    def _are_blank(self, ids: Sequence[int], places: Iterable[int]) -> bool:
+        return all(self._is_blank(ids[place]) for place in places)
 
     def _sort(self, where: str, ids: Sequence[int], labels: Sequence[int], inside: range) -> None:
         thought = [place for place in inside if not self._is_blank(ids[place])]
@@ -232,6 +259,8 @@ class ThoughtReader:
             judge.report(f"thoughts {kind}", self._counts[kind])
         if left_out := self._counts["left out"]:
             judge.note(f"{left_out} thoughts are not taught, with their {CLOSES}: only the replies behind them are")
+        if as_text := self._counts["as text"]:
+            judge.note(f"{as_text} answers hold {OPENS} inside of a thought or reply, which is taken for a word of it")
         if stripped := self._counts["stripped"]:
             judge.note(
                 f"{stripped} answers that another turn follows are taught without a thought in front, as the chat "
