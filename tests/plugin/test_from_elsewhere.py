@@ -71,6 +71,26 @@ def test_the_popular_skip_list_fails_the_quantization_census(pytester, run_real)
     assert "merger: " in result.stdout.str()
 
 
+KEEPS_OUTPUTS = POPULAR_SKIP_LIST.replace('"visual", "lm_head"', '"model.visual", "lm_head", "o_proj"')
+
+
+@pytest.mark.slow
+def test_layers_kept_on_purpose_are_declared(pytester, run_real):
+    """By ini, which a fixture overrides; the preflight reads the same from files."""
+    pytester.makeconftest(OVERRIDE.format(name="qvl_quantization_config", body=KEEPS_OUTPUTS))
+    selected = (*SUITE, "-k", "quantization_census or test_preflight")
+    result = run_real(*selected)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*if they stay so on purpose, declare it: *= 'language, o_proj:16bit'*"])
+    pytester.makeini("[pytest]\nqvl_quantized_layers = language, o_proj:16bit")
+    result = run_real(*selected)
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["qvl: *, quantized layers language, o_proj:16bit (tox.ini)*"])
+    declared = OVERRIDE.format(name="qvl_quantized_layers", body="        return 'language'")
+    pytester.makeconftest(OVERRIDE.format(name="qvl_quantization_config", body=KEEPS_OUTPUTS) + declared)
+    run_real(*selected).assert_outcomes(failed=2)
+
+
 def test_a_saved_adapter_is_loaded_and_a_wrong_one_is_one_error(pytester, run_real):
     pytester.makepyfile(
         """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,21 @@ def _skip_list_without_merger(case: Case) -> Iterator[None]:
 )
 def _skip_list_too_greedy(case: Case) -> Iterator[None]:
     load_again(case, skip=[*KEEP_16BIT, "o_proj"])
+    yield
+
+
+@fault(
+    "declared-16-bit-and-packed",
+    "Layers that are declared to stay in 16 bits are NF4, because no entry of the skip list names them.",
+    target="load",
+    check="quantization_census",
+    expected_words=(
+        "{with_attention} of {with_attention} linears that the policy names to stay 16-bit",
+        "add 'o_proj' to",
+    ),
+)
+def _declared_16_bit_and_packed(case: Case) -> Iterator[None]:
+    case.policy = replace(case.policy, kept=(*case.policy.kept, "o_proj"))
     yield
 
 
