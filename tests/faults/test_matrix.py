@@ -299,6 +299,8 @@ def test_the_page_shows_the_smallest_doses_side_by_side() -> None:
     assert "| defect | check | one | two |" in page
     assert "| eps | layer_arithmetic | 1e-5 | not in the record |" in page
     assert "| eps | alignment | none | not judged |" in page
+    last = GRADED[-1]
+    assert f"| {last.defect} | {last.checks[0]} | not in the record | not in the record |" in page
 
 
 def test_a_record_of_something_else_is_refused(tmp_path: Path) -> None:

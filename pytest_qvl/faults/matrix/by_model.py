@@ -81,10 +81,13 @@ def by_model(results: Sequence[Result]) -> str:
 
 def _doses(results: Sequence[Result]) -> list[str]:
     """The smallest dose of each defect that each check catches, by model."""
+    from pytest_qvl.faults.matrix.doses import GRADED
+
     if not results:
         return []
     found = [{(dose["defect"], dose["check"]): dose for dose in result.doses} for result in results]
-    judged = dict.fromkeys(key for doses in found for key in doses)
+    graded = ((each.defect, check) for each in GRADED for check in each.checks)
+    judged = dict.fromkeys((*graded, *(key for doses in found for key in doses)))
     lines = ["## The smallest dose", "", "| " + " | ".join(["defect", "check", *_labels(results)]) + " |"]
     lines.append("|" + "---|" * (2 + len(results)))
     lines.append("| definitions | | " + " | ".join(f"`{result.definitions}`" for result in results) + " |")
