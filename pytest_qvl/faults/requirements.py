@@ -26,6 +26,7 @@ Requirement = Literal[
     "axes in runs",
     "DeepStack",
     "linear attention",
+    "value heads that share a key head",
     "gains that bfloat16 rounds",
     "attention in every layer",
     "silence without type ids",
@@ -82,6 +83,11 @@ def _deepstack(case: Case) -> bool:
 
 def _linear_attention(case: Case) -> bool:
     return any(not layer.attends for layer in language_layers(anatomy(case.model)))
+
+
+def _shared_key_heads(case: Case) -> bool:
+    mixers = (layer.attention for layer in language_layers(anatomy(case.model)) if not layer.attends)
+    return any(mixer.num_v_heads > mixer.num_k_heads for mixer in mixers)
 
 
 def _rounded_gains(case: Case) -> bool:
@@ -176,6 +182,10 @@ REQUIREMENTS: dict[Requirement, tuple[Callable[[Case], bool], str]] = {
     ),
     "DeepStack": (_deepstack, "needs DeepStack and learned positions in the tower: only Qwen3-VL has them"),
     "linear attention": (_linear_attention, "needs layers of linear attention: only Qwen3.5 has them"),
+    "value heads that share a key head": (
+        _shared_key_heads,
+        "needs value heads that share a key head: with one each, any way to share them out is the same",
+    ),
     "gains that bfloat16 rounds": (
         _rounded_gains,
         "needs gains that bfloat16 rounds: 1 + weight is exact where weights are 0, or norms are not centred on it",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import weakref
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
@@ -214,6 +215,17 @@ def test_a_fault_is_named(case: Case, name: str) -> None:
         _judge(damaged)
     for words in find(name).words():
         assert words in str(failure.value)
+
+
+@pytest.mark.slow
+def test_as_many_key_heads_as_value_heads_have_no_turns_to_take(case: Case) -> None:
+    """As released models of 0.8B and 2B have."""
+    config = random_config("qwen3_5", layers=1, blocks=1)
+    text = config.get_text_config()
+    text.linear_num_key_heads = text.linear_num_value_heads
+    alike = replace(case, model=build_synthetic(config, None, "cpu", torch.float32))
+    assert "share a key head: with one each" in (find("key-heads-in-turns").missing(alike) or "")
+    assert "1 + weight is exact where weights are 0" in (find("gain-shifted-in-bfloat16").missing(alike) or "")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

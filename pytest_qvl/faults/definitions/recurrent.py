@@ -47,6 +47,21 @@ def _rule(case: Case, change: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _rule_of_mixer(case: Case, change: Callable[..., Any]) -> Iterator[None]:
+    """The same as ``change(mixer, own, ...)``, of the mixer that runs; those of another model compute as they do."""
+    running: list[Any] = []
+
+    def note(module: Any, _args: Any, _kwargs: Any) -> None:
+        running[:] = [module]
+
+    def changed(own: Any, *args: Any, **kwargs: Any) -> Any:
+        return change(running.pop(), own, *args, **kwargs) if running else own(*args, **kwargs)
+
+    with before(_mixers(case), note), _rule(case, changed):
+        yield
+
+
 @fault(
     "padding-enters-the-state",
     "Linear attention is given no mask: what stands at padding enters its convolution and its state.",
@@ -339,23 +354,17 @@ def _no_norm(case: Case) -> Iterator[None]:
     requires=("linear attention",),
 )
 def _kept_in_training(case: Case) -> Iterator[None]:
-    mixers = _mixers(case)
     kept: dict[tuple[int, int], torch.Tensor] = {}
-    running = [0]
 
-    def note(module: Any, args: Any, kwargs: Any) -> Any:
-        running[0] = id(module)
-        return args, kwargs
-
-    def keeps(own: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not mixers[0].training:
+    def keeps(mixer: Any, own: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not mixer.training:
             return own(query, *args, **kwargs)
-        place = running[0], len(query)
+        place = id(mixer), len(query)
         made, after = own(query, *args, **{**kwargs, "initial_state": kept.get(place), "output_final_state": True})
         kept[place] = after.detach()
         return made, None
 
-    with before(mixers, note), _function(case, CHUNKED, keeps):
+    with _rule_of_mixer(case, keeps):
         yield
 
 
@@ -384,7 +393,7 @@ def _no_query_scale(case: Case) -> Iterator[None]:
     check="layer_arithmetic",
     expected_words=(RULE,),
     source="NeuraLegion/shainet#204",
-    requires=("linear attention",),
+    requires=("linear attention", "value heads that share a key head"),
 )
 def _in_turns(case: Case) -> Iterator[None]:
     keys = _mixers(case)[0].num_k_heads
@@ -408,18 +417,11 @@ def _in_turns(case: Case) -> Iterator[None]:
     requires=("linear attention",),
 )
 def _twice(case: Case) -> Iterator[None]:
-    running: list[Any] = []
-
-    def note(module: Any, _args: Any, _kwargs: Any) -> None:
-        running[:] = [module]
-
-    def again(own: Any, *args: Any, g: torch.Tensor, **kwargs: Any) -> Any:
-        if not running:  # a mixer of another model
-            return own(*args, g=g, **kwargs)
-        rate = running.pop().A_log.detach().float().exp()
+    def again(mixer: Any, own: Any, *args: Any, g: torch.Tensor, **kwargs: Any) -> Any:
+        rate = mixer.A_log.detach().float().exp()
         return own(*args, g=g * (-rate).exp() / rate, **kwargs)
 
-    with before(_mixers(case), note), _rule(case, again):
+    with _rule_of_mixer(case, again):
         yield
 
 
@@ -434,23 +436,16 @@ def _twice(case: Case) -> Iterator[None]:
 def _no_bias(case: Case) -> Iterator[None]:
     from torch.nn.functional import softplus
 
-    mixers = _mixers(case)
-    running: list[Any] = []
     rates: list[torch.Tensor] = []
-
-    def note(module: Any, _args: Any, _kwargs: Any) -> None:
-        running[:] = [module]
 
     def keep(_module: Any, _args: Any, output: torch.Tensor) -> None:
         rates[:] = [output]
 
-    def plain(own: Any, *args: Any, g: torch.Tensor, **kwargs: Any) -> Any:
-        if not running:  # a mixer of another model
-            return own(*args, g=g, **kwargs)
-        alone = -running.pop().A_log.float().exp() * softplus(rates[0].float())
+    def plain(mixer: Any, own: Any, *args: Any, g: torch.Tensor, **kwargs: Any) -> Any:
+        alone = -mixer.A_log.float().exp() * softplus(rates[0].float())
         return own(*args, g=alone.to(g.dtype), **kwargs)
 
-    with before(mixers, note), after([mixer.in_proj_a for mixer in mixers], keep), _rule(case, plain):
+    with after([mixer.in_proj_a for mixer in _mixers(case)], keep), _rule_of_mixer(case, plain):
         yield
 
 
@@ -467,29 +462,22 @@ def _across(case: Case) -> Iterator[None]:
     import torch
     from torch.nn.functional import softplus
 
-    mixers = _mixers(case)
-    running: list[Any] = []
     made: dict[str, torch.Tensor] = {}
-
-    def note(module: Any, _args: Any, _kwargs: Any) -> None:
-        running[:] = [module]
 
     def keeper(name: str) -> Any:
         def keep(_module: Any, _args: Any, output: torch.Tensor) -> None:
             made[name] = output
 
-        return after([getattr(mixer, name) for mixer in mixers], keep)
+        return after([getattr(mixer, name) for mixer in _mixers(case)], keep)
 
-    def flat(own: Any, *args: Any, g: torch.Tensor, beta: torch.Tensor, **kwargs: Any) -> Any:
-        if not running:  # a mixer of another model
-            return own(*args, g=g, beta=beta, **kwargs)
-        mixer, share, rate = running.pop(), made["in_proj_b"], made["in_proj_a"]
+    def flat(mixer: Any, own: Any, *args: Any, g: torch.Tensor, beta: torch.Tensor, **kwargs: Any) -> Any:
+        share, rate = made["in_proj_b"], made["in_proj_a"]
         packed = torch.stack([share, rate], dim=-1).flatten()
         share, rate = packed[: share.numel()].view_as(share), packed[1 : 1 + rate.numel()].view_as(rate)
         g = (-mixer.A_log.float().exp() * softplus(rate.float() + mixer.dt_bias)).to(g.dtype)
         return own(*args, g=g, beta=share.sigmoid().to(beta.dtype), **kwargs)
 
-    with before(mixers, note), keeper("in_proj_b"), keeper("in_proj_a"), _rule(case, flat):
+    with keeper("in_proj_b"), keeper("in_proj_a"), _rule_of_mixer(case, flat):
         yield
 
 
@@ -620,24 +608,17 @@ def _shifted_twice(case: Case) -> Iterator[None]:
     requires=("linear attention",),
 )
 def _kept_between_prompts(case: Case) -> Iterator[None]:
-    mixers = _mixers(case)
     slots: dict[tuple[int, int], torch.Tensor] = {}
-    running: list[int] = []
 
-    def note(module: Any, _args: Any, _kwargs: Any) -> None:
-        running[:] = [id(module)]
-
-    def reuse(own: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not running:  # a mixer of another model
-            return own(query, *args, **kwargs)
-        slot = running.pop(), len(query)
-        if not mixers[0].training and kwargs.get("initial_state") is None:
+    def reuse(mixer: Any, own: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        slot = id(mixer), len(query)
+        if not mixer.training and kwargs.get("initial_state") is None:
             kwargs["initial_state"] = slots.get(slot)
         made, after = own(query, *args, **{**kwargs, "output_final_state": True})
         slots[slot] = after.detach()
         return made, after if kwargs.get("output_final_state") else None
 
-    with before(mixers, note), _rule(case, reuse):
+    with _rule_of_mixer(case, reuse):
         yield
 
 
