@@ -171,12 +171,12 @@ def quantization_census(model: Any, policy: QuantizationPolicy | None = None) ->
 
     Args:
         model: The model, bare or wrapped by PEFT.
-        policy: What must be quantized and how; NF4 with double quantization, blocks of 64 and bfloat16
-            compute, in the language backbone only, if not given.
+        policy: What must be quantized and how, by parts of the model and names of layers; NF4 with double
+            quantization, blocks of 64 and bfloat16 compute, in the language backbone only, if not given.
 
     Raises:
-        CheckFailed: A part leaked into the quantization or out of it, or is quantized in another way, or a
-            CPU kernel has rewritten the weights.
+        CheckFailed: A part or a named layer leaked into the quantization or out of it, or is quantized in another
+            way, a name means no linear layer, or a CPU kernel has rewritten the weights.
     """
     policy = policy or QuantizationPolicy()
     parts = anatomy(model)
