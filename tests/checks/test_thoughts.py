@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -208,22 +210,63 @@ def test_a_packed_sample_is_a_conversation(judged: Callable[..., Evidence], proc
         judged(*pieces, position_ids=positions)
 
 
-def test_the_rows_that_the_template_writes_are_right(model: Any, processor: Any) -> None:
-    """One answer, several, with thoughts and without, rendered whole; every answer is taught."""
-    question = {"role": "user", "content": "which colour?"}
-    thoughtful = {"role": "assistant", "content": "red", "reasoning_content": "the left tile"}
-    plain = {"role": "assistant", "content": "<think>\nthe left tile\n</think>\n\nred"}
-    tokenizer = processor.tokenizer
-    for said in ([thoughtful], [plain], [{"role": "assistant", "content": "red"}], [thoughtful, question, plain]):
-        text = processor.apply_chat_template([question, *said], tokenize=False)
-        ids, labels = [], []
-        for number, piece in enumerate(text.split(ANSWERS)):
-            answer, end, behind = piece.partition(END) if number else ("", "", piece)
-            made = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (answer + end, behind + ANSWERS)]
-            ids += made[0] + made[1]
-            labels += made[0] + [IGNORED] * len(made[1])
-        batch = {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
-        assert label_mask(model, batch, processor).ok
+def release_template(name: str) -> str:
+    """A template as it was released, or as trl trains with it; trl keeps them."""
+    found = importlib.util.find_spec("trl")
+    file = Path(str(found and found.origin)).parent / "chat_templates" / f"{name}.jinja"
+    if not file.is_file():
+        pytest.skip(f"this release of trl has no {file.name}")
+    return file.read_text(encoding="utf-8")
+
+
+QUESTION = {"role": "user", "content": "which colour?"}
+PLAIN = {"role": "assistant", "content": "red"}
+THOUGHTFUL = PLAIN | {"reasoning_content": "the left tile"}
+IN_TEXT = {"role": "assistant", "content": "<think>\nthe left tile\n</think>\n\nred"}
+STEP = [PLAIN, {"role": "tool", "content": "a tile"}]
+RELEASES = ("qwen3_5_think", "qwen3_5_nothink", "qwen3", "qwen3_6", "qwen3_8")
+
+
+def templates(*names: str) -> list[Any]:
+    """The embedded one and that of a release run always."""
+    return ["embedded", RELEASES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in names)]
+
+
+def taught_whole(processor: Any, conversation: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+    """A conversation as the template writes it, every answer of it taught."""
+    text = processor.apply_chat_template(conversation, tokenize=False)
+    ids: list[int] = []
+    labels: list[int] = []
+    for number, piece in enumerate(text.split(ANSWERS)):
+        answer, end, behind = piece.partition(END) if number else ("", "", piece)
+        said, asked = (processor.tokenizer(part)["input_ids"] for part in (answer + end, behind + ANSWERS))
+        ids += said + asked
+        labels += said + [IGNORED] * len(asked)
+    return {"input_ids": torch.tensor([ids]), "labels": torch.tensor([labels])}
+
+
+@pytest.mark.parametrize("name", templates(*RELEASES[1:], *(f"{name}_training" for name in RELEASES)))
+def test_the_rows_that_a_template_writes_are_right(name: str, model: Any, processor: Any) -> None:
+    """One answer, several and steps with tools, with thoughts and without, rendered whole."""
+    if name != "embedded":
+        processor.chat_template = release_template(name)
+    for said in ([PLAIN], [PLAIN, QUESTION, PLAIN], [*STEP, PLAIN]):
+        assert counts(label_mask(model, taught_whole(processor, [QUESTION, *said]), processor))[0] == 0
+    for said in ([THOUGHTFUL], [THOUGHTFUL, QUESTION, THOUGHTFUL], [*STEP, THOUGHTFUL]):
+        assert counts(label_mask(model, taught_whole(processor, [QUESTION, *said]), processor))[0] >= 1
+
+
+@pytest.mark.parametrize("name", templates(*RELEASES[1:]))
+def test_a_thought_in_the_text_of_a_reply(name: str, model: Any, processor: Any) -> None:
+    """Templates take it out and put it in front, but for Qwen3.8's, which writes an empty one and leaves it there."""
+    if name != "embedded":
+        processor.chat_template = release_template(name)
+    batch = taught_whole(processor, [QUESTION, IN_TEXT])
+    if name != "qwen3_8":
+        assert counts(label_mask(model, batch, processor)) == (1, 0, 0)
+        return
+    with pytest.raises(CheckFailed, match="did a template not find the thought, and put an empty one in front of it"):
+        label_mask(model, batch, processor)
 
 
 def test_a_template_that_lets_the_model_open_its_thoughts(judged: Callable[..., Evidence], processor: Any) -> None:
