@@ -273,7 +273,7 @@ def _why_not_packed(parts: Parts, census: _Census, wrong: Sequence[LinearState],
     plain = [state.name for state in wrong if not state.is_quantized]
     keeping = entries_keeping(parts, plain)
     if keeping:
-        return f"; of the skip list {skip_list(parts)}, {keeping}{_declaration(census, plain, policy)}"
+        return f"; of the skip list {skip_list(parts)}, {keeping}{_declaration(parts, census, plain, policy)}"
     if not census.quantized:
         return "; the quantization config was not given, or was dropped on the way"
     if {state.storage for state in wrong} == {"fp4"}:
@@ -281,17 +281,21 @@ def _why_not_packed(parts: Parts, census: _Census, wrong: Sequence[LinearState],
     return ""
 
 
-def _declaration(census: _Census, plain: Sequence[str], policy: QuantizationPolicy) -> str:
+def _declaration(parts: Parts, census: _Census, plain: Sequence[str], policy: QuantizationPolicy) -> str:
     """How to declare linears that stay in 16 bits on purpose, as the end of a sentence; empty where no name means them.
 
     Only names of layers that are in 16 bits wherever the part has them: a wrong skip list mostly hits some.
     """
     names = sorted({name.rpartition(".")[2] for name in plain})
     packed = [state.name for state in census.states if state.name not in plain]
-    kept = tuple(entry for entry in policy.kept if entry not in GROUPS)
     if not packed or any(is_named(names, name) for name in packed) or any(name.isdigit() for name in names):
         return ""
-    text = str(QuantizedLayers(policy.quantized, (*kept, *names)))
+    linears = [name for name, _ in parts.named_linears()]
+    quantized, kept = (
+        [entry for entry in entries if entry in GROUPS or any(is_named([entry], name) for name in linears)]
+        for entries in (policy.quantized, [entry for entry in policy.kept if entry not in GROUPS])
+    )
+    text = str(QuantizedLayers(tuple(quantized), (*kept, *names)))
     return (
         "; if they stay so on purpose, declare it: qvl_quantized_layers (--qvl-quantized-layers, ini or fixture) = "
         f"{text!r}"

@@ -42,7 +42,7 @@ class QuantizedLayers:
         """Refuse what can name nothing."""
         check_entries(self.quantized, self.kept)
         if not self.quantized:
-            text = ", ".join(("language", *_said_kept(self.kept)))
+            text = ", ".join(("language", *_said_kept(entry for entry in self.kept if entry != "language")))
             raise InputError(f"nothing is said to be in 4 bits: write {text!r} for the language backbone")
 
     @classmethod
@@ -84,8 +84,14 @@ def check_entries(quantized: Collection[str], kept: Collection[str]) -> None:
     """Refuse entries that can name nothing, or that are said both ways.
 
     Raises:
-        ValueError: Names the entry and what it may be.
+        ValueError: Names the entry and what it may be, or what is no collection of them.
     """
+    for name, entries in (("quantized", quantized), ("kept", kept)):
+        # The letters of a text would be names of layers.
+        if not isinstance(entries, tuple | list | set | frozenset) or any(not isinstance(e, str) for e in entries):
+            raise InputError(
+                f"{name} is a tuple of parts and names, such as ('language', 'in_proj_a'), got {entries!r}"
+            )
     for entry in (*quantized, *kept):
         if entry in GROUPS or _LAYER_NAME.fullmatch(entry):
             continue

@@ -191,6 +191,13 @@ def test_a_name_that_no_layer_has() -> None:
     assert "there are down_proj, gate_proj, in_proj_a, " in message
 
 
+def test_the_declaration_leaves_out_names_that_no_layer_has() -> None:
+    policy = QuantizationPolicy(kept=(*QuantizationPolicy().kept, "in_proj_b", "o_proj.base_layer"))
+    message = refused(hybrid_model("o_proj", "in_proj_b"), policy)
+    assert "'o_proj.base_layer' is no part " in message
+    assert "= 'language, in_proj_b:16bit, o_proj:16bit'" in message
+
+
 def test_one_vision_linear_alone_is_seen(fresh_model: Any) -> None:
     model, donor = fresh_model(), fresh_model(skip=None)
     model.model.visual.merger.mlp[2] = donor.model.visual.merger.mlp[2]
@@ -476,6 +483,14 @@ def test_wrong_arguments() -> None:
         QuantizationPolicy(kept=(".*visual$",))
     with pytest.raises(ValueError, match="vision: either quantized or kept"):
         QuantizationPolicy(quantized=("language", "vision"))
+    for wrong in ("in_proj_a", None, ("in_proj_a", None), 3):
+        for kind in (QuantizationPolicy, QuantizedLayers):
+            with pytest.raises(ValueError, match=r"kept is a tuple of parts and names, such as \(.*\), got"):
+                kind(kept=wrong)
+    with pytest.raises(ValueError, match="quantized is a tuple of parts and names, .* got 'language'"):
+        QuantizedLayers("language")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="write 'language, in_proj_a:16bit' for"):
+        QuantizedLayers.parse("language:16bit, in_proj_a:16bit")
 
 
 def test_nothing_is_changed(fresh_model: Any) -> None:
