@@ -249,6 +249,25 @@ def test_chat_messages_are_samples_too(processor: Any, config: Any, samples: lis
     assert kinds(batch, processor, config, rows) == ["another-answer"]
 
 
+def test_placeholders_in_the_text_of_samples_are_no_words(
+    processor: Any, config: Any, samples: list[Sample], batch: Batch
+) -> None:
+    for placeholder in ("<image>", "<|vision_start|><|image_pad|><|vision_end|>"):
+        rows = [
+            {
+                "messages": chat((f"{placeholder * len(sample.images)}\n{sample.question}", sample.answer)),
+                "images": list(sample.images),
+            }
+            for sample in samples
+        ]
+        evidence = checks.batch(batch, processor, config, rows[::-1])
+        assert "rows stand in another order than the samples; each was compared with its own" in evidence.notes
+        assert not [note for note in evidence.notes if "word by word" in note]
+    turns = [("Which colour?", "red"), ("Which side?", "left"), ("Which colour?", "blue")]
+    whole = chat(("<image>\nWhich colour?", "red"), *turns[1:])
+    assert kinds(row_of(processor, chat(*turns)), processor, config, [whole, *map(chat, turns)]) == []
+
+
 def test_the_folder_and_the_model_say_the_same(processor: Any, tiny_dir: Path, batch: Batch, lora_model: Any) -> None:
     for given in (tiny_dir, lora_model, torch.nn.DataParallel(lora_model)):
         assert kinds(batch, processor, given) == []

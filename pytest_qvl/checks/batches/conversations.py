@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from PIL.Image import Image
 
+# What stands for an image or a video inside of a text, in data sets (LLaVA, LLaMA-Factory) and in ChatML.
+_PLACEHOLDERS = re.compile(r"<image>|<video>|<\|vision_start\|><\|(?:image|video)_pad\|><\|vision_end\|>")
 TAKES = 'samples are pytest_qvl.samples.Sample or mappings with "messages" (and "images")'
 
 
@@ -24,7 +27,7 @@ class Conversation:
 
     Attributes:
         images: Images in their order; None for one that was not read (an address).
-        questions: What the user says, turn by turn.
+        questions: What the user says, turn by turn, without what stands for images and videos.
         answers: What the assistant says.
     """
 
@@ -60,7 +63,7 @@ def _conversation(number: int, sample: Any) -> Conversation:
     given = given if isinstance(given, list | tuple) else [given]
     return Conversation(
         tuple(_read(image) for image in given),
-        tuple(_texts(messages, "user")),
+        tuple(_PLACEHOLDERS.sub("", text) for text in _texts(messages, "user")),
         tuple(_texts(messages, ANSWERS)),
     )
 
