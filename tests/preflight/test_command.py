@@ -15,6 +15,7 @@ from preflight_corpus.making import CONFIG, edit
 from pytest_qvl.cli import main
 from pytest_qvl.evidence import CannotJudge, CheckFailed
 from pytest_qvl.models.policy import AdapterPolicy
+from pytest_qvl.models.quantized_layers import QuantizedLayers
 from pytest_qvl.models.sources import hub
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 from pytest_qvl.models.sources.model_source import ModelSourceError
@@ -122,6 +123,15 @@ def test_declared_layers(shop, capsys, layers, code, said):
     assert main(["preflight", str(shop.base("qwen2_5_vl")), *skip, "--quantized-layers", layers]) == code
     printed = capsys.readouterr()
     assert said in printed.out + printed.err
+
+
+def test_a_base_saved_in_4_bits_may_name_layers_by_their_path_and_must_declare_others(shop):
+    def judged(*entries):
+        base = str(shop.packed("qwen2_5_vl", skip=("model.visual", "lm_head", *entries)))
+        return {finding.name for finding in preflight(base, layers=QuantizedLayers()).red}
+
+    assert judged("model.language_model.layers.0.mlp.down_proj") == set()
+    assert judged("down_proj") == {"quantized-layers-in-16-bits"}
 
 
 @pytest.mark.parametrize("made", ["AdaLoraConfig", "IA3Config"])
