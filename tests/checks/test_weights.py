@@ -444,8 +444,12 @@ def test_rows_that_both_have_are_compared(fresh_model: Any, rows: int) -> None:
         ({"modules_to_save": ["embed_tokens", "lm_head"]}, ""),
         ({"trainable_token_indices": {"embed_tokens": [*range(440, 512)], "lm_head": [*range(448, 512)]}}, ""),
         ({"target_modules": ["q_proj", "embed_tokens", "lm_head"]}, ""),
+        (
+            {"target_modules": ["lm_head"], "trainable_token_indices": {"embed_tokens": [*range(448, 512)]}},
+            "head has 512",  # PEFT saves no table beside trained tokens
+        ),
     ],
-    ids=["LoRA alone", "embeddings saved", "some rows", "both saved", "all rows", "both adapted"],
+    ids=["LoRA alone", "embeddings saved", "some rows", "both saved", "all rows", "both adapted", "one adapted"],
 )
 def test_added_rows_that_the_adapter_holds_are_a_note(
     fresh_model: Any, lora_config: Any, lora: dict[str, Any], lost: str
@@ -461,6 +465,53 @@ def test_added_rows_that_the_adapter_holds_are_a_note(
         "embeddings and head have 64 rows that were added after the load (resize_token_embeddings); the adapter holds them "
         f"({next(iter(lora))}), and fits a base that is resized to 512 rows only"
     )
+
+
+@pytest.mark.parametrize(
+    ("lora", "held"),
+    [
+        ({"modules_to_save": ["embed_tokens"]}, False),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"modules_to_save": ["embed_tokens", "lm_head"]}, True),
+        ({"trainable_token_indices": {"lm_head": [448, 449]}}, False),
+        ({"trainable_token_indices": [448, 449]}, True),  # which PEFT puts on both sides
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+        ({"target_modules": ["q_proj", "lm_head"]}, True),
+        ({"target_modules": ".*embed_tokens"}, True),
+        ({"target_modules": ["q_proj", "language_model.embed_tokens"]}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_added_rows_of_a_tied_table_are_held_on_both_sides(lora: dict[str, Any], held: bool, tmp_path: Path) -> None:
+    """Held are those with which a resized base, whose own rows are others, gives the trained logits."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def grown() -> Any:
+        model = build_synthetic(random_config("qwen2_5_vl", tied=True), None, "cpu", torch.float32)
+        with_rows(model, 450).get_input_embeddings().weight.data[448:].normal_()
+        return model.eval()
+
+    model = get_peft_model(grown(), LoraConfig(**{"target_modules": ["q_proj"], **lora})).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(grown(), tmp_path).eval()
+    ids = torch.tensor([[1, 448, 2, 449]])
+    assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits) is held
+    if held:
+        (note,) = notes_on_resizing(model)
+        assert note.startswith("embeddings and head, which are tied, have 2 rows that were added after the load")
+    else:
+        assert refused(model).startswith("embeddings and head, which are tied, have 450 rows in memory and 448 in ")
+
+
+def test_tokens_that_are_trained_do_not_bind_a_trimmed_vocabulary(fresh_model: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5]})
+    model = get_peft_model(with_rows(fresh_model(), 420), lora)
+    (note,) = notes_on_resizing(model)
+    assert note.endswith("the vocabulary was trimmed after the load (resize_token_embeddings)")
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

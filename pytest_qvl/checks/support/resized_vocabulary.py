@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pytest_qvl.checks.support.config_values import Facts
 from pytest_qvl.checks.support.wording import listed
-from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers
+from pytest_qvl.models.adapters import adapted_layers, adapter_configs, auxiliary_layers
 from pytest_qvl.models.sources.loading import has_tied_head
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class Resized:
         table: ``"embeddings"`` or ``"lm_head"``; of tied ones the one that the checkpoint holds.
         stored: Rows in the checkpoint.
         rows: Rows in memory.
-        kept_by: What in the adapter's configuration makes it hold the rows that were added, or the whole table.
+        kept_by: What in the adapter's configuration makes it hold the rows that were added, or the whole table; of tied
+            ones for both sides.
     """
 
     table: Group
@@ -61,21 +62,39 @@ def resized_vocabulary(parts: Parts, report: LoadingReport, config: Mapping[str,
 
 
 def _kept_by(parts: Parts, table: Group, added: range) -> str:
-    """How an adapter holds all added rows of a table, or of the one that it is tied to; empty where none does.
+    """How an adapter holds all added rows of a table; empty where none does.
 
-    PEFT saves the whole table beside an adapter on it (``save_embedding_layers``).
+    Of a tied one both sides have to be held: a copy or the tokens of one side leave the other one what the base has.
+    A table that PEFT saves beside its LoRA is that of both sides.
     """
-    wrappers, adapted = auxiliary_layers(parts), adapted_layers(parts)
-    for place in (parts.roots[group] for group in (_TABLES if has_tied_head(parts) else (table,))):
-        wrapper = wrappers.get(place)
-        if getattr(wrapper, "modules_to_save", None):
-            return "modules_to_save"
-        tokens = getattr(getattr(wrapper, "token_adapter", None), "token_indices", {})
-        if any({*added} <= {*indices} for indices in tokens.values()):
-            return "trainable_token_indices"
-        if place in adapted:
-            return "target_modules"
-    return ""
+    held = [_held_by(parts, side, added) for side in (_TABLES if has_tied_head(parts) else (table,))]
+    if "target_modules" in held:
+        return "target_modules"
+    return next(filter(None, held), "") if all(held) or not added else ""
+
+
+def _held_by(parts: Parts, side: Group, added: range) -> str:
+    """How an adapter holds all added rows of one side, if any were added, or else that side as a whole."""
+    place = parts.roots[side]
+    wrapper = auxiliary_layers(parts).get(place)
+    if getattr(wrapper, "modules_to_save", None):
+        return "modules_to_save"
+    tokens = getattr(getattr(wrapper, "token_adapter", None), "token_indices", {})
+    if added and any({*added} <= {*indices} for indices in tokens.values()):
+        return "trainable_token_indices"
+    saved = any(_saves_tables(parts, config) for config in adapter_configs(parts).values())
+    return "target_modules" if saved and place in adapted_layers(parts) else ""
+
+
+def _saves_tables(parts: Parts, config: Any) -> bool:
+    """Whether PEFT saves a table beside its LoRA, as it decides itself (``save_embedding_layers="auto"``).
+
+    Not where tokens are trained too, nor where a list names the table by its path.
+    """
+    named = getattr(config, "target_modules", None) or ()
+    ends = [parts.roots[side].rpartition(".")[2] for side in _TABLES]
+    listed = isinstance(named, str) or any(end in named for end in ends)
+    return listed and getattr(config, "trainable_token_indices", None) is None
 
 
 def lost_rows(parts: Parts, lost: Sequence[Resized], *, as_stored: bool, what: str) -> str:
