@@ -32,7 +32,7 @@ from pytest_qvl.models.skips import (
     skip_list,
     unheeded_entries,
 )
-from pytest_qvl.models.sources.loading import unusable_layers
+from pytest_qvl.models.sources.loading import has_tied_head, unusable_layers
 from pytest_qvl.models.training import copied_parameters
 
 if TYPE_CHECKING:
@@ -271,6 +271,8 @@ def _judge_quantized(
 def _why_not_packed(parts: Parts, census: _Census, wrong: Sequence[LinearState], policy: QuantizationPolicy) -> str:
     """Why these linears are not packed as the policy asks, as the end of a sentence; empty where nobody knows."""
     plain = [state.name for state in wrong if not state.is_quantized]
+    if parts.roots["lm_head"] in plain and has_tied_head(parts):
+        return "; it is tied to the embeddings, which are not quantized: take it out of what is declared in 4 bits"
     keeping = entries_keeping(parts, plain)
     if keeping:
         return f"; of the skip list {skip_list(parts)}, {keeping}{_declaration(parts, census, plain, policy)}"
@@ -295,10 +297,12 @@ def _declaration(parts: Parts, census: _Census, plain: Sequence[str], policy: Qu
         [entry for entry in entries if entry in GROUPS or any(is_named([entry], name) for name in linears)]
         for entries in (policy.quantized, [entry for entry in policy.kept if entry not in GROUPS])
     )
-    text = str(QuantizedLayers(tuple(quantized), (*kept, *names)))
+    declared = QuantizedLayers(tuple(quantized), tuple(kept)).but(names) if quantized else None
+    if declared is None:
+        return ""
     return (
         "; if they stay so on purpose, declare it: qvl_quantized_layers (--qvl-quantized-layers, ini or fixture) = "
-        f"{text!r}"
+        f"{str(declared)!r}"
     )
 
 

@@ -70,6 +70,11 @@ class QuantizedLayers:
         parts = (group for group in GROUPS if group != "other" and group not in self.quantized)
         return tuple(dict.fromkeys((*parts, *self.kept)))
 
+    def but(self, names: Collection[str]) -> QuantizedLayers | None:
+        """The same with more names that stay in 16 bits; None where nothing would be left in 4 bits."""
+        quantized = tuple(entry for entry in self.quantized if entry not in names)
+        return QuantizedLayers(quantized, tuple(dict.fromkeys((*self.kept, *names)))) if quantized else None
+
 
 def _said_kept(entries: Iterable[str]) -> list[str]:
     return [f"{entry}:{_KEPT}" for entry in entries]

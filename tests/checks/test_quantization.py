@@ -191,6 +191,19 @@ def test_a_name_that_no_layer_has() -> None:
     assert "there are down_proj, gate_proj, in_proj_a, " in message
 
 
+def test_the_declaration_does_not_contradict_itself() -> None:
+    for quantized, advice in (
+        (("language", "q_proj"), "'language, q_proj:16bit'"),
+        (("q_proj", "v_proj"), "'v_proj, "),
+    ):
+        message = refused(hybrid_model("q_proj"), QuantizationPolicy(quantized=quantized))
+        assert f"ini or fixture) = {advice}" in message
+    message = refused(
+        hybrid_model("model.language_model.layers.2.self_attn.q_proj"), QuantizationPolicy(quantized=("q_proj",))
+    )
+    assert "declare it" not in message
+
+
 def test_the_declaration_leaves_out_names_that_no_layer_has() -> None:
     policy = QuantizationPolicy(kept=(*QuantizationPolicy().kept, "in_proj_b", "o_proj.base_layer"))
     message = refused(hybrid_model("o_proj", "in_proj_b"), policy)

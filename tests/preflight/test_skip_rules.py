@@ -11,7 +11,7 @@ from pytest_qvl.models.quantized_layers import QuantizedLayers
 from pytest_qvl.models.skip_rules import RULES, installed_rule, others, rule_of, skipped_by
 from pytest_qvl.preflight import preflight
 from pytest_qvl.preflight.base import find_base
-from pytest_qvl.preflight.questions.four_bits import in_four_bits
+from pytest_qvl.preflight.questions.four_bits import _DECLARED, in_four_bits
 from pytest_qvl.releases import installed
 
 NAMES = (
@@ -223,3 +223,24 @@ def test_a_mistyped_entry_is_mended_in_every_layer():
     report = preflight("qwen3-vl-8b", skip=["gate_prjo", *KEPT])
     assert advised(report) == ["gate_proj"]
     assert "keeps 36 linear layers" in report.red[0].fix
+
+
+def test_declarations_that_no_model_can_follow():
+    """A tied head, a part without linear layers, and nothing that is left in 4 bits."""
+    for text, right in (("language, lm_head", "language, lm_head:16bit"), ("*", "*, lm_head:16bit")):
+        report = preflight("qwen2.5-vl-3b", skip=["model.visual", "lm_head"], layers=QuantizedLayers.parse(text))
+        (finding,) = (each for each in report.red if "tied to the embeddings" in each.line)
+        assert finding.fix == f"declare {right!r}"
+    report = preflight("qwen2.5-vl-3b", skip=["model.visual"], layers=QuantizedLayers.parse("language, lm_head"))
+    assert names(report) == {"quantized-layers-in-16-bits", "lm-head-in-four-bits"}
+    report = preflight("qwen2.5-vl-7b", skip=KEPT, layers=QuantizedLayers.parse("language, embeddings"))
+    assert [each.line for each in report.red] == [f"{_DECLARED}: there is no linear layer in 'embeddings'"]
+    report = preflight("qwen2.5-vl-7b", skip=KEPT, layers=QuantizedLayers.parse("language, *:16bit"))
+    assert "leaves no linear layer in 4 bits (language, *:16bit)" in report.red[0].cause
+
+
+def test_a_layer_that_is_declared_by_name_and_skipped():
+    report = preflight("qwen2.5-vl-7b", skip=[*KEPT, "q_proj"], layers=QuantizedLayers.parse("language, q_proj"))
+    assert report.red[0].fix.endswith("such as 'language, q_proj:16bit'")
+    report = preflight("qwen2.5-vl-7b", skip=KEPT, layers=QuantizedLayers(("merger",), ("visual.merger.mlp.0",)))
+    assert "such as" not in report.red[0].fix

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 NUMBER = 1
 _red = partial(red, NUMBER)
 _DECLARED = "the declaration (qvl_quantized_layers, --quantized-layers)"
+_DECLARE_LANGUAGE = "declare the language backbone ('language') or layers of it"
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 
 
@@ -54,14 +55,25 @@ def _census(
     declared = subject.asked.layers or QuantizedLayers()
     policy = QuantizationPolicy(quantized=declared.quantized, kept=declared.all_kept)
     wants = {name: policy.wants_in_4bit(name, group) for name, group in linears.items()}
+    kept = policy.kept
+    head = subject.parts.roots["lm_head"]
+    if has_tied_head(subject.parts) and wants[head]:
+        yield _tied(subject, declared)
+        kept, wants[head] = (*kept, "lm_head"), False
     packed = in_four_bits(linears, entries, rule)
     leaked = [name for name in packed if wants[name] is False]
     named = [name for name in leaked if policy.names_in_4bit(name) is False]
-    wrong = [group for group in parts_of(policy.kept) if any(linears[name] == group for name in {*leaked} - {*named})]
+    wrong = [group for group in parts_of(kept) if any(linears[name] == group for name in {*leaked} - {*named})]
     line = (
         f"with {rule.title}, {_counts(linears, packed)} in 4 bits; skip list {neutral(list(entries), 300)} from {whose}"
     )
     notes = tuple(filter(None, (_elsewhere(linears, entries, packed, other) for other in skip_rules.others())))
+    if not any(wants.values()):
+        yield _red(
+            subject, "nothing-in-four-bits", line,
+            cause=f"{_DECLARED} leaves no linear layer in 4 bits ({declared})", fix=_DECLARE_LANGUAGE, notes=notes,
+        )  # fmt: skip
+        return
     if not any(wants[name] for name in packed):
         what = "the language backbone" if declared.quantized == ("language",) else f"what is declared ({declared})"
         yield _red(
@@ -73,7 +85,7 @@ def _census(
     found = []
     wanted = [name for name, in_four in wants.items() if in_four]
     if wrong:
-        works = list_to_keep(subject.parts, policy.kept, leaked, wanted)
+        works = list_to_keep(subject.parts, kept, leaked, wanted)
         found += [_red(
             subject, f"{wrong[0].replace('_', '-')}-in-four-bits", line,
             cause=_cause(subject.parts, wrong, entries),
@@ -90,16 +102,27 @@ def _census(
         )]  # fmt: skip
     left = [name for name in wanted if name not in {*packed}]
     if subject.asked.layers is not None and (missed := _unexplained(subject, policy, entries, left)):
-        own = sorted({name.rpartition(".")[2] for name in missed})
+        ends = sorted(end for name in missed if not (end := name.rpartition(".")[2]).isdigit())
+        other = declared.but([*ends, *missed][:1])
+        instead = "" if other is None else f", or declare what is kept on purpose, such as {str(other)!r}"
         found += [_red(
             subject, "quantized-layers-in-16-bits",
             f"{counted(len(missed), 'linear layer')} that {_DECLARED} has in 4 bits will stay in 16 with {rule.title}: "
             f"{some(missed, 2)}",
             cause=f"entries of the skip list {neutral(list(entries), 300)} cover them",
-            fix="take these entries out of llm_int8_skip_modules, or declare what is kept on purpose, such as "
-            f"{str(QuantizedLayers(declared.quantized, (*declared.kept, own[0])))!r}",
+            fix=f"take these entries out of llm_int8_skip_modules{instead}",
         )]  # fmt: skip
     yield from found or [Finding(NUMBER, "census", "green", line, notes=notes, keeps_green=pytest_line(subject))]
+
+
+def _tied(subject: Subject, declared: QuantizedLayers) -> Finding:
+    """A head is declared in 4 bits that cannot be."""
+    other = declared.but(["lm_head"])
+    return _red(
+        subject, "quantized-layers-in-16-bits", f"{_DECLARED} has the head in 4 bits, which is tied to the embeddings",
+        cause="embeddings are not quantized, and both are one tensor: a 4-bit head fails in its first forward",
+        fix=_DECLARE_LANGUAGE if other is None else f"declare {str(other)!r}",
+    )  # fmt: skip
 
 
 def _unexplained(
@@ -115,6 +138,12 @@ def _unexplained(
 def _names(subject: Subject, linears: Mapping[str, Group]) -> Iterator[Finding]:
     """Declared names that no layer of the model has."""
     declared = subject.asked.layers or QuantizedLayers()
+    for group in parts_of(declared.quantized):
+        if group not in linears.values():
+            yield _red(
+                subject, "unknown-layers", f"{_DECLARED}: there is no linear layer in {group!r}",
+                cause="only linear layers are quantized", fix=f"take {group!r} out of what is declared in 4 bits",
+            )  # fmt: skip
     for sentence in naming_nothing((*declared.quantized, *declared.kept), linears):
         yield _red(
             subject, "unknown-layers", f"{_DECLARED}: {sentence}",
