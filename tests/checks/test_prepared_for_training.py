@@ -59,7 +59,7 @@ def _prepared(case: Any, preparation: str, dtype: str) -> Any:
 def test_no_check_raises_an_alarm(model: str, preparation: str, device: str) -> None:
     import torch
 
-    dtype = "float16" if "float16" in preparation else "bfloat16"
+    dtype = "float16" if preparation.endswith(" float16") else "bfloat16"
     case = healthy_case(subject=Subject.of(model, device, dtype))
     case.model = _prepared(case, preparation, dtype)
     around = torch.autocast(device, torch.bfloat16) if "autocast" in preparation else nullcontext()
