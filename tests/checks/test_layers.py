@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from dataclasses import replace
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
 from pytest_qvl.checks import CannotJudge, CheckFailed, layer_arithmetic
+from pytest_qvl.checks.support.layers import mixers
 from pytest_qvl.checks.support.layers.adapters import Adapters
 from pytest_qvl.checks.support.layers.copies import resting
 from pytest_qvl.checks.support.layers.tally import Tally
@@ -26,6 +27,8 @@ from pytest_qvl.models.adapters import adapted_layers, auxiliary_layers, origina
 from pytest_qvl.models.anatomy import anatomy
 from pytest_qvl.models.attention import other_attention
 from pytest_qvl.models.layers import language_layers, mergers, vision_blocks
+from pytest_qvl.models.mixer_kernels import mixer_kernels
+from pytest_qvl.oracles import delta
 
 if TYPE_CHECKING:
     from pytest_qvl.evidence import Evidence
@@ -81,6 +84,21 @@ def slow(*values: Any) -> list[Any]:
 def worst(evidence: Evidence) -> dict[str, float]:
     assert evidence.table is not None
     return {str(name): float(value) for name, _count, value in evidence.table.rows}  # type: ignore[arg-type]
+
+
+def test_nothing_of_linear_attention_runs_in_a_model_without(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its code decides no verdict there, as ``pytest_qvl.faults.matrix.freshness`` takes for granted."""
+
+    def never(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("linear attention was judged")
+
+    for name, own in [*vars(delta).items(), *vars(mixers).items(), *vars(mixers.Mixers).items()]:
+        home = next((each for each in (mixers.Mixers, delta, mixers) if vars(each).get(name) is own), None)
+        mine = getattr(own, "__module__", "") in (delta.__name__, mixers.__name__)
+        if isinstance(own, FunctionType) and mine and name not in ("__init__", "restart"):
+            monkeypatch.setattr(home, name, never)
+    assert layer_arithmetic(case.model, case.batch(), case.lora_config).table
+    assert mixer_kernels(anatomy(case.model)) == {}
 
 
 def test_a_healthy_model_keeps_every_limit_and_is_left_as_it_was(case: Case) -> None:

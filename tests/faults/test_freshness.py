@@ -7,6 +7,7 @@ import pytest
 from pytest_qvl.faults import catalogue
 from pytest_qvl.faults.matrix.freshness import (
     ASIDE,
+    LINEAR_ATTENTION,
     PACKAGE,
     Definitions,
     deciding_definitions,
@@ -105,13 +106,14 @@ def test_a_parameter_named_in_a_text_keeps_its_name() -> None:
 
 def test_what_is_left_aside_is_there() -> None:
     """A module that moves takes its name in this list along; else it would begin to count."""
-    assert [name for name in ASIDE if not (PACKAGE / name).is_file()] == []
+    assert [name for name in ASIDE | LINEAR_ATTENTION if not (PACKAGE / name).is_file()] == []
 
 
 def test_everything_that_decides_a_verdict_is_read() -> None:
     names = {file.relative_to(PACKAGE).as_posix() for file in deciding_files()}
     assert {
         "evidence.py",
+        "oracles/elementary.py",
         "checks/routing.py",
         "faults/definitions/routing.py",
         "samples/scenes.py",
@@ -120,6 +122,15 @@ def test_everything_that_decides_a_verdict_is_read() -> None:
     assert "models/backends/transformers.py" in names  # folders inside folders
     assert "faults/matrix/page.py" not in names
     assert len(definitions_digest()) == 16
+
+
+def test_linear_attention_decides_for_models_that_have_it() -> None:
+    everything = set(deciding_files("embedded:qwen3.5"))
+    assert everything == set(deciding_files("synthetic:qwen3.5-9b")) == set(deciding_files("some/folder"))
+    for model in ("embedded", "embedded:qwen3-vl", "synthetic:qwen2.5-vl-7b"):
+        left = everything - set(deciding_files(model))
+        assert {file.relative_to(PACKAGE).as_posix() for file in left} == LINEAR_ATTENTION, model
+    assert definitions_digest("embedded:qwen3.5") != definitions_digest()
 
 
 FAULTS = """

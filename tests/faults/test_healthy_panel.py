@@ -128,8 +128,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> type[Pretended]:
         pass
 
     monkeypatch.setattr(healthy_panel, "Child", Own)
-    monkeypatch.setattr(healthy_panel, "definitions_digest", lambda: "0123")  # reads all code: seconds
-    monkeypatch.setattr("pytest_qvl.faults.matrix.freshness.definitions_digest", lambda: "0123")
+    monkeypatch.setattr(healthy_panel, "definitions_digest", lambda _model: "0123")  # reads all code: seconds
+    monkeypatch.setattr("pytest_qvl.faults.matrix.freshness.definitions_digest", lambda _model: "0123")
     monkeypatch.setattr("pytest_qvl.faults.matrix.isa.this_cpu", lambda: NATIVE)
     return Own
 

@@ -154,12 +154,12 @@ def test_a_fault_that_was_changed_is_done_again_and_nothing_else(
     run(plan, partial=file)
     doing.clear()
     changed = Definitions(now.common, {**now.faults, "rank-halved": "another"})
-    monkeypatch.setattr(runner, "deciding_definitions", lambda: changed)
+    monkeypatch.setattr(runner, "deciding_definitions", lambda _model: changed)
     assert complete(plan, run(plan, partial=file))
     assert doing == ["rank-halved"]
     assert not run(plan, partial=file).rows["rank-halved"].missing
     assert doing == ["rank-halved"], "and once"
-    monkeypatch.setattr(runner, "deciding_definitions", lambda: Definitions("another", now.faults))
+    monkeypatch.setattr(runner, "deciding_definitions", lambda _model: Definitions("another", now.faults))
     with pytest.raises(ValueError, match="holds the results of another run"):
         run(plan, partial=file)
 

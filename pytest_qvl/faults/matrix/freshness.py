@@ -14,7 +14,7 @@ from pytest_qvl.faults.matrix.normalised import definitions, spoken_names
 from pytest_qvl.models.sources.embedded import embedded_model_dir
 
 PACKAGE = Path(__file__).parents[2]
-DECIDES = ("checks", "faults", "samples", "models", "evidence.py")
+DECIDES = ("checks", "oracles", "faults", "samples", "models", "evidence.py")
 # What only lists, prints, or judges no model of the panel.
 ASIDE = frozenset(
     {
@@ -48,6 +48,11 @@ ASIDE = frozenset(
     }
 )
 
+# What runs in models with linear attention only, and decides no verdict on others.
+LINEAR_ATTENTION = frozenset({"checks/support/layers/mixers.py", "models/mixer_kernels.py", "oracles/delta.py"})
+# Models by name that have none; of a folder nobody knows.
+_WITHOUT_LINEAR_ATTENTION = re.compile(r"embedded(:(?!qwen3\.5).*)?|synthetic:(?!qwen3\.5).*")
+DEFAULT_MODEL = "embedded"
 
 # How a fault's function is written by :func:`definitions_of`: its own name, and the one that the decorator gives it.
 _FAULT = re.compile(
@@ -74,14 +79,14 @@ class Definitions:
         return _hash([self.common, *(f"{name} {text}" for name, text in sorted(self.faults.items()))])
 
 
-def definitions_digest() -> str:
-    """Hash of what decides a verdict, see :func:`deciding_definitions`."""
-    return deciding_definitions().digest
+def definitions_digest(model: str = DEFAULT_MODEL) -> str:
+    """Hash of what decides a verdict on a model, see :func:`deciding_definitions`."""
+    return deciding_definitions(model).digest
 
 
 @cache
-def deciding_definitions() -> Definitions:
-    """What decides a verdict: the code of checks, faults, probes and models, and the embedded checkpoint.
+def deciding_definitions(model: str = DEFAULT_MODEL) -> Definitions:
+    """What decides a verdict: the code of checks, oracles, faults, probes and models, and the embedded checkpoint.
 
     As they are when it is first asked for: a run of an hour stands for the code that it began with.
 
@@ -90,8 +95,12 @@ def deciding_definitions() -> Definitions:
     must not ask for a run of hours; nor must comments, docstrings, annotations, layout, imports, or names of variables
     and of parameters that no call spells out. Every other name, number and text counts, and so does a definition that
     comes or goes. The price: two definitions of the same name that change places are not told apart.
+
+    Args:
+        model: As for ``--qvl-model``. What only linear attention runs (:data:`LINEAR_ATTENTION`) is left aside for
+            embedded and synthetic models that have none.
     """
-    common, faults = parted(definitions_of(file.read_text(encoding="utf-8") for file in deciding_files()))
+    common, faults = parted(definitions_of(file.read_text(encoding="utf-8") for file in deciding_files(model)))
     for file in sorted(embedded_model_dir().iterdir()):
         if file.suffix in (".json", ".safetensors", ".txt"):
             common.append(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}")
@@ -117,11 +126,12 @@ def _hash(texts: Iterable[str]) -> str:
     return found.hexdigest()[:16]
 
 
-def deciding_files() -> list[Path]:
+def deciding_files(model: str = DEFAULT_MODEL) -> list[Path]:
     """Every module whose code the digest stands for, in folders at any depth."""
+    aside = ASIDE | (LINEAR_ATTENTION if _WITHOUT_LINEAR_ATTENTION.fullmatch(model) else frozenset())
     roots = [PACKAGE / name for name in DECIDES]
     files = [file for root in roots for file in ([root] if root.suffix else root.rglob("*.py"))]
-    return sorted(file for file in files if file.relative_to(PACKAGE).as_posix() not in ASIDE)
+    return sorted(file for file in files if file.relative_to(PACKAGE).as_posix() not in aside)
 
 
 def definitions_of(sources: Iterable[str]) -> list[str]:

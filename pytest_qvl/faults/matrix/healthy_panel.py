@@ -67,7 +67,7 @@ def run(
     outcomes = {str(setting): Outcome(setting, setting.lacks(cpu)) for setting in settings}
     journal = JsonLines(
         partial,
-        {"healthy": count, "model": model, "settings": list(outcomes), "definitions": definitions_digest()},
+        {"healthy": count, "model": model, "settings": list(outcomes), "definitions": definitions_digest(model)},
     )
     for kept in journal.kept:
         outcomes[kept["setting"]].missing = ()  # the CPU that judged it offers the setting

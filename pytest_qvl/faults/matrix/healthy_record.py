@@ -111,7 +111,7 @@ def record(outcomes: Sequence[Outcome], cpu: Cpu, asked: int, model: str = DEFAU
         "complete": sum(len(outcome.numbers) for outcome in outcomes) == asked,
         "cpu": asdict(cpu),
         "versions": versions(),
-        "definitions": definitions_digest(),
+        "definitions": definitions_digest(model),
         "settings": [_setting(outcome) for outcome in outcomes],
     }
 

@@ -60,7 +60,7 @@ def run(
         MatrixStopped: A process died, or CUDA broke.
     """
     wanted = [task for task in tasks(plan) if not doses_only or _is_about_doses(task)]
-    journal = Journal(partial, plan, deciding_definitions())
+    journal = Journal(partial, plan, deciding_definitions(str(plan.subject.source)))
     done = {one.task for one in journal.done}
     todo = [task for task in wanted if task not in done]
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
@@ -161,7 +161,8 @@ def assembled(plan: Plan, done: Sequence[Done], device: str) -> Result:
     """
     subject = plan.subject
     fine = ("pass",) if subject.is_default else ("pass", UNDECIDED)
-    result = Result(definitions_digest(), versions(), str(subject.source), subject.label, device, subject.dtype)
+    model = str(subject.source)
+    result = Result(definitions_digest(model), versions(), model, subject.label, device, subject.dtype)
     counts, undecided = Counter[str](), Counter[str]()
     rows: dict[str, Row] = {}
     after: dict[str, After | None] = {}
