@@ -12,8 +12,12 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     import torch
 
+# Tokens that flash-linear-attention's kernels, and Transformers' own code, take at a time.
+KERNEL_CHUNK = 64
 # In the root of a key's or query's length (FLA's l2norm, which Transformers follows).
 LENGTH_EPS = 1e-6
 
@@ -116,21 +120,63 @@ def chunked(tokens: Tokens, state: torch.Tensor, size: int) -> tuple[torch.Tenso
     import torch
 
     read = []
-    for start in range(0, tokens.query.shape[1], size):
-        query, key, value = (each[:, start : start + size].transpose(1, 2) for each in tokens[:3])
-        decay, share = (each[:, start : start + size].transpose(1, 2) for each in tokens[3:])
-        total = decay.cumsum(dim=-1)
-        # What is left at token i of what token j wrote; nothing of what comes later.
-        left = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
-        overlap = share[..., None] * (key @ key.mT) * left
+    for query, key, value, decay, share in _chunks(tokens, size):
+        total, left, overlap = _products(key, decay, share)
         right = torch.cat((share[..., None] * value, (share * total.exp())[..., None] * key), dim=-1)
-        solved = torch.linalg.solve_triangular(overlap.tril(-1), right, upper=False, unitriangular=True)
+        solved = torch.linalg.solve_triangular(overlap, right, upper=False, unitriangular=True)
         written = solved[..., : value.shape[-1]] - solved[..., value.shape[-1] :] @ state
         out = (query * total.exp()[..., None]) @ state + ((query @ key.mT) * left) @ written
         read.append(out.transpose(1, 2))
         state = state * total[..., -1].exp()[..., None, None]
         state = state + (key * (total[..., -1:] - total).exp()[..., None]).mT @ written
     return torch.cat(read, dim=1), state
+
+
+def chunked_by_kernel(
+    tokens: Tokens, state: torch.Tensor, rounded: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same as flash-linear-attention's kernels compute it: :data:`KERNEL_CHUNK` tokens at a time, rounding between.
+
+    Read from release 0.6 (``fla.ops.gated_delta_rule``, ``fla.ops.common.chunk_delta_h`` and ``chunk_o``): everything
+    that a matrix product takes is rounded to the dtype of the keys, and the state itself is kept in float32.
+
+    Args:
+        tokens: Queries and keys not rounded yet.
+        state: S before the first.
+        rounded: Rounds to the dtype of the keys, or moves numbers as that may.
+    """
+    import torch
+
+    read = []
+    tokens = tokens._replace(query=rounded(tokens.query), key=rounded(tokens.key))
+    for query, key, value, decay, share in _chunks(tokens, KERNEL_CHUNK):
+        total, left, overlap = _products(key, decay, share)
+        one = torch.eye(overlap.shape[-1], dtype=overlap.dtype, device=overlap.device).expand_as(overlap)
+        inverse = rounded(torch.linalg.solve_triangular(overlap, one, upper=False, unitriangular=True))
+        values = rounded(inverse @ rounded(share[..., None] * value))
+        keys = rounded(inverse @ rounded((share * total.exp())[..., None] * key))
+        before = rounded(state)
+        written = values - keys @ before
+        out = (query @ before) * total.exp()[..., None] + rounded((query @ key.mT) * left) @ rounded(written)
+        read.append(out.transpose(1, 2))
+        state = state * total[..., -1].exp()[..., None, None]
+        state = state + key.mT @ rounded(written * (total[..., -1:] - total).exp()[..., None])
+    return torch.cat(read, dim=1), state
+
+
+def _chunks(tokens: Tokens, size: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Query, key, value, decay and share of so many tokens at a time, heads in front of tokens."""
+    for start in range(0, tokens.query.shape[1], size):
+        yield tuple(each[:, start : start + size].transpose(1, 2) for each in tokens)
+
+
+def _products(
+    key: torch.Tensor, decay: torch.Tensor, share: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sums of logarithms, what is left at token i of what token j wrote, and how far j's key is in i's; lower ones."""
+    total = decay.cumsum(dim=-1)
+    left = (total[..., :, None] - total[..., None, :]).tril().exp().tril()
+    return total, left, (share[..., None] * (key @ key.mT) * left).tril(-1)
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:

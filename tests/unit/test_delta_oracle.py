@@ -38,6 +38,18 @@ def test_chunks_are_the_recurrence(size: int) -> None:
     torch.testing.assert_close(after_chunks, after, rtol=0, atol=1e-12)
 
 
+def test_kernels_compute_the_recurrence_too_and_round_where_they_are_told() -> None:
+    given, state = tokens(length=150), torch.randn(ROWS, HEADS, KEYS, VALUES).double()
+    read, after = delta.recurrent(given, state)
+    by_kernel, after_kernel = delta.chunked_by_kernel(given, state, lambda x: x)
+    torch.testing.assert_close(by_kernel, read, rtol=0, atol=1e-11)
+    torch.testing.assert_close(after_kernel, after, rtol=0, atol=1e-11)
+    for dtype, error in ((torch.float16, 2.0**-11), (torch.bfloat16, 2.0**-8)):
+        rounded, _state = delta.chunked_by_kernel(given, state, lambda x, dtype=dtype: x.to(dtype).to(x.dtype))
+        off = (rounded - read).norm() / read.norm()
+        assert error / 8 < off < 2 * error
+
+
 def test_a_sequence_may_be_cut_anywhere() -> None:
     given = tokens()
     read, after = delta.recurrent(given, empty())

@@ -11,6 +11,7 @@ from pytest_qvl.checks.support.layers.tally import multiple
 from pytest_qvl.checks.support.rounding import coarsest
 from pytest_qvl.models.autocast import autocast_to
 from pytest_qvl.models.layers import MIXER, kept_state
+from pytest_qvl.models.mixer_kernels import PYTORCH, UNKNOWN, mixer_kernels
 from pytest_qvl.models.renamed import kv_cache_in
 from pytest_qvl.oracles import delta, elementary
 from pytest_qvl.oracles.bounds import FUNCTION, SINGLE, TAIL, Claim, underflow, unit
@@ -24,14 +25,15 @@ if TYPE_CHECKING:
     from pytest_qvl.models.layers import Layer
 
 RECURRENCE, GATED_NORM, KEPT = "gated delta rule", "gated norm", "kept state"
-# Equal computations in float32 that rounding is learned from: token by token, and by chunks of these sizes. 64 is that
-# of FLA's kernels and of Transformers' own.
-CHUNKS = (0, 16, 32, 64)
+# Equal computations in float32 that rounding is learned from: token by token, and by chunks of these sizes.
+CHUNKS = (0, 16, 32, delta.KERNEL_CHUNK)
 # Of each of them, with every rounding moved at random.
 RUNS = 4
 # Numbers of a state that are all those of a 16-bit dtype. One of float32 is so by chance once in 2**13, or once in 2**8
 # as the product of two of bfloat16, the least that a kernel makes of a token: eight are once in 2**64.
 ENOUGH = 8
+# Half a step of TF32, to which Triton rounds what a product of float32 takes on a GPU.
+TENSOR_FLOAT = 2.0**-11
 # How much nearer to another result what was read has to be to be called that; in words only.
 NEARER = 0.02
 
@@ -61,7 +63,8 @@ class Mixers:
     float32: in four orders of computing (:data:`CHUNKS`), with each number that is rounded moved by up to half a step
     of its dtype, by the last places that a function may be off (:data:`~.bounds.FUNCTION`), and each logarithm of a
     decay by half a step of the sum that kernels keep of them over a chunk. The sum of so many independent errors
-    exceeds :data:`~.bounds.TAIL` of its standard deviations once in 4e17 (see :mod:`pytest_qvl.oracles.bounds`). These
+    exceeds :data:`~.bounds.TAIL` of its standard deviations once in 4e17 (see :mod:`pytest_qvl.oracles.bounds`). Where
+    a package's kernels take several tokens, all sixteen go in their order and move what they round inside, too. These
     are taken over the runs and the width of a head, relative to how much of the values the state holds, since what is
     read may be a small difference of them. Sixteen runs find less than half of one once in a thousand times, so that no
     token's counts for less than the mean of its head's.
@@ -82,6 +85,7 @@ class Mixers:
         self._goes_on = True
         self._eps = float(parts.text_config.rms_norm_eps)
         self._gates: dict[int, torch.Tensor] = {}
+        self._by_kernel = mixer_kernels(parts).get("prompts", PYTORCH) not in (PYTORCH, UNKNOWN)
 
     def restart(self, attended: torch.Tensor) -> None:
         """Forget the sequence so far, and take which tokens of the next prompt are no padding.
@@ -175,11 +179,18 @@ class Mixers:
         read, exact = delta.recurrent(tokens, state.exact)
         held = delta.held(tokens, state.held)
         size = read.abs() + held * tokens.query.norm(dim=-1, keepdim=True) + underflow(torch.float32)
+        dtype = coarsest((joint.dtype, sums.dtypes[0]))
+        # Kernels for several tokens round inside; those for one behind a state compute in float32.
+        by_kernel = self._by_kernel and (joint.shape[1] > 1 or layer.number not in self._states)
+        moved = partial(_moved, by=max(unit(dtype), TENSOR_FLOAT), generator=generator)
         spread, rounded = torch.zeros_like(read[..., :1]), []
         for chunk, before in zip(CHUNKS, state.rounded, strict=True):
             single = _runs(mixer, sums, tokens, generator)
             with autocast_to(joint.device.type, autocast):  # rounds what is multiplied, as it does the mixer's
-                out, after = delta.chunked(single, before, chunk) if chunk else delta.recurrent(single, before)
+                if by_kernel:
+                    out, after = delta.chunked_by_kernel(single, before, moved)
+                else:
+                    out, after = delta.chunked(single, before, chunk) if chunk else delta.recurrent(single, before)
             del single
             for run in torch.split(out, len(read)):
                 spread += ((run.double() - read) / size).square_().mean(dim=-1, keepdim=True)
@@ -188,7 +199,6 @@ class Mixers:
         found = spread / (RUNS * len(CHUNKS))
         deviation = torch.maximum(found, found.mean(dim=1, keepdim=True)).sqrt() * size
         value = read.float()
-        dtype = coarsest((joint.dtype, sums.dtypes[0]))
         limit = (TAIL * deviation).float() + unit(dtype) * value.abs() + underflow(dtype)
         if self._goes_on:
             tail = torch.cat((state.tail, joint), dim=1)[:, joint.shape[1] :]
@@ -230,6 +240,13 @@ class Mixers:
             if float((got.float() - read.float()).norm()) <= NEARER * float((got.float() - claim.value).norm()):
                 return "begins with the state that the forward before left: it is kept from one batch to the next"
         return _words(got, claim)
+
+
+def _moved(x: torch.Tensor, *, by: float, generator: torch.Generator) -> torch.Tensor:
+    """Each number moved at random by up to a share of itself, as rounding moves it."""
+    import torch
+
+    return x * (1 + by * (2 * torch.rand(x.shape, generator=generator, device=x.device) - 1))
 
 
 def rounded_to(state: torch.Tensor) -> str:
